@@ -1,0 +1,101 @@
+"""What the configuration refuses, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.config import Duration, RunConfig, differences, load
+from trainer.errors import ConfigError
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "data": {"source": "digits"},
+        "model": {"backbone": "MobileNetV2"},
+        "phases": {"head": {"thaw": "none", "epochs": 3}},
+    }
+    for key, value in changes.items():
+        branch = whole
+        *path, last = key.split("__")
+        for name in path:
+            branch = branch.setdefault(name, {})
+        branch[last] = value
+    return whole
+
+
+def fault(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tree(**changes))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"modle": {}}, "modle: there is no such key. Did you mean model?"),
+        ({"model__backbon": "X"}, "model.backbon: there is no such key. Did you mean backbone?"),
+        ({"phases__head__optimizer": {"lr": 1}}, "phases.head.optimizer.lr: there is no such key. Known: name, learning_rate"),
+        ({"phases__haed": {"epochs": 2}}, "phases.haed.thaw: the phase 'haed' does not say what trains. Did you mean head?"),
+        ({"seed": -1}, "seed: input should be greater than or equal to 0 (is -1)"),
+        ({"phases__head__epochs": "many"}, "phases.head.epochs: input should be a valid number"),
+        ({"phases__head__steps": 5}, "phases.head: set exactly one of epochs, steps, examples (epochs and steps are set"),
+        ({"phases__head__thaw": "half"}, "phases.head: thaw='half' is not none, all, from_layer:N"),
+        ({"phases__head__optimizer": {"momentum": 0.9}}, "optimizer adam has no momentum; it takes beta_1, beta_2, epsilon"),
+        ({"phases__head__schedule": {"name": "step"}}, "phases.head.schedule: schedule step needs decay and at"),
+        ({"phases__head__schedule": {"warmup": "2 days"}}, 'write it as "500 steps", "2 epochs" or "10000 examples"'),
+        ({"data": {"source": "image_folder"}}, "data: data.source=image_folder needs data.root"),
+        ({"data": {"source": "tfds"}}, "data.source=tfds needs data.name (or data.root)"),
+        ({"data": {"source": "tfrecords"}}, "data.source=tfrecords needs data.pattern and data.class_names"),
+        ({"data": {"source": "web"}}, "data.source: input should be 'digits', 'image_folder', 'tfds' or 'tfrecords' (is 'web')"),
+        ({"data__validation_fraction": 0.6, "data__test_fraction": 0.4}, "must leave something to train on"),
+        ({"phases": {}}, "phases: dictionary should have at least 1 item"),
+        ({"training": {"ema": 1.5}}, "training.ema: input should be less than 1 (is 1.5)"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_one_clear_sentence(changes: dict[str, Any], sentence: str) -> None:
+    text = fault(**changes)
+    assert text.startswith("the configuration has 1 fault:\n")
+    assert sentence in text
+
+
+def test_every_fault_is_listed_at_once() -> None:
+    text = fault(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0)
+    assert text.startswith("the configuration has 4 faults:\n")
+    assert len(text.splitlines()) == 5
+
+
+def test_the_tree_is_frozen() -> None:
+    config = load(tree())
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("2 epochs", 20), ("7 steps", 7), ("64 examples", 16), ("0.25 epochs", 2), ("1 examples", 1), (5, 5)]
+)
+def test_durations(text: Any, steps: int) -> None:
+    config = load(tree(runtime__log_every=text))
+    assert config.runtime.log_every.steps(steps_per_epoch=10, batch_size=4) == steps
+    assert Duration(count=0, unit="steps").steps(10, 4) == 0
+
+
+def changed(**changes: Any) -> list[str]:
+    return differences(load(tree()), load(tree(**changes)))
+
+
+def test_what_makes_another_run_is_told_apart_from_what_does_not() -> None:
+    assert changed(seed=3) == ["seed: 42 -> 3"]
+    assert changed(training__batch_size=64) == ["training.batch_size: 32 -> 64"]
+    assert "phases.more.thaw: None -> all" in changed(phases__more={"thaw": "all", "epochs": 1})
+    assert changed(runtime__log_every="3 steps", runtime__cache_dir="/x", resume="must", output_dir="/y") == []
+    assert changed(runtime__precision="bfloat16") == ["runtime.precision: float32 -> bfloat16"]
+    assert changed(phases__head__epochs=5) == []  # a longer last phase extends the run
+    assert changed(phases__head__epochs=2) == ["phases.head.epochs: 3.0 -> 2.0"]
+
+
+def test_a_saved_configuration_loads_again() -> None:
+    config = load(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

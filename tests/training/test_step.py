@@ -1,0 +1,226 @@
+"""The compiled step against plain Keras, against itself in other shapes, and its switches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.training.small_network import CLASSES, SmallNetwork, arrays, stream
+from trainer.training import variables
+from trainer.training.step import StepSettings, TrainingStep, cross_entropy, mean_loss_and_accuracy
+
+
+def trained(
+    steps: list[int], *, optimizer: Any = None, count: int = 20, batch: int = 8, l2: float = 0.0, **settings: Any
+) -> tuple[dict[str, np.ndarray], np.ndarray, TrainingStep]:
+    """Train a fresh network by calls of the given lengths."""
+    network = SmallNetwork(l2=l2)
+    step = TrainingStep(
+        tf.distribute.get_strategy(),
+        network,
+        network.variables,
+        optimizer or keras.optimizers.SGD(0.1, momentum=0.9),
+        StepSettings(class_count=CLASSES, seed=1, **settings),
+    )
+    batches, done, rows = iter(stream(count, batch)), 0, []
+    for length in steps:
+        rows.append(step.run(batches, length, done, done)[0])
+        done += length
+    return variables.read(network.variables), np.concatenate(rows), step
+
+
+def keras_trained(optimizer: Any, epochs: int, *, weights: np.ndarray | None = None) -> tuple[list[np.ndarray], Any]:
+    """What `fit` makes of the same data in the same order."""
+    images, labels = arrays(20)
+    network = SmallNetwork()
+    model = keras.Sequential(
+        [keras.Input((6, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
+    )
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(
+        images.astype(np.float32), labels, sample_weight=weights, batch_size=8, epochs=epochs, shuffle=False, verbose=0
+    )
+    return [np.array(w) for w in model.get_weights()], model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+        lambda: keras.optimizers.Adam(0.01),
+        lambda: keras.optimizers.RMSprop(0.003),
+        lambda: keras.optimizers.Adamax(0.01),
+        lambda: keras.optimizers.AdamW(0.01, weight_decay=0.01),
+    ],
+)
+def test_same_weights_as_keras_fit_with_an_uneven_last_batch(make: Any) -> None:
+    ours, _, _ = trained([9], optimizer=make())  # 20 examples in batches of 8: three steps an epoch
+    theirs, _ = keras_trained(make(), epochs=3)
+    for mine, other in zip(ours.values(), theirs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-6)
+
+
+def test_many_steps_in_one_call_are_bitwise_single_steps() -> None:
+    at_once, rows, _ = trained([7])
+    single, single_rows, _ = trained([1] * 7)
+    for name in at_once:
+        np.testing.assert_array_equal(at_once[name], single[name])
+    np.testing.assert_array_equal(rows, single_rows)
+
+
+def test_padding_counts_for_nothing() -> None:
+    _, rows, _ = trained([3])
+    assert rows[:, 2].tolist() == [8, 8, 4]
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
+    whole, rows, _ = trained([6], l2=0.01)
+    pieces, piece_rows, _ = trained([6], l2=0.01, accumulate=4)
+    for name in whole:
+        np.testing.assert_allclose(pieces[name], whole[name], atol=1e-6)
+    np.testing.assert_allclose(rows, piece_rows, rtol=1e-5)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient() -> None:
+    before = variables.read(SmallNetwork().variables)
+    after, _, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), clip_norm=0.01)
+    change = np.sqrt(sum(np.square(after[n] - before[n]).sum() for n in before))
+    np.testing.assert_allclose(change, 0.01, rtol=1e-4)
+
+
+def test_class_weights_multiply_the_loss_only() -> None:
+    given = (0.5, 2.0, 1.0)
+    ours, rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), class_weights=given)
+    plain, plain_rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0))
+    assert rows[0, 1:].tolist() == plain_rows[0, 1:].tolist()
+    assert rows[0, 0] != plain_rows[0, 0]
+    network = SmallNetwork()
+    images, labels = (part[:8] for part in arrays(20))
+    with tf.GradientTape() as tape:
+        losses = cross_entropy(labels, network.logits(images)) * np.array(given, np.float32)[labels]
+        loss = tf.reduce_sum(losses) / 8
+    gradient = tape.gradient(loss, network.second.bias.value)
+    expected = variables.read(network.variables)["second/bias"] - gradient.numpy()
+    np.testing.assert_allclose(ours["second/bias"], expected, atol=1e-6)
+
+
+def test_label_smoothing_is_keras_own() -> None:
+    logits, labels = tf.constant([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]]), tf.constant([0, 2])
+    theirs = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1, reduction="none")
+    np.testing.assert_allclose(cross_entropy(labels, logits, 0.1), theirs(tf.one_hot(labels, 3), logits), rtol=1e-6)
+
+
+def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
+    network = SmallNetwork()
+    start = variables.read(network.variables)
+    settings = StepSettings(class_count=CLASSES, seed=1, ema=0.99)
+    step = TrainingStep(
+        tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings
+    )
+    batches, expected = iter(stream(20, 8)), dict(start)
+    for t in range(5):
+        step.run(batches, 1, t, t)
+        decay = min(0.99, (1 + t) / (10 + t))
+        now = variables.read(network.variables)
+        expected = {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
+    assert step.averages is not None
+    for name, shadow in step.averages.shadows.items():
+        np.testing.assert_allclose(shadow.numpy(), expected[name], atol=1e-6)
+    step.averages.swap()
+    for name, value in variables.read(network.variables).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6)
+    step.averages.swap()
+    for name, value in variables.read(network.variables).items():
+        np.testing.assert_array_equal(value, now[name])
+
+
+def test_loss_scaling_changes_nothing_while_all_is_finite() -> None:
+    plain, _, _ = trained([5])
+    scaled, _, step = trained([5], loss_scaling=True)
+    for name in plain:
+        np.testing.assert_allclose(scaled[name], plain[name], atol=1e-6)
+    assert step.loss_scale is not None
+    assert [float(v) for v in step.loss_scale] == [2.0**15, 5.0]
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
+    network = SmallNetwork()
+    settings = StepSettings(class_count=CLASSES, seed=1, loss_scaling=True)
+    step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
+    assert step.loss_scale is not None
+    step.loss_scale[0].assign(3e38)
+    network.second.kernel.assign(network.second.kernel * 1000)  # gradients of the first layer beyond float32
+    before = variables.read(network.variables)
+    step.run(iter(stream(20, 8)), 1, 0, 0)
+    for name, value in variables.read(network.variables).items():
+        np.testing.assert_array_equal(value, before[name])
+    assert float(step.loss_scale[0]) == pytest.approx(1.5e38)
+    assert float(step.loss_scale[1]) == 0
+
+
+def test_mean_loss_and_accuracy() -> None:
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]], np.float32)
+    loss, accuracy = mean_loss_and_accuracy(probabilities, np.array([0, 1, 1]))
+    assert loss == pytest.approx(-(np.log(0.5) + np.log(0.75) + np.log(1e-7)) / 3)
+    assert accuracy == pytest.approx(2 / 3)
+
+
+MIRRORED = """
+import json, sys
+import numpy as np, tensorflow as tf, keras
+replicas = int(sys.argv[1])
+if replicas > 1:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+from tests.training.small_network import CLASSES, SmallNetwork, stream
+from trainer.training import variables
+from trainer.training.step import EvaluationPass, StepSettings, TrainingStep
+strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
+            else tf.distribute.get_strategy())
+out = {}
+for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam": lambda: keras.optimizers.Adam(0.01)}.items():
+    for extra in ({}, {"clip_norm": 0.05, "accumulate": 2, "ema": 0.9, "class_weights": (1.0, 2.0, 0.5)},
+                  {"loss_scaling": True}):
+        with strategy.scope():
+            network = SmallNetwork(l2=0.01)
+            optimizer = make()
+        step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(class_count=CLASSES, seed=1, **extra))
+        batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
+        rows, _ = step.run(batches, 7, 0, 0)
+        with strategy.scope():
+            values = variables.read(network.variables | step.checkpointed())
+        finite = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas).take(3 * replicas))
+        p, labels, index = EvaluationPass(strategy, network).probabilities(finite)
+        out[f"{name}-{len(extra)}"] = [
+            rows.tolist(), [v.ravel().tolist() for v in values.values()], p.tolist(), labels.tolist(), index.tolist()]
+print("RESULT" + json.dumps(out))
+"""
+
+
+def test_two_and_four_replicas_agree_with_one() -> None:
+    found = {}
+    for replicas in (1, 2, 4):
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(MIRRORED), str(replicas)],
+            capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        found[replicas] = json.loads(result.stdout.split("RESULT")[1])
+    for replicas in (2, 4):
+        for case, (rows, values, probabilities, labels, index) in found[1].items():
+            other = found[replicas][case]
+            np.testing.assert_allclose(other[0], rows, rtol=1e-5, err_msg=case)
+            for mine, theirs in zip(values, other[1], strict=True):
+                np.testing.assert_allclose(theirs, mine, atol=1e-5, err_msg=case)
+            np.testing.assert_allclose(other[2], probabilities, atol=1e-5)
+            assert other[3:] == [labels, index]
+            assert index == list(range(20))

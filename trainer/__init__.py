@@ -1,0 +1,3 @@
+"""kubetune: fine-tune image classifiers in phases, on a laptop or on a cluster whose nodes vanish."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,140 @@
+"""What every `python -m trainer...` shares: composing the configuration, sweeps, and exit codes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import RunConfig
+from trainer.config_faults import nearest
+from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
+
+
+def conf_folder() -> Path:
+    """`conf/`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def _add_freely(argument: str) -> str:
+    """`a.b=1` -> `++a.b=1`, so that a mistyped key reaches the validator, which knows the nearest name.
+
+    Group choices (`data=digits`), Hydra's own keys and explicit `+`, `~`, `++` stay as they are.
+    """
+    match = re.match(r"([A-Za-z_][\w.]*)=", argument)
+    if not match or match[1].startswith("hydra"):
+        return argument
+    groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
+    return argument if match[1] in groups else "++" + argument
+
+
+class Sweep:
+    """Runs one job of a `--multirun` as a process of its own: TensorFlow cannot start twice in one."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+
+    def __call__(self, overrides: list[str], folder: str) -> float | None:
+        """Train with these overrides into `folder`; the validation accuracy of the last phase, for a sweeper.
+
+        Raises:
+            TrainerError: with the job's exit code, if it failed.
+        """
+        named = [o for o in overrides if re.match(r"\+*output_dir=", o)]
+        command = [sys.executable, "-m", "trainer", *overrides, *([] if named else [f"output_dir={folder}"])]
+        print(
+            "sweep:",
+            " ".join(overrides) or "(defaults)",
+            f"-> {named[-1].split('=', 1)[1] if named else folder}",
+            flush=True,
+        )
+        code = subprocess.run(command, check=False).returncode
+        if code != DONE:
+            error = TrainerError(f"the job {' '.join(overrides)} ended with exit code {code}; its message is above")
+            error.exit_code = code if code > 0 else INTERRUPTED
+            raise error
+        report = Path(named[-1].split("=", 1)[1] if named else folder) / "report" / "report.json"
+        phases = json.loads(report.read_text())["phases"]
+        return float(list(phases.values())[-1]["val_accuracy"])
+
+
+def compose(arguments: list[str], run_job: Sweep | None = None) -> dict[str, Any] | None:
+    """Compose the configuration that the arguments ask for. With neither `experiment` nor `data` it is the quickstart.
+
+    Returns:
+        The resolved tree, or None where Hydra itself answered (`--help`, `--cfg`) or a sweep ran.
+
+    Raises:
+        ConfigError: an unknown group or file, a value that does not parse, an unresolved `???`.
+    """
+    found: list[DictConfig] = []
+
+    def job(tree: DictConfig) -> float | None:
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN and run_job is not None:
+            return run_job(list(settings.overrides.task), str(Path(settings.sweep.dir) / settings.sweep.subdir))
+        found.append(tree)
+        return None
+
+    # Without this Hydra prints its own traceback and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    chosen = {a.split("=")[0] for a in arguments}
+    quickstart = [] if chosen & {"experiment", "data"} else ["experiment=quickstart"]
+    before, sys.argv = sys.argv, ["python -m trainer", *map(_add_freely, arguments), *quickstart]
+    try:
+        hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_sentence(error)) from None
+    finally:
+        sys.argv = before
+    if not found:
+        return None
+    missing = OmegaConf.missing_keys(found[0])
+    if missing:
+        raise ConfigError(f"must be given on the command line: {', '.join(f'{k}=...' for k in sorted(missing))}")
+    return OmegaConf.to_container(found[0], resolve=True)  # type: ignore[return-value]
+
+
+def _one_sentence(error: Exception) -> str:
+    text = str(error) or str(error.__cause__)  # Hydra often keeps the reason in the cause
+    choice = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
+    if choice:
+        group, name = choice.groups()
+        known = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
+        return f"{group}={name}: there is no such {group}.{nearest(name, known)} Known: {', '.join(known)}"
+    strange = re.search(r"Could not override '(\w+)'", text)
+    if strange:
+        groups = [p.name for p in conf_folder().iterdir() if p.is_dir()]
+        return f"{strange[1]}: there is no such key.{nearest(strange[1], [*groups, *RunConfig.model_fields])}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
+
+
+def exit_code_of(action: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run a command; failures we can explain become one message on stderr and their exit code."""
+    try:
+        action(arguments)
+    except TrainerError as error:
+        print(f"{'interrupted' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted before anything was trained", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as stop:  # Hydra's --help and argparse
+        return stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE)
+    return DONE

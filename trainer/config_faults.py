@@ -1,0 +1,54 @@
+"""Turn a validator's findings into sentences a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The section that a path of keys leads to; steps through `dict[str, Section]`."""
+    here: Any = model
+    for key in path:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(key))
+            here = field.annotation if field else None
+        elif getattr(here, "__origin__", None) is dict:
+            here = here.__args__[1]
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path) or "the configuration"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' Did you mean X?' or ''."""
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _sentence(fault: Any, root: type[BaseModel], siblings: list[str]) -> str:
+    path, kind, value = fault["loc"], fault["type"], fault["input"]
+    if kind == "extra_forbidden":
+        section = _section_at(root, path[:-1])
+        known = list(section.model_fields) if section else []
+        return f"{_key(path)}: there is no such key.{nearest(str(path[-1]), known) or ' Known: ' + ', '.join(known)}"
+    if kind == "missing":
+        if len(path) == 3 and path[0] == "phases":  # a phase that only an override speaks of is a typing error
+            others = [name for name in siblings if name != path[1]]
+            return f"{_key(path)}: the phase {path[1]!r} does not say what trains.{nearest(path[1], others)}"
+        return f"{_key(path)}: must be given"
+    text = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, dict | BaseModel) else f" (is {value!r})"
+    return f"{_key(path)}: {text[0].lower() + text[1:]}{shown}"
+
+
+def describe_faults(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> str:
+    """Every fault found in `tree`, one line each."""
+    phases = tree.get("phases")
+    siblings = list(phases) if isinstance(phases, dict) else []
+    lines = [_sentence(fault, root, siblings) for fault in error.errors()]
+    return f"the configuration has {len(lines)} fault{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {x}" for x in lines)

@@ -1,0 +1,82 @@
+"""The small types that the rooms hand each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file: `count` records of which this split uses [`start`, `stop`)."""
+
+    path: str
+    count: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one split. An example's index is its place in this split, 0 <= index < count.
+
+    Either `files` (one image file an example) or `shards` (records in order) is filled.
+    """
+
+    name: str  # train | validation | test
+    labels: np.ndarray  # int32 [count]
+    files: tuple[str, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    image_field: str = "image"
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+    def name_of(self, index: int) -> str:
+        """The file, or shard and record number, of an example: what a report prints."""
+        if self.files:
+            return self.files[index]
+        for shard in self.shards:
+            if index < shard.stop - shard.start:
+                return f"{shard.path}#{shard.start + index}"
+            index -= shard.stop - shard.start
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images with their class names and splits."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]  # train always; validation and test where the data has them
+    fingerprint: str  # of names, labels, sizes and checksums: another dataset has another one
+    skipped: tuple[str, ...] = ()  # what could not be read, with the reason
+    notes: tuple[str, ...] = field(default=())  # worth printing: imbalance, an empty split, ...
+
+
+class Batch(TypedDict):
+    """What one replica gets for one step; b is its share of the global batch, S the image side in pixels."""
+
+    image: tf.Tensor  # uint8 [b, S, S, 3] (float32 in 0..255 after augmentation)
+    label: tf.Tensor  # int32 [b]
+    weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
+    index: tf.Tensor  # int64 [b]: the example's index in its split
+    position: tf.Tensor  # int64 [b]: place in the global batch
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The scores of one pass over one split, and what they were computed from."""
+
+    split: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray  # int32 [n]
+    probabilities: np.ndarray  # float32 [n, classes], ordered by example index
+    names: tuple[str, ...]  # file or record of each example
+    metrics: dict[str, object]  # see trainer/evaluation/metrics.py

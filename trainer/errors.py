@@ -1,0 +1,45 @@
+"""What can go wrong, and the exit code each kind of wrong ends the process with."""
+
+from __future__ import annotations
+
+DONE = 0
+BUG = 1
+WRONG_INPUT = 2
+GAVE_UP = 3
+INTERRUPTED = 75
+
+
+class TrainerError(Exception):
+    """A failure we can explain. The message is one clear sentence: what, where, what to do."""
+
+    exit_code = BUG
+
+
+class ConfigError(TrainerError):
+    """The configuration is wrong; trying again cannot help."""
+
+    exit_code = WRONG_INPUT
+
+
+class DataError(TrainerError):
+    """The data is missing, damaged or contradicts the configuration."""
+
+    exit_code = WRONG_INPUT
+
+
+class ModelError(TrainerError):
+    """The backbone, its weights or a freezing rule cannot be had as asked."""
+
+    exit_code = WRONG_INPUT
+
+
+class Diverged(TrainerError):
+    """The loss is no longer a finite number; the same run would diverge again."""
+
+    exit_code = WRONG_INPUT
+
+
+class Interrupted(TrainerError):
+    """Stopped from outside with everything saved: start the same command again and it goes on."""
+
+    exit_code = INTERRUPTED

@@ -1,0 +1,142 @@
+"""After the last phase: score the test split, export, check the export, report, and write DONE."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from trainer.contracts import EvaluationResult
+from trainer.data.augment import augment
+from trainer.errors import Interrupted
+from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.report import Samples, describe_data, write_report
+from trainer.exporting.card import write_labels, write_model_card
+from trainer.exporting.parity import largest_difference
+from trainer.exporting.saved_model import export_saved_model
+from trainer.exporting.tflite import export_tflite
+from trainer.run import Run, again, predict, say
+from trainer.storage.files import write_json
+from trainer.training.telemetry import clock
+
+PARITY_EXAMPLES = 512  # of the scored split are sent through the exported model
+
+
+def finish(job: Run) -> None:
+    """Everything that follows training; doing it again after a kill gives the same files.
+
+    Raises:
+        Interrupted: told to stop; the next start begins here again.
+    """
+    split = "test" if "test" in job.dataset.splits else "validation"
+    say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
+    began = time.monotonic()
+    probabilities, labels, indices = predict(job, split)
+    job.state.add("evaluation_seconds", time.monotonic() - began)
+    names = tuple(job.dataset.splits[split].name_of(int(i)) for i in indices)
+    result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
+    _leave_if_told(job)
+
+    say("exporting")
+    exports = export(job, result, indices)
+    _leave_if_told(job)
+
+    say("writing the report")
+    report = write_report(
+        job.folder / "report",
+        result=result,
+        history=job.state.history,
+        phases=job.state.finished,
+        run={
+            "title": job.config.experiment_name or job.dataset.name,
+            "seed": job.config.seed,
+            "data": describe_data(job.dataset) | {"undecodable": undecodable(job)},
+            "export": exports,
+            "config": job.config.model_dump(mode="json"),
+            "versions": {name: version(name) for name in ("kubetune", "tensorflow", "keras", "numpy")},
+            "timing": {name: round(total, 3) for name, total in sorted(job.state.totals.items())},
+        },
+        images=lambda wanted: pictures(job, split, indices[list(wanted)]),
+        samples=samples(job),
+    )
+    write_model_card(job.folder / "export" / "model_card.md", report, job.config.model_dump(mode="json"))
+    _leave_if_told(job)
+    write_json(job.folder / "DONE", {"test_accuracy": report["test"]["accuracy"], "step": job.state.step})
+    summarise(job, report)
+
+
+def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
+    """Write each format asked for and measure how far its answers are from the trainer's."""
+    home, size = job.folder / "export", job.classifier.image_size
+    shutil.rmtree(home, ignore_errors=True)
+    model = job.classifier.keras_model()
+    write_labels(home / "labels.txt", job.dataset.class_names)
+    count = min(PARITY_EXAMPLES, len(indices))
+    images = pictures(job, result.split, indices[:count])
+    outcomes: dict[str, Any] = {}
+    for kind in job.config.export.formats:
+        if kind == "saved_model":
+            where = home / "saved_model" / "1"
+            export_saved_model(model, where, job.dataset.class_names, size, job.config.model.resize)
+        else:
+            where = home / "model.tflite"
+            export_tflite(model, where, size)
+        difference = largest_difference(where, result.probabilities[:count], images)
+        outcomes[kind] = {"path": str(where.relative_to(job.folder)), "examples": count, "largest_difference": difference}
+    return outcomes
+
+
+def pictures(job: Run, split: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """uint8 [k, S, S, 3]: decoded images of a split by example index."""
+    return job.pixels(split).rows(np.asarray(indices, np.int64))
+
+
+def samples(job: Run) -> Samples:
+    """A dozen training pictures, and the first of them as eight epochs see it."""
+    split = job.dataset.splits["train"]
+    chosen = np.sort(np.random.default_rng(job.config.seed).permutation(split.count)[:12])
+    shown = pictures(job, "train", chosen)
+    augmented = None
+    if job.config.augmentation.active:
+        views = np.repeat(shown[:1], 8, axis=0)
+        epochs, index = np.arange(8, dtype=np.int64), np.full(8, chosen[0], np.int64)
+        augmented = np.asarray(augment(views, job.config.augmentation, job.config.seed, epochs, index))
+        augmented = np.clip(np.rint(augmented), 0, 255).astype(np.uint8)
+    return Samples(shown, [job.dataset.class_names[i] for i in split.labels[chosen]], augmented)
+
+
+def undecodable(job: Run) -> list[str]:
+    """Examples that counted for nothing (data.on_error=skip), with the reason."""
+    return [
+        f"{job.dataset.splits[name].name_of(index)}: {reason}"
+        for name, opened in sorted(job.opened.items())
+        for index, reason in sorted(opened.bad.items())
+    ]
+
+
+def _leave_if_told(job: Run) -> None:
+    if job.stop.reason:
+        raise Interrupted(f"{job.stop.reason} after training had ended; nothing is lost. {again(job)}")
+
+
+def summarise(job: Run, report: dict[str, Any]) -> None:
+    """The last lines on the terminal: how good, where, and what to type next."""
+    test, folder = report["test"], job.folder
+    low, high = test["interval"]
+    totals = job.state.totals
+    lines = [
+        "",
+        f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})",
+        *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}" for name, phase in report["phases"].items()),
+        f"trained {totals.get('images', 0):,.0f} images in {clock(totals.get('train_seconds', 0))}"
+        f" ({totals.get('images', 0) / max(totals.get('train_seconds', 0), 1e-9):,.0f} images/s)",
+        f"  report   {folder}/report/index.html",
+        *(f"  export   {folder}/{facts['path']}  (differs by {facts['largest_difference']:.1e} at most)"
+          for facts in report["export"].values()),
+        f"next:  tensorboard --logdir {folder}/logs",
+    ]  # fmt: skip
+    say("\n".join(lines))

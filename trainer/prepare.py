@@ -1,0 +1,121 @@
+"""`python -m trainer.prepare data=image_folder data.root=photos output=prepared`: write sharded TFRecords.
+
+Takes the configuration of a run (`data.*`, `seed`, `debug.max_examples`, `runtime.cache_dir` and `.progress` matter)
+and writes the splits in TFDS's folder format; read them with `data=tfds data.root=prepared`, or with
+`tfds.builder_from_directory`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from trainer.command_line import compose, exit_code_of
+from trainer.config import RunConfig, load
+from trainer.contracts import Dataset, Split
+from trainer.data.records import RecordAt, index_shard
+from trainer.data.sources import open_dataset
+from trainer.data.writing import ImageSource, write_dataset
+from trainer.errors import ConfigError
+
+Progress = Callable[[int, int], None]
+
+
+def prepare(config: RunConfig, output: Path) -> None:
+    """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
+
+    Raises:
+        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
+    """
+    dataset = open_dataset(
+        config.data,
+        seed=config.seed,
+        cache_dir=Path(config.runtime.cache_dir).expanduser(),
+        max_examples=config.debug.max_examples,
+        note=lambda text: print(text, flush=True),
+    )
+    with _progress(config.runtime.progress) as progress:
+        entries = write_dataset(
+            output,
+            dataset.name,
+            dataset.class_names,
+            {name: _examples(split, config.data.split_seed) for name, split in dataset.splits.items()},
+            shards=config.data.shards,
+            workers=config.runtime.data_threads or os.cpu_count() or 1,
+            progress=progress,
+            on_error=config.data.on_error,
+        )
+    skipped = [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]
+    for fault in skipped:
+        print(f"skipped {fault}")
+    print(_summary(dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), output))
+
+
+def _summary(dataset: Dataset, shards: int, images: int, size: int, output: Path) -> str:
+    return (
+        f"{output} holds {images} images of {len(dataset.class_names)} classes in {shards} shards "
+        f"({size / 2**20:.1f} MB); train on it: python -m trainer data=tfds data.root={output}"
+    )
+
+
+def _examples(split: Split, seed: int) -> list[tuple[ImageSource, int]]:
+    """The examples in the order they are written: shuffled, so that each shard holds every class."""
+    order = np.random.default_rng([seed, split.count]).permutation(split.count)
+    sources: list[ImageSource] = list(split.files)
+    if not sources:
+        index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
+        sources = [
+            RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+            for s in split.shards
+            for n in range(s.start, s.stop)
+        ]
+    return [(sources[i], int(split.labels[i])) for i in order]
+
+
+@contextmanager
+def _progress(kind: str) -> Iterator[Progress]:
+    """A live bar on a terminal, else a line every ten seconds and at the end."""
+    if kind == "bar" or (kind == "auto" and sys.stdout.isatty()):
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        with Bar(TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task("writing", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    start = last = time.monotonic()
+    said = -1
+
+    def line(done: int, total: int) -> None:
+        nonlocal last, said
+        now = time.monotonic()
+        if done != said and (done == total or now - last >= 10):
+            last, said = now, done
+            print(f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)", flush=True)
+
+    yield line
+
+
+def _run(arguments: list[str]) -> None:
+    outputs = [a.split("=", 1)[1] for a in arguments if a.startswith("output=")]
+    composed = compose([a for a in arguments if not a.startswith("output=")])
+    if composed is None:  # --help, --cfg
+        return
+    if len(outputs) != 1 or not outputs[0]:
+        raise ConfigError("say once where to write: python -m trainer.prepare data=... output=FOLDER")
+    prepare(load(composed), Path(outputs[0]).expanduser())
+
+
+def main() -> None:
+    """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
+    sys.exit(exit_code_of(_run, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

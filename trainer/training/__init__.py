@@ -1,0 +1,1 @@
+"""The compiled step, optimizers and schedules, run state and checkpoints, telemetry."""

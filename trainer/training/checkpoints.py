@@ -1,0 +1,114 @@
+"""Checkpoints: written beside, verified, made visible by one rename.
+
+A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by name, exact), `state.json` and
+`manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from trainer.errors import DataError
+from trainer.storage.files import sync, write_whole
+
+PREFIX = "step-"
+
+
+def _checksum(content: bytes) -> str:
+    return f"{google_crc32c.value(content):08x}"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int, note: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.note = folder, keep, note
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(int(p.name[len(PREFIX) :]) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
+
+    def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
+        """Commit one checkpoint and delete those that nothing refers to any more.
+
+        Raises:
+            OSError: the disk is full or gone; the checkpoints that were there are untouched.
+        """
+        final = self.path(state["step"])
+        beside = self.folder / f".writing-{final.name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            packed = io.BytesIO()
+            np.savez(packed, **variables)  # type: ignore[arg-type]
+            contents = {"variables.npz": packed.getvalue(), "state.json": json.dumps(state).encode()}
+            manifest = {n: {"bytes": len(c), "crc32c": _checksum(c)} for n, c in contents.items()}
+            for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
+                write_whole(beside / name, content)
+            if final.exists():  # the same step again, by a run that was killed before it could say so
+                shutil.rmtree(final)
+            beside.rename(final)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync(self.folder)
+        write_whole(self.folder / "LATEST", final.name + "\n")
+        if best_step is not None:
+            write_whole(self.folder / "BEST", self.path(best_step).name + "\n")
+        self._prune()
+        return final
+
+    def _prune(self) -> None:
+        """Keep the newest `keep`, and every best that one of them refers to."""
+        steps = self.steps()
+        newest = steps[-self.keep :]
+        needed = set(newest)
+        for step in newest:
+            best = json.loads((self.path(step) / "state.json").read_text()).get("best")
+            if best:
+                needed.add(best["step"])
+        for step in set(steps) - needed:
+            shutil.rmtree(self.path(step))
+
+    def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """State and variables of a checkpoint.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        folder = self.path(step)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            contents = {name: (folder / name).read_bytes() for name in manifest}
+            for name, expected in manifest.items():
+                if _checksum(contents[name]) != expected["crc32c"]:
+                    raise DataError(f"checkpoint {folder}: {name} does not match its checksum")
+            with np.load(io.BytesIO(contents["variables.npz"]), allow_pickle=False) as arrays:
+                return json.loads(contents["state.json"]), {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """The newest checkpoint that can be read; damaged ones are set aside with a message."""
+        shutil.rmtree(self.folder / ".set-aside", ignore_errors=True)
+        for step in reversed(self.steps()):
+            try:
+                return self.read(step)
+            except DataError as error:
+                aside = self.folder / f"damaged-{self.path(step).name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(step).rename(aside)
+                self.note(f"{error}; set aside as {aside.name}, going back to the one before")
+        return None

@@ -1,0 +1,73 @@
+"""Keras optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer.config import Optimizer, Schedule
+
+schedules = keras.optimizers.schedules
+
+
+class WarmUp(schedules.LearningRateSchedule):
+    """A linear climb over `steps` steps, then `after` counted from its own step 0.
+
+    Step s < steps has the rate peak * (s + 1) / (steps + 1): the first step already learns.
+    """
+
+    def __init__(self, peak: float, steps: int, after: schedules.LearningRateSchedule) -> None:
+        super().__init__()
+        self.peak, self.steps, self.after = peak, steps, after
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        step = tf.cast(step, tf.float32)
+        climb = self.peak * (step + 1) / (self.steps + 1)
+        return tf.where(step < self.steps, climb, self.after(tf.maximum(step - self.steps, 0)))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"peak": self.peak, "steps": self.steps, "after": schedules.serialize(self.after)}
+
+
+def build_schedule(
+    schedule: Schedule, rate: float, *, total_steps: int, steps_per_epoch: int, batch_size: int
+) -> schedules.LearningRateSchedule:
+    """The learning rate as a function of the phase's step, 0 <= step < total_steps.
+
+    constant; cosine: Loshchilov & Hutter 2017, from `rate` to `final * rate` over what follows the warm-up;
+    exponential: rate * decay ** (step / every), continuous; time: rate / (1 + decay * step); step: times `decay` at
+    each of `at`.
+    """
+
+    def steps(duration: Any) -> int:
+        return duration.steps(steps_per_epoch, batch_size)
+
+    warmup = min(steps(schedule.warmup), total_steps)
+    match schedule.name:
+        case "cosine":
+            body = schedules.CosineDecay(rate, max(total_steps - warmup, 1), alpha=schedule.final)
+        case "exponential":
+            body = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
+        case "time":
+            body = schedules.InverseTimeDecay(rate, 1, schedule.decay)
+        case "step":
+            factors = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
+            # Keras takes the first value for step <= boundary; "at step 10" means that step 10 has the new rate.
+            body = schedules.PiecewiseConstantDecay([steps(at) - 1 for at in schedule.at], factors)
+        case _:
+            body = schedules.PiecewiseConstantDecay([0], [rate, rate])
+    return WarmUp(rate, warmup, body) if warmup else body
+
+
+def build_optimizer(optimizer: Optimizer, rate: schedules.LearningRateSchedule) -> keras.optimizers.Optimizer:
+    """A fresh Keras optimizer; options left null keep Keras' defaults."""
+    kinds = {
+        "adam": keras.optimizers.Adam,
+        "adamw": keras.optimizers.AdamW,
+        "adamax": keras.optimizers.Adamax,
+        "sgd": keras.optimizers.SGD,
+        "rmsprop": keras.optimizers.RMSprop,
+    }
+    return kinds[optimizer.name](learning_rate=rate, **optimizer.options)

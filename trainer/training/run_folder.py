@@ -1,0 +1,144 @@
+"""The folder that names a run: new, to be continued, or finished."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+import trainer
+from trainer.config import RunConfig, differences, load
+from trainer.errors import ConfigError, DataError
+from trainer.storage.files import write_json, write_whole
+
+
+@dataclass
+class RunFolder:
+    """An output folder held by this process."""
+
+    path: Path
+    resuming: bool  # a run was here before
+    finished: bool  # it has its DONE, and nothing is left to do
+    lock: TextIO
+
+    def note_start(self, facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+        """Write run.json: what first started the run stays, every attempt is added.
+
+        Raises:
+            DataError: the data is not what the run began with.
+        """
+        file = self.path / "run.json"
+        run: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        before = run.get("data_fingerprint", fingerprint)
+        if before != fingerprint:
+            raise DataError(
+                f"{self.path} was trained on other data (fingerprint {before}, now {fingerprint}); "
+                "give another output_dir, or the data it began with"
+            )
+        run = {**facts, **{k: v for k, v in run.items() if k != "attempts"}, "data_fingerprint": fingerprint,
+               "attempts": [*run.get("attempts", []), attempt()]}  # fmt: skip
+        write_json(file, run)
+        return run
+
+
+def attempt() -> dict[str, Any]:
+    """This process: when, where and with which versions."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("tensorflow", "keras", "numpy")}
+        | {"kubetune": trainer.__version__},
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(trainer.__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _fresh_folder(name: str | None) -> Path:
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{name}" if name else "")
+    for i in range(1, 1000):
+        folder = Path("outputs") / (stamp if i == 1 else f"{stamp}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot create {folder}: {error.strerror}; give output_dir=FOLDER") from None
+    raise ConfigError("outputs/ holds a thousand runs of this second; give output_dir=FOLDER")
+
+
+def _hold(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115  held until the process ends
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ConfigError(
+            f"output_dir={folder}: another process ({lock.read().strip() or 'unknown'}) is training into it; "
+            "give another output_dir or wait until it ends"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Take the folder that `config.output_dir` names, or a new one under outputs/.
+
+    Raises:
+        ConfigError: it belongs to another run, to another process, to no run at all, or `resume` forbids it.
+    """
+    path = Path(config.output_dir).expanduser() if config.output_dir else _fresh_folder(config.experiment_name)
+    lock = _hold(path)
+    record = path / "config.yaml"
+    others = [p.name for p in path.iterdir() if p.name not in (".lock", "config.yaml")]
+    if not record.exists():
+        if config.resume == "must":
+            raise ConfigError(f"resume=must, but output_dir={path} holds no run")
+        if others:
+            raise ConfigError(
+                f"output_dir={path} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
+            )
+        write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return RunFolder(path, resuming=False, finished=False, lock=lock)
+    if config.resume == "never":
+        raise ConfigError(f"resume=never, but output_dir={path} holds a run; give another output_dir or resume=auto")
+    before = load(yaml.safe_load(record.read_text()))
+    changed = differences(before, config)
+    if changed:
+        raise ConfigError(
+            f"output_dir={path} holds a run with another configuration; give another output_dir, or the same values:\n"
+            + "\n".join(f"  {line}" for line in changed)
+        )
+    done = path / "DONE"
+    finished = done.exists() and before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
+    if done.exists() and not finished:
+        done.unlink()
+    write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return RunFolder(path, resuming=True, finished=finished, lock=lock)

@@ -1,0 +1,38 @@
+"""Where a run stands: everything but the variables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Saved with every checkpoint as JSON; floats survive it exactly."""
+
+    phase: int = 0  # index of the phase in progress
+    epoch: int = 0  # finished epochs of the run, phases included; seeds order and augmentation
+    step: int = 0  # optimizer steps of the run
+    phase_step: int = 0  # of this phase
+    epoch_step: int = 0  # of this epoch
+    phase_over: bool = False  # its last epoch is done; the next phase has not begun
+    best: dict[str, Any] | None = None  # this phase: {"step", "epoch", "value"}
+    bad_epochs: int = 0  # since the best
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # this epoch: loss, correct, examples
+    interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same since the last log line
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry a finished phase
+    totals: dict[str, float] = field(default_factory=dict)  # seconds and images since the first start
+
+    def add(self, name: str, amount: float) -> None:
+        """Count towards a total of the run."""
+        self.totals[name] = self.totals.get(name, 0.0) + amount
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """The reverse of `to_json`."""
+        return cls(**values)

@@ -1,0 +1,277 @@
+"""The compiled training step and the evaluation pass.
+
+All replicas compute the gradient of the same global mean: loss = sum(per_example * weight) / sum(weight over the
+whole batch), so that padding (weight 0) and uneven replicas change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.contracts import Batch
+from trainer.training import variables as by_name
+
+FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
+
+
+class Network(Protocol):
+    """What a step needs of a classifier (`trainer/models/classifier.py`)."""
+
+    def logits(self, images: tf.Tensor, **how: Any) -> tf.Tensor:
+        """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
+
+    def l2_loss(self) -> tf.Tensor:
+        """Scalar penalty on the head."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What shapes a step beside the network and the optimizer."""
+
+    class_count: int
+    seed: int
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None  # one a class
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    batch_norm_training: bool = False
+    loss_scaling: bool = False  # float16
+    xla: bool = False
+
+
+@dataclass
+class Averages:
+    """Exponential moving averages of the trained weights, and how far the warm-up of their decay is."""
+
+    shadows: dict[str, tf.Variable]
+    weights: dict[str, keras.Variable]  # what they follow, by the same names
+
+    def swap(self) -> None:
+        """Exchange averaged and raw weights; a second call exchanges them back."""
+        averaged, raw = by_name.read(self.shadows), by_name.read(self.weights)
+        by_name.write(self.weights, averaged, "the averages")
+        by_name.write(self.shadows, raw, "the weights")
+
+
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
+    """Softmax cross-entropy of each example, float32 [b]; smoothing as in Szegedy et al. 2016 (and Keras)."""
+    classes = logits.shape[-1]
+    targets = tf.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
+    return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+
+def _all_reduce(values: Any, replicas: int) -> Any:
+    if replicas == 1:
+        return values
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+class TrainingStep:
+    """Several optimizer steps in one device call, over any single-host strategy.
+
+    Attributes:
+        loss_scale: float32 variables [scale, good steps in a row], saved with the run; None but for float16.
+        averages: the EMA weights; None without EMA.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        network: Network,
+        trained: dict[str, keras.Variable],
+        optimizer: keras.optimizers.Optimizer,
+        settings: StepSettings,
+    ) -> None:
+        self.strategy, self.network, self.optimizer = strategy, network, optimizer
+        self.variables = list(trained.values())
+        self.settings = settings
+        self.replicas = strategy.num_replicas_in_sync
+        with strategy.scope():
+            optimizer.build(self.variables)
+            self.loss_scale = (
+                [tf.Variable(FIRST_LOSS_SCALE, trainable=False), tf.Variable(0.0, trainable=False)]
+                if settings.loss_scaling
+                else None
+            )
+            self.averages = (
+                Averages({n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}, trained)
+                if settings.ema
+                else None
+            )
+        self._block = tf.function(self._run_block)
+
+    def checkpointed(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the network's own variables, by name."""
+        shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
+        scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
+        return by_name.of_optimizer(self.optimizer) | shadows | scale
+
+    def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float]:
+        """Take `steps` steps from the iterator `batches`.
+
+        Args:
+            run_step: the run's step before the first of them; seeds dropout.
+            phase_step: the phase's step before the first of them; warms up the EMA.
+
+        Returns:
+            float32 [steps, 3]: sum of losses, correct examples, examples of each step; and the seconds that the
+            device waited for data.
+        """
+        per_step, waited = self._block(
+            batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
+        )
+        return per_step.numpy(), float(waited)
+
+    def _run_block(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
+        rows = tf.TensorArray(tf.float32, steps, element_shape=[3])
+        waited = tf.zeros([], tf.float64)
+        last = tf.zeros([3])
+        for i in tf.range(steps):
+            with tf.control_dependencies([last]):
+                asked = tf.timestamp()
+            with tf.control_dependencies([asked]):
+                batch = next(batches)
+            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+                waited += tf.timestamp() - asked
+            last = self._one_step(batch, run_step + tf.cast(i, tf.int64), phase_step + tf.cast(i, tf.int64))
+            rows = rows.write(i, last)
+        return rows.stack(), waited
+
+    def _one_step(self, batch: Batch, run_step: tf.Tensor, phase_step: tf.Tensor) -> tf.Tensor:
+        gradients, sums, finite = self.strategy.run(self._gradients, args=(batch, run_step))
+        if self.loss_scale is None:
+            self.strategy.run(self._apply, args=(gradients,))
+        else:
+            ok = finite if self.replicas == 1 else self.strategy.experimental_local_results(finite)[0]
+            if ok:
+                self.strategy.run(self._apply, args=(gradients,))
+            self._adjust_loss_scale(ok)
+        if self.averages:
+            self._average(phase_step)
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+    def _gradients(self, batch: Batch, run_step: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """In a replica: gradients ready for `_apply`, [loss, correct, examples] of this replica, all finite?"""
+        settings = self.settings
+        examples = _all_reduce(tf.reduce_sum(batch["weight"]), self.replicas)
+        if settings.accumulate == 1:
+            gradients, sums = self._piece(batch, run_step, examples)
+        else:
+            gradients, sums = self._pieces(batch, run_step, examples)
+        finite = tf.constant(True)
+        if settings.clip_norm or self.loss_scale:
+            # Clipping needs the gradient of the whole batch: reduce first, then undo the sum that `apply` makes.
+            gradients = _all_reduce(gradients, self.replicas)
+            if self.loss_scale:
+                gradients = [g / self.loss_scale[0] for g in gradients]
+                finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+            if settings.clip_norm:
+                gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm)
+            gradients = [g / self.replicas for g in gradients]
+        return gradients, sums, finite
+
+    def _piece(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Gradients of this part's share of the global mean loss, and its sums."""
+        settings = self.settings
+        with tf.GradientTape() as tape:
+            logits = self.network.logits(
+                batch["image"],
+                training=True,
+                batch_norm_training=settings.batch_norm_training,
+                seed=settings.seed,
+                step=run_step,
+                position=batch["position"],
+            )
+            losses = cross_entropy(batch["label"], logits, settings.label_smoothing)
+            weights = batch["weight"]
+            if settings.class_weights:
+                weights = weights * tf.gather(tf.constant(settings.class_weights), batch["label"])
+            penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
+            loss = tf.reduce_sum(losses * weights) / examples + penalty
+            scaled = loss * self.loss_scale[0] if self.loss_scale else loss
+        raw = [v.value for v in self.variables]
+        gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        right = tf.cast(tf.argmax(logits, -1, tf.int32) == batch["label"], tf.float32)
+        sums = tf.stack(
+            [tf.reduce_sum(losses * weights), tf.reduce_sum(right * batch["weight"]), tf.reduce_sum(batch["weight"])]
+        )
+        return gradients, sums
+
+    def _pieces(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The same in `accumulate` pieces, one after the other, so that only one piece's activations are held."""
+        count = self.settings.accumulate
+        pieces = {k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in batch.items()}
+        gradients = [tf.zeros(v.shape) for v in self.variables]
+        sums = tf.zeros([3])
+        for i in tf.range(count):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            more, parts = self._piece({k: v[i] for k, v in pieces.items()}, run_step, examples)
+            gradients = [a + b for a, b in zip(gradients, more, strict=True)]
+            sums += parts
+        return gradients, sums
+
+    def _apply(self, gradients: list[tf.Tensor]) -> None:
+        self.optimizer.apply(gradients, self.variables)
+
+    def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
+        """Halve on overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
+        scale, good = self.loss_scale
+        good_now = tf.where(finite, good + 1.0, 0.0)
+        grown = good_now >= LOSS_SCALE_GROWTH_STEPS
+        scale.assign(tf.where(finite, tf.where(grown, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
+        good.assign(tf.where(grown, 0.0, good_now))
+
+    def _average(self, phase_step: tf.Tensor) -> None:
+        """shadow += (1 - decay) * (weight - shadow), decay rising as (1 + t) / (10 + t) at first."""
+        t = tf.cast(phase_step, tf.float32)
+        rest = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))
+        for name, shadow in self.averages.shadows.items():
+            weight = self.averages.weights[name]
+            self.strategy.extended.update(shadow, lambda s, w: s.assign_add(rest * (w - s)), args=(weight.value,))
+
+
+class EvaluationPass:
+    """Scores every example of a finite stream of batches exactly once."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
+        self.strategy, self.network = strategy, network
+        self._predict = tf.function(self._run)
+
+    def _run(self, batch: Batch) -> tuple[Any, Any]:
+        return self.strategy.run(self._replica, args=(batch,))
+
+    def _replica(self, batch: Batch) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
+
+    def probabilities(
+        self, batches: Any, after_batch: Callable[[], None] = lambda: None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Float32 [n, classes], int32 labels [n] and int64 indices [n], ordered by index; padding left out."""
+        parts: list[tuple[np.ndarray, ...]] = []
+        for batch in batches:
+            outcome, seen = self._predict(batch)
+            local = self.strategy.experimental_local_results
+            keys = ("label", "index", "weight")
+            for p, *rest in zip(local(outcome), *(local(seen[k]) for k in keys), strict=True):
+                label, index, weight = (r.numpy() for r in rest)
+                real = weight > 0
+                parts.append((p.numpy()[real], label[real], index[real]))
+            after_batch()
+        probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        by_index = np.argsort(indices, kind="stable")
+        return probabilities[by_index], labels[by_index], indices[by_index]
+
+
+def mean_loss_and_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean cross-entropy (probabilities floored at 1e-7, as in Keras) and accuracy, in float64."""
+    of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    loss = float(-np.log(np.maximum(of_truth, 1e-7)).mean())
+    return loss, float((probabilities.argmax(-1) == labels).mean())

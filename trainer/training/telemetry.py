@@ -1,0 +1,176 @@
+"""What a run says while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from tensorboard.compat.proto.event_pb2 import Event
+
+from trainer.storage.files import write_whole
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def cut_back(metrics: Path, logs: Path, step: int) -> None:
+    """Forget what was written after `step`: the run goes on from there and will write it again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+        write_whole(metrics, "".join(line + "\n" for line in lines))
+    for file in logs.glob("*/events.out.tfevents.*"):
+        kept = []
+        try:
+            for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+                if Event.FromString(record).step <= step:
+                    kept.append(record)
+        except tf.errors.DataLossError:  # the kill came in the middle of a record
+            pass
+        with tf.io.TFRecordWriter(str(file) + ".cut") as writer:
+            for record in kept:
+                writer.write(record)
+        Path(str(file) + ".cut").replace(file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # half a line at the end of a killed run
+        return float("inf")
+
+
+class Telemetry:
+    """Writes the story of the run; nothing here feeds back into training.
+
+    Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"); what depends on the
+    machine and the moment is under "timing", everything else is the same for the same run.
+    """
+
+    def __init__(self, folder: Path, style: str, total_steps: int, batch_size: int) -> None:
+        self.folder, self.total_steps, self.batch_size = folder, total_steps, batch_size
+        self.bar: Progress | None = None
+        self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._since = time.monotonic()
+        self._waited = 0.0
+        if style == "bar" or (style == "auto" and sys.stdout.isatty()):
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
+                console=Console(highlight=False),
+            )
+            self._task = self.bar.add_task("", total=total_steps, line="")
+            self.bar.start()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.bar:
+            self.bar.console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which the device had no data."""
+        self._waited += seconds
+
+    def restart_clock(self) -> None:
+        """What happened since the last interval (an evaluation, a checkpoint) is not training time."""
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def interval(self, entry: dict[str, Any], examples: float) -> None:
+        """One logging interval: phase, epoch, step, loss, accuracy, learning_rate; and the examples it took."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate, wait = examples / seconds, min(self._waited / seconds, 1.0)
+        left = (self.total_steps - entry["step"]) * self.batch_size / rate
+        self.restart_clock()
+        timing = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "time": time.time()}
+        self._write({"kind": "train", **entry, "timing": timing})
+        self._scalars(
+            entry["phase"],
+            entry["step"],
+            {
+                "train/loss": entry["loss"],
+                "train/accuracy": entry["accuracy"],
+                "train/learning_rate": entry["learning_rate"],
+                "speed/images_per_second": rate,
+                "speed/data_wait": wait,
+            },
+        )
+        line = (
+            f"loss {entry['loss']:.4f}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"{rate:,.0f} images/s  waiting {wait:.0%}  left {clock(left)}"
+        )
+        if self.bar:
+            self.bar.update(
+                self._task, completed=entry["step"], description=f"{entry['phase']} epoch {entry['epoch']}", line=line
+            )
+        else:
+            share = entry["step"] / self.total_steps
+            self.say(
+                f"{entry['phase']}  epoch {entry['epoch']}  step {entry['step']}/{self.total_steps} ({share:.0%})  {line}"
+            )
+
+    def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
+        """One finished epoch with its validation scores."""
+        self._write({"kind": "epoch", **entry, "timing": timing})
+        self._scalars(
+            entry["phase"],
+            entry["step"],
+            {"validation/loss": entry["val_loss"], "validation/accuracy": entry["val_accuracy"]},
+        )
+        self.flush()
+        self.say(
+            f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4f}  "
+            f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4f}  "
+            f"val_accuracy {entry['val_accuracy']:.4f}{'  (best)' if best else ''}"
+        )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+        if phase not in self._writers:
+            self._writers[phase] = tf.summary.create_file_writer(str(self.folder / "logs" / phase))
+        with self._writers[phase].as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Stop the bar and close the files."""
+        if self.bar:
+            self.bar.stop()
+        for writer in self._writers.values():
+            writer.close()
+
+
+def profile_window(steps: tuple[int, int] | None, logs: Path) -> Callable[[int], None]:
+    """A function to be called with the run's step between calls to the device; starts and stops a TensorFlow profile."""
+    running = False
+
+    def at(step: int) -> None:
+        nonlocal running
+        if steps and not running and steps[0] <= step < steps[1]:
+            tf.profiler.experimental.start(str(logs / "profile"))
+            running = True
+        elif running and steps and step >= steps[1]:
+            tf.profiler.experimental.stop()
+            running = False
+
+    return at
