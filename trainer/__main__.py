@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from trainer.command_line import Sweep, compose, exit_code_of
-from trainer.config import load
+from trainer.command_line import Sweep, compose, exit_code_of, quiet_start
+from trainer.config import load, without_regularisation
+from trainer.training.run_folder import open_run_folder
 
 
 def _train(arguments: list[str]) -> None:
@@ -14,10 +14,15 @@ def _train(arguments: list[str]) -> None:
     if composed is None:  # --help, --cfg or a finished sweep
         return
     config = load(composed)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # what remains is worth reading
-    from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
+    config = without_regularisation(config) if config.debug.overfit else config
+    home = open_run_folder(config)
+    if home.finished:
+        print(f"{home.path} is finished already (it holds DONE); its report is {home.path}/report/index.html")
+        return
+    with quiet_start():
+        from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
 
-    train.run(config)
+    train.run(config, home)
 
 
 def main() -> None:

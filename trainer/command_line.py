@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,31 @@ def _one_sentence(error: Exception) -> str:
         groups = [p.name for p in conf_folder().iterdir() if p.is_dir()]
         return f"{strange[1]}: there is no such key.{nearest(strange[1], [*groups, *RunConfig.model_fields])}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
+
+
+# What TensorFlow says on every machine without a GPU, before its log level counts.
+_CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
+
+
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Around the import of TensorFlow: its greetings are left out, every other line still reaches stderr."""
+    has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without one, CUDA's errors mean nothing
+    with tempfile.TemporaryFile() as heard:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            heard.seek(0)
+            for line in heard.read().decode(errors="replace").splitlines():
+                if not _CHATTER.search(line):
+                    print(line, file=sys.stderr)
 
 
 def exit_code_of(action: Callable[[list[str]], None], arguments: list[str]) -> int:

@@ -247,7 +247,7 @@ class Runtime(Section):
 class Export(Section):
     """What is made of the trained model at the end."""
 
-    formats: tuple[Literal["saved_model"], ...] = ("saved_model",)
+    formats: tuple[Literal["saved_model", "tflite"], ...] = ("saved_model", "tflite")
 
 
 class Debug(Section):
@@ -287,6 +287,17 @@ def load(tree: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, RunConfig, tree)) from None
+
+
+def without_regularisation(config: RunConfig) -> RunConfig:
+    """For debug=overfit: nothing may stand between the model and one batch."""
+    return config.model_copy(
+        update={
+            "augmentation": Augmentation(),
+            "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
+            "training": config.training.model_copy(update={"label_smoothing": 0.0, "ema": None, "keep": "last"}),
+        }
+    )
 
 
 # What may differ between the two halves of one run: nothing here reaches the weights.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
 from trainer.run import Run, again, predict, say
 from trainer.storage.files import write_json
+from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 
 PARITY_EXAMPLES = 512  # of the scored split are sent through the exported model
@@ -57,7 +57,7 @@ def finish(job: Run) -> None:
             "data": describe_data(job.dataset) | {"undecodable": undecodable(job)},
             "export": exports,
             "config": job.config.model_dump(mode="json"),
-            "versions": {name: version(name) for name in ("kubetune", "tensorflow", "keras", "numpy")},
+            "versions": versions(),
             "timing": {name: round(total, 3) for name, total in sorted(job.state.totals.items())},
         },
         images=lambda wanted: pictures(job, split, indices[list(wanted)]),

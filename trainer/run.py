@@ -13,7 +13,7 @@ from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.contracts import Dataset
 from trainer.data.pipeline import evaluation_batches
-from trainer.data.pixels import Pixels, memory_budget_default, open_pixels
+from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.models.classifier import Classifier
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
@@ -85,7 +85,8 @@ def predict(job: Run, split: str, share: float = 1.0) -> tuple[np.ndarray, np.nd
             threads=job.config.runtime.data_threads,
         )
     )
-    return job.evaluator.probabilities(batches)
+    with data_errors(job.pixels(split)):
+        return job.evaluator.probabilities(batches)
 
 
 def again(job: Run) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.strategy import build_strategy
-from trainer.config import Augmentation, RunConfig
+from trainer.config import RunConfig
 from trainer.contracts import Dataset
 from trainer.data.sources import open_dataset
 from trainer.errors import DataError
@@ -35,8 +35,6 @@ def open_run(config: RunConfig, home: RunFolder) -> Run:
         raise DataError("there is nothing to validate on: set data.validation_fraction or data.validation_split")
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     say(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
-    for text in dataset.notes:
-        say(f"  note: {text}")
 
     with strategy.scope():
         classifier = build_classifier(config.model, len(dataset.class_names), config.seed)
@@ -57,17 +55,6 @@ def open_run(config: RunConfig, home: RunFolder) -> Run:
         stop=stop,
         state=RunState(),
         steps_per_epoch=steps_per_epoch,
-    )
-
-
-def without_regularisation(config: RunConfig) -> RunConfig:
-    """For debug=overfit: nothing may stand between the model and one batch."""
-    return config.model_copy(
-        update={
-            "augmentation": Augmentation(),
-            "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
-            "training": config.training.model_copy(update={"label_smoothing": 0.0, "ema": None, "keep": "last"}),
-        }
     )
 
 

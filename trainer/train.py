@@ -10,30 +10,26 @@ import tensorflow as tf
 
 from trainer.config import Phase, RunConfig
 from trainer.data.pipeline import training_batches
+from trainer.data.pixels import data_errors
 from trainer.errors import DataError, Diverged, Interrupted
 from trainer.finish import finish
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.run import Run, again, predict, say, steps_of
-from trainer.start import open_run, resume, without_regularisation
+from trainer.start import open_run, resume
 from trainer.training import variables
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.training.run_folder import open_run_folder
+from trainer.training.run_folder import RunFolder
 from trainer.training.step import StepSettings, TrainingStep, mean_loss_and_accuracy
 from trainer.training.stopping import exhausted, judge
 from trainer.training.telemetry import profile_window
 
 
-def run(config: RunConfig) -> None:
-    """Train, evaluate, report and export, or go on where this `output_dir` was left.
+def run(config: RunConfig, home: RunFolder) -> None:
+    """Train, evaluate, report and export, or go on where `home` was left.
 
     Raises:
         TrainerError: with a message for the user and the exit code of the process.
     """
-    config = without_regularisation(config) if config.debug.overfit else config
-    home = open_run_folder(config)
-    if home.finished:
-        say(f"{home.path} is finished already (it holds DONE); its report is {home.path}/report/index.html")
-        return
     started = time.monotonic()
     job = open_run(config, home)
     try:
@@ -76,7 +72,8 @@ def train_phase(job: Run, name: str) -> None:
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
     state.phase_over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
     while not state.phase_over:
-        train_epoch(job, name, step, rate, batches, total, everything)
+        with data_errors(job.pixels("train")):
+            train_epoch(job, name, step, rate, batches, total, everything)
         entry, best = validate(job, name, step, everything, float(rate(state.phase_step)))
         state.history.append(entry)
         state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]

@@ -70,4 +70,5 @@ def build_optimizer(optimizer: Optimizer, rate: schedules.LearningRateSchedule) 
         "sgd": keras.optimizers.SGD,
         "rmsprop": keras.optimizers.RMSprop,
     }
-    return kinds[optimizer.name](learning_rate=rate, **optimizer.options)
+    # A fixed name: Keras would number a second optimizer of the process, and a resumed run has but one.
+    return kinds[optimizer.name](learning_rate=rate, name="optimizer", **optimizer.options)

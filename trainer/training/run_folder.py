@@ -64,6 +64,11 @@ def attempt() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what decides the bits of a run."""
+    return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
+
+
 def _git_commit() -> str | None:
     here = Path(trainer.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]

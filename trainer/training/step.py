@@ -6,6 +6,7 @@ whole batch), so that padding (weight 0) and uneven replicas change nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +66,13 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
     classes = logits.shape[-1]
     targets = tf.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
     return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+
+def _now() -> tf.Tensor:
+    """Seconds, float64, at the time the graph gets here; tf.timestamp is refused where ops must be deterministic."""
+    now = tf.numpy_function(lambda: np.float64(time.perf_counter()), [], tf.float64)
+    now.set_shape([])
+    return now
 
 
 def _all_reduce(values: Any, replicas: int) -> Any:
@@ -136,11 +144,11 @@ class TrainingStep:
         last = tf.zeros([3])
         for i in tf.range(steps):
             with tf.control_dependencies([last]):
-                asked = tf.timestamp()
+                asked = _now()
             with tf.control_dependencies([asked]):
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                waited += tf.timestamp() - asked
+                waited += _now() - asked
             last = self._one_step(batch, run_step + tf.cast(i, tf.int64), phase_step + tf.cast(i, tf.int64))
             rows = rows.write(i, last)
         return rows.stack(), waited

@@ -1,0 +1,88 @@
+"""Write docs/configuration.md from the validated tree itself: `python scripts/configuration_page.py`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from trainer import config
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+INTRODUCTION = """# Configuration
+
+Made by `python scripts/configuration_page.py` from `trainer/config.py`; a test fails when it is stale.
+
+Hydra composes the files under `conf/`, the command line has the last word, and the result is checked before TensorFlow is
+imported: every fault is listed at once, an unknown key with the nearest known one. An experiment chooses its data, model and
+augmentation by their groups, so that `data=image_folder` after `experiment=...` replaces the data as a whole. With neither an
+experiment nor data chosen, the run is the quickstart.
+
+Durations are written "500 steps", "2 epochs" or "10000 examples"; a phase takes exactly one of `epochs`, `steps`, `examples`.
+"""
+
+
+def _kind(annotation: Any) -> str:
+    """A type in words."""
+    if annotation is config.Duration or "Duration" in str(annotation):
+        return "list of durations" if "tuple" in str(annotation) else "duration"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " ".join(f"`{a}`" for a in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_kind(a) for a in arguments if a is not type(None))
+    if origin is tuple:
+        return "list of " + _kind(arguments[0])
+    if origin is dict:
+        return "mapping of " + _kind(arguments[1])
+    return {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}.get(annotation.__name__, annotation.__name__)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return ", ".join(f"{signs[k]} {v}" for m in metadata for k, v in vars_of(m).items() if k in signs)
+
+
+def vars_of(constraint: Any) -> dict[str, Any]:
+    """The attributes of an annotated_types constraint."""
+    return {k: getattr(constraint, k) for k in ("ge", "gt", "le", "lt") if hasattr(constraint, k)}
+
+
+def _comments(section: type[BaseModel]) -> dict[str, str]:
+    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(section), re.M)
+    return {name: text for name, text in found}
+
+
+def _rows(section: type[BaseModel], prefix: str) -> list[str]:
+    comments, rows, later = _comments(section), [], []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        inner = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not config.Duration:
+            branch = f"{prefix}{name}." + ("NAME." if inner is not annotation else "")
+            later += ["", f"## {branch}*", "", inspect.getdoc(inner) or "", "", *_rows(inner, branch)]
+            continue
+        default = "must be given" if field.default is PydanticUndefined else field.default
+        if isinstance(default, config.Duration):
+            default = f"{default.count:g} {default.unit}"
+        shown = {None: "null", True: "true", False: "false"}.get(default, default) if not isinstance(default, float | int) or isinstance(default, bool) else f"{default:g}"
+        shown = ", ".join(shown) if isinstance(shown, tuple) else shown
+        bounds = _bounds(field.metadata)
+        rows.append(f"| `{prefix}{name}` | {_kind(annotation)}{f' ({bounds})' if bounds else ''} | {shown} | {comments.get(name, '').replace('|', 'or')} |")
+    head = ["| key | takes | default | |", "| --- | --- | --- | --- |"] if rows else []
+    return [*head, *rows, *later]
+
+
+def page() -> str:
+    """The whole page."""
+    return INTRODUCTION + "\n" + "\n".join(_rows(config.RunConfig, "")) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,28 @@
+"""What every test gets: quiet TensorFlow, a cache of its own, and no GPU test where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    """Keep what the code caches between runs (`runtime.cache_dir`) out of the user's home, and fresh."""
+    with tempfile.TemporaryDirectory(prefix="kubetune-tests-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBETUNE_CACHE", str(Path(folder) / "cache"))
+        yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import tensorflow as tf
+
+        if not tf.config.list_physical_devices("GPU"):
+            pytest.skip("needs a GPU")

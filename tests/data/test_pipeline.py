@@ -1,0 +1,155 @@
+"""Batches: exact positions, the same bits from every cache and after every resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
+from trainer.config import Augmentation
+from trainer.contracts import Split
+from trainer.data.order import epoch_order
+from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.pixels import Pixels
+from trainer.errors import ConfigError
+
+BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
+EVERYTHING = Augmentation(flip_horizontal=True, rotation=20, shift=0.1, zoom=0.2, shear=5, contrast=0.2, brightness=0.1)
+
+
+def take(pixels: Pixels, count: int, epoch: int = 0, step: int = 0, **changes: object) -> list[dict[str, np.ndarray]]:
+    options = {"batch_size": BATCH, "replicas": 1, "seed": 5, "window": 12, "augmentation": Augmentation()}
+    batches = training_batches(pixels, first_epoch=epoch, first_step=step, **{**options, **changes})  # type: ignore
+    return list(batches.take(count).as_numpy_iterator())
+
+
+def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module", params=["files", "shards"])
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    folder = tmp_path_factory.mktemp(request.param)
+    return file_split(folder) if request.param == "files" else shard_split(folder)
+
+
+@pytest.fixture(params=["memory", "disk", "none"])
+def pixels(request: pytest.FixtureRequest, split: Split, tmp_path: Path) -> Pixels:
+    return opened(split, request.param, tmp_path)
+
+
+def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
+    for augmentation, kind in ((Augmentation(), tf.uint8), (EVERYTHING, tf.float32)):
+        batches = training_batches(
+            pixels,
+            batch_size=BATCH,
+            replicas=2,
+            seed=5,
+            window=12,
+            augmentation=augmentation,
+            first_epoch=0,
+            first_step=0,
+        )
+        assert batches.element_spec == {
+            "image": tf.TensorSpec([4, SIDE, SIDE, 3], kind),
+            "label": tf.TensorSpec([4], tf.int32),
+            "weight": tf.TensorSpec([4], tf.float32),
+            "index": tf.TensorSpec([4], tf.int64),
+            "position": tf.TensorSpec([4], tf.int64),
+        }
+
+
+def test_an_epoch_is_every_example_once_in_its_order(pixels: Pixels, split: Split) -> None:
+    batches = take(pixels, 3 * STEPS)
+    for epoch in range(3):
+        mine = batches[epoch * STEPS : (epoch + 1) * STEPS]
+        index, weight = (np.concatenate([b[name] for b in mine]) for name in ("index", "weight"))
+        np.testing.assert_array_equal(weight, [1.0] * COUNT + [0.0] * 3)
+        np.testing.assert_array_equal(index[:COUNT], epoch_order(split, 5, epoch, 12))
+        np.testing.assert_array_equal(np.concatenate([b["label"] for b in mine])[:COUNT], labels()[index[:COUNT]])
+        np.testing.assert_array_equal(np.concatenate([b["image"] for b in mine])[:COUNT], pixels.rows(index[:COUNT]))
+        for batch in mine:
+            np.testing.assert_array_equal(batch["position"], np.arange(BATCH))
+
+
+def test_resumed_anywhere_the_bits_are_the_same(pixels: Pixels) -> None:
+    whole = take(pixels, 3 * STEPS, augmentation=EVERYTHING)
+    for epoch, step in [(0, 1), (0, 4), (1, 0), (1, 3), (2, 2)]:
+        done = epoch * STEPS + step
+        assert_same(take(pixels, 3 * STEPS - done, epoch, step, augmentation=EVERYTHING), whole[done:])
+    assert_same(take(pixels, 2, 0, STEPS, augmentation=EVERYTHING), whole[STEPS : STEPS + 2])
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), EVERYTHING])
+def test_every_cache_gives_the_same_bits(split: Split, augmentation: Augmentation, tmp_path: Path) -> None:
+    live, memory, disk = (opened(split, cache, tmp_path) for cache in ("none", "memory", "disk"))
+    expected = take(live, 2 * STEPS, augmentation=augmentation)
+    assert_same(take(memory, 2 * STEPS, augmentation=augmentation), expected)
+    assert_same(take(disk, 2 * STEPS, augmentation=augmentation), expected)
+    assert_same(take(live, 2 * STEPS, augmentation=augmentation, threads=1), expected)
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_replicas_share_the_same_global_batch(pixels: Pixels, replicas: int) -> None:
+    whole = take(pixels, 2 * STEPS, augmentation=EVERYTHING)
+    shares = take(pixels, 2 * STEPS * replicas, augmentation=EVERYTHING, replicas=replicas)
+    joined = [
+        {name: np.concatenate([share[name] for share in shares[i : i + replicas]]) for name in shares[0]}
+        for i in range(0, len(shares), replicas)
+    ]
+    assert_same(joined, whole)
+
+
+def test_another_seed_or_no_shuffle_is_another_order(pixels: Pixels) -> None:
+    first = np.concatenate([b["index"] for b in take(pixels, STEPS)])
+    assert not np.array_equal(first, np.concatenate([b["index"] for b in take(pixels, STEPS, seed=6)]))
+    in_order = np.concatenate([b["index"] for b in take(pixels, STEPS, shuffle=False)])
+    np.testing.assert_array_equal(in_order[:COUNT], np.arange(COUNT))
+
+
+def test_a_batch_larger_than_the_split_is_padded(pixels: Pixels) -> None:
+    for batch in take(pixels, 2, batch_size=50):
+        assert batch["weight"].sum() == COUNT
+        assert sorted(batch["index"][:COUNT]) == list(range(COUNT))
+
+
+def test_an_uneven_share_is_refused(pixels: Pixels) -> None:
+    with pytest.raises(ConfigError) as caught:
+        take(pixels, 1, replicas=3)
+    assert str(caught.value) == ("training.batch_size: 8 cannot be shared evenly by 3 replicas; take 6 or 9")
+
+
+def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
+    batches = list(evaluation_batches(pixels, batch_size=BATCH, replicas=2).as_numpy_iterator())
+    assert len(batches) == STEPS * 2
+    weight, index = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index"))
+    np.testing.assert_array_equal(index[weight > 0], np.arange(COUNT))
+    image = np.concatenate([b["image"] for b in batches])
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image[weight > 0], pixels.rows(np.arange(COUNT)))
+    np.testing.assert_array_equal(np.concatenate([b["position"] for b in batches]), np.arange(STEPS * BATCH) % BATCH)
+
+
+def test_evaluation_of_a_share(pixels: Pixels) -> None:
+    batches = list(evaluation_batches(pixels, batch_size=BATCH, replicas=1, share=0.5).as_numpy_iterator())
+    assert len(batches) == 3
+    index = np.concatenate([b["index"] for b in batches])
+    assert (np.diff(index) > 0).all()
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in batches]), pixels.rows(index))
+
+
+def test_same_bits_and_parallel_under_op_determinism(pixels: Pixels) -> None:
+    expected = take(pixels, STEPS, augmentation=EVERYTHING)
+    tf.keras.utils.set_random_seed(1)
+    tf.config.experimental.enable_op_determinism()
+    try:
+        assert_same(take(pixels, STEPS, augmentation=EVERYTHING), expected)
+    finally:
+        tf.config.experimental.disable_op_determinism()

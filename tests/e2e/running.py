@@ -1,0 +1,78 @@
+"""Start the real command line as a user would, and compare what two runs left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+# Both phases, augmentation, dropout, EMA, an uneven last batch: everything that could forget something.
+SMALL = (
+    "experiment=quickstart",
+    "debug.max_examples=90",
+    "training.batch_size=16",
+    "training.ema=0.9",
+    "phases.head.epochs=2",
+    "phases.fine_tune.epochs=2",
+    "phases.fine_tune.thaw=from_block:block_13",
+    "runtime.checkpoint_every='4 steps'",
+    "runtime.log_every='4 steps'",
+    "runtime.steps_per_call=3",
+    "export.formats=[saved_model]",
+)
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", *overrides]
+
+
+def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """A run in a process of its own; its output can be read line by line."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command(*overrides), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A run to its end."""
+    child = start(*overrides, cwd=cwd)
+    out, err = child.communicate()
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def final_variables(folder: Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's variables: weights, optimizer state, averages."""
+    name = (folder / "checkpoints" / "LATEST").read_text().strip()
+    with np.load(folder / "checkpoints" / name / "variables.npz") as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def without_timing(value: Any) -> Any:
+    """Leave out what the machine and the moment decide."""
+    if isinstance(value, dict):
+        return {k: without_timing(v) for k, v in value.items() if k not in ("timing", "seconds")}
+    return [without_timing(v) for v in value] if isinstance(value, list) else value
+
+
+def story(folder: Path) -> list[Any]:
+    """metrics.jsonl without timing."""
+    return [without_timing(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: weights, optimizer state, averages, metrics, predictions, scores."""
+    mine, theirs = final_variables(one), final_variables(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert story(one) == story(other)
+    assert (one / "report" / "predictions.csv").read_bytes() == (other / "report" / "predictions.csv").read_bytes()
+    reports = [without_timing(json.loads((p / "report" / "report.json").read_text())) for p in (one, other)]
+    assert reports[0] == reports[1]

@@ -1,0 +1,79 @@
+"""Answers of the command line that must not wait for TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import ROOT, SMALL, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "stream", "sentence"),
+    [
+        (["--help"], 0, "out", "kubetune fine-tunes an image classifier in phases."),
+        (["--cfg", "job"], 0, "out", "weights: glyphs"),
+        (["experiment=flowers_mobilenet_v2", "data=image_folder", "data.root=x", "--cfg", "job"], 0, "out", "image_size: 160"),
+        (["data=digitss"], 2, "err", "error: data=digitss: there is no such data. Did you mean digits? Known: digits,"),
+        (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key. Did you mean epochs?"),
+        (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),
+        (["data=image_folder"], 2, "err", "error: must be given on the command line: data.root=..."),
+        (["seed=[1"], 2, "err", "error: no viable alternative at input '[1'"),
+        (["phases.haed.epochs=3"], 2, "err", "Did you mean head?"),
+    ],
+)  # fmt: skip
+def test_answers_at_once(arguments: list[str], code: int, stream: str, sentence: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    result = run(*arguments, cwd=tmp_path)
+    print(f"answered in {time.monotonic() - began:.2f} s")
+    assert result.returncode == code
+    assert sentence in (result.stdout if stream == "out" else result.stderr)
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing was written, no folder was made
+
+
+def test_tensorflow_is_not_imported_before_the_configuration_is_right() -> None:
+    program = (
+        "import sys; sys.argv = ['trainer', 'seed=-1']\n"
+        "from trainer.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'tensorflow' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.split() == ["2", "False"]
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    result = run(f"output_dir={tmp_path}")
+    assert result.returncode == 2
+    assert f"output_dir={tmp_path} is not empty and holds no run (letter.txt); give an empty folder" in result.stderr
+    assert run(f"output_dir={tmp_path / 'new'}", "resume=must").returncode == 2
+
+
+def test_an_output_dir_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(f"output_dir={tmp_path / 'file' / 'run'}")
+    assert result.returncode == 2
+    assert "cannot be written to (Not a directory)" in result.stderr
+
+
+@pytest.mark.slow
+def test_multirun_gives_each_job_a_process_and_a_folder(tmp_path: Path) -> None:
+    small = [o for o in SMALL if "export" not in o]
+    result = run("-m", *small, "debug.max_steps=1", "seed=1,2", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    runs = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("0", "1")]
+    assert all((tmp_path / n / "DONE").exists() for n in ("0", "1"))
+    assert runs[0]["data_fingerprint"] == runs[1]["data_fingerprint"]
+
+
+@pytest.mark.slow
+def test_multirun_reports_the_job_that_failed(tmp_path: Path) -> None:
+    result = run("-m", "data=image_folder", f"data.root={tmp_path}/none", "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
+    assert result.returncode == 2
+    assert "ended with exit code 2; its message is above" in result.stderr

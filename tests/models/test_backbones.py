@@ -1,0 +1,140 @@
+"""The registry against Keras itself, through Keras' public functions."""
+
+from __future__ import annotations
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.errors import ModelError
+from trainer.models.backbones import backbones, find_backbone
+
+ALL = [backbone.name for backbone in backbones().values()]
+
+
+def test_the_registry_holds_every_network_of_keras_applications() -> None:
+    public = {name for name in dir(keras.applications) if name[0].isupper()}
+    assert set(ALL) == public
+    assert len(ALL) == len(public)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_names_sizes_and_alpha_are_those_of_keras(name: str) -> None:
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    assert find_backbone(snake) is find_backbone(name.upper()) is find_backbone(name)
+    backbone, make = find_backbone(name), getattr(keras.applications, name)
+    with pytest.raises(ValueError, match=rf"at least {backbone.smallest_size}x{backbone.smallest_size}"):
+        make(weights=None, include_top=False, input_shape=(8, 8, 3))
+    size = backbone.default_size
+    if backbone.module != "mobilenet_v3":  # the only one that takes any size, with the weights of 224
+        with pytest.raises(ValueError, match=rf"should be \({size}, {size}, 3\)"):  # said before any download
+            make(weights="imagenet", include_top=True, input_shape=(size - 1, size - 1, 3))
+    assert backbone.takes_alpha == ("alpha" in make.__code__.co_varnames[: make.__code__.co_argcount])
+    assert make.__module__.endswith("." + backbone.module)
+
+
+def _by_hand(mode: str, pixels: np.ndarray) -> np.ndarray:
+    return {
+        "tf": lambda x: x / 127.5 - 1,
+        "caffe": lambda x: x[..., ::-1] - np.array([103.939, 116.779, 123.68]),
+        "torch": lambda x: (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        "itself": lambda x: x,
+    }[mode](pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("MobileNetV2", "tf"),
+        ("Xception", "tf"),
+        ("ResNet50V2", "tf"),
+        ("ResNet50", "caffe"),
+        ("VGG16", "caffe"),
+        ("DenseNet121", "torch"),
+        ("EfficientNetB0", "itself"),
+        ("EfficientNetV2S", "itself"),
+        ("MobileNetV3Small", "itself"),
+        ("ConvNeXtTiny", "itself"),
+    ],
+)
+def test_preprocessing_in_the_graph_is_keras_own(name: str, mode: str) -> None:
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 5, 5, 3)).astype("float32")
+    backbone = find_backbone(name)
+    ours = tf.function(backbone.preprocess)(tf.constant(pixels)).numpy()
+    theirs = getattr(keras.applications, backbone.module).preprocess_input(pixels.copy())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(ours, _by_hand(mode, pixels), rtol=1e-5, atol=1e-4)
+
+
+def test_an_unknown_name_says_the_nearest_or_all() -> None:
+    with pytest.raises(ModelError, match=r"model.backbone=mobilnet_v2: .* Did you mean MobileNetV2\?"):
+        find_backbone("mobilnet_v2")
+    with pytest.raises(ModelError, match=r"there is no such backbone\. Known: MobileNet, .*ConvNeXtXLarge"):
+        find_backbone("???")
+
+
+def test_an_alpha_or_a_size_that_cannot_be_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"model.alpha=0.5: VGG16 has no alpha; unset it \(only MobileNet, MobileNetV2"
+    ):
+        find_backbone("vgg16").build(48, 0.5, None)
+    with pytest.raises(ModelError, match=r"model.image_size=70 is too small for Xception: it needs at least 71 pixels"):
+        find_backbone("xception").build(70, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "first_layer", "index"),
+    [
+        ("MobileNet", "block_13", "conv_dw_13", 80),
+        ("MobileNetV2", "block_13", "block_13_expand", 116),
+        ("MobileNetV3Small", "expanded_conv_10", "expanded_conv_10_expand", 139),
+        ("VGG16", "block5", "block5_conv1", 15),
+    ],
+)
+def test_blocks_begin_where_their_layers_do(name: str, block: str, first_layer: str, index: int) -> None:
+    backbone = find_backbone(name)
+    names = [layer.name for layer in backbone.build(32, None, None).layers]
+    starts = backbone.block_starts(names)
+    assert (starts[block], names[index]) == (index, first_layer)
+    assert list(starts.values()) == sorted(starts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "block"),
+    [
+        ("ResNet50", "conv5_block3_1_conv", "conv5_block3"),
+        ("ResNet50", "conv1_conv", None),
+        ("DenseNet121", "conv5_block16_concat", "conv5_block16"),
+        ("EfficientNetB0", "block7a_expand_conv", "block7a"),
+        ("EfficientNetV2S", "top_conv", None),
+        ("Xception", "block14_sepconv1", "block14"),
+        ("ConvNeXtTiny", "convnext_tiny_stage_3_block_2_layer_scale", "stage_3_block_2"),
+        ("InceptionResNetV2", "block8_10_conv", "block8_10"),
+        ("NASNetMobile", "separable_conv_1_bn_normal_left5_12", "cell_12"),
+        ("NASNetMobile", "reduction_conv_1_stem_1", "cell_stem_1"),
+        ("NASNetMobile", "adjust_conv_projection_reduce_4", "cell_reduce_4"),
+    ],
+)
+def test_a_layer_tells_its_block(name: str, layer: str, block: str | None) -> None:
+    assert find_backbone(name).block_of(layer) == block
+
+
+def test_blocks_of_anonymous_layers_begin_after_the_block_before() -> None:
+    inception = find_backbone("InceptionV3")
+    names = [layer.name for layer in inception.build(75, None, None).layers]
+    starts = inception.block_starts(names)
+    assert list(starts) == [f"mixed{n}" for n in range(11)]
+    ends = ["max_pooling2d_1", *(f"mixed{n}" for n in range(10))]
+    assert [names[first - 1] for first in starts.values()] == ends
+    assert names[1] == "conv2d"  # not conv2d_17: how many networks were built before does not matter
+
+
+def test_anonymous_layers_are_called_the_same_however_many_networks_were_built() -> None:
+    xception = find_backbone("Xception")
+    first, second = ([layer.name for layer in xception.build(71, None, None).layers[1:]] for _ in range(2))
+    assert first == second
+    assert "conv2d" in first
+    assert len(set(first)) == len(first)

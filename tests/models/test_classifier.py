@@ -1,0 +1,266 @@
+"""What a classifier computes, how its weights come in, and that nothing in it is random but by its coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import config
+from trainer.errors import ModelError
+from trainer.models import weights as weights_module
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.freezing import apply_thaw
+
+SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
+
+
+def build(seed: int = 1, classes: int = 3, **changes: Any) -> Classifier:
+    return build_classifier(config.Model(**(SMALL | changes)), classes, seed)
+
+
+def some_images(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype("uint8")
+
+
+@pytest.fixture
+def policy() -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("MobileNet", 1024),
+        ("MobileNetV3Small", 576),
+        ("EfficientNetB0", 1280),
+        ("ResNet50V2", 2048),
+        ("VGG16", 512),
+        ("ConvNeXtTiny", 768),
+    ],
+)
+def test_a_family_at_its_smallest_size(name: str, channels: int) -> None:
+    classifier = build(backbone=name, alpha=None, image_size=32)
+    assert classifier.backbone.output_shape == (None, 1, 1, channels)
+    probabilities = tf.function(classifier.probabilities)(some_images(2)).numpy()
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+    assert len(classifier.variables) == len(classifier.backbone.weights) + 2
+
+
+def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
+    classifier = build(hidden=7, pooling="max", image_size=64)
+    images = some_images(3, 64)
+    maps = classifier.backbone(images.astype("float32") / 127.5 - 1, training=False).numpy()
+    assert maps.shape == (3, 2, 2, 1280)
+    (w1, b1), (w2, b2) = classifier.hidden.get_weights(), classifier.output.get_weights()  # type: ignore[union-attr]
+    expected = np.maximum(maps.max((1, 2)) @ w1 + b1, 0) @ w2 + b2
+    np.testing.assert_allclose(classifier.logits(images), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(classifier.head_logits(maps.max((1, 2))), expected, rtol=1e-4, atol=1e-5)
+    model = classifier.keras_model()
+    np.testing.assert_allclose(model(images.astype("float32")), classifier.probabilities(images), atol=1e-6)
+    classifier.output.bias.assign([9.0, 0.0, 0.0])
+    np.testing.assert_allclose(model(images.astype("float32")), classifier.probabilities(images), atol=1e-6)
+
+
+def test_l2_counts_the_kernels_of_the_head_alone() -> None:
+    classifier = build(hidden=4, l2=0.5)
+    kernels = [classifier.hidden.kernel.numpy(), classifier.output.kernel.numpy()]  # type: ignore[union-attr]
+    np.testing.assert_allclose(classifier.l2_loss(), 0.5 * sum((k**2).sum() for k in kernels), rtol=1e-5)
+    assert build().l2_loss() == 0
+
+
+def test_dropout_depends_on_seed_step_and_position_but_not_on_the_split() -> None:
+    classifier = build(dropout=0.5)
+    pooled = tf.ones([6, 1280])
+    positions = tf.range(10, 16, dtype=tf.int64)
+
+    @tf.function
+    def logits(x: tf.Tensor, seed: int, step: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+        return classifier.head_logits(x, training=True, seed=seed, step=step, position=position)
+
+    step = tf.constant(5, tf.int64)
+    whole = logits(pooled, 1, step, positions).numpy()
+    parts = [logits(pooled[:1], 1, step, positions[:1]), logits(pooled[1:], 1, step, positions[1:])]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
+    assert len({row.tobytes() for row in whole}) == 6  # every example loses other units
+    assert np.abs(whole - logits(pooled, 1, step + 1, positions)).max() > 1e-3
+    assert np.abs(whole - logits(pooled, 2, step, positions)).max() > 1e-3
+    np.testing.assert_array_equal(logits(pooled, 1, step, positions), whole)
+    still = classifier.head_logits(pooled).numpy()
+    many = logits(tf.ones([4000, 1280]), 1, step, tf.range(4000, dtype=tf.int64)).numpy()
+    np.testing.assert_allclose(many.mean(0), still[0], atol=4 * many.std() / 4000**0.5)  # inverted scaling: same mean
+
+
+def test_first_values_are_a_function_of_the_seed() -> None:
+    one, same, other = build(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
+    assert list(one.variables) == list(same.variables)
+    assert next(iter(one.variables)) == "backbone/Conv1/kernel"
+    assert list(one.variables)[-4:] == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
+    for name, variable in one.variables.items():
+        np.testing.assert_array_equal(variable.numpy(), same.variables[name].numpy())
+    for name in ("backbone/Conv1/kernel", "head/hidden/kernel", "head/output/kernel"):
+        assert np.abs(one.variables[name].numpy() - other.variables[name].numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.usefixtures("policy")
+def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precision: str) -> None:
+    keras.config.set_dtype_policy(precision)
+    classifier = build(image_size=64, hidden=8)
+    plan = apply_thaw(classifier, "all", "train")
+
+    @tf.function
+    def step(images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            logits = classifier.logits(images, training=True, batch_norm_training=True)
+            loss = -tf.reduce_mean(tf.nn.log_softmax(logits)[:, 0])
+        return logits, tape.gradient(loss, [v.value for v in plan.trainable.values()])
+
+    logits, gradients = step(some_images(4, 64))
+    assert classifier.backbone.compute_dtype == precision.removeprefix("mixed_")
+    assert {v.dtype for v in classifier.variables.values()} == {"float32"}
+    assert logits.dtype == tf.float32
+    assert np.isfinite(logits).all()
+    assert np.ptp(logits) > 0
+    assert all(np.isfinite(g.numpy()).all() for g in gradients)
+    head = classifier.head_logits(tf.fill([1, 1280], 1 + 2**-12)) - classifier.head_logits(tf.ones([1, 1280]))
+    assert np.abs(head).max() > 0  # half precision could not tell these features apart
+
+
+def test_drop_connect_never_draws_from_a_stateful_generator() -> None:
+    classifier = build(backbone="EfficientNetB0", alpha=None)
+    apply_thaw(classifier, "none", "frozen")
+    images = some_images(2)
+    np.testing.assert_array_equal(classifier.features(images, True), classifier.features(images, False))
+
+
+# ---- weights ----
+
+
+def save(classifier: Classifier, path: Path) -> Path:
+    if path.suffix == ".keras":
+        classifier.backbone.save(path)
+    else:
+        classifier.backbone.save_weights(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["some.weights.h5", "some.keras"])
+def test_weights_of_a_file_come_in_whole(name: str, tmp_path: Path) -> None:
+    source = build(1)
+    target = build(2, weights=str(save(source, tmp_path / name)))
+    for key, variable in target.variables.items():
+        if key.startswith("backbone/"):
+            np.testing.assert_array_equal(variable.numpy(), source.variables[key].numpy())
+
+
+def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, packed = build(1), tmp_path / "packed.weights.h5"
+    full = save(source, tmp_path / "full.weights.h5")
+    with h5py.File(full) as old, h5py.File(packed, "w") as new:
+
+        def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[()].astype("float16"))
+            else:
+                new.require_group(name).attrs.update(item.attrs)
+
+        old.visititems(copy)
+    monkeypatch.setattr(weights_module, "GLYPHS", packed)
+    target = build(2, weights="glyphs")
+    for key, variable in target.variables.items():
+        if key.startswith("backbone/"):
+            assert variable.dtype == "float32"
+            expected = source.variables[key].numpy().astype("float16").astype("float32")
+            np.testing.assert_array_equal(variable.numpy(), expected)
+
+
+def test_weights_of_another_alpha_say_which_alpha(tmp_path: Path) -> None:
+    path = save(build(1), tmp_path / "narrow.weights.h5")
+    sentence = r"narrow.weights.h5 does not fit MobileNetV2 with alpha 1 .* it is for alpha 0.35; set model.alpha=0.35"
+    with pytest.raises(ModelError, match=sentence):
+        build(alpha=None, weights=str(path))
+
+
+def test_weights_of_another_network_say_what_does_not_fit(tmp_path: Path) -> None:
+    path = save(build(1), tmp_path / "mobile.weights.h5")
+    sentence = (
+        r"model.weights=.*mobile.weights.h5 does not fit VGG16 without its top: the file holds 260 arrays, the "
+        r"backbone has 26; none or too few of shape \[3, 3, 512, 512\] \(wanted 5, found 0\)"
+    )
+    with pytest.raises(ModelError, match=sentence):
+        build(backbone="vgg16", alpha=None, weights=str(path))
+
+
+def test_the_older_layout_is_read_too_and_a_misfit_is_one_sentence(tmp_path: Path) -> None:
+    source = build(1)
+    source.backbone.save(tmp_path / "older.h5")  # what the published ImageNet files are like
+    target = build(2, weights=str(tmp_path / "older.h5"))
+    kernel = "backbone/Conv_1/kernel"
+    np.testing.assert_array_equal(target.variables[kernel].numpy(), source.variables[kernel].numpy())
+    with pytest.raises(ModelError, match=r"older.h5 does not fit VGG16 without its top: .*layer") as caught:
+        build(backbone="vgg16", alpha=None, weights=str(tmp_path / "older.h5"))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model.weights=/nowhere/x.weights.h5 does not exist: give imagenet, glyphs, none"
+    ):
+        build(weights="/nowhere/x.weights.h5")
+    with pytest.raises(ModelError, match=r"model.weights=.* is a folder: give imagenet"):
+        build(weights=str(tmp_path))
+    (text := tmp_path / "x.weights.h5").write_text("version https://git-lfs")
+    with pytest.raises(ModelError, match=r"x.weights.h5 is not a Keras weights file \(damaged, or only a pointer"):
+        build(weights=str(text))
+    (odd := tmp_path / "x.pt").write_text("")
+    with pytest.raises(ModelError, match=r"x.pt: the name must end in .weights.h5, .h5 or .keras"):
+        build(weights=str(odd))
+
+
+def test_the_packaged_weights_load_and_see_more_than_random_ones() -> None:
+    """Features of two different strokes differ by far more than in a random network, whose signal dies out."""
+    packed = build(weights="glyphs", image_size=48)
+    image = np.full((2, 48, 48, 3), 255, "uint8")
+    image[0, 10:38, 22:26] = 0
+    image[1, 22:26, 10:38] = 0
+    upright, lying = packed.pooled(packed.features(image)).numpy()
+    assert np.isfinite([upright, lying]).all()
+    assert np.abs(upright - lying).max() > 0.1
+    random = build(image_size=48)
+    one, other = random.pooled(random.features(image)).numpy()
+    assert np.abs(one - other).max() < 0.01
+
+
+def test_glyphs_fit_one_network_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = (
+        "model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not MobileNetV2 with alpha 1"
+    )
+    with pytest.raises(ModelError, match=sentence):
+        build(weights="glyphs", alpha=None)
+    monkeypatch.setattr(weights_module, "GLYPHS", tmp_path / "glyphs.weights.h5")
+    with pytest.raises(ModelError, match=r"model.weights=glyphs: the packaged file glyphs.weights.h5 is missing"):
+        build(weights="glyphs")
+
+
+def test_imagenet_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    for proxy in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
+    sentence = r"the weights of VGG19 could not be downloaded \(.*\). Give a file with model.weights=/path"
+    with pytest.raises(ModelError, match=sentence):
+        build(backbone="vgg19", alpha=None, weights="imagenet")
+
+
+def test_one_class_is_no_classification() -> None:
+    with pytest.raises(ModelError, match="a classifier needs at least 2 classes, the data has 1"):
+        build(classes=1)

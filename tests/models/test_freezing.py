@@ -1,0 +1,179 @@
+"""Which layers each rule thaws, counted as Keras lists them, and that the plan covers everything."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import config
+from trainer.errors import ModelError
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.freezing import apply_thaw
+
+NORM = keras.layers.BatchNormalization
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    model = config.Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32, hidden=8)
+    return build_classifier(model, 3, seed=1)
+
+
+def trainable_layers(classifier: Classifier) -> list[int]:
+    return [i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights]
+
+
+@pytest.mark.parametrize(
+    ("thaw", "first"),
+    [
+        ("all", 0),
+        ("from_layer:100", 100),
+        ("last_layers:54", 100),
+        ("percent:20", 123),  # int(154 * 0.8)
+        ("percent:12.5", 134),
+        ("percent:100", 0),
+        ("from_block:block_13", 116),
+        ("from_block:expanded_conv", 4),
+    ],
+)
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, first: int, batch_norm: str) -> None:
+    plan = apply_thaw(classifier, thaw, batch_norm)
+    layers = classifier.backbone.layers
+    assert len(layers) == 154
+    expected = [
+        i for i in range(first, 154) if layers[i].weights and (batch_norm == "train" or not isinstance(layers[i], NORM))
+    ]
+    assert trainable_layers(classifier) == expected
+    assert plan.first_thawed == expected[0]
+    assert plan.first_name == layers[expected[0]].name
+    assert plan.batch_norm_training == (batch_norm == "train")
+    named = classifier.variables
+    assert list(plan.trainable) == [n for n in named if n in plan.trainable]
+    assert sum(group.variables for group in plan.groups) == len(named)
+    assert sum(group.parameters for group in plan.groups) == sum(int(np.prod(v.shape)) for v in named.values())
+    assert sum(group.bytes for group in plan.groups) == 4 * sum(group.parameters for group in plan.groups)
+
+
+def test_a_pattern_thaws_what_it_matches(classifier: Classifier) -> None:
+    plan = apply_thaw(classifier, "pattern:^block_1[56]_(expand|project)$", "frozen")
+    names = [classifier.backbone.layers[i].name for i in trainable_layers(classifier)]
+    assert names == ["block_15_expand", "block_15_project", "block_16_expand", "block_16_project"]
+    assert len(plan.trainable) == 4 + 4
+
+
+def test_none_trains_the_head_alone_and_says_so(classifier: Classifier) -> None:
+    apply_thaw(classifier, "all", "train")
+    plan = apply_thaw(classifier, "none", "train")  # what an earlier phase thawed is frozen again
+    assert trainable_layers(classifier) == []
+    assert list(plan.trainable) == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
+    assert plan.first_thawed is None
+    assert not plan.batch_norm_training
+    assert plan.lines()[0] == "thaw none, batch_norm train: all 154 layers of the backbone are frozen"
+
+
+def test_the_table_names_every_group_and_their_sum(classifier: Classifier) -> None:
+    lines = apply_thaw(classifier, "from_layer:100", "train").lines()
+    assert lines[0] == (
+        "thaw from_layer:100, batch_norm train: 54 of 154 layers thawed, the first that trains is 101 "
+        "(block_11_depthwise)"
+    )
+    assert [line.split("  ")[1] for line in lines[2:]] == [
+        "head, trains",
+        "backbone, trains",
+        "batch norm, trains",
+        "batch norm, moving averages",
+        "backbone, frozen",
+        "batch norm, frozen",
+        "all",
+    ]
+    assert lines[-1].split() == ["all", "264", "420,483", "1.68", "MB"]
+
+
+def test_frozen_batch_norm_neither_moves_nor_uses_the_batch(classifier: Classifier) -> None:
+    plan = apply_thaw(classifier, "all", "frozen")
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
+    before = {n: v.numpy() for n, v in classifier.variables.items()}
+    alone = np.concatenate([classifier.features(images[i : i + 1], plan.batch_norm_training) for i in range(4)])
+    np.testing.assert_allclose(classifier.features(images, plan.batch_norm_training), alone, atol=1e-5)
+    classifier.features(images, True)  # even when asked: they are not trainable
+    assert all(np.array_equal(v.numpy(), before[n]) for n, v in classifier.variables.items())
+    assert not any("BN" in name or "bn_" in name for name in plan.trainable)
+
+
+def test_trained_batch_norm_moves_only_where_thawed(classifier: Classifier) -> None:
+    plan = apply_thaw(classifier, "from_block:block_16", "train")
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
+    before = {n: v.numpy() for n, v in classifier.variables.items()}
+    tf.function(lambda x: classifier.features(x, plan.batch_norm_training))(images)
+    moved = {n.split("/")[1] for n, v in classifier.variables.items() if not np.array_equal(v.numpy(), before[n])}
+    assert moved == {"block_16_expand_BN", "block_16_depthwise_BN", "block_16_project_BN", "Conv_1_bn"}
+
+
+@pytest.mark.parametrize(
+    ("thaw", "sentence"),
+    [
+        ("from_layer:154", "thaw=from_layer:154: MobileNetV2 has 154 layers, 0 to 153"),
+        ("last_layers:155", "thaw=last_layers:155: MobileNetV2 has 154 layers; give 1 to 154, or thaw=none"),
+        ("last_layers:0", "give 1 to 154, or thaw=none"),
+        ("percent:0", "thaw=percent:0 thaws none of the 154 layers of MobileNetV2: use thaw=none"),
+        (
+            "from_block:block_17",
+            r"MobileNetV2 has no such block. Nearest: block_\d+.* Its blocks: expanded_conv, block_1,",
+        ),
+        ("pattern:^dense", r"thaw=pattern:\^dense matches no layer of MobileNetV2; layers are called like Conv_1_bn"),
+        ("pattern:(", r"thaw=pattern:\( is not a regular expression: missing \)"),
+        ("last_layers:2", r"thaws no layer that can train; the last one that can is 151 \(Conv_1\). Use thaw=none"),
+        ("pattern:_BN$", "thaws no layer that can train"),
+        ("sideways:3", "thaw=sideways:3 is no rule for freezing"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused(classifier: Classifier, thaw: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        apply_thaw(classifier, thaw, "frozen")
+
+
+def test_two_replicas_train_batch_norm_as_one_would() -> None:
+    """Statistics are those of the global batch; needs a fresh process, for logical devices come before all else."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", _TWO_REPLICAS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    worst = [float(x) for x in done.stdout.split()[-3:]]
+    assert worst[0] < 1e-3  # logits
+    assert worst[1] < 1e-5  # moving averages against one replica
+    assert worst[2] == 0  # between the two
+
+
+_TWO_REPLICAS = """
+import numpy as np, tensorflow as tf
+from trainer import config
+from trainer.models.classifier import build_classifier
+from trainer.models.freezing import apply_thaw
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+model = config.Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32, dropout=0.5)
+images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("uint8")
+positions = np.arange(8)
+def scores(classifier, x, position):
+    return classifier.logits(x, training=True, batch_norm_training=True, seed=1, step=3, position=position)
+one = build_classifier(model, 3, 1)
+apply_thaw(one, "all", "train")
+alone = tf.function(scores)(one, images, tf.constant(positions))
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    two = build_classifier(model, 3, 1)
+    apply_thaw(two, "all", "train")
+def part(array):
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(array[4 * context.replica_id_in_sync_group :][:4]))
+both = tf.function(lambda x, p: strategy.run(scores, (two, x, p)))(part(images), part(positions))
+together = np.concatenate([x.numpy() for x in strategy.experimental_local_results(both)])
+values = [(v.numpy(), *[x.numpy() for x in strategy.experimental_local_results(two.variables[n].value)])
+          for n, v in one.variables.items()]
+print(np.abs(together - alone).max(), max(np.abs(a - b).max() for a, b, _ in values),
+      max(np.abs(b - c).max() for _, b, c in values))
+"""

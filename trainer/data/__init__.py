@@ -1,0 +1,1 @@
+"""From labelled images, wherever they lie, to batches."""

@@ -1,0 +1,40 @@
+"""What this process may use of the machine it runs on; a container's limits count, not the host's size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # absent, or "max"
+        return None
+
+
+def memory_limit(cgroup: Path = CGROUP) -> int:
+    """Bytes of memory: the machine's, or the container's limit (cgroup v2 or v1) where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [_number(cgroup / "memory.max"), _number(cgroup / "memory" / "memory.limit_in_bytes")]
+    return min([machine, *(limit for limit in limits if limit is not None)])
+
+
+def memory_budget_default(cgroup: Path = CGROUP) -> int:
+    """Bytes that decoded images may take: a quarter of the memory."""
+    return memory_limit(cgroup) // 4
+
+
+def usable_cpus(cgroup: Path = CGROUP) -> int:
+    """Processors this process may keep busy, at least 1: its affinity and its container's quota, rounded up."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota, period = _number(cgroup / "cpu" / "cpu.cfs_quota_us"), _number(cgroup / "cpu" / "cpu.cfs_period_us")
+    with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+        quota, period = (int(word) for word in (cgroup / "cpu.max").read_text().split())
+    if quota and period and quota > 0:
+        cpus = min(cpus, -(-quota // period))
+    return max(cpus, 1)

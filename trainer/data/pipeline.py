@@ -1,0 +1,141 @@
+"""Batches with exact positions: any (epoch, step) can be the first, and the bits are those of the unbroken stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from trainer.config import Augmentation
+from trainer.data.augment import augment
+from trainer.data.decode import Row, block_dataset
+from trainer.data.order import Block, sequence_blocks, share_of, training_blocks
+from trainer.data.pixels import Pixels, live_rows
+from trainer.errors import ConfigError
+
+
+def _share_size(batch_size: int, replicas: int) -> int:
+    if batch_size % replicas:
+        raise ConfigError(
+            f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas; "
+            f"take {max(batch_size // replicas, 1) * replicas} or {-(-batch_size // replicas) * replicas}"
+        )
+    return batch_size // replicas
+
+
+def _kept_batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+    """Batches out of the decoded array: one gather each."""
+    images, black = pixels.tensor(), pixels.split.count
+    bad = tf.constant(sorted(pixels.bad), tf.int64)
+
+    def pick(rows: Row) -> Row:
+        weight = rows["weight"]
+        if pixels.bad:
+            is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
+            weight = tf.where(is_bad, 0.0, weight)
+        return {**rows, "weight": weight, "image": tf.gather(images, tf.where(weight > 0, rows["index"], black))}
+
+    blocks = block_dataset(block, count).prefetch(1)
+    rows = blocks.map(lambda fields: {k: fields[k] for k in ("index", "weight", "position", "epoch")})
+    return rows.rebatch(size, drop_remainder=True).map(pick)
+
+
+def _live_batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+    """Batches of images decoded now."""
+    batches = live_rows(pixels, block, count).batch(size, drop_remainder=True)
+    if pixels.on_error == "fail":
+        return batches.map(lambda batch: {k: v for k, v in batch.items() if k != "failed"})
+
+    def report(batch: Row) -> Row:
+        failed = batch.pop("failed")
+
+        def record() -> tf.Tensor:
+            return tf.numpy_function(pixels.record_bad, [tf.boolean_mask(batch["index"], failed)], tf.bool)
+
+        with tf.control_dependencies([tf.cond(tf.reduce_any(failed), record, lambda: True)]):
+            return {k: tf.identity(v) for k, v in batch.items()}
+
+    return batches.map(report)
+
+
+def _batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+    """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
+    make = _live_batches if pixels.array is None else _kept_batches
+    labels = tf.constant(pixels.split.labels, tf.int32)
+    return make(pixels, block, count, size).map(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])})
+
+
+def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False  # every degree of parallelism and buffer is given
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    if threads:
+        options.threading.private_threadpool_size = threads
+    return batches.prefetch(2 * replicas).with_options(options)
+
+
+def training_batches(
+    pixels: Pixels,
+    *,
+    batch_size: int,
+    replicas: int,
+    seed: int,
+    window: int,
+    augmentation: Augmentation,
+    first_epoch: int,
+    first_step: int,
+    shuffle: bool = True,
+    threads: int | None = None,
+) -> tf.data.Dataset:
+    """The endless stream of training batches from step `first_step` of epoch `first_epoch` on.
+
+    Each epoch is ceil(count / batch_size) global batches, the last one padded with weight 0. An element is what one
+    replica gets, a `trainer.contracts.Batch` of batch_size / replicas rows; `replicas` of them in a row make a global
+    batch. Iterate within `pixels.data_errors`.
+
+    Args:
+        batch_size: of the global batch.
+        window: records that are shuffled together; see `order.epoch_order`.
+        augmentation: where active, images are float32 in 0..255, else uint8.
+        shuffle: False keeps the order of the indices.
+        threads: of a pool of its own; None shares TensorFlow's.
+
+    Raises:
+        ConfigError: the batch cannot be shared evenly.
+    """
+    block = training_blocks(
+        pixels.split,
+        batch_size=batch_size,
+        seed=seed,
+        window=window,
+        first_epoch=first_epoch,
+        first_step=first_step,
+        shuffle=shuffle,
+    )
+
+    def change(batch: Row) -> Row:
+        epoch = batch.pop("epoch")
+        if augmentation.active:
+            batch["image"] = augment(batch["image"], augmentation, seed, epoch, batch["index"])
+        return batch
+
+    batches = _batches(pixels, block, None, _share_size(batch_size, replicas))
+    parallel = pixels.threads if augmentation.active else None
+    return _finished(batches.map(change, num_parallel_calls=parallel), replicas, threads)
+
+
+def evaluation_batches(
+    pixels: Pixels, *, batch_size: int, replicas: int, share: float = 1.0, threads: int | None = None
+) -> tf.data.Dataset:
+    """Each example once, in the order of the indices, in ceil(count / batch_size) global batches of uint8 images.
+
+    Elements are as in `training_batches`. A `share` below 1 takes that share of the batches, filled with the examples
+    that one fixed shuffle puts first: every class is in it, and always the same examples.
+
+    Raises:
+        ConfigError: the batch cannot be shared evenly.
+    """
+    count, block = sequence_blocks(pixels.split, share_of(pixels.split, batch_size, share), batch_size)
+    batches = _batches(pixels, block, count, _share_size(batch_size, replicas))
+    return _finished(batches.map(lambda batch: {k: v for k, v in batch.items() if k != "epoch"}), replicas, threads)

@@ -1,0 +1,349 @@
+"""Writing labelled images as sharded TFRecords in TFDS's folder format. Nothing at module level imports TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from trainer.data.records import RecordAt, frame, read_image, serialize
+from trainer.errors import INTERRUPTED, DataError
+
+ImageSource = str | Path | bytes | RecordAt
+MANIFEST = "kubetune_shards.json"
+SHARD_BYTES = 100 * 2**20  # of a shard where no number of shards is given
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What one finished shard holds: a line of the manifest."""
+
+    file: str
+    count: int
+    bytes: int
+    crc32c: str  # hex, of the whole file
+    made_of: str  # hash of the images (by name, size and time) and labels it was written from
+    skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    examples: list[tuple[ImageSource, int]]
+    made_of: str
+    verify: bool
+
+
+def name_of(source: ImageSource) -> str:
+    """The file or record of an image."""
+    return (
+        source.name
+        if isinstance(source, RecordAt)
+        else "an image in memory"
+        if isinstance(source, bytes)
+        else str(source)
+    )
+
+
+def _size_of(source: ImageSource) -> int:
+    if isinstance(source, RecordAt):
+        return source.length
+    return len(source) if isinstance(source, bytes) else os.path.getsize(source)
+
+
+def _identity(source: ImageSource) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    facts = os.stat(source.path if isinstance(source, RecordAt) else source)
+    return f"{name_of(source)} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def _read(source: ImageSource) -> bytes:
+    if isinstance(source, RecordAt):
+        return read_image(source)
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def as_stored(data: bytes) -> bytes:
+    """The bytes that a record keeps: JPEG and PNG as they are, the first frame of anything else as PNG.
+
+    Raises:
+        ValueError: Pillow cannot decode all of the image; the message is the reason.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures and odd metadata are no concern here
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                if image.format in ("JPEG", "MPO", "PNG"):  # MPO: a camera's JPEG with a preview behind it
+                    return data
+                kept = (
+                    image if image.mode in ("L", "RGB", "RGBA") else image.convert("L" if image.mode == "1" else "RGB")
+                )
+                out = io.BytesIO()
+                kept.save(out, "PNG")
+                return out.getvalue()
+    except Exception as error:  # damaged bytes raise anything from struct.error to zlib.error
+        raise ValueError(str(error) if "BytesIO" not in str(error) else "not an image that Pillow knows") from None
+
+
+_done: Any = None  # in a writing process: the shared count of images done
+
+
+def _share(counter: Any) -> None:
+    global _done
+    _done = counter
+
+
+def _begin(counter: Any) -> None:
+    """The start of a writing process."""
+    _share(counter)
+    if parent := multiprocessing.parent_process():  # when that is killed nothing else would end this process
+
+        def follow() -> None:
+            parent.join()
+            os._exit(INTERRUPTED)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+def _write_shard(job: _Job) -> tuple[Path, ShardEntry]:
+    """Write one shard beside its final name, under a name of its own: nobody else can be writing there."""
+    temporary, faults = job.path.with_name(f".{job.path.name}.{uuid.uuid4().hex}.tmp"), []
+    crc = size = count = 0
+    with open(temporary, "wb") as file:
+        for source, label in job.examples:
+            try:
+                image = _read(source)
+                payload = serialize(as_stored(image) if job.verify else image, label)
+            except (OSError, ValueError, DataError) as error:
+                faults.append(f"{name_of(source)}: {error}")
+            else:
+                for piece in (frame_ := frame(payload))[0], payload, frame_[1]:
+                    file.write(piece)
+                    crc, size = google_crc32c.extend(crc, piece), size + len(piece)
+                count += 1
+            with _done.get_lock():
+                _done.value += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary, ShardEntry(job.path.name, count, size, f"{crc:08x}", job.made_of, tuple(faults))
+
+
+def _commit(folder: Path, temporary: Path, entry: ShardEntry) -> None:
+    """Make a written shard visible, with its record beside it."""
+    os.replace(temporary, folder / entry.file)
+    _write_json(folder / f".{entry.file}.json", asdict(entry))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _crc_of(path: Path) -> str:
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**22):
+            crc = google_crc32c.extend(crc, piece)
+    return f"{crc:08x}"
+
+
+def _finished(folder: Path) -> dict[str, ShardEntry]:
+    """The entries of shards that were written before, by file name."""
+    found = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).exists() else []
+    found += [json.loads(path.read_text()) for path in folder.glob(".*.json")]
+    return {entry["file"]: ShardEntry(**{**entry, "skipped": tuple(entry["skipped"])}) for entry in found}
+
+
+def _is_there(folder: Path, entry: ShardEntry | None, made_of: str, on_error: str) -> bool:
+    if entry is None or entry.made_of != made_of or (entry.skipped and on_error == "fail"):
+        return False
+    if not (folder / entry.file).is_file():
+        return False
+    return os.path.getsize(folder / entry.file) == entry.bytes and _crc_of(folder / entry.file) == entry.crc32c
+
+
+def _plan(
+    folder: Path,
+    name: str,
+    class_names: Sequence[str],
+    splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
+    shards: int | None,
+    verify: bool,
+) -> dict[str, list[_Job]]:
+    sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
+    shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
+    plan: dict[str, list[_Job]] = {}
+    for split, examples in splits.items():
+        count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
+        bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
+        plan[split] = []
+        for number in range(count):
+            part = list(examples[bounds[number] : bounds[number + 1]])
+            facts = [list(class_names), verify, [(_identity(source), int(label)) for source, label in part]]
+            made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+            path = folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+            plan[split].append(_Job(path, part, made_of, verify))
+    return plan
+
+
+def _make_room(folder: Path, expected: set[str]) -> None:
+    """Create the folder; refuse one that holds anything but an earlier try at the same dataset."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {MANIFEST, "dataset_info.json", "features.json", "label.labels.txt"} | expected
+        ours = (f"{MANIFEST}.tmp", *(f".{name}." for name in expected))
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith(ours))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written to: {error.strerror}; give an empty folder") from None
+    if strange:
+        raise DataError(
+            f"{folder} holds other files ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}); "
+            "give an empty folder, or one where the same dataset was begun"
+        )
+
+
+def _silent(_done: int, _total: int) -> None: ...
+
+
+def write_dataset(
+    folder: str | Path,
+    name: str,
+    class_names: Sequence[str],
+    splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
+    *,
+    shards: int | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = _silent,
+    verify: bool = True,
+    on_error: str = "fail",
+) -> list[ShardEntry]:
+    """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
+
+    Each shard is written beside its name, flushed, then renamed; its record (count, bytes, CRC32C) is kept, and a
+    shard whose record still fits is not written again: start the same command again to go on. JPEG and PNG bytes
+    stay as they are, anything else becomes PNG.
+
+    Args:
+        splits: for each split (image, label) pairs in the order of the records; empty splits are left out.
+        shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
+        workers: processes; 1 writes in this one.
+        progress: called with the images done and their total number.
+        verify: decode every image with Pillow first.
+        on_error: "fail", or "skip" to leave out images that cannot be decoded.
+
+    Returns:
+        The manifest, in the order of the splits.
+
+    Raises:
+        DataError: the folder is taken or cannot be written; an image is missing or (on_error="fail") cannot be decoded.
+    """
+    folder = Path(folder)
+    name = re.sub(r"\W+", "_", name).strip("_").lower() or "images"
+    name = name if name[0].isalpha() else f"data_{name}"
+    try:
+        plan = _plan(folder, name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+    jobs = [job for parts in plan.values() for job in parts]
+    _make_room(folder, {job.path.name for job in jobs})
+    before = _finished(folder)
+    entries = {
+        job.path.name: before[job.path.name]
+        for job in jobs
+        if _is_there(folder, before.get(job.path.name), job.made_of, on_error)
+    }
+    todo = [job for job in jobs if job.path.name not in entries]
+    if todo:  # until the last shard is there nobody must take the folder for a dataset
+        (folder / "dataset_info.json").unlink(missing_ok=True)
+    total, ready = sum(len(job.examples) for job in jobs), sum(len(j.examples) for j in jobs if j.path.name in entries)
+    faults: list[str] = []
+    bad: list[str] = []  # shards that cannot be: a fault where none may be, or not one good image
+    for temporary, entry in _run(todo, workers, lambda done: progress(ready + done, total)):
+        faults += entry.skipped
+        if entry.skipped and (on_error == "fail" or not entry.count):
+            bad.append(entry.file)
+            temporary.unlink()
+        else:
+            _commit(folder, temporary, entry)
+            entries[entry.file] = entry
+    if bad:
+        raise DataError(
+            f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be decoded; repair or remove "
+            f"{'them' if len(faults) > 1 else 'it'}, or set data.on_error=skip:\n  " + "\n  ".join(sorted(faults)[:5])
+        )
+    manifest = [entries[job.path.name] for job in jobs]
+    _write_json(folder / MANIFEST, [asdict(entry) for entry in manifest])
+    for path in (*folder.glob(".*.json"), *folder.glob(".*.tmp")):
+        path.unlink()
+    _write_metadata(folder, name, class_names, {s: [entries[j.path.name] for j in jobs] for s, jobs in plan.items()})
+    progress(total, total)
+    return manifest
+
+
+def _run(jobs: list[_Job], workers: int, progress: Callable[[int], None]) -> Any:
+    """Yield the temporary file and the entry of each job as it ends."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process that holds TensorFlow's threads may hang
+    counter = context.Value("q", 0)
+    if workers <= 1 or len(jobs) <= 1:
+        _share(counter)
+        for job in jobs:
+            yield _write_shard(job)
+            progress(counter.value)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin, initargs=(counter,)) as pool:
+        waiting = {pool.submit(_write_shard, job) for job in jobs}
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
+                progress(counter.value)
+                for future in ended:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_metadata(folder: Path, name: str, class_names: Sequence[str], splits: dict[str, list[ShardEntry]]) -> None:
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="tfrecord")
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[entry.count for entry in entries],
+            num_bytes=sum(entry.bytes for entry in entries),
+            filename_template=template.replace(split=split),
+        )
+        for split, entries in splits.items()
+    ]
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=list(class_names)),
+    }
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        filename_template=template,
+        version="1.0.0",
+        check_data=False,
+    )

@@ -1,0 +1,254 @@
+"""Figures of numbers: curves, confusion, F1 and calibration. Each function draws one PNG and returns its path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from trainer.evaluation.drawing import (
+    INK,
+    MUTED,
+    RULE,
+    TRAINING,
+    VALIDATION,
+    WIDTH,
+    WRONG,
+    canvas,
+    heading,
+    label,
+    save,
+    tidy,
+)
+
+MOST_BARS = 120  # classes in the F1 figure
+_NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """One value an epoch; NaN where the run has none, as without a validation split."""
+    return np.array([math.nan if row.get(key) is None else float(row[key]) for row in history])
+
+
+def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, best: Sequence[int]) -> None:
+    epochs = np.array([row["epoch"] for row in history])
+    marker = "o" if len(epochs) <= 40 else ""
+    for prefix, name, colour in (("", "training", TRAINING), ("val_", "validation", VALIDATION)):
+        values = _series(history, prefix + key)
+        if not np.isfinite(values).any():
+            continue
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name)
+        if prefix:
+            chosen = np.isin(epochs, best) & np.isfinite(values)
+            ring: dict[str, Any] = {"s": 95, "facecolors": "none", "edgecolors": WRONG, "linewidths": 1.6, "zorder": 4}
+            axes.scatter(epochs[chosen], values[chosen], label="best epoch of a phase", **ring)
+
+
+def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], named: bool) -> None:
+    starts: dict[str, int] = {}
+    for row in history:
+        starts.setdefault(row["phase"], row["epoch"])
+    for phase, epoch in list(starts.items())[1:]:
+        axes.axvline(epoch - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        if named:
+            slanted: dict[str, Any] = (
+                {"rotation": 25, "ha": "left"} if len(starts) > 3 else {"rotation": 0, "ha": "center"}
+            )
+            place: dict[str, Any] = {
+                "xycoords": ("data", "axes fraction"),
+                "textcoords": "offset points",
+                "xytext": (0, 3),
+            }
+            text = f"{label(phase)} starts"
+            axes.annotate(text, (epoch - 0.5, 1.0), fontsize=9, color=INK, va="bottom", **place, **slanted)
+
+
+def draw_curves(
+    path: Path, history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
+) -> Path:
+    """Loss and accuracy of training and validation over all phases.
+
+    Args:
+        path: the PNG to write.
+        history: one row an epoch, at least one: phase, epoch (counted over the whole run), loss, accuracy, val_loss,
+            val_accuracy (None or NaN where there is no validation).
+        phases: `best_epoch` of each (counted over the whole run) is ringed.
+    """
+    best = [phase["best_epoch"] for phase in (phases or {}).values() if phase.get("best_epoch") is not None]
+    figure = canvas(6.0)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, key in ((upper, "loss"), (lower, "accuracy")):
+        tidy(axes, "y")
+        _draw_curve(axes, history, key, best)
+        _mark_phases(axes, history, named=axes is upper)
+        axes.set_ylabel("loss (nats)" if key == "loss" else "accuracy", color=INK)
+    heading(upper, "Training and validation", pad=22)
+    upper.set_ylim(bottom=0)
+    low = np.nanmin(np.concatenate([_series(history, "accuracy"), _series(history, "val_accuracy"), [1.0]]))
+    lower.set_ylim(max(0.0, low - 0.05 * (1 - low) - 0.01), 1.0 + 0.03 * (1 - low) + 0.002)
+    lower.yaxis.set_major_formatter(PercentFormatter(1.0))
+    first, last = history[0]["epoch"], history[-1]["epoch"]
+    lower.set_xlim(first - 0.6, last + 0.6)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    lower.set_xlabel("epoch", color=INK)
+    upper.legend(frameon=False, fontsize=9, loc="best")
+    return save(figure, path)
+
+
+def _shares(confusion: np.ndarray) -> np.ma.MaskedArray:
+    """Each row as shares of its class; masked where the class has no example."""
+    support = confusion.sum(axis=1, keepdims=True)
+    return np.ma.masked_array(confusion / np.maximum(support, 1), np.broadcast_to(support == 0, confusion.shape))
+
+
+def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, gamma: float) -> None:
+    shares = _shares(confusion)
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest", aspect="equal")
+    image.cmap.set_bad("#f3f4f6")
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, format=PercentFormatter(1.0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.set_label("share of the true class", fontsize=9, color=INK)
+    axes.set_xlabel("prediction", color=INK)
+    axes.set_ylabel("truth", color=INK)
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_color(RULE)
+
+
+def draw_confusion(path: Path, confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> Path:
+    """The confusion matrix, coloured by the share of each true class.
+
+    Up to 20 classes it holds names and counts; with more, the most frequent confusions stand below it as bars.
+
+    Args:
+        path: the PNG to write.
+        confusion: int [c, c]; rows: truth, columns: prediction.
+        class_names: c names.
+    """
+    table = np.asarray(confusion)
+    classes = len(class_names)
+    if classes > _NUMBERED:
+        return _draw_large_confusion(path, table, class_names)
+    side = max(4.2, 1.9 + 0.42 * classes)
+    figure = canvas(height=side, width=max(side + 0.9, 5.2))
+    axes = figure.subplots()
+    _draw_matrix(figure, axes, table, gamma=0.8)
+    heading(axes, "Confusion matrix")
+    empty = table.sum(axis=1) == 0
+    rows = [label(name) + (" (no examples)" if none else "") for name, none in zip(class_names, empty, strict=True)]
+    names = [label(name) for name in class_names]
+    turn: dict[str, Any] = (
+        {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    )
+    axes.set_xticks(range(classes), names, **turn)
+    axes.set_yticks(range(classes), rows)
+    shares = _shares(table).filled(0)
+    size = 10 if classes <= 10 else 8
+    for (row, column), count in np.ndenumerate(table):
+        if count:
+            colour = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=size, color=colour)
+    return save(figure, path)
+
+
+def _draw_large_confusion(path: Path, table: np.ndarray, class_names: Sequence[str]) -> Path:
+    wrong = table * (1 - np.eye(len(table), dtype=table.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:15]
+    pairs = [(int(i) // len(table), int(i) % len(table)) for i in order if wrong.flat[i] > 0]
+    figure = canvas(height=7.0 + 0.27 * max(len(pairs), 2))
+    upper, lower = figure.subplots(2, 1, height_ratios=[6.2, 0.8 + 0.27 * max(len(pairs), 2)])
+    _draw_matrix(figure, upper, table, gamma=0.5)
+    heading(upper, f"Confusion matrix of {len(table)} classes, numbered in the order of their names")
+    heading(lower, "Most frequent confusions")
+    tidy(lower, "x")
+    if not pairs:
+        lower.set_axis_off()
+        lower.text(0.5, 0.5, "no class is taken for another", ha="center", va="center", color=MUTED)
+        return save(figure, path)
+    counts = [int(wrong[pair]) for pair in pairs]
+    lower.barh(range(len(pairs)), counts, color=WRONG, height=0.7)
+    for place, ((truth, _), count) in enumerate(zip(pairs, counts, strict=True)):
+        note = f" {count:,} of {table[truth].sum():,}"
+        lower.text(count, place, note, va="center", fontsize=8.5, color=MUTED)
+    texts = [f"{label(class_names[truth])} taken for {label(class_names[answer])}" for truth, answer in pairs]
+    lower.set_yticks(range(len(pairs)), texts, fontsize=9)
+    lower.set_ylim(len(pairs) - 0.4, -0.6)
+    lower.set_xlim(0, max(counts) * 1.15)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.set_xlabel("examples", color=INK)
+    return save(figure, path)
+
+
+def draw_f1(path: Path, per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Path:
+    """F1 of each class as bars, weakest first, in columns of 40; of more than 120 classes the weakest 120.
+
+    Args:
+        path: the PNG to write.
+        per_class: name, f1, support of each class. Classes without an example come last, without a bar.
+        macro_f1: drawn as a line.
+    """
+    ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
+    shown = ranked[:MOST_BARS]
+    columns = math.ceil(len(shown) / 40)
+    height = math.ceil(len(shown) / columns)
+    step = 0.3 if len(shown) <= 15 else 0.215
+    figure = canvas(height=1.5 + step * height, width=WIDTH if columns == 1 else 1.5 + 3.3 * columns)
+    all_axes = figure.subplots(1, columns, squeeze=False)[0]
+    size = 9.5 if len(shown) <= 15 else 8
+    for column, axes in enumerate(all_axes):
+        rows = shown[column * height : (column + 1) * height]
+        tidy(axes, "x")
+        places = range(len(rows))
+        axes.barh(places, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
+        for place, row in zip(places, rows, strict=True):
+            text = f" {row['f1']:.3f}" if row["support"] else " no examples"
+            axes.text(row["f1"], place, text, va="center", fontsize=size, color=INK if row["support"] else MUTED)
+        axes.set_yticks(places, [f"{label(row['name'], 20)} ({row['support']:,})" for row in rows], fontsize=size)
+        axes.set_ylim(height - 0.4, -0.6)
+        axes.set_xlim(0, 1.16)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
+        axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel("F1", color=INK)
+    rest = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
+    title = f"F1 of each class{rest} (number of examples); macro F1 {macro_f1:.3f} dashed"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    return save(figure, path)
+
+
+def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], error: float) -> Path:
+    """How often predictions of a given confidence are right, above a histogram of the confidence.
+
+    Args:
+        path: the PNG to write.
+        bins: low, high, count, confidence, accuracy, as `metrics.calibration` gives them.
+        error: the expected calibration error.
+    """
+    figure = canvas(height=6.4, width=6.2)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    full = [b for b in bins if b["count"]]
+    lows, widths = [b["low"] for b in full], [b["high"] - b["low"] for b in full]
+    tidy(upper, "y")
+    upper.bar(lows, [b["accuracy"] for b in full], widths, align="edge", color=VALIDATION, edgecolor="white", alpha=0.8)
+    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
+    points = ([b["confidence"] for b in full], [b["accuracy"] for b in full])
+    upper.plot(*points, color=INK, marker="o", markersize=4, linewidth=1, label="this model")
+    upper.set_ylabel("share that is right", color=INK)
+    upper.set_ylim(0, 1.02)
+    upper.yaxis.set_major_formatter(PercentFormatter(1.0))
+    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    heading(upper, f"Calibration (expected error {error:.3f})")
+    tidy(lower, "y")
+    lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING, edgecolor="white")
+    lower.set_ylabel("examples", color=INK)
+    lower.set_xlabel("confidence: the probability of the prediction", color=INK)
+    lower.set_xlim(0, 1)
+    lower.xaxis.set_major_formatter(PercentFormatter(1.0))
+    lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return save(figure, path)

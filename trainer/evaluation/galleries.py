@@ -1,0 +1,117 @@
+"""Figures of pictures: samples, augmented views, predictions, mistakes. Each draws one PNG and returns its path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from trainer.contracts import EvaluationResult
+from trainer.evaluation.drawing import INK, MUTED, RIGHT, RULE, WRONG, canvas, label, save
+
+# Fetches pictures of the evaluated split by example index: uint8 [k, S, S, 3].
+Images = Callable[[Sequence[int]], np.ndarray]
+
+MOST_WRONG = 12
+
+
+def _draw_grid(
+    path: Path,
+    title: str,
+    pictures: np.ndarray,
+    captions: Sequence[str],
+    columns: int,
+    colours: Sequence[str] | None = None,
+) -> Path:
+    """Pictures uint8 [k, S, S, 3] in rows, each with a caption of a few lines above it and a coloured frame."""
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    side = 8.0 / max(columns, 3)
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure = canvas(height=0.45 + rows * (side - 0.1 + 0.16 * lines), width=max(side * columns, 5.0))
+    cells = figure.subplots(rows, columns, squeeze=False).flat
+    size = 9 if columns <= 4 else 8
+    for axes in list(cells):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    for axes, picture, caption, colour in zip(
+        figure.axes, pictures, captions, colours or [RULE] * len(pictures), strict=False
+    ):
+        # A picture smaller than its cell keeps its pixels sharp; a larger one is averaged down.
+        axes.imshow(picture, interpolation="nearest" if len(picture) <= 64 else "antialiased")
+        axes.set_title(caption, fontsize=size, color=colour if colours else INK, pad=4, linespacing=1.2)
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_color(colour)
+        axes.spines[:].set_linewidth(2.5 if colours else 0.8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    return save(figure, path)
+
+
+def draw_samples(path: Path, pictures: np.ndarray, class_names: Sequence[str]) -> Path:
+    """Training pictures with their class.
+
+    Args:
+        path: the PNG to write.
+        pictures: uint8 [k, S, S, 3], k >= 1.
+        class_names: the class of each picture.
+    """
+    captions = [label(name, 20) for name in class_names]
+    return _draw_grid(path, "Training examples, as the model sees them", pictures, captions, 6)
+
+
+def draw_augmentation(path: Path, original: np.ndarray, views: np.ndarray) -> Path:
+    """One training picture and what augmentation makes of it in several epochs.
+
+    Args:
+        path: the PNG to write.
+        original: uint8 [S, S, 3].
+        views: uint8 [k, S, S, 3], k >= 1.
+    """
+    pictures = np.concatenate([original[None], views])
+    captions = ["original"] + [f"view {i}" for i in range(1, len(views) + 1)]
+    return _draw_grid(path, "One training example under augmentation", pictures, captions, 6)
+
+
+def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) -> tuple[list[str], list[str]]:
+    captions, colours = [], []
+    for index in indices:
+        answer = int(result.probabilities[index].argmax())
+        right = answer == result.labels[index]
+        truth, said = (label(result.class_names[k], longest) for k in (int(result.labels[index]), answer))
+        share = f"{100 * result.probabilities[index, answer]:.1f} %"
+        captions.append(f"truth: {truth}\n{'✓' if right else '✗'} {said}, {share}")
+        colours.append(RIGHT if right else WRONG)
+    return captions, colours
+
+
+def draw_predictions(path: Path, result: EvaluationResult, images: Images, seed: int) -> Path:
+    """Nine examples drawn by the seed, with truth, prediction and probability; green is right, red is wrong."""
+    n = len(result.labels)
+    indices = [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]
+    captions, colours = _captions(result, indices, 28)
+    title = f"Random {result.split} examples and the model's answers"
+    return _draw_grid(path, title, images(indices), captions, 3, colours)
+
+
+def find_most_wrong(result: EvaluationResult, most: int = MOST_WRONG) -> list[int]:
+    """Indices of the wrong predictions, the surest first; equals by index."""
+    answers = result.probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(answers != result.labels)
+    order = np.argsort(-result.probabilities[wrong, answers[wrong]], kind="stable")
+    return [int(i) for i in wrong[order][:most]]
+
+
+def draw_most_wrong(path: Path, result: EvaluationResult, images: Images) -> Path:
+    """The wrong predictions with the highest probability, with their file names: label errors show up here."""
+    indices = find_most_wrong(result)
+    if not indices:
+        figure = canvas(height=1.0)
+        figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
+        return save(figure, path)
+    captions, colours = _captions(result, indices, 20)
+    names = [label(PurePosixPath(result.names[index]).name, 26) for index in indices]
+    captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
+    return _draw_grid(path, "Wrong, and most sure of it", images(indices), captions, 4, colours)

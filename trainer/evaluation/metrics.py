@@ -1,0 +1,164 @@
+"""The scores of a classifier on one split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+from trainer.contracts import EvaluationResult
+from trainer.errors import DataError
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+_SMALLEST = 1e-7  # probabilities are clipped here before the logarithm, as Keras does
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927, "Probable inference, the law of succession").
+
+    Two shares whose intervals do not overlap differ; the reverse does not hold. Of no trials nothing is known: (0, 1).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _check(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
+    n = len(labels)
+    if n == 0:
+        raise DataError("there is no example to evaluate: the split is empty; give it examples or name another split")
+    if probabilities.shape != (n, classes):
+        raise DataError(
+            f"{n} labels and {classes} class names need probabilities of shape ({n}, {classes}), "
+            f"not {probabilities.shape}; evaluate with the model and the data of the same run"
+        )
+    strange = np.flatnonzero((labels < 0) | (labels >= classes))
+    if strange.size:
+        raise DataError(
+            f"the label {labels[strange[0]]} of example {strange[0]} has no class: there are {classes} class names, "
+            f"so labels go from 0 to {classes - 1}; correct the label or the class names"
+        )
+    broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+    if broken.size:
+        raise DataError(
+            f"the model's probabilities are not finite for {broken.size} of {n} examples (the first is example "
+            f"{broken[0]}): its weights have diverged; take an earlier checkpoint or a lower learning rate"
+        )
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
+    """Expected calibration error and its bins (Guo et al. 2017, "On calibration of modern neural networks").
+
+    Args:
+        confidence: float [n], the probability of each prediction.
+        correct: bool [n].
+
+    Returns:
+        The error, and for each of the 15 bins (low, high]: low, high, count, confidence and accuracy (means; None where
+        the bin is empty).
+    """
+    edges = np.linspace(0.0, 1.0, BINS + 1)
+    place = np.digitize(confidence, edges[1:-1], right=True)
+    bins: list[dict[str, Any]] = []
+    error = 0.0
+    for b in range(BINS):
+        inside = place == b
+        count = int(inside.sum())
+        mean = float(confidence[inside].mean(dtype=np.float64)) if count else None
+        accuracy = float(correct[inside].mean()) if count else None
+        if mean is not None and accuracy is not None:
+            error += count / len(confidence) * abs(accuracy - mean)
+        low, high = float(edges[b]), float(edges[b + 1])
+        bins.append({"low": low, "high": high, "count": count, "confidence": mean, "accuracy": accuracy})
+    return error, bins
+
+
+def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    every = np.arange(len(class_names))
+    columns = precision_recall_fscore_support(labels, predictions, labels=every, zero_division=0)
+    predicted = np.bincount(predictions, minlength=len(every))
+    rows = []
+    for name, precision, recall, f1, support, answers in zip(class_names, *columns, predicted, strict=True):
+        undefined = [what for what, below in (("precision", answers), ("recall", support)) if below == 0]
+        if len(undefined) == 2:
+            undefined.append("f1")
+        row = {"name": name, "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+        rows.append(row | {"support": int(support), "undefined": undefined})
+    return rows
+
+
+def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Every score of one pass over one split, ready for JSON.
+
+    Args:
+        labels: int32 [n].
+        probabilities: float32 [n, c], rows that sum to 1.
+        class_names: c names.
+
+    Returns:
+        n, correct, accuracy and its 95 % Wilson `interval`; top_5 and top_5_interval where there are more than 5
+        classes; `majority` (the accuracy of always answering the most frequent class); loss (mean cross entropy,
+        nats); macro_f1 (over the classes that occur or are predicted); per_class (name, precision, recall, f1, support,
+        and as `undefined` which of them are 0 only because nothing was there to divide by); confusion (rows: truth,
+        columns: prediction); mean_confidence; calibration_error and calibration_bins.
+
+    Raises:
+        DataError: no example, shapes that do not fit together, a label without a class, probabilities not finite.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    classes = len(class_names)
+    _check(labels, probabilities, classes)
+    n = len(labels)
+    predictions = probabilities.argmax(axis=1)
+    right = predictions == labels
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    hits = int(right.sum())
+    scores: dict[str, Any] = {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
+    if classes > 5:
+        # A stable sort breaks ties as argmax does, so that top_5 is never below accuracy (scikit-learn's may be).
+        first_five = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+        found = int((first_five == labels[:, None]).any(axis=1).sum())
+        scores |= {"top_5": found / n, "top_5_interval": list(wilson(found, n))}
+    of_truth = probabilities[np.arange(n), labels].astype(np.float64)
+    error, bins = calibration(confidence, right)
+    return scores | {
+        "majority": int(np.bincount(labels).max()) / n,
+        "loss": float(-np.log(np.clip(of_truth, _SMALLEST, 1.0)).mean()),
+        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "per_class": _per_class(labels, predictions, class_names),
+        "confusion": confusion_matrix(labels, predictions, labels=np.arange(classes)).tolist(),
+        "mean_confidence": float(confidence.mean()),
+        "calibration_error": error,
+        "calibration_bins": bins,
+    }
+
+
+def evaluate_arrays(
+    split: str,
+    class_names: Sequence[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+) -> EvaluationResult:
+    """Score one pass and keep what it was computed from.
+
+    Args:
+        split: test, or validation where the data has no test split.
+        class_names: c names.
+        labels: int32 [n], ordered by example index.
+        probabilities: float32 [n, c].
+        names: the file or record of each example.
+
+    Raises:
+        DataError: as `score`, or when there is not one name for each example.
+    """
+    labels, probabilities = np.asarray(labels, np.int32), np.asarray(probabilities, np.float32)
+    if len(names) != len(labels):
+        raise DataError(f"split {split!r} has {len(labels)} labels but {len(names)} file names: read it again whole")
+    return EvaluationResult(
+        split, tuple(class_names), labels, probabilities, tuple(names), score(labels, probabilities, class_names)
+    )

@@ -1,0 +1,36 @@
+"""predictions.csv: what the model answered for every example."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from trainer.contracts import EvaluationResult
+from trainer.evaluation.files import printable, write_whole
+
+COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
+
+
+def write_predictions(path: Path, result: EvaluationResult) -> Path:
+    """Write one line an example, ordered by index.
+
+    The columns are `COLUMNS`; truth and prediction are class names, probability is the prediction's with six decimals,
+    correct is true or false. UTF-8, "\\n" line ends; equal results give equal bytes.
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    answers = result.probabilities.argmax(axis=1)
+    for index, (truth, answer) in enumerate(zip(result.labels, answers, strict=True)):
+        rows.writerow(
+            (
+                index,
+                printable(result.names[index]),
+                printable(result.class_names[truth]),
+                printable(result.class_names[answer]),
+                f"{result.probabilities[index, answer]:.6f}",
+                "true" if truth == answer else "false",
+            )
+        )
+    return write_whole(path, text.getvalue())

@@ -1,0 +1,1 @@
+"""Backbones, heads, weights and what of them trains."""

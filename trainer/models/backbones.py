@@ -1,0 +1,182 @@
+"""The registry of backbones: every classification network of keras.applications, by name.
+
+Looking a name up imports nothing heavy; only `Backbone.build` and `Backbone.preprocess` import Keras.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import ModelError
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of keras.applications.
+
+    A block is named by what its layer names share. In the Inception and NASNet families most layers of a block are
+    anonymous (`conv2d_17`) and come before its named one: there a block begins right after the one before it, and the
+    first begins after the layer `stem_end`.
+    """
+
+    name: str  # of the constructor: "MobileNetV2"
+    module: str  # of keras.applications whose preprocess_input belongs to it: "mobilenet_v2"
+    default_size: int  # pixels; what ImageNet weights were trained at
+    smallest_size: int  # pixels
+    block_pattern: str  # searched in a layer's name
+    block_name: str = r"\1"  # made of the match
+    stem_end: str | None = None
+    takes_alpha: bool = False  # the width multiplier of the MobileNet families
+
+    def preprocess(self, images: Any) -> Any:
+        """float32 [b, S, S, 3] RGB in 0..255 -> what the network was trained on, by Keras' own function, in the graph.
+
+        Networks that rescale their input themselves get it unchanged.
+        """
+        import keras
+
+        return getattr(keras.applications, self.module).preprocess_input(images)
+
+    def build(self, image_size: int, alpha: float | None, weights: str | None) -> keras.Model:
+        """The network without its classification top: float [b, S, S, 3] -> float [b, h, w, C].
+
+        Raises:
+            ModelError: the size is too small, `alpha` is given for a network without one, or Keras refuses.
+            OSError, Exception: what Keras raises when it cannot download `weights="imagenet"`.
+        """
+        import keras
+
+        self.check(image_size, alpha)
+        options: dict[str, Any] = {"alpha": alpha or 1.0} if self.takes_alpha else {}
+        try:
+            network = getattr(keras.applications, self.name)(
+                include_top=False, weights=weights, input_shape=(image_size, image_size, 3), **options
+            )
+        except ValueError as error:
+            raise ModelError(f"model.backbone={self.name} cannot be built as asked: {error}") from error
+        _name_as_in_a_fresh_process(network)
+        return network
+
+    def check(self, image_size: int, alpha: float | None) -> None:
+        """Raise a ModelError for a size or an alpha that this network does not have."""
+        if image_size < self.smallest_size:
+            raise ModelError(
+                f"model.image_size={image_size} is too small for {self.name}: it needs at least {self.smallest_size} "
+                f"pixels (its own size is {self.default_size})"
+            )
+        if alpha is not None and not self.takes_alpha:
+            takers = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
+            raise ModelError(f"model.alpha={alpha:g}: {self.name} has no alpha; unset it (only {takers} have one)")
+
+    def block_of(self, layer_name: str) -> str | None:
+        """The block that a layer's name says it belongs to; None for a stem, a top or an anonymous layer."""
+        match = re.search(self.block_pattern, layer_name)
+        return match.expand(self.block_name) if match else None
+
+    def block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
+        """{block: index of its first layer}, in the order of the layers."""
+        starts: dict[str, int] = {}
+        before = layer_names.index(self.stem_end) if self.stem_end else 0
+        for index, name in enumerate(layer_names):
+            block = self.block_of(name)
+            if block is None:
+                continue
+            starts.setdefault(block, before + 1 if self.stem_end else index)
+            before = index
+        return starts
+
+
+def _name_as_in_a_fresh_process(network: keras.Model) -> None:
+    """Give anonymous layers the names they have in a process that built nothing before.
+
+    Keras counts anonymous layers over the whole process, so that `conv2d_93` of one run would be `conv2d_187` of
+    another: freezing patterns and checkpoints need names that stay.
+    """
+    import keras
+
+    anonymous: dict[str, list[tuple[int, keras.Layer]]] = {}
+    for layer in network.layers:
+        words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
+        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # Conv2D -> conv2d, ReLU -> re_lu: Keras' way
+        match = re.fullmatch(re.escape(kind) + r"(?:_(\d+))?", layer.name)
+        if match and not isinstance(layer, keras.layers.InputLayer):
+            anonymous.setdefault(kind, []).append((int(match[1] or 0), layer))
+    for kind, layers in anonymous.items():
+        first = min(number for number, _ in layers)
+        for number, layer in layers:
+            layer.name = f"{kind}_{number - first}" if number > first else kind
+
+
+_EFFICIENT = r"^(block\d+[a-z])_"
+_STAGED = r"^(conv\d_block\d+)_"
+_CONVNEXT = r"(stage_\d+_block_\d+|downsampling_block_\d+)"
+
+
+@cache
+def backbones() -> dict[str, Backbone]:
+    """Every backbone by its lower-case name without separators, such as "mobilenetv2"."""
+    found = [
+        Backbone("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
+        Backbone("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
+        Backbone("Xception", "xception", 299, 71, r"^(block\d+)_"),
+        Backbone("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
+        Backbone(
+            "InceptionResNetV2",
+            "inception_resnet_v2",
+            299,
+            75,
+            r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)",
+            stem_end="max_pooling2d_1",
+        ),
+    ]
+    mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
+    found += [
+        Backbone(f"MobileNetV3{size}", "mobilenet_v3", 224, 32, mobile_v3, takes_alpha=True)
+        for size in ("Small", "Large")
+    ]
+    cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
+    found += [
+        Backbone(f"NASNet{kind}", "nasnet", size, 32, cells, r"cell_\1", stem_end="stem_bn1")
+        for kind, size in (("Mobile", 224), ("Large", 331))
+    ]
+    found += [Backbone(f"VGG{depth}", f"vgg{depth}", 224, 32, r"^(block\d)_") for depth in (16, 19)]
+    found += [Backbone(f"ResNet{depth}", "resnet", 224, 32, _STAGED) for depth in (50, 101, 152)]
+    found += [Backbone(f"ResNet{depth}V2", "resnet_v2", 224, 32, _STAGED) for depth in (50, 101, 152)]
+    found += [Backbone(f"DenseNet{depth}", "densenet", 224, 32, _STAGED) for depth in (121, 169, 201)]
+    found += [
+        Backbone(f"EfficientNetB{n}", "efficientnet", size, 32, _EFFICIENT)
+        for n, size in enumerate((224, 240, 260, 300, 380, 456, 528, 600))
+    ]
+    second = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
+    found += [Backbone(f"EfficientNetV2{n}", "efficientnet_v2", s, 32, _EFFICIENT) for n, s in second.items()]
+    found += [
+        Backbone(f"ConvNeXt{size}", "convnext", 224, 32, _CONVNEXT)
+        for size in ("Tiny", "Small", "Base", "Large", "XLarge")
+    ]
+    return {_plain(backbone.name): backbone for backbone in found}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_.-]", "", name).lower()
+
+
+def find_backbone(name: str) -> Backbone:
+    """The backbone of that name; case, underscores and hyphens do not matter.
+
+    Raises:
+        ModelError: no backbone has that name; the message says the nearest one, or all of them.
+    """
+    known = backbones()
+    if _plain(name) in known:
+        return known[_plain(name)]
+    close = difflib.get_close_matches(_plain(name), known, 1, cutoff=0.5)
+    help_ = f"Did you mean {known[close[0]].name}?" if close else "Known: " + ", ".join(b.name for b in known.values())
+    raise ModelError(f"model.backbone={name}: there is no such backbone. {help_}")

@@ -1,0 +1,181 @@
+"""Which part of a classifier trains in a phase."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+from trainer.errors import ModelError
+from trainer.models.classifier import Classifier
+
+NORM = keras.layers.BatchNormalization
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variables that share a fate."""
+
+    name: str
+    variables: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ThawPlan:
+    """What trains; covers every variable of the classifier exactly once."""
+
+    thaw: str
+    batch_norm: str  # frozen | train
+    trainable: dict[str, keras.Variable]  # what the optimizer gets, in a fixed order
+    groups: tuple[Group, ...]
+    first_thawed: int | None  # index in backbone.layers of the first that has something to train
+    first_name: str | None
+    thawed_layers: int
+    layer_count: int
+    batch_norm_training: bool  # what `Classifier.features` must be called with in training
+
+    def lines(self) -> list[str]:
+        """The plan for people, one line a group."""
+        where = f"all {self.layer_count} layers of the backbone are frozen"
+        if self.first_thawed is not None:
+            where = (
+                f"{self.thawed_layers} of {self.layer_count} layers thawed, "
+                f"the first that trains is {self.first_thawed} ({self.first_name})"
+            )
+        table = [(g.name, f"{g.variables:,}", f"{g.parameters:,}", _size(g.bytes)) for g in self.groups]
+        sums = [sum(getattr(g, part) for g in self.groups) for part in ("variables", "parameters", "bytes")]
+        table = [("", "variables", "parameters", "size"), *table]
+        table.append(("all", f"{sums[0]:,}", f"{sums[1]:,}", _size(sums[2])))
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        rows = [
+            f"  {name:<{widths[0]}}  {variables:>{widths[1]}}  {parameters:>{widths[2]}}  {size:>{widths[3]}}"
+            for name, variables, parameters, size in table
+        ]
+        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"
+
+
+def apply_thaw(classifier: Classifier, thaw: str, batch_norm: str) -> ThawPlan:
+    """Set `.trainable` on every layer of the backbone by the rule `thaw`, and tell what came of it. The head trains.
+
+    `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | pattern:REGEX; layers are
+    counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in layer names.
+    `batch_norm=frozen` keeps every BatchNormalization layer as it is. `train` lets the thawed ones learn, with
+    statistics over the batches of all replicas. Compile steps after this call: a traced function keeps what was
+    trainable when it was traced.
+
+    Raises:
+        ModelError: the rule matches nothing, or nothing that could train.
+    """
+    layers = classifier.backbone.layers
+    chosen = _chosen(classifier, thaw)
+    frozen_norm = batch_norm == "frozen"
+    classifier.backbone.trainable = True
+    for index, layer in enumerate(layers):
+        is_norm = isinstance(layer, NORM)
+        layer.trainable = index in chosen and not (is_norm and frozen_norm)
+        if is_norm and layer.trainable:
+            layer.synchronized = True
+    thawed = [index for index in sorted(chosen) if layers[index].trainable_weights]
+    if chosen and not thawed:
+        able = [i for i, layer in enumerate(layers) if layer.weights and not (isinstance(layer, NORM) and frozen_norm)]
+        raise ModelError(
+            f"thaw={thaw} thaws no layer that can train; the last one that can is {able[-1]} "
+            f"({layers[able[-1]].name}). Use thaw=none to train the head alone"
+        )
+    return _plan(classifier, thaw, batch_norm, thawed, len(chosen))
+
+
+def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int], thawed_layers: int) -> ThawPlan:
+    layers = classifier.backbone.layers
+    trains = {id(variable) for layer in layers for variable in layer.trainable_weights}
+    norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
+    moving = {id(v) for i in thawed if isinstance(layers[i], NORM) for v in layers[i].non_trainable_weights}
+    variables, head = classifier.variables, classifier.head_variables
+    members: dict[str, list[keras.Variable]] = {
+        name: []
+        for name in (
+            "head, trains",
+            "backbone, trains",
+            "batch norm, trains",
+            "batch norm, moving averages",
+            "backbone, frozen",
+            "batch norm, frozen",
+        )
+    }
+    for name, variable in variables.items():
+        kind = "head" if name in head else "batch norm" if id(variable) in norms else "backbone"
+        fate = "trains" if name in head or id(variable) in trains else "frozen"
+        fate = "moving averages" if id(variable) in moving else fate
+        members[f"{kind}, {fate}"].append(variable)
+    groups = tuple(_group(name, found) for name, found in members.items() if found)
+    known = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
+    assert {id(v) for v in variables.values()} == known, "a variable is missing from the plan"
+    assert sum(group.variables for group in groups) == len(known), "a variable is in the plan twice"
+    return ThawPlan(
+        thaw=thaw,
+        batch_norm=batch_norm,
+        trainable={n: v for n, v in variables.items() if n in head or id(v) in trains},
+        groups=groups,
+        first_thawed=thawed[0] if thawed else None,
+        first_name=layers[thawed[0]].name if thawed else None,
+        thawed_layers=thawed_layers,
+        layer_count=len(layers),
+        batch_norm_training=bool(moving),
+    )
+
+
+def _group(name: str, variables: Iterable[keras.Variable]) -> Group:
+    sizes = [(math.prod(v.shape), tf.as_dtype(v.dtype).size) for v in variables]
+    return Group(name, len(sizes), sum(n for n, _ in sizes), sum(n * width for n, width in sizes))
+
+
+def _chosen(classifier: Classifier, thaw: str) -> set[int]:
+    """The indices of the layers that the rule names."""
+    names = [layer.name for layer in classifier.backbone.layers]
+    rule, _, value = thaw.partition(":")
+    count, what = len(names), f"thaw={thaw}"
+    if rule == "none":
+        return set()
+    if rule == "all":
+        return set(range(count))
+    if rule == "from_layer":
+        if int(value) >= count:
+            raise ModelError(f"{what}: {classifier.kind.name} has {count} layers, 0 to {count - 1}")
+        return set(range(int(value), count))
+    if rule == "last_layers":
+        if not 1 <= int(value) <= count:
+            raise ModelError(f"{what}: {classifier.kind.name} has {count} layers; give 1 to {count}, or thaw=none")
+        return set(range(count - int(value), count))
+    if rule == "percent":
+        first = int(count * (1 - float(value) / 100))
+        if first >= count:
+            raise ModelError(f"{what} thaws none of the {count} layers of {classifier.kind.name}: use thaw=none")
+        return set(range(first, count))
+    if rule == "from_block":
+        starts = classifier.kind.block_starts(names)
+        if value not in starts:
+            close = difflib.get_close_matches(value, starts, 3, cutoff=0.5)
+            near = f" Nearest: {', '.join(close)}." if close else ""
+            known = ", ".join(starts)
+            raise ModelError(f"{what}: {classifier.kind.name} has no such block.{near} Its blocks: {known}")
+        return set(range(starts[value], count))
+    if rule == "pattern":
+        try:
+            matching = {index for index, name in enumerate(names) if re.search(value, name)}
+        except re.error as error:
+            raise ModelError(f"{what} is not a regular expression: {error}") from None
+        if not matching:
+            raise ModelError(f"{what} matches no layer of {classifier.kind.name}; layers are called like {names[-2]}")
+        return matching
+    raise ModelError(f"{what} is no rule for freezing")

@@ -1,0 +1,144 @@
+"""The first values of a backbone: ImageNet's, the packaged ones, those of a file, or random ones."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+
+from trainer.errors import ModelError
+from trainer.models.backbones import Backbone
+
+GLYPHS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
+ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # those that Keras publishes weights for
+
+
+def build_with_weights(
+    backbone: Backbone, image_size: int, alpha: float | None, weights: str, seed: int
+) -> keras.Model:
+    """A backbone that holds `weights`: imagenet, glyphs, none, or the path of a Keras file.
+
+    With `none` every value is a function of `seed`. Keras draws the seeds of its initializers from Python's global
+    generator, so this sets the global seeds (nothing else in a run draws from them).
+
+    Raises:
+        ModelError: the weights cannot be had, or do not fit the backbone.
+    """
+    keras.utils.set_random_seed(seed)
+    if weights == "imagenet":
+        return _download(backbone, image_size, alpha)
+    if weights == "glyphs":
+        if (backbone.name, alpha) != ("MobileNetV2", 0.35):
+            width = f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else ""
+            raise ModelError(
+                f"model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not "
+                f"{backbone.name}{width}"
+            )
+        if not GLYPHS.is_file():
+            raise ModelError(
+                f"model.weights=glyphs: the packaged file {GLYPHS.name} is missing; `make pretrained` makes it"
+            )
+    path = GLYPHS if weights == "glyphs" else Path(weights).expanduser()
+    if weights != "none":
+        _check_file(path)  # before the seconds that building takes
+    network = backbone.build(image_size, alpha, None)
+    if weights != "none":
+        _load(network, path, backbone, image_size, alpha)
+    return network
+
+
+def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
+    try:
+        return backbone.build(image_size, alpha, "imagenet")
+    except ModelError:
+        raise
+    except Exception as error:  # get_file raises a bare Exception when the network is away
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model.weights=imagenet: the weights of {backbone.name} could not be downloaded ({reason}). Give a file "
+            "with model.weights=/path/to/file.weights.h5, or start from random values with model.weights=none"
+        ) from error
+
+
+def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
+    if not _is_legacy(path):
+        _check_sizes(network, path, backbone, image_size, alpha)
+    try:
+        network.load_weights(path)
+    except (ValueError, KeyError, OSError) as error:
+        # Keras' own sentence about the first object that does not fit, without its lists.
+        reasons = [line for line in str(error).splitlines() if line.strip()]
+        detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
+        raise ModelError(_misfit(path, backbone, alpha, detail.strip())) from error
+
+
+def _misfit(path: Path, backbone: Backbone, alpha: float | None, detail: str) -> str:
+    width = f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else ""
+    return f"model.weights={path} does not fit {backbone.name}{width} without its top: {detail}"
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        where = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(
+            f"model.weights={path} {where}: give imagenet, glyphs, none, or the path of a .weights.h5 or .keras file"
+        )
+    if path.suffix == ".keras":
+        readable = zipfile.is_zipfile(path)
+    elif path.suffix in (".h5", ".hdf5"):
+        readable = h5py.is_hdf5(path)
+    else:
+        raise ModelError(f"model.weights={path}: the name must end in .weights.h5, .h5 or .keras")
+    if not readable:
+        raise ModelError(f"model.weights={path} is not a Keras weights file (damaged, or only a pointer to one?)")
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether this is the older HDF5 layout, which the published ImageNet files have."""
+    return path.suffix != ".keras" and not path.name.endswith(".weights.h5")
+
+
+def _parameters_by_shape(path: Path) -> dict[tuple[int, ...], int]:
+    """How many arrays of each shape a Keras 3 file holds, the states of random generators left out."""
+    found: dict[tuple[int, ...], int] = {}
+
+    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset) and "seed_generator" not in name and not name.startswith("optimizer"):
+            found[item.shape] = found.get(item.shape, 0) + 1
+
+    try:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as inner, h5py.File(inner) as file:
+                file.visititems(visit)
+        else:
+            with h5py.File(path) as file:
+                file.visititems(visit)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.weights={path} is not a Keras weights file or is damaged ({error})") from error
+    return found
+
+
+def _shapes(network: keras.Model) -> dict[tuple[int, ...], int]:
+    found: dict[tuple[int, ...], int] = {}
+    for variable in network.weights:
+        found[tuple(variable.shape)] = found.get(tuple(variable.shape), 0) + 1
+    return found
+
+
+def _check_sizes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
+    """Raise a ModelError unless the file holds arrays of exactly the network's shapes; Keras ignores extra ones."""
+    given, wanted = _parameters_by_shape(path), _shapes(network)
+    if given == wanted:
+        return
+    counts = f"the file holds {sum(given.values())} arrays, the backbone has {sum(wanted.values())}"
+    missing = {shape: n for shape, n in wanted.items() if given.get(shape, 0) < n}
+    if missing:
+        shape = max(missing, key=lambda s: (len(s), s))
+        counts += f"; none or too few of shape {list(shape)} (wanted {missing[shape]}, found {given.get(shape, 0)})"
+    others = [a for a in ALPHAS if a != (alpha or 1.0)] if backbone.takes_alpha else []
+    for other in others:
+        if _shapes(backbone.build(image_size, other, None)) == given:
+            raise ModelError(_misfit(path, backbone, alpha, f"it is for alpha {other:g}; set model.alpha={other:g}"))
+    raise ModelError(_misfit(path, backbone, alpha, counts))
