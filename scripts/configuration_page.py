@@ -19,12 +19,13 @@ INTRODUCTION = """# Configuration
 
 Made by `python scripts/configuration_page.py` from `trainer/config.py`; a test fails when it is stale.
 
-Hydra composes the files under `conf/`, the command line has the last word, and the result is checked before TensorFlow is
-imported: every fault is listed at once, an unknown key with the nearest known one. An experiment chooses its data, model and
-augmentation by their groups, so that `data=image_folder` after `experiment=...` replaces the data as a whole. With neither an
-experiment nor data chosen, the run is the quickstart.
+Hydra composes the files under `conf/`, the command line has the last word, and the result is checked before TensorFlow
+is imported: every fault is listed at once, an unknown key with the nearest known one. An experiment chooses its data,
+model and augmentation by their groups, so that `data=image_folder` after `experiment=...` replaces the data as a whole.
+With neither an experiment nor data chosen, the run is the quickstart.
 
-Durations are written "500 steps", "2 epochs" or "10000 examples"; a phase takes exactly one of `epochs`, `steps`, `examples`.
+Durations are written "500 steps", "2 epochs" or "10000 examples"; a phase takes exactly one of `epochs`, `steps`,
+`examples`. `null` unsets a value.
 """
 
 
@@ -41,22 +42,33 @@ def _kind(annotation: Any) -> str:
         return "list of " + _kind(arguments[0])
     if origin is dict:
         return "mapping of " + _kind(arguments[1])
-    return {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}.get(annotation.__name__, annotation.__name__)
+    return {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}.get(
+        annotation.__name__, annotation.__name__
+    )
 
 
 def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    return ", ".join(f"{signs[k]} {v}" for m in metadata for k, v in vars_of(m).items() if k in signs)
-
-
-def vars_of(constraint: Any) -> dict[str, Any]:
-    """The attributes of an annotated_types constraint."""
-    return {k: getattr(constraint, k) for k in ("ge", "gt", "le", "lt") if hasattr(constraint, k)}
+    return ", ".join(f"{sign} {getattr(m, k)}" for m in metadata for k, sign in signs.items() if hasattr(m, k))
 
 
 def _comments(section: type[BaseModel]) -> dict[str, str]:
     found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(section), re.M)
-    return {name: text for name, text in found}
+    return dict(found)
+
+
+def _default(value: Any) -> str:
+    """A default as one would write it."""
+    match value:
+        case config.Duration():
+            return f"{value.count:g} {value.unit}"
+        case tuple():
+            return ", ".join(map(str, value)) or "none"
+        case bool() | None:
+            return {None: "null", True: "true", False: "false"}[value]
+        case int() | float():
+            return f"{value:g}"
+    return "must be given" if value is PydanticUndefined else str(value)
 
 
 def _rows(section: type[BaseModel], prefix: str) -> list[str]:
@@ -68,13 +80,10 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
             branch = f"{prefix}{name}." + ("NAME." if inner is not annotation else "")
             later += ["", f"## {branch}*", "", inspect.getdoc(inner) or "", "", *_rows(inner, branch)]
             continue
-        default = "must be given" if field.default is PydanticUndefined else field.default
-        if isinstance(default, config.Duration):
-            default = f"{default.count:g} {default.unit}"
-        shown = {None: "null", True: "true", False: "false"}.get(default, default) if not isinstance(default, float | int) or isinstance(default, bool) else f"{default:g}"
-        shown = ", ".join(shown) if isinstance(shown, tuple) else shown
         bounds = _bounds(field.metadata)
-        rows.append(f"| `{prefix}{name}` | {_kind(annotation)}{f' ({bounds})' if bounds else ''} | {shown} | {comments.get(name, '').replace('|', 'or')} |")
+        takes = _kind(annotation) + (f" ({bounds})" if bounds else "")
+        comment = comments.get(name, "").replace("|", "or")
+        rows.append(f"| `{prefix}{name}` | {takes} | {_default(field.default)} | {comment} |")
     head = ["| key | takes | default | |", "| --- | --- | --- | --- |"] if rows else []
     return [*head, *rows, *later]
 

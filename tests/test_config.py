@@ -74,7 +74,8 @@ def test_the_tree_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [("2 epochs", 20), ("7 steps", 7), ("64 examples", 16), ("0.25 epochs", 2), ("1 examples", 1), (5, 5)]
+    ("text", "steps"),
+    [("2 epochs", 20), ("7 steps", 7), ("64 examples", 16), ("0.25 epochs", 2), ("1 examples", 1), (5, 5)],
 )
 def test_durations(text: Any, steps: int) -> None:
     config = load(tree(runtime__log_every=text))

@@ -301,8 +301,13 @@ def without_regularisation(config: RunConfig) -> RunConfig:
 
 
 # What may differ between the two halves of one run: nothing here reaches the weights.
-FREE = ("output_dir", "resume", "export", "experiment_name", "debug.profile_steps") + tuple(
-    f"runtime.{name}" for name in Runtime.model_fields if name not in ("precision", "xla", "deterministic", "replicas")
+FREE = (
+    "output_dir",
+    "resume",
+    "export",
+    "experiment_name",
+    "debug.profile_steps",
+    *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
 
 

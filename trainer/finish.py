@@ -86,7 +86,11 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str,
             where = home / "model.tflite"
             export_tflite(model, where, size)
         difference = largest_difference(where, result.probabilities[:count], images)
-        outcomes[kind] = {"path": str(where.relative_to(job.folder)), "examples": count, "largest_difference": difference}
+        outcomes[kind] = {
+            "path": str(where.relative_to(job.folder)),
+            "examples": count,
+            "largest_difference": difference,
+        }
     return outcomes
 
 

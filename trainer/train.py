@@ -41,7 +41,9 @@ def run(config: RunConfig, home: RunFolder) -> None:
             train_phase(job, names[job.state.phase])
         finish(job)
     except OSError as error:
-        raise Interrupted(f"{job.folder}: {error.strerror or error}; what was saved before is intact. {again(job)}") from error
+        raise Interrupted(
+            f"{job.folder}: {error.strerror or error}; what was saved before is intact. {again(job)}"
+        ) from error
     finally:
         job.telemetry.close()
 
@@ -162,7 +164,11 @@ def train_epoch(
         # A call is short enough that a signal is answered within about a second.
         per_call = max(1, min(runtime.steps_per_call, int(count / max(seconds, 1e-3))))
         left -= count
-        state.step, state.phase_step, state.epoch_step = state.step + count, state.phase_step + count, state.epoch_step + count
+        state.step, state.phase_step, state.epoch_step = (
+            state.step + count,
+            state.phase_step + count,
+            state.epoch_step + count,
+        )
         if not np.isfinite(rows).all():
             first = state.step - count + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
             raise Diverged(

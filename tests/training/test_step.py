@@ -100,7 +100,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient() -> None:
 def test_class_weights_multiply_the_loss_only() -> None:
     given = (0.5, 2.0, 1.0)
     ours, rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), class_weights=given)
-    plain, plain_rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0))
+    _, plain_rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0))
     assert rows[0, 1:].tolist() == plain_rows[0, 1:].tolist()
     assert rows[0, 0] != plain_rows[0, 0]
     network = SmallNetwork()
@@ -123,9 +123,7 @@ def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
     network = SmallNetwork()
     start = variables.read(network.variables)
     settings = StepSettings(class_count=CLASSES, seed=1, ema=0.99)
-    step = TrainingStep(
-        tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings
-    )
+    step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
     batches, expected = iter(stream(20, 8)), dict(start)
     for t in range(5):
         step.run(batches, 1, t, t)

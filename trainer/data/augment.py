@@ -109,7 +109,7 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
         epoch, index: int64 [b].
 
     Returns:
-        float32 [b, S, S, 3] in 0..255. The same bits for an example in any batch.
+        float32 [b, S, S, 3] in 0..255. The same bits for an example in a batch of any size and company.
     """
     a, draws = augmentation, _Draws(seed, epoch, index)
     shape_changes = bool(a.rotation or a.shift or a.shear or a.zoom)

@@ -6,19 +6,20 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.config import Optimizer, Schedule
 
 schedules = keras.optimizers.schedules
 
 
-class WarmUp(schedules.LearningRateSchedule):
+class WarmUp(LearningRateSchedule):
     """A linear climb over `steps` steps, then `after` counted from its own step 0.
 
     Step s < steps has the rate peak * (s + 1) / (steps + 1): the first step already learns.
     """
 
-    def __init__(self, peak: float, steps: int, after: schedules.LearningRateSchedule) -> None:
+    def __init__(self, peak: float, steps: int, after: LearningRateSchedule) -> None:
         super().__init__()
         self.peak, self.steps, self.after = peak, steps, after
 
@@ -33,7 +34,7 @@ class WarmUp(schedules.LearningRateSchedule):
 
 def build_schedule(
     schedule: Schedule, rate: float, *, total_steps: int, steps_per_epoch: int, batch_size: int
-) -> schedules.LearningRateSchedule:
+) -> LearningRateSchedule:
     """The learning rate as a function of the phase's step, 0 <= step < total_steps.
 
     constant; cosine: Loshchilov & Hutter 2017, from `rate` to `final * rate` over what follows the warm-up;
@@ -61,7 +62,7 @@ def build_schedule(
     return WarmUp(rate, warmup, body) if warmup else body
 
 
-def build_optimizer(optimizer: Optimizer, rate: schedules.LearningRateSchedule) -> keras.optimizers.Optimizer:
+def build_optimizer(optimizer: Optimizer, rate: LearningRateSchedule) -> keras.optimizers.Optimizer:
     """A fresh Keras optimizer; options left null keep Keras' defaults."""
     kinds = {
         "adam": keras.optimizers.Adam,

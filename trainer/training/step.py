@@ -24,7 +24,16 @@ FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 class Network(Protocol):
     """What a step needs of a classifier (`trainer/models/classifier.py`)."""
 
-    def logits(self, images: tf.Tensor, **how: Any) -> tf.Tensor:
+    def logits(
+        self,
+        images: Any,
+        *,
+        training: bool = False,
+        batch_norm_training: bool = False,
+        seed: int = 0,
+        step: Any = 0,
+        position: Any = None,
+    ) -> Any:
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
 
     def l2_loss(self) -> tf.Tensor:
@@ -186,7 +195,9 @@ class TrainingStep:
             gradients = [g / self.replicas for g in gradients]
         return gradients, sums, finite
 
-    def _piece(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def _piece(
+        self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Gradients of this part's share of the global mean loss, and its sums."""
         settings = self.settings
         with tf.GradientTape() as tape:
@@ -216,7 +227,9 @@ class TrainingStep:
     def _pieces(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The same in `accumulate` pieces, one after the other, so that only one piece's activations are held."""
         count = self.settings.accumulate
-        pieces = {k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in batch.items()}
+        pieces: dict[str, Any] = {
+            k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
+        }
         gradients = [tf.zeros(v.shape) for v in self.variables]
         sums = tf.zeros([3])
         for i in tf.range(count):
@@ -231,6 +244,7 @@ class TrainingStep:
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
         """Halve on overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
+        assert self.loss_scale is not None
         scale, good = self.loss_scale
         good_now = tf.where(finite, good + 1.0, 0.0)
         grown = good_now >= LOSS_SCALE_GROWTH_STEPS
@@ -239,6 +253,7 @@ class TrainingStep:
 
     def _average(self, phase_step: tf.Tensor) -> None:
         """shadow += (1 - decay) * (weight - shadow), decay rising as (1 + t) / (10 + t) at first."""
+        assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)
         rest = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))
         for name, shadow in self.averages.shadows.items():
@@ -256,7 +271,7 @@ class EvaluationPass:
     def _run(self, batch: Batch) -> tuple[Any, Any]:
         return self.strategy.run(self._replica, args=(batch,))
 
-    def _replica(self, batch: Batch) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
     def probabilities(

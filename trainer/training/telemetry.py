@@ -116,10 +116,8 @@ class Telemetry:
                 self._task, completed=entry["step"], description=f"{entry['phase']} epoch {entry['epoch']}", line=line
             )
         else:
-            share = entry["step"] / self.total_steps
-            self.say(
-                f"{entry['phase']}  epoch {entry['epoch']}  step {entry['step']}/{self.total_steps} ({share:.0%})  {line}"
-            )
+            step, share = entry["step"], entry["step"] / self.total_steps
+            self.say(f"{entry['phase']}  epoch {entry['epoch']}  step {step}/{self.total_steps} ({share:.0%})  {line}")
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """One finished epoch with its validation scores."""
@@ -161,7 +159,7 @@ class Telemetry:
 
 
 def profile_window(steps: tuple[int, int] | None, logs: Path) -> Callable[[int], None]:
-    """A function to be called with the run's step between calls to the device; starts and stops a TensorFlow profile."""
+    """To be called with the run's step between calls to the device: starts and stops a TensorFlow profile."""
     running = False
 
     def at(step: int) -> None:
