@@ -21,7 +21,6 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.run_folder import RunFolder
 from trainer.training.step import StepSettings, TrainingStep, mean_loss_and_accuracy
 from trainer.training.stopping import exhausted, judge
-from trainer.training.telemetry import profile_window
 
 
 def run(config: RunConfig, home: RunFolder) -> None:
@@ -154,10 +153,10 @@ def train_epoch(
     state, runtime = job.state, job.config.runtime
     left = min(job.steps_per_epoch - state.epoch_step, total - state.phase_step)
     log_every = runtime.log_every.steps(job.steps_per_epoch, job.config.training.batch_size)
-    profile = profile_window(job.config.debug.profile_steps, job.folder / "logs")
+    window = job.config.debug.profile_steps
     per_call = 1  # the first call also traces
     while left > 0:
-        profile(state.step)
+        job.telemetry.profile(state.step, window)
         count, began = min(per_call, left, log_every - state.step % log_every), time.monotonic()
         rows, waited = step.run(batches, count, state.step, state.phase_step)
         seconds = time.monotonic() - began
@@ -192,7 +191,7 @@ def train_epoch(
             if left and due(job):
                 save(job, everything)
         stop_if_told(job, everything)
-    profile(state.step)
+    job.telemetry.profile(state.step, window)
 
 
 def validate(

@@ -135,6 +135,7 @@ def test_a_rule_that_cannot_be_is_refused(classifier: Classifier, thaw: str, sen
         apply_thaw(classifier, thaw, "frozen")
 
 
+@pytest.mark.slow
 def test_two_replicas_train_batch_norm_as_one_would() -> None:
     """Statistics are those of the global batch; needs a fresh process, for logical devices come before all else."""
     import subprocess

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trainer.evaluation.drawing import (
@@ -90,10 +89,11 @@ def draw_curves(
         _mark_phases(axes, history, named=axes is upper)
         axes.set_ylabel("loss (nats)" if key == "loss" else "accuracy", color=INK)
     heading(upper, "Training and validation", pad=22)
-    upper.set_ylim(bottom=0)
+    high = np.nanmax(np.concatenate([_series(history, "loss"), _series(history, "val_loss"), [1e-3]]))
+    upper.set_ylim(0, 1.08 * high)
     low = np.nanmin(np.concatenate([_series(history, "accuracy"), _series(history, "val_accuracy"), [1.0]]))
     lower.set_ylim(max(0.0, low - 0.05 * (1 - low) - 0.01), 1.0 + 0.03 * (1 - low) + 0.002)
-    lower.yaxis.set_major_formatter(PercentFormatter(1.0))
+    lower.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     first, last = history[0]["epoch"], history[-1]["epoch"]
     lower.set_xlim(first - 0.6, last + 0.6)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -108,11 +108,11 @@ def _shares(confusion: np.ndarray) -> np.ma.MaskedArray:
     return np.ma.masked_array(confusion / np.maximum(support, 1), np.broadcast_to(support == 0, confusion.shape))
 
 
-def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, gamma: float) -> None:
+def _draw_matrix(axes: Axes, confusion: np.ndarray, gamma: float) -> None:
     shares = _shares(confusion)
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest", aspect="equal")
     image.cmap.set_bad("#f3f4f6")
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, format=PercentFormatter(1.0))
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
     bar.set_label("share of the true class", fontsize=9, color=INK)
@@ -136,14 +136,17 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]] | np.ndarray, 
     classes = len(class_names)
     if classes > _NUMBERED:
         return _draw_large_confusion(path, table, class_names)
-    side = max(4.2, 1.9 + 0.42 * classes)
-    figure = canvas(height=side, width=max(side + 0.9, 5.2))
-    axes = figure.subplots()
-    _draw_matrix(figure, axes, table, gamma=0.8)
-    heading(axes, "Confusion matrix")
-    empty = table.sum(axis=1) == 0
-    rows = [label(name) + (" (no examples)" if none else "") for name, none in zip(class_names, empty, strict=True)]
     names = [label(name) for name in class_names]
+    empty = table.sum(axis=1) == 0
+    rows = [name + (" (no examples)" if none else "") for name, none in zip(names, empty, strict=True)]
+    side = max(2.6, 0.42 * classes)  # inches of the matrix; around it the names need their room
+    figure = canvas(
+        height=side + 1.0 + 0.055 * max(map(len, names)),
+        width=max(side + 1.7 + 0.085 * max(map(len, rows)), 5.2),
+    )
+    axes = figure.subplots()
+    _draw_matrix(axes, table, gamma=0.8)
+    heading(axes, "Confusion matrix")
     turn: dict[str, Any] = (
         {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
     )
@@ -162,10 +165,11 @@ def _draw_large_confusion(path: Path, table: np.ndarray, class_names: Sequence[s
     wrong = table * (1 - np.eye(len(table), dtype=table.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:15]
     pairs = [(int(i) // len(table), int(i) % len(table)) for i in order if wrong.flat[i] > 0]
-    figure = canvas(height=7.0 + 0.27 * max(len(pairs), 2))
-    upper, lower = figure.subplots(2, 1, height_ratios=[6.2, 0.8 + 0.27 * max(len(pairs), 2)])
-    _draw_matrix(figure, upper, table, gamma=0.5)
-    heading(upper, f"Confusion matrix of {len(table)} classes, numbered in the order of their names")
+    heights = [6.4, 0.9 + 0.27 * max(len(pairs), 2)]
+    figure = canvas(height=sum(heights))
+    upper, lower = (part.subplots() for part in figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0])
+    _draw_matrix(upper, table, gamma=0.5)
+    heading(upper, f"Confusion matrix of {len(table)} classes, in their order")
     heading(lower, "Most frequent confusions")
     tidy(lower, "x")
     if not pairs:
@@ -208,11 +212,13 @@ def draw_f1(path: Path, per_class: Sequence[Mapping[str, Any]], macro_f1: float)
         places = range(len(rows))
         axes.barh(places, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
         for place, row in zip(places, rows, strict=True):
-            text = f" {row['f1']:.3f}" if row["support"] else " no examples"
-            axes.text(row["f1"], place, text, va="center", fontsize=size, color=INK if row["support"] else MUTED)
+            if row["support"]:
+                axes.text(1.02, place, f"{row['f1']:.3f}", va="center", fontsize=size, color=INK)
+            else:
+                axes.text(0.02, place, "no examples", va="center", fontsize=size, color=MUTED)
         axes.set_yticks(places, [f"{label(row['name'], 20)} ({row['support']:,})" for row in rows], fontsize=size)
         axes.set_ylim(height - 0.4, -0.6)
-        axes.set_xlim(0, 1.16)
+        axes.set_xlim(0, 1.2 if columns > 1 else 1.1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", color=INK)

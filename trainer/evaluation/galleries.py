@@ -111,7 +111,7 @@ def draw_most_wrong(path: Path, result: EvaluationResult, images: Images) -> Pat
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
         return save(figure, path)
-    captions, colours = _captions(result, indices, 20)
-    names = [label(PurePosixPath(result.names[index]).name, 26) for index in indices]
+    captions, colours = _captions(result, indices, 16)
+    names = [label(PurePosixPath(result.names[index]).name, 22) for index in indices]
     captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
     return _draw_grid(path, "Wrong, and most sure of it", images(indices), captions, 4, colours)

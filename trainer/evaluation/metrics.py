@@ -127,7 +127,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     error, bins = calibration(confidence, right)
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
-        "loss": float(-np.log(np.clip(of_truth, _SMALLEST, 1.0)).mean()),
+        "loss": 0.0 - float(np.log(np.clip(of_truth, _SMALLEST, 1.0)).mean()),
         "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
         "per_class": _per_class(labels, predictions, class_names),
         "confusion": confusion_matrix(labels, predictions, labels=np.arange(classes)).tolist(),

@@ -17,12 +17,12 @@ h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
 header p { margin: .25rem 0 1.25rem; }
 section { margin: 0 0 1.25rem; }
 section:not(.cards) { background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px; padding: 1.1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
-.card { background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px; padding: .8rem 1rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .75rem; }
+.card { flex: 1 1 9.5rem; background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px; padding: .8rem 1rem; }
 .card span, .card small { display: block; color: var(--soft); font-size: .82rem; line-height: 1.35; }
 .card span::first-letter { text-transform: uppercase; }
 .card strong { font-size: 1.5rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-.card.lead { grid-column: 1 / -1; }
+.card.lead { flex-basis: 100%; }
 .card.lead strong { font-size: 2.8rem; line-height: 1.15; color: var(--lead); }
 .note { background: var(--note); color: var(--note-ink); border-radius: 8px; padding: .6rem .9rem; margin: 0 0 1rem; }
 .wide { overflow-x: auto; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def _saved_model(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _tflite(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    interpreter = tf.lite.Interpreter(model_path=str(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated", category=UserWarning)
+        interpreter = tf.lite.Interpreter(model_path=str(path))
     source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
 
     def classify(images: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ def export_tflite(model: keras.Model, path: Path, image_size: int) -> None:
         image_size: S, pixels.
     """
     assert model.input_shape == (None, image_size, image_size, 3), model.input_shape
-    with in_float32(model):
+    with in_float32(model), contextlib.redirect_stdout(io.StringIO()):  # Keras lists every variable it saves
         write_whole(path, tf.lite.TFLiteConverter.from_keras_model(model).convert())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,7 @@ class Telemetry:
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._since = time.monotonic()
         self._waited = 0.0
+        self._profiling = False
         if style == "bar" or (style == "auto" and sys.stdout.isatty()):
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -108,7 +108,7 @@ class Telemetry:
             },
         )
         line = (
-            f"loss {entry['loss']:.4f}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
             f"{rate:,.0f} images/s  waiting {wait:.0%}  left {clock(left)}"
         )
         if self.bar:
@@ -129,8 +129,8 @@ class Telemetry:
         )
         self.flush()
         self.say(
-            f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4f}  "
-            f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4f}  "
+            f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
+            f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
             f"val_accuracy {entry['val_accuracy']:.4f}{'  (best)' if best else ''}"
         )
 
@@ -150,25 +150,19 @@ class Telemetry:
         for writer in self._writers.values():
             writer.flush()
 
+    def profile(self, step: int, window: tuple[int, int] | None) -> None:
+        """To be called with the run's step between calls to the device: traces [first, last) for TensorBoard."""
+        if window and not self._profiling and window[0] <= step < window[1]:
+            tf.profiler.experimental.start(str(self.folder / "logs"))
+            self._profiling = True
+        elif self._profiling and not (window and step < window[1]):
+            tf.profiler.experimental.stop()
+            self._profiling = False
+
     def close(self) -> None:
-        """Stop the bar and close the files."""
+        """Stop the bar and the profiler, and close the files."""
+        self.profile(0, None)
         if self.bar:
             self.bar.stop()
         for writer in self._writers.values():
             writer.close()
-
-
-def profile_window(steps: tuple[int, int] | None, logs: Path) -> Callable[[int], None]:
-    """To be called with the run's step between calls to the device: starts and stops a TensorFlow profile."""
-    running = False
-
-    def at(step: int) -> None:
-        nonlocal running
-        if steps and not running and steps[0] <= step < steps[1]:
-            tf.profiler.experimental.start(str(logs / "profile"))
-            running = True
-        elif running and steps and step >= steps[1]:
-            tf.profiler.experimental.stop()
-            running = False
-
-    return at

@@ -1,0 +1,187 @@
+"""The report: what report.json says, and a page that is safe and needs nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import HOSTILE, make_history, make_phases, make_result
+from trainer.contracts import Dataset, EvaluationResult, Split
+from trainer.evaluation.metrics import wilson
+from trainer.evaluation.report import VALIDATION_NOTE, Samples, describe_data, write_report
+
+Fetch = Callable[[Sequence[int]], np.ndarray]
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def facts(result: EvaluationResult) -> dict[str, Any]:
+    """What train.py would say of the run."""
+    splits = {"train": Split("train", np.arange(len(result.class_names), dtype=np.int32))}
+    splits["test"] = Split("test", result.labels, files=result.names)
+    data = Dataset(
+        "tiny",
+        result.class_names,
+        splits,
+        fingerprint="f00d",
+        skipped=("a<script>.jpg: truncated",),
+        notes=("class 2 is rare",),
+    )
+    return {
+        "title": f"run of {HOSTILE}",
+        "seed": 7,
+        "data": describe_data(data),
+        "export": {"saved_model": {"max_difference": 2e-6}},
+        "config": {"data": {"source": "digits"}, "phases": {"head": {"epochs": 3}}},
+        "versions": {"python": "3.11"},
+        "timing": {"total_seconds": 12.5},
+    }
+
+
+def write(folder: Path, result: EvaluationResult, fetch: Fetch, **more: Any) -> dict[str, Any]:
+    history = make_history(2, 3)
+    images = fetch(range(4))
+    given = {
+        "result": result,
+        "history": history,
+        "phases": make_phases(history),
+        "run": facts(result),
+        "images": fetch,
+        "samples": Samples(images, [result.class_names[0]] * 4, images),
+    }
+    return write_report(folder, **(given | more))
+
+
+def test_report_json(tmp_path: Path, pictures: Fetch) -> None:
+    result = make_result(7, 60)
+    report = write(tmp_path, result, pictures)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    test = report["test"]
+    right = int((result.probabilities.argmax(axis=1) == result.labels).sum())
+    assert (test["split"], test["n"], test["accuracy"]) == ("test", 60, right / 60)
+    assert test["interval"] == list(wilson(right, 60))
+    assert "note" not in test
+    assert list(report["phases"]) == ["phase_0", "phase_1"]
+    last = report["phases"]["phase_1"]
+    assert (last["epochs"], last["seconds"], last["val_accuracy"]) == (3, 1.5, pytest.approx(0.89))
+    assert report["data"]["counts"] == {"train": 7, "test": 60}
+    assert sum(report["data"]["class_counts"]["test"]) == 60
+    assert report["data"]["skipped"] == ["a<script>.jpg: truncated"]
+    assert report["export"] == {"saved_model": {"max_difference": 2e-6}}
+    assert report["timing"]["total_seconds"] == 12.5
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {*report["figures"].values(), "report.json", "index.html", "predictions.csv"}
+    assert len(report["figures"]) == 8
+
+
+def test_a_row_of_the_confusion_matrix_is_a_line(tmp_path: Path, pictures: Fetch) -> None:
+    write(tmp_path, make_result(7, 60), pictures)
+    lines = (tmp_path / "report.json").read_text().splitlines()
+    assert sum(bool(re.fullmatch(r"\s+\[ (\d+, ){6}\d+ \],?", line)) for line in lines) == 7
+
+
+def test_equal_inputs_give_equal_files_but_for_timing(tmp_path: Path, pictures: Fetch) -> None:
+    first, second = (write(tmp_path / name, make_result(3, 40), pictures) for name in ("first", "second"))
+    for report in (first, second):
+        del report["timing"]
+    assert json.dumps(first) == json.dumps(second)
+    for file in [*first["figures"].values(), "predictions.csv"]:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_validation_in_place_of_a_test_split_is_said(tmp_path: Path, pictures: Fetch) -> None:
+    report = write(tmp_path, replace(make_result(3, 40), split="validation"), pictures)
+    assert report["test"]["split"] == "validation"
+    assert report["test"]["note"] == VALIDATION_NOTE
+    assert "also chose the checkpoint" in VALIDATION_NOTE
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert VALIDATION_NOTE in page.text
+    assert "validation accuracy" in page.text
+    assert "test accuracy" not in page.text
+
+
+@pytest.mark.parametrize("classes", [3, 120])
+def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, pictures: Fetch, classes: int) -> None:
+    result = make_result(classes, 60, empty=(2,))
+    write(tmp_path, result, pictures)
+    source = (tmp_path / "index.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert "b" not in page.tags
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    references = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert len(references) == 8
+    assert all(value.startswith("data:image/") for value in references)
+    assert "http" not in source
+    assert "url(" not in source
+    assert "@import" not in source
+    assert HOSTILE in page.text  # shown as text, in the title and the table
+    assert "a<script>.jpg: truncated" in page.text
+    assert f"{100 * result.metrics['accuracy']:.2f}\u202f%" in page.text  # type: ignore[operator]
+    assert "phases.head.epochs" in page.text
+    assert "viewport" in [value for _, value in page.attributes]
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_headline_comes_first(tmp_path: Path, pictures: Fetch) -> None:
+    write(tmp_path, make_result(7, 60), pictures)
+    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    order = ["95 % interval", "top-5 accuracy", "Training", "precision", "Data", "Configuration", "Versions"]
+    places = [text.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path, pictures: Fetch) -> None:
+    result = make_result(3, 10, right=True)
+    report = write_report(tmp_path, result=result, history=[], phases={}, run={}, images=pictures)
+    assert set(report["figures"]) == {"predictions", "most_wrong", "confusion", "f1", "calibration"}
+    assert report["phases"] == {}
+    Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path, pictures: Fetch) -> None:
+    history = [row | {"val_loss": float("nan"), "val_accuracy": None} for row in make_history(1)]
+    phases = {"phase_0": {"val_accuracy": float("nan"), "val_loss": np.float32("inf"), "best_epoch": np.int64(1)}}
+    report = write(tmp_path, make_result(3, 10), pictures, history=history, phases=phases)
+    phase = report["phases"]["phase_0"]
+    assert (phase["val_accuracy"], phase["val_loss"], phase["best_epoch"]) == (None, None, 1)
+    assert (phase["epochs"], phase["seconds"]) == (1, 0.5)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_number_of_validation_examples_gives_an_interval(tmp_path: Path, pictures: Fetch) -> None:
+    phases = {"phase_0": {"val_accuracy": 0.9, "val_n": 100}}
+    report = write(tmp_path, make_result(3, 10), pictures, phases=phases)
+    assert report["phases"]["phase_0"]["val_interval"] == list(wilson(90, 100))
