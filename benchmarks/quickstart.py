@@ -195,9 +195,8 @@ def table(results: Results) -> str:
             lines.append(f"| {labels} | {title} | {cell(cells[0])} | {cell(cells[1])} | {seconds} |")
         for name in dict.fromkeys(row for f, row, column in results if f == few and column == "simple"):
             scores = results[few, name, "simple"]
-            lines.append(
-                f"| {labels} | {name} | | {cell(scores)} | {statistics.median(s.seconds for s in scores):.2f} |"
-            )
+            took = statistics.median(score.seconds for score in scores)
+            lines.append(f"| {labels} | {name} | | {cell(scores)} | {took:.2f} |")
     return "\n".join(lines)
 
 

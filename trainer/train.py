@@ -210,7 +210,7 @@ def validate(
     val_loss, val_accuracy = mean_loss_and_accuracy(probabilities, labels)
     entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": state.sums[0] / state.sums[2],
              "accuracy": state.sums[1] / state.sums[2], "val_loss": val_loss, "val_accuracy": val_accuracy,
-             "learning_rate": rate}  # fmt: skip
+             "val_n": len(labels), "learning_rate": rate}  # fmt: skip
     best = judge(state, entry, job.config.phases[name].early_stopping)
     seconds = time.monotonic() - began
     state.add("evaluation_seconds", seconds)
@@ -238,7 +238,7 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
         "kept_step": chosen,
         "seconds": sum(entry["seconds"] for entry in own),
         "trainable_parameters": sum(int(np.prod(v.shape)) for v in plan.trainable.values()),
-        "val_n": job.dataset.splits["validation"].count,
+        "val_n": kept["val_n"],
     }
     say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {config.training.keep} weights "
         f"(epoch {kept['epoch']}{', averaged' if config.training.ema else ''}) go on")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation.conftest import make_history, make_phases, make_result
+from tests.evaluation.examples import make_history, make_phases, make_result
 from trainer.evaluation.drawing import RIGHT, WRONG, label
 from trainer.evaluation.figures import draw_calibration, draw_confusion, draw_curves, draw_f1
 from trainer.evaluation.galleries import (
@@ -144,5 +145,9 @@ def test_names_become_plain_short_text() -> None:
     assert label("bad \udcff") == r"bad \udcff"
 
 
-def test_no_figure_needs_pyplot() -> None:
-    assert "matplotlib.pyplot" not in sys.modules
+def test_drawing_touches_neither_pyplot_nor_tensorflow() -> None:
+    code = (
+        "import sys, trainer.evaluation.report; print(sorted({'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

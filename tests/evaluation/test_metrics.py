@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import classification_report, log_loss
 
-from tests.evaluation.conftest import make_result
+from tests.evaluation.examples import make_result
 from trainer.errors import DataError
 from trainer.evaluation.metrics import calibration, evaluate_arrays, score, wilson
 
@@ -51,7 +51,8 @@ def test_scores_agree_with_scikit_learn() -> None:
         assert row["precision"] == pytest.approx(theirs["precision"])
         assert row["recall"] == pytest.approx(theirs["recall"])
         assert row["support"] == theirs["support"]
-    loss = log_loss(result.labels, result.probabilities.astype(np.float64), labels=range(12))
+    exact = result.probabilities.astype(np.float64)
+    loss = log_loss(result.labels, exact / exact.sum(axis=1, keepdims=True), labels=range(12))
     assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -77,7 +78,7 @@ def test_a_certain_and_right_model_has_a_loss_of_zero_and_a_certain_and_wrong_on
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [  # by the formula of Wilson 1927 with z = 1.959964; 81 of 263 is the example of Newcombe 1998, table I
+    [  # the first four: Newcombe 1998, Statistics in Medicine 17, table I, method 3
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),

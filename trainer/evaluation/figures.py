@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -110,8 +111,8 @@ def _shares(confusion: np.ndarray) -> np.ma.MaskedArray:
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray, gamma: float) -> None:
     shares = _shares(confusion)
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(gamma, 0, 1), interpolation="nearest", aspect="equal")
-    image.cmap.set_bad("#f3f4f6")
+    blues = colormaps["Blues"].with_extremes(bad="#f3f4f6")  # classes without an example
+    image = axes.imshow(shares, cmap=blues, norm=PowerNorm(gamma, 0, 1), interpolation="nearest", aspect="equal")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)

@@ -166,10 +166,10 @@ def _data_section(data: Mapping[str, Any]) -> str:
         parts.append(f"<p><strong>{_text(data['name'])}</strong>: {whole or 'no counts given'}.</p>")
     for note in data.get("notes", []):
         parts.append(f'<p class="note">{_text(note)}</p>')
-    skipped = data.get("skipped", [])
-    if skipped:
-        lines = "\n".join(f"<li>{_text(line)}</li>" for line in skipped)
-        parts.append(f'<p class="note">{len(skipped):,} files could not be read and were left out.</p>')
+    missing = [*data.get("skipped", []), *data.get("undecodable", [])]
+    if missing:
+        lines = "\n".join(f"<li>{_text(line)}</li>" for line in missing)
+        parts.append(f'<p class="note">Could not be read and counted for nothing: {len(missing):,} examples.</p>')
         parts.append(_fold("Skipped files", f'<ul class="files">{lines}</ul>'))
     by_class, names = data.get("class_counts"), data.get("class_names")
     if by_class and names:

@@ -133,9 +133,9 @@ def write_report(
         phases: for each phase in order val_accuracy, val_loss, epochs, best_epoch (over the whole run),
             trainable_parameters; epochs and seconds are taken from the history where they are not given; `val_n`, the
             number of validation examples, adds `val_interval`.
-        run: what else is known; every key may be left out. title (str), seed (int), data (`describe_data`),
-            export (what was exported and how far it differs), config (the resolved tree), versions (name to version),
-            timing (whatever differs between two equal runs).
+        run: what else is known; every key may be left out. title (str), seed (int), data (`describe_data`, and as
+            `undecodable` what was skipped later), export (what was exported and how far it differs), config (the
+            resolved tree), versions (name to version), timing (whatever differs between two equal runs).
         images: fetches pictures of the evaluated split by example index, uint8 [k, S, S, 3].
         samples: training pictures.
 

@@ -18,7 +18,8 @@ header p { margin: .25rem 0 1.25rem; }
 section { margin: 0 0 1.25rem; }
 section:not(.cards) { background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px; padding: 1.1rem; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; }
-.card { flex: 1 1 9.5rem; background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px; padding: .8rem 1rem; }
+.card { flex: 1 1 9.5rem; background: var(--sheet); border: 1px solid var(--rule); border-radius: 12px;
+  padding: .8rem 1rem; }
 .card span, .card small { display: block; color: var(--soft); font-size: .82rem; line-height: 1.35; }
 .card span::first-letter { text-transform: uppercase; }
 .card strong { font-size: 1.5rem; line-height: 1.4; font-variant-numeric: tabular-nums; }

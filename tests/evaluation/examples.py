@@ -1,0 +1,54 @@
+"""Small results and histories made by a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.contracts import EvaluationResult
+from trainer.evaluation.metrics import evaluate_arrays
+
+HOSTILE = '<b>"x"'
+
+
+def make_result(classes: int, n: int, *, right: bool = False, empty: Sequence[int] = ()) -> EvaluationResult:
+    """A result with some mistakes (none where `right`) and no example of the classes in `empty`."""
+    rng = np.random.default_rng([classes, n])
+    present = [k for k in range(classes) if k not in empty]
+    labels = rng.choice(present, n).astype(np.int32)
+    logits = rng.normal(size=(n, classes))
+    logits[np.arange(n), labels] += 20.0 if right else 1.5
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    class_names = [HOSTILE, "a $x$ and $y_{", *(f"class {k}" for k in range(2, classes))]
+    names = [f"folder/{k} & <i>.jpg" for k in range(n)]
+    return evaluate_arrays("test", class_names, labels, probabilities.astype(np.float32), names)
+
+
+def make_history(*lengths: int) -> list[dict[str, Any]]:
+    """Epochs of as many phases as there are lengths."""
+    rows: list[dict[str, Any]] = []
+    for phase, length in enumerate(lengths):
+        for _ in range(length):
+            epoch = len(rows) + 1
+            accuracy = 1 - 0.5 / epoch
+            scores = {"loss": 1 / epoch, "accuracy": accuracy, "val_loss": 1.1 / epoch, "val_accuracy": accuracy - 0.01}
+            place = {"phase": f"phase_{phase}", "epoch": epoch, "step": 10 * epoch}
+            rows.append({**place, **scores, "learning_rate": 1e-3, "seconds": 0.5})
+    return rows
+
+
+def make_phases(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the training loop would say of each phase."""
+    last = {row["phase"]: row for row in history}
+    return {
+        name: {
+            "val_accuracy": row["val_accuracy"],
+            "val_loss": row["val_loss"],
+            "epochs": sum(other["phase"] == name for other in history),
+            "best_epoch": row["epoch"],
+            "trainable_parameters": 1234,
+        }
+        for name, row in last.items()
+    }
