@@ -84,7 +84,8 @@ def _affine(images: tf.Tensor, a: Augmentation, draws: _Draws) -> tf.Tensor:
 
 
 def _flipped(images: tf.Tensor, chosen: tf.Tensor, axis: int) -> tf.Tensor:
-    return tf.where(chosen[:, None, None, None], tf.reverse(images, [axis]), images)
+    # This op takes whole images by one flag each, at half the price of `tf.where` with a flag for every pixel.
+    return tf.raw_ops.Select(condition=chosen, x=tf.reverse(images, [axis]), y=images)
 
 
 def _mean(images: tf.Tensor) -> tf.Tensor:
@@ -118,12 +119,12 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     if a.flip_vertical and not shape_changes:
         images = _flipped(images, draws.coin(FLIP_VERTICAL), 1)
     changed = tf.cast(images, tf.float32)
-    if a.contrast:
-        mean = _mean(images)
-        factor = draws.of(CONTRAST, levels(1 - a.contrast, 1 + a.contrast))[:, None, None, None]
-        changed = (changed - mean) * factor + mean
+    plus = tf.zeros([])
     if a.brightness:
-        changed = changed + draws.of(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness))[:, None, None, None]
+        plus = draws.of(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness))[:, None, None, None]
+    if a.contrast:  # (x - mean) * factor + mean, in as few passes over the pixels as it takes
+        factor = draws.of(CONTRAST, levels(1 - a.contrast, 1 + a.contrast))[:, None, None, None]
+        changed, plus = changed * factor, _mean(images) * (1 - factor) + plus
     if a.contrast or a.brightness:
-        changed = tf.clip_by_value(changed, 0.0, 255.0)
+        changed = tf.clip_by_value(changed + plus, 0.0, 255.0)
     return _affine(changed, a, draws) if shape_changes else changed

@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainer.evaluation.files import printable, write_whole
+from trainer.evaluation.names import printable
+from trainer.storage.files import write_whole
 
 DPI = 110
 WIDTH = 8.0  # inches; 880 pixels
@@ -54,4 +55,5 @@ def save(figure: Figure, path: Path) -> Path:
         # A name in a script that matplotlib's font lacks is drawn as boxes; the page and the CSV show it right.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(content, format="png", dpi=DPI)
-    return write_whole(path, content.getvalue())
+    write_whole(path, content.getvalue())
+    return path

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from trainer.config import flat
-from trainer.evaluation.files import printable, write_whole
+from trainer.evaluation.names import printable
 from trainer.evaluation.style import STYLE
+from trainer.storage.files import write_whole
 
 _FIGURES = {
     "curves": "Loss and accuracy over all phases; rings mark each phase's best epoch.",
@@ -230,4 +231,5 @@ def write_page(path: Path, report: Mapping[str, Any], config: Mapping[str, Any])
 </body>
 </html>
 """
-    return write_whole(path, page)
+    write_whole(path, page)
+    return path

@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 
 from trainer.contracts import EvaluationResult
-from trainer.evaluation.files import printable, write_whole
+from trainer.evaluation.names import printable
+from trainer.storage.files import write_whole
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 
@@ -33,4 +34,5 @@ def write_predictions(path: Path, result: EvaluationResult) -> Path:
                 "true" if truth == answer else "false",
             )
         )
-    return write_whole(path, text.getvalue())
+    write_whole(path, text.getvalue())
+    return path

@@ -56,7 +56,7 @@ def attempt() -> dict[str, Any]:
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["python", "-m", "trainer", *sys.argv[1:]],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("tensorflow", "keras", "numpy")}
         | {"kubetune": trainer.__version__},
