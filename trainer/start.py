@@ -75,7 +75,9 @@ def resume(job: Run, home: RunFolder) -> None:
 
 
 def take_weights(job: Run, source: str) -> None:
-    """Warm start: every variable of the same name and shape from another run's best (or newest) checkpoint."""
+    """Warm start: every variable of the same name and shape from another run's best (or newest) checkpoint, averaged
+    where that run had EMA on.
+    """
     folder = Path(source).expanduser()
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     there = CheckpointFolder(home / "checkpoints", 1, say)
@@ -85,6 +87,7 @@ def take_weights(job: Run, source: str) -> None:
     if not steps:
         raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
     _, values = there.read(steps[0])
+    values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
     own = job.classifier.variables
     fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
     if not fit:

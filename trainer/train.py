@@ -225,7 +225,14 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
     state, config = job.state, job.config
     assert state.best is not None
     chosen = state.best["step"] if config.training.keep == "best" else state.step
-    _, values = job.checkpoints.read(chosen)
+    try:
+        _, values = job.checkpoints.read(chosen)
+    except DataError as error:
+        if chosen == state.step:
+            raise
+        say(f"{error}; the last weights go on instead")
+        chosen = state.step
+        _, values = job.checkpoints.read(chosen)
     weights = {n: values.get(f"ema/{n}", values[n]) for n in job.classifier.variables}
     variables.write(job.classifier.variables, weights, f"checkpoint step {chosen}")
     own = [entry for entry in state.history if entry["phase"] == name]

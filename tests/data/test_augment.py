@@ -168,7 +168,7 @@ def test_what_is_off_is_not_in_the_graph() -> None:
         made = tf.function(lambda x, e, i: augment(x, augmentation, 1, e, i), input_signature=signature)
         return {op.type for op in made.get_concrete_function().graph.get_operations()}
 
-    assert operations(Augmentation()) <= {"Placeholder", "Cast", "Identity"}
+    assert operations(Augmentation()) == {"Placeholder", "Cast", "Identity"}
     flipping = operations(Augmentation(flip_horizontal=True))
     assert "ReverseV2" in flipping
     assert not flipping & {"ImageProjectiveTransformV3", "Mean", "Sum", "ClipByValue"}

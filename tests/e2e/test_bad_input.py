@@ -91,6 +91,7 @@ def test_a_full_disk_ends_with_75_and_the_run_goes_on_later(photos: Path, tmp_pa
     assert run(*arguments).returncode == 0
 
 
+@pytest.mark.slow
 def test_other_data_under_a_run_is_refused(photos: Path, tmp_path: Path) -> None:
     arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]
     assert run(*arguments, "debug.max_steps=1").returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -100,11 +101,10 @@ def test_sigterm_saves_and_the_next_start_ends_with_the_same_bits(undisturbed: P
     assert_same_run(undisturbed, folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(undisturbed: Path, tmp_path: Path) -> None:
     longer = [o for o in SMALL if not o.startswith("phases.fine_tune.epochs")] + ["phases.fine_tune.epochs=3"]
     folder = tmp_path / "run"
-    import shutil
-
     shutil.copytree(undisturbed, folder)
     result = run(*longer, f"output_dir={folder}", "phases.fine_tune.schedule.name=cosine")
     assert result.returncode == 0, result.stderr
@@ -112,6 +112,7 @@ def test_a_finished_run_can_be_made_longer(undisturbed: Path, tmp_path: Path) ->
     assert json.loads((folder / "DONE").read_text())["step"] == 30
 
 
+@pytest.mark.slow
 def test_warm_start_takes_another_runs_weights(undisturbed: Path, tmp_path: Path) -> None:
     result = run(
         *SMALL, f"output_dir={tmp_path / 'run'}", f"warm_start={undisturbed}", "debug.max_steps=1",
@@ -121,3 +122,20 @@ def test_warm_start_takes_another_runs_weights(undisturbed: Path, tmp_path: Path
     assert "weights: warm start from" in result.stdout
     before, after = final_variables(undisturbed), final_variables(tmp_path / "run")
     np.testing.assert_allclose(after["head/output/bias"], before["head/output/bias"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_damaged_best_checkpoint_does_not_lose_the_run(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    (folder / "DONE").unlink()
+    best = (folder / "checkpoints" / "BEST").read_text().strip()
+    newest = (folder / "checkpoints" / "LATEST").read_text().strip()
+    (folder / "checkpoints" / best / "variables.npz").write_bytes(b"")
+    result = run(*SMALL, f"output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    if best == newest:
+        assert "going back to the one before" in result.stdout
+    else:
+        assert "does not match its checksum; the last weights go on instead" in result.stdout
+    assert (folder / "DONE").exists()

@@ -10,6 +10,7 @@ from trainer.randomness import AUGMENTATION, uniform
 
 # What each draw is for. A number keeps its meaning for ever: another one gives other pictures.
 FLIP_HORIZONTAL, FLIP_VERTICAL, ROTATION, SHIFT_X, SHIFT_Y, SHEAR, ZOOM, CONTRAST, BRIGHTNESS = range(9)
+DRAWS = 9
 
 # Draws are rounded to this many levels, so that sines and the like come from a table made once. TensorFlow computes
 # them with other instructions for a long vector than for a short one: the last bit would depend on the batch size.
@@ -25,15 +26,16 @@ class _Draws:
     """The random numbers of the examples of a batch."""
 
     def __init__(self, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> None:
-        self.coordinates = (seed, AUGMENTATION, epoch, index)
+        epoch, index = (tf.cast(tensor, tf.int64)[:, None] for tensor in (epoch, index))
+        self.numbers = uniform(seed, AUGMENTATION, epoch, index, tf.range(DRAWS, dtype=tf.int64))  # [b, DRAWS]
 
     def coin(self, what: int) -> tf.Tensor:
         """Bool [b], true for half of all examples."""
-        return uniform(*self.coordinates, what) < 0.5
+        return self.numbers[:, what] < 0.5
 
     def of(self, what: int, values: np.ndarray) -> tf.Tensor:
         """Float32 [b], one of `values` [LEVELS] for each example."""
-        level = tf.cast(uniform(*self.coordinates, what) * LEVELS, tf.int32)
+        level = tf.cast(self.numbers[:, what] * LEVELS, tf.int32)
         return tf.gather(tf.constant(values, tf.float32), level)
 
 
@@ -112,7 +114,10 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     Returns:
         float32 [b, S, S, 3] in 0..255. The same bits for an example in a batch of any size and company.
     """
-    a, draws = augmentation, _Draws(seed, epoch, index)
+    a = augmentation
+    if not a.active:
+        return tf.cast(images, tf.float32)
+    draws = _Draws(seed, epoch, index)
     shape_changes = bool(a.rotation or a.shift or a.shear or a.zoom)
     if a.flip_horizontal and not shape_changes:
         images = _flipped(images, draws.coin(FLIP_HORIZONTAL), 2)
