@@ -36,10 +36,10 @@ def finish(job: Run) -> None:
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
     began = time.monotonic()
     probabilities, labels, indices = predict(job, split)
+    _leave_if_told(job)
     job.state.add("evaluation_seconds", time.monotonic() - began)
     names = tuple(job.dataset.splits[split].name_of(int(i)) for i in indices)
     result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
-    _leave_if_told(job)
 
     say("exporting")
     exports = export(job, result, indices)

@@ -74,7 +74,7 @@ def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def predict(job: Run, split: str, share: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities, labels and indices of a split, every example once."""
+    """Probabilities, labels and indices of a split, every example once; fewer where the run is told to stop."""
     batches = job.strategy.distribute_datasets_from_function(
         lambda _: evaluation_batches(
             job.pixels(split),
@@ -85,7 +85,7 @@ def predict(job: Run, split: str, share: float = 1.0) -> tuple[np.ndarray, np.nd
         )
     )
     with data_errors(job.pixels(split)):
-        return job.evaluator.probabilities(batches)
+        return job.evaluator.probabilities(batches, stop=lambda: job.stop.reason is not None)
 
 
 def again(job: Run) -> str:

@@ -275,9 +275,12 @@ class EvaluationPass:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
     def probabilities(
-        self, batches: Any, after_batch: Callable[[], None] = lambda: None
+        self, batches: Any, stop: Callable[[], bool] = lambda: False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 [n, classes], int32 labels [n] and int64 indices [n], ordered by index; padding left out."""
+        """Float32 [n, classes], int32 labels [n] and int64 indices [n], ordered by index; padding left out.
+
+        Once `stop()` is true after a batch, what has been scored so far.
+        """
         parts: list[tuple[np.ndarray, ...]] = []
         for batch in batches:
             outcome, seen = self._predict(batch)
@@ -287,7 +290,8 @@ class EvaluationPass:
                 label, index, weight = (r.numpy() for r in rest)
                 real = weight > 0
                 parts.append((p.numpy()[real], label[real], index[real]))
-            after_batch()
+            if stop():
+                break
         probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
         by_index = np.argsort(indices, kind="stable")
         return probabilities[by_index], labels[by_index], indices[by_index]
