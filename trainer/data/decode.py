@@ -1,9 +1,4 @@
-"""From blocks of row numbers to decoded images, in the graph: nothing here runs Python for an example.
-
-An image that cannot be decoded raises inside the parallel map, where nothing can catch it. So errors are dropped there
-(`ignore_errors`) and found again by counting: each row knows its number in its block, and a block ends with a marker
-that always arrives. A gap is either an error that names the example, or is filled with what stands for it.
-"""
+"""From blocks of row numbers to decoded images, in the graph: nothing here runs Python for an example."""
 
 from __future__ import annotations
 
@@ -17,42 +12,71 @@ from trainer.data.order import Block
 from trainer.imaging import Resize, decode_image
 
 Row = dict[str, tf.Tensor]
-UNREADABLE = "cannot read example"  # what an error of this module says before the index
-_COLUMNS = ("index", "weight", "position", "epoch")
-
-# Nothing in this folder needs its Python rewritten for the graph, and rewriting takes half of the time to build it.
-plain = tf.autograph.experimental.do_not_convert
-
-
-def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Blocks 0, 1, ... as a dataset; endless without a count. The next one is made while this one is used."""
-    return tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(plain(block)).prefetch(1)
+_TYPES = {
+    "pieces": tf.int64,
+    "place": tf.int64,
+    "index": tf.int64,
+    "weight": tf.float32,
+    "position": tf.int64,
+    "epoch": tf.int64,
+}
 
 
-def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Adds the raw `records` of each block, string [n]; what a damaged shard no longer gives is empty."""
-    paths = tf.constant([shard.path for shard in split.shards])
-    lost = tf.data.Dataset.from_tensor_slices([b""]).repeat()
+def block_dataset(block: Callable[[int], Block], count: int | None) -> tf.data.Dataset:
+    """Blocks 0, 1, ... as a dataset of dicts with the fields of `Block`; endless without a count."""
 
-    @plain
+    def made(number: np.ndarray) -> tuple[np.ndarray, ...]:
+        made_block = block(int(number))
+        return tuple(getattr(made_block, name) for name in _TYPES)
+
+    def fields(number: tf.Tensor) -> Row:
+        values = tf.numpy_function(made, [number], list(_TYPES.values()))
+        for (name, _), value in zip(_TYPES.items(), values, strict=True):
+            value.set_shape([None, 3] if name == "pieces" else [None])
+        return dict(zip(_TYPES, values, strict=True))
+
+    return tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(fields)
+
+
+def _read_records(pieces: tf.Tensor, paths: tf.Tensor) -> tf.Tensor:
+    """The raw records of a block, string [records]."""
+    total = tf.reduce_sum(pieces[:, 2])
+
     def piece(row: tf.Tensor) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(tf.gather(paths, row[0])).skip(row[1]).take(row[2])
-        return records.ignore_errors().concatenate(lost).take(row[2])
+        return tf.data.TFRecordDataset(tf.gather(paths, row[0])).skip(row[1]).take(row[2])
 
-    @plain
-    def read(block: Block) -> tf.data.Dataset:
-        pieces = block.pop("pieces")
-        records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(piece).batch(tf.reduce_sum(pieces[:, 2]))
-        return records.map(plain(lambda raw: {**block, "records": raw}))
+    records = tf.data.Dataset.from_tensor_slices(pieces).flat_map(piece).batch(total).get_single_element()
+    tf.debugging.assert_equal(tf.size(records, tf.int64), total, "a shard has fewer records than it had")
+    return records
 
-    return blocks.flat_map(read).prefetch(1)
+
+def encoded_rows(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
+    """One element a row: index, weight, position, epoch, and for records `record`, its raw bytes.
+
+    The records of the next block are read while those of this one are used, so that two blocks are in memory.
+    """
+    if not split.shards:
+        return blocks.map(lambda block: {k: block[k] for k in ("index", "weight", "position", "epoch")}).unbatch()
+    paths = tf.constant([shard.path for shard in split.shards])
+
+    def read(block: Row) -> Row:
+        pieces = block.pop("pieces")  # of another length than the rows
+        return {**block, "records": _read_records(pieces, paths)}
+
+    def rows(block: Row) -> tf.data.Dataset:
+        records = block.pop("records")
+
+        def pick(row: Row) -> Row:
+            place = row.pop("place")
+            return {**row, "record": tf.gather(records, place)}
+
+        return tf.data.Dataset.from_tensor_slices(block).map(pick)
+
+    return blocks.map(read).prefetch(1).flat_map(rows)
 
 
 def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Turns an example's `record`, or its `index` where there are files, into its image, uint8 [S, S, 3].
-
-    What it makes raises tf.errors.OpError for an example that cannot be read.
-    """
+    """Turns a row into its image, uint8 [S, S, 3]; raises tf.errors.OpError for one that cannot be read."""
     paths = None if split.shards else tf.constant(split.files, tf.string)
 
     def decode(row: Row) -> tf.Tensor:
@@ -67,56 +91,28 @@ def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tenso
 
 
 def decoded_rows(
-    blocks: tf.data.Dataset, split: Split, size: int, resize: Resize, *, threads: int, failures: str | None
+    rows: tf.data.Dataset, split: Split, size: int, resize: Resize, *, skip: bool, threads: int
 ) -> tf.data.Dataset:
-    """The rows of blocks, one element each: index, weight, position, epoch, and image, uint8 [S, S, 3], 0 in padding.
+    """Adds `image` (zeros in padding) and `failed` to each row, decoding in parallel and in order.
 
-    Images are decoded in parallel, in order. Where `failures` names a file, the index of an example that cannot be
-    read is appended to it, a line each, and the row has weight 0 and a black image. Where it is None, iterating
-    raises tf.errors.InvalidArgumentError whose message holds `UNREADABLE` and the index.
+    With `skip` an image that cannot be read becomes zeros with weight 0 and `failed`; that costs about a third more,
+    because TensorFlow can catch an error only in a dataset of its own. Without, the error ends the iteration.
     """
-    decode, black = decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode = decoder(split, size, resize)
+    blank = tf.zeros([size, size, 3], tf.uint8)
 
-    @plain
-    def numbered(block: Block) -> tf.data.Dataset:
-        """Row numbers of a block, and after the last one the marker; the block itself is only pointed at."""
-        numbers = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + 1)
-        return numbers.map(plain(lambda number: {"number": number, "block": block}))
+    def one(row: Row) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.cond(row["weight"] > 0, lambda: decode(row), lambda: blank), False
 
-    @plain
-    def add_image(row: Row) -> Row:
-        block, number = row["block"], row["number"]
-        last = tf.size(block["index"], tf.int64) - 1
-        example = {"index": block["index"][tf.minimum(number, last)]}
-        if split.shards:
-            example["record"] = tf.gather(block.pop("records"), block["place"][tf.minimum(number, last)])
-        used = tf.logical_and(number <= last, block["weight"][tf.minimum(number, last)] > 0)
-        image = tf.cond(used, lambda: decode(example), lambda: black)
-        return {"number": number, "block": {k: block[k] for k in _COLUMNS}, "image": image}
+    def attempt(row: Row) -> tuple[tf.Tensor, tf.Tensor]:
+        tried = tf.data.Dataset.from_tensors(row).map(one).ignore_errors()
+        return tried.concatenate(tf.data.Dataset.from_tensors((blank, True))).take(1).get_single_element()
 
-    @plain
-    def count_gap(expected: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        is_marker = tf.equal(row["number"], tf.size(row["block"]["index"], tf.int64))
-        return tf.where(is_marker, tf.zeros([], tf.int64), row["number"] + 1), {**row, "first": expected}
+    @tf.autograph.experimental.do_not_convert  # nothing to rewrite, and half the time to trace
+    def add(row: Row) -> Row:
+        image, failed = attempt(row) if skip else one(row)
+        weight = tf.where(failed, 0.0, row["weight"])
+        kept = {k: row[k] for k in ("index", "position", "epoch")}
+        return {**kept, "weight": weight, "image": tf.ensure_shape(image, [size, size, 3]), "failed": failed}
 
-    @plain
-    def fill(row: Row) -> tf.data.Dataset:
-        block, first, number = row["block"], row["first"], row["number"]
-        lost = block["index"][first:number]
-        here = {k: v[first : number + 1] for k, v in block.items()}  # the marker's own place is behind the last row
-        seen = tf.range(first, first + tf.size(here["index"], tf.int64)) >= number
-        if failures is not None:
-            note = tf.cond(
-                tf.size(lost) > 0,
-                lambda: tf.print(
-                    tf.strings.reduce_join(tf.strings.as_string(lost), separator="\n"),
-                    output_stream=f"file://{failures}",
-                ),
-                tf.no_op,
-            )
-            with tf.control_dependencies([note]):
-                here["weight"] = tf.where(seen, here["weight"], 0.0)
-        images = tf.where(seen[:, None, None, None], row["image"][None], black[None])
-        return tf.data.Dataset.from_tensor_slices({**here, "image": images})
-
-    return None
+    return rows.map(add, num_parallel_calls=threads, deterministic=True)
