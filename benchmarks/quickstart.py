@@ -94,7 +94,9 @@ def simple_methods(labels_per_class: int | None, seed: int) -> dict[str, Score]:
     scores = {}
     for name, method in {
         "logistic regression on pixels": LogisticRegression(max_iter=5000),
-        "logistic regression on standardised pixels": make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)),
+        "logistic regression on standardised pixels": make_pipeline(
+            StandardScaler(), LogisticRegression(max_iter=5000)
+        ),
         "3 nearest neighbours on pixels": KNeighborsClassifier(3),
         "1 nearest neighbour on pixels": KNeighborsClassifier(1),
         "support vectors (RBF, C=10) on pixels": SVC(C=10),
