@@ -10,7 +10,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 # Streams keep apart what would otherwise share coordinates.
-AUGMENTATION, DROPOUT = 1, 2
+AUGMENTATION, DROPOUT, ORDER, SHARDS, SHARE = 1, 2, 3, 4, 5
 
 
 def _signed(value: int) -> int:
@@ -31,9 +31,17 @@ def _mix(x: tf.Tensor) -> tf.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """Float32 in [0, 1), one for each element of the coordinates broadcast together (int64)."""
+def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
+    """64 random bits (int64), for each element of the coordinates broadcast together (int64).
+
+    Coordinates that differ in the last one alone give different bits.
+    """
     state = tf.zeros([], tf.int64)
     for coordinate in coordinates:
         state = _mix((state ^ tf.cast(coordinate, tf.int64)) + _GOLDEN)
-    return tf.cast(_shift_right(state, 40), tf.float32) * 2.0**-24
+    return state
+
+
+def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
+    """Float32 in [0, 1), one for each element of the coordinates broadcast together (int64)."""
+    return tf.cast(_shift_right(bits(*coordinates), 40), tf.float32) * 2.0**-24

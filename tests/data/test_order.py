@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from trainer.contracts import Shard, Split
 from trainer.data.order import epoch_order, sequence_blocks, share_of, steps_per_epoch, training_blocks
@@ -16,6 +17,10 @@ def files(count: int) -> Split:
 def shards(*ranges: tuple[int, int]) -> Split:
     parts = tuple(Shard(f"{n}.tfrec", stop + 3, start, stop) for n, (start, stop) in enumerate(ranges))
     return Split("train", np.zeros(sum(b - a for a, b in ranges), np.int32), shards=parts)
+
+
+def arrays(block: dict[str, tf.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in block.items()}
 
 
 MANY = shards((0, 7), (2, 11), (0, 0), (1, 6), (0, 20), (5, 17))
@@ -55,7 +60,7 @@ def test_image_files_are_shuffled_whole_whatever_the_window() -> None:
 @pytest.mark.parametrize("split", [files(53), MANY])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -> None:
-    steps = steps_per_epoch(split, 8)
+    steps = steps_per_epoch(split.count, 8)
 
     def rows(epoch: int, step: int, wanted: int) -> np.ndarray:
         block = training_blocks(
@@ -63,8 +68,8 @@ def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -
         )
         parts, number = [], 0
         while sum(len(p) for p in parts) < wanted:
-            b = block(number)
-            parts.append(np.stack([b.epoch, b.index, b.weight.astype(np.int64), b.position], axis=1))
+            b = arrays(block(number))
+            parts.append(np.stack([b["epoch"], b["index"], b["weight"].astype(np.int64), b["position"]], axis=1))
             number += 1
         return np.concatenate(parts)[:wanted]
 
@@ -84,10 +89,10 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
     block = training_blocks(MANY, batch_size=8, seed=7, window=10, first_epoch=2, first_step=3, shuffle=True)
     first_index = np.cumsum([0] + [s.stop - s.start for s in MANY.shards])
     for number in range(12):
-        b = block(number)
-        records = [(int(s), int(first + i)) for s, first, count in b.pieces for i in range(count)]
+        b = arrays(block(number))
+        records = [(int(s), int(first + i)) for s, first, count in b["pieces"] for i in range(count)]
         assert len(records) <= 10
-        for place, index in zip(b.place[b.weight > 0], b.index[b.weight > 0], strict=True):
+        for place, index in zip(b["place"][b["weight"] > 0], b["index"][b["weight"] > 0], strict=True):
             shard, record = records[place]
             assert index == first_index[shard] + record - MANY.shards[shard].start
 
@@ -95,19 +100,19 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
 def test_a_resume_reads_no_window_but_its_own() -> None:
     split = shards(*[(0, 100)] * 10)
     block = training_blocks(split, batch_size=10, seed=0, window=200, first_epoch=0, first_step=71, shuffle=True)
-    assert block(0).pieces[:, 2].sum() == 200
-    assert len(block(0).index) == 90  # rows 710 to 799
+    assert block(0)["pieces"].numpy()[:, 2].sum() == 200
+    assert len(block(0)["index"]) == 90  # rows 710 to 799
 
 
 def test_a_sequence_holds_the_chosen_once_and_pads() -> None:
     split = shards((0, 1500), (10, 1700))
     chosen = np.array([3, 1023, 1024, 1499, 1500, 2048, 3189])
     count, block = sequence_blocks(split, chosen, 4)
-    blocks = [block(i) for i in range(count)]
-    weight = np.concatenate([b.weight for b in blocks])
-    np.testing.assert_array_equal(np.concatenate([b.index for b in blocks])[weight > 0], chosen)
+    blocks = [arrays(block(i)) for i in range(count)]
+    weight = np.concatenate([b["weight"] for b in blocks])
+    np.testing.assert_array_equal(np.concatenate([b["index"] for b in blocks])[weight > 0], chosen)
     assert len(weight) == 8
-    assert all(b.pieces[:, 2].sum() <= 1024 for b in blocks)
+    assert all(b["pieces"][:, 2].sum() <= 1024 for b in blocks)
 
 
 def test_a_share_is_fixed_and_mixed() -> None:

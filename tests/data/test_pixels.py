@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -213,27 +214,59 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_error", "kept_bytes", "message"),
+    ("kept_bytes", "lost", "reason"),
     [
-        ("fail", -30, "is damaged after 16 records: truncated record"),
-        ("skip", None, r"holds 5 records, 17 are needed"),
+        (-30, [36], "truncated record at .*"),
+        (0, list(range(20, 37)), "the shard breaks off before this record"),
     ],
 )
-def test_a_truncated_shard_is_named(on_error: str, kept_bytes: int | None, message: str, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named(kept_bytes: int, lost: list[int], reason: str, tmp_path: Path) -> None:
     split = shard_split(tmp_path)
     path = Path(split.shards[3].path)
-    if kept_bytes is None:
-        records = [r.numpy() for r in tf.data.TFRecordDataset(str(path))][:5]
-        with tf.io.TFRecordWriter(str(path)) as writer:
-            for one in records:
-                writer.write(one)
-    else:
-        path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(DataError, match=rf"shard .*3\.tfrec {message}.*; prepare it again"):
-        opened(split, "memory", tmp_path, on_error=on_error)
-    pixels = opened(split, "none", tmp_path, on_error=on_error)
-    with pytest.raises(DataError, match=r"3\.tfrec"), data_errors(pixels):
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(DataError, match=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}; repair"):
+        opened(split, "memory", tmp_path)
+    pixels = opened(split, "none", tmp_path)
+    with pytest.raises(DataError, match=r"3\.tfrec#"), data_errors(pixels):
         list(first_epoch(pixels))
+    skipping = opened(split, "memory", tmp_path, on_error="skip")
+    assert list(skipping.bad) == lost
+    assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
+
+
+def test_nothing_readable_at_all_ends_too(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    for file in split.files:
+        os.unlink(file)
+    with pytest.raises(DataError, match=r"cannot decode .*\.jpg: .*No such file"):
+        opened(split, "memory", tmp_path)
+    pixels = opened(split, "none", tmp_path, notes, on_error="skip")
+    batches = list(first_epoch(pixels))
+    assert not np.concatenate([b["weight"] for b in batches]).any()
+    index = np.concatenate([b["index"] for b in batches])[:COUNT]
+    assert sorted(index) == list(range(COUNT))
+    assert sorted(pixels.bad) == list(range(COUNT))
+    assert len([n for n in notes if n.startswith("skipped")]) == 20
+    assert notes[-1] == "further skipped images are only counted"
+
+
+def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    damage(split, 30)
+    pixels = opened(split, "none", tmp_path, notes)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    batches = iter(strategy.distribute_datasets_from_function(lambda _: first_epoch(pixels)))
+
+    @tf.function
+    def several() -> tf.Tensor:
+        total = tf.zeros([])
+        for _ in tf.range(10):
+            total += tf.reduce_sum(strategy.experimental_local_results(next(batches)["weight"])[0])
+        return total
+
+    with pytest.raises(DataError, match=r"cannot decode .*30\.jpg: jpeg::Uncompress failed"), data_errors(pixels):
+        several()  # one call holds a whole epoch
+    assert notes[-1] == "an image of train cannot be read; looking for it"
 
 
 def test_errors_of_others_pass_through(tmp_path: Path) -> None:

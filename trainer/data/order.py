@@ -1,151 +1,181 @@
-"""Which example comes when: order and position as pure functions of (seed, epoch, step). No TensorFlow here."""
+"""Which example comes when: order and position as pure functions of (seed, epoch, step).
+
+All of it is in the graph. One Python function in a dataset would do the same, but where ops are deterministic
+(`runtime.deterministic`) TensorFlow then takes every parallel call and prefetch out of the whole pipeline: it cannot
+know what a stateful op does (grappler's make_deterministic).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
+import tensorflow as tf
 
 from trainer.contracts import Split
+from trainer.randomness import ORDER, SHARDS, SHARE, bits
 
-STRETCH = 1024  # examples that are read together where no shuffling asks for more
-_SHARDS, _WINDOW, _SHARE = 0, 1, 2  # what a random stream is for
+STRETCH = 1024  # records that are read together where no shuffling asks for more
 
-
-@dataclass(frozen=True)
-class Block:
-    """A stretch of an epoch: r rows in order, and the records that have to be read for them."""
-
-    pieces: np.ndarray  # int64 [k, 3]: shard number, first record, count; none for image files
-    place: np.ndarray  # int64 [r]: where among those records the row's example lies
-    index: np.ndarray  # int64 [r]: the row's example (0 in padding)
-    weight: np.ndarray  # float32 [r]: 1 for an example, 0 for padding
-    position: np.ndarray  # int64 [r]: place in the global batch
-    epoch: np.ndarray  # int64 [r]
+# A stretch of an epoch: r rows in order, and the records that have to be read for them.
+#   pieces   int64 [k, 3]  shard number, first record, count; none for image files
+#   place    int64 [r]     where among those records the row's example lies
+#   index    int64 [r]     the row's example (0 in padding)
+#   weight   float32 [r]   1 for an example, 0 for padding
+#   position int64 [r]     place in the global batch
+#   epoch    int64 [r]
+Block = dict[str, tf.Tensor]
 
 
-def _pieces(split: Split, shards: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places [start, stop) of the given shards laid end to end.
+def _shuffle(keys: tf.Tensor) -> tf.Tensor:
+    """The permutation that sorts random bits, int64 [n]."""
+    return tf.cast(tf.argsort(keys), tf.int64)
 
-    Returns:
-        pieces int64 [k, 3] as in `Block`, and the indices of their examples, int64 [stop - start].
+
+class _Records:
+    """Where the examples of a split lie in its shards, laid end to end in some order."""
+
+    def __init__(self, split: Split) -> None:
+        self.count = len(split.shards)
+        self.starts = np.array([shard.start for shard in split.shards], np.int64)
+        self.sizes = np.array([shard.stop - shard.start for shard in split.shards], np.int64)
+        self.first_index = np.cumsum(self.sizes) - self.sizes
+
+    def stretch(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Places [start, stop) of these shards: the pieces to read, and the indices of their examples."""
+        sizes = tf.gather(tf.constant(self.sizes), shards)
+        ends = tf.cumsum(sizes)
+        begins = ends - sizes
+        touched = tf.logical_and(tf.logical_and(ends > start, begins < stop), sizes > 0)
+        shards, begins, ends = (tf.boolean_mask(x, touched) for x in (shards, begins, ends))
+        low, high = tf.maximum(begins, start), tf.minimum(ends, stop)
+        pieces = tf.stack([shards, tf.gather(tf.constant(self.starts), shards) + low - begins, high - low], axis=1)
+        index_less_place = tf.gather(tf.constant(self.first_index), shards) - begins
+        return pieces, tf.repeat(index_less_place, high - low) + tf.range(start, stop)
+
+
+def _nothing_to_read() -> tf.Tensor:
+    return tf.zeros([0, 3], tf.int64)
+
+
+def _shuffled(split: Split, seed: int, window: int) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
+    """How many windows an epoch has, and a function of (epoch, number) to the pieces, places and indices of one.
+
+    Shards are permuted and laid end to end, then cut into windows of `window` records of which each is shuffled whole.
+    Image files can be opened in any order at no cost (and lie sorted by class), so they are one window.
     """
-    sizes = np.array([shard.stop - shard.start for shard in split.shards], np.int64)
-    first_index = np.cumsum(sizes) - sizes
-    ends = np.cumsum(sizes[shards])
-    pieces, indices, at = [], [], start
-    for k in range(int(np.searchsorted(ends, start, "right")), len(shards)):
-        if at >= stop:
-            break
-        shard = int(shards[k])
-        skipped = at - int(ends[k] - sizes[shard])
-        count = min(int(sizes[shard]) - skipped, stop - at)
-        if count > 0:
-            pieces.append((shard, split.shards[shard].start + skipped, count))
-            indices.append(first_index[shard] + skipped + np.arange(count, dtype=np.int64))
-            at += count
-    return np.array(pieces, np.int64).reshape(-1, 3), np.concatenate([np.zeros(0, np.int64), *indices])
+    total = split.count
+
+    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        index = _shuffle(bits(seed, ORDER, epoch, tf.range(total, dtype=tf.int64)))
+        return _nothing_to_read(), tf.zeros_like(index) * number, index
+
+    if not split.shards:
+        return 1, of_files
+    records = _Records(split)
+
+    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        shards = _shuffle(bits(seed, SHARDS, epoch, tf.range(records.count, dtype=tf.int64)))
+        start, stop = number * window, tf.minimum((number + 1) * window, total)
+        pieces, index = records.stretch(shards, start, stop)
+        place = _shuffle(bits(seed, ORDER, epoch, tf.range(start, stop)))
+        return pieces, place, tf.gather(index, place)
+
+    return -(-total // window), of_records
 
 
-def _shuffled_window(split: Split, seed: int, epoch: int, window: int, number: int) -> tuple[np.ndarray, ...]:
-    """Pieces, places and indices of window `number` of an epoch of records, its rows in shuffled order."""
-    shards = np.random.default_rng([seed, epoch, _SHARDS]).permutation(len(split.shards))
-    pieces, indices = _pieces(split, shards, number * window, min((number + 1) * window, split.count))
-    place = np.random.default_rng([seed, epoch, _WINDOW, number]).permutation(len(indices))
-    return pieces, place, indices[place]
+def _in_order(split: Split) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
+    """As `_shuffled`, but the examples come in the order of their indices, `STRETCH` records at a time."""
+    total = split.count
+
+    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        index = tf.range(total, dtype=tf.int64)
+        return _nothing_to_read(), tf.zeros_like(index) * epoch * number, index
+
+    if not split.shards:
+        return 1, of_files
+    records = _Records(split)
+
+    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        start, stop = number * STRETCH, tf.minimum((number + 1) * STRETCH, total)
+        pieces, index = records.stretch(tf.range(records.count, dtype=tf.int64), start, stop)
+        return pieces, tf.zeros_like(index) * epoch + index - start, index
+
+    return -(-total // STRETCH), of_records
 
 
 def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
     """The order of the examples in an epoch, a function of (seed, epoch).
 
-    Shards are permuted and laid end to end, then cut into windows of `window` records of which each is shuffled whole.
-    Image files can be opened in any order at no cost (and lie sorted by class), so they are one window.
-
     Returns:
         int64 [count], a permutation of the split's indices.
     """
-    if not split.shards:
-        return np.random.default_rng([seed, epoch, _WINDOW, 0]).permutation(split.count).astype(np.int64)
-    numbers = range(-(-split.count // window))
-    return np.concatenate(
-        [np.zeros(0, np.int64)] + [_shuffled_window(split, seed, epoch, window, n)[2] for n in numbers]
-    )
+    windows, shuffled = _shuffled(split, seed, window)
+    parts = [shuffled(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64))[2].numpy() for n in range(windows)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Global batches in an epoch; the last one may be padded."""
-    return -(-split.count // batch_size)
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Global batches of `count` examples; the last one may be padded."""
+    return -(-count // batch_size)
 
 
-def _with_padding(
-    pieces: np.ndarray, place: np.ndarray, index: np.ndarray, start: int, total: int, batch: int, epoch: int
+def _block(
+    pieces: tf.Tensor, place: tf.Tensor, index: tf.Tensor, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor
 ) -> Block:
     """A block whose first row is row `start` of the epoch; the one that ends it is padded to whole global batches."""
-    padding = -total % batch if start + len(index) == total else 0
-    rows = len(index) + padding
-    return Block(
-        pieces=pieces,
-        place=np.pad(place, (0, padding)),
-        index=np.pad(index, (0, padding)),
-        weight=np.pad(np.ones(len(index), np.float32), (0, padding)),
-        position=(start + np.arange(rows, dtype=np.int64)) % batch,
-        epoch=np.full(rows, epoch, np.int64),
-    )
+    rows = tf.size(index, tf.int64)
+    padding = tf.where(start + rows >= total, -total % batch, 0)
+    behind = tf.stack([tf.constant(0, tf.int64), tf.cast(padding, tf.int64)])[None, :]
+    return {
+        "pieces": pieces,
+        "place": tf.pad(place, behind),
+        "index": tf.pad(index, behind),
+        "weight": tf.pad(tf.ones_like(index, tf.float32), behind),
+        "position": (start + tf.range(rows + behind[0, 1])) % batch,
+        "epoch": tf.fill([rows + behind[0, 1]], epoch),
+    }
 
 
 def training_blocks(
     split: Split, *, batch_size: int, seed: int, window: int, first_epoch: int, first_step: int, shuffle: bool
-) -> Callable[[int], Block]:
+) -> Callable[[tf.Tensor], Block]:
     """Block number 0, 1, ... of the endless stream of epochs that begins at step `first_step` of `first_epoch`.
 
     What lies before is jumped over by arithmetic: of the first block only the records of its own window are read.
     """
-    total, stretch = split.count, window if split.shards and shuffle else STRETCH
-    first_epoch += first_step // steps_per_epoch(split, batch_size)
-    first_row = first_step % steps_per_epoch(split, batch_size) * batch_size
-    per_epoch = -(-total // stretch)
-    in_order = np.arange(len(split.shards))
+    total, steps = split.count, steps_per_epoch(split.count, batch_size)
+    stretch = (window if shuffle else STRETCH) if split.shards else total
+    per_epoch, part = _shuffled(split, seed, window) if shuffle else _in_order(split)
+    first_row = first_step % steps * batch_size
 
-    @lru_cache(maxsize=2)
-    def whole_epoch(epoch: int) -> np.ndarray:
-        return epoch_order(split, seed, epoch, window) if shuffle else np.arange(total, dtype=np.int64)
-
-    def block(number: int) -> Block:
-        epoch, number = divmod(first_row // stretch + number, per_epoch)
-        start = number * stretch
-        if not split.shards:
-            index = whole_epoch(first_epoch + epoch)[start : start + stretch]
-            pieces, place = np.zeros((0, 3), np.int64), np.zeros(len(index), np.int64)
-        elif shuffle:
-            pieces, place, index = _shuffled_window(split, seed, first_epoch + epoch, window, number)
-        else:
-            pieces, index = _pieces(split, in_order, start, min(start + stretch, total))
-            place = np.arange(len(index), dtype=np.int64)
-        done = max(first_row - start, 0) if epoch == 0 else 0
-        return _with_padding(pieces, place[done:], index[done:], start + done, total, batch_size, first_epoch + epoch)
+    def block(number: tf.Tensor) -> Block:
+        number = tf.cast(number, tf.int64) + first_row // stretch
+        since, number = number // per_epoch, number % per_epoch
+        epoch, start = first_epoch + first_step // steps + since, number * stretch
+        pieces, place, index = part(epoch, number)
+        done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
+        return _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
 
     return block
 
 
-def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[int, Callable[[int], Block]]:
+def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
     """The examples `chosen` (increasing indices) once each, padded to whole batches: number of blocks, and each one."""
-    in_order = np.arange(len(split.shards))
-    edges = np.searchsorted(chosen, np.arange(0, split.count + STRETCH, STRETCH))
-    cuts = [(int(a), int(b)) for a, b in pairwise(edges) if a < b]  # a block spans at most STRETCH records
+    edges = np.array([0, len(chosen)], np.int64)
+    if split.shards:  # a block spans at most STRETCH records, however few of them are chosen
+        edges = np.unique(np.searchsorted(chosen, np.arange(0, split.count + STRETCH, STRETCH))).astype(np.int64)
+    records, zero = _Records(split), tf.zeros([], tf.int64)
 
-    def block(number: int) -> Block:
-        first, last = cuts[number]
-        index = chosen[first:last]
+    def block(number: tf.Tensor) -> Block:
+        first, last = tf.gather(tf.constant(edges), number), tf.gather(tf.constant(edges), number + 1)
+        index = tf.constant(chosen, tf.int64)[first:last]
+        pieces, place = _nothing_to_read(), index - index[0]
         if split.shards:
-            pieces, _ = _pieces(split, in_order, int(index[0]), int(index[-1]) + 1)
-        else:
-            pieces = np.zeros((0, 3), np.int64)
-        return _with_padding(pieces, index - index[0], index, first, len(chosen), batch_size, 0)
+            pieces, _ = records.stretch(tf.range(records.count, dtype=tf.int64), index[0], index[-1] + 1)
+        return _block(pieces, place, index, first, len(chosen), batch_size, zero)
 
-    return len(cuts), block
+    return len(edges) - 1 if len(chosen) else 0, block
 
 
 def share_of(split: Split, batch_size: int, share: float) -> np.ndarray:
@@ -154,8 +184,9 @@ def share_of(split: Split, batch_size: int, share: float) -> np.ndarray:
     Returns:
         increasing int64 indices; all of them for share 1.
     """
+    indices = np.arange(split.count, dtype=np.int64)
     if share >= 1:
-        return np.arange(split.count, dtype=np.int64)
-    batches = int(np.ceil(share * steps_per_epoch(split, batch_size)))
-    mixed = np.random.default_rng([0, _SHARE]).permutation(split.count)
-    return np.sort(mixed[: batches * batch_size]).astype(np.int64)
+        return indices
+    batches = int(np.ceil(share * steps_per_epoch(split.count, batch_size)))
+    mixed = _shuffle(bits(SHARE, tf.constant(indices))).numpy()
+    return np.sort(mixed[: batches * batch_size])

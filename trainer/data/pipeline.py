@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from trainer.config import Augmentation
 from trainer.data.augment import augment
-from trainer.data.decode import Row, block_dataset
+from trainer.data.decode import COLUMNS, Row, block_dataset, plain
 from trainer.data.order import Block, sequence_blocks, share_of, training_blocks
 from trainer.data.pixels import Pixels, live_rows
 from trainer.errors import ConfigError
@@ -23,10 +23,13 @@ def _share_size(batch_size: int, replicas: int) -> int:
     return batch_size // replicas
 
 
-def _kept_batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _kept_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Batches out of the decoded array: one gather each."""
     images, black = pixels.tensor(), pixels.split.count
     bad = tf.constant(sorted(pixels.bad), tf.int64)
+
+    def rows(fields: Block) -> Row:
+        return {k: fields[k] for k in COLUMNS}
 
     def pick(rows: Row) -> Row:
         weight = rows["weight"]
@@ -35,34 +38,21 @@ def _kept_batches(pixels: Pixels, block: Callable[[int], Block], count: int | No
             weight = tf.where(is_bad, 0.0, weight)
         return {**rows, "weight": weight, "image": tf.gather(images, tf.where(weight > 0, rows["index"], black))}
 
-    blocks = block_dataset(block, count).prefetch(1)
-    rows = blocks.map(lambda fields: {k: fields[k] for k in ("index", "weight", "position", "epoch")})
-    return rows.rebatch(size, drop_remainder=True).map(pick)
+    blocks = block_dataset(block, count)
+    return blocks.map(plain(rows)).rebatch(size, drop_remainder=True).map(plain(pick))
 
 
-def _live_batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _live_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Batches of images decoded now."""
-    batches = live_rows(pixels, block, count).batch(size, drop_remainder=True)
-    if pixels.on_error == "fail":
-        return batches.map(lambda batch: {k: v for k, v in batch.items() if k != "failed"})
-
-    def report(batch: Row) -> Row:
-        failed = batch.pop("failed")
-
-        def record() -> tf.Tensor:
-            return tf.numpy_function(pixels.record_bad, [tf.boolean_mask(batch["index"], failed)], tf.bool)
-
-        with tf.control_dependencies([tf.cond(tf.reduce_any(failed), record, lambda: True)]):
-            return {k: tf.identity(v) for k, v in batch.items()}
-
-    return batches.map(report)
+    return live_rows(pixels, block, count).batch(size, drop_remainder=True)
 
 
-def _batches(pixels: Pixels, block: Callable[[int], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
     make = _live_batches if pixels.array is None else _kept_batches
     labels = tf.constant(pixels.split.labels, tf.int32)
-    return make(pixels, block, count, size).map(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])})
+    labelled = plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])})
+    return make(pixels, block, count, size).map(labelled)
 
 
 def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> tf.data.Dataset:
@@ -114,7 +104,7 @@ def training_batches(
         shuffle=shuffle,
     )
 
-    @tf.autograph.experimental.do_not_convert  # nothing to rewrite, and half the time to trace
+    @plain
     def change(batch: Row) -> Row:
         epoch = batch.pop("epoch")
         if augmentation.active:
@@ -139,4 +129,6 @@ def evaluation_batches(
     """
     count, block = sequence_blocks(pixels.split, share_of(pixels.split, batch_size, share), batch_size)
     batches = _batches(pixels, block, count, _share_size(batch_size, replicas))
-    return _finished(batches.map(lambda batch: {k: v for k, v in batch.items() if k != "epoch"}), replicas, threads)
+    return _finished(
+        batches.map(plain(lambda batch: {k: v for k, v in batch.items() if k != "epoch"})), replicas, threads
+    )

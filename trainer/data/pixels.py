@@ -9,18 +9,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.contracts import Split
-from trainer.data.decode import block_dataset, decoded_rows, decoder, encoded_rows
+from trainer.data.decode import block_dataset, decoded_rows, decoder, plain
 from trainer.data.machine import memory_budget_default as memory_budget_default
 from trainer.data.machine import usable_cpus
 from trainer.data.order import Block, sequence_blocks
@@ -29,6 +29,14 @@ from trainer.imaging import Resize
 
 Cache = Literal["auto", "memory", "disk", "none"]
 Note = Callable[[str], None]
+# An error of these kinds is never the fault of an image.
+_NOT_DATA = (
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnavailableError,
+    tf.errors.CancelledError,
+    tf.errors.AbortedError,
+)
+_NOTES = 20  # skipped images that are named one by one
 _BATCH = 64  # images written to a cache at once
 _FORMAT = 1  # of the cache on disk; counts up when decoding changes
 
@@ -45,8 +53,26 @@ class Pixels:
     note: Note
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     kept: Literal["memory", "disk", "none"] = "none"
-    bad: dict[int, str] = field(default_factory=dict)  # index -> reason of images that count nowhere (weight 0)
-    recent: deque[Block] = field(default_factory=deque)  # what is being read: where to look for what broke
+    known_bad: dict[int, str] = field(default_factory=dict)
+    filled: int = 0  # images that went into a cache so far
+    failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Index -> reason of the images that could not be read so far; they count nowhere (weight 0)."""
+        self.take_note()
+        return self.known_bad
+
+    def take_note(self) -> None:
+        """Learn, and say, what the pipeline could not read since the last time."""
+        for line in self.failures:
+            index = int(line)
+            if index not in self.known_bad:
+                self.known_bad[index] = reason_for(self, index)
+                if len(self.known_bad) <= _NOTES:
+                    self.note(f"skipped {self.split.name_of(index)}: {self.known_bad[index]}")
+                if len(self.known_bad) == _NOTES:
+                    self.note("further skipped images are only counted")
 
     @property
     def memory_bytes(self) -> int:
@@ -73,21 +99,6 @@ class Pixels:
             images = [row["image"].numpy() for row in live_rows(self, block, count)]
         return np.stack(images)[place] if images else np.zeros((0, self.size, self.size, 3), np.uint8)
 
-    def remember(self, block: Block, rows: int = 16 * 1024) -> Block:
-        """Keep the blocks of the last `rows` rows at hand for `data_errors`; returns the block."""
-        self.recent.append(block)
-        while sum(len(b.index) for b in self.recent) - len(self.recent[0].index) > rows:
-            self.recent.popleft()
-        return block
-
-    def record_bad(self, indices: np.ndarray) -> np.bool_:
-        """Note that these examples cannot be read and count nowhere."""
-        for index in map(int, indices):
-            if index not in self.bad:
-                self.bad[index] = _reason(self, index)
-                self.note(f"skipped {self.split.name_of(index)}: {self.bad[index]}")
-        return np.bool_(True)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # What cannot be read
@@ -99,106 +110,81 @@ def _sentence(error: tf.errors.OpError) -> str:
     return text.strip().rstrip(".")
 
 
-def _reason(pixels: Pixels, index: int) -> str:
-    """Why an example cannot be decoded."""
+def reason_for(pixels: Pixels, index: int) -> str:
+    """Why an example cannot be read: it is tried once more."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
             path, _, number = split.name_of(index).rpartition("#")
-            row["record"] = next(iter(tf.data.TFRecordDataset(path).skip(int(number)).take(1)))
+            found = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
+            if not found:
+                return "the shard breaks off before this record"
+            row["record"] = found[0]
         decoder(split, pixels.size, pixels.resize)(row)
     except tf.errors.OpError as error:
         return _sentence(error)
     return "could not be read at first, but can be now"
 
 
-def _damaged_shard(split: Split, block: Block) -> DataError | None:
-    """The first shard of a block that breaks off or holds fewer records than it had when it was counted."""
-    for number in block.pieces[:, 0]:
-        shard, found = split.shards[number], 0
-        try:
-            for _ in tf.data.TFRecordDataset(shard.path):
-                found += 1
-        except tf.errors.OpError as error:
-            return DataError(
-                f"shard {shard.path} is damaged after {found} records: {_sentence(error)}; prepare it again"
-            )
-        if found < shard.stop:
-            return DataError(f"shard {shard.path} holds {found} records, {shard.stop} are needed; prepare it again")
+def _first_unreadable(pixels: Pixels, start: int) -> int | None:
+    """The first example from index `start` on that cannot be read; tries them all, in parallel."""
+    probe = Pixels(pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, note=lambda _: None)
+    for _ in _decoded(probe, start):
+        if probe.bad:
+            return min(probe.bad)
     return None
-
-
-def _find_fault(pixels: Pixels) -> DataError | None:
-    """What among the blocks being read is damaged: they are read once more, keeping count of what fails."""
-    split = pixels.split
-    for block in list(pixels.recent):
-        if (fault := _damaged_shard(split, block)) is not None:
-            return fault
-        blocks = block_dataset(lambda _, block=block: block, 1)  # type: ignore[misc]
-        rows = encoded_rows(blocks, split)
-        for row in decoded_rows(rows, split, pixels.size, pixels.resize, skip=True, threads=pixels.threads):
-            if bool(row["failed"]):
-                index = int(row["index"])
-                return DataError(
-                    f"cannot decode {split.name_of(index)}: {_reason(pixels, index)}; "
-                    "repair or remove it, or set data.on_error=skip"
-                )
-    return None
-
-
-# What damaged or missing data can raise, through whatever runs the iterator; not a lost peer or a lack of memory.
-_DATA_FAULTS = (
-    tf.errors.InvalidArgumentError,
-    tf.errors.DataLossError,
-    tf.errors.NotFoundError,
-    tf.errors.PermissionDeniedError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.UnknownError,
-)
 
 
 @contextmanager
 def data_errors(pixels: Pixels) -> Iterator[None]:
     """Around every loop over batches of `pixels`: what TensorFlow raises for damaged data becomes a `DataError`.
 
+    TensorFlow does not say which example it was. So the split is searched for it, which can take as long as an epoch;
+    images that were decoded beforehand never get here.
+
     Raises:
-        DataError: names the image file, record or shard, and the reason.
+        DataError: names the image file, or shard and record, and the reason.
     """
     try:
         yield
-    except _DATA_FAULTS:
-        fault = _find_fault(pixels)
-        if fault is None:
+    except tf.errors.OpError as error:
+        from_pipeline = pixels.array is None and re.search("Iterator|Dataset", str(error.message))
+        if not from_pipeline or isinstance(error, _NOT_DATA):
             raise
-        raise fault from None
+        if not pixels.filled:
+            pixels.note(f"an image of {pixels.split.name} cannot be read; looking for it")
+        index = _first_unreadable(pixels, pixels.filled)
+        if index is None:
+            raise
+        fault = f"cannot decode {pixels.split.name_of(index)}: {reason_for(pixels, index)}"
+        raise DataError(f"{fault}; repair or remove it, or set data.on_error=skip") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Decoding once and keeping
 
 
-def live_rows(pixels: Pixels, block: Callable[[int], Block], count: int | None) -> tf.data.Dataset:
+def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
     """The rows of blocks 0, 1, ... decoded as they are read; see `decoded_rows`."""
-    rows = encoded_rows(block_dataset(lambda number: pixels.remember(block(number)), count), pixels.split)
-    skip = pixels.on_error == "skip"
-    return decoded_rows(rows, pixels.split, pixels.size, pixels.resize, skip=skip, threads=pixels.threads)
+    failures = pixels.failures.name if pixels.on_error == "skip" else None
+    blocks = block_dataset(block, count)
+    return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.threads, failures=failures)
 
 
-def _decode_all(pixels: Pixels) -> Iterator[np.ndarray]:
-    """Every image in index order, uint8 [<= 64, S, S, 3] at a time; notes those that fail."""
-    count, block = sequence_blocks(pixels.split, np.arange(pixels.split.count, dtype=np.int64), 1)
-    for batch in live_rows(pixels, block, count).batch(_BATCH).prefetch(2):
-        failed = batch["failed"].numpy()
-        if failed.any():
-            pixels.record_bad(batch["index"].numpy()[failed])
-        yield batch["image"].numpy()
+def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
+    """Every image from index `start` on in the order of indices, uint8 [<= 64, S, S, 3] at a time."""
+    count, block = sequence_blocks(pixels.split, np.arange(start, pixels.split.count, dtype=np.int64), 1)
+    for images in live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2):
+        yield images.numpy()
+        pixels.filled += len(images)
+        pixels.take_note()
 
 
 def _fill_memory(pixels: Pixels, shape: tuple[int, ...]) -> None:
     # Fresh pages: zero, aligned as DLPack wants them, and counted against the process only once they are written.
     array = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
     done = 0
-    for images in _decode_all(pixels):
+    for images in _decoded(pixels):
         array[done : done + len(images)] = images
         done += len(images)
     pixels.array, pixels.kept = array, "memory"
@@ -215,14 +201,14 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
         pixels.array, pixels.kept = np.memmap(data, np.uint8, "c", shape=shape), "disk"
     except (OSError, ValueError, KeyError):
         return False
-    pixels.bad.update({int(index): reason for index, reason in bad.items()})
+    pixels.known_bad.update({int(index): reason for index, reason in bad.items()})
     return True
 
 
 def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write beside, rename when complete; the small file that speaks of the bad ones comes last and means done."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for name, write in ((".u8", _decode_all(pixels)), (".json", None)):
+    for name, write in ((".u8", _decoded(pixels)), (".json", None)):
         handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
         try:
             with os.fdopen(
@@ -293,6 +279,7 @@ def open_pixels(
             try:
                 _fill_disk(pixels, stem, shape)
             except OSError as error:
+                pixels.filled = 0
                 free = shutil.disk_usage(Path(cache_dir).anchor or "/").free
                 note(
                     f"{what}: cannot be kept in {cache_dir} ({error.strerror}, {_megabytes(free)} free); decoding anew"
@@ -302,5 +289,4 @@ def open_pixels(
         else:
             why = "as asked" if cache == "none" else f"they fit neither {budgets.replace(', ', ' nor ')}"
             note(f"{what}: not kept, decoded whenever they are read ({why})")
-    pixels.recent.clear()
     return pixels
