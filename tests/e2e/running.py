@@ -47,9 +47,9 @@ def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
 
-def final_variables(folder: Path) -> dict[str, np.ndarray]:
-    """The newest checkpoint's variables: weights, optimizer state, averages."""
-    name = (folder / "checkpoints" / "LATEST").read_text().strip()
+def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:
+    """The variables of the checkpoint that LATEST or BEST names: weights, optimizer state, averages."""
+    name = (folder / "checkpoints" / pointer).read_text().strip()
     with np.load(folder / "checkpoints" / name / "variables.npz") as arrays:
         return {key: arrays[key] for key in arrays.files}
 
@@ -68,7 +68,7 @@ def story(folder: Path) -> list[Any]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit: weights, optimizer state, averages, metrics, predictions, scores."""
-    mine, theirs = final_variables(one), final_variables(other)
+    mine, theirs = variables_of(one, "LATEST"), variables_of(other, "LATEST")
     assert mine.keys() == theirs.keys()
     for name in mine:
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
