@@ -86,7 +86,7 @@ def main() -> None:
             classifier,
             plan.trainable,
             build_optimizer(Optimizer(), rate),
-            StepSettings(class_count=len(dataset.class_names), seed=1),
+            StepSettings(seed=1),
         )
         sources = {
             "bare": endless(stream(Augmentation())),

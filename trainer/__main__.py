@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from trainer.command_line import Sweep, compose, exit_code_of, quiet_start
+from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
 from trainer.config import load, without_regularisation
 from trainer.training.run_folder import open_run_folder
 
 
 def _train(arguments: list[str]) -> None:
-    composed = compose(arguments, run_job=Sweep(arguments))
+    composed = compose(arguments, run_job=run_sweep_job)
     if composed is None:  # --help, --cfg or a finished sweep
         return
     config = load(composed)

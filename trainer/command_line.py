@@ -45,37 +45,29 @@ def _add_freely(argument: str) -> str:
     return argument if match[1] in groups else "++" + argument
 
 
-class Sweep:
-    """Runs one job of a `--multirun` as a process of its own: TensorFlow cannot start twice in one."""
+def run_sweep_job(overrides: list[str], folder: str) -> float:
+    """Run one job of a `--multirun` as a process of its own (TensorFlow cannot start twice in one).
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+    Returns:
+        The validation accuracy of the last phase, for a sweeper.
 
-    def __call__(self, overrides: list[str], folder: str) -> float | None:
-        """Train with these overrides into `folder`; the validation accuracy of the last phase, for a sweeper.
-
-        Raises:
-            TrainerError: with the job's exit code, if it failed.
-        """
-        named = [o for o in overrides if re.match(r"\+*output_dir=", o)]
-        command = [sys.executable, "-m", "trainer", *overrides, *([] if named else [f"output_dir={folder}"])]
-        print(
-            "sweep:",
-            " ".join(overrides) or "(defaults)",
-            f"-> {named[-1].split('=', 1)[1] if named else folder}",
-            flush=True,
-        )
-        code = subprocess.run(command, check=False).returncode
-        if code != DONE:
-            error = TrainerError(f"the job {' '.join(overrides)} ended with exit code {code}; its message is above")
-            error.exit_code = code if code > 0 else INTERRUPTED
-            raise error
-        report = Path(named[-1].split("=", 1)[1] if named else folder) / "report" / "report.json"
-        phases = json.loads(report.read_text())["phases"]
-        return float(list(phases.values())[-1]["val_accuracy"])
+    Raises:
+        TrainerError: with the job's exit code, if it failed.
+    """
+    named = [o.split("=", 1)[1] for o in overrides if re.match(r"\+*output_dir=", o)]
+    target = named[-1] if named else folder
+    print("sweep:", " ".join(overrides) or "(defaults)", f"-> {target}", flush=True)
+    command = [sys.executable, "-m", "trainer", *overrides, *([] if named else [f"output_dir={target}"])]
+    code = subprocess.run(command, check=False).returncode
+    if code != DONE:
+        error = TrainerError(f"the job {' '.join(overrides)} ended with exit code {code}; its message is above")
+        error.exit_code = code if code > 0 else INTERRUPTED
+        raise error
+    phases = json.loads((Path(target) / "report" / "report.json").read_text())["phases"]
+    return float(list(phases.values())[-1]["val_accuracy"])
 
 
-def compose(arguments: list[str], run_job: Sweep | None = None) -> dict[str, Any] | None:
+def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | None = None) -> dict[str, Any] | None:
     """Compose the configuration that the arguments ask for. With neither `experiment` nor `data` it is the quickstart.
 
     Returns:

@@ -45,7 +45,8 @@ class Run:
         """The decoded images of a split; the first call may fill a cache."""
         if split not in self.opened:
             data, runtime = self.config.data, self.config.runtime
-            memory = runtime.memory_budget_gb
+            memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
+            taken = sum(pixels.memory_bytes for pixels in self.opened.values())
             self.opened[split] = open_pixels(
                 self.dataset.splits[split],
                 size=self.classifier.image_size,
@@ -53,7 +54,7 @@ class Run:
                 cache=data.cache,
                 cache_dir=Path(runtime.cache_dir).expanduser(),
                 fingerprint=self.dataset.fingerprint,
-                memory_budget=int(memory * GIGABYTE) if memory else memory_budget_default(),
+                memory_budget=memory - taken,
                 disk_budget=int(runtime.disk_budget_gb * GIGABYTE),
                 threads=runtime.data_threads,
                 on_error=data.on_error,

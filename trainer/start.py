@@ -8,6 +8,7 @@ from trainer.cluster.preemption import StopFlag
 from trainer.cluster.strategy import build_strategy
 from trainer.config import RunConfig
 from trainer.contracts import Dataset
+from trainer.data.order import steps_per_epoch
 from trainer.data.sources import open_dataset
 from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
@@ -41,8 +42,8 @@ def open_run(config: RunConfig, home: RunFolder) -> Run:
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     home.note_start({"classes": list(dataset.class_names)}, dataset.fingerprint)
 
-    steps_per_epoch = -(-dataset.splits["train"].count // config.training.batch_size)
-    total = sum(steps_of(phase, config, steps_per_epoch) for phase in config.phases.values())
+    epoch_steps = steps_per_epoch(dataset.splits["train"].count, config.training.batch_size)
+    total = sum(steps_of(phase, config, epoch_steps) for phase in config.phases.values())
     return Run(
         config=config,
         folder=home.path,
@@ -54,7 +55,7 @@ def open_run(config: RunConfig, home: RunFolder) -> Run:
         telemetry=Telemetry(home.path, config.runtime.progress, total, config.training.batch_size),
         stop=stop,
         state=RunState(),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=epoch_steps,
     )
 
 

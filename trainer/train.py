@@ -71,17 +71,17 @@ def train_phase(job: Run, name: str) -> None:
     batches = iter(job.strategy.distribute_datasets_from_function(lambda _: stream(job)))
     job.telemetry.restart_clock()
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
-    state.phase_over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
-    while not state.phase_over:
+    over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
+    while not over:
         with data_errors(job.pixels("train")):
             train_epoch(job, name, step, rate, batches, total, everything)
         entry, best = validate(job, name, step, everything, float(rate(state.phase_step)))
         state.history.append(entry)
         state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
-        state.phase_over = state.phase_step >= total or exhausted(state, phase.early_stopping)
-        if best or state.phase_over or due(job):
+        over = state.phase_step >= total or exhausted(state, phase.early_stopping)
+        if best or over or due(job):
             save(job, everything)
-        if state.phase_over and state.phase_step < total:
+        if over and state.phase_step < total:
             patience = phase.early_stopping.patience
             say(f"phase {name}: no better {phase.early_stopping.metric} in {patience} epochs, stopping early")
         stop_if_told(job, everything)
@@ -99,7 +99,6 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         batch_size=training.batch_size,
     )
     settings = StepSettings(
-        class_count=len(job.dataset.class_names),
         seed=job.config.seed,
         label_smoothing=training.label_smoothing,
         class_weights=weights_of_classes(job),
@@ -163,11 +162,9 @@ def train_epoch(
         # A call is short enough that a signal is answered within about a second.
         per_call = max(1, min(runtime.steps_per_call, int(count / max(seconds, 1e-3))))
         left -= count
-        state.step, state.phase_step, state.epoch_step = (
-            state.step + count,
-            state.phase_step + count,
-            state.epoch_step + count,
-        )
+        state.step += count
+        state.phase_step += count
+        state.epoch_step += count
         if not np.isfinite(rows).all():
             first = state.step - count + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
             raise Diverged(
@@ -249,8 +246,7 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
     }
     say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {config.training.keep} weights "
         f"(epoch {kept['epoch']}{', averaged' if config.training.ema else ''}) go on")  # fmt: skip
-    state.phase, state.phase_step, state.phase_over, state.best, state.bad_epochs = state.phase + 1, 0, False, None, 0
-    job.loaded = {}
+    state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
 
 
 # ---------------------------------------------------------------------------------------------------------------

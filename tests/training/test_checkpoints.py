@@ -78,6 +78,21 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
     assert folder.steps() == [1]
 
 
+def test_a_damaged_neighbour_does_not_keep_a_checkpoint_from_being_saved(tmp_path: Path) -> None:
+    folder, _ = folder_with(tmp_path, 1, 2)
+    (folder.path(2) / "state.json").write_text("{")
+    folder.save(RunState(step=3).to_json(), variables(3), None)
+    assert folder.steps() == [2, 3]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder, said = folder_with(tmp_path, 1)
+    (tmp_path / ".writing-step-00000002").mkdir()
+    assert folder.newest() is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
+    assert said == []
+
+
 def test_nothing_left_is_nothing_found(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1)
     (folder.path(1) / "state.json").unlink()

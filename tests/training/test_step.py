@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_network import CLASSES, SmallNetwork, arrays, stream
+from tests.training.small_network import SmallNetwork, arrays, stream
 from trainer.training import variables
 from trainer.training.step import StepSettings, TrainingStep, cross_entropy, mean_loss_and_accuracy
 
@@ -29,7 +29,7 @@ def trained(
         network,
         network.variables,
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9),
-        StepSettings(class_count=CLASSES, seed=1, **settings),
+        StepSettings(seed=1, **settings),
     )
     batches, done, rows = iter(stream(count, batch)), 0, []
     for length in steps:
@@ -122,7 +122,7 @@ def test_label_smoothing_is_keras_own() -> None:
 def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
     network = SmallNetwork()
     start = variables.read(network.variables)
-    settings = StepSettings(class_count=CLASSES, seed=1, ema=0.99)
+    settings = StepSettings(seed=1, ema=0.99)
     step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
     batches, expected = iter(stream(20, 8)), dict(start)
     for t in range(5):
@@ -152,7 +152,7 @@ def test_loss_scaling_changes_nothing_while_all_is_finite() -> None:
 
 def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     network = SmallNetwork()
-    settings = StepSettings(class_count=CLASSES, seed=1, loss_scaling=True)
+    settings = StepSettings(seed=1, loss_scaling=True)
     step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
     assert step.loss_scale is not None
     step.loss_scale[0].assign(3e38)
@@ -163,6 +163,14 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
         np.testing.assert_array_equal(value, before[name])
     assert float(step.loss_scale[0]) == pytest.approx(1.5e38)
     assert float(step.loss_scale[1]) == 0
+
+
+def test_xla_gives_the_same_weights() -> None:
+    plain, rows, _ = trained([4], l2=0.01, clip_norm=0.5)
+    compiled, compiled_rows, _ = trained([4], l2=0.01, clip_norm=0.5, xla=True)
+    for name in plain:
+        np.testing.assert_allclose(compiled[name], plain[name], atol=1e-6)
+    np.testing.assert_allclose(compiled_rows, rows, rtol=1e-5)
 
 
 def test_mean_loss_and_accuracy() -> None:
@@ -179,7 +187,7 @@ replicas = int(sys.argv[1])
 if replicas > 1:
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
-from tests.training.small_network import CLASSES, SmallNetwork, stream
+from tests.training.small_network import SmallNetwork, stream
 from trainer.training import variables
 from trainer.training.step import EvaluationPass, StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
@@ -191,7 +199,7 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         with strategy.scope():
             network = SmallNetwork(l2=0.01)
             optimizer = make()
-        step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(class_count=CLASSES, seed=1, **extra))
+        step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1, **extra))
         batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
         rows, _ = step.run(batches, 7, 0, 0)
         with strategy.scope():

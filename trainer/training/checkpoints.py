@@ -6,6 +6,7 @@ A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -76,9 +77,9 @@ class CheckpointFolder:
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
-            best = json.loads((self.path(step) / "state.json").read_text()).get("best")
-            if best:
-                needed.add(best["step"])
+            with contextlib.suppress(OSError, ValueError):  # a damaged one refers to nothing; `newest` will say so
+                best = json.loads((self.path(step) / "state.json").read_text())["best"]
+                needed |= {best["step"]} if best else set()
         for step in set(steps) - needed:
             shutil.rmtree(self.path(step))
 
@@ -102,7 +103,8 @@ class CheckpointFolder:
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """The newest checkpoint that can be read; damaged ones are set aside with a message."""
-        shutil.rmtree(self.folder / ".set-aside", ignore_errors=True)
+        for unfinished in self.folder.glob(".writing-*"):  # by a process that was killed
+            shutil.rmtree(unfinished)
         for step in reversed(self.steps()):
             try:
                 return self.read(step)

@@ -15,7 +15,6 @@ class RunState:
     step: int = 0  # optimizer steps of the run
     phase_step: int = 0  # of this phase
     epoch_step: int = 0  # of this epoch
-    phase_over: bool = False  # its last epoch is done; the next phase has not begun
     best: dict[str, Any] | None = None  # this phase: {"step", "epoch", "value"}
     bad_epochs: int = 0  # since the best
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # this epoch: loss, correct, examples

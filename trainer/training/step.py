@@ -44,7 +44,6 @@ class Network(Protocol):
 class StepSettings:
     """What shapes a step beside the network and the optimizer."""
 
-    class_count: int
     seed: int
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None  # one a class
@@ -53,12 +52,12 @@ class StepSettings:
     ema: float | None = None
     batch_norm_training: bool = False
     loss_scaling: bool = False  # float16
-    xla: bool = False
+    xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
 
 
 @dataclass
 class Averages:
-    """Exponential moving averages of the trained weights, and how far the warm-up of their decay is."""
+    """Exponential moving averages of the trained weights."""
 
     shadows: dict[str, tf.Variable]
     weights: dict[str, keras.Variable]  # what they follow, by the same names
@@ -123,6 +122,7 @@ class TrainingStep:
                 if settings.ema
                 else None
             )
+        self._piece = tf.function(self._share_of_loss, jit_compile=True) if settings.xla else self._share_of_loss
         self._block = tf.function(self._run_block)
 
     def checkpointed(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class TrainingStep:
             gradients = [g / self.replicas for g in gradients]
         return gradients, sums, finite
 
-    def _piece(
+    def _share_of_loss(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Gradients of this part's share of the global mean loss, and its sums."""
