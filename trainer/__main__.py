@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 
+from trainer.cluster.discovery import discover
+from trainer.cluster.preemption import StopFlag
+from trainer.cluster.preflight import meet
 from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
-from trainer.config import load, without_regularisation
-from trainer.training.run_folder import open_run_folder
+from trainer.config import in_common, load, without_regularisation
+from trainer.errors import ConfigError
+from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, versions
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _train(arguments: list[str]) -> None:
+    began = time.time()
     composed = compose(arguments, run_job=run_sweep_job)
     if composed is None:  # --help, --cfg or a finished sweep
         return
     config = load(composed)
     config = without_regularisation(config) if config.debug.overfit else config
-    home = open_run_folder(config)
-    if home.finished:
-        print(f"{home.path} is finished already (it holds DONE); its report is {home.path}/report/index.html")
+    cluster = discover(os.environ)
+    if is_finished(config):
+        print(f"{config.output_dir} is finished already (it holds DONE); "
+              f"its report is {config.output_dir}/report/index.html")  # fmt: skip
         return
-    with quiet_start():
-        from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
+    if cluster.size > 1 and not config.output_dir:
+        raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
+    stop = StopFlag()
+    peers = meet(cluster, config.runtime.start_timeout, _say, lambda: stop.check("while waiting for the other workers"))
+    peers.on_stop, stop.on_signal = stop.told, peers.tell_stop
+    with peers.together():
+        peers.agree("configuration", in_common(config))
+        peers.agree("code", versions())
+        home = open_run_folder(config) if peers.is_chief else follow_run_folder(config)
+        with quiet_start():
+            from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
 
-    train.run(config, home)
+        train.run(config, home, peers, stop, began)
+    peers.leave()
 
 
 def main() -> None:

@@ -70,6 +70,7 @@ class Data(Section):
     shards: int | None = Field(None, ge=1)  # what `prepare` writes; one per ~100 MB when null
     on_error: Literal["fail", "skip"] = "fail"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"  # decoded pixels
+    shard_by: Literal["auto", "record", "file"] = "auto"  # what each of several workers reads
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -233,6 +234,10 @@ class Runtime(Section):
     xla: bool = False
     deterministic: bool = True
     replicas: int | None = Field(None, ge=1)  # null: every GPU, else one; on CPU: that many logical devices
+    collectives: Literal["auto", "nccl", "ring"] = "auto"  # how several workers add up gradients
+    pack_mb: float | None = Field(None, gt=0)  # megabytes of gradients added up at once; null: all
+    start_timeout: float = Field(600.0, gt=0)  # seconds for all workers to find each other
+    max_fruitless_restarts: int = Field(5, ge=1)  # starts in a row without a step of progress, then exit code 3
     steps_per_call: int = Field(10, ge=1)  # optimizer steps in one device call
     log_every: SomeDuration = Duration(count=20, unit="steps")
     checkpoint_every: SomeDuration = Duration(count=1, unit="epochs")
@@ -309,6 +314,15 @@ FREE = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
+
+
+# What each worker of one run may have for itself.
+OWN = tuple(f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress"))
+
+
+def in_common(config: RunConfig) -> dict[str, Any]:
+    """Every value that all workers of a run must share, {"training.batch_size": 32, ...}."""
+    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in OWN}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -43,3 +43,13 @@ class Interrupted(TrainerError):
     """Stopped from outside with everything saved: start the same command again and it goes on."""
 
     exit_code = INTERRUPTED
+
+
+class ToldToStop(Interrupted):
+    """By a signal, here or on another worker."""
+
+
+class GaveUp(TrainerError):
+    """Started again and again without a step of progress."""
+
+    exit_code = GAVE_UP

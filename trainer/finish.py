@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,39 +10,47 @@ import numpy as np
 
 from trainer.contracts import EvaluationResult
 from trainer.data.augment import augment
-from trainer.errors import Interrupted
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.report import Samples, describe_data, write_report
 from trainer.exporting.card import write_labels, write_model_card
 from trainer.exporting.parity import largest_difference
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.run import Run, again, predict, say
+from trainer.run import Run, predict, say
 from trainer.storage.files import write_json
 from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 
+AFTER = "after training had ended"
 PARITY_EXAMPLES = 512  # of the scored split are sent through the exported model
 
 
 def finish(job: Run) -> None:
     """Everything that follows training; doing it again after a kill gives the same files.
 
+    All workers score; the chief alone exports and writes, while the others wait for it.
+
     Raises:
-        Interrupted: told to stop; the next start begins here again.
+        ToldToStop: the next start begins here again.
     """
+    job.ledger.mark("train")
     split = "test" if "test" in job.dataset.splits else "validation"
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
-    began = time.monotonic()
     probabilities, labels, indices = predict(job, split)
-    _leave_if_told(job)
-    job.state.add("evaluation_seconds", time.monotonic() - began)
+    if job.told_to_stop("after scoring"):
+        job.stop.told("stopped by another worker")
+    job.stop.check(AFTER)
+    job.ledger.mark("evaluation")
+    if not job.peers.is_chief:
+        job.peers.barrier("done")
+        return
     names = tuple(job.dataset.splits[split].name_of(int(i)) for i in indices)
     result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
 
     say("exporting")
     exports = export(job, result, indices)
-    _leave_if_told(job)
+    job.stop.check(AFTER)
+    job.ledger.mark("finish")
 
     say("writing the report")
     report = write_report(
@@ -58,15 +65,32 @@ def finish(job: Run) -> None:
             "export": exports,
             "config": job.config.model_dump(mode="json"),
             "versions": versions(),
-            "timing": {name: round(total, 3) for name, total in sorted(job.state.totals.items())},
+            "timing": timing(job),
         },
         images=lambda wanted: pictures(job, split, indices[list(wanted)]),
         samples=samples(job),
     )
     write_model_card(job.folder / "export" / "model_card.md", report, job.config.model_dump(mode="json"))
-    _leave_if_told(job)
+    job.stop.check(AFTER)
+    job.ledger.mark("finish")
+    job.ledger.write()
     write_json(job.folder / "DONE", {"test_accuracy": report["test"]["accuracy"], "step": job.state.step})
+    job.peers.barrier("done")
     summarise(job, report)
+
+
+def timing(job: Run) -> dict[str, Any]:
+    """What the report says of time: seconds by place since the first start, and what became of them."""
+    seconds = {place: round(spent, 3) for place, spent in job.ledger.seconds.items()}
+    rate = job.state.images / max(job.ledger.seconds["train"], 1e-9)
+    return {
+        "seconds": seconds,
+        "goodput": round(job.ledger.goodput, 4),
+        "images": int(job.state.images),
+        "images_per_second": round(rate, 1),
+        "starts": job.state.starts,
+        "workers": job.peers.size,
+    }
 
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
@@ -79,6 +103,7 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str,
     images = pictures(job, result.split, indices[:count])
     outcomes: dict[str, Any] = {}
     for kind in job.config.export.formats:
+        job.stop.check(AFTER)
         if kind == "saved_model":
             where = home / "saved_model" / "1"
             export_saved_model(model, where, job.dataset.class_names, size, job.config.model.resize)
@@ -122,22 +147,17 @@ def undecodable(job: Run) -> list[str]:
     ]
 
 
-def _leave_if_told(job: Run) -> None:
-    if job.stop.reason:
-        raise Interrupted(f"{job.stop.reason} after training had ended; nothing is lost. {again(job)}")
-
-
 def summarise(job: Run, report: dict[str, Any]) -> None:
     """The last lines on the terminal: how good, where, and what to type next."""
     test, folder = report["test"], job.folder
     low, high = test["interval"]
-    totals = job.state.totals
+    spent = job.ledger.seconds["train"]
     lines = [
         "",
         f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})",
         *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}" for name, phase in report["phases"].items()),
-        f"trained {totals.get('images', 0):,.0f} images in {clock(totals.get('train_seconds', 0))}"
-        f" ({totals.get('images', 0) / max(totals.get('train_seconds', 0), 1e-9):,.0f} images/s)",
+        f"trained {job.state.images:,.0f} images in {clock(spent)} ({job.state.images / max(spent, 1e-9):,.0f} "
+        f"images/s; goodput {job.ledger.goodput:.0%})",
         f"  report   {folder}/report/index.html",
         *(f"  export   {folder}/{facts['path']}  (differs by {facts['largest_difference']:.1e} at most)"
           for facts in report["export"].values()),

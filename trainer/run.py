@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
+from trainer.cluster.peers import Peers
 from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.contracts import Dataset
+from trainer.data.order import ALONE, Share
 from trainer.data.pipeline import evaluation_batches
 from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.models.classifier import Classifier
+from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.ledger import Ledger
 from trainer.training.state import RunState
-from trainer.training.step import EvaluationPass
+from trainer.training.step import EvaluationPass, by_index
 from trainer.training.telemetry import Telemetry
 
 GIGABYTE = 1024**3
@@ -24,19 +29,23 @@ GIGABYTE = 1024**3
 
 @dataclass
 class Run:
-    """One run in one process."""
+    """One run as one worker sees it. Only the chief, worker 0, writes into `folder`."""
 
     config: RunConfig
     folder: Path
+    peers: Peers
     strategy: tf.distribute.Strategy
     dataset: Dataset
     classifier: Classifier
     evaluator: EvaluationPass
     checkpoints: CheckpointFolder
     telemetry: Telemetry
+    ledger: Ledger
+    attempts: Attempts
     stop: StopFlag
     state: RunState
-    steps_per_epoch: int
+    share: Share = ALONE
+    steps_per_epoch: int = 0
     loaded: dict[str, np.ndarray] = field(default_factory=dict)  # a checkpoint not yet taken into an optimizer
     saved_step: int = 0
     opened: dict[str, Pixels] = field(default_factory=dict)
@@ -59,8 +68,18 @@ class Run:
                 threads=runtime.data_threads,
                 on_error=data.on_error,
                 note=say,
+                check=lambda: self.stop.check(f"while the {split} images were decoded"),
             )
         return self.opened[split]
+
+    @property
+    def replicas(self) -> int:
+        """Of this worker."""
+        return self.strategy.num_replicas_in_sync // self.peers.size
+
+    def told_to_stop(self, where: str) -> bool:
+        """Whether any worker was told to stop: the same answer on all of them, asked at the same point by all."""
+        return self.peers.any(f"stop {where}", self.stop.reason is not None)
 
 
 def say(text: str) -> None:
@@ -74,19 +93,47 @@ def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
     return min(steps, config.debug.max_steps or steps)
 
 
-def predict(job: Run, split: str, share: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities, labels and indices of a split, every example once; fewer where the run is told to stop."""
-    batches = job.strategy.distribute_datasets_from_function(
-        lambda _: evaluation_batches(
-            job.pixels(split),
-            batch_size=job.config.training.batch_size,
-            replicas=job.strategy.num_replicas_in_sync,
-            share=share,
-            threads=job.config.runtime.data_threads,
-        )
+def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities, labels and indices of a split, every example once, on the chief.
+
+    Each worker scores examples of its own. The other workers get their own part back, and so does everyone where the
+    run is told to stop meanwhile: ask `told_to_stop` after it.
+    """
+    batches, count = evaluation_batches(
+        job.pixels(split),
+        batch_size=job.config.training.batch_size,
+        replicas=job.replicas,
+        part=part,
+        threads=job.config.runtime.data_threads,
+        share=job.share,
     )
+    stream = job.strategy.distribute_datasets_from_function(lambda _: batches)
     with data_errors(job.pixels(split)):
-        return job.evaluator.probabilities(batches, stop=lambda: job.stop.reason is not None)
+        own = job.evaluator.probabilities(stream, count, stop=lambda: job.stop.reason is not None)
+    if job.peers.size == 1:
+        return own
+    everyone = job.peers.gather(f"scores of {split}", packed(dict(zip("pli", own, strict=True))))
+    return by_index([(a["p"], a["l"], a["i"]) for a in map(unpacked, everyone) if len(a["l"])]) if everyone else own
+
+
+def from_chief(job: Run, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The chief's arrays on every worker, by name."""
+    if job.peers.size == 1:
+        return arrays
+    return unpacked(job.peers.from_chief(topic, packed(arrays) if job.peers.is_chief else b""))
+
+
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Named arrays as bytes, exact."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def unpacked(content: bytes) -> dict[str, np.ndarray]:
+    """The reverse of `packed`."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def again(job: Run) -> str:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from trainer.cluster.peers import Peers
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.strategy import build_strategy
 from trainer.config import RunConfig
-from trainer.contracts import Dataset
-from trainer.data.order import steps_per_epoch
+from trainer.contracts import Dataset, Split
+from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.models.classifier import build_classifier
-from trainer.run import Run, say, steps_of
+from trainer.run import Run, from_chief, say, steps_of
 from trainer.training import variables
+from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.ledger import Ledger
 from trainer.training.run_folder import RunFolder
 from trainer.training.state import RunState
 from trainer.training.step import EvaluationPass
 from trainer.training.telemetry import Telemetry, cut_back
 
 
-def open_run(config: RunConfig, home: RunFolder) -> Run:
+def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.path}{' (resuming)' if home.resuming else ''}")
-    strategy = build_strategy(config.runtime, say)
-    stop = StopFlag()
     cache = Path(config.runtime.cache_dir).expanduser()
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
     dataset = open_dataset(config.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
@@ -36,34 +39,43 @@ def open_run(config: RunConfig, home: RunFolder) -> Run:
         raise DataError("there is nothing to validate on: set data.validation_fraction or data.validation_split")
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     say(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
+    peers.agree("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
+                | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
+    stop.check("before training began")
+    strategy = build_strategy(config.runtime, peers, config.training, say)
+    stop.install()
     with strategy.scope():
         classifier = build_classifier(config.model, len(dataset.class_names), config.seed)
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    home.note_start({"classes": list(dataset.class_names)}, dataset.fingerprint)
-
-    epoch_steps = steps_per_epoch(dataset.splits["train"].count, config.training.batch_size)
-    total = sum(steps_of(phase, config, epoch_steps) for phase in config.phases.values())
+    workers = {"workers": peers.size, "found_by": peers.cluster.source}
+    peers.told("run", lambda: home.note_start({"classes": list(dataset.class_names)}, dataset.fingerprint, workers))
     return Run(
         config=config,
         folder=home.path,
+        peers=peers,
         strategy=strategy,
         dataset=dataset,
         classifier=classifier,
         evaluator=EvaluationPass(strategy, classifier),
         checkpoints=CheckpointFolder(home.path / "checkpoints", config.runtime.keep_checkpoints, say),
-        telemetry=Telemetry(home.path, config.runtime.progress, total, config.training.batch_size),
+        telemetry=Telemetry(home.path if peers.is_chief else None, config.runtime.progress, config.training.batch_size),
+        ledger=Ledger(home.path / "ledger.json" if peers.is_chief else None, began),
+        attempts=Attempts(home.path / "checkpoints" / "attempts.json" if peers.is_chief else None),
         stop=stop,
         state=RunState(),
-        steps_per_epoch=epoch_steps,
     )
 
 
 def resume(job: Run, home: RunFolder) -> None:
-    """Load order: this run's newest checkpoint > warm start > what the backbone was built with."""
-    found = job.checkpoints.newest() if home.resuming else None
-    if found:
-        state, job.loaded = found
+    """Load order: this run's newest checkpoint > warm start > what the backbone was built with.
+
+    Only the chief reads; the others get what it read.
+    """
+    found = job.checkpoints.newest() if home.resuming and job.peers.is_chief else None
+    state = job.peers.told("state", lambda: found[0] if found else None)
+    if state:
+        job.loaded = from_chief(job, "checkpoint", found[1] if found else {})
         job.state = RunState.from_json(state)
         job.saved_step = job.state.step
         variables.write(job.classifier.variables, job.loaded, f"checkpoint step {job.state.step}")
@@ -72,13 +84,81 @@ def resume(job: Run, home: RunFolder) -> None:
         take_weights(job, job.config.warm_start)
     else:
         say(f"weights: backbone {job.config.model.weights}, head from the seed")
-    cut_back(job.folder / "metrics.jsonl", job.folder / "logs", job.state.step)
+    if job.peers.is_chief:
+        job.ledger.resumed(job.state.train_seconds)
+        cut_back(job.folder / "metrics.jsonl", job.folder / "logs", job.state.step)
+    job.peers.told("attempt", lambda: job.attempts.begin(job.state.step, job.config.runtime.max_fruitless_restarts))
+
+
+def share_data(job: Run) -> None:
+    """Decide who reads what, and with it how many steps an epoch has.
+
+    Raises:
+        ConfigError: the checkpoint lies inside an epoch that was shared by file among another number of workers.
+    """
+    split, workers, config = job.dataset.splits["train"], job.peers.size, job.config
+    asked, before = config.data.shard_by, job.state.sharding
+    kept = job.pixels("train").kept  # every worker decodes at the same time, whatever the answer will be
+
+    def choose() -> str:
+        if workers == 1 or len(split.shards) < workers:
+            return "record"
+        if asked == "auto":
+            return before.get("by") or ("file" if kept == "none" else "record")
+        return asked
+
+    by = job.peers.told("sharding", choose)
+    job.share = Share(job.peers.index, workers, by)
+    job.steps_per_epoch = steps_per_epoch(split, config.training.batch_size, job.share)
+    now = {"by": by, "workers": workers, "steps_per_epoch": job.steps_per_epoch}
+    if before and before != now and "file" in (by, before["by"]):
+        longer = before["steps_per_epoch"] != now["steps_per_epoch"]
+        if job.state.epoch_step or longer:
+            why = "another number of steps" if longer else f"the checkpoint is {job.state.epoch_step} steps inside one"
+            raise ConfigError(
+                f"the run shared its data by {before['by']} among {before['workers']} workers, and now would by {by} "
+                f"among {workers}, which changes what an epoch is ({why}); go on with {before['workers']} workers"
+            )
+    job.state.sharding = now
+    if workers > 1:
+        say(f"sharding: by {by} ({'data.shard_by' if asked == by else _why(split, workers, kept)}); "
+            + ("every worker reads all records and takes its rows of each global batch" if by == "record" else
+               "worker {} has {} of {} shards with {:,} of {:,} records".format(
+                   job.peers.index, *_own_shards(split, workers, job.peers.index))))  # fmt: skip
+    job.telemetry.expect(sum(steps_of(phase, config, job.steps_per_epoch) for phase in config.phases.values()))
+
+
+def _why(split: Split, workers: int, kept: str) -> str:
+    if len(split.shards) < workers:
+        return f"{len(split.shards)} shards cannot be shared by {workers} workers"
+    return "chosen since decoded images are kept" if kept != "none" else "chosen since no decoded images are kept"
+
+
+def _own_shards(split: Split, workers: int, worker: int) -> tuple[int, int, int, int]:
+    own, sizes = shards_of_workers(split, workers)[worker], sizes_of_shards(split)
+    return len(own), len(sizes), int(sizes[own].sum()), int(sizes.sum())
 
 
 def take_weights(job: Run, source: str) -> None:
     """Warm start: every variable of the same name and shape from another run's best (or newest) checkpoint, averaged
     where that run had EMA on.
     """
+    values: dict[str, np.ndarray] = {}
+    where = ""
+    if job.peers.is_chief:
+        where, values = _read_weights(source)
+    where = job.peers.told("warm start", lambda: where)
+    values = from_chief(job, "weights", values)
+    values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+    own = job.classifier.variables
+    fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
+    if not fit:
+        raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
+    variables.write(fit, values, source)
+    say(f"weights: warm start from {where}, {len(fit)} of {len(own)} variables")
+
+
+def _read_weights(source: str) -> tuple[str, dict[str, np.ndarray]]:
     folder = Path(source).expanduser()
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     there = CheckpointFolder(home / "checkpoints", 1, say)
@@ -87,11 +167,4 @@ def take_weights(job: Run, source: str) -> None:
     steps = [step for step in there.steps() if there.path(step).name == name] or there.steps()[-1:]
     if not steps:
         raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
-    _, values = there.read(steps[0])
-    values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
-    own = job.classifier.variables
-    fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
-    if not fit:
-        raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
-    variables.write(fit, values, source)
-    say(f"weights: warm start from {there.path(steps[0])}, {len(fit)} of {len(own)} variables")
+    return str(there.path(steps[0])), there.read(steps[0])[1]

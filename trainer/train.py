@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
 
+from trainer.cluster.peers import BEAT_SECONDS, SILENCE_SECONDS, Peers
+from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.data.pipeline import training_batches
 from trainer.data.pixels import data_errors
-from trainer.errors import DataError, Diverged, Interrupted
+from trainer.errors import BUG, DataError, Diverged, Interrupted, ToldToStop, TrainerError
 from trainer.finish import finish
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.run import Run, again, predict, say, steps_of
-from trainer.start import open_run, resume
+from trainer.run import Run, again, from_chief, predict, say, steps_of
+from trainer.start import open_run, resume, share_data
 from trainer.training import variables
+from trainer.training.attempts import STOPPED
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.run_folder import RunFolder
 from trainer.training.step import StepSettings, TrainingStep, mean_loss_and_accuracy
 from trainer.training.stopping import exhausted, judge
 
 
-def run(config: RunConfig, home: RunFolder) -> None:
-    """Train, evaluate, report and export, or go on where `home` was left.
+def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> None:
+    """Train, evaluate, report and export, or go on where `home` was left. All workers run this, in step.
+
+    Args:
+        began: time.time() at which the process started, for the account of where the time went.
 
     Raises:
         TrainerError: with a message for the user and the exit code of the process.
     """
-    started = time.monotonic()
-    job = open_run(config, home)
-    try:
+    job = open_run(config, home, peers, stop, began)
+    with failures_noted(job):
         resume(job, home)
-        job.state.add("starts", 1)
-        job.state.add("start_seconds", time.monotonic() - started)
+        share_data(job)
+        job.state.starts += 1
         names = list(config.phases)
         while job.state.phase < len(names):
             train_phase(job, names[job.state.phase])
         finish(job)
+
+
+@contextmanager
+def failures_noted(job: Run) -> Iterator[None]:
+    """Around the run: however it ends, the account is closed and beside the checkpoints stands why."""
+
+    def ended(code: int, reason: str) -> None:
+        job.attempts.end(STOPPED, reason) if job.stop.reason else job.attempts.failed(code, reason)
+        job.ledger.write()
+
+    job.peers.on_end = ended
+    try:
+        yield
     except OSError as error:
-        raise Interrupted(
-            f"{job.folder}: {error.strerror or error}; what was saved before is intact. {again(job)}"
-        ) from error
+        text = f"{job.folder}: {error.strerror or error}; what was saved before is intact. {again(job)}"
+        ended(Interrupted.exit_code, text)
+        raise Interrupted(text) from error
+    except tf.errors.OpError as error:
+        if job.peers.size > 1:  # a collective that failed: the peers' own connections soon say whose fault it is
+            time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
+        ended(BUG, str(error))
+        raise
+    except TrainerError as error:
+        ended(error.exit_code, str(error))
+        raise
     finally:
         job.telemetry.close()
 
@@ -70,6 +98,7 @@ def train_phase(job: Run, name: str) -> None:
 
     batches = iter(job.strategy.distribute_datasets_from_function(lambda _: stream(job)))
     job.telemetry.restart_clock()
+    job.ledger.mark("start" if state.step == job.saved_step else "compile")
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
     over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
     while not over:
@@ -84,7 +113,8 @@ def train_phase(job: Run, name: str) -> None:
         if over and state.phase_step < total:
             patience = phase.early_stopping.patience
             say(f"phase {name}: no better {phase.early_stopping.metric} in {patience} epochs, stopping early")
-        stop_if_told(job, everything)
+        if job.told_to_stop("after an epoch"):
+            save_and_leave(job, everything)
     hand_on(job, name, plan)
 
 
@@ -111,7 +141,16 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
     )
     with job.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, rate)
-    return TrainingStep(job.strategy, job.classifier, plan.trainable, optimizer, settings), rate
+    step = TrainingStep(
+        job.strategy,
+        job.classifier,
+        plan.trainable,
+        optimizer,
+        settings,
+        workers=job.peers.size,
+        stop=lambda: job.stop.reason is not None,
+    )
+    return step, rate
 
 
 def weights_of_classes(job: Run) -> tuple[float, ...] | None:
@@ -135,32 +174,32 @@ def stream(job: Run) -> tf.data.Dataset:
     return training_batches(
         job.pixels("train"),
         batch_size=config.training.batch_size,
-        replicas=job.strategy.num_replicas_in_sync,
+        replicas=job.replicas,
         seed=config.seed,
         window=config.data.shuffle_window,
         augmentation=config.augmentation,
         first_epoch=job.state.epoch,
         first_step=job.state.epoch_step,
         threads=config.runtime.data_threads,
+        share=job.share,
     )
 
 
 def train_epoch(
     job: Run, name: str, step: TrainingStep, rate: Any, batches: Any, total: int, everything: dict[str, Any]
 ) -> None:
-    """The steps of one epoch, in calls of several; stops at once when told to."""
+    """The steps of one epoch, in calls of several; a call ends early, on all workers, when one was told to stop."""
     state, runtime = job.state, job.config.runtime
     left = min(job.steps_per_epoch - state.epoch_step, total - state.phase_step)
     log_every = runtime.log_every.steps(job.steps_per_epoch, job.config.training.batch_size)
     window = job.config.debug.profile_steps
-    per_call = 1  # the first call also traces
     while left > 0:
         job.telemetry.profile(state.step, window)
-        count, began = min(per_call, left, log_every - state.step % log_every), time.monotonic()
-        rows, waited = step.run(batches, count, state.step, state.phase_step)
-        seconds = time.monotonic() - began
-        # A call is short enough that a signal is answered within about a second.
-        per_call = max(1, min(runtime.steps_per_call, int(count / max(seconds, 1e-3))))
+        traced = step.traced
+        wanted = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
+        rows, waited, stopped = step.run(batches, wanted, state.step, state.phase_step)
+        job.ledger.mark("train" if traced else "compile", waited)
+        count = len(rows)
         left -= count
         state.step += count
         state.phase_step += count
@@ -175,19 +214,18 @@ def train_epoch(
         for row in rows.astype(np.float64):
             state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
             state.interval = [a + float(b) for a, b in zip(state.interval, row, strict=True)]
-        state.add("train_seconds", seconds)
-        state.add("wait_seconds", waited)
-        state.add("images", float(rows[:, 2].sum()))
+        state.images += float(rows[:, 2].sum())
         job.telemetry.waited(waited)
         if state.step % log_every == 0 or left == 0:
             loss, right, seen = state.interval
             entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
                      "accuracy": right / seen, "learning_rate": float(rate(state.phase_step - 1))}  # fmt: skip
-            job.telemetry.interval(entry, seen)
+            job.telemetry.interval(entry, seen, job.ledger.goodput)
             state.interval = [0.0, 0.0, 0.0]
-            if left and due(job):
+            if left and due(job) and not stopped:
                 save(job, everything)
-        stop_if_told(job, everything)
+        if stopped:
+            save_and_leave(job, everything)
     job.telemetry.profile(state.step, window)
 
 
@@ -196,6 +234,7 @@ def validate(
 ) -> tuple[dict[str, Any], bool]:
     """Score the validation split; returns the epoch's entry of the history, and whether it is the phase's best."""
     state, began = job.state, time.monotonic()
+    job.ledger.mark("train")
     if step.averages:
         step.averages.swap()
     try:
@@ -203,15 +242,18 @@ def validate(
     finally:
         if step.averages:
             step.averages.swap()
-    stop_if_told(job, everything)
-    val_loss, val_accuracy = mean_loss_and_accuracy(probabilities, labels)
+    if job.told_to_stop("in validation"):
+        save_and_leave(job, everything)
+    val_loss, val_accuracy, count = job.peers.told(
+        "validation", lambda: [*mean_loss_and_accuracy(probabilities, labels), len(labels)]
+    )
     entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": state.sums[0] / state.sums[2],
              "accuracy": state.sums[1] / state.sums[2], "val_loss": val_loss, "val_accuracy": val_accuracy,
-             "val_n": len(labels), "learning_rate": rate}  # fmt: skip
+             "val_n": count, "learning_rate": rate}  # fmt: skip
     best = judge(state, entry, job.config.phases[name].early_stopping)
     seconds = time.monotonic() - began
-    state.add("evaluation_seconds", seconds)
-    spent = state.totals["train_seconds"] - sum(e["seconds"] for e in state.history)
+    job.ledger.mark("evaluation")
+    spent = job.ledger.seconds["train"] - sum(e["seconds"] for e in state.history)
     job.telemetry.epoch(entry, {"seconds": spent, "validation_seconds": seconds}, best)
     job.telemetry.restart_clock()
     return {**entry, "seconds": spent}, best
@@ -221,16 +263,13 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
     """Give the next phase, or the export, the weights that `training.keep` names: averaged ones where EMA is on."""
     state, config = job.state, job.config
     assert state.best is not None
+    weights: dict[str, np.ndarray] = {}
     chosen = state.best["step"] if config.training.keep == "best" else state.step
-    try:
-        _, values = job.checkpoints.read(chosen)
-    except DataError as error:
-        if chosen == state.step:
-            raise
-        say(f"{error}; the last weights go on instead")
-        chosen = state.step
-        _, values = job.checkpoints.read(chosen)
-    weights = {n: values.get(f"ema/{n}", values[n]) for n in job.classifier.variables}
+    if job.peers.is_chief:
+        chosen, values = read_or_last(job, chosen)
+        weights = {n: values.get(f"ema/{n}", values[n]) for n in job.classifier.variables}
+    chosen = job.peers.told("chosen", lambda: chosen)
+    weights = from_chief(job, "weights", weights)
     variables.write(job.classifier.variables, weights, f"checkpoint step {chosen}")
     own = [entry for entry in state.history if entry["phase"] == name]
     kept = next(entry for entry in own if entry["step"] == chosen)
@@ -249,6 +288,17 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
     state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
 
 
+def read_or_last(job: Run, chosen: int) -> tuple[int, dict[str, np.ndarray]]:
+    """The variables of a checkpoint, or of the last one where it is damaged; and which of the two it was."""
+    try:
+        return chosen, job.checkpoints.read(chosen)[1]
+    except DataError as error:
+        if chosen == job.state.step:
+            raise
+        say(f"{error}; the last weights go on instead")
+    return job.state.step, job.checkpoints.read(job.state.step)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Saving and stopping
 # ---------------------------------------------------------------------------------------------------------------
@@ -261,19 +311,25 @@ def due(job: Run) -> bool:
 
 
 def save(job: Run, everything: dict[str, Any]) -> None:
-    """Commit a checkpoint of where the run stands now."""
-    began = time.monotonic()
-    best = job.state.best
+    """Commit a checkpoint of where the run stands now. The chief alone writes; the others need not wait for it."""
+    state = job.state
+    job.saved_step = state.step
+    if not job.peers.is_chief:
+        return
+    job.ledger.mark("train")
+    state.train_seconds = job.ledger.seconds["train"]
     job.telemetry.flush()
-    job.checkpoints.save(job.state.to_json(), variables.read(everything), best["step"] if best else None)
-    job.saved_step = job.state.step
-    job.state.add("checkpoint_seconds", time.monotonic() - began)
+    with job.peers.committing():
+        best = state.best["step"] if state.best else None
+        job.checkpoints.save(state.to_json(), variables.read(everything), best)
+    job.ledger.mark("checkpoint")
     job.telemetry.restart_clock()
 
 
-def stop_if_told(job: Run, everything: dict[str, Any]) -> None:
-    """After a signal: save, then end with the code that means "start me again"."""
-    if job.stop.reason:
-        if job.saved_step != job.state.step:
-            save(job, everything)
-        raise Interrupted(f"{job.stop.reason} at step {job.state.step}; everything is saved. {again(job)}")
+def save_and_leave(job: Run, everything: dict[str, Any]) -> NoReturn:
+    """After a signal, on all workers: save, then end with the code that means "start me again"."""
+    if job.saved_step != job.state.step:
+        save(job, everything)
+    job.peers.barrier("saved")
+    reason = job.stop.reason or "told to stop by another worker"
+    raise ToldToStop(f"{reason} at step {job.state.step}; everything is saved. {again(job)}")

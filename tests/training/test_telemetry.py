@@ -16,7 +16,8 @@ def entry(step: int) -> dict[str, object]:
 
 
 def written(folder: Path, *steps: int) -> None:
-    telemetry = Telemetry(folder, "lines", total_steps=10, batch_size=4)
+    telemetry = Telemetry(folder, "lines", batch_size=4)
+    telemetry.expect(10)
     for step in steps:
         telemetry.interval(entry(step), examples=8.0)
     last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}

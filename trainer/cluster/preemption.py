@@ -4,21 +4,63 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType
+import socket
+import threading
+from collections.abc import Callable
 
-from trainer.errors import INTERRUPTED
+from trainer.errors import INTERRUPTED, ToldToStop
 
 
 class StopFlag:
-    """Install after the strategy exists: TensorFlow's coordination service replaces handlers set earlier."""
+    """Set by a signal, or by another worker's.
+
+    A Python handler waits until the main thread returns from TensorFlow, which may be many steps later. So the signal's
+    number is read from the wake-up pipe by a thread: the flag is set at once, and the compiled step asks for it.
+
+    Attributes:
+        reason: why to stop; None as long as there is no reason.
+        on_signal: called with the reason when a signal reached this process.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told)
+        self.on_signal: Callable[[str], None] = lambda _reason: None
+        self._reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._writer = writer
+        self._signals = 0  # that reached this process: a peer's does not make ours the second one
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        self.install()
 
-    def _told(self, number: int, _frame: FrameType | None) -> None:
+    def install(self) -> None:
+        """Take the signals; again after the strategy exists, for TensorFlow's coordination service takes them away."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def told(self, reason: str) -> None:
+        """Stop for a reason that another worker gave."""
+        self.reason = self.reason or reason
+
+    def check(self, where: str) -> None:
+        """Where nothing needs saving.
+
+        Raises:
+            ToldToStop: told to stop.
+        """
         if self.reason:
-            os._exit(INTERRUPTED)
-        self.reason = signal.Signals(number).name
-        os.write(2, f"\n{self.reason}: saving at the next step, then stopping (again to stop at once)\n".encode())
+            raise ToldToStop(f"{self.reason} {where}; nothing is lost. Start the same command again to go on")
+
+    def _watch(self) -> None:
+        while True:
+            for number in self._reader.recv(16):
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                name = signal.Signals(number).name
+                self._signals += 1
+                if self._signals > 1:
+                    os.write(2, f"\n{name}: stopping at once\n".encode())
+                    os._exit(INTERRUPTED)
+                self.told(name)
+                os.write(2, f"\n{name}: saving at the next step, then stopping (again to stop at once)\n".encode())
+                self.on_signal(name)

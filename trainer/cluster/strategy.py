@@ -1,26 +1,34 @@
-"""Devices, precision and determinism: everything TensorFlow must know before it creates anything."""
+"""Devices, precision, determinism and the strategy: everything TensorFlow must know before it creates anything."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
-from trainer.config import Runtime
-from trainer.errors import ConfigError
+from trainer.cluster.peers import Peers
+from trainer.config import Runtime, Training
+from trainer.errors import ConfigError, Interrupted
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+MEGABYTE = 1024**2
 
 
-def build_strategy(runtime: Runtime, note: Callable[[str], None]) -> tf.distribute.Strategy:
+def build_strategy(
+    runtime: Runtime, peers: Peers, training: Training, note: Callable[[str], None]
+) -> tf.distribute.Strategy:
     """Choose the devices and the strategy over them; must run before any tensor exists.
 
     Returns:
-        The default strategy for one device, MirroredStrategy for several GPUs or logical CPU devices.
+        The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
+        MultiWorkerMirroredStrategy for several workers.
 
     Raises:
-        ConfigError: more replicas are asked for than there are GPUs.
+        ConfigError: more replicas are asked for than there are GPUs, the workers have different numbers of devices, or
+            the global batch cannot be shared evenly.
     """
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -28,15 +36,63 @@ def build_strategy(runtime: Runtime, note: Callable[[str], None]) -> tf.distribu
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    wanted = runtime.replicas or max(len(gpus), 1)
+    kind, wanted = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
     if gpus and wanted > len(gpus):
         raise ConfigError(f"runtime.replicas={wanted}, but this machine has {len(gpus)} GPUs; leave it null to use all")
+    if peers.size > 1 and not gpus and wanted > 1:
+        raise ConfigError(
+            f"runtime.replicas={wanted}: each of several workers without GPUs is one replica; set it null"
+        )
+    peers.agree("devices", {"kind": kind, "replicas": wanted})
+    batch_size = training.batch_size
+    _check_share(batch_size, wanted * peers.size, training.accumulate)
+    if peers.size > 1:
+        share = f"; a batch of {batch_size} is {batch_size // (wanted * peers.size)} for each"
+        note(f"devices: {peers.size} workers ({peers.cluster.source}) with {_count(wanted, kind)} each, "
+             f"{runtime.precision}{share if wanted * peers.size > 1 else ''}")  # fmt: skip
+        tf.config.set_visible_devices(gpus[:wanted], "GPU")
+        return _several_workers(runtime, peers, note)
     if wanted == 1:
-        note(f"device: {'one GPU' if gpus else 'CPU'}, {runtime.precision}")
+        note(f"device: one {kind}, {runtime.precision}")
         return tf.distribute.get_strategy()
-    kind = "GPU" if gpus else "CPU"
     if not gpus:
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
-    note(f"devices: {wanted} {kind}s mirrored (runtime.replicas), {runtime.precision}")
+    note(f"devices: {_count(wanted, kind)} mirrored ({'runtime.replicas' if runtime.replicas else 'all there are'}), "
+         f"{runtime.precision}; a batch of {batch_size} is {batch_size // wanted} for each")  # fmt: skip
     return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(wanted)])
+
+
+def _check_share(batch_size: int, replicas: int, pieces: int) -> None:
+    parts = replicas * pieces
+    if batch_size % parts:
+        of = f" in {pieces} pieces each (training.accumulate)" if pieces > 1 else ""
+        raise ConfigError(
+            f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas{of}; "
+            f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
+        )
+
+
+def _count(number: int, kind: str) -> str:
+    return f"{number} {kind}{'s' if number > 1 else ''}"
+
+
+def _several_workers(runtime: Runtime, peers: Peers, note: Callable[[str], None]) -> tf.distribute.Strategy:
+    """All workers meet in TensorFlow's own server here, which has no deadline of its own: ours ends the process."""
+    os.environ["TF_CONFIG"] = peers.cluster.tf_config()
+    implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=implementation, bytes_per_pack=int((runtime.pack_mb or 0) * MEGABYTE)
+    )
+    packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
+    note(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
+    late = Interrupted(
+        f"TensorFlow's servers did not find each other in {runtime.start_timeout:g} s, though the workers did; "
+        "start all workers again"
+    )
+    watch = threading.Timer(runtime.start_timeout, peers.end, args=(late.exit_code, str(late)))
+    watch.daemon = True
+    watch.start()
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    watch.cancel()
+    return strategy

@@ -25,7 +25,9 @@ plain = tf.autograph.experimental.do_not_convert
 
 def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
     """Blocks 0, 1, ... as a dataset; endless without a count. The next one is made while this one is used."""
-    return tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(plain(block)).prefetch(1)
+    blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(plain(block))
+    # All rows of a block may be other workers'.
+    return blocks.filter(plain(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
 
 
 def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:

@@ -8,6 +8,8 @@ know what a stateful op does (grappler's make_deterministic).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +18,24 @@ from trainer.contracts import Split
 from trainer.randomness import ORDER, SHARDS, SHARE, bits
 
 STRETCH = 1024  # records that are read together where no shuffling asks for more
+ROWS_PER_WORKER = 1 << 40  # far more than any worker has: keeps the random numbers of workers apart
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several workers reads of the training split.
+
+    By record: the global batches are those of one worker alone, and each worker takes its rows of each of them. By
+    file: each worker has shards of its own, the same ones in every epoch, and fills its part of each global batch from
+    them; nobody reads what another one trains on, but records meet only records of the same worker's shards.
+    """
+
+    worker: int = 0
+    workers: int = 1
+    by: Literal["record", "file"] = "record"
+
+
+ALONE = Share()
 
 # A stretch of an epoch: r rows in order, and the records that have to be read for them.
 #   pieces   int64 [k, 3]  shard number, first record, count; none for image files
@@ -35,11 +55,13 @@ def _shuffle(keys: tf.Tensor) -> tf.Tensor:
 class _Records:
     """Where the examples of a split lie in its shards, laid end to end in some order."""
 
-    def __init__(self, split: Split) -> None:
-        self.count = len(split.shards)
-        self.starts = np.array([shard.start for shard in split.shards], np.int64)
-        self.sizes = np.array([shard.stop - shard.start for shard in split.shards], np.int64)
-        self.first_index = np.cumsum(self.sizes) - self.sizes
+    def __init__(self, split: Split, chosen: np.ndarray | None = None) -> None:
+        """`chosen`: int64 [c], the shards to count with; all of them when None."""
+        self.chosen = np.arange(len(split.shards)) if chosen is None else chosen
+        starts = np.array([shard.start for shard in split.shards], np.int64)
+        sizes = sizes_of_shards(split)
+        self.starts, self.sizes, self.first_index = starts, sizes, np.cumsum(sizes) - sizes
+        self.total = int(sizes[self.chosen].sum())
 
     def stretch(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Places [start, stop) of these shards: the pieces to read, and the indices of their examples."""
@@ -58,30 +80,32 @@ def _nothing_to_read() -> tf.Tensor:
     return tf.zeros([0, 3], tf.int64)
 
 
-def _shuffled(split: Split, seed: int, window: int) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
+def _shuffled(
+    split: Split, seed: int, window: int, chosen: np.ndarray | None = None, worker: int = 0
+) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
     """How many windows an epoch has, and a function of (epoch, number) to the pieces, places and indices of one.
 
     Shards are permuted and laid end to end, then cut into windows of `window` records of which each is shuffled whole.
     Image files can be opened in any order at no cost (and lie sorted by class), so they are one window.
     """
-    total = split.count
 
     def of_files(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        index = _shuffle(bits(seed, ORDER, epoch, tf.range(total, dtype=tf.int64)))
+        index = _shuffle(bits(seed, ORDER, epoch, tf.range(split.count, dtype=tf.int64)))
         return _nothing_to_read(), tf.zeros_like(index) * number, index
 
     if not split.shards:
         return 1, of_files
-    records = _Records(split)
+    records = _Records(split, chosen)
 
     def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        shards = _shuffle(bits(seed, SHARDS, epoch, tf.range(records.count, dtype=tf.int64)))
-        start, stop = number * window, tf.minimum((number + 1) * window, total)
+        numbers = tf.constant(records.chosen, tf.int64)
+        shards = tf.gather(numbers, _shuffle(bits(seed, SHARDS, epoch, numbers)))
+        start, stop = number * window, tf.minimum((number + 1) * window, records.total)
         pieces, index = records.stretch(shards, start, stop)
-        place = _shuffle(bits(seed, ORDER, epoch, tf.range(start, stop)))
+        place = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return pieces, place, tf.gather(index, place)
 
-    return -(-total // window), of_records
+    return -(-records.total // window), of_records
 
 
 def _in_order(split: Split) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
@@ -98,7 +122,7 @@ def _in_order(split: Split) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
 
     def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
         start, stop = number * STRETCH, tf.minimum((number + 1) * STRETCH, total)
-        pieces, index = records.stretch(tf.range(records.count, dtype=tf.int64), start, stop)
+        pieces, index = records.stretch(tf.constant(records.chosen, tf.int64), start, stop)
         return pieces, tf.zeros_like(index) * epoch + index - start, index
 
     return -(-total // STRETCH), of_records
@@ -115,17 +139,46 @@ def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Global batches of `count` examples; the last one may be padded."""
-    return -(-count // batch_size)
+def sizes_of_shards(split: Split) -> np.ndarray:
+    """Records of each shard that the split uses, int64 [shards]."""
+    return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
+
+
+def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
+    """Which shards each worker has, as equal in records as may be: the largest first, each to who has least so far.
+
+    Returns:
+        for each worker int64 shard numbers, increasing. (Longest-processing-time rule: Graham 1969.)
+    """
+    sizes = sizes_of_shards(split)
+    loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
+    for shard in np.argsort(-sizes, kind="stable"):
+        owner[shard] = np.argmin(loads)
+        loads[owner[shard]] += sizes[shard]
+    return [np.flatnonzero(owner == worker) for worker in range(workers)]
+
+
+def steps_per_epoch(split: Split, batch_size: int, share: Share = ALONE) -> int:
+    """Global batches of an epoch; the last one may be padded. By file, the worker with most records decides."""
+    if share.by == "file" and share.workers > 1:
+        sizes, rows = sizes_of_shards(split), batch_size // share.workers
+        return max(-(-int(sizes[own].sum()) // rows) for own in shards_of_workers(split, share.workers))
+    return -(-split.count // batch_size)
 
 
 def _block(
-    pieces: tf.Tensor, place: tf.Tensor, index: tf.Tensor, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor
+    pieces: tf.Tensor,
+    place: tf.Tensor,
+    index: tf.Tensor,
+    start: tf.Tensor,
+    total: int,
+    batch: int,
+    epoch: tf.Tensor,
+    padding_at_end: int | None = None,
 ) -> Block:
-    """A block whose first row is row `start` of the epoch; the one that ends it is padded to whole global batches."""
+    """A block whose first row is row `start` of the epoch; the one that ends it is padded, to whole global batches."""
     rows = tf.size(index, tf.int64)
-    padding = tf.where(start + rows >= total, -total % batch, 0)
+    padding = tf.where(start + rows >= total, -total % batch if padding_at_end is None else padding_at_end, 0)
     behind = tf.stack([tf.constant(0, tf.int64), tf.cast(padding, tf.int64)])[None, :]
     return {
         "pieces": pieces,
@@ -138,16 +191,27 @@ def _block(
 
 
 def training_blocks(
-    split: Split, *, batch_size: int, seed: int, window: int, first_epoch: int, first_step: int, shuffle: bool
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    window: int,
+    first_epoch: int,
+    first_step: int,
+    shuffle: bool,
+    share: Share = ALONE,
 ) -> Callable[[tf.Tensor], Block]:
     """Block number 0, 1, ... of the endless stream of epochs that begins at step `first_step` of `first_epoch`.
 
-    What lies before is jumped over by arithmetic: of the first block only the records of its own window are read.
+    What lies before is jumped over by arithmetic: of the first block only the records of its own window are read. Of
+    several workers each gets the rows that are its own; a block may then be empty.
     """
-    total, steps = split.count, steps_per_epoch(split.count, batch_size)
+    if share.by == "file" and share.workers > 1:
+        return _blocks_of_own_shards(split, batch_size, seed, window, first_epoch, first_step, share)
+    total, steps = split.count, steps_per_epoch(split, batch_size)
     stretch = (window if shuffle else STRETCH) if split.shards else total
     per_epoch, part = _shuffled(split, seed, window) if shuffle else _in_order(split)
-    first_row = first_step % steps * batch_size
+    first_row, rows = first_step % steps * batch_size, batch_size // share.workers
 
     def block(number: tf.Tensor) -> Block:
         number = tf.cast(number, tf.int64) + first_row // stretch
@@ -155,7 +219,35 @@ def training_blocks(
         epoch, start = first_epoch + first_step // steps + since, number * stretch
         pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
-        return _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
+        whole = _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
+        if share.workers == 1:
+            return whole
+        own = tf.equal(whole["position"] // rows, share.worker)
+        return {name: value if name == "pieces" else tf.boolean_mask(value, own) for name, value in whole.items()}
+
+    return block
+
+
+def _blocks_of_own_shards(
+    split: Split, batch_size: int, seed: int, window: int, first_epoch: int, first_step: int, share: Share
+) -> Callable[[tf.Tensor], Block]:
+    """`training_blocks` by file. A worker with fewer records than the others ends its epoch with padding alone."""
+    chosen = shards_of_workers(split, share.workers)[share.worker]
+    rows, steps = batch_size // share.workers, steps_per_epoch(split, batch_size, share)
+    total, first_row = int(sizes_of_shards(split)[chosen].sum()), first_step * rows
+    per_epoch, part = _shuffled(split, seed, window, chosen, share.worker)
+    # A first step that lies in the padding begins with the last window, of which only padding is left.
+    first_number = min(first_row // window, per_epoch - 1)
+
+    def block(number: tf.Tensor) -> Block:
+        number = tf.cast(number, tf.int64) + first_number
+        since, number = number // per_epoch, number % per_epoch
+        epoch, start = first_epoch + since, number * window
+        pieces, place, index = part(epoch, number)
+        done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
+        whole = _block(pieces, place, index, start, total, rows, epoch, padding_at_end=steps * rows - total)
+        whole = {name: value if name == "pieces" else value[done:] for name, value in whole.items()}
+        return {**whole, "position": whole["position"] + share.worker * rows}
 
     return block
 
@@ -172,7 +264,7 @@ def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[
         index = tf.constant(chosen, tf.int64)[first:last]
         pieces, place = _nothing_to_read(), index - index[0]
         if split.shards:
-            pieces, _ = records.stretch(tf.range(records.count, dtype=tf.int64), index[0], index[-1] + 1)
+            pieces, _ = records.stretch(tf.constant(records.chosen, tf.int64), index[0], index[-1] + 1)
         return _block(pieces, place, index, first, len(chosen), batch_size, zero)
 
     return len(edges) - 1 if len(chosen) else 0, block
@@ -187,6 +279,6 @@ def share_of(split: Split, batch_size: int, share: float) -> np.ndarray:
     indices = np.arange(split.count, dtype=np.int64)
     if share >= 1:
         return indices
-    batches = int(np.ceil(share * steps_per_epoch(split.count, batch_size)))
+    batches = int(np.ceil(share * steps_per_epoch(split, batch_size)))
     mixed = _shuffle(bits(SHARE, tf.constant(indices))).numpy()
     return np.sort(mixed[: batches * batch_size])

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from trainer.config import Augmentation
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
-from trainer.data.order import Block, sequence_blocks, share_of, training_blocks
+from trainer.data.order import ALONE, Block, Share, sequence_blocks, share_of, training_blocks
 from trainer.data.pixels import Pixels, live_rows
-from trainer.errors import ConfigError
-
-
-def _share_size(batch_size: int, replicas: int) -> int:
-    if batch_size % replicas:
-        raise ConfigError(
-            f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas; "
-            f"take {max(batch_size // replicas, 1) * replicas} or {-(-batch_size // replicas) * replicas}"
-        )
-    return batch_size // replicas
 
 
 def _kept_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
@@ -77,22 +68,22 @@ def training_batches(
     first_step: int,
     shuffle: bool = True,
     threads: int | None = None,
+    share: Share = ALONE,
 ) -> tf.data.Dataset:
     """The endless stream of training batches from step `first_step` of epoch `first_epoch` on.
 
-    Each epoch is ceil(count / batch_size) global batches, the last one padded with weight 0. An element is what one
-    replica gets, a `trainer.contracts.Batch` of batch_size / replicas rows; `replicas` of them in a row make a global
-    batch. Iterate within `pixels.data_errors`.
+    Each epoch is `order.steps_per_epoch` global batches, the last one padded with weight 0. An element is what one
+    replica gets, a `trainer.contracts.Batch` of batch_size / workers / replicas rows; `replicas` of them in a row make
+    this worker's part of a global batch. Iterate within `pixels.data_errors`.
 
     Args:
-        batch_size: of the global batch.
+        batch_size: of the global batch; the numbers of workers and replicas divide it.
+        replicas: of this worker.
         window: records that are shuffled together; see `order.epoch_order`.
         augmentation: where active, images are float32 in 0..255, else uint8.
         shuffle: False keeps the order of the indices.
         threads: of a pool of its own; None shares TensorFlow's.
-
-    Raises:
-        ConfigError: the batch cannot be shared evenly.
+        share: which worker this is, and how the split is shared.
     """
     block = training_blocks(
         pixels.split,
@@ -102,6 +93,7 @@ def training_batches(
         first_epoch=first_epoch,
         first_step=first_step,
         shuffle=shuffle,
+        share=share,
     )
 
     @plain
@@ -111,24 +103,36 @@ def training_batches(
             batch["image"] = augment(batch["image"], augmentation, seed, epoch, batch["index"])
         return batch
 
-    batches = _batches(pixels, block, None, _share_size(batch_size, replicas))
+    batches = _batches(pixels, block, None, batch_size // share.workers // replicas)
     parallel = pixels.threads if augmentation.active else None
-    return _finished(batches.map(change, num_parallel_calls=parallel), replicas, threads)
+    # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
+    endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    return _finished(batches.map(change, num_parallel_calls=parallel).apply(endless), replicas, threads)
 
 
 def evaluation_batches(
-    pixels: Pixels, *, batch_size: int, replicas: int, share: float = 1.0, threads: int | None = None
-) -> tf.data.Dataset:
-    """Each example once, in the order of the indices, in ceil(count / batch_size) global batches of uint8 images.
+    pixels: Pixels,
+    *,
+    batch_size: int,
+    replicas: int,
+    part: float = 1.0,
+    threads: int | None = None,
+    share: Share = ALONE,
+) -> tuple[tf.data.Dataset, int]:
+    """Each example of a split once over all workers, in the order of the indices, in batches of uint8 images.
 
-    Elements are as in `training_batches`. A `share` below 1 takes that share of the batches, filled with the examples
-    that one fixed shuffle puts first: every class is in it, and always the same examples.
+    Elements are as in `training_batches`. A `part` below 1 takes that part of the batches, filled with the examples
+    that one fixed shuffle puts first: every class is in it, and always the same examples. Of several workers each has
+    a run of neighbouring examples.
 
-    Raises:
-        ConfigError: the batch cannot be shared evenly.
+    Returns:
+        the batches, from the start again after the last one (so that no strategy looks for an end), and how many of
+        this worker's part of a global batch they are; 0 where there are fewer examples than workers.
     """
-    count, block = sequence_blocks(pixels.split, share_of(pixels.split, batch_size, share), batch_size)
-    batches = _batches(pixels, block, count, _share_size(batch_size, replicas))
-    return _finished(
-        batches.map(plain(lambda batch: {k: v for k, v in batch.items() if k != "epoch"})), replicas, threads
-    )
+    chosen = share_of(pixels.split, batch_size, part)
+    mine = np.array_split(chosen, share.workers)[share.worker]
+    rows = batch_size // share.workers
+    count, block = sequence_blocks(pixels.split, mine, rows)
+    batches = _batches(pixels, block, count, rows // replicas)
+    batches = batches.map(plain(lambda batch: {k: v for k, v in batch.items() if k != "epoch"}))
+    return _finished(batches.repeat(), replicas, threads), -(-len(mine) // rows)

@@ -51,6 +51,7 @@ class Pixels:
     on_error: Literal["fail", "skip"]
     threads: int
     note: Note
+    check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to leave
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     kept: Literal["memory", "disk", "none"] = "none"
     known_bad: dict[int, str] = field(default_factory=dict)
@@ -176,6 +177,7 @@ def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     count, block = sequence_blocks(pixels.split, np.arange(start, pixels.split.count, dtype=np.int64), 1)
     for images in live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2):
         yield images.numpy()
+        pixels.check()
         pixels.filled += len(images)
         pixels.take_note()
 
@@ -250,18 +252,19 @@ def open_pixels(
     threads: int | None,
     on_error: Literal["fail", "skip"],
     note: Note,
+    check: Callable[[], None] = lambda: None,
 ) -> Pixels:
     """Decide where the decoded images of a split live, and put them there.
 
     `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept. A budget is in bytes
     and does not bind `memory` or `disk` asked for by name. The cache on disk serves later runs; a fill that was killed
     is done again. Where the disk cannot be written, images are decoded when they are read. `note` is told what was
-    chosen and why, and each image that is skipped.
+    chosen and why, and each image that is skipped; `check` is called between batches and may raise to leave.
 
     Raises:
         DataError: `on_error` is "fail" and an image cannot be decoded, or a shard is damaged.
     """
-    pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note)
+    pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note, check)
     shape = (split.count + 1, size, size, 3)
     needed, stem = int(np.prod(shape)), _cache_stem(pixels, cache_dir, fingerprint)
     what = f"decoded {split.name} images ({split.count:,} at {size} px, {_megabytes(needed)})"

@@ -28,10 +28,9 @@ class RunFolder:
 
     path: Path
     resuming: bool  # a run was here before
-    finished: bool  # it has its DONE, and nothing is left to do
-    lock: TextIO
+    lock: TextIO | None  # None on a worker that is not the chief
 
-    def note_start(self, facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
         """Write run.json: what first started the run stays, every attempt is added.
 
         Raises:
@@ -46,9 +45,8 @@ class RunFolder:
                 "give another output_dir, or the data it began with"
             )
         run = {**facts, **{k: v for k, v in run.items() if k != "attempts"}, "data_fingerprint": fingerprint,
-               "attempts": [*run.get("attempts", []), attempt()]}  # fmt: skip
+               "attempts": [*run.get("attempts", []), attempt() | workers]}  # fmt: skip
         write_json(file, run)
-        return run
 
 
 def attempt() -> dict[str, Any]:
@@ -131,7 +129,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
                 f"output_dir={path} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
             )
         write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return RunFolder(path, resuming=False, finished=False, lock=lock)
+        return RunFolder(path, resuming=False, lock=lock)
     if config.resume == "never":
         raise ConfigError(f"resume=never, but output_dir={path} holds a run; give another output_dir or resume=auto")
     before = load(yaml.safe_load(record.read_text()))
@@ -141,9 +139,21 @@ def open_run_folder(config: RunConfig) -> RunFolder:
             f"output_dir={path} holds a run with another configuration; give another output_dir, or the same values:\n"
             + "\n".join(f"  {line}" for line in changed)
         )
-    done = path / "DONE"
-    finished = done.exists() and before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    if done.exists() and not finished:
-        done.unlink()
+    (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
     write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return RunFolder(path, resuming=True, finished=finished, lock=lock)
+    return RunFolder(path, resuming=True, lock=lock)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run that `config.output_dir` holds is this one, and nothing of it is left to do. Only reads."""
+    path = Path(config.output_dir or "").expanduser()
+    if not config.output_dir or config.resume == "never" or not (path / "DONE").exists():
+        return False
+    before = load(yaml.safe_load((path / "config.yaml").read_text()))
+    same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
+    return same_length and not differences(before, config)
+
+
+def follow_run_folder(config: RunConfig) -> RunFolder:
+    """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
+    return RunFolder(Path(config.output_dir or ""), resuming=False, lock=None)

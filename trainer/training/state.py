@@ -21,11 +21,10 @@ class RunState:
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same since the last log line
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry a finished phase
-    totals: dict[str, float] = field(default_factory=dict)  # seconds and images since the first start
-
-    def add(self, name: str, amount: float) -> None:
-        """Count towards a total of the run."""
-        self.totals[name] = self.totals.get(name, 0.0) + amount
+    images: float = 0.0  # trained on since the first start
+    train_seconds: float = 0.0  # of the ledger, when this was saved
+    starts: int = 0
+    sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"} it was trained with
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

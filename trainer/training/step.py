@@ -1,13 +1,14 @@
 """The compiled training step and the evaluation pass.
 
 All replicas compute the gradient of the same global mean: loss = sum(per_example * weight) / sum(weight over the
-whole batch), so that padding (weight 0) and uneven replicas change nothing.
+whole batch), so that padding (weight 0) and uneven replicas change nothing. The sum of weights is added up over all
+replicas before the gradient; the wish to stop travels with it, so that all workers stop after the same step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,11 +77,16 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
     return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
 
+def _ask_host(question: Callable[[], float]) -> tf.Tensor:
+    """What the host answers when the graph gets here, float64."""
+    answer = tf.numpy_function(lambda: np.float64(question()), [], tf.float64)
+    answer.set_shape([])
+    return answer
+
+
 def _now() -> tf.Tensor:
-    """Seconds, float64, at the time the graph gets here; tf.timestamp is refused where ops must be deterministic."""
-    now = tf.numpy_function(lambda: np.float64(time.perf_counter()), [], tf.float64)
-    now.set_shape([])
-    return now
+    """Seconds, float64; tf.timestamp is refused where ops must be deterministic."""
+    return _ask_host(time.perf_counter)
 
 
 def _all_reduce(values: Any, replicas: int) -> Any:
@@ -91,7 +97,7 @@ def _all_reduce(values: Any, replicas: int) -> Any:
 
 
 class TrainingStep:
-    """Several optimizer steps in one device call, over any single-host strategy.
+    """Several optimizer steps in one device call, over any strategy.
 
     Attributes:
         loss_scale: float32 variables [scale, good steps in a row], saved with the run; None but for float16.
@@ -105,11 +111,15 @@ class TrainingStep:
         trained: dict[str, keras.Variable],
         optimizer: keras.optimizers.Optimizer,
         settings: StepSettings,
+        *,
+        workers: int = 1,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there."""
         self.strategy, self.network, self.optimizer = strategy, network, optimizer
         self.variables = list(trained.values())
         self.settings = settings
-        self.replicas = strategy.num_replicas_in_sync
+        self.replicas, self.workers, self.stop = strategy.num_replicas_in_sync, workers, stop
         with strategy.scope():
             optimizer.build(self.variables)
             self.loss_scale = (
@@ -123,6 +133,7 @@ class TrainingStep:
                 else None
             )
         self._piece = tf.function(self._share_of_loss, jit_compile=True) if settings.xla else self._share_of_loss
+        self.traced = False  # the first call takes long
         self._block = tf.function(self._run_block)
 
     def checkpointed(self) -> dict[str, Any]:
@@ -131,54 +142,64 @@ class TrainingStep:
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
         return by_name.of_optimizer(self.optimizer) | shadows | scale
 
-    def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float]:
-        """Take `steps` steps from the iterator `batches`.
+    def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
+        """Take `steps` steps from the iterator `batches`, fewer when told to stop.
 
         Args:
             run_step: the run's step before the first of them; seeds dropout.
             phase_step: the phase's step before the first of them; warms up the EMA.
 
         Returns:
-            float32 [steps, 3]: sum of losses, correct examples, examples of each step; and the seconds that the
-            device waited for data.
+            float32 [steps taken, 3]: sum of losses, correct examples, examples of each step, over all workers; the
+            seconds that this worker waited for data; whether it was told to stop, the same on every worker.
         """
-        per_step, waited = self._block(
+        per_step, waited, stopped = self._block(
             batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
         )
-        return per_step.numpy(), float(waited)
+        self.traced = True
+        return per_step.numpy(), float(waited), bool(stopped)
 
     def _run_block(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        rows = tf.TensorArray(tf.float32, steps, element_shape=[3])
+        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
         waited = tf.zeros([], tf.float64)
-        last = tf.zeros([3])
-        for i in tf.range(steps):
+        last, stopped, i = tf.zeros([3]), tf.constant(False), tf.constant(0)
+        while i < steps and not stopped:
             with tf.control_dependencies([last]):
                 asked = _now()
             with tf.control_dependencies([asked]):
                 batch = next(batches)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 waited += _now() - asked
-            last = self._one_step(batch, run_step + tf.cast(i, tf.int64), phase_step + tf.cast(i, tf.int64))
+                wish = tf.cast(_ask_host(self.stop), tf.float32)
+            done = tf.cast(i, tf.int64)
+            last, stopped = self._one_step(batch, wish, run_step + done, phase_step + done)
             rows = rows.write(i, last)
-        return rows.stack(), waited
+            i += 1
+        sums = rows.stack()
+        if self.workers > 1:  # each has added up its own replicas
+            sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+        return sums, waited, stopped
 
-    def _one_step(self, batch: Batch, run_step: tf.Tensor, phase_step: tf.Tensor) -> tf.Tensor:
-        gradients, sums, finite = self.strategy.run(self._gradients, args=(batch, run_step))
+    def _one_step(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
+        local = self.strategy.experimental_local_results
+        gradients, sums, finite, wishes = self.strategy.run(self._gradients, args=(batch, wish, run_step))
         if self.loss_scale is None:
             self.strategy.run(self._apply, args=(gradients,))
         else:
-            ok = finite if self.replicas == 1 else self.strategy.experimental_local_results(finite)[0]
+            ok = local(finite)[0]
             if ok:
                 self.strategy.run(self._apply, args=(gradients,))
             self._adjust_loss_scale(ok)
         if self.averages:
             self._average(phase_step)
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+        return tf.add_n(local(sums)), local(wishes)[0] > 0
 
-    def _gradients(self, batch: Batch, run_step: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """In a replica: gradients ready for `_apply`, [loss, correct, examples] of this replica, all finite?"""
+    def _gradients(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor) -> tuple[Any, ...]:
+        """In a replica: gradients ready for `_apply`; [loss, correct, examples] of this replica; all finite?; how many
+        replicas wish to stop.
+        """
         settings = self.settings
-        examples = _all_reduce(tf.reduce_sum(batch["weight"]), self.replicas)
+        examples, wishes = tf.unstack(_all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), wish]), self.replicas))
         if settings.accumulate == 1:
             gradients, sums = self._piece(batch, run_step, examples)
         else:
@@ -193,7 +214,7 @@ class TrainingStep:
             if settings.clip_norm:
                 gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm)
             gradients = [g / self.replicas for g in gradients]
-        return gradients, sums, finite
+        return gradients, sums, finite, wishes
 
     def _share_of_loss(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
@@ -262,7 +283,7 @@ class TrainingStep:
 
 
 class EvaluationPass:
-    """Scores every example of a finite stream of batches exactly once."""
+    """Scores the examples of this worker's batches, each exactly once; workers do not wait for each other."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
@@ -275,15 +296,17 @@ class EvaluationPass:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
     def probabilities(
-        self, batches: Any, stop: Callable[[], bool] = lambda: False
+        self, batches: Any, count: int, stop: Callable[[], bool] = lambda: False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 [n, classes], int32 labels [n] and int64 indices [n], ordered by index; padding left out.
+        """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
+        left out.
 
         Once `stop()` is true after a batch, what has been scored so far.
         """
         parts: list[tuple[np.ndarray, ...]] = []
-        for batch in batches:
-            outcome, seen = self._predict(batch)
+        stream = iter(batches)
+        for _ in range(count):
+            outcome, seen = self._predict(next(stream))
             local = self.strategy.experimental_local_results
             keys = ("label", "index", "weight")
             for p, *rest in zip(local(outcome), *(local(seen[k]) for k in keys), strict=True):
@@ -292,9 +315,16 @@ class EvaluationPass:
                 parts.append((p.numpy()[real], label[real], index[real]))
             if stop():
                 break
-        probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
-        by_index = np.argsort(indices, kind="stable")
-        return probabilities[by_index], labels[by_index], indices[by_index]
+        return by_index(parts)
+
+
+def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join parts of (probabilities, labels, indices), ordered by index."""
+    if not parts:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64)
+    probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(indices, kind="stable")
+    return probabilities[order], labels[order], indices[order]
 
 
 def mean_loss_and_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

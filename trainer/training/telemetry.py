@@ -56,14 +56,19 @@ class Telemetry:
     machine and the moment is under "timing", everything else is the same for the same run.
     """
 
-    def __init__(self, folder: Path, style: str, total_steps: int, batch_size: int) -> None:
-        self.folder, self.total_steps, self.batch_size = folder, total_steps, batch_size
+    def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
+        """`folder`: None on a worker that is not the chief, which neither writes nor tells."""
+        self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.bar: Progress | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._since = time.monotonic()
         self._waited = 0.0
         self._profiling = False
-        if style == "bar" or (style == "auto" and sys.stdout.isatty()):
+
+    def expect(self, total_steps: int) -> None:
+        """Steps of the whole run; a progress bar begins here."""
+        self.total_steps = total_steps
+        if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -77,7 +82,7 @@ class Telemetry:
         """Print a line, above the bar if there is one."""
         if self.bar:
             self.bar.console.print(text, markup=False, soft_wrap=True)
-        else:
+        elif self.folder:
             print(text, flush=True)
 
     def waited(self, seconds: float) -> None:
@@ -88,13 +93,20 @@ class Telemetry:
         """What happened since the last interval (an evaluation, a checkpoint) is not training time."""
         self._since, self._waited = time.monotonic(), 0.0
 
-    def interval(self, entry: dict[str, Any], examples: float) -> None:
-        """One logging interval: phase, epoch, step, loss, accuracy, learning_rate; and the examples it took."""
+    def interval(self, entry: dict[str, Any], examples: float, goodput: float) -> None:
+        """One logging interval: phase, epoch, step, loss, accuracy, learning_rate; the examples it took; and the
+        ledger's goodput.
+        """
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate, wait = examples / seconds, min(self._waited / seconds, 1.0)
         left = (self.total_steps - entry["step"]) * self.batch_size / rate
         self.restart_clock()
-        timing = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "time": time.time()}
+        timing = {
+            "images_per_second": round(rate, 1),
+            "data_wait": round(wait, 4),
+            "goodput": round(goodput, 4),
+            "time": time.time(),
+        }
         self._write({"kind": "train", **entry, "timing": timing})
         self._scalars(
             entry["phase"],
@@ -105,11 +117,12 @@ class Telemetry:
                 "train/learning_rate": entry["learning_rate"],
                 "speed/images_per_second": rate,
                 "speed/data_wait": wait,
+                "speed/goodput": goodput,
             },
         )
         line = (
             f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{rate:,.0f} images/s  waiting {wait:.0%}  left {clock(left)}"
+            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {clock(left)}"
         )
         if self.bar:
             self.bar.update(
@@ -135,10 +148,14 @@ class Telemetry:
         )
 
     def _write(self, entry: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+        if self.folder is None:
+            return
         if phase not in self._writers:
             self._writers[phase] = tf.summary.create_file_writer(str(self.folder / "logs" / phase))
         with self._writers[phase].as_default(step=step):
@@ -152,6 +169,8 @@ class Telemetry:
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
         """To be called with the run's step between calls to the device: traces [first, last) for TensorBoard."""
+        if self.folder is None:
+            return
         if window and not self._profiling and window[0] <= step < window[1]:
             tf.profiler.experimental.start(str(self.folder / "logs"))
             self._profiling = True

@@ -15,10 +15,13 @@ def _raw(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def _first(variable: Any) -> Any:
+    return variable.values[0] if isinstance(variable, tf.distribute.DistributedValues) else variable
+
+
 def read(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Copies of the values. Under several replicas the first replica's: they are equal."""
-    strategy = tf.distribute.get_strategy()
-    return {name: np.array(strategy.experimental_local_results(_raw(v))[0].numpy()) for name, v in variables.items()}
+    """Copies of the values. Under several replicas this worker's first one's: they are equal."""
+    return {name: np.array(_first(_raw(v)).numpy()) for name, v in variables.items()}
 
 
 def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
