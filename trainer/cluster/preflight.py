@@ -115,6 +115,7 @@ class _Listener:
         except (OSError, ValueError, KeyError):
             connection.close()
             return
+        connection.setblocking(False)  # from now on it is only looked at
         with self._changed:
             old = self.wires.pop(header["index"], None)
             if old:  # the same worker again: its first connection broke, or its process was replaced
@@ -166,7 +167,7 @@ class _Listener:
     def _forget_the_dead(self) -> None:
         for index, wire in list(self.wires.items()):
             try:
-                ended = wire.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+                ended = wire.connection.recv(1, socket.MSG_PEEK) == b""
             except BlockingIOError:
                 ended = False
             except OSError:
