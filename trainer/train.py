@@ -331,5 +331,6 @@ def save_and_leave(job: Run, everything: dict[str, Any]) -> NoReturn:
     if job.saved_step != job.state.step:
         save(job, everything)
     job.peers.barrier("saved")
+    job.peers.leave()  # each ends for itself now
     reason = job.stop.reason or "told to stop by another worker"
     raise ToldToStop(f"{reason} at step {job.state.step}; everything is saved. {again(job)}")
