@@ -60,7 +60,7 @@ def test_image_files_are_shuffled_whole_whatever_the_window() -> None:
 @pytest.mark.parametrize("split", [files(53), MANY])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -> None:
-    steps = steps_per_epoch(split.count, 8)
+    steps = steps_per_epoch(split, 8)
 
     def rows(epoch: int, step: int, wanted: int) -> np.ndarray:
         block = training_blocks(

@@ -14,10 +14,9 @@ import tensorflow as tf
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
 from trainer.config import Augmentation
 from trainer.contracts import Split
-from trainer.data.order import epoch_order
+from trainer.data.order import Share, epoch_order, shards_of_workers, steps_per_epoch
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.pixels import Pixels
-from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
@@ -125,15 +124,79 @@ def test_a_batch_larger_than_the_split_is_padded(pixels: Pixels) -> None:
         assert sorted(batch["index"][:COUNT]) == list(range(COUNT))
 
 
-def test_an_uneven_share_is_refused(pixels: Pixels) -> None:
-    with pytest.raises(ConfigError) as caught:
-        take(pixels, 1, replicas=3)
-    assert str(caught.value) == ("training.batch_size: 8 cannot be shared evenly by 3 replicas; take 6 or 9")
+@pytest.mark.parametrize(("workers", "replicas"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_workers_by_record_share_the_same_global_batch(pixels: Pixels, workers: int, replicas: int, first: int) -> None:
+    whole = take(pixels, 2 * STEPS, step=first, augmentation=EVERYTHING)
+    parts = [
+        take(
+            pixels, 2 * STEPS * replicas, step=first, augmentation=EVERYTHING, replicas=replicas,
+            share=Share(worker, workers),
+        )
+        for worker in range(workers)
+    ]  # fmt: skip
+    joined = [
+        {
+            name: np.concatenate([parts[w][i * replicas + r][name] for w in range(workers) for r in range(replicas)])
+            for name in whole[0]
+        }
+        for i in range(len(whole))
+    ]
+    assert_same(joined, whole)
+
+
+def test_a_worker_by_record_survives_windows_that_are_all_other_workers(
+    splits: dict[str, Split], tmp_path: Path
+) -> None:
+    pixels = opened(splits["shards"], "none", tmp_path, on_error="skip")
+    whole = take(pixels, 2 * STEPS, window=1)
+    halves = [take(pixels, 2 * STEPS, window=1, share=Share(worker, 2)) for worker in range(2)]
+    for batch, *both in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(batch["index"], np.concatenate([part["index"] for part in both]))
+
+
+def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_path: Path) -> None:
+    split = splits["shards"]  # 9, 10, 1 and 17 records
+    pixels = opened(split, "none", tmp_path)
+    own = shards_of_workers(split, 2)
+    steps = steps_per_epoch(split, BATCH, Share(0, 2, "file"))
+    assert [list(shards) for shards in own] == [[2, 3], [0, 1]]
+    assert steps == 5  # 19 records in rows of 4
+    for epoch in range(2):
+        seen = []
+        for worker in range(2):
+            share = Share(worker, 2, "file")
+            batches = take(pixels, steps, epoch=epoch, share=share)
+            index, weight, position = (np.concatenate([b[k] for b in batches]) for k in ("index", "weight", "position"))
+            assert set(np.repeat(range(4), [9, 10, 1, 17])[index[weight > 0]]) == set(own[worker])
+            np.testing.assert_array_equal(position, np.tile(np.arange(4) + worker * 4, steps))
+            for batch in batches:
+                np.testing.assert_array_equal(batch["label"], labels()[batch["index"]])
+                image = np.where(batch["weight"][:, None, None, None] > 0, pixels.rows(batch["index"]), 0)
+                np.testing.assert_array_equal(batch["image"], image)
+            for step in range(steps):
+                assert_same(take(pixels, 2, epoch=epoch, step=step, share=share)[:1], batches[step : step + 1])
+            seen += list(index[weight > 0])
+        assert sorted(seen) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 40])
+def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels, workers: int) -> None:
+    seen = []
+    for worker in range(workers):
+        batches, count = evaluation_batches(
+            pixels, batch_size=workers * 4, replicas=2, share=Share(worker, workers), part=1.0
+        )
+        for batch in batches.take(count * 2).as_numpy_iterator():
+            assert len(batch["index"]) == 2
+            seen += list(batch["index"][batch["weight"] > 0])
+    assert sorted(seen) == list(range(COUNT))
 
 
 def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
-    batches = list(evaluation_batches(pixels, batch_size=BATCH, replicas=2).as_numpy_iterator())
-    assert len(batches) == STEPS * 2
+    endless, count = evaluation_batches(pixels, batch_size=BATCH, replicas=2)
+    assert count == STEPS
+    batches = list(endless.take(count * 2).as_numpy_iterator())
     weight, index = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index"))
     np.testing.assert_array_equal(index[weight > 0], np.arange(COUNT))
     image = np.concatenate([b["image"] for b in batches])
@@ -143,8 +206,9 @@ def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
 
 
 def test_evaluation_of_a_share(pixels: Pixels) -> None:
-    batches = list(evaluation_batches(pixels, batch_size=BATCH, replicas=1, share=0.5).as_numpy_iterator())
-    assert len(batches) == 3
+    endless, count = evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
+    assert count == 3
+    batches = list(endless.take(count).as_numpy_iterator())
     index = np.concatenate([b["index"] for b in batches])
     assert (np.diff(index) > 0).all()
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in batches]), pixels.rows(index))

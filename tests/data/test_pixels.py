@@ -158,7 +158,7 @@ def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool
     damage(split, 12)
     pixels = opened(split, "none", tmp_path)
     with pytest.raises(DataError, match=r"cannot decode .*: jpeg::Uncompress failed"), data_errors(pixels):
-        for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1):
+        for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1)[0]:
             pass
 
 

@@ -77,6 +77,23 @@ def test_many_steps_in_one_call_are_bitwise_single_steps() -> None:
     np.testing.assert_array_equal(rows, single_rows)
 
 
+def test_told_to_stop_it_stops_after_the_step_and_can_go_on() -> None:
+    network, asked = SmallNetwork(), []
+    step = TrainingStep(
+        tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1, momentum=0.9),
+        StepSettings(seed=1), stop=lambda: asked.append(1) or len(asked) == 3,
+    )  # fmt: skip
+    batches = iter(stream(20, 8))
+    rows, _, stopped = step.run(batches, 7, 0, 0)
+    assert (len(rows), stopped) == (3, True)
+    more, _, stopped = step.run(batches, 4, 3, 3)
+    assert (len(more), stopped) == (4, False)
+    unbroken, all_rows, _ = trained([7])
+    np.testing.assert_array_equal(np.concatenate([rows, more]), all_rows)
+    for name, value in variables.read(network.variables).items():
+        np.testing.assert_array_equal(value, unbroken[name])
+
+
 def test_padding_counts_for_nothing() -> None:
     _, rows, _ = trained([3])
     assert rows[:, 2].tolist() == [8, 8, 4]
@@ -201,11 +218,10 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
             optimizer = make()
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1, **extra))
         batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
-        rows, _ = step.run(batches, 7, 0, 0)
-        with strategy.scope():
-            values = variables.read(network.variables | step.checkpointed())
-        finite = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas).take(3 * replicas))
-        p, labels, index = EvaluationPass(strategy, network).probabilities(finite)
+        rows, _, _ = step.run(batches, 7, 0, 0)
+        values = variables.read(network.variables | step.checkpointed())
+        again = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
+        p, labels, index = EvaluationPass(strategy, network).probabilities(again, 3)
         out[f"{name}-{len(extra)}"] = [
             rows.tolist(), [v.ravel().tolist() for v in values.values()], p.tolist(), labels.tolist(), index.tolist()]
 print("RESULT" + json.dumps(out))
