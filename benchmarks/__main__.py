@@ -8,7 +8,7 @@ import sys
 
 def main() -> None:
     """Each in a process of its own, so that none inherits another's memory."""
-    for name, arguments in (("step", sys.argv[1:]), ("quickstart", [])):
+    for name, arguments in (("step", sys.argv[1:]), ("quickstart", []), ("workers", []), ("scaling", [])):
         print(f"== benchmarks.{name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], check=True)
 

@@ -42,6 +42,7 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
         resume(job, home)
         share_data(job)
         job.state.starts += 1
+        job.ledger.mark("start")
         names = list(config.phases)
         while job.state.phase < len(names):
             train_phase(job, names[job.state.phase])
@@ -53,10 +54,11 @@ def failures_noted(job: Run) -> Iterator[None]:
     """Around the run: however it ends, the account is closed and beside the checkpoints stands why."""
 
     def ended(code: int, reason: str) -> None:
-        job.attempts.end(STOPPED, reason) if job.stop.reason else job.attempts.failed(code, reason)
+        job.attempts.failed(code, reason)
         job.ledger.write()
 
     job.peers.on_end = ended
+    job.stop.on_told = lambda reason: job.attempts.end(STOPPED, reason)  # should the time to stop not suffice
     try:
         yield
     except OSError as error:
@@ -98,7 +100,6 @@ def train_phase(job: Run, name: str) -> None:
 
     batches = iter(job.strategy.distribute_datasets_from_function(lambda _: stream(job)))
     job.telemetry.restart_clock()
-    job.ledger.mark("start" if state.step == job.saved_step else "compile")
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
     over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
     while not over:

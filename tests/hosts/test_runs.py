@@ -101,6 +101,7 @@ def test_a_worker_whose_name_is_published_late_is_waited_for(network: Network, t
     network.remember(HOSTS[1])
     for workers in (chief, worker):
         workers.wait_for("workers: all 2 are there\nrun: ")
+    for workers in (chief, worker):
         workers.kill()
 
 

@@ -25,8 +25,12 @@ def test_after_enough_fruitless_restarts_the_run_gives_up_with_the_reasons(tmp_p
     for reason in ("lost worker 1", "lost worker 2"):
         attempt(file, 0, 75, reason)
     attempt(file, 0)  # killed
+    before = file.read_text()
     with pytest.raises(GaveUp) as caught:
         attempt(file, 0)
+    given_up = Attempts(file)
+    given_up.failed(3, "gave up")  # which is no attempt
+    assert file.read_text() == before
     assert caught.value.exit_code == GAVE_UP == 3
     text = str(caught.value)
     assert text.startswith("3 restarts in a row made no step of progress beyond step 0; mend the cause, then delete ")

@@ -203,11 +203,13 @@ class Peers:
             self._leaving = True
             self._spread("failed", code=code, message=message, worker=self.index if worker is None else worker)
             self._committing.acquire(timeout=COMMIT_SECONDS)
-            self.on_end(code, message)
             word = "interrupted" if code == INTERRUPTED else "error"
-            print(f"{word}: {message}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(code)
+            try:
+                print(f"{word}: {message}", file=sys.stderr, flush=True)
+                self.on_end(code, message)
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
 
 
 def differences(everyone: list[dict[str, Any]]) -> list[str]:

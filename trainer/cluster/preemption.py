@@ -20,11 +20,13 @@ class StopFlag:
     Attributes:
         reason: why to stop; None as long as there is no reason.
         on_signal: called with the reason when a signal reached this process.
+        on_told: called with the reason once, however it got here.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.on_signal: Callable[[str], None] = lambda _reason: None
+        self.on_told: Callable[[str], None] = lambda _reason: None
         self._reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._writer = writer
@@ -40,7 +42,9 @@ class StopFlag:
 
     def told(self, reason: str) -> None:
         """Stop for a reason that another worker gave."""
-        self.reason = self.reason or reason
+        if self.reason is None:
+            self.reason = reason
+            self.on_told(reason)
 
     def check(self, where: str) -> None:
         """Where nothing needs saving.

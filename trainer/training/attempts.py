@@ -27,7 +27,7 @@ class Attempts:
 
     def __init__(self, file: Path | None) -> None:
         """`file`: None on a worker that is not the chief, which keeps no account."""
-        self.file = file
+        self.file, self._ours = file, False
         try:
             self.entries: list[dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else []
         except ValueError:  # damaged: counting begins anew
@@ -47,6 +47,7 @@ class Attempts:
                 f"delete {self.file} or raise runtime.max_fruitless_restarts. The last ones ended so:\n{reasons}"
             )
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._ours = True
         self.entries.append({"step": step, "started": now, "kind": None, "reason": None})
         self._write()
 
@@ -63,7 +64,7 @@ class Attempts:
 
     def end(self, kind: str, reason: str) -> None:
         """Say how this attempt ends."""
-        if self.entries and self.entries[-1]["kind"] is None:
+        if self._ours and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             self._write()
 

@@ -38,7 +38,7 @@ class Ledger:
                 before = json.loads(file.read_text())
                 self.seconds |= {place: float(before["seconds"][place]) for place in PLACES}
                 self.seconds["down"] += max(began - before["as_of"], 0.0)
-            except (ValueError, KeyError):  # damaged: only accounting is lost
+            except (ValueError, KeyError, TypeError):  # damaged: only accounting is lost
                 self.seconds = dict.fromkeys(PLACES, 0.0)
 
     def mark(self, place: str, waited: float = 0.0) -> None:

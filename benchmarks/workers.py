@@ -1,0 +1,109 @@
+"""Several workers on this machine: two with one core each against one with two, and goodput under preemption.
+
+    python -m benchmarks.workers                 both
+    python -m benchmarks.workers --rounds 3 --minutes 5
+
+Real runs of the command line on the built-in digits. Workers are processes; each is held to its cores. Loopback is no
+network: what two hosts lose on theirs comes on top (`python -m benchmarks.scaling` estimates it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BATCH = 64
+PREEMPTION_SECONDS = 60.0
+SIZES = {"glyphs, 48 px": ["model=glyphs_mobilenet_v2"], "alpha 0.35, 128 px": [
+    "model=mobilenet_v2", "model.alpha=0.35", "model.image_size=128", "model.weights=none"]}  # fmt: skip
+
+
+def start(folder: Path, workers: int, cores: list[set[int]], overrides: list[str]) -> list[subprocess.Popen[bytes]]:
+    """The workers of one run, each on its cores."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    processes = []
+    for index in range(workers):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        environment = {**os.environ, **({"TF_CONFIG": json.dumps(task)} if workers > 1 else {})}
+        command = [sys.executable, "-m", "trainer", "data=digits", f"training.batch_size={BATCH}",
+                   "augmentation=none", "phases=end_to_end", "runtime.progress=lines", "export.formats=[]",
+                   f"output_dir={folder}", *overrides]  # fmt: skip
+        with open(folder.parent / f"{folder.name}-{index}.log", "a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        os.sched_setaffinity(process.pid, cores[index])
+        processes.append(process)
+    return processes
+
+
+def images_per_second(folder: Path) -> float:
+    """Of the steps alone, from the run's own report."""
+    return json.loads((folder / "report" / "report.json").read_text())["timing"]["images_per_second"]
+
+
+def compare(scratch: Path, rounds: int) -> None:
+    """Print the ratio of images/s, paired by round."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    for name, model in SIZES.items():
+        ratios = []
+        for turn in range(rounds):
+            rates = []
+            for workers in (1, 2):
+                folder = scratch / f"{name[:5]}-{turn}-{workers}"
+                own = [set(cores)] if workers == 1 else [{cores[0]}, {cores[1]}]
+                overrides = [*model, "phases.all.epochs=null", "phases.all.steps=120"]
+                if any(p.wait() for p in start(folder, workers, own, overrides)):
+                    sys.exit((scratch / f"{folder.name}-0.log").read_text())
+                rates.append(images_per_second(folder))
+            ratios.append(rates[1] / rates[0])
+            print(
+                f"{name}: 1 worker x 2 cores {rates[0]:,.0f} images/s, 2 workers x 1 core {rates[1]:,.0f}", flush=True
+            )
+        print(f"{name}: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
+              f"{rounds} rounds, batch {BATCH})", flush=True)  # fmt: skip
+
+
+def preempt(scratch: Path, minutes: float) -> None:
+    """Print the goodput of a run of two workers of which one gets a SIGTERM every minute."""
+    folder, cores, turns = scratch / "preempted", sorted(os.sched_getaffinity(0)), 0
+    overrides = [*SIZES["alpha 0.35, 128 px"], "phases.all.epochs=10000"]
+    deadline = time.monotonic() + minutes * 60
+    while time.monotonic() < deadline:
+        workers = start(folder, 2, [set(cores)] * 2, overrides)
+        time.sleep(PREEMPTION_SECONDS)
+        workers[turns % 2].send_signal(signal.SIGTERM)
+        turns += 1
+        codes = [w.wait() for w in workers]
+        if codes != [75, 75]:
+            sys.exit(f"exit codes {codes}: {(scratch / 'preempted-0.log').read_text()[-2000:]}")
+    seconds = json.loads((folder / "ledger.json").read_text())["seconds"]
+    whole = sum(seconds.values())
+    rest = ", ".join(f"{place} {spent / whole:.0%}" for place, spent in seconds.items() if place != "train")
+    share = f"{seconds['train'] / whole:.0%}"
+    print(f"goodput under a SIGTERM a minute ({turns} of them, {whole:.0f} s): {share}; the rest: {rest}")
+
+
+def main() -> None:
+    """Both measurements; the first lines may be slower than the rest where nothing is cached yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        compare(Path(scratch), options.rounds)
+        preempt(Path(scratch), options.minutes)
+
+
+if __name__ == "__main__":
+    main()
