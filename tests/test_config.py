@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config import Duration, RunConfig, differences, load
+from trainer.config import Duration, RunConfig, load
+from trainer.config_differences import differences
 from trainer.errors import ConfigError
 
 

@@ -10,7 +10,8 @@ from trainer.cluster.discovery import discover
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.preflight import meet
 from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
-from trainer.config import in_common, load, without_regularisation
+from trainer.config import load, without_regularisation
+from trainer.config_differences import in_common
 from trainer.errors import ConfigError
 from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, versions
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from trainer.config import flat
+from trainer.config_differences import flat
 from trainer.evaluation.names import printable
 from trainer.evaluation.style import STYLE
 from trainer.storage.files import write_whole

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import yaml
 
 import trainer
-from trainer.config import RunConfig, differences, load
+from trainer.config import RunConfig, load
+from trainer.config_differences import differences
 from trainer.errors import ConfigError, DataError
 from trainer.storage.files import write_json, write_whole
 
