@@ -13,7 +13,7 @@ from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_j
 from trainer.config import load, without_regularisation
 from trainer.config_differences import in_common
 from trainer.errors import ConfigError
-from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, versions
+from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 
 
 def _say(text: str) -> None:
@@ -36,10 +36,11 @@ def _train(arguments: list[str]) -> None:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
     stop = StopFlag()
     peers = meet(cluster, config.runtime.start_timeout, _say, lambda: stop.check("while waiting for the other workers"))
-    peers.on_stop, stop.on_signal = stop.told, peers.tell_stop
+    peers.on_stop = stop.told
+    stop.on_signal = lambda name: peers.tell_stop(f"{name} on worker {peers.index}")
     with peers.together():
         peers.agree("configuration", in_common(config))
-        peers.agree("code", versions())
+        peers.agree("code", versions() | {"source": source_digest()})
         home = open_run_folder(config) if peers.is_chief else follow_run_folder(config)
         with quiet_start():
             from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once

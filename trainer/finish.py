@@ -10,6 +10,7 @@ import numpy as np
 
 from trainer.contracts import EvaluationResult
 from trainer.data.augment import augment
+from trainer.errors import INTERRUPTED
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.report import Samples, describe_data, write_report
 from trainer.exporting.card import write_labels, write_model_card
@@ -42,8 +43,10 @@ def finish(job: Run) -> None:
     job.stop.check(AFTER)
     job.ledger.mark("evaluation")
     if not job.peers.is_chief:
-        job.peers.barrier("done")
+        job.stop.on_told = lambda reason: job.peers.end(INTERRUPTED, f"{reason} {AFTER}; nothing is lost")
+        job.peers.from_chief("done")
         return
+    job.peers.go_on_alone()
     names = tuple(job.dataset.splits[split].name_of(int(i)) for i in indices)
     result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
 
@@ -75,7 +78,7 @@ def finish(job: Run) -> None:
     job.ledger.mark("finish")
     job.ledger.write()
     write_json(job.folder / "DONE", {"test_accuracy": report["test"]["accuracy"], "step": job.state.step})
-    job.peers.barrier("done")
+    job.peers.from_chief("done")
     summarise(job, report)
 
 

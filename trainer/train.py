@@ -45,6 +45,8 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
         job.ledger.mark("start")
         names = list(config.phases)
         while job.state.phase < len(names):
+            if job.told_to_stop("before a phase"):  # to compile it may take longer than the time there is to stop
+                leave(job, "between phases")
             train_phase(job, names[job.state.phase])
         finish(job)
 
@@ -332,6 +334,11 @@ def save_and_leave(job: Run, everything: dict[str, Any]) -> NoReturn:
     if job.saved_step != job.state.step:
         save(job, everything)
     job.peers.barrier("saved")
-    job.peers.leave()  # each ends for itself now
+    leave(job, f"at step {job.state.step}")
+
+
+def leave(job: Run, where: str) -> NoReturn:
+    """All workers at the same point: each ends for itself, with everything saved."""
+    job.peers.leave()
     reason = job.stop.reason or "told to stop by another worker"
-    raise ToldToStop(f"{reason} at step {job.state.step}; everything is saved. {again(job)}")
+    raise ToldToStop(f"{reason} {where}; everything is saved. {again(job)}")

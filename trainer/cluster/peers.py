@@ -44,6 +44,7 @@ class Peers:
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in wires}
         self._left: set[int] = set()
         self._leaving = False
+        self._alone = False
         self._ending = threading.Lock()
         self._committing = threading.Lock()
         for peer, wire in wires.items():
@@ -105,8 +106,7 @@ class Peers:
         try:
             self.wires[peer].send(kind, payload, **facts)
         except OSError as error:
-            if peer not in self._left and not self._leaving:
-                self._lost(peer, f"its connection broke ({error})")
+            self._lost(peer, f"its connection broke ({error})")
 
     def _next(self, peer: int, topic: str) -> bytes:
         found, payload = self._inbox[peer].get()
@@ -142,6 +142,10 @@ class Peers:
         self._leaving = True
         self._spread("left")
 
+    def go_on_alone(self) -> None:
+        """On the chief, when it needs nothing more of the others: what becomes of them no longer matters to it."""
+        self._alone = True
+
     def _fail(self, code: int, message: str) -> None:
         if self.wires and not self._leaving:
             self._leaving = True
@@ -160,15 +164,15 @@ class Peers:
             try:
                 header, payload = wire.receive()
             except (OSError, ValueError):
-                if not self._leaving and peer not in self._left:
-                    self._lost(peer, "it ended without a word")
+                self._lost(peer, "it ended without a word")
                 return
             if header["kind"] == "value":
                 self._inbox[peer].put((header["topic"], payload))
             elif header["kind"] == "stop":
-                if self.is_chief:
+                if self.is_chief and not self._alone:
                     self._spread("stop", reason=header["reason"])
-                self.on_stop(header["reason"])
+                if not self._alone:
+                    self.on_stop(header["reason"])
             elif header["kind"] == "left":
                 self._left.add(peer)
             elif header["kind"] == "failed":
@@ -181,14 +185,18 @@ class Peers:
             self._spread("beat")
             for peer, wire in self.wires.items():
                 silence = time.monotonic() - wire.heard
-                if silence > SILENCE_SECONDS and peer not in self._left and not self._leaving:
+                if silence > SILENCE_SECONDS:
                     self._lost(peer, f"no word for {silence:.0f} s")
 
     def _lost(self, peer: int, how: str) -> None:
+        if peer in self._left or self._leaving or self._alone:
+            return
         self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {how}")
 
     def _failed(self, code: int, message: str, worker: int, passed_on: bool) -> None:
         """A peer told why it ends. Its bug is not ours: started again, the run may well go on."""
+        if self._alone:
+            return
         if code == BUG:
             code, message = INTERRUPTED, f"worker {worker} ended with a bug ({message}); its log has the traceback"
         elif not passed_on:

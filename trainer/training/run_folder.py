@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -66,6 +67,14 @@ def attempt() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what decides the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
+
+
+def source_digest() -> str:
+    """16 hex digits over the package's own Python files: two images of one version may still differ."""
+    digest, package = hashlib.sha256(), Path(trainer.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git_commit() -> str | None:
