@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,6 @@ from trainer.exporting.parity import largest_difference
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
 from trainer.run import Run, predict, say
-from trainer.storage.files import write_json
 from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 
@@ -77,7 +77,8 @@ def finish(job: Run) -> None:
     job.stop.check(AFTER)
     job.ledger.mark("finish")
     job.ledger.write()
-    write_json(job.folder / "DONE", {"test_accuracy": report["test"]["accuracy"], "step": job.state.step})
+    job.telemetry.flush()
+    job.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": job.state.step}) + "\n")
     job.peers.from_chief("done")
     summarise(job, report)
 
@@ -152,7 +153,7 @@ def undecodable(job: Run) -> list[str]:
 
 def summarise(job: Run, report: dict[str, Any]) -> None:
     """The last lines on the terminal: how good, where, and what to type next."""
-    test, folder = report["test"], job.folder
+    test, folder = report["test"], job.address.rstrip("/")
     low, high = test["interval"]
     spent = job.ledger.seconds["train"]
     lines = [

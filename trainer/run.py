@@ -17,6 +17,7 @@ from trainer.data.order import ALONE, Share
 from trainer.data.pipeline import evaluation_batches
 from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.models.classifier import Classifier
+from trainer.storage.publisher import Publisher
 from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.ledger import Ledger
@@ -33,6 +34,8 @@ class Run:
 
     config: RunConfig
     folder: Path
+    address: str  # of the output_dir, as the user gave it
+    publisher: Publisher
     peers: Peers
     strategy: tf.distribute.Strategy
     dataset: Dataset
@@ -138,4 +141,4 @@ def unpacked(content: bytes) -> dict[str, np.ndarray]:
 
 def again(job: Run) -> str:
     """How to go on."""
-    return f"Start the same command again with output_dir={job.folder} to go on"
+    return f"Start the same command again with output_dir={job.address} to go on"

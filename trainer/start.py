@@ -15,7 +15,10 @@ from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_
 from trainer.data.sources import open_dataset
 from trainer.errors import ConfigError, DataError
 from trainer.models.classifier import build_classifier
-from trainer.run import Run, from_chief, say, steps_of
+from trainer.run import GIGABYTE, Run, from_chief, say, steps_of
+from trainer.storage.places import place
+from trainer.storage.publisher import Publisher
+from trainer.storage.staging import is_remote, prepared_folder, stage
 from trainer.training import variables
 from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
@@ -28,10 +31,11 @@ from trainer.training.telemetry import Telemetry, cut_back
 
 def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
-    say(f"run: {home.path}{' (resuming)' if home.resuming else ''}")
+    say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
     cache = Path(config.runtime.cache_dir).expanduser()
+    local = with_local_copies(config, cache, stop)
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
-    dataset = open_dataset(config.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
+    dataset = open_dataset(local.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
     if config.debug.overfit:
         only = dataset.splits["train"]
         dataset = Dataset(dataset.name, dataset.class_names, {"train": only, "validation": only}, dataset.fingerprint)
@@ -46,13 +50,15 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     strategy = build_strategy(config.runtime, peers, config.training, say)
     stop.install()
     with strategy.scope():
-        classifier = build_classifier(config.model, len(dataset.class_names), config.seed)
+        classifier = build_classifier(local.model, len(dataset.class_names), config.seed)
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": peers.size, "found_by": peers.cluster.source}
     peers.told("run", lambda: home.note_start({"classes": list(dataset.class_names)}, dataset.fingerprint, workers))
     return Run(
         config=config,
         folder=home.path,
+        address=home.address,
+        publisher=home.publisher,
         peers=peers,
         strategy=strategy,
         dataset=dataset,
@@ -64,6 +70,23 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         attempts=Attempts(home.path / "checkpoints" / "attempts.json" if peers.is_chief else None),
         stop=stop,
         state=RunState(),
+    )
+
+
+def with_local_copies(config: RunConfig, cache: Path, stop: StopFlag) -> RunConfig:
+    """The same configuration with everything it reads on this machine's disk."""
+    budget = int(config.runtime.disk_budget_gb * GIGABYTE)
+
+    def local(address: str | None) -> str | None:
+        check = lambda: stop.check(f"while {address} was fetched")  # noqa: E731
+        return stage(address, cache, budget, say, check) if address else address
+
+    data: dict[str, str | None] = {key: local(getattr(config.data, key)) for key in ("root", "pattern")}
+    if is_remote(config.data.data_dir) and config.data.name:
+        data |= {"root": local(prepared_folder(str(config.data.data_dir), config.data.name)), "data_dir": None}
+    model = {"weights": local(config.model.weights)}
+    return config.model_copy(
+        update={"data": config.data.model_copy(update=data), "model": config.model.model_copy(update=model)}
     )
 
 
@@ -146,7 +169,7 @@ def take_weights(job: Run, source: str) -> None:
     values: dict[str, np.ndarray] = {}
     where = ""
     if job.peers.is_chief:
-        where, values = _read_weights(source)
+        where, values = _read_weights(job, source)
     where = job.peers.told("warm start", lambda: where)
     values = from_chief(job, "weights", values)
     values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
@@ -158,8 +181,13 @@ def take_weights(job: Run, source: str) -> None:
     say(f"weights: warm start from {where}, {len(fit)} of {len(own)} variables")
 
 
-def _read_weights(source: str) -> tuple[str, dict[str, np.ndarray]]:
-    folder = Path(source).expanduser()
+def _read_weights(job: Run, source: str) -> tuple[str, dict[str, np.ndarray]]:
+    if is_remote(source):
+        beside = Path(job.config.runtime.cache_dir).expanduser() / "warm_start"
+        Publisher(beside, place(source), None).fetch()
+        folder = beside
+    else:
+        folder = Path(source).expanduser()
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     there = CheckpointFolder(home / "checkpoints", 1, say)
     pointer = there.folder / "BEST"

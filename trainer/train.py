@@ -64,7 +64,7 @@ def failures_noted(job: Run) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = f"{job.folder}: {error.strerror or error}; what was saved before is intact. {again(job)}"
+        text = f"{job.address}: {error.strerror or error}; what was saved before is intact. {again(job)}"
         ended(Interrupted.exit_code, text)
         raise Interrupted(text) from error
     except tf.errors.OpError as error:
@@ -77,6 +77,7 @@ def failures_noted(job: Run) -> Iterator[None]:
         raise
     finally:
         job.telemetry.close()
+        job.publisher.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,6 +226,7 @@ def train_epoch(
                      "accuracy": right / seen, "learning_rate": float(rate(state.phase_step - 1))}  # fmt: skip
             job.telemetry.interval(entry, seen, job.ledger.goodput)
             state.interval = [0.0, 0.0, 0.0]
+            job.publisher.check()
             if left and due(job) and not stopped:
                 save(job, everything)
         if stopped:
@@ -322,9 +324,11 @@ def save(job: Run, everything: dict[str, Any]) -> None:
     job.ledger.mark("train")
     state.train_seconds = job.ledger.seconds["train"]
     job.telemetry.flush()
+    job.publisher.wait()  # at most one checkpoint is behind
     with job.peers.committing():
         best = state.best["step"] if state.best else None
         job.checkpoints.save(state.to_json(), variables.read(everything), best)
+    job.publisher.checkpoint()
     job.ledger.mark("checkpoint")
     job.telemetry.restart_clock()
 
@@ -333,6 +337,7 @@ def save_and_leave(job: Run, everything: dict[str, Any]) -> NoReturn:
     """After a signal, on all workers: save, then end with the code that means "start me again"."""
     if job.saved_step != job.state.step:
         save(job, everything)
+    job.publisher.wait()
     job.peers.barrier("saved")
     leave(job, f"at step {job.state.step}")
 

@@ -125,6 +125,23 @@ def test_one_two_and_three_workers_agree(tmp_path: Path, overrides: tuple[str, .
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_devices_of_one_process_train_the_same_and_go_on(tmp_path: Path) -> None:
+    pieces = train(tmp_path / "pieces", 1, *LONG, "training.accumulate=2")
+    mirrored = (*LONG, "runtime.replicas=2", f"output_dir={tmp_path / 'run'}")
+    first = start_workers(tmp_path / "first", 1, *mirrored)
+    first.wait_for("step 40/")
+    assert "devices: 2 CPUs mirrored (runtime.replicas), float32; a batch of 12 is 6 for each" in first.said(0)
+    first[0].send_signal(signal.SIGTERM)
+    assert first.wait(60) == [INTERRUPTED]
+    second = start_workers(tmp_path / "second", 1, *mirrored)
+    assert second.wait(300) == [0]
+    mine, theirs = variables_of(tmp_path / "run", "LATEST"), variables_of(pieces, "LATEST")
+    for name in theirs:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("who", [0, 1])
 def test_sigterm_on_any_worker_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path: Path, who: int) -> None:

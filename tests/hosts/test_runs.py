@@ -211,3 +211,30 @@ def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(
     assert "weights: this run's checkpoint at step " in finish(network, folder).said(0)
     assert not list(checkpoints.glob(".writing-step-*"))
     assert_same_run(undisturbed, folder)
+
+
+def test_a_worker_lost_while_tensorflow_is_imported_is_named_too(network: Network, tmp_path: Path) -> None:
+    workers = start_job(network, tmp_path / "log", *RUN, f"output_dir={tmp_path / 'run'}")
+    for index in range(2):
+        workers.wait_for("workers: all 2 are there", index)
+    time.sleep(1)  # the import takes several
+    began = time.monotonic()
+    workers[1].send_signal(signal.SIGKILL)
+    assert exits(workers, [0], began, 60)[0][0] == INTERRUPTED
+    assert f"interrupted: lost worker 1 ({HOSTS[1]}:{PORT}): it ended without a word" in workers.said(0)
+
+
+def test_the_successor_of_a_frozen_chief_asks_for_another_start(network: Network, tmp_path: Path) -> None:
+    """The pod is gone for Kubernetes, but its process still holds the folder; this is no mistake of the user's."""
+    folder = tmp_path / "run"
+    workers = start_job(network, tmp_path / "log", *RUN, f"output_dir={folder}")
+    workers.wait_until((folder / "config.yaml").exists, "the chief to take the folder")
+    began = time.monotonic()
+    workers[0].send_signal(signal.SIGSTOP)
+    assert exits(workers, [1], began, 60)[1][0] == INTERRUPTED
+    with Network(HOSTS) as elsewhere:
+        successors = start_job(elsewhere, tmp_path / "successors", *RUN, f"output_dir={folder}")
+        codes = successors.wait(120)
+    workers.kill()
+    assert "another process" in successors.said(0)
+    assert codes == [INTERRUPTED, INTERRUPTED]

@@ -22,15 +22,26 @@ from trainer.config import RunConfig, load
 from trainer.config_differences import differences
 from trainer.errors import ConfigError, DataError
 from trainer.storage.files import write_json, write_whole
+from trainer.storage.lease import Lease
+from trainer.storage.lease import take as take_lease
+from trainer.storage.places import Place, place
+from trainer.storage.publisher import Publisher
+from trainer.storage.staging import is_remote
 
 
 @dataclass
 class RunFolder:
-    """An output folder held by this process."""
+    """An output folder held by this process.
+
+    `path` is where the run writes; where `output_dir` is in a bucket, that is a folder of the cache, and `publisher`
+    copies it to `address`.
+    """
 
     path: Path
+    address: str  # as the user gave it
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
+    publisher: Publisher
 
     def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
         """Write run.json: what first started the run stays, every attempt is added.
@@ -43,7 +54,7 @@ class RunFolder:
         before = run.get("data_fingerprint", fingerprint)
         if before != fingerprint:
             raise DataError(
-                f"{self.path} was trained on other data (fingerprint {before}, now {fingerprint}); "
+                f"{self.address} was trained on other data (fingerprint {before}, now {fingerprint}); "
                 "give another output_dir, or the data it began with"
             )
         run = {**facts, **{k: v for k, v in run.items() if k != "attempts"}, "data_fingerprint": fingerprint,
@@ -127,43 +138,71 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     Raises:
         ConfigError: it belongs to another run, to another process, to no run at all, or `resume` forbids it.
     """
-    path = Path(config.output_dir).expanduser() if config.output_dir else _fresh_folder(config.experiment_name)
+    address = config.output_dir or str(_fresh_folder(config.experiment_name))
+    remote = place(address) if is_remote(address) else None
+    path = _scratch(config, address) if remote else Path(address).expanduser()
     lock = _hold(path)
+    publisher = Publisher(path, remote, _lease(remote) if remote else None)
+    try:
+        publisher.fetch()
+        return _take(config, path, address, lock, publisher)
+    except BaseException:
+        publisher.close(publish=False)
+        raise
+
+
+def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: Publisher) -> RunFolder:
     record = path / "config.yaml"
     others = [p.name for p in path.iterdir() if p.name not in (".lock", "config.yaml")]
     if not record.exists():
         if config.resume == "must":
-            raise ConfigError(f"resume=must, but output_dir={path} holds no run")
+            raise ConfigError(f"resume=must, but output_dir={address} holds no run")
         if others:
             raise ConfigError(
-                f"output_dir={path} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
+                f"output_dir={address} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
             )
         write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return RunFolder(path, resuming=False, lock=lock)
+        return RunFolder(path, address, False, lock, publisher)
     if config.resume == "never":
-        raise ConfigError(f"resume=never, but output_dir={path} holds a run; give another output_dir or resume=auto")
+        raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
     before = load(yaml.safe_load(record.read_text()))
     changed = differences(before, config)
     if changed:
         raise ConfigError(
-            f"output_dir={path} holds a run with another configuration; give another output_dir, or the same values:\n"
+            f"output_dir={address} holds a run with another configuration; give another one, or the same values:\n"
             + "\n".join(f"  {line}" for line in changed)
         )
     (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
     write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return RunFolder(path, resuming=True, lock=lock)
+    return RunFolder(path, address, True, lock, publisher)
 
 
 def is_finished(config: RunConfig) -> bool:
     """Whether the run that `config.output_dir` holds is this one, and nothing of it is left to do. Only reads."""
-    path = Path(config.output_dir or "").expanduser()
-    if not config.output_dir or config.resume == "never" or not (path / "DONE").exists():
+    if not config.output_dir or config.resume == "never":
         return False
-    before = load(yaml.safe_load((path / "config.yaml").read_text()))
+    folder = place(config.output_dir if is_remote(config.output_dir) else Path(config.output_dir).expanduser())
+    if not (folder / "DONE").exists():
+        return False
+    before = load(yaml.safe_load((folder / "config.yaml").read_text()))
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
     return same_length and not differences(before, config)
 
 
 def follow_run_folder(config: RunConfig) -> RunFolder:
     """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
-    return RunFolder(Path(config.output_dir or ""), resuming=False, lock=None)
+    address = config.output_dir or ""
+    path = _scratch(config, address) if is_remote(address) else Path(address).expanduser()
+    return RunFolder(path, address, False, None, Publisher(path, None, None))
+
+
+def _scratch(config: RunConfig, address: str) -> Path:
+    """Where a run whose output_dir is in a bucket writes first."""
+    digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
+    return Path(config.runtime.cache_dir).expanduser() / "runs" / digest
+
+
+def _lease(remote: Place) -> Lease:
+    """Hold the bucket's folder. The same Kubernetes Job (JOB_UID) takes it over at once from a pod that is gone."""
+    pod = os.environ.get("HOSTNAME") or platform.node()
+    return take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)

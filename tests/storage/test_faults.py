@@ -1,0 +1,197 @@
+"""A network that misbehaves: never a wrong byte, always the right end, and one clear sentence where it stays away."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.storage.emulator import BUCKET, Emulator, environment, running
+from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
+from trainer.errors import Interrupted
+from trainer.storage import bucket, retrying
+from trainer.storage.places import Conflict, Place, place
+
+
+@pytest.fixture
+def proxy(emulator: Emulator):
+    with faults(emulator.url, seed=7) as proxy, environment(proxy.url):
+        yield proxy
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LARGE", "CHUNK", "PART"):
+        monkeypatch.setattr(bucket, name, 1 << 16)
+
+
+def one_worker(home: Place, scratch: Path, seed: int, operations: int) -> None:
+    """Random operations in a folder of its own, each compared with what a dictionary would hold."""
+    noise = np.random.default_rng([seed])
+    held: dict[str, bytes] = {}
+    versions: dict[str, int] = {}
+    for _ in range(operations):
+        name = f"file-{noise.integers(6)}"
+        file, content = home / name, noise.bytes(int(noise.choice([0, 10, 5_000, 300_000])))
+        match int(noise.integers(8)):
+            case 0:
+                held[name], versions[name] = content, file.write(content)
+            case 1:
+                content = content[:5_000]
+                held[name], versions[name] = content, file.write(content, only_if=versions.get(name))
+            case 2:
+                with pytest.raises(Conflict):
+                    file.write("wrong", only_if=1 if name in held else 12345)
+            case 3:
+                (scratch / "up").write_bytes(content)
+                held[name], versions[name] = content, file.upload(scratch / "up")
+            case 4 if name in held:
+                assert file.fetch() == (held[name], versions[name])
+            case 5 if name in held:
+                assert file.download(scratch / "down").version == versions[name]
+                assert (scratch / "down").read_bytes() == held[name]
+            case 6 if name in held:
+                start = int(noise.integers(len(held[name]) + 1))
+                assert file.read_range(start, 1_000) == held[name][start : start + 1_000]
+            case _:
+                file.delete()
+                held.pop(name, None), versions.pop(name, None)
+        assert file.version() == versions.get(name)
+    assert {entry.place.name: entry.version for entry in home.list()} == versions
+    for name, content in held.items():
+        assert (home / name).read() == content
+
+
+def test_hundreds_of_operations_with_one_bad_answer_in_five(
+    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None
+) -> None:
+    def work(seed: int) -> None:
+        (tmp_path / str(seed)).mkdir()
+        one_worker(in_bucket / str(seed), tmp_path / str(seed), seed, operations=120)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert all(proxy.counts[kind] > 3 for kind in KINDS), proxy.counts
+    assert 0.17 < 1 - proxy.counts["passed"] / proxy.counts.total() < 0.23
+    in_bucket.delete_tree()
+    assert not in_bucket.is_folder()  # no part of an upload was left behind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_alone(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None, kind: str) -> None:
+    """Half of all answers bad in one way: corruption is found by its checksum, a lost answer is no conflict."""
+    proxy.odds = {kind: 0.5 if kind not in ("corrupted", "corrupted_upload") else 0.3}
+    version = None
+    for number in range(8):
+        version = (in_bucket / "marker").write(f"{number}" * 50, only_if=version)
+        assert (in_bucket / "marker").fetch() == (f"{number}".encode() * 50, version)
+    content = os.urandom(200_000)
+    (in_bucket / "large").write(content)
+    (in_bucket / "large").download(tmp_path / "large")
+    assert (tmp_path / "large").read_bytes() == content
+    assert proxy.counts[kind] > 0
+
+
+def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bucket: Place) -> None:
+    proxy.verifies_uploads, proxy.odds = False, {"corrupted_upload": 0.3, "lost": 0.2}
+    version = None
+    for number in range(20):
+        version = (in_bucket / "marker").write(f"{number}" * 50, only_if=version)
+        assert (in_bucket / "marker").fetch() == (f"{number}".encode() * 50, version)
+    assert proxy.counts["corrupted_upload"] > 2
+
+
+def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: Place) -> None:
+    proxy.odds = {}
+    theirs = (in_bucket / "marker").write("same", only_if=None)
+    proxy.odds = {"lost": 0.5}
+    for _ in range(10):
+        with pytest.raises(Conflict):
+            (in_bucket / "marker").write("same", only_if=None)
+    assert (in_bucket / "marker").version() == theirs
+
+
+def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: Place) -> None:
+    proxy.odds, proxy.retry_after = {"limited": 1.0}, "1"
+    threading.Timer(0.3, proxy.odds.clear).start()
+    began = time.monotonic()
+    (in_bucket / "file").write("x")
+    assert 1.0 < time.monotonic() - began < 3
+
+
+def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy.odds = {}
+    (in_bucket / "file").write("x" * 1000)
+    monkeypatch.setattr(retrying, "SILENCE", 0.3)
+    proxy.odds, proxy.slow_seconds = {"slow": 1.0}, 5.0
+    threading.Timer(0.2, proxy.odds.clear).start()
+    began = time.monotonic()
+    assert (in_bucket / "file").read() == b"x" * 1000
+    assert time.monotonic() - began < 3
+
+
+def test_a_file_that_always_arrives_damaged_is_never_kept(
+    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None
+) -> None:
+    proxy.odds = {}
+    (in_bucket / "file").write(os.urandom(200_000))
+    proxy.odds = {"corrupted": 1.0}
+    with pytest.raises(Interrupted) as error:
+        (in_bucket / "file").download(tmp_path / "new" / "file")
+    assert "arrived damaged 5 times (CRC32C)" in str(error.value) or "503" in str(error.value)
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
+    with running(tmp_path / "server") as server:
+        home = place(f"gs://{BUCKET}/run")
+        versions = [(home / "marker").write("0", only_if=None)]
+        server.stop()
+        threading.Timer(2.0, server.start).start()
+        began = time.monotonic()
+        versions.append((home / "marker").write("1", only_if=versions[0]))
+        assert 1.5 < time.monotonic() - began < 8
+        assert (home / "marker").fetch() == (b"1", versions[1])
+
+
+def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "DEADLINE", 0.6)
+    with running(tmp_path / "server") as server:
+        file = place(f"gs://{BUCKET}/x")
+        version = file.write("saved")
+        server.stop()
+        (tmp_path / "source").write_bytes(b"x" * 20)
+        acts = (Place.read, Place.list, Place.delete, lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source"))
+        for act in acts:
+            began = time.monotonic()
+            with pytest.raises(Interrupted) as error:
+                act(file)
+            assert str(error.value) == (
+                "gs://bucket/x: the storage did not answer for 0.6 s (connection refused); "
+                "what was saved before is intact, start the same command again"
+            )
+            assert time.monotonic() - began < 2
+        server.start()
+        assert file.fetch() == (b"saved", version)
+
+
+def test_a_busy_server_is_named_by_its_code(
+    proxy: FaultyProxy, in_bucket: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "DEADLINE", 0.3)
+    proxy.odds = {"unavailable": 1.0}
+    with pytest.raises(Interrupted, match=r"did not answer for 0\.3 s \(503 Service Unavailable\)"):
+        in_bucket.list()
+
+
+def test_another_deadline_for_a_while(proxy: FaultyProxy, in_bucket: Place) -> None:
+    proxy.odds = {"unavailable": 1.0}
+    with retrying.within(0.2), pytest.raises(Interrupted, match=r"did not answer for 0\.2 s"):
+        in_bucket.delete()
+    proxy.odds = dict(EVENLY)
+    in_bucket.delete()

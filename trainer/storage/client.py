@@ -1,0 +1,92 @@
+"""The one client of the process, who it speaks for, and what a refusal means."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from typing import Any
+
+import google.auth
+from google.api_core.exceptions import ClientError, GoogleAPICallError, NotFound
+from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.cloud import storage
+from requests.adapters import HTTPAdapter
+
+from trainer.errors import DataError
+
+THREADS = 16  # connections kept open; more threads than this open and close theirs
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_HOW = (
+    "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
+    "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
+)
+
+_clients: dict[tuple[int, str | None], Any] = {}
+_lock = threading.Lock()
+
+
+def client() -> Any:
+    """The `storage.Client` of this process, made at the first call; anonymous where no credentials are found.
+
+    Connections do not survive a fork and an emulator is another server: each has a client of its own.
+    """
+    key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
+    with _lock:
+        if key not in _clients:
+            _clients[key] = _connect(emulated=bool(key[1]))
+        return _clients[key]
+
+
+def _connect(emulated: bool) -> Any:
+    credentials, project = AnonymousCredentials(), None
+    if not emulated:
+        try:
+            credentials, project = google.auth.default(scopes=[_SCOPE])
+        except DefaultCredentialsError as error:
+            if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
+                raise DataError(f"GOOGLE_APPLICATION_CREDENTIALS: {str(error).splitlines()[0]}") from error
+    made = storage.Client(project=project, credentials=credentials)
+    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=THREADS)
+    made._http.mount("https://", adapter)  # as Google's own samples do: there is no public way
+    made._http.mount("http://", adapter)
+    return made
+
+
+def identity() -> str:
+    """Whom the storage sees."""
+    credentials = client()._credentials
+    kind = type(credentials).__module__
+    email = getattr(credentials, "service_account_email", None)
+    if isinstance(credentials, AnonymousCredentials):
+        return "nobody (anonymous)"
+    if "external_account" in kind:
+        pool = getattr(credentials, "_audience", None) or "unknown"
+        return f"workload identity pool {pool}" + (f" as service account {email}" if email else "")
+    if email:
+        return f"service account {email}"
+    account = getattr(credentials, "account", None)
+    return "application default credentials (" + (f"user {account}" if account else "user") + ")"
+
+
+def refused(error: Exception, address: str, permission: str, absent: str) -> DataError | None:
+    """The `DataError` that explains an error of Google's client; None where it is none of theirs.
+
+    `permission` is what the operation needs; `absent` what a 404 means.
+    """
+    if isinstance(error, NotFound):
+        return DataError(f"{address}: {absent}")
+    if isinstance(error, GoogleAPICallError) and error.code in (401, 403):
+        if isinstance(client()._credentials, AnonymousCredentials) and "STORAGE_EMULATOR_HOST" not in os.environ:
+            return DataError(f"{address}: is not public, and no credentials were found; {_HOW}")
+        named = re.findall(r"storage\.\w+\.\w+", str(error.message))
+        return DataError(
+            f"{address}: {identity()} lacks the permission {named[0] if named else permission} "
+            f"({int(error.code)}: {error.message})"
+        )
+    if isinstance(error, ClientError):
+        return DataError(f"{address}: the storage refused the request ({int(error.code or 0)}: {error.message})")
+    if isinstance(error, GoogleAuthError):
+        return DataError(f"{address}: {identity()} got no access token ({error}); {_HOW}")
+    return None

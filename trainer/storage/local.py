@@ -1,0 +1,189 @@
+"""Places on the local disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import DataError
+from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way
+from trainer.storage.files import sync
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LocalPlace(Place):
+    """A path on disk."""
+
+    path: Path
+    is_local = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> LocalPlace:
+        return LocalPlace(self.path / name)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def parent(self) -> LocalPlace:
+        return LocalPlace(self.path.parent)
+
+    def stat(self) -> Entry | None:
+        with self._reading():
+            try:
+                status = self.path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return self._entry(status) if self.path.is_file() else None
+
+    def is_folder(self) -> bool:
+        with self._reading():
+            return self.path.is_dir() and any(self.path.iterdir())
+
+    def fetch(self) -> tuple[bytes, int] | None:
+        with self._reading():
+            try:
+                with open(self.path, "rb") as file:
+                    return file.read(), _version(os.fstat(file.fileno()))
+            except FileNotFoundError:
+                return None
+
+    def read_range(self, start: int, length: int) -> bytes:
+        with self._reading(), open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
+        data = content.encode() if isinstance(content, str) else content
+        with self._beside() as beside:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            return self._put(beside, only_if)
+
+    def list(self, recursive: bool = True) -> Entries:
+        found = []
+        with self._reading():
+            for folder, folders, files in os.walk(self.path, onerror=_raise_unless_absent):
+                for name in files:
+                    path = Path(folder, name)
+                    if not on_its_way(name):
+                        with contextlib.suppress(FileNotFoundError):  # deleted while we looked
+                            found.append(LocalPlace(path)._entry(path.stat()))
+                if not recursive:
+                    folders.clear()
+        return sorted(found, key=lambda entry: str(entry.place).encode())
+
+    def folders(self) -> Places:
+        with self._reading():
+            if not self.path.is_dir():
+                return []
+            return [self / name for name in sorted(child.name for child in self.path.iterdir() if child.is_dir())]
+
+    def delete(self) -> None:
+        with contextlib.suppress(NotADirectoryError):
+            self.path.unlink(missing_ok=True)
+
+    def delete_tree(self) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(self.path)
+
+    def download(self, to: Path, expected: Entry | None = None) -> Entry:
+        entry = self.stat()
+        if entry is None:
+            raise self._absent()
+        if expected is not None and expected.version != entry.version:
+            raise DataError(f"{self}: was replaced after it was listed; list it again")
+        with LocalPlace(to)._beside() as beside:
+            with self._reading():
+                source = open(self.path, "rb")
+            with source, open(beside, "wb") as target:
+                shutil.copyfileobj(source, target, _BLOCK)
+            os.replace(beside, to)
+        return entry
+
+    def upload(self, source: Path) -> int:
+        with self._beside() as beside:
+            with LocalPlace(source)._reading():
+                file = open(source, "rb")
+            with file, open(beside, "wb") as target:
+                shutil.copyfileobj(file, target, _BLOCK)
+                target.flush()
+                os.fsync(target.fileno())
+            return self._put(beside, ANY)
+
+    def _entry(self, status: os.stat_result) -> Entry:
+        return Entry(self, status.st_size, _version(status))
+
+    def _absent(self) -> DataError:
+        return DataError(f"{self}: there is no such file")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise self._absent() from error
+            raise DataError(f"{error.filename or self}: cannot be read ({error.strerror or error})") from error
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[Path]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.name}.{os.getpid()}-{threading.get_ident()}")
+        try:
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _put(self, beside: Path, only_if: OnlyIf) -> int:
+        """Rename over, after a look at the version where the write is conditional.
+
+        Conditional writers hold the folder's lock between the look and the rename, so that of two only one finds
+        its version (other writers do not take it: a marker must be written conditionally by all). The time of
+        change is set by hand: the kernel's clock ticks in milliseconds and inodes come back, versions must not.
+        """
+        with self._lock(only_if is not ANY):
+            now = self.version()
+            if only_if is not ANY and now != only_if:
+                raise Conflict(f"{self}: changed since it was read")
+            changed = max((now or 0) + 1, time.time_ns())
+            os.utime(beside, ns=(changed, changed))
+            version = _version(beside.stat())
+            os.replace(beside, self.path)
+        sync(self.path.parent)
+        return version
+
+    @contextlib.contextmanager
+    def _lock(self, wanted: bool) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _version(status: os.stat_result) -> int:
+    return status.st_mtime_ns
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

@@ -1,0 +1,147 @@
+"""Files of a bucket on the local disk: fetched in parallel, verified, and kept for the next start on this machine."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from trainer.errors import DataError
+from trainer.storage.base import Entry
+from trainer.storage.files import write_json
+from trainer.storage.places import place
+
+TRANSFERS = 16  # files on their way at once
+REPORT_SECONDS = 5.0
+VERSIONS = ".versions.json"
+
+Note = Callable[[str], None]
+
+
+def is_remote(address: str | None) -> bool:
+    """Whether it names something in a bucket."""
+    return bool(address) and str(address).startswith("gs://")
+
+
+def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[], None]) -> str:
+    """The local path of a file, a folder, or a pattern (`gs://bucket/folder/*.tfrec`); a local address as it is.
+
+    Only what is not there in the same version is fetched; what the bucket no longer has is deleted here.
+
+    Args:
+        budget: bytes that this address may take on the disk.
+        note: told what is fetched, and every few seconds how far it is.
+        check: called often; raises to leave.
+
+    Raises:
+        DataError: there is nothing, it cannot be read, or it does not fit the budget.
+        Interrupted: the bucket does not answer.
+    """
+    if not is_remote(address):
+        return address
+    root, pattern = _root_and_pattern(address)
+    entries = _find(root, pattern)
+    folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
+    size = sum(entry.size for entry in entries.values())
+    if size > budget:
+        raise DataError(
+            f"{address} holds {size / 1e9:.1f} GB, more than the {budget / 1e9:.1f} GB of runtime.disk_budget_gb that "
+            f"{cache_dir} may take; raise it, or set runtime.cache_dir to a larger disk"
+        )
+    _fetch_missing(address, entries, folder, note, check)
+    return str(folder / pattern) if pattern else str(folder)
+
+
+def prepared_folder(data_dir: str, name: str) -> str:
+    """Where a dataset lies that TensorFlow Datasets prepared in a bucket (`gs://tfds-data/datasets` is the public one).
+
+    Args:
+        name: `beans`, `food101:2.0.0`, `dtd/config`, `dtd/config:3.0.1`; the newest version where none is named.
+
+    Raises:
+        DataError: it is not there.
+    """
+    builder, _, version = name.partition(":")
+    folder = place(data_dir) / builder
+    versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
+    if version and version not in versions:
+        versions = []
+    if not versions:
+        raise DataError(
+            f"{folder} holds no {f'version {version}' if version else 'prepared dataset'}; prepare it there, or give "
+            "data.data_dir=gs://tfds-data/datasets for the public ones"
+        )
+    return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
+
+
+def _root_and_pattern(address: str) -> tuple[str, str]:
+    """The folder above the first wildcard (or above a single file), and the rest."""
+    parts = address.rstrip("/").split("/")
+    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
+    if first == len(parts) and place(address).exists():
+        first -= 1
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def _find(root: str, pattern: str) -> dict[str, Entry]:
+    there = {str(e.place).removeprefix(f"{root}/"): e for e in place(root).list()}
+    found = {n: e for n, e in there.items() if not pattern or fnmatch.fnmatch(n, pattern)}
+    if not found:
+        what = f"nothing fits {root}/{pattern}" if pattern else f"there is nothing in {root}"
+        raise DataError(f"{what}; check the address (gcloud storage ls {root})")
+    return found
+
+
+def _fetch_missing(
+    address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]
+) -> None:
+    file = folder / VERSIONS
+    try:
+        have: dict[str, int] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        have = {}
+    missing = {
+        name: entry
+        for name, entry in entries.items()
+        if have.get(name) != entry.version or not _is_whole(folder / name, entry.size)
+    }
+    if not missing:
+        note(f"{address}: taken from {folder}, fetched before")
+        return
+    whole, done, count = sum(entry.size for entry in missing.values()), 0, 0
+    note(f"{address}: fetching {len(missing):,} files, {whole / 1e6:,.1f} MB, to {folder}")
+    began = last = time.monotonic()
+
+    def fetch(name: str) -> str:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        missing[name].place.download(target, expected=missing[name])
+        return name
+
+    with ThreadPoolExecutor(TRANSFERS, "staging") as pool:
+        try:
+            for future in as_completed([pool.submit(fetch, name) for name in sorted(missing)]):
+                name = future.result()
+                have[name] = missing[name].version
+                done, count = done + missing[name].size, count + 1
+                check()
+                if time.monotonic() - last > REPORT_SECONDS:
+                    last = time.monotonic()
+                    rate = done / 1e6 / (last - began)
+                    note(f"{address}: {count:,} of {len(missing):,} files, {rate:,.1f} MB/s")
+                    write_json(file, have)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            write_json(file, have)
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except OSError:
+        return False
