@@ -18,7 +18,7 @@ FLOORS = (
     {"errors", "contracts", "config", "config_differences", "config_faults", "randomness", "imaging"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
-    {"run", "command_line"},
+    {"run", "command_line", "local_copies"},
     {"start", "finish"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve"},

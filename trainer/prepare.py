@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,26 +23,33 @@ from trainer.data.records import RecordAt, index_shard
 from trainer.data.sources import open_dataset
 from trainer.data.writing import ImageSource, write_dataset
 from trainer.errors import ConfigError
+from trainer.local_copies import local_copies
+from trainer.storage.places import place
+from trainer.storage.staging import is_remote
 
 Progress = Callable[[int, int], None]
 
 
-def prepare(config: RunConfig, output: Path) -> None:
+def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
     """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
+
+    Of `part` (i, n) only every n-th shard is written; who finds all shards there finishes the dataset.
 
     Raises:
         DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
     """
+    cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
-        config.data,
+        local_copies(config, cache, _say, lambda _address: None).data,
         seed=config.seed,
-        cache_dir=Path(config.runtime.cache_dir).expanduser(),
+        cache_dir=cache,
         max_examples=config.debug.max_examples,
-        note=lambda text: print(text, flush=True),
+        note=_say,
     )
+    target = place(output if is_remote(output) else Path(output).expanduser())
     with _progress(config.runtime.progress) as progress:
         entries = write_dataset(
-            output,
+            target,
             dataset.name,
             dataset.class_names,
             {name: _examples(split, config.data.split_seed) for name, split in dataset.splits.items()},
@@ -50,14 +57,23 @@ def prepare(config: RunConfig, output: Path) -> None:
             workers=config.runtime.data_threads or os.cpu_count() or 1,
             progress=progress,
             on_error=config.data.on_error,
+            part=part,
+            scratch=cache / "prepared",
         )
+    if entries is None:
+        print(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
+        return
     skipped = [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]
     for fault in skipped:
         print(f"skipped {fault}")
-    print(_summary(dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), output))
+    print(
+        _summary(
+            dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), str(target)
+        )
+    )
 
 
-def _summary(dataset: Dataset, shards: int, images: int, size: int, output: Path) -> str:
+def _summary(dataset: Dataset, shards: int, images: int, size: int, output: str) -> str:
     return (
         f"{output} holds {images} images of {len(dataset.class_names)} classes in {shards} shards "
         f"({size / 2**20:.1f} MB); train on it: python -m trainer data=tfds data.root={output}"
@@ -109,7 +125,25 @@ def _run(arguments: list[str]) -> None:
         return
     if len(outputs) != 1 or not outputs[0]:
         raise ConfigError("say once where to write: python -m trainer.prepare data=... output=FOLDER")
-    prepare(load(composed), Path(outputs[0]).expanduser())
+    prepare(load(composed), outputs[0], _part(os.environ))
+
+
+def _part(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many pods this is: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
+    try:
+        pods = int(environment.get("WORKER_COUNT") or 1)
+        index = int(environment.get("JOB_COMPLETION_INDEX") or 0)
+    except ValueError:
+        raise ConfigError("JOB_COMPLETION_INDEX and WORKER_COUNT must be whole numbers") from None
+    if not 0 <= index < pods:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={index} is none of 0..{pods - 1}: set WORKER_COUNT to the Job's completions"
+        )
+    return index, pods
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ from trainer.contracts import Dataset, Split
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
 from trainer.errors import ConfigError, DataError
+from trainer.local_copies import local_copies
 from trainer.models.classifier import build_classifier
-from trainer.run import GIGABYTE, Run, from_chief, say, steps_of
+from trainer.run import Run, from_chief, say, steps_of
 from trainer.storage.places import place
 from trainer.storage.publisher import Publisher
-from trainer.storage.staging import is_remote, prepared_folder, stage
+from trainer.storage.staging import is_remote
 from trainer.training import variables
 from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
@@ -33,7 +34,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
     cache = Path(config.runtime.cache_dir).expanduser()
-    local = with_local_copies(config, cache, stop)
+    local = local_copies(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
     dataset = open_dataset(local.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
     if config.debug.overfit:
@@ -70,23 +71,6 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         attempts=Attempts(home.path / "checkpoints" / "attempts.json" if peers.is_chief else None),
         stop=stop,
         state=RunState(),
-    )
-
-
-def with_local_copies(config: RunConfig, cache: Path, stop: StopFlag) -> RunConfig:
-    """The same configuration with everything it reads on this machine's disk."""
-    budget = int(config.runtime.disk_budget_gb * GIGABYTE)
-
-    def local(address: str | None) -> str | None:
-        check = lambda: stop.check(f"while {address} was fetched")  # noqa: E731
-        return stage(address, cache, budget, say, check) if address else address
-
-    data: dict[str, str | None] = {key: local(getattr(config.data, key)) for key in ("root", "pattern")}
-    if is_remote(config.data.data_dir) and config.data.name:
-        data |= {"root": local(prepared_folder(str(config.data.data_dir), config.data.name)), "data_dir": None}
-    model = {"weights": local(config.model.weights)}
-    return config.model_copy(
-        update={"data": config.data.model_copy(update=data), "model": config.model.model_copy(update=model)}
     )
 
 

@@ -14,36 +14,29 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
+from trainer.data.dataset_folder import MANIFEST as MANIFEST
+from trainer.data.dataset_folder import DatasetFolder, ShardEntry
 from trainer.data.records import RecordAt, frame, read_image, serialize
 from trainer.errors import INTERRUPTED, DataError
+from trainer.storage.base import Place
+from trainer.storage.places import place
 
 ImageSource = str | Path | bytes | RecordAt
-MANIFEST = "kubetune_shards.json"
 SHARD_BYTES = 100 * 2**20  # of a shard where no number of shards is given
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """What one finished shard holds: a line of the manifest."""
+class Job:
+    """One shard to write."""
 
     file: str
-    count: int
-    bytes: int
-    crc32c: str  # hex, of the whole file
-    made_of: str  # hash of the images (by name, size and time) and labels it was written from
-    skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: Path
     examples: list[tuple[ImageSource, int]]
     made_of: str
     verify: bool
@@ -124,9 +117,9 @@ def _begin(counter: Any) -> None:
         threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(job: _Job) -> tuple[Path, ShardEntry]:
+def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
     """Write one shard beside its final name, under a name of its own: nobody else can be writing there."""
-    temporary, faults = job.path.with_name(f".{job.path.name}.{uuid.uuid4().hex}.tmp"), []
+    temporary, faults = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", []
     crc = size = count = 0
     with open(temporary, "wb") as file:
         for source, label in job.examples:
@@ -144,55 +137,19 @@ def _write_shard(job: _Job) -> tuple[Path, ShardEntry]:
                 _done.value += 1
         file.flush()
         os.fsync(file.fileno())
-    return temporary, ShardEntry(job.path.name, count, size, f"{crc:08x}", job.made_of, tuple(faults))
-
-
-def _commit(folder: Path, temporary: Path, entry: ShardEntry) -> None:
-    """Make a written shard visible, with its record beside it."""
-    os.replace(temporary, folder / entry.file)
-    _write_json(folder / f".{entry.file}.json", asdict(entry))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def _crc_of(path: Path) -> str:
-    crc = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**22):
-            crc = google_crc32c.extend(crc, piece)
-    return f"{crc:08x}"
-
-
-def _finished(folder: Path) -> dict[str, ShardEntry]:
-    """The entries of shards that were written before, by file name."""
-    found = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).exists() else []
-    found += [json.loads(path.read_text()) for path in folder.glob(".*.json")]
-    return {entry["file"]: ShardEntry(**{**entry, "skipped": tuple(entry["skipped"])}) for entry in found}
-
-
-def _is_there(folder: Path, entry: ShardEntry | None, made_of: str, on_error: str) -> bool:
-    if entry is None or entry.made_of != made_of or (entry.skipped and on_error == "fail"):
-        return False
-    if not (folder / entry.file).is_file():
-        return False
-    return os.path.getsize(folder / entry.file) == entry.bytes and _crc_of(folder / entry.file) == entry.crc32c
+    return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults))
 
 
 def _plan(
-    folder: Path,
     name: str,
     class_names: Sequence[str],
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
     shards: int | None,
     verify: bool,
-) -> dict[str, list[_Job]]:
+) -> dict[str, list[Job]]:
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
-    plan: dict[str, list[_Job]] = {}
+    plan: dict[str, list[Job]] = {}
     for split, examples in splits.items():
         count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
         bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
@@ -201,32 +158,16 @@ def _plan(
             part = list(examples[bounds[number] : bounds[number + 1]])
             facts = [list(class_names), verify, [(_identity(source), int(label)) for source, label in part]]
             made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-            path = folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-            plan[split].append(_Job(path, part, made_of, verify))
+            file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+            plan[split].append(Job(file, part, made_of, verify))
     return plan
-
-
-def _make_room(folder: Path, expected: set[str]) -> None:
-    """Create the folder; refuse one that holds anything but an earlier try at the same dataset."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        known = {MANIFEST, "dataset_info.json", "features.json", "label.labels.txt"} | expected
-        ours = (f"{MANIFEST}.tmp", *(f".{name}." for name in expected))
-        strange = sorted(p.name for p in folder.iterdir() if p.name not in known and not p.name.startswith(ours))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written to: {error.strerror}; give an empty folder") from None
-    if strange:
-        raise DataError(
-            f"{folder} holds other files ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}); "
-            "give an empty folder, or one where the same dataset was begun"
-        )
 
 
 def _silent(_done: int, _total: int) -> None: ...
 
 
 def write_dataset(
-    folder: str | Path,
+    folder: str | Path | Place,
     name: str,
     class_names: Sequence[str],
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
@@ -236,82 +177,91 @@ def write_dataset(
     progress: Callable[[int, int], None] = _silent,
     verify: bool = True,
     on_error: str = "fail",
-) -> list[ShardEntry]:
+    part: tuple[int, int] = (0, 1),
+    scratch: Path | None = None,
+) -> list[ShardEntry] | None:
     """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
 
-    Each shard is written beside its name, flushed, then renamed; its record (count, bytes, CRC32C) is kept, and a
-    shard whose record still fits is not written again: start the same command again to go on. JPEG and PNG bytes
-    stay as they are, anything else becomes PNG.
+    Each shard is written beside its name, flushed, then made visible in one act; its record (count, bytes, CRC32C) is
+    kept, and a shard whose record still fits is not written again: start the same command again to go on. JPEG and PNG
+    bytes stay as they are, anything else becomes PNG.
 
     Args:
+        folder: here or in a bucket.
         splits: for each split (image, label) pairs in the order of the records; empty splits are left out.
         shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
         workers: processes; 1 writes in this one.
         progress: called with the images done and their total number.
         verify: decode every image with Pillow first.
         on_error: "fail", or "skip" to leave out images that cannot be decoded.
+        part: (i, n): write every n-th shard from the i-th on. Who finds all shards there writes the metadata.
+        scratch: where shards for a bucket are written before they are copied.
 
     Returns:
-        The manifest, in the order of the splits.
+        The manifest, in the order of the splits; None where shards of other parts are not there yet.
 
     Raises:
         DataError: the folder is taken or cannot be written; an image is missing or (on_error="fail") cannot be decoded.
     """
-    folder = Path(folder)
+    out = DatasetFolder(folder if isinstance(folder, Place) else place(folder), scratch)
     name = re.sub(r"\W+", "_", name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:
-        plan = _plan(folder, name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify)
+        plan = _plan(name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     jobs = [job for parts in plan.values() for job in parts]
-    _make_room(folder, {job.path.name for job in jobs})
-    before = _finished(folder)
-    entries = {
-        job.path.name: before[job.path.name]
-        for job in jobs
-        if _is_there(folder, before.get(job.path.name), job.made_of, on_error)
-    }
-    todo = [job for job in jobs if job.path.name not in entries]
+    out.make_room({job.file for job in jobs})
+    before = out.entries()
+
+    def fits(job: Job, entry: ShardEntry | None) -> bool:
+        known = entry is not None and entry.made_of == job.made_of and not (entry.skipped and on_error == "fail")
+        return known and entry is not None and out.holds(entry)
+
+    entries = {job.file: before[job.file] for job in jobs if fits(job, before.get(job.file))}
+    mine = [job for number, job in enumerate(jobs) if number % part[1] == part[0]]
+    todo = [job for job in mine if job.file not in entries]
     if todo:  # until the last shard is there nobody must take the folder for a dataset
-        (folder / "dataset_info.json").unlink(missing_ok=True)
-    total, ready = sum(len(job.examples) for job in jobs), sum(len(j.examples) for j in jobs if j.path.name in entries)
+        out.forget_metadata()
+    total, ready = sum(len(job.examples) for job in mine), sum(len(j.examples) for j in mine if j.file in entries)
     faults: list[str] = []
     bad: list[str] = []  # shards that cannot be: a fault where none may be, or not one good image
-    for temporary, entry in _run(todo, workers, lambda done: progress(ready + done, total)):
+    for temporary, entry in _run(todo, out.scratch, workers, lambda done: progress(ready + done, total)):
         faults += entry.skipped
         if entry.skipped and (on_error == "fail" or not entry.count):
             bad.append(entry.file)
             temporary.unlink()
         else:
-            _commit(folder, temporary, entry)
+            out.commit(temporary, entry)
             entries[entry.file] = entry
     if bad:
         raise DataError(
             f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be decoded; repair or remove "
             f"{'them' if len(faults) > 1 else 'it'}, or set data.on_error=skip:\n  " + "\n  ".join(sorted(faults)[:5])
         )
-    manifest = [entries[job.path.name] for job in jobs]
-    _write_json(folder / MANIFEST, [asdict(entry) for entry in manifest])
-    for path in (*folder.glob(".*.json"), *folder.glob(".*.tmp")):
-        path.unlink()
-    _write_metadata(folder, name, class_names, {s: [entries[j.path.name] for j in jobs] for s, jobs in plan.items()})
     progress(total, total)
-    return manifest
+    if part[1] > 1:  # others may have written theirs meanwhile
+        now = out.entries()
+        entries = {job.file: now[job.file] for job in jobs if fits(job, now.get(job.file))}
+    if len(entries) < len(jobs):
+        return None
+    manifest = {split: [entries[job.file] for job in parts] for split, parts in plan.items()}
+    out.finish(name, class_names, manifest)
+    return [entry for parts in manifest.values() for entry in parts]
 
 
-def _run(jobs: list[_Job], workers: int, progress: Callable[[int], None]) -> Any:
+def _run(jobs: list[Job], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
     """Yield the temporary file and the entry of each job as it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that holds TensorFlow's threads may hang
     counter = context.Value("q", 0)
     if workers <= 1 or len(jobs) <= 1:
         _share(counter)
         for job in jobs:
-            yield _write_shard(job)
+            yield _write_shard(job, folder)
             progress(counter.value)
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin, initargs=(counter,)) as pool:
-        waiting = {pool.submit(_write_shard, job) for job in jobs}
+        waiting = {pool.submit(_write_shard, job, folder) for job in jobs}
         try:
             while waiting:
                 ended, waiting = wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
@@ -320,30 +270,3 @@ def _run(jobs: list[_Job], workers: int, progress: Callable[[int], None]) -> Any
                     yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _write_metadata(folder: Path, name: str, class_names: Sequence[str], splits: dict[str, list[ShardEntry]]) -> None:
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="tfrecord")
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[entry.count for entry in entries],
-            num_bytes=sum(entry.bytes for entry in entries),
-            filename_template=template.replace(split=split),
-        )
-        for split, entries in splits.items()
-    ]
-    features = {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=list(class_names)),
-    }
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features,
-        split_infos=infos,
-        filename_template=template,
-        version="1.0.0",
-        check_data=False,
-    )
