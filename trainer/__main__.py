@@ -5,19 +5,47 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from trainer.cluster.discovery import discover
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.preflight import meet
 from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
-from trainer.config import load, without_regularisation
+from trainer.config import RunConfig, load, without_regularisation
 from trainer.config_differences import in_common
 from trainer.errors import ConfigError
 from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 
+LOOK_SECONDS = 15.0  # between two looks at the output folder while others are waited for
+
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+class _FinishedMeanwhile(Exception):
+    """The others have ended well: nobody will come."""
+
+
+def _look_around(config: RunConfig, stop: StopFlag) -> Callable[[], None]:
+    """What a worker that waits for the others looks for: a signal, and that the run is finished."""
+    looked = time.monotonic()
+
+    def look() -> None:
+        nonlocal looked
+        stop.check("while waiting for the other workers")
+        if time.monotonic() - looked > LOOK_SECONDS:
+            looked = time.monotonic()
+            if is_finished(config):
+                raise _FinishedMeanwhile
+
+    return look
+
+
+def _say_finished(config: RunConfig) -> None:
+    _say(
+        f"{config.output_dir} is finished already (it holds DONE); its report is {config.output_dir}/report/index.html"
+    )
 
 
 def _train(arguments: list[str]) -> None:
@@ -29,19 +57,20 @@ def _train(arguments: list[str]) -> None:
     config = without_regularisation(config) if config.debug.overfit else config
     cluster = discover(os.environ)
     if is_finished(config):
-        print(f"{config.output_dir} is finished already (it holds DONE); "
-              f"its report is {config.output_dir}/report/index.html")  # fmt: skip
-        return
+        return _say_finished(config)
     if cluster.size > 1 and not config.output_dir:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
     stop = StopFlag()
-    peers = meet(cluster, config.runtime.start_timeout, _say, lambda: stop.check("while waiting for the other workers"))
+    try:
+        peers = meet(cluster, config.runtime.start_timeout, _say, _look_around(config, stop))
+    except _FinishedMeanwhile:
+        return _say_finished(config)
     peers.on_stop = stop.told
     stop.on_signal = lambda name: peers.tell_stop(f"{name} on worker {peers.index}")
     with peers.together():
         peers.agree("configuration", in_common(config))
         peers.agree("code", versions() | {"source": source_digest()})
-        home = open_run_folder(config) if peers.is_chief else follow_run_folder(config)
+        home = open_run_folder(config, cluster.size) if peers.is_chief else follow_run_folder(config)
         with quiet_start():
             from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
 

@@ -53,7 +53,9 @@ class Emulator:
 
     def make_bucket(self, name: str = BUCKET) -> None:
         body = f'{{"name": "{name}"}}'.encode()
-        request = urllib.request.Request(f"{self.url}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"}
+        )
         urllib.request.urlopen(request, timeout=5).close()
 
 

@@ -29,11 +29,12 @@ class FaultyProxy:
     """Stands before `upstream`; `odds` maps kinds to probabilities and may be changed at any time.
 
     `counts` says how often each kind (and "passed") was done. A kind that a request cannot suffer (a body cannot be
-    cut where there is none) becomes "unavailable", so that the share of bad answers is what was asked for.
+    cut where there is none) becomes `instead`, so that the share of bad answers is what was asked for.
     """
 
     def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0) -> None:
         self.upstream, self.odds = upstream, odds
+        self.instead = "unavailable"
         self.retry_after = "0"
         self.slow_seconds = 0.02
         self.verifies_uploads = True  # as the real storage does and the emulator does not
@@ -55,7 +56,7 @@ class FaultyProxy:
             left, kind = self._noise.random(), "passed"
             for candidate, probability in self.odds.items():
                 if (left := left - probability) < 0:
-                    kind = candidate if candidate in possible else "unavailable"
+                    kind = candidate if candidate in possible else self.instead
                     break
             self.counts[kind] += 1
             return kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trainer.storage.places import Conflict, Place, place
 
 
 @pytest.fixture
-def proxy(emulator: Emulator):
+def proxy(emulator: Emulator) -> Iterator[FaultyProxy]:
     with faults(emulator.url, seed=7) as proxy, environment(proxy.url):
         yield proxy
 
@@ -76,7 +77,7 @@ def test_hundreds_of_operations_with_one_bad_answer_in_five(
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, range(3)))
-    assert all(proxy.counts[kind] > 3 for kind in KINDS), proxy.counts
+    assert all(proxy.counts[kind] for kind in KINDS), proxy.counts
     assert 0.17 < 1 - proxy.counts["passed"] / proxy.counts.total() < 0.23
     in_bucket.delete_tree()
     assert not in_bucket.is_folder()  # no part of an upload was left behind
@@ -140,10 +141,9 @@ def test_a_file_that_always_arrives_damaged_is_never_kept(
 ) -> None:
     proxy.odds = {}
     (in_bucket / "file").write(os.urandom(200_000))
-    proxy.odds = {"corrupted": 1.0}
-    with pytest.raises(Interrupted) as error:
+    proxy.odds, proxy.instead = {"corrupted": 1.0}, "passed"
+    with pytest.raises(Interrupted, match=r"arrived damaged 5 times \(CRC32C\); start the same command again"):
         (in_bucket / "file").download(tmp_path / "new" / "file")
-    assert "arrived damaged 5 times (CRC32C)" in str(error.value) or "503" in str(error.value)
     assert os.listdir(tmp_path / "new") == []
 
 
@@ -166,7 +166,8 @@ def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         version = file.write("saved")
         server.stop()
         (tmp_path / "source").write_bytes(b"x" * 20)
-        acts = (Place.read, Place.list, Place.delete, lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source"))
+        acts: list[Callable[[Place], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.delete()]
+        acts += [lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source")]
         for act in acts:
             began = time.monotonic()
             with pytest.raises(Interrupted) as error:

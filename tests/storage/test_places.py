@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -13,7 +15,7 @@ import pytest
 from tests.storage.emulator import BUCKET
 from trainer.errors import ConfigError, DataError
 from trainer.storage import bucket
-from trainer.storage.places import Conflict, Entry, LocalPlace, Place, place
+from trainer.storage.places import Conflict, Entry, Place, place
 
 
 def names(entries: list[Entry]) -> list[str]:
@@ -131,7 +133,9 @@ def test_one_of_many_conditional_writers_wins(home: Place) -> None:
 def test_listing(home: Place) -> None:
     for name in ("a/b/2", "a/b/10", "a/b/c/d", "a/bc", "a/b.x", "z"):
         (home / name).write(name)
-    assert [str(entry.place) for entry in (home / "a/b").list()] == [f"{home}/a/b/{name}" for name in ("10", "2", "c/d")]
+    assert [str(entry.place) for entry in (home / "a/b").list()] == [
+        f"{home}/a/b/{name}" for name in ("10", "2", "c/d")
+    ]
     assert names((home / "a/b").list(recursive=False)) == ["10", "2"]
     assert names((home / "a").list()) == ["b.x", "10", "2", "d", "bc"]
     assert names(home.list(recursive=False)) == ["z"]
@@ -197,7 +201,7 @@ def test_a_download_of_what_was_replaced_says_so_and_leaves_nothing(home: Place,
     (home / "file").write("22")
     with pytest.raises(DataError, match="was replaced"):
         (home / "file").download(tmp_path / "new" / "file", entry)
-    assert os.listdir(tmp_path / "new") == []
+    assert list(tmp_path.glob("new/*")) == []
 
 
 def test_a_failed_download_leaves_the_file_that_was_there(home: Place, tmp_path: Path) -> None:
@@ -210,7 +214,7 @@ def test_a_failed_download_leaves_the_file_that_was_there(home: Place, tmp_path:
 
 def test_what_is_absent_says_so(home: Place) -> None:
     kind = "file" if home.is_local else "object"
-    for act in (Place.read, Place.size, lambda file: file.download(Path("never"))):
+    for act in (lambda f: f.read(), lambda f: f.size(), lambda f: f.download(Path("never"))):
         with pytest.raises(DataError) as error:
             act(home / "absent")
         assert str(error.value) == f"{home}/absent: there is no such {kind}"
@@ -219,7 +223,9 @@ def test_what_is_absent_says_so(home: Place) -> None:
 def test_no_such_bucket_says_so(in_bucket: Place, tmp_path: Path) -> None:  # noqa: ARG001
     file = place("gs://nobody-has-this/a")
     (tmp_path / "x").write_text("x")
-    for act in (Place.read, Place.list, Place.is_folder, lambda f: f.write("x"), lambda f: f.upload(tmp_path / "x")):
+    acts: list[Callable[[Place], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.is_folder()]
+    acts += [lambda f: f.folders(), lambda f: f.write("x"), lambda f: f.upload(tmp_path / "x")]
+    for act in acts:
         with pytest.raises(DataError) as error:
             act(file)
         assert str(error.value) == "gs://nobody-has-this/a: there is no such bucket, or it is not yours to see"
@@ -233,12 +239,17 @@ def test_a_local_file_that_cannot_be_read(tmp_path: Path) -> None:
         place(f"gs://{BUCKET}/x").upload(tmp_path / "nowhere")
 
 
-def test_writing_to_a_full_disk_is_an_os_error() -> None:
-    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as full:
-        full.write(b"x")
-        full.flush()
-    with pytest.raises(NotADirectoryError):
-        LocalPlace(Path("/dev/full/x")).write("x")
+def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
+    file = place(tmp_path / "file")
+    file.write("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.write(b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read() == b"before" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_conditional_write_is_for_small_content(in_bucket: Place, small_parts: None) -> None:

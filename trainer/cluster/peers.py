@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer.cluster.discovery import Cluster
 from trainer.cluster.wire import Wire
-from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
+from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError, last_words
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
@@ -213,7 +213,7 @@ class Peers:
             self._committing.acquire(timeout=COMMIT_SECONDS)
             word = "interrupted" if code == INTERRUPTED else "error"
             try:
-                print(f"{word}: {message}", file=sys.stderr, flush=True)
+                last_words(f"{word}: {message}")
                 self.on_end(code, message)
                 sys.stdout.flush()
             finally:

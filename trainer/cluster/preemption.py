@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from trainer.errors import INTERRUPTED, ToldToStop
+from trainer.errors import INTERRUPTED, ToldToStop, last_words
 
 
 class StopFlag:
@@ -63,8 +63,8 @@ class StopFlag:
                 name = signal.Signals(number).name
                 self._signals += 1
                 if self._signals > 1:
-                    os.write(2, f"\n{name}: stopping at once\n".encode())
+                    last_words(f"\n{name}: stopping at once")
                     os._exit(INTERRUPTED)
                 self.told(name)
-                os.write(2, f"\n{name}: saving at the next step, then stopping (again to stop at once)\n".encode())
+                last_words(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
                 self.on_signal(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import os
 import threading
 import uuid
@@ -280,7 +279,9 @@ class BucketPlace(Place):
                 )  # fmt: skip
             except PreconditionFailed as error:
                 # A try before this one may have been done although its answer was lost: then the write is ours.
-                there = client().bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
+                there = (
+                    client().bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
+                )
                 if there is None or (there.metadata or {}).get(_OURS) != ours:
                     raise Conflict(f"{self}: changed since it was read") from error
                 blob = there

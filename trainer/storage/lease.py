@@ -64,7 +64,7 @@ class Lease:
         self.folder = folder
         self._state, self._version, self._renewed_at = state, version, taken_at
         self._lost: str | None = None
-        self._writing = threading.RLock()
+        self._writing, self._committing = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew_always, name="lease", daemon=True)
 
@@ -88,11 +88,11 @@ class Lease:
         the commit may have been done: the next holder sees which.
         """
         text = content.decode() if isinstance(content, bytes) else content
-        with self._writing:
+        with self._committing:
             self.check()
             marker = self.folder / name
             commit = _Commit(name, text, marker.version())
-            self._write(commit)
+            self._write(commit)  # from here on it is renewed with the commit in it, also while the next line waits
             try:
                 return marker.write(text, only_if=commit.replaces)
             except Conflict as error:
@@ -122,12 +122,12 @@ class Lease:
         self.release()
 
     def _write(self, commit: _Commit | None) -> None:
-        """Renew, with a commit to carry along. Raises `Interrupted` where the lease is another's."""
+        """Renew, with a new commit or the last one. Raises `Interrupted` where the lease is another's."""
         place = self.folder / NAME
         with self._writing:
             if self._lost:
                 raise Interrupted(f"{self.folder}: {self._lost}")
-            state = replace(self._state, renewed=_now(), commit=commit)
+            state = replace(self._state, renewed=_now(), commit=commit or self._state.commit)
             while True:
                 began = time.monotonic()
                 try:
@@ -143,13 +143,14 @@ class Lease:
             self._state, self._renewed_at = state, began
 
     def _renew_always(self) -> None:
-        every = self._state.seconds / 3
-        while not self._ended.wait(every) and self._lost is None:
+        every = pause = self._state.seconds / 3
+        while not self._ended.wait(pause) and self._lost is None:
+            pause = every
             try:
                 with within(every):
-                    self._write(self._state.commit)
-            except Interrupted:
-                continue  # lost, and noted; or no answer, and `check` counts the seconds
+                    self._write(None)
+            except Interrupted:  # lost, and noted; or no answer, and `check` counts the seconds
+                pause = every / 10
             except (DataError, OSError) as error:
                 self._lost = f"the lease cannot be renewed ({error})"
 

@@ -20,7 +20,7 @@ import yaml
 import trainer
 from trainer.config import RunConfig, load
 from trainer.config_differences import differences
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.files import write_json, write_whole
 from trainer.storage.lease import Lease
 from trainer.storage.lease import take as take_lease
@@ -112,7 +112,7 @@ def _fresh_folder(name: str | None) -> Path:
     raise ConfigError("outputs/ holds a thousand runs of this second; give output_dir=FOLDER")
 
 
-def _hold(folder: Path) -> TextIO:
+def _hold(folder: Path, workers: int) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115  held until the process ends
@@ -122,7 +122,8 @@ def _hold(folder: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        raise ConfigError(
+        kind = Interrupted if workers > 1 else ConfigError
+        raise kind(
             f"output_dir={folder}: another process ({lock.read().strip() or 'unknown'}) is training into it; "
             "give another output_dir or wait until it ends"
         ) from None
@@ -132,16 +133,18 @@ def _hold(folder: Path) -> TextIO:
     return lock
 
 
-def open_run_folder(config: RunConfig) -> RunFolder:
+def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
     """Take the folder that `config.output_dir` names, or a new one under outputs/.
 
     Raises:
         ConfigError: it belongs to another run, to another process, to no run at all, or `resume` forbids it.
+        Interrupted: one of several workers finds another process there: most likely its own predecessor on a node
+            that hangs, which is not for long.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
     remote = place(address) if is_remote(address) else None
     path = _scratch(config, address) if remote else Path(address).expanduser()
-    lock = _hold(path)
+    lock = _hold(path, workers)
     publisher = Publisher(path, remote, _lease(remote) if remote else None)
     try:
         publisher.fetch()

@@ -1,0 +1,159 @@
+"""What a refusal says: who was refused, which permission is missing, how to get credentials."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from trainer.errors import DataError
+from trainer.storage import client
+from trainer.storage.places import Place, place
+
+POOL = "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/pool/providers/cluster"
+HOW = (
+    "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
+    "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
+)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Gives out tokens as Google's token server does; whoever then asks for an object is refused."""
+
+    status, message, tokens = 403, "no", True
+
+    def do_request(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/token":
+            status: int = 200 if self.tokens else 400
+            answer: dict = {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
+            answer = answer if self.tokens else {"error": "invalid_grant", "error_description": "account disabled"}
+        else:
+            status, answer = self.status, {"error": {"code": self.status, "message": self.message, "errors": []}}
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_request
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A server in place of storage.googleapis.com, and a machine without credentials."""
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{made.server_port}"
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("API_ENDPOINT_OVERRIDE", url)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(client, "_clients", {})
+    monkeypatch.setattr(Refusing, "status", 403)
+    yield url
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def service_account(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    credentials = {"type": "service_account", "client_email": "trainer@project.iam.gserviceaccount.com"}
+    credentials |= {"private_key": key.decode(), "token_uri": f"{server}/token", "project_id": "project"}
+    use(credentials, tmp_path, monkeypatch)
+
+
+def use(credentials: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "credentials.json").write_text(json.dumps(credentials))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(folder / "credentials.json"))
+
+
+def refusal(act: Callable[[Place], object], address: str = "gs://b/x") -> str:
+    with pytest.raises(DataError) as error:
+        act(place(address))
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("act", "permission"),
+    [
+        (lambda file: file.read(), "storage.objects.get"),
+        (lambda file: file.exists(), "storage.objects.get"),
+        (lambda file: file.list(), "storage.objects.list"),
+        (lambda file: file.delete(), "storage.objects.delete"),
+        (lambda file: file.write("x"), "storage.objects.create (storage.objects.delete as well, to replace)"),
+    ],
+)
+def test_a_service_account_without_the_permission(
+    service_account: None, act: Callable[[Place], object], permission: str
+) -> None:
+    message = refusal(act)
+    begin = (
+        f"gs://b/x: service account trainer@project.iam.gserviceaccount.com lacks the permission {permission} (403: "
+    )
+    assert message.startswith(begin)
+
+
+def test_the_permission_that_the_storage_names_is_passed_on(
+    service_account: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refusing, "message", "a@b does not have storage.objects.delete access to the object.")
+    assert "lacks the permission storage.objects.delete (403: " in refusal(lambda file: file.write("x"))
+
+
+def test_a_user(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
+    use(user, tmp_path, monkeypatch)
+    assert client.identity() == "application default credentials (user)"
+    assert server
+
+
+def test_a_workload_identity_pool(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("from the cluster")
+    pool = {"type": "external_account", "audience": POOL, "token_url": f"{server}/token"}
+    pool |= {"subject_token_type": "urn:ietf:params:oauth:token-type:jwt"}
+    use(pool | {"credential_source": {"file": str(tmp_path / "token")}}, tmp_path, monkeypatch)  # type: ignore[operator]
+    assert client.identity() == f"workload identity pool {POOL}"
+
+
+def test_no_credentials_at_all(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(Refusing, "status", 401)
+    expected = f"gs://b/x: is not public, and no credentials were found; {HOW}"
+    assert refusal(lambda file: file.read()) == expected
+    assert client.identity() == "nobody (anonymous)"
+
+
+def test_credentials_that_are_not_there(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    assert refusal(lambda file: file.read()) == "GOOGLE_APPLICATION_CREDENTIALS: File /nowhere/key.json was not found."
+
+
+def test_credentials_that_were_withdrawn(service_account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refusing, "tokens", False)
+    message = refusal(lambda file: file.read())
+    assert message.startswith("gs://b/x: service account trainer@project.iam.gserviceaccount.com got no access token (")
+    assert "account disabled" in message and message.endswith(HOW)
+
+
+def test_what_is_refused_is_not_tried_again(service_account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answer = Refusing.do_request
+    monkeypatch.setattr(Refusing, "do_GET", lambda self: (asked.append(self.path), answer(self)))
+    refusal(lambda file: file.read())
+    assert len(asked) == 1
