@@ -47,7 +47,7 @@ def finish(job: Run) -> None:
         job.peers.from_chief("done")
         return
     job.peers.go_on_alone()
-    names = tuple(job.dataset.splits[split].name_of(int(i)) for i in indices)
+    names = tuple(job.name_of(split, int(i)) for i in indices)
     result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
 
     say("exporting")
@@ -145,7 +145,7 @@ def samples(job: Run) -> Samples:
 def undecodable(job: Run) -> list[str]:
     """Examples that counted for nothing (data.on_error=skip), with the reason."""
     return [
-        f"{job.dataset.splits[name].name_of(index)}: {reason}"
+        f"{job.name_of(name, index)}: {reason}"
         for name, opened in sorted(job.opened.items())
         for index, reason in sorted(opened.bad.items())
     ]

@@ -13,21 +13,30 @@ GIGABYTE = 1024**3
 
 def local_copies(
     config: RunConfig, cache_dir: Path, note: Callable[[str], None], check: Callable[[str], None]
-) -> RunConfig:
+) -> tuple[RunConfig, dict[str, str]]:
     """The same configuration with local paths for the data and the weights; `check(address)` may raise to leave.
+
+    Returns:
+        it, and what is where: local path -> address.
 
     Raises:
         DataError, Interrupted: as `trainer.storage.staging.stage`.
     """
     budget = int(config.runtime.disk_budget_gb * GIGABYTE)
+    where: dict[str, str] = {}
 
     def local(address: str | None) -> str | None:
-        return stage(address, cache_dir, budget, note, lambda: check(address)) if address else address
+        if not address or not is_remote(address):
+            return address
+        path = stage(address, cache_dir, budget, note, lambda: check(address))
+        where[path] = address.rstrip("/")
+        return path
 
     data: dict[str, str | None] = {key: local(getattr(config.data, key)) for key in ("root", "pattern")}
     if is_remote(config.data.data_dir) and config.data.name:
         data |= {"root": local(prepared_folder(str(config.data.data_dir), config.data.name)), "data_dir": None}
     model = {"weights": local(config.model.weights)}
-    return config.model_copy(
+    local_config = config.model_copy(
         update={"data": config.data.model_copy(update=data), "model": config.model.model_copy(update=model)}
     )
+    return local_config, where

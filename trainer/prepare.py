@@ -40,7 +40,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     """
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
-        local_copies(config, cache, _say, lambda _address: None).data,
+        local_copies(config, cache, _say, lambda _address: None)[0].data,
         seed=config.seed,
         cache_dir=cache,
         max_examples=config.debug.max_examples,

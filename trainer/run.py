@@ -52,6 +52,7 @@ class Run:
     loaded: dict[str, np.ndarray] = field(default_factory=dict)  # a checkpoint not yet taken into an optimizer
     saved_step: int = 0
     opened: dict[str, Pixels] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)  # local copy -> the address it was fetched from
 
     def pixels(self, split: str) -> Pixels:
         """The decoded images of a split; the first call may fill a cache."""
@@ -74,6 +75,14 @@ class Run:
                 check=lambda: self.stop.check(f"while the {split} images were decoded"),
             )
         return self.opened[split]
+
+    def name_of(self, split: str, index: int) -> str:
+        """The file or record of an example, as the user knows it."""
+        name = self.dataset.splits[split].name_of(index)
+        for path, address in self.where.items():
+            if name.startswith(f"{path}/"):
+                return address + name[len(path) :]
+        return name
 
     @property
     def replicas(self) -> int:

@@ -34,7 +34,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
     cache = Path(config.runtime.cache_dir).expanduser()
-    local = local_copies(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
+    local, where = local_copies(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
     dataset = open_dataset(local.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
     if config.debug.overfit:
@@ -71,6 +71,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         attempts=Attempts(home.path / "checkpoints" / "attempts.json" if peers.is_chief else None),
         stop=stop,
         state=RunState(),
+        where=where,
     )
 
 
