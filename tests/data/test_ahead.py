@@ -61,9 +61,17 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 class Strict(ShardCache):
-    """Holds nothing but what is required at this moment."""
+    """Holds nothing but what is required at this moment. In the place of every other shard stands an empty file: what a
+    pipeline then reads is lost, and noted.
+    """
 
     largest = 0
+
+    def nothing_else(self, pinned: set[str]) -> None:
+        for name in self.entries.keys() - pinned:
+            self._here.pop(name, None)
+            (self.folder / "empty").touch()
+            (self.folder / "empty").rename(self.folder / name)  # who has the shard open goes on reading it
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
         names = tuple(names)
@@ -72,9 +80,7 @@ class Strict(ShardCache):
         with self._changed:
             pinned = {name for some in self._pinned.values() for name in some}
             self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
-            for name in set(self._here) - pinned:
-                del self._here[name]
-                (self.folder / name).unlink()
+            self.nothing_else(pinned)
         return waited
 
 
@@ -87,6 +93,8 @@ def arriving(
     budget = int(part * sum(entry.size for entry in entries.values()))
     cache = kind(str(home), entries, OwnFolder(folder, str(home)), budget, print, lambda: None)
     assert not list(cache.folder.iterdir())
+    if isinstance(cache, Strict):
+        cache.nothing_else(set())
     shards = tuple(Shard(str(cache.folder / Path(s.path).name), s.count, s.start, s.stop) for s in split.shards)
     there = Split("train", split.labels, shards=shards)
     return opened(there, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
@@ -121,25 +129,27 @@ ALL = {"batch_size": 8, "replicas": 1, "seed": 5, "window": 100, "first_epoch": 
 @pytest.mark.parametrize(
     ("changes", "call", "part"),
     [
-        ({}, 1, 0.4),
+        ({"first_step": 200}, 1, 0.4),
         ({}, 7, 0.4),
         ({"window": 7}, 3, 0.4),
-        ({"window": 300, "first_epoch": 2, "first_step": 100}, 5, 0.6),
-        ({"window": 5000}, 4, 1.0),
+        ({"window": 300, "first_epoch": 2, "first_step": 150}, 5, 0.6),
         ({"batch_size": 20, "replicas": 2, "window": 60, "augmentation": AUGMENTED}, 2, 0.5),
-        ({"shuffle": False, "first_step": 241}, 4, 1.0),
-        ({"share": Share(1, 2), "window": 3, "first_step": 9}, 3, 0.4),
+        ({"shuffle": False, "first_step": 200}, 4, 1.0),
+        ({"share": Share(1, 2), "window": 3, "first_step": 200}, 3, 0.4),
         ({"share": Share(0, 2), "window": 90}, 3, 0.4),
         ({"share": Share(1, 3, "file"), "batch_size": 12, "window": 50, "first_step": 40}, 4, 0.4),
         ({"share": Share(0, 2, "file"), "window": 64, "augmentation": AUGMENTED}, 5, 0.5),
     ],
 )
-def test_three_epochs_open_only_what_was_required(
+def test_a_pipeline_opens_only_what_was_required(
     split: Split, tmp_path: Path, changes: dict[str, object], call: int, part: float
 ) -> None:
     options = {**ALL, "augmentation": Augmentation(), **changes}
     steps = steps_per_epoch(split, options["batch_size"], options.get("share", ALONE))  # type: ignore[arg-type]
-    steps = 3 * steps - 5 if not changes.get("first_step") else steps + 20
+    if call == 7:
+        steps = 3 * steps - 5
+    else:  # across the end of an epoch
+        options["first_step"], steps = options["first_step"] or steps - 60, 120
     strict = arriving(split, tmp_path, part)
     there = taken(strict, steps, call, **options)
     assert strict.bad == {}
@@ -156,12 +166,8 @@ def test_with_one_block_less_a_shard_would_be_missing(
     monkeypatch.setattr(ahead, "BLOCKS_AHEAD", 0)
     monkeypatch.setattr("trainer.data.pipeline.rows_ahead", lambda *_: 0)
     strict = arriving(split, tmp_path)
-    with pytest.raises(AssertionError):
-        assert_same(
-            taken(strict, 300, augmentation=Augmentation(), **ALL),
-            taken(opened(split, "none", tmp_path, size=SIDE), 300, augmentation=Augmentation(), **ALL),
-        )
-    assert strict.bad
+    taken(strict, 100, 10, augmentation=Augmentation(), **ALL)
+    assert len(Path(strict.failures.name).read_text().splitlines()) > 50
 
 
 @pytest.mark.parametrize(("part", "share"), [(1.0, ALONE), (0.3, ALONE), (1.0, Share(1, 3))])
@@ -191,7 +197,7 @@ def test_an_evaluation_opens_only_what_was_required(
 def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.order.STRETCH", 64)
     monkeypatch.setattr(ahead, "STRETCH", 64)
-    strict, here = arriving(split, tmp_path, 0.2), opened(split, "none", tmp_path, size=SIDE)
+    strict, here = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
     np.testing.assert_array_equal(strict.rows(indices), here.rows(indices))
     assert strict.bad == {}
@@ -229,17 +235,17 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
     assert pixels.bad == {}
 
 
-@pytest.mark.parametrize(("window", "batch"), itertools.product([1, 13, 400, 9999], [6, 60]))
+@pytest.mark.parametrize(("window", "batch"), [(1, 6), (13, 60), (400, 6), (9999, 60)])
 @pytest.mark.parametrize("share", [ALONE, Share(0, 2), Share(2, 3), Share(1, 2, "file"), Share(2, 3, "file")], ids=str)
 def test_the_blocks_are_those_of_the_pipeline(split: Split, window: int, batch: int, share: Share) -> None:
     steps = steps_per_epoch(split, batch, share)
     firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
-    for (epoch, step), shuffle in itertools.product(firsts, (True, False)):
+    for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
         options = {
             "batch_size": batch, "seed": 3, "window": window, "first_epoch": epoch, "first_step": step,
             "shuffle": shuffle, "share": share,
         }  # fmt: skip
-        block, number = tf.function(training_blocks(split, **options)), 0  # type: ignore[arg-type]
+        block, number = training_blocks(split, **options), 0  # type: ignore[arg-type]
         for rows, shards in itertools.islice(training_reads(split, **options), 6):  # type: ignore[arg-type]
             made = block(tf.constant(number, tf.int64))
             while not len(made["index"]):
