@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import absl.logging
 import pytest
+
+# absl takes sys.stderr as it finds it, which is pytest's own file, and closes that when Hydra configures logging.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
 

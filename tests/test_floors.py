@@ -19,7 +19,7 @@ FLOORS = (
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
     {"run", "command_line", "local_copies"},
-    {"start", "finish"},
+    {"start", "finish", "planning"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve"},
 )

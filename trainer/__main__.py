@@ -13,7 +13,7 @@ from trainer.cluster.preflight import meet
 from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
 from trainer.config import RunConfig, load, without_regularisation
 from trainer.config_differences import in_common
-from trainer.errors import ConfigError
+from trainer.errors import INTERRUPTED, ConfigError
 from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 
 LOOK_SECONDS = 15.0  # between two looks at the output folder while others are waited for
@@ -67,6 +67,11 @@ def _train(arguments: list[str]) -> None:
         return _say_finished(config)
     peers.on_stop = stop.told
     stop.on_signal = lambda name: peers.tell_stop(f"{name} on worker {peers.index}")
+    # Until the run can be saved there is nothing to save: importing TensorFlow takes longer than some grace periods.
+    stop.on_told = lambda reason: peers.end(
+        INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
+    )
+    stop.check("before training began")
     with peers.together():
         peers.agree("configuration", in_common(config))
         peers.agree("code", versions() | {"source": source_digest()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import ROOT, SMALL, run
+from tests.e2e.running import ROOT, SMALL, run, start
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,18 @@ def test_multirun_reports_the_job_that_failed(tmp_path: Path) -> None:
     result = run("-m", "data=image_folder", f"data.root={tmp_path}/none", "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
     assert result.returncode == 2
     assert "ended with exit code 2; its message is above" in result.stderr
+
+
+def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
+    child = start(*SMALL, f"output_dir={tmp_path / 'run'}")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "config.yaml").exists():  # written right before the import
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert time.monotonic() - began < 3
+    assert "interrupted: SIGTERM before training began; nothing is lost. Start the same command again to go on" in err

@@ -37,5 +37,5 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of milliseconds, a deadline of seconds."""
     monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(retrying, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE", 0.05)
     monkeypatch.setattr(retrying, "DEADLINE", 15.0)

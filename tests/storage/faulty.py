@@ -67,7 +67,7 @@ class FaultyProxy:
             index, bit = self._noise.randrange(start, end), self._noise.randrange(8)
         return body[:index] + bytes([body[index] ^ (1 << bit)]) + body[index + 1 :]
 
-    def _handler(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+    def _handler(proxy) -> type[BaseHTTPRequestHandler]:  # `self` is the handler's
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True

@@ -68,8 +68,9 @@ def one_worker(home: Place, scratch: Path, seed: int, operations: int) -> None:
         assert (home / name).read() == content
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_hundreds_of_operations_with_one_bad_answer_in_five(
-    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None
+    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path
 ) -> None:
     def work(seed: int) -> None:
         (tmp_path / str(seed)).mkdir()
@@ -84,7 +85,8 @@ def test_hundreds_of_operations_with_one_bad_answer_in_five(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_alone(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None, kind: str) -> None:
+@pytest.mark.usefixtures("small_parts")
+def test_each_kind_alone(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, kind: str) -> None:
     """Half of all answers bad in one way: corruption is found by its checksum, a lost answer is no conflict."""
     proxy.odds = {kind: 0.5 if kind not in ("corrupted", "corrupted_upload") else 0.3}
     version = None
@@ -136,9 +138,8 @@ def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: Place, monkeypatc
     assert time.monotonic() - began < 3
 
 
-def test_a_file_that_always_arrives_damaged_is_never_kept(
-    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, small_parts: None
-) -> None:
+@pytest.mark.usefixtures("small_parts")
+def test_a_file_that_always_arrives_damaged_is_never_kept(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path) -> None:
     proxy.odds = {}
     (in_bucket / "file").write(os.urandom(200_000))
     proxy.odds, proxy.instead = {"corrupted": 1.0}, "passed"

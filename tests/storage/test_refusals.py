@@ -100,9 +100,8 @@ def refusal(act: Callable[[Place], object], address: str = "gs://b/x") -> str:
         (lambda file: file.write("x"), "storage.objects.create (storage.objects.delete as well, to replace)"),
     ],
 )
-def test_a_service_account_without_the_permission(
-    service_account: None, act: Callable[[Place], object], permission: str
-) -> None:
+@pytest.mark.usefixtures("service_account")
+def test_a_service_account_without_the_permission(act: Callable[[Place], object], permission: str) -> None:
     message = refusal(act)
     begin = (
         f"gs://b/x: service account trainer@project.iam.gserviceaccount.com lacks the permission {permission} (403: "
@@ -110,9 +109,8 @@ def test_a_service_account_without_the_permission(
     assert message.startswith(begin)
 
 
-def test_the_permission_that_the_storage_names_is_passed_on(
-    service_account: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("service_account")
+def test_the_permission_that_the_storage_names_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Refusing, "message", "a@b does not have storage.objects.delete access to the object.")
     assert "lacks the permission storage.objects.delete (403: " in refusal(lambda file: file.write("x"))
 
@@ -144,14 +142,17 @@ def test_credentials_that_are_not_there(server: str, monkeypatch: pytest.MonkeyP
     assert refusal(lambda file: file.read()) == "GOOGLE_APPLICATION_CREDENTIALS: File /nowhere/key.json was not found."
 
 
-def test_credentials_that_were_withdrawn(service_account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("service_account")
+def test_credentials_that_were_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Refusing, "tokens", False)
     message = refusal(lambda file: file.read())
     assert message.startswith("gs://b/x: service account trainer@project.iam.gserviceaccount.com got no access token (")
-    assert "account disabled" in message and message.endswith(HOW)
+    assert "account disabled" in message
+    assert message.endswith(HOW)
 
 
-def test_what_is_refused_is_not_tried_again(service_account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("service_account")
+def test_what_is_refused_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     answer = Refusing.do_request
     monkeypatch.setattr(Refusing, "do_GET", lambda self: (asked.append(self.path), answer(self)))

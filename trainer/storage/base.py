@@ -25,7 +25,7 @@ OnlyIf = int | None | Literal[_Any.ANY]
 Entries = list["Entry"]  # by these names: inside a place, `list` is its method
 Places = list["Place"]
 
-# Files on their way: `.name.<process>-<thread>` beside a local file, `.parts-<token>` beside a large object.
+# Files on their way: `.name.<digits>-<digits>` beside a local file, `.parts-<token>` beside a large object.
 _BESIDE = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 

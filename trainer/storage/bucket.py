@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-import threading
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,17 +13,18 @@ from typing import Any, TypeVar
 import google_crc32c
 from google.api_core.exceptions import NotFound, PreconditionFailed
 
-from trainer.errors import DataError, Interrupted
+from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way
 from trainer.storage.client import client, refused
 from trainer.storage.local import LocalPlace
 from trainer.storage.retrying import Damaged, Limits, persist, within
+from trainer.storage.transfers import decoded, file_crc32c, together, write_at
 
 LARGE = 32 << 20  # bytes above which a download goes in chunks
 CHUNK = 16 << 20  # bytes of a chunk
 PART = 8 << 20  # bytes up to which an upload is one request; above, it goes in parts
 MOST_PARTS = 32  # that one compose request joins
-AT_ONCE = 8  # requests of one transfer at the same time
+MEMORY = 256 << 20  # bytes of parts held at the same time
 CLEANING = 10.0  # seconds given to deleting the parts of an upload
 DAMAGED_FILES = 5  # times that a large file may arrive damaged
 
@@ -35,7 +32,6 @@ _OURS = "kubetune-write"  # metadata: which write made this version
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"
 _NO_BUCKET = "there is no such bucket, or it is not yours to see"
 Result = TypeVar("Result")
-Item = TypeVar("Item")
 
 
 class _Replaced(DataError):
@@ -56,7 +52,7 @@ class BucketPlace(Place):
     def __truediv__(self, name: str) -> BucketPlace:
         parts = [part for part in f"{self.key}/{name}".split("/") if part not in ("", ".")]
         if ".." in parts:
-            raise DataError(f"{self}/{name}: '..' means nothing in a bucket; write the whole address")
+            raise ConfigError(f"{self}/{name}: '..' means nothing in a bucket; write the whole address")
         return replace(self, key="/".join(parts))
 
     @property
@@ -169,7 +165,7 @@ class BucketPlace(Place):
         while token is not None:
             page, _, token = self._page(token, "")
             found += page
-        _together(lambda entry: entry.place.delete(), found)
+        together(lambda entry: entry.place.delete(), found)
 
     def _blob(self, generation: int | None = None) -> Any:
         return client().bucket(self.bucket).blob(self.key, generation=generation)
@@ -196,7 +192,7 @@ class BucketPlace(Place):
         return _Replaced(f"{self}: was replaced or deleted while it was read")
 
     def _entry(self, blob: Any) -> Entry:
-        return Entry(self, int(blob.size), int(blob.generation), _decoded(blob.crc32c))
+        return Entry(self, int(blob.size), int(blob.generation), decoded(blob.crc32c))
 
     def _page(self, token: str | None, delimiter: str, most: int | None = None) -> tuple[Entries, set[str], str | None]:
         """One page of what is below, the prefixes in it, and the token of the next page (None at the end)."""
@@ -221,7 +217,7 @@ class BucketPlace(Place):
                 data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=limits, retry=None)
             except NotFound:
                 return None
-            if google_crc32c.value(data) != _decoded(blob.crc32c):
+            if google_crc32c.value(data) != decoded(blob.crc32c):
                 raise Damaged("CRC32C differs")
             return data, int(blob.generation)
 
@@ -251,14 +247,14 @@ class BucketPlace(Place):
         def chunk(start: int) -> None:
             length = min(CHUNK, entry.size - start)
             data = self._do("storage.objects.get", lambda limits: self._slice(entry, start, length, limits))
-            _write_at(file.fileno(), data, start)
+            write_at(file.fileno(), data, start)
 
         with open(to, "wb") as file:
             if entry.size <= LARGE:
                 file.write(self._pinned(entry))
                 return True
             file.truncate(entry.size)
-            _together(chunk, range(0, entry.size, CHUNK))
+            together(chunk, range(0, entry.size, CHUNK))
         return file_crc32c(to) == entry.crc32c
 
     def _send(self, data: bytes, only_if: OnlyIf) -> int:
@@ -285,7 +281,7 @@ class BucketPlace(Place):
                 if there is None or (there.metadata or {}).get(_OURS) != ours:
                     raise Conflict(f"{self}: changed since it was read") from error
                 blob = there
-            if _decoded(blob.crc32c) != crc:  # only a server that does not verify (an emulator) gets here
+            if decoded(blob.crc32c) != crc:  # only a server that does not verify (an emulator) gets here
                 condition = None if condition is None else int(blob.generation)
                 raise Damaged("CRC32C of what was stored differs")
             return int(blob.generation)
@@ -314,53 +310,14 @@ class BucketPlace(Place):
             return self._entry(blob)
 
         try:
-            generations = _together(send, range(len(starts)))
+            generations = together(send, range(len(starts)), most=max(1, MEMORY // length))
             made = self._do("storage.objects.create and storage.objects.get", join)
         finally:
             with contextlib.suppress(DataError, Interrupted), within(CLEANING):
-                _together(lambda name: name.delete(), names)
+                together(lambda name: name.delete(), names)
         whole = google_crc32c.value(b"")
         for start in starts:
             whole = google_crc32c.extend(whole, content(start, min(length, size - start)))
         if (made.size, made.crc32c) != (size, whole):
             raise DataError(f"{self}: the source changed while it was uploaded")
         return made.version
-
-
-def file_crc32c(path: Path) -> int:
-    """CRC32C of a local file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = google_crc32c.extend(crc, block)
-    return crc
-
-
-def _decoded(crc32c: str | None) -> int | None:
-    """The number in the storage's base64, big-endian notation."""
-    return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
-
-
-def _write_at(file: int, data: bytes, start: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, start)
-        view, start = view[written:], start + written
-
-
-def _together(do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`do` for every item, `AT_ONCE` at a time, with the caller's deadline; the first error stops what has not begun."""
-    stop = threading.Event()
-
-    def one(item: Item, context: Any) -> Result | None:
-        if stop.is_set():
-            return None
-        try:
-            return context.run(do, item)
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(one, item, copy_context()) for item in items]
-    return [future.result() for future in futures]  # type: ignore[misc]  # None only where another raises

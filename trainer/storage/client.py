@@ -9,7 +9,8 @@ from typing import Any
 
 import google.auth
 from google.api_core.exceptions import ClientError, GoogleAPICallError, NotFound
-from google.auth.credentials import AnonymousCredentials
+from google.auth import external_account
+from google.auth.credentials import AnonymousCredentials, Credentials, with_scopes_if_required
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud import storage
 from requests.adapters import HTTPAdapter
@@ -40,10 +41,14 @@ def client() -> Any:
 
 
 def _connect(emulated: bool) -> Any:
-    credentials, project = AnonymousCredentials(), None
+    credentials: Credentials = AnonymousCredentials()
+    project = None
     if not emulated:
         try:
-            credentials, project = google.auth.default(scopes=[_SCOPE])
+            # With the scope given here, identity federation would ask Google for the project's name, which objects
+            # do not need and a closed network does not allow.
+            credentials, project = google.auth.default()
+            credentials = with_scopes_if_required(credentials, [_SCOPE])
         except DefaultCredentialsError as error:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
                 raise DataError(f"GOOGLE_APPLICATION_CREDENTIALS: {str(error).splitlines()[0]}") from error
@@ -51,19 +56,22 @@ def _connect(emulated: bool) -> Any:
     adapter = HTTPAdapter(pool_connections=4, pool_maxsize=THREADS)
     made._http.mount("https://", adapter)  # as Google's own samples do: there is no public way
     made._http.mount("http://", adapter)
+    made._bucket_metadata_cache = None  # or it asks for storage.buckets.get behind our back, for traces nobody reads
     return made
 
 
 def identity() -> str:
     """Whom the storage sees."""
     credentials = client()._credentials
-    kind = type(credentials).__module__
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
         return "nobody (anonymous)"
-    if "external_account" in kind:
-        pool = getattr(credentials, "_audience", None) or "unknown"
-        return f"workload identity pool {pool}" + (f" as service account {email}" if email else "")
+    if isinstance(credentials, external_account.Credentials):
+        return f"workload identity pool {credentials.info['audience']}" + (
+            f" as service account {email}" if email else ""
+        )
+    if email == "default":  # its name is asked for with the first token
+        return "the default service account of this pod or machine"
     if email:
         return f"service account {email}"
     account = getattr(credentials, "account", None)
@@ -77,13 +85,16 @@ def refused(error: Exception, address: str, permission: str, absent: str) -> Dat
     """
     if isinstance(error, NotFound):
         return DataError(f"{address}: {absent}")
-    if isinstance(error, GoogleAPICallError) and error.code in (401, 403):
-        if isinstance(client()._credentials, AnonymousCredentials) and "STORAGE_EMULATOR_HOST" not in os.environ:
+    denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
+    if denied or isinstance(error, GoogleAuthError):  # the second: after a 401 the client asks for a new token
+        anonymous = isinstance(client()._credentials, AnonymousCredentials)
+        if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and no credentials were found; {_HOW}")
+    if isinstance(error, GoogleAPICallError) and denied:
         named = re.findall(r"storage\.\w+\.\w+", str(error.message))
         return DataError(
             f"{address}: {identity()} lacks the permission {named[0] if named else permission} "
-            f"({int(error.code)}: {error.message})"
+            f"({int(error.code or 0)}: {error.message})"
         )
     if isinstance(error, ClientError):
         return DataError(f"{address}: the storage refused the request ({int(error.code or 0)}: {error.message})")

@@ -19,6 +19,7 @@ machines:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -94,10 +95,13 @@ class Lease:
             commit = _Commit(name, text, marker.version())
             self._write(commit)  # from here on it is renewed with the commit in it, also while the next line waits
             try:
-                return marker.write(text, only_if=commit.replaces)
+                version = marker.write(text, only_if=commit.replaces)
             except Conflict as error:
                 self._lost = f"{marker} was changed by another process"
                 raise Interrupted(f"{self.folder}: {self._lost}; nothing more is published here") from error
+            with self._writing:  # the next renewal forgets it: a marker that is deleted later must stay deleted
+                self._state = replace(self._state, commit=None)
+            return version
 
     def release(self) -> None:
         """Give the lease back, so that the next run need not wait; no error where it was lost or cannot be told."""
@@ -194,10 +198,8 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
 
 
 def _carry_out(folder: Place, commit: _Commit) -> None:
-    try:
+    with contextlib.suppress(Conflict):  # it was done
         (folder / commit.name).write(commit.content, only_if=commit.replaces)
-    except Conflict:
-        pass  # it was done
 
 
 def _now() -> str:

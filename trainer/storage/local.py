@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class LocalPlace(Place):
             raise DataError(f"{self}: was replaced after it was listed; list it again")
         with LocalPlace(to)._beside() as beside:
             with self._reading():
-                source = open(self.path, "rb")
+                source = open(self.path, "rb")  # noqa: SIM115 - closed below; errors of writing must stay OSError
             with source, open(beside, "wb") as target:
                 shutil.copyfileobj(source, target, _BLOCK)
             os.replace(beside, to)
@@ -118,7 +118,7 @@ class LocalPlace(Place):
     def upload(self, source: Path) -> int:
         with self._beside() as beside:
             with LocalPlace(source)._reading():
-                file = open(source, "rb")
+                file = open(source, "rb")  # noqa: SIM115 - as above
             with file, open(beside, "wb") as target:
                 shutil.copyfileobj(file, target, _BLOCK)
                 target.flush()
@@ -143,7 +143,8 @@ class LocalPlace(Place):
     @contextlib.contextmanager
     def _beside(self) -> Iterator[Path]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.name}.{os.getpid()}-{threading.get_ident()}")
+        # By chance, not by thread: on a disk that several pods share, processes and threads have the same numbers.
+        beside = self.path.with_name(f".{self.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
         try:
             yield beside
         finally:

@@ -87,7 +87,7 @@ def passing(error: Exception) -> str | None:
     if isinstance(error, GoogleAPICallError):
         limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
         if error.code in _TRANSIENT_CODES or limited:
-            return f"{int(error.code)} {http.client.responses.get(int(error.code), '')}".strip()
+            return f"{int(error.code or 0)} {http.client.responses.get(int(error.code or 0), '')}".strip()
         return None
     if isinstance(error, RefreshError):
         return "no access token" if error.retryable else None

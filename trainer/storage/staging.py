@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.storage.base import Entry
+from trainer.storage.base import Entry, on_its_way
 from trainer.storage.files import write_json
 from trainer.storage.places import place
 
 TRANSFERS = 16  # files on their way at once
 REPORT_SECONDS = 5.0
+ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer is taken for left behind
 VERSIONS = ".versions.json"
 
 Note = Callable[[str], None]
@@ -53,6 +54,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
             f"{address} holds {size / 1e9:.1f} GB, more than the {budget / 1e9:.1f} GB of runtime.disk_budget_gb that "
             f"{cache_dir} may take; raise it, or set runtime.cache_dir to a larger disk"
         )
+    _drop_strangers(folder, pattern, entries)
     fetch_missing(address, entries, folder, note, check)
     return str(folder / pattern) if pattern else str(folder)
 
@@ -137,6 +139,19 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
         finally:
             pool.shutdown(cancel_futures=True)
             write_json(file, have)
+
+
+def _drop_strangers(folder: Path, pattern: str, entries: dict[str, Entry]) -> None:
+    """Delete what the bucket no longer has, and what killed transfers left; a fresh one may be another process's."""
+    for file in list(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_file() or name == VERSIONS or name in entries:
+            continue
+        unfinished = on_its_way(name)
+        if unfinished and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
+            continue
+        if unfinished or not pattern or fnmatch.fnmatch(name, pattern):
+            file.unlink(missing_ok=True)
 
 
 def _is_whole(file: Path, size: int) -> bool:

@@ -1,0 +1,68 @@
+"""A run whose data and output are in a bucket against the same run on the local disk.
+
+    python -m benchmarks.storage
+
+The bucket is a fake-gcs-server on loopback, so what is measured is the work of our side, not a network. Prints, as
+ratios within one pass: the time until the first step, the time of an epoch, and the time that checkpoints stall
+training, published behind the training and waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.storage.emulator import running
+from trainer.storage.places import place
+
+RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fine_tune.epochs=6", "export.formats=[]",
+       "runtime.checkpoint_every='10 steps'", "runtime.progress=lines")  # fmt: skip
+
+
+def seconds_of(data: str, output: str, cache: Path) -> dict[str, float]:
+    """The ledger of one run, and the mean time of an epoch."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "trainer", *RUN, f"data.root={data}", f"output_dir={output}"]
+    subprocess.run(command, check=True, env={**os.environ, "KUBETUNE_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
+    report = json.loads((place(output) / "report" / "report.json").read_text())
+    steps = sum(phase["epochs"] for phase in report["phases"].values())
+    return {**report["timing"]["seconds"], "epoch": report["timing"]["seconds"]["train"] / steps,
+            "whole": time.monotonic() - began}  # fmt: skip
+
+
+def main() -> None:
+    """Local, bucket with an empty cache, bucket again on the same node; interleaved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as scratch_name:
+        scratch = Path(scratch_name)
+        prepare = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={scratch}/digits", "data.shards=8"]
+        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, list[dict[str, float]]] = {"local": [], "bucket, first": [], "bucket, again": []}
+        with running(scratch / "objects"):
+            for file in (scratch / "digits").glob("[!.]*"):
+                (place("gs://bucket/digits") / file.name).upload(file)
+            for turn in range(rounds):
+                own = scratch / f"cache-{turn}"
+                found["local"].append(seconds_of(f"{scratch}/digits", f"{scratch}/run-{turn}", scratch / "local"))
+                for name in ("bucket, first", "bucket, again"):
+                    output = f"gs://bucket/runs/{turn}-{name[8:]}"
+                    found[name].append(seconds_of("gs://bucket/digits", output, own))
+    for what in ("start", "epoch", "checkpoint", "whole"):
+        local = [run[what] for run in found["local"]]
+        for name in ("bucket, first", "bucket, again"):
+            ratios = [run[what] / base for run, base in zip(found[name], local, strict=True)]
+            print(f"{what}: {name} / local {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
+                  f"local {statistics.median(local):.2f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

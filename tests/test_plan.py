@@ -1,0 +1,187 @@
+"""`python -m trainer.plan`: it says what a run would do, and does nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.data.pictures import fill_folder
+from tests.storage.emulator import BUCKET, running
+from trainer import plan
+from trainer.command_line import compose, exit_code_of
+from trainer.config import load
+from trainer.data.digits import digits_folder
+from trainer.storage.places import place
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.state import RunState
+
+Planned = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parent.parent
+# Determinism is for the whole process, and this one has other tests to run.
+HERE = ("runtime.deterministic=false",)
+
+
+@pytest.fixture
+def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
+    """Run a plan in this process: exit code, stdout with blanks and line ends as one blank each, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = exit_code_of(plan._run, [*arguments, *HERE])
+        out, err = capsys.readouterr()
+        return code, " ".join(out.split()), err
+
+    return call
+
+
+def everything_in(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in [folder, *folder.rglob("*")]}
+
+
+def begin_run(folder: Path, *arguments: str) -> None:
+    """What a run leaves that was stopped in its second phase, at step 240."""
+    folder.mkdir()
+    config = load(compose([*arguments, f"output_dir={folder}", *HERE]) or {})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    state = RunState(phase=1, epoch=6, step=240, phase_step=40)
+    CheckpointFolder(folder / "checkpoints", 2, print).save(state.to_json(), {"w": np.zeros(2, np.float32)}, None)
+
+
+def test_the_quickstart(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainer.plan", "--plot=net.png", "--summary", "output_dir=new", "seed=7"]
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for expected in (
+        "changed seed = 7 (was 42)",
+        "output_dir new: new",
+        "workers 1, this process alone",
+        "devices one CPU, float32",
+        "classes 10: 0, 1, 2, 3, 4 and 5 more",
+        "decoded train: 8.7 MB, kept in memory",
+        "head 200 5 12,810 0/154 none adam 0.001 constant",
+        "fine_tune 1,000 25 394,858 154/154 all adam 0.001 cosine, warm-up 80",
+        "1,200 steps at most, 40 an epoch; 423,018 parameters in all, the head included",
+        "head avg pooling, 1,280 -> 10, 12,810 parameters",
+    ):
+        assert expected in lines
+    for name, count in (("train", "1,257"), ("validation", "180"), ("test", "360")):
+        assert any(line.startswith(f"{name} {count} examples in 1 shard, ") for line in lines)
+    assert "block_16_project_BN" in done.stdout  # of --summary
+    plain = done.stdout[: done.stdout.index("Model:")].splitlines()
+    assert max(map(len, plain)) <= 100
+    assert [line for line in plain if line != line.rstrip()] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.png"]
+    with Image.open(tmp_path / "net.png") as picture:
+        assert picture.format == "PNG"
+        assert 800 <= picture.width <= 2000
+        assert 800 <= picture.height <= 2000
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0x25, 0x63, 0xEB), (0xD8, 0xDE, 0xE6)} <= colours  # something trains, something is frozen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("training.batch_size=30", "training.accumulate=4"), "cannot be shared evenly by 1 replicas in 4 pieces each"),
+        (("training.batch=30",), "training.batch: "),
+        (("model.backbone=MobileNetV7",), "model.backbone=MobileNetV7: there is no such backbone. Did you mean"),
+        (("phases.head.thaw=from_block:block_99",), "MobileNetV2 has no such block."),
+        (("data=image_folder", "data.root=gone"), "data.root=gone does not exist"),
+        (("model.weights=gone.weights.h5",), "model.weights=gone.weights.h5 does not exist"),
+        (("warm_start=gone",), "warm_start=gone: there is no checkpoint; give the output_dir of a run"),
+        (("training.class_weights={eleven: 2.0}",), "training.class_weights names eleven; the classes are 0, 1"),
+        (("--plot=",), "say once where to draw the network: --plot=FILE.png"),
+        (("-m", "seed=1,2"), "a plan is of one run: leave --multirun out"),
+    ],
+)
+def test_what_a_run_would_end_with_is_exit_2(planned: Planned, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = planned(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_a_run_that_would_go_on_is_told_and_left_alone(planned: Planned, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    begin_run(folder)
+    before = everything_in(folder)
+    code, out, err = planned(f"output_dir={folder}")
+    assert (code, err) == (0, "")
+    assert f"{folder}: holds this run: it would go on at step 240, phase fine_tune" in out
+    assert f"write output ✓ {folder}: a probe was written and deleted" in out
+
+    code, out, err = planned(f"output_dir={folder}", "seed=43")
+    assert code == 2
+    refused = f"output_dir={folder} holds a run with another configuration; give another one, or the same values:"
+    assert err == f"error: {refused}\n  seed: 42 -> 43\n"
+    assert "1,200 steps at most" in out  # the rest of the plan all the same
+
+    code, _, err = planned(f"output_dir={folder}", "resume=never")
+    assert (code, "resume=never, but output_dir=" in err) == (2, True)
+    now = everything_in(folder)
+    assert now.keys() == before.keys()
+    assert {k: v for k, v in now.items() if k != "."} == {k: v for k, v in before.items() if k != "."}
+
+    (folder / "DONE").write_text("")
+    code, out, err = planned(f"output_dir={folder}")
+    assert (code, err) == (0, "")
+    assert "finished already (it holds DONE): the run would end at once" in out
+
+
+def test_a_bucket_that_is_not_there_is_named(planned: Planned, tmp_path: Path) -> None:
+    with running(tmp_path / "buckets"):
+        code, out, err = planned("output_dir=gs://missing/run")
+        assert code == 2
+        assert "write output ✗ gs://missing/run" in out
+        assert "no such bucket" in err
+
+
+def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: Path) -> None:
+    local = digits_folder(tmp_path / "made")
+    with running(tmp_path / "buckets"):
+        there = place(f"gs://{BUCKET}/digits")
+        for file in local.iterdir():
+            (there / file.name).upload(file)
+        cache, output = tmp_path / "cache", f"gs://{BUCKET}/runs/1"
+        asked = ("data=tfds", f"data.root={there}", "model=glyphs_mobilenet_v2", f"output_dir={output}")
+        code, out, err = planned(*asked, f"runtime.cache_dir={cache}")
+        assert (code, err) == (0, "")
+        size = sum(file.stat().st_size for file in local.iterdir()) / 1e6
+        assert f"bucket {there}: would fetch {len(list(local.iterdir()))} files, {size:.1f} MB, to {cache}" in out
+        assert "train 1,257 examples in 1 shard" in out
+        assert "test 360 examples in 1 shard" in out
+        assert "names and counts are from its metadata" in out
+        assert f"write output ✓ {output}: a probe was written and deleted" in out
+        assert not (cache / "staged").exists()
+        assert place(f"gs://{BUCKET}/runs").list() == []
+
+
+def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
+    photos = fill_folder(tmp_path / "photos", {"cat": 40, "dog": 10})
+    code, out, err = planned(
+        "data=image_folder", f"data.root={photos}", "model=glyphs_mobilenet_v2", "model.weights=none",
+        "training.batch_size=64", "phases=head_only", "phases.head.epochs=2", "runtime.checkpoint_every=50 steps",
+        "runtime.precision=float32", "data.cache=none",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "most training examples 32 (cat), fewest 8 (dog)" in out
+    assert "train: 0.3 MB, not kept" in out
+    for warning in (
+        "80% of the training examples are cat: always answering that is right 80% of the time",
+        "model.weights=none with batch_norm=frozen in head: normalisation stays as drawn, and the score near chance",
+        "runtime.checkpoint_every=50 steps is longer than head",
+        "training.batch_size=64 is more than the 40 training examples",
+        "there is no test split",
+    ):
+        assert f"! {warning}" in out
+    assert "note validation has only 10 examples" in out

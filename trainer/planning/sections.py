@@ -1,0 +1,253 @@
+"""The sections of a plan: what each says of a run. TensorFlow is imported by none of them before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trainer.cluster.discovery import Cluster
+from trainer.command_line import compose, conf_folder
+from trainer.config import RunConfig, load
+from trainer.config_differences import flat
+from trainer.contracts import Dataset
+from trainer.errors import ConfigError, TrainerError
+from trainer.storage.places import Entry, place
+from trainer.storage.staging import is_remote
+from trainer.training.run_folder import is_finished
+
+if TYPE_CHECKING:
+    from trainer.planning.sizes import Kept, PhasePlan
+
+WIDTH = 100  # columns where the output is no terminal
+FEW = 5  # names that are listed
+DOMINANT = 0.6  # share of the training examples above which one class is worth a warning
+Rows = list[tuple[str, str]]
+
+
+@dataclass
+class Plan:
+    """What is known so far; sections print as they become known."""
+
+    config: RunConfig
+    cluster: Cluster
+    console: Console
+    warnings: list[str] = field(default_factory=list)
+    faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
+    dataset: Dataset | None = None
+    local: RunConfig | None = None  # with what is staged already in place of its address
+    labels_known: bool = True
+    to_stage: list[Entry] = field(default_factory=list)  # what a run would fetch from a bucket first
+
+    @property
+    def bytes_to_stage(self) -> int:
+        """Bytes of them."""
+        return sum(entry.size for entry in self.to_stage)
+
+    def section(self, title: str, rows: Rows, width: int = 14) -> None:
+        """A heading, and under it labels with their values."""
+        table = Table.grid(padding=(0, 2), pad_edge=False)
+        table.add_column(no_wrap=True, min_width=width)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(f"  {name}", style="dim"), Text(value))
+        self.print(Text(f"\n{title}", style="bold"), table)
+
+    def print(self, *parts: RenderableType) -> None:
+        """Without the blanks that tables are padded with at the right."""
+        with self.console.capture() as captured:
+            self.console.print(*parts, sep="\n")
+        print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
+
+    @contextmanager
+    def fault(self) -> Iterator[None]:
+        """What a run would end with here is said at the end; the rest of the plan goes on without it."""
+        try:
+            yield
+        except TrainerError as error:
+            if str(error) not in map(str, self.faults):
+                self.faults.append(error)
+
+    def tried(self, action: Callable[[], str]) -> str:
+        """A tick and what was found, or a cross and why not."""
+        words = ""
+        with self.fault():
+            try:
+                return f"✓ {action()}"
+            except TrainerError as error:
+                words = f"✗ {error}"
+                raise
+        return words
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    if count < 1e5:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def show_configuration(plan: Plan, arguments: list[str]) -> None:
+    """What was asked for, what of it differs from the chosen groups, and what is in output_dir."""
+    from trainer.planning import rehearsal
+
+    config, output = plan.config, plan.config.output_dir
+    groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
+    chosen = [a for a in arguments if a.split("=")[0] in groups]
+    rows: Rows = [("choices", "  ".join(chosen) or "experiment=quickstart"), ("seed", str(config.seed))]
+    with suppress(ConfigError):  # the groups alone lack what must be given
+        base, now = flat(load(compose(chosen) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
+        rows += [("" if number else "changed", line) for number, line in enumerate(changed)]
+    state = "a new run in a new folder below outputs/"
+    if output:
+        state = "new"
+        with plan.fault():
+            if is_finished(config):
+                state = "finished already (it holds DONE): the run would end at once"
+            elif rehearsal.take_folder(config):
+                found = rehearsal.newest_state(config) or {"step": 0, "phase": 0}
+                phase = ([*config.phases, "the end"])[found["phase"]]
+                state = f"holds this run: it would go on at step {found['step']:,}, phase {phase}"
+            if (by := rehearsal.holder(config)) and not state.startswith("finished"):
+                plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
+        if plan.faults:
+            state = f"a run would be refused: {plan.faults[-1]}"
+    if not output and plan.cluster.size > 1:
+        plan.faults.append(
+            ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
+        )
+        state += "; refused for several workers"
+    plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
+
+
+def show_cluster(plan: Plan, devices: str) -> None:
+    """Who trains."""
+    cluster, some = plan.cluster, plan.cluster.addresses[:FEW]
+    count = f"1, {cluster.source}" if cluster.size == 1 else f"{cluster.size}, found from {cluster.source}"
+    rows: Rows = [("workers", f"{count}" + (f"; this is number {cluster.index}" if cluster.size > 1 else ""))]
+    if some:
+        rows.append(("addresses", ", ".join(some) + (f" and {cluster.size - FEW} more" if cluster.size > FEW else "")))
+    _, _, what = devices.partition(": ")
+    accumulate = plan.config.training.accumulate
+    pieces = f", each replica's part in {accumulate} pieces" if accumulate > 1 else ""
+    plan.section("cluster", [*rows, ("devices", what), ("batch", f"{plan.config.training.batch_size} images{pieces}")])
+
+
+def show_data(plan: Plan, rows: Rows, kept: dict[str, Kept]) -> None:
+    """Names, counts, bytes, balance, and where decoded images would live."""
+    from trainer.planning.sizes import bytes_of_split
+
+    found = plan.dataset
+    assert found
+    names = found.class_names
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    shown: Rows = [("name", found.name), ("classes", f"{len(names)}: {', '.join(names[:FEW])}{more}")]
+    for name, split in found.splits.items():
+        files = len({shard.path for shard in split.shards})
+        shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
+        on_disk = bytes_of_split(split)
+        shown.append((name, f"{split.count:,} examples{shards}" + (f", {size(on_disk)}" if on_disk else "")))
+    if plan.labels_known:
+        counts = np.bincount(found.splits["train"].labels, minlength=len(names))
+        most, fewest = int(counts.argmax()), int(counts.argmin())
+        shown.append(("balance", f"most training examples {counts[most]:,} ({names[most]}), "
+                                 f"fewest {counts[fewest]:,} ({names[fewest]})"))  # fmt: skip
+        if counts[most] > DOMINANT * counts.sum() and len(names) > 1:
+            part = counts[most] / counts.sum()
+            plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: always answering that is "
+                                 f"right {part:.0%} of the time; training.class_weights=balanced may help")  # fmt: skip
+    for name, where in kept.items():
+        words = {"memory": "kept in memory", "disk": f"kept in {plan.config.runtime.cache_dir}", "none": "not kept"}
+        shown.append(("decoded" if name == "train" else "", f"{name}: {size(where.bytes)}, {words[where.where]}"))
+    plan.section("data", [*shown, *rows, *(("note", note) for note in found.notes)])
+
+
+def show_storage(plan: Plan, problem: str) -> None:
+    """Can it read, can it write, is there what it starts from? `problem`: why the data could not be opened."""
+    from trainer.planning import rehearsal
+
+    config, found = plan.config, plan.dataset
+
+    def read() -> str:
+        if plan.bytes_to_stage:
+            entry = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size)
+            return f"{entry.place}: {len(entry.place.read_range(0, 64))} bytes read"
+        assert found
+        split = found.splits["train"]
+        path = split.files[0] if split.files else split.shards[0].path
+        return f"{path}: {len(place(Path(path)).read_range(0, 64))} bytes read"
+
+    here = found is not None or plan.bytes_to_stage
+    rows: Rows = [("read data", plan.tried(read) if here else problem or "not here yet")]
+    rows.append(("write output", plan.tried(lambda: rehearsal.probe_output(config))))
+    if config.warm_start:
+        rows.append(("warm start", plan.tried(lambda: rehearsal.find_warm_start(str(config.warm_start)))))
+    weights = config.model.weights
+    if is_remote(weights):
+        rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))
+    elif weights == "imagenet":
+        rows.append(("weights", "imagenet: Keras fetches them at the start, unless ~/.keras/models has them"))
+    plan.section("storage", rows)
+
+
+def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
+    """A line a phase."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("  phase")
+    for name in ("steps", "epochs", "trains", "layers"):
+        table.add_column(name, justify="right")
+    for name in ("thaw", "optimizer", "rate and schedule"):
+        table.add_column(name, overflow="fold")
+    for phase in phases:
+        told = plan.config.phases[phase.name]
+        warmup = told.schedule.warmup.steps(epoch, plan.config.training.batch_size)
+        rate = f"{told.optimizer.learning_rate:g} {told.schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
+        counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
+        layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
+        row = (f"  {phase.name}", *counts, layers, told.thaw, told.optimizer.name, rate)
+        table.add_row(*(Text(cell) for cell in row))
+    shared = f"; shared by {by}" if plan.cluster.size > 1 else ""
+    steps = sum(phase.steps for phase in phases)
+    sums = f"  {steps:,} steps at most, {epoch:,} an epoch{shared}; {total:,} parameters in all, the head included"
+    plan.print(Text("\nphases", style="bold"), table, Text(sums))
+
+
+def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
+    """An estimate beside the machine's limit."""
+    from trainer.data.machine import memory_limit
+
+    limit, total = memory_limit(), sum(count for _, count in rows)
+    shown = [*rows, ("all together", total), ("limit of this machine", limit)]
+    plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
+    if total > limit:
+        plan.warnings.append(
+            f"the estimate of {size(total)} is above this machine's {size(limit)}: lower training.batch_size, raise "
+            "training.accumulate, or set data.cache=none"
+        )
+
+
+def show_bytes(plan: Plan, phases: list[PhasePlan], kept: dict[str, Kept], checkpoint: int, model: int) -> None:
+    """Read and written by the whole run."""
+    from trainer.planning.sizes import bytes_of_split
+
+    assert plan.dataset
+    config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
+    passes = {name: 1 if kept[name].where != "none" or name == "test" else epochs for name in kept}
+    read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
+    staged = f"; {size(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
+    saves, there = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
+    formats = config.export.formats
+    rows: Rows = [
+        ("read", f"{size(read or plan.bytes_to_stage)} of images{staged}"),
+        ("checkpoints", f"up to {saves:,} of {size(checkpoint)}; {there} of them, {size(there * checkpoint)}, at once"),
+        ("export", f"{', '.join(formats)}: about {size(model * len(formats))}" if formats else "nothing"),
+    ]
+    plan.section("bytes", rows)

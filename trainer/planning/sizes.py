@@ -1,0 +1,179 @@
+"""Steps, parameters, memory and bytes of a run that has not begun."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer.cluster.discovery import Cluster
+from trainer.config import RunConfig
+from trainer.contracts import Dataset, Split
+from trainer.data.machine import memory_budget_default
+from trainer.data.order import Share, steps_per_epoch
+from trainer.models.classifier import Classifier
+from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.run import GIGABYTE, steps_of
+from trainer.training.optimizers import build_optimizer, build_schedule
+
+
+def bytes_of_split(split: Split) -> int:
+    """Bytes of its files, or of its part of each shard; 0 for what is not on this disk."""
+    try:
+        if split.files:
+            return sum(os.stat(path).st_size for path in split.files)
+        return sum(round(os.stat(s.path).st_size * (s.stop - s.start) / max(s.count, 1)) for s in split.shards)
+    except OSError:
+        return 0
+
+
+COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else added up to 806 MB (TensorFlow 2.21)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the decoded images of a split would live: `memory`, `disk` or `none`, as `open_pixels` decides."""
+
+    where: str
+    bytes: int
+
+
+def kept_pixels(config: RunConfig, dataset: Dataset, size: int) -> dict[str, Kept]:
+    """The rule and the budgets of `open_pixels`, in the order in which a run opens the splits."""
+    runtime, cache = config.runtime, config.data.cache
+    kept: dict[str, Kept] = {}
+    memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
+    for name in ("train", "validation", "test"):
+        if name not in dataset.splits:
+            continue
+        needed = (dataset.splits[name].count + 1) * size * size * 3
+        if cache == "memory" or (cache == "auto" and needed <= memory):
+            kept[name], memory = Kept("memory", needed), memory - needed
+        elif cache == "disk" or (cache == "auto" and needed <= int(runtime.disk_budget_gb * GIGABYTE)):
+            kept[name] = Kept("disk", needed)
+        else:
+            kept[name] = Kept("none", needed)
+    return kept
+
+
+def share_of_worker(config: RunConfig, split: Split, cluster: Cluster, kept: str) -> tuple[Share, int]:
+    """How the workers would share the training split (as `start.share_data`), and the steps of an epoch."""
+    by = config.data.shard_by
+    if cluster.size == 1 or len(split.shards) < cluster.size:
+        by = "record"
+    elif by == "auto":
+        by = "file" if kept == "none" else "record"
+    share = Share(cluster.index, cluster.size, by)
+    return share, steps_per_epoch(split, config.training.batch_size, share)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase; sizes in bytes, activations of one replica's piece of a batch."""
+
+    name: str
+    steps: int
+    epochs: float
+    thaw: ThawPlan
+    trainable: int  # parameters
+    trains: frozenset[int]  # layers of the backbone with something to train
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    saves: int  # checkpoints, at most
+
+
+def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
+    """Apply each phase's thaw in turn; the classifier is left as the last phase has it.
+
+    Args:
+        epoch: steps of an epoch.
+        rows: examples that a replica computes at once.
+
+    Raises:
+        ModelError: a rule of freezing matches nothing.
+    """
+    plans = []
+    every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
+    for name, phase in config.phases.items():
+        thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm)
+        steps = steps_of(phase, config, epoch)
+        rate = build_schedule(phase.schedule, phase.optimizer.learning_rate, total_steps=steps,
+                              steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
+        optimizer = build_optimizer(phase.optimizer, rate)
+        optimizer.build(list(thaw.trainable.values()))
+        sizes = _bytes(thaw.trainable.values())
+        layers = classifier.backbone.layers
+        plans.append(
+            PhasePlan(
+                name=name,
+                steps=steps,
+                epochs=steps / epoch,
+                thaw=thaw,
+                trainable=sum(math.prod(v.shape) for v in thaw.trainable.values()),
+                trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
+                gradients=sizes,
+                optimizer=_bytes(optimizer.variables),
+                averages=sizes if config.training.ema else 0,
+                activations=activation_bytes(classifier, thaw.first_thawed, rows),
+                saves=math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1),
+            )
+        )
+    return plans
+
+
+def _bytes(variables: Any) -> int:
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+
+
+def parameters(classifier: Classifier) -> int:
+    """Of backbone and head, moving averages included."""
+    return sum(math.prod(v.shape) for v in classifier.variables.values())
+
+
+def activation_bytes(classifier: Classifier, first_thawed: int | None, rows: int) -> int:
+    """What the layers put out for `rows` examples: all that gradients flow through is kept, below it two at a time."""
+    sizes = [rows * _output_bytes(layer) for layer in classifier.backbone.layers]
+    border = len(sizes) if first_thawed is None else first_thawed
+    return sum(sizes[border:]) + sum(sorted(sizes[:border])[-2:])
+
+
+def _output_bytes(layer: keras.Layer) -> int:
+    outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
+    return sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
+
+
+def resident() -> int:
+    """The most bytes of memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_rows(
+    classifier: Classifier, phases: list[PhasePlan], kept: dict[str, Kept], replicas: int, before: int
+) -> list[tuple[str, int]]:
+    """What takes memory, and how much, in the phase that takes most; every replica of this worker counted.
+
+    Args:
+        before: bytes of the process with its libraries, before the network.
+    """
+    most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
+    return [
+        ("TensorFlow and libraries, measured here", before),
+        ("variables", _bytes(classifier.variables.values()) * replicas),
+        (f"gradients (phase {most.name})", most.gradients * replicas),
+        ("optimizer and averages", (most.optimizer + most.averages) * replicas),
+        ("activations of one batch", most.activations * replicas),
+        ("compiled steps and buffers, about", COMPILED),
+        ("decoded images kept in memory", sum(k.bytes for k in kept.values() if k.where == "memory")),
+    ]
+
+
+def checkpoint_bytes(classifier: Classifier, phases: list[PhasePlan]) -> int:
+    """Of the largest one."""
+    return _bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
