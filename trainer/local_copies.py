@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config import RunConfig
-from trainer.storage.staging import is_remote, prepared_folder, stage
+from trainer.data.dataset_folder import INFO, LABELS, MANIFEST, METADATA, ShardEntry, manifest_of
+from trainer.errors import DataError
+from trainer.storage.base import Entry
+from trainer.storage.places import place
+from trainer.storage.shard_cache import OwnFolder, ShardCache
+from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
 
 GIGABYTE = 1024**3
 
@@ -34,9 +39,68 @@ def local_copies(
 
     data: dict[str, str | None] = {key: local(getattr(config.data, key)) for key in ("root", "pattern")}
     if is_remote(config.data.data_dir) and config.data.name:
-        data |= {"root": local(prepared_folder(str(config.data.data_dir), config.data.name)), "data_dir": None}
+        data |= {"root": local(_dataset(config)), "data_dir": None}
     model = {"weights": local(config.model.weights)}
     local_config = config.model_copy(
         update={"data": config.data.model_copy(update=data), "model": config.model.model_copy(update=model)}
     )
     return local_config, where
+
+
+def copies_ahead(
+    config: RunConfig, cache_dir: Path, note: Callable[[str], None], check: Callable[[str], None]
+) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
+    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket.
+
+    Returns:
+        the third is where they come from while they are read, None where everything is here.
+
+    Raises:
+        DataError: as `stage`; or a shard is no longer what the manifest says.
+        Interrupted: as `stage`.
+    """
+    address, shards = _dataset(config), None
+    if is_remote(address):
+        address = str(address).rstrip("/")
+        shards = _open_shards(address, cache_dir, int(config.runtime.disk_budget_gb * GIGABYTE), note, check)
+    if shards:
+        here = {"root": str(shards.folder), "data_dir": None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=here)})
+    local, where = local_copies(config, cache_dir, note, check)
+    return local, where | ({str(shards.folder): address or ""} if shards else {}), shards
+
+
+def _dataset(config: RunConfig) -> str | None:
+    """The folder of a TFDS dataset that is named by folder, or by name in a bucket."""
+    data = config.data
+    if is_remote(data.data_dir) and data.name:
+        return prepared_folder(str(data.data_dir), data.name)
+    return data.root if data.source == "tfds" else None
+
+
+def _open_shards(
+    address: str, cache_dir: Path, budget: int, note: Callable[[str], None], check: Callable[[str], None]
+) -> ShardCache | None:
+    """A cache of the shards in a prepared folder, with its metadata beside them; None where it has no labels file."""
+    there = {entry.place.name: entry for entry in place(address).list(recursive=False)}
+    if not {MANIFEST, LABELS, INFO} <= there.keys():
+        return None
+    manifest = manifest_of(there[MANIFEST].place.read())
+    for shard in manifest.values():
+        _compare(address, shard, there.get(shard.file))
+    beside = {name: there[name] for name in (*METADATA, MANIFEST, LABELS) if name in there}
+    folder = OwnFolder(cache_dir, address)
+    entries = {name: there[name] for name in manifest}
+    shards = ShardCache(address, entries, folder, budget, note, lambda: check(address), beside)
+    fetch_missing(address, beside, folder.path, note, lambda: check(address))
+    size = sum(entry.size for entry in entries.values())
+    note(f"{address}: {len(entries):,} shards, {size / 1e6:,.1f} MB, come to {folder.path} while they are used, "
+         f"{min(size, budget) / 1e6:,.1f} MB at a time")  # fmt: skip
+    return shards
+
+
+def _compare(address: str, shard: ShardEntry, there: Entry | None) -> None:
+    if there is None:
+        raise DataError(f"{address}/{shard.file} is gone; prepare the dataset again")
+    if there.size != shard.bytes or (there.crc32c is not None and f"{there.crc32c:08x}" != shard.crc32c):
+        raise DataError(f"{address}/{shard.file} is not what {MANIFEST} says any more; prepare the dataset again")

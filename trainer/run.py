@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,11 +14,14 @@ from trainer.cluster.peers import Peers
 from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.contracts import Dataset
+from trainer.data.ahead import Gate
 from trainer.data.order import ALONE, Share
-from trainer.data.pipeline import evaluation_batches
+from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
+from trainer.errors import DataError, ToldToStop
 from trainer.models.classifier import Classifier
 from trainer.storage.publisher import Publisher
+from trainer.storage.shard_cache import ShardCache
 from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.ledger import Ledger
@@ -53,6 +57,7 @@ class Run:
     saved_step: int = 0
     opened: dict[str, Pixels] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)  # local copy -> the address it was fetched from
+    shards: ShardCache | None = None  # where shards come from while they are read; None: all that is read is here
 
     def pixels(self, split: str) -> Pixels:
         """The decoded images of a split; the first call may fill a cache."""
@@ -73,6 +78,7 @@ class Run:
                 on_error=data.on_error,
                 note=say,
                 check=lambda: self.stop.check(f"while the {split} images were decoded"),
+                shards=self.shards,
             )
         return self.opened[split]
 
@@ -105,23 +111,64 @@ def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
     return min(steps, config.debug.max_steps or steps)
 
 
+def weights_of_classes(job: Run) -> tuple[float, ...] | None:
+    """One loss weight a class; "balanced" is n / (classes * count), as scikit-learn has it."""
+    given, names = job.config.training.class_weights, job.dataset.class_names
+    if given == "none":
+        return None
+    if given == "balanced":
+        counts = np.bincount(job.dataset.splits["train"].labels, minlength=len(names))
+        return tuple(float(w) for w in counts.sum() / (len(names) * np.maximum(counts, 1)))
+    assert isinstance(given, dict)
+    strange = sorted(set(given) - set(names))
+    if strange:
+        raise DataError(f"training.class_weights names {', '.join(strange)}; the classes are {', '.join(names)}")
+    return tuple(float(given.get(name, 1.0)) for name in names)
+
+
+def training_stream(job: Run) -> tuple[Any, Gate]:
+    """Training batches from the state's position on, endless; and what waits for the shards they are read from."""
+    config, state = job.config, job.state
+    pixels, options = job.pixels("train"), dict[str, Any](
+        batch_size=config.training.batch_size,
+        replicas=job.replicas,
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        augmentation=config.augmentation,
+        first_epoch=state.epoch,
+        first_step=state.epoch_step,
+        threads=config.runtime.data_threads,
+        share=job.share,
+    )  # fmt: skip
+    batches = job.strategy.distribute_datasets_from_function(lambda _: training_batches(pixels, **options))
+    return batches, training_gate(pixels, **options)
+
+
 def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities, labels and indices of a split, every example once, on the chief.
 
     Each worker scores examples of its own. The other workers get their own part back, and so does everyone where the
     run is told to stop meanwhile: ask `told_to_stop` after it.
     """
-    batches, count = evaluation_batches(
-        job.pixels(split),
-        batch_size=job.config.training.batch_size,
-        replicas=job.replicas,
-        part=part,
-        threads=job.config.runtime.data_threads,
-        share=job.share,
-    )
+    pixels, batch_size = job.pixels(split), job.config.training.batch_size
+    options = dict[str, Any](batch_size=batch_size, replicas=job.replicas, part=part, share=job.share)
+    batches, count = evaluation_batches(pixels, threads=job.config.runtime.data_threads, **options)
     stream = job.strategy.distribute_datasets_from_function(lambda _: batches)
-    with data_errors(job.pixels(split)):
-        own = job.evaluator.probabilities(stream, count, stop=lambda: job.stop.reason is not None)
+    gate = evaluation_gate(pixels, **options)
+
+    def ready() -> bool:
+        """Whether to go on, once the shards of the next batch are here."""
+        try:
+            waited = gate.before(batch_size // job.share.workers)
+        except ToldToStop:
+            return False
+        if waited > 0:
+            job.ledger.mark("evaluation", waited)
+        return job.stop.reason is None
+
+    with data_errors(pixels):
+        own = job.evaluator.probabilities(stream, count, ready)
+    gate.close()
     if job.peers.size == 1:
         return own
     everyone = job.peers.gather(f"scores of {split}", packed(dict(zip("pli", own, strict=True))))

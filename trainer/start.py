@@ -14,7 +14,7 @@ from trainer.contracts import Dataset, Split
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
 from trainer.errors import ConfigError, DataError
-from trainer.local_copies import local_copies
+from trainer.local_copies import copies_ahead
 from trainer.models.classifier import build_classifier
 from trainer.run import Run, from_chief, say, steps_of
 from trainer.storage.places import place
@@ -34,9 +34,11 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
     cache = Path(config.runtime.cache_dir).expanduser()
-    local, where = local_copies(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
+    local, where, shards = copies_ahead(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
-    dataset = open_dataset(local.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say)
+    dataset = open_dataset(
+        local.data, seed=config.seed, cache_dir=cache, max_examples=limit, note=say, arriving=shards is not None
+    )
     if config.debug.overfit:
         only = dataset.splits["train"]
         dataset = Dataset(dataset.name, dataset.class_names, {"train": only, "validation": only}, dataset.fingerprint)
@@ -72,6 +74,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         stop=stop,
         state=RunState(),
         where=where,
+        shards=shards,
     )
 
 

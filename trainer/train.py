@@ -13,12 +13,12 @@ import tensorflow as tf
 from trainer.cluster.peers import BEAT_SECONDS, SILENCE_SECONDS, Peers
 from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
-from trainer.data.pipeline import training_batches
+from trainer.data.ahead import Gate
 from trainer.data.pixels import data_errors
 from trainer.errors import BUG, DataError, Diverged, Interrupted, ToldToStop, TrainerError
 from trainer.finish import finish
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.run import Run, again, from_chief, predict, say, steps_of
+from trainer.run import Run, again, from_chief, predict, say, steps_of, training_stream, weights_of_classes
 from trainer.start import open_run, resume, share_data
 from trainer.training import variables
 from trainer.training.attempts import STOPPED
@@ -78,6 +78,8 @@ def failures_noted(job: Run) -> Iterator[None]:
     finally:
         job.telemetry.close()
         job.publisher.close()
+        if job.shards:
+            job.shards.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -101,13 +103,14 @@ def train_phase(job: Run, name: str) -> None:
         job.loaded = {}
     everything = job.classifier.variables | step.checkpointed()
 
-    batches = iter(job.strategy.distribute_datasets_from_function(lambda _: stream(job)))
+    stream, shards = training_stream(job)
+    batches = iter(stream)
     job.telemetry.restart_clock()
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
     over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
     while not over:
         with data_errors(job.pixels("train")):
-            train_epoch(job, name, step, rate, batches, total, everything)
+            train_epoch(job, name, step, rate, batches, shards, total, everything)
         entry, best = validate(job, name, step, everything, float(rate(state.phase_step)))
         state.history.append(entry)
         state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
@@ -119,6 +122,8 @@ def train_phase(job: Run, name: str) -> None:
             say(f"phase {name}: no better {phase.early_stopping.metric} in {patience} epochs, stopping early")
         if job.told_to_stop("after an epoch"):
             save_and_leave(job, everything)
+    del batches  # from here on nothing reads ahead
+    shards.close()
     hand_on(job, name, plan)
 
 
@@ -157,40 +162,15 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
     return step, rate
 
 
-def weights_of_classes(job: Run) -> tuple[float, ...] | None:
-    """One loss weight a class; "balanced" is n / (classes * count), as scikit-learn has it."""
-    given, names = job.config.training.class_weights, job.dataset.class_names
-    if given == "none":
-        return None
-    if given == "balanced":
-        counts = np.bincount(job.dataset.splits["train"].labels, minlength=len(names))
-        return tuple(float(w) for w in counts.sum() / (len(names) * np.maximum(counts, 1)))
-    assert isinstance(given, dict)
-    strange = sorted(set(given) - set(names))
-    if strange:
-        raise DataError(f"training.class_weights names {', '.join(strange)}; the classes are {', '.join(names)}")
-    return tuple(float(given.get(name, 1.0)) for name in names)
-
-
-def stream(job: Run) -> tf.data.Dataset:
-    """Training batches from the state's position on, endless."""
-    config = job.config
-    return training_batches(
-        job.pixels("train"),
-        batch_size=config.training.batch_size,
-        replicas=job.replicas,
-        seed=config.seed,
-        window=config.data.shuffle_window,
-        augmentation=config.augmentation,
-        first_epoch=job.state.epoch,
-        first_step=job.state.epoch_step,
-        threads=config.runtime.data_threads,
-        share=job.share,
-    )
-
-
 def train_epoch(
-    job: Run, name: str, step: TrainingStep, rate: Any, batches: Any, total: int, everything: dict[str, Any]
+    job: Run,
+    name: str,
+    step: TrainingStep,
+    rate: Any,
+    batches: Any,
+    shards: Gate,
+    total: int,
+    everything: dict[str, Any],
 ) -> None:
     """The steps of one epoch, in calls of several; a call ends early, on all workers, when one was told to stop."""
     state, runtime = job.state, job.config.runtime
@@ -201,7 +181,9 @@ def train_epoch(
         job.telemetry.profile(state.step, window)
         traced = step.traced
         wanted = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
+        late = wait_for_shards(job, shards, wanted, everything)
         rows, waited, stopped = step.run(batches, wanted, state.step, state.phase_step)
+        waited += late
         job.ledger.mark("train" if traced else "compile", waited)
         count = len(rows)
         left -= count
@@ -232,6 +214,18 @@ def train_epoch(
         if stopped:
             save_and_leave(job, everything)
     job.telemetry.profile(state.step, window)
+
+
+def wait_for_shards(job: Run, shards: Gate, steps: int, everything: dict[str, Any]) -> float:
+    """Until all that the next steps can read is on disk: seconds. Told to stop meanwhile, a worker alone saves first;
+    one of several ends as it is, for the others may be inside a step that needs it.
+    """
+    try:
+        return shards.before(steps * job.config.training.batch_size // job.share.workers)
+    except ToldToStop:
+        if job.peers.size > 1:
+            raise
+        save_and_leave(job, everything)
 
 
 def validate(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
+import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.base import Place
 
 MANIFEST = "kubetune_shards.json"
+LABELS = "kubetune_labels.npz"  # int32 [records] of each shard, by its file name: what saves reading them
 INFO = "dataset_info.json"  # what makes a folder a dataset: written last
 METADATA = (INFO, "features.json", "label.labels.txt")
 
@@ -29,6 +34,12 @@ class ShardEntry:
     crc32c: str  # hex, of the whole file
     made_of: str  # hash of the images (by name, size and time) and labels it was written from
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
+    missing: tuple[int, ...] = ()  # their places among the images that the shard was to hold
+
+    @property
+    def facts(self) -> str:
+        """What a fingerprint says of the shard."""
+        return f"{self.file} {self.bytes} {self.crc32c}"
 
 
 class DatasetFolder:
@@ -48,8 +59,8 @@ class DatasetFolder:
         Raises:
             DataError: it holds anything but an earlier try at the same dataset, or cannot be written to.
         """
-        known = {MANIFEST, *METADATA} | expected
-        ours = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*expected, *METADATA)))
+        known = {MANIFEST, LABELS, *METADATA} | expected
+        ours = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*expected, LABELS, *METADATA)))
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             names = (
@@ -68,12 +79,12 @@ class DatasetFolder:
 
     def entries(self) -> dict[str, ShardEntry]:
         """What is known of shards that were written before, by file name."""
-        found: list[dict[str, object]] = []
+        found: list[dict[str, Any]] = []
         there = {entry.place.name: entry.place for entry in self.folder.list(recursive=False)}
         if MANIFEST in there:
             found += json.loads(there[MANIFEST].read_text())
         found += [json.loads(at.read_text()) for name, at in there.items() if _is_record(name)]
-        return {str(e["file"]): ShardEntry(**{**e, "skipped": tuple(e["skipped"])}) for e in found}  # type: ignore
+        return {entry.file: entry for entry in map(_entry, found)}
 
     def holds(self, entry: ShardEntry) -> bool:
         """Whether the shard is there, byte for byte as its record says."""
@@ -96,10 +107,21 @@ class DatasetFolder:
         """As long as shards are missing, nobody must take the folder for a dataset."""
         (self.folder / INFO).delete()
 
-    def finish(self, name: str, class_names: Sequence[str], splits: Mapping[str, Sequence[ShardEntry]]) -> None:
-        """Write the manifest and the metadata. Several that do it at the same time write the same bytes."""
+    def finish(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        splits: Mapping[str, Sequence[ShardEntry]],
+        labels: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write the manifest, the labels of each shard (by file name) and the metadata. Several that do it at the same
+        time write the same bytes.
+        """
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, **labels)  # type: ignore[arg-type]
+        (self.folder / LABELS).write(arrays.getvalue())
         with tempfile.TemporaryDirectory() as beside:
             for entry in manifest:  # TFDS looks only whether shards of these names are there
                 (Path(beside) / str(entry["file"])).touch()
@@ -113,6 +135,33 @@ class DatasetFolder:
         if self.folder.is_local:
             for left in self.scratch.glob(".*.tmp"):
                 left.unlink()
+
+
+def _entry(line: Mapping[str, Any]) -> ShardEntry:
+    """From a line of the manifest, or a record."""
+    return ShardEntry(**{**line, "skipped": tuple(line["skipped"]), "missing": tuple(line.get("missing", ()))})
+
+
+def manifest_of(content: bytes | str) -> dict[str, ShardEntry]:
+    """The shards of a manifest by file name; empty where it is no manifest."""
+    try:
+        return {entry.file: entry for entry in map(_entry, json.loads(content))}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def known_shards(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
+    """What a prepared folder says of its shards, without a look at them: entries and labels (int32 [records]) by file
+    name. Empty where manifest or labels are absent or do not fit each other: the shards have to be read then.
+    """
+    try:
+        entries = manifest_of((folder / MANIFEST).read_bytes())
+        with np.load(folder / LABELS, allow_pickle=False) as arrays:
+            labels = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}, {}
+    fit = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
+    return (entries, labels) if fit else ({}, {})
 
 
 def _is_record(name: str) -> bool:

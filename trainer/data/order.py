@@ -52,6 +52,11 @@ def _shuffle(keys: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
+def shard_order(chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order in which the shards `chosen`, int64 [c], are read in a shuffled epoch."""
+    return chosen[_shuffle(bits(seed, SHARDS, epoch, tf.constant(chosen, tf.int64))).numpy()]
+
+
 class _Records:
     """Where the examples of a split lie in its shards, laid end to end in some order."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Augmentation
+from trainer.data.ahead import Gate, repeated, rows_ahead, training_reads
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
 from trainer.data.order import ALONE, Block, Share, sequence_blocks, share_of, training_blocks
@@ -136,3 +137,47 @@ def evaluation_batches(
     batches = _batches(pixels, block, count, rows // replicas)
     batches = batches.map(plain(lambda batch: {k: v for k, v in batch.items() if k != "epoch"}))
     return _finished(batches.repeat(), replicas, threads), -(-len(mine) // rows)
+
+
+def training_gate(
+    pixels: Pixels,
+    *,
+    batch_size: int,
+    replicas: int,
+    seed: int,
+    window: int,
+    augmentation: Augmentation,
+    first_epoch: int,
+    first_step: int,
+    shuffle: bool = True,
+    threads: int | None = None,  # noqa: ARG001 - takes what `training_batches` takes
+    share: Share = ALONE,
+) -> Gate:
+    """What waits, before each device call, for the shards that `training_batches` of the same arguments opens."""
+    reads = training_reads(
+        pixels.split,
+        batch_size=batch_size,
+        seed=seed,
+        window=window,
+        first_epoch=first_epoch,
+        first_step=first_step,
+        shuffle=shuffle,
+        share=share,
+    )
+    buffered = _buffered(replicas) + (pixels.threads if augmentation.active else 0)
+    ahead = rows_ahead(batch_size // share.workers // replicas, pixels.threads, buffered)
+    return Gate(None if pixels.array is not None else pixels.shards, pixels.split, "training", reads, ahead)
+
+
+def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
+    """What waits, before each batch, for the shards that `evaluation_batches` of the same arguments opens."""
+    chosen = np.array_split(share_of(pixels.split, batch_size, part), share.workers)[share.worker]
+    rows = batch_size // share.workers
+    ahead = rows_ahead(rows // replicas, pixels.threads, _buffered(replicas))
+    reads = repeated(pixels.split, chosen, rows)
+    return Gate(None if pixels.array is not None else pixels.shards, pixels.split, "evaluation", reads, ahead)
+
+
+def _buffered(replicas: int) -> int:
+    """Elements that wait: two for each replica in our `prefetch`, as many in the buffers of a strategy's devices."""
+    return 4 * replicas

@@ -20,12 +20,14 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.contracts import Split
+from trainer.data.ahead import Gate, rows_ahead, sequence_reads
 from trainer.data.decode import block_dataset, decoded_rows, decoder, plain
 from trainer.data.machine import memory_budget_default as memory_budget_default
 from trainer.data.machine import usable_cpus
 from trainer.data.order import Block, sequence_blocks
 from trainer.errors import DataError
 from trainer.imaging import Resize
+from trainer.storage.shard_cache import ShardCache
 
 Cache = Literal["auto", "memory", "disk", "none"]
 Note = Callable[[str], None]
@@ -54,6 +56,7 @@ class Pixels:
     check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to leave
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     kept: Literal["memory", "disk", "none"] = "none"
+    shards: ShardCache | None = None  # where the shards come from while they are read; None: all of them are local
     known_bad: dict[int, str] = field(default_factory=dict)
     filled: int = 0  # images that went into a cache so far
     failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
@@ -96,8 +99,16 @@ class Pixels:
             return np.array(self.array[indices])
         chosen, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         count, block = sequence_blocks(self.split, chosen, 1)
+        gate = Gate(
+            self.shards, self.split, "rows", sequence_reads(self.split, chosen, 1), rows_ahead(1, self.threads, 0)
+        )
+        rows, images = iter(live_rows(self, block, count)), []
         with data_errors(self):
-            images = [row["image"].numpy() for row in live_rows(self, block, count)]
+            for _ in chosen:
+                gate.before(1)
+                images.append(next(rows)["image"].numpy())
+        del rows
+        gate.close()
         return np.stack(images)[place] if images else np.zeros((0, self.size, self.size, 3), np.uint8)
 
 
@@ -117,6 +128,8 @@ def reason_for(pixels: Pixels, index: int) -> str:
     try:
         if split.shards:
             path, _, number = split.name_of(index).rpartition("#")
+            if pixels.shards:
+                pixels.shards.require("one", [os.path.basename(path)])
             found = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
             if not found:
                 return "the shard breaks off before this record"
@@ -129,7 +142,9 @@ def reason_for(pixels: Pixels, index: int) -> str:
 
 def _first_unreadable(pixels: Pixels, start: int) -> int | None:
     """The first example from index `start` on that cannot be read; tries them all, in parallel."""
-    probe = Pixels(pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, note=lambda _: None)
+    probe = Pixels(
+        pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, note=lambda _: None, shards=pixels.shards
+    )
     for _ in _decoded(probe, start):
         if probe.bad:
             return min(probe.bad)
@@ -174,12 +189,20 @@ def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | 
 
 def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     """Every image from index `start` on in the order of indices, uint8 [<= 64, S, S, 3] at a time."""
-    count, block = sequence_blocks(pixels.split, np.arange(start, pixels.split.count, dtype=np.int64), 1)
-    for images in live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2):
-        yield images.numpy()
+    chosen = np.arange(start, pixels.split.count, dtype=np.int64)
+    count, block = sequence_blocks(pixels.split, chosen, 1)
+    reads = sequence_reads(pixels.split, chosen, 1)
+    gate = Gate(pixels.shards, pixels.split, "filling", reads, rows_ahead(_BATCH, pixels.threads, 2))
+    batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2))
+    for _ in range(0, len(chosen), _BATCH):
+        gate.before(_BATCH)
+        images = next(batches).numpy()
+        yield images
         pixels.check()
         pixels.filled += len(images)
         pixels.take_note()
+    del batches
+    gate.close()
 
 
 def _fill_memory(pixels: Pixels, shape: tuple[int, ...]) -> None:
@@ -229,7 +252,9 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
 
 def _cache_stem(pixels: Pixels, cache_dir: Path, fingerprint: str) -> Path:
     split = pixels.split
-    members = [*split.files, *(f"{s.path} {s.start} {s.stop}" for s in split.shards), split.image_field]
+    # Shards are told apart by the fingerprint; the folder they lie in may be another one at the next start.
+    ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
+    members = [*split.files, *ranges, split.image_field]
     parts = (_FORMAT, fingerprint, split.name, split.count, pixels.size, pixels.resize, *members)
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     return Path(cache_dir).expanduser() / f"pixels-{split.name}-{pixels.size}-{digest}"
@@ -253,18 +278,20 @@ def open_pixels(
     on_error: Literal["fail", "skip"],
     note: Note,
     check: Callable[[], None] = lambda: None,
+    shards: ShardCache | None = None,
 ) -> Pixels:
     """Decide where the decoded images of a split live, and put them there.
 
     `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept. A budget is in bytes
     and does not bind `memory` or `disk` asked for by name. The cache on disk serves later runs; a fill that was killed
     is done again. Where the disk cannot be written, images are decoded when they are read. `note` is told what was
-    chosen and why, and each image that is skipped; `check` is called between batches and may raise to leave.
+    chosen and why, and each image that is skipped; `check` is called between batches and may raise to leave. Record
+    shards come from `shards` while they are read; None: they are local.
 
     Raises:
         DataError: `on_error` is "fail" and an image cannot be decoded, or a shard is damaged.
     """
-    pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note, check)
+    pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note, check, shards=shards)
     shape = (split.count + 1, size, size, 3)
     needed, stem = int(np.prod(shape)), _cache_stem(pixels, cache_dir, fingerprint)
     what = f"decoded {split.name} images ({split.count:,} at {size} px, {_megabytes(needed)})"

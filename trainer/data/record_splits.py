@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.contracts import Shard, Split
+from trainer.data.dataset_folder import known_shards
 from trainer.data.records import index_shard, read_labels
 from trainer.data.splits import ends_of, take
 from trainer.errors import DataError
@@ -30,14 +31,19 @@ class RecordSource:
     cache_dir: Path  # labels of shards that were read before
     on_error: str  # fail | skip
     note: Note
+    arriving: bool = False  # the shards come from a bucket while they are used: what the folder says of them must do
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Labels, facts and faults of shards; a second time the labels come from the cache at once.
 
+    Where the folder has a manifest and labels (`python -m trainer.prepare` writes both), the facts are the manifest's,
+    so that a dataset has the same fingerprint whether its shards lie here or in a bucket. Records that lie here are
+    read all the same: that verifies their checksums.
+
     Returns:
-        For each path int32 [records], -1 where a record is damaged; for each path its name, size and hash of its
-        ends; and what is damaged, one sentence each.
+        For each path int32 [records], -1 where a record is damaged; for each path its name, size and CRC32C or
+        hash of its ends; and what is damaged, one sentence each.
 
     Raises:
         DataError: a shard is missing or damaged (on_error="fail"), or its fields are not as expected.
@@ -45,13 +51,22 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     labels: dict[str, np.ndarray] = {}
     facts: dict[str, str] = {}
     skipped: list[str] = []
+    known = {folder: known_shards(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
     for number, path in enumerate(paths):
+        name, (entries, known_labels) = os.path.basename(path), known[os.path.dirname(path)]
+        if source.arriving:
+            if name not in entries:
+                raise DataError(f"the manifest beside shard {path} does not name it; prepare the dataset again")
+            facts[path], labels[path] = entries[name].facts, known_labels[name]
+            continue
         try:
-            size, _, ends = ends_of(path, _ENDS)
-            changed = os.stat(path).st_mtime_ns
+            size, changed = os.path.getsize(path), os.stat(path).st_mtime_ns
+            if name in entries and entries[name].bytes == size:
+                facts[path] = entries[name].facts
+            else:
+                facts[path] = f"{name} {size} {ends_of(path, _ENDS)[2]}"
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error.strerror}") from None
-        facts[path] = f"{os.path.basename(path)} {size} {ends}"
         key = repr((facts[path], changed, source.label_field, source.image_field, source.classes))
         cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
         if cached.exists():

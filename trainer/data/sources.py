@@ -22,7 +22,13 @@ IMBALANCE = 3  # most over fewest training examples of a class
 
 
 def open_dataset(
-    data: Data, *, seed: int, cache_dir: Path, max_examples: int | None, note: Callable[[str], None]
+    data: Data,
+    *,
+    seed: int,
+    cache_dir: Path,
+    max_examples: int | None,
+    note: Callable[[str], None],
+    arriving: bool = False,
 ) -> Dataset:
     """Open the named source.
 
@@ -30,13 +36,14 @@ def open_dataset(
         seed: draws the examples that data.labels_per_class and max_examples keep.
         cache_dir: where the digits and the labels of record shards are kept between runs.
         max_examples: of each split, with the classes taking turns.
+        arriving: data.root has manifest and labels, and its shards come from a bucket while they are used.
         note: called with one line before slow work, and with every note that also stands in `Dataset.notes`.
 
     Raises:
         DataError: the data is missing, damaged, or contradicts the configuration; says where and what to do.
     """
     cache_dir = Path(cache_dir).expanduser()
-    found = _find(data, cache_dir, note)
+    found = _find(data, cache_dir, note, arriving)
     _check_classes(found)
     train = found.splits["train"]
     if data.labels_per_class:
@@ -54,7 +61,7 @@ def open_dataset(
     )
 
 
-def _find(data: Data, cache_dir: Path, note: Callable[[str], None]) -> Found:
+def _find(data: Data, cache_dir: Path, note: Callable[[str], None], arriving: bool) -> Found:
     if data.source == "image_folder":
         return open_image_folder(data)
     if data.source == "tfrecords":
@@ -70,7 +77,7 @@ def _find(data: Data, cache_dir: Path, note: Callable[[str], None]) -> Found:
         found = open_tfds(whole, cache_dir, note)
         assert found.class_names == CLASS_NAMES
         return found
-    return open_tfds(data, cache_dir, note)
+    return open_tfds(data, cache_dir, note, arriving)
 
 
 def _listed(names: list[str]) -> str:

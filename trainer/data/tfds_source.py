@@ -17,7 +17,7 @@ from trainer.data.splits import Found, overlap, part_sizes, take, turns
 from trainer.errors import DataError
 
 
-def open_tfds(data: Data, cache_dir: Path, note: Note) -> Found:
+def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -> Found:
     """Resolve split strings to record ranges and read their labels.
 
     A null validation_split means the dataset's own "validation" where there is one, else the last
@@ -41,7 +41,9 @@ def open_tfds(data: Data, cache_dir: Path, note: Note) -> Found:
         if specs[name] is None and name in info.splits:
             specs[name] = name
     ranges = {name: _resolve(info, spec, name) for name, spec in specs.items() if spec is not None}
-    source = RecordSource(data.image_field, data.label_field, len(class_names), cache_dir, data.on_error, note)
+    source = RecordSource(
+        data.image_field, data.label_field, len(class_names), cache_dir, data.on_error, note, arriving
+    )
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, facts, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}

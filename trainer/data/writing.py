@@ -119,15 +119,16 @@ def _begin(counter: Any) -> None:
 
 def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
     """Write one shard beside its final name, under a name of its own: nobody else can be writing there."""
-    temporary, faults = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", []
+    temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
     crc = size = count = 0
     with open(temporary, "wb") as file:
-        for source, label in job.examples:
+        for number, (source, label) in enumerate(job.examples):
             try:
                 image = _read(source)
                 payload = serialize(as_stored(image) if job.verify else image, label)
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{name_of(source)}: {error}")
+                missing.append(number)
             else:
                 for piece in (frame_ := frame(payload))[0], payload, frame_[1]:
                     file.write(piece)
@@ -137,7 +138,7 @@ def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
                 _done.value += 1
         file.flush()
         os.fsync(file.fileno())
-    return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults))
+    return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
 def _plan(
@@ -161,6 +162,11 @@ def _plan(
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
             plan[split].append(Job(file, part, made_of, verify))
     return plan
+
+
+def _labels(job: Job, entry: ShardEntry) -> np.ndarray:
+    """Of the records of a shard, int32 [count]."""
+    return np.delete(np.array([label for _, label in job.examples], np.int32), np.array(entry.missing, np.int64))
 
 
 def _silent(_done: int, _total: int) -> None: ...
@@ -215,8 +221,9 @@ def write_dataset(
     before = out.entries()
 
     def fits(job: Job, entry: ShardEntry | None) -> bool:
-        known = entry is not None and entry.made_of == job.made_of and not (entry.skipped and on_error == "fail")
-        return known and entry is not None and out.holds(entry)
+        if entry is None or entry.made_of != job.made_of or (entry.skipped and on_error == "fail"):
+            return False
+        return entry.count + len(entry.missing) == len(job.examples) and out.holds(entry)
 
     entries = {job.file: before[job.file] for job in jobs if fits(job, before.get(job.file))}
     mine = [job for number, job in enumerate(jobs) if number % part[1] == part[0]]
@@ -246,7 +253,7 @@ def write_dataset(
     if len(entries) < len(jobs):
         return None
     manifest = {split: [entries[job.file] for job in parts] for split, parts in plan.items()}
-    out.finish(name, class_names, manifest)
+    out.finish(name, class_names, manifest, {job.file: _labels(job, entries[job.file]) for job in jobs})
     return [entry for parts in manifest.values() for entry in parts]
 
 

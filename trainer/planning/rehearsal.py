@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from contextlib import suppress
@@ -23,6 +24,7 @@ from trainer.cluster.peers import Peers
 from trainer.cluster.strategy import build_strategy
 from trainer.config import RunConfig
 from trainer.contracts import Dataset, Shard, Split
+from trainer.data.dataset_folder import LABELS
 from trainer.data.splits import part_sizes
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.storage.places import Entry, Place, place
@@ -106,6 +108,8 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str]:
     def never() -> None:
         raise _Enough
 
+    if (place(address) / LABELS).exists():  # its shards come while training goes on, and need not fit together
+        budget = sys.maxsize
     try:
         return stage(address, cache, budget, note, never), said[-1]
     except _Enough:

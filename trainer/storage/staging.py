@@ -55,7 +55,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
             f"{cache_dir} may take; raise it, or set runtime.cache_dir to a larger disk"
         )
     _drop_strangers(folder, pattern, entries)
-    _fetch_missing(address, entries, folder, note, check)
+    fetch_missing(address, entries, folder, note, check)
     return str(folder / pattern) if pattern else str(folder)
 
 
@@ -99,9 +99,8 @@ def _find(root: str, pattern: str) -> dict[str, Entry]:
     return found
 
 
-def _fetch_missing(
-    address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]
-) -> None:
+def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]) -> None:
+    """Fetch those of `entries` (by name below `address`) that are not in the local folder in the same version."""
     file = folder / VERSIONS
     try:
         have: dict[str, int] = json.loads(file.read_text())

@@ -296,16 +296,18 @@ class EvaluationPass:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
     def probabilities(
-        self, batches: Any, count: int, stop: Callable[[], bool] = lambda: False
+        self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
         left out.
 
-        Once `stop()` is true after a batch, what has been scored so far.
+        `ready()` is asked before each batch; once it is false, what has been scored so far.
         """
         parts: list[tuple[np.ndarray, ...]] = []
         stream = iter(batches)
         for _ in range(count):
+            if not ready():
+                break
             outcome, seen = self._predict(next(stream))
             local = self.strategy.experimental_local_results
             keys = ("label", "index", "weight")
@@ -313,8 +315,6 @@ class EvaluationPass:
                 label, index, weight = (r.numpy() for r in rest)
                 real = weight > 0
                 parts.append((p.numpy()[real], label[real], index[real]))
-            if stop():
-                break
         return by_index(parts)
 
 

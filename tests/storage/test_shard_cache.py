@@ -1,0 +1,206 @@
+"""Shards on a bounded part of the disk: what is needed is there, the rest fits the budget, and nothing wrong is read."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.storage.emulator import Emulator
+from trainer.errors import DataError, Interrupted
+from trainer.storage import retrying, shard_cache
+from trainer.storage.places import Place
+from trainer.storage.shard_cache import OwnFolder, ShardCache
+
+SIZE = 10_000
+NAMES = [f"s{i:02d}" for i in range(12)]
+
+
+def content(name: str) -> bytes:
+    return name.encode() * (SIZE // len(name)) + b"." * (SIZE % len(name))
+
+
+@pytest.fixture
+def shards(in_bucket: Place) -> Place:
+    for name in NAMES:
+        (in_bucket / name).write(content(name))
+    return in_bucket
+
+
+@contextmanager
+def opened(shards: Place, cache: Path, holds: float, notes: list[str] | None = None) -> Iterator[ShardCache]:
+    """A cache with a budget for `holds` shards."""
+    entries = {entry.place.name: entry for entry in shards.list()}
+    note = (notes if notes is not None else []).append
+    made = ShardCache(
+        str(shards), entries, OwnFolder(cache, str(shards)), int(holds * SIZE), note, lambda: None, ["info.json"]
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+        settled(made)
+
+
+def settled(cache: ShardCache) -> set[str]:
+    """What is there once nothing is on its way."""
+    deadline = time.monotonic() + 20
+    while cache._coming:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return there(cache.folder)
+
+
+def there(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+
+
+def test_what_is_required_is_there_and_the_rest_follows_in_the_order_of_need(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=5) as cache:
+        assert cache.require("a", NAMES[:2], NAMES[2:]) > 0
+        assert {"s00", "s01"} <= there(cache.folder)
+        assert settled(cache) == set(NAMES[:5])
+        assert all((cache.folder / name).read_bytes() == content(name) for name in NAMES[:5])
+        assert cache.require("a", NAMES[2:4], NAMES[4:]) == pytest.approx(0, abs=0.05)
+        assert settled(cache) == set(NAMES[2:7])  # what was needed before gives way
+        cache.require("a", NAMES[10:12], NAMES[:10])  # the second epoch begins again at the front
+        assert settled(cache) == {"s10", "s11", "s00", "s01", "s02"}
+
+
+def test_the_budget_holds_at_every_moment(shards: Place, tmp_path: Path) -> None:
+    sizes: list[int] = []
+    over = threading.Event()
+    with opened(shards, tmp_path, holds=4.5) as cache:
+
+        def watch() -> None:
+            while not over.is_set():
+                with cache._changed:  # files go only under this lock
+                    found = {}  # by shard: one that is on its way has another name
+                    for entry in os.scandir(cache.folder):
+                        with suppress(FileNotFoundError):
+                            found[entry.name.lstrip(".").split(".")[0]] = entry.stat().st_size
+                    sizes.append(sum(found.values()))
+                time.sleep(0.0005)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for epoch in range(8):
+            order = NAMES[epoch:] + NAMES[:epoch]
+            for at in range(len(order)):
+                cache.require("a", order[at : at + 2], order[at + 2 :])
+                assert set(order[at : at + 2]) <= there(cache.folder)
+                assert cache.used <= cache.budget
+        over.set()
+        watcher.join()
+    assert len(sizes) > 20
+    assert 3 * SIZE < max(sizes) <= 4.5 * SIZE
+
+
+def test_what_one_reader_requires_no_other_reader_pushes_out(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=4) as cache:
+        cache.require("training", ["s00", "s01"], NAMES[2:])
+        for name in NAMES[4:]:
+            cache.require("evaluation", [name])
+            assert {"s00", "s01", name} <= there(cache.folder)
+        cache.release("evaluation")
+        cache.require("training", ["s02"])
+        assert "s02" in there(cache.folder)
+
+
+def test_more_than_the_budget_at_once_is_refused(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=3) as cache:
+        cache.require("evaluation", ["s11"])
+        with pytest.raises(
+            DataError, match=r"4 shards of 4e-05 GB are needed at the same time, more than the 3e-05 GB"
+        ):
+            cache.require("training", NAMES[:3])
+
+
+def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=20) as cache:
+        cache.require("a", NAMES)
+        folder = cache.folder
+    (folder / "s01").write_bytes(content("s01")[:-1])  # cut off
+    (folder / "s02").write_bytes(b"x" * SIZE)  # written over
+    (shards / "s03").write(content("new"))  # another version in the bucket
+    (folder / "s99").write_bytes(b"of a dataset before")
+    (folder / ".s05.12-34").write_bytes(b"a transfer that was killed")
+    (folder / "info.json").write_text("{}")
+    notes: list[str] = []
+    with opened(shards, tmp_path, holds=20, notes=notes) as cache:
+        assert cache.folder == folder
+        assert notes == [f"{shards}: 9 of 12 shards are in {folder}, fetched before"]
+        assert {file.name for file in folder.iterdir()} == {*NAMES, "info.json"} - {"s01", "s02", "s03"}
+        assert cache.require("a", ["s00", *NAMES[4:]]) == pytest.approx(0, abs=0.05)
+        cache.require("a", NAMES)
+        expected = {name: content(name) for name in NAMES} | {"s03": content("new")}
+        assert {name: (folder / name).read_bytes() for name in NAMES} == expected
+
+
+def test_a_file_that_vanished_is_fetched_again(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=20) as cache:
+        cache.require("a", ["s00", "s01"])
+        (cache.folder / "s00").unlink()
+        (cache.folder / "s01").write_bytes(b"short")
+        cache.require("a", ["s00", "s01"])
+        assert (cache.folder / "s01").read_bytes() == content("s01")
+        assert (cache.folder / "s00").read_bytes() == content("s00")
+
+
+def test_two_processes_have_folders_of_their_own(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=2) as one:
+        with opened(shards, tmp_path, holds=2) as two:
+            assert one.folder != two.folder
+            assert one.folder.name == two.folder.name == shards.name
+        with opened(shards, tmp_path, holds=2) as three:
+            assert three.folder == two.folder
+
+
+def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
+    emulator: Emulator, shards: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "DEADLINE", 0.5)
+    monkeypatch.setattr(shard_cache, "STALL_SECONDS", 0.2)
+    notes: list[str] = []
+    with opened(shards, tmp_path, holds=20, notes=notes) as cache:
+        cache.require("a", NAMES[:3])
+        emulator.stop()
+        try:
+            assert cache.require("a", NAMES[1:3], NAMES[3:]) == pytest.approx(0, abs=0.05)
+            with pytest.raises(Interrupted, match=r"s05: the storage did not answer for 0.5 s"):
+                cache.require("a", ["s05"])
+            assert notes == [f"waiting for 1 shards of {shards}, the first is s05"]
+        finally:
+            emulator.start()
+        assert cache.require("a", ["s05"], NAMES) > 0
+        assert settled(cache) == set(NAMES)
+
+
+def test_a_shard_that_is_gone_is_named_when_it_is_needed(shards: Place, tmp_path: Path) -> None:
+    with opened(shards, tmp_path, holds=20) as cache:
+        (shards / "s07").delete()
+        cache.require("a", NAMES[:7], NAMES[7:])
+        assert settled(cache) == {*NAMES} - {"s07"}
+        with pytest.raises(DataError, match="s07: was replaced or deleted while it was read"):
+            cache.require("a", ["s07"])
+
+
+def test_who_waits_can_be_told_to_leave(emulator: Emulator, shards: Place, tmp_path: Path) -> None:
+    class Stop(Exception): ...
+
+    def leave() -> None:
+        raise Stop
+
+    with opened(shards, tmp_path, holds=20) as cache:
+        cache.check = leave
+        emulator.stop()
+        try:
+            with pytest.raises(Stop):
+                cache.require("a", ["s00"])
+        finally:
+            emulator.start()
