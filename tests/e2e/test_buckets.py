@@ -99,6 +99,8 @@ def test_killed_and_started_on_an_empty_disk_it_ends_with_the_same_bits(
     assert "gs://bucket/runs/1 is finished already (it holds DONE)" in third.said(0)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("server")
 def test_sigterm_publishes_and_the_same_job_goes_on_at_once(calm: Path, prepared: Path, tmp_path: Path) -> None:
     os.environ["JOB_UID"] = "1234-5678"
