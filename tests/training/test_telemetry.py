@@ -19,7 +19,7 @@ def written(folder: Path, *steps: int) -> None:
     telemetry = Telemetry(folder, "lines", batch_size=4)
     telemetry.expect(10)
     for step in steps:
-        telemetry.interval(entry(step), examples=8.0)
+        telemetry.interval(entry(step), examples=8.0, goodput=0.5)
     last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}
     telemetry.epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
     telemetry.close()

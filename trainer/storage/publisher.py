@@ -148,11 +148,11 @@ class Publisher:
                     (self.remote / f"checkpoints/{there}/{file.name}").upload(file)
                 self._names[name] = there
         self._names = {name: there for name, there in self._names.items() if name in here}
+        self._publish_files()  # first: a restart can cut metrics back to the checkpoint, not add to them
         self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in here))
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (self.remote / BEST).write(self._names[name] + "\n")
-        self._publish_files()
         for old in (self.remote / "checkpoints").folders():
             if old.name.startswith(STEP) and old.name not in self._names.values():
                 old.delete_tree()
