@@ -133,7 +133,7 @@ def test_what_is_not_there_or_taken_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_bad_answer_in_five_changes_nothing(server: Emulator, calm: Path, prepared: Path, tmp_path: Path) -> None:
-    with faults(server.url) as proxy, environment(f"http://127.0.0.1:{proxy.port}"):
+    with faults(server.url) as proxy, environment(proxy.url):
         workers = start(tmp_path / "1", tmp_path / "node")
         assert workers.wait(600) == [0], workers.said(0)
         bad = sum(count for kind, count in proxy.counts.items() if kind != "passed")

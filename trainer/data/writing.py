@@ -27,6 +27,7 @@ from trainer.data.records import RecordAt, frame, read_image, serialize
 from trainer.errors import INTERRUPTED, DataError
 from trainer.storage.base import Place
 from trainer.storage.places import place
+from trainer.storage.staging import origin
 
 ImageSource = str | Path | bytes | RecordAt
 SHARD_BYTES = 100 * 2**20  # of a shard where no number of shards is given
@@ -62,7 +63,10 @@ def _size_of(source: ImageSource) -> int:
 def _identity(source: ImageSource) -> str:
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    facts = os.stat(source.path if isinstance(source, RecordAt) else source)
+    path = source.path if isinstance(source, RecordAt) else source
+    if there := origin(path):  # other pods have copies elsewhere, of other times
+        return f"{there} {source.number}" if isinstance(source, RecordAt) else there
+    facts = os.stat(path)
     return f"{name_of(source)} {facts.st_size} {facts.st_mtime_ns}"
 
 

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
@@ -139,6 +140,25 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
         finally:
             pool.shutdown(cancel_futures=True)
             write_json(file, have)
+
+
+def origin(path: str | Path) -> str | None:
+    """Which object, in which version, a staged file is a copy of: the same on every machine. None for other files."""
+    path = Path(path)
+    for folder in path.parents:
+        versions = _versions(folder)
+        if versions is not None:
+            name = path.relative_to(folder).as_posix()
+            return f"{name} {versions[name]}" if name in versions else None
+    return None
+
+
+@cache
+def _versions(folder: Path) -> dict[str, int] | None:
+    try:
+        return json.loads((folder / VERSIONS).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _drop_strangers(folder: Path, pattern: str, entries: dict[str, Entry]) -> None:
