@@ -133,13 +133,15 @@ def share_data(job: Run) -> None:
     job.state.sharding = now
     if workers > 1:
         say(f"sharding: by {by} ({'data.shard_by' if asked == by else _why(split, workers, kept)}); "
-            + ("every worker reads all records and takes its rows of each global batch" if by == "record" else
+            + ("every worker takes its rows of each global batch" if by == "record" else
                "worker {} has {} of {} shards with {:,} of {:,} records".format(
                    job.peers.index, *_own_shards(split, workers, job.peers.index))))  # fmt: skip
     job.telemetry.expect(sum(steps_of(phase, config, job.steps_per_epoch) for phase in config.phases.values()))
 
 
 def _why(split: Split, workers: int, kept: str) -> str:
+    if not split.shards:
+        return "image files have no shards"
     if len(split.shards) < workers:
         return f"{len(split.shards)} shards cannot be shared by {workers} workers"
     return "chosen since decoded images are kept" if kept != "none" else "chosen since no decoded images are kept"
