@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from trainer.models.classifier import Classifier
 from trainer.storage.publisher import Publisher
 from trainer.storage.shard_cache import ShardCache
 from trainer.training.attempts import Attempts
-from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.checkpoints import CheckpointFolder, packed, unpacked
 from trainer.training.ledger import Ledger
 from trainer.training.state import RunState
 from trainer.training.step import EvaluationPass, by_index
@@ -180,19 +179,6 @@ def from_chief(job: Run, topic: str, arrays: dict[str, np.ndarray]) -> dict[str,
     if job.peers.size == 1:
         return arrays
     return unpacked(job.peers.from_chief(topic, packed(arrays) if job.peers.is_chief else b""))
-
-
-def packed(arrays: dict[str, np.ndarray]) -> bytes:
-    """Named arrays as bytes, exact."""
-    out = io.BytesIO()
-    np.savez(out, **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
-
-
-def unpacked(content: bytes) -> dict[str, np.ndarray]:
-    """The reverse of `packed`."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 def again(job: Run) -> str:

@@ -130,8 +130,7 @@ def evaluation_batches(
         the batches, from the start again after the last one (so that no strategy looks for an end), and how many of
         this worker's part of a global batch they are; 0 where there are fewer examples than workers.
     """
-    chosen = share_of(pixels.split, batch_size, part)
-    mine = np.array_split(chosen, share.workers)[share.worker]
+    mine = _to_score(pixels, batch_size, part, share)
     rows = batch_size // share.workers
     count, block = sequence_blocks(pixels.split, mine, rows)
     batches = _batches(pixels, block, count, rows // replicas)
@@ -171,11 +170,16 @@ def training_gate(
 
 def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
     """What waits, before each batch, for the shards that `evaluation_batches` of the same arguments opens."""
-    chosen = np.array_split(share_of(pixels.split, batch_size, part), share.workers)[share.worker]
+    mine = _to_score(pixels, batch_size, part, share)
     rows = batch_size // share.workers
     ahead = rows_ahead(rows // replicas, pixels.threads, _buffered(replicas))
-    reads = repeated(pixels.split, chosen, rows)
+    reads = repeated(pixels.split, mine, rows)
     return Gate(None if pixels.array is not None else pixels.shards, pixels.split, "evaluation", reads, ahead)
+
+
+def _to_score(pixels: Pixels, batch_size: int, part: float, share: Share) -> np.ndarray:
+    """Increasing indices of the examples that this worker scores."""
+    return np.array_split(share_of(pixels.split, batch_size, part), share.workers)[share.worker]
 
 
 def _buffered(replicas: int) -> int:

@@ -27,6 +27,19 @@ def _checksum(content: bytes) -> str:
     return f"{google_crc32c.value(content):08x}"
 
 
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Named arrays as bytes, exact."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def unpacked(content: bytes) -> dict[str, np.ndarray]:
+    """The reverse of `packed`."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
 class CheckpointFolder:
     """The checkpoints of one run."""
 
@@ -52,9 +65,7 @@ class CheckpointFolder:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            packed = io.BytesIO()
-            np.savez(packed, **variables)  # type: ignore[arg-type]
-            contents = {"variables.npz": packed.getvalue(), "state.json": json.dumps(state).encode()}
+            contents = {"variables.npz": packed(variables), "state.json": json.dumps(state).encode()}
             manifest = {n: {"bytes": len(c), "crc32c": _checksum(c)} for n, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
                 write_whole(beside / name, content)
@@ -96,8 +107,7 @@ class CheckpointFolder:
             for name, expected in manifest.items():
                 if _checksum(contents[name]) != expected["crc32c"]:
                     raise DataError(f"checkpoint {folder}: {name} does not match its checksum")
-            with np.load(io.BytesIO(contents["variables.npz"]), allow_pickle=False) as arrays:
-                return json.loads(contents["state.json"]), {name: arrays[name] for name in arrays.files}
+            return json.loads(contents["state.json"]), unpacked(contents["variables.npz"])
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
 
