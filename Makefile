@@ -21,7 +21,7 @@ train: $(READY) ## Fine-tune; say what with ARGS="experiment=... phases.head.epo
 	$(BIN)/python -m trainer $(ARGS)
 
 test: $(READY) ## Run the quick tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 30 -m "not slow and not gpu"
 
 test-all: $(READY) ## Run every test that needs no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800

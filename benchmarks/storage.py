@@ -3,8 +3,9 @@
     python -m benchmarks.storage
 
 The bucket is a fake-gcs-server on loopback, so what is measured is the work of our side, not a network. Prints, as
-ratios within one pass: the time until the first step, the time of an epoch, and the time that checkpoints stall
-training, published behind the training and waited for.
+ratios within one pass: the time until the first step, the time of an epoch, the time of the whole; and, with each
+answer of the bucket a tenth of a second late, the seconds that checkpoints stall training, uploaded behind the
+training (as runs do) and waited for.
 """
 
 from __future__ import annotations
@@ -19,17 +20,28 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.storage.emulator import running
+from tests.storage.emulator import environment, running
+from tests.storage.faulty import faults
 from trainer.storage.places import place
 
 RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fine_tune.epochs=6", "export.formats=[]",
        "runtime.checkpoint_every='10 steps'", "runtime.progress=lines")  # fmt: skip
 
 
-def seconds_of(data: str, output: str, cache: Path) -> dict[str, float]:
+TRAINER = ["-m", "trainer"]
+WAITS = ["-c", """
+from trainer.storage.publisher import Publisher
+from trainer.__main__ import main
+begin = Publisher.checkpoint
+Publisher.checkpoint = lambda self: (begin(self), self.wait())
+main()
+"""]  # fmt: skip
+
+
+def seconds_of(data: str, output: str, cache: Path, program: list[str] = TRAINER) -> dict[str, float]:
     """The ledger of one run, and the mean time of an epoch."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "trainer", *RUN, f"data.root={data}", f"output_dir={output}"]
+    command = [sys.executable, *program, *RUN, f"data.root={data}", f"output_dir={output}"]
     subprocess.run(command, check=True, env={**os.environ, "KUBETUNE_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
     report = json.loads((place(output) / "report" / "report.json").read_text())
     steps = sum(phase["epochs"] for phase in report["phases"].values())
@@ -47,7 +59,8 @@ def main() -> None:
         prepare = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={scratch}/digits", "data.shards=8"]
         subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, list[dict[str, float]]] = {"local": [], "bucket, first": [], "bucket, again": []}
-        with running(scratch / "objects"):
+        stalls: dict[str, list[float]] = {"behind": [], "waited for": []}
+        with running(scratch / "objects") as server:
             for file in (scratch / "digits").glob("[!.]*"):
                 (place("gs://bucket/digits") / file.name).upload(file)
             for turn in range(rounds):
@@ -56,12 +69,22 @@ def main() -> None:
                 for name in ("bucket, first", "bucket, again"):
                     output = f"gs://bucket/runs/{turn}-{name[8:]}"
                     found[name].append(seconds_of("gs://bucket/digits", output, own))
-    for what in ("start", "epoch", "checkpoint", "whole"):
+                with faults(server.url, {"slow": 1.0}) as proxy, environment(proxy.url):
+                    proxy.slow_seconds, proxy.instead = 0.1, "passed"
+                    for name, program in (("behind", TRAINER), ("waited for", WAITS)):
+                        output = f"gs://bucket/stalls/{turn}-{name[:6]}"
+                        stalls[name].append(seconds_of(f"{scratch}/digits", output, own, program)["checkpoint"])
+    for what in ("start", "epoch", "whole"):
         local = [run[what] for run in found["local"]]
         for name in ("bucket, first", "bucket, again"):
             ratios = [run[what] / base for run, base in zip(found[name], local, strict=True)]
             print(f"{what}: {name} / local {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
                   f"local {statistics.median(local):.2f} s", flush=True)  # fmt: skip
+    for name, seconds in stalls.items():
+        print(f"checkpoints, uploaded {name}: {statistics.median(seconds):.2f} s of stall "
+              f"({min(seconds):.2f} to {max(seconds):.2f})", flush=True)  # fmt: skip
+    ratios = [a / b for a, b in zip(stalls["waited for"], stalls["behind"], strict=True)]
+    print(f"stall waited for / behind: {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests.data.splits_on_disk import opened, record
+from tests.data.splits_on_disk import COUNT, opened, record, shard_split
 from trainer.config import Augmentation
 from trainer.contracts import Shard, Split
 from trainer.data import ahead
@@ -22,6 +22,7 @@ from trainer.data.ahead import sequence_reads, training_reads
 from trainer.data.order import ALONE, Share, sequence_blocks, steps_per_epoch, training_blocks
 from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Pixels
+from trainer.errors import DataError
 from trainer.storage.places import place
 from trainer.storage.shard_cache import OwnFolder, ShardCache
 
@@ -201,6 +202,18 @@ def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monk
     indices = np.random.default_rng(1).integers(0, split.count, 60)
     np.testing.assert_array_equal(strict.rows(indices), here.rows(indices))
     assert strict.bad == {}
+
+
+def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
+    pixels = opened(shard_split(tmp_path), "none", tmp_path, on_error="skip")
+    options = {"batch_size": 4, "replicas": 1, "seed": 1, "window": 8, "augmentation": AUGMENTED}
+    taken(pixels, 9, first_epoch=0, first_step=0, **options)
+    (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
+    Path(gone).unlink()
+    with pytest.raises(DataError, match=f"{gone}: No such file or directory, though it was there when the run began; "):
+        taken(pixels, 9, first_epoch=0, first_step=0, **options)
+    with pytest.raises(DataError, match="put it back and run the same command again to go on"):
+        pixels.rows(np.arange(COUNT))
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

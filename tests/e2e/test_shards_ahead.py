@@ -75,6 +75,31 @@ def test_half_of_the_disk_gives_the_bits_of_a_local_run(prepared: Path, tmp_path
     assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("server")
+def test_workers_that_share_by_file_fetch_their_own_shards(prepared: Path, tmp_path: Path) -> None:
+    """Two workers in step; what they train is what they would train on local shards, to the bit."""
+    runs = {}
+    for name, data in (("local", str(prepared)), ("there", DATA)):
+        folder = tmp_path / name
+        own = {i: (f"runtime.cache_dir={folder}/cache-{i}",) for i in range(2)}
+        runs[name] = start_workers(
+            folder, 2, *LIVE, "data.shard_by=file", "debug.max_examples=600", f"data.root={data}",
+            f"output_dir={folder / 'run'}", own=own,
+        )  # fmt: skip
+        assert runs[name].wait(400) == [0, 0], runs[name].said(0)
+    held = []
+    for i in range(2):
+        assert "sharding: by file" in runs["there"].said(i)
+        (home,) = (tmp_path / "there" / f"cache-{i}" / "shards").iterdir()
+        held.append({file.name for file in home.rglob("*-train.tfrecord*")})
+    assert held[0] != held[1]
+    predictions = tmp_path / "there" / "run" / "report" / "predictions.csv"
+    predictions.write_text(predictions.read_text().replace(DATA, str(prepared)))
+    assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
+
+
 @pytest.mark.usefixtures("server")
 def test_what_cannot_be_is_said_before_anything_is_trained(prepared: Path, tmp_path: Path) -> None:
     tight = start(tmp_path / "1", DATA, tmp_path / "c1", "runtime.disk_budget_gb=0.00002")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from trainer.cluster.discovery import Cluster
 from trainer.cluster.peers import Peers
 from trainer.config import Runtime, Training
 from trainer.errors import ConfigError, Interrupted
@@ -36,31 +37,54 @@ def build_strategy(
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    kind, wanted = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
-    if gpus and wanted > len(gpus):
-        raise ConfigError(f"runtime.replicas={wanted}, but this machine has {len(gpus)} GPUs; leave it null to use all")
-    if peers.size > 1 and not gpus and wanted > 1:
-        raise ConfigError(
-            f"runtime.replicas={wanted}: each of several workers without GPUs is one replica; set it null"
-        )
+    kind, wanted = devices_of(runtime, peers.size)
     peers.agree("devices", {"kind": kind, "replicas": wanted})
-    batch_size = training.batch_size
-    _check_share(batch_size, wanted * peers.size, training.accumulate)
+    note(described(kind, wanted, peers.cluster, runtime, training))
     if peers.size > 1:
-        share = f"; a batch of {batch_size} is {batch_size // (wanted * peers.size)} for each"
-        note(f"devices: {peers.size} workers ({peers.cluster.source}) with {_count(wanted, kind)} each, "
-             f"{runtime.precision}{share if wanted * peers.size > 1 else ''}")  # fmt: skip
         tf.config.set_visible_devices(gpus[:wanted], "GPU")
         return _several_workers(runtime, peers, note)
     if wanted == 1:
-        note(f"device: one {kind}, {runtime.precision}")
         return tf.distribute.get_strategy()
     if not gpus:
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
-    note(f"devices: {_count(wanted, kind)} mirrored ({'runtime.replicas' if runtime.replicas else 'all there are'}), "
-         f"{runtime.precision}; a batch of {batch_size} is {batch_size // wanted} for each")  # fmt: skip
     return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(wanted)])
+
+
+def devices_of(runtime: Runtime, workers: int) -> tuple[str, int]:
+    """The kind ("GPU" or "CPU") and number of the devices that one of these workers trains on.
+
+    Raises:
+        ConfigError: more are asked for than there are.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    kind, wanted = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
+    if gpus and wanted > len(gpus):
+        raise ConfigError(f"runtime.replicas={wanted}, but this machine has {len(gpus)} GPUs; leave it null to use all")
+    if workers > 1 and not gpus and wanted > 1:
+        raise ConfigError(
+            f"runtime.replicas={wanted}: each of several workers without GPUs is one replica; set it null"
+        )
+    return kind, wanted
+
+
+def described(kind: str, wanted: int, cluster: Cluster, runtime: Runtime, training: Training) -> str:
+    """The words for the devices of all workers, and for each one's part of a batch.
+
+    Raises:
+        ConfigError: the global batch cannot be shared evenly.
+    """
+    replicas, precision = wanted * cluster.size, runtime.precision
+    _check_share(training.batch_size, replicas, training.accumulate)
+    if replicas == 1:
+        return f"device: one {kind}, {precision}"
+    share = f"; a batch of {training.batch_size} is {training.batch_size // replicas} for each"
+    if cluster.size > 1:
+        return (
+            f"devices: {cluster.size} workers ({cluster.source}) with {_count(wanted, kind)} each, {precision}{share}"
+        )
+    why = "runtime.replicas" if runtime.replicas else "all there are"
+    return f"devices: {_count(wanted, kind)} mirrored ({why}), {precision}{share}"
 
 
 def _check_share(batch_size: int, replicas: int, pieces: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from trainer.contracts import Split
 from trainer.data.order import ALONE, STRETCH, Share, shard_order, shards_of_workers, sizes_of_shards, steps_per_epoch
+from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 
 # Blocks behind the one of the last row that was pulled whose shards may be open. Blocks are read by one thread, into
@@ -95,14 +96,40 @@ def repeated(split: Split, chosen: np.ndarray, batch_size: int) -> Iterator[Read
         yield from sequence_reads(split, chosen, batch_size)
 
 
-class Gate:
-    """Stands before one pipeline over a split; without a cache (all is local) it is open."""
+class LocalShards:
+    """Shards, by path, that nobody has to fetch. They must still be there: a pipeline that skips what it cannot read
+    tries for ever to open a file that is gone.
+    """
 
-    def __init__(self, shards: ShardCache | None, split: Split, reader: str, reads: Iterator[Read], ahead: int) -> None:
+    budget = 0  # nothing is fetched ahead
+
+    def require(self, reader: str, paths: list[str], then: list[str]) -> float:  # noqa: ARG002 - as `ShardCache.require`
+        """Raises DataError for a shard that cannot be opened; returns 0 seconds of waiting."""
+        for path in paths:
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                raise DataError(
+                    f"{path}: {error.strerror}, though it was there when the run began; put it back and run the same "
+                    "command again to go on"
+                ) from None
+        return 0.0
+
+    def release(self, reader: str) -> None:
+        """Nothing was held."""
+
+
+class Gate:
+    """Stands before one pipeline over a split; where there is nothing to wait for it is open."""
+
+    def __init__(
+        self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
+    ) -> None:
         """`reader`: who this is to the cache; `reads`: the blocks of the pipeline; `ahead`: see `rows_ahead`."""
         self.shards, self.reader, self.split, self.ahead = shards, reader, split, ahead
         self._reads = reads
-        self._names = [os.path.basename(shard.path) for shard in split.shards]
+        fetched = isinstance(shards, ShardCache)
+        self._names = [os.path.basename(shard.path) if fetched else shard.path for shard in split.shards]
         self._blocks: deque[tuple[int, list[str]]] = deque()  # row behind the block, its shards
         self._number = 0  # of the first of them
         self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks so far
@@ -165,6 +192,7 @@ class Gate:
         while size < self.shards.budget and self._rows_since(last, number) < self.split.count:
             if number >= len(self._blocks) and not self._next_block():
                 break
+            assert isinstance(self.shards, ShardCache)  # the others have no budget
             for name in self._blocks[number][1]:
                 size += 0 if name in seen else self.shards.entries[name].size
                 seen[name] = None

@@ -165,7 +165,7 @@ def training_gate(
     )
     buffered = _buffered(replicas) + (pixels.threads if augmentation.active else 0)
     ahead = rows_ahead(batch_size // share.workers // replicas, pixels.threads, buffered)
-    return Gate(None if pixels.array is not None else pixels.shards, pixels.split, "training", reads, ahead)
+    return pixels.gate("training", reads, ahead)
 
 
 def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
@@ -174,7 +174,7 @@ def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: flo
     rows = batch_size // share.workers
     ahead = rows_ahead(rows // replicas, pixels.threads, _buffered(replicas))
     reads = repeated(pixels.split, mine, rows)
-    return Gate(None if pixels.array is not None else pixels.shards, pixels.split, "evaluation", reads, ahead)
+    return pixels.gate("evaluation", reads, ahead)
 
 
 def _to_score(pixels: Pixels, batch_size: int, part: float, share: Share) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.contracts import Split
-from trainer.data.ahead import Gate, rows_ahead, sequence_reads
+from trainer.data.ahead import Gate, LocalShards, Read, rows_ahead, sequence_reads
 from trainer.data.decode import block_dataset, decoded_rows, decoder, plain
 from trainer.data.machine import memory_budget_default as memory_budget_default
 from trainer.data.machine import usable_cpus
@@ -89,6 +89,11 @@ class Pixels:
         with tf.device("CPU:0"):
             return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
 
+    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> Gate:
+        """What a pipeline over these images has to wait at; the arguments are those of `Gate`."""
+        shards = self.shards or (LocalShards() if self.split.shards else None)
+        return Gate(None if self.array is not None else shards, self.split, reader, reads, ahead)
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The images of these examples, uint8 [k, S, S, 3]; one that cannot be decoded is black.
 
@@ -99,9 +104,7 @@ class Pixels:
             return np.array(self.array[indices])
         chosen, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         count, block = sequence_blocks(self.split, chosen, 1)
-        gate = Gate(
-            self.shards, self.split, "rows", sequence_reads(self.split, chosen, 1), rows_ahead(1, self.threads, 0)
-        )
+        gate = self.gate("rows", sequence_reads(self.split, chosen, 1), rows_ahead(1, self.threads, 0))
         rows, images = iter(live_rows(self, block, count)), []
         with data_errors(self):
             for _ in chosen:
@@ -192,7 +195,7 @@ def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     chosen = np.arange(start, pixels.split.count, dtype=np.int64)
     count, block = sequence_blocks(pixels.split, chosen, 1)
     reads = sequence_reads(pixels.split, chosen, 1)
-    gate = Gate(pixels.shards, pixels.split, "filling", reads, rows_ahead(_BATCH, pixels.threads, 2))
+    gate = pixels.gate("filling", reads, rows_ahead(_BATCH, pixels.threads, 2))
     batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2))
     for _ in range(0, len(chosen), _BATCH):
         gate.before(_BATCH)

@@ -13,28 +13,21 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from trainer.cluster.discovery import Cluster
-from trainer.cluster.peers import Peers
-from trainer.cluster.strategy import build_strategy
+from trainer.cluster.strategy import described, devices_of
 from trainer.config import RunConfig
 from trainer.contracts import Dataset, Shard, Split
 from trainer.data.dataset_folder import LABELS
 from trainer.data.splits import part_sizes
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.storage.places import Entry, Place, place
-from trainer.storage.staging import is_remote, stage
+from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.run_folder import open_run_folder
-
-
-class _Enough(Exception):
-    """Raised from a callback of the run's own code, once that has said what it would do next."""
 
 
 def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
@@ -43,16 +36,8 @@ def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
     Raises:
         ConfigError: as a run would, the batch cannot be shared or there are too few devices.
     """
-    said: list[str] = []
-
-    def note(text: str) -> None:
-        said.append(text)
-        raise _Enough
-
-    peers = SimpleNamespace(size=cluster.size, cluster=cluster, agree=lambda *_: None)
-    with suppress(_Enough):
-        build_strategy(config.runtime, cast(Peers, peers), config.training, note)
-    return said[0], config.runtime.replicas or max(len(tf.config.list_physical_devices("GPU")), 1)
+    kind, wanted = devices_of(config.runtime, cluster.size)
+    return described(kind, wanted, cluster, config.runtime, config.training), wanted
 
 
 def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
@@ -98,22 +83,14 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str]:
     Raises:
         DataError: as `stage`: nothing is there, it cannot be read, or it does not fit the budget.
     """
-    said: list[str] = []
-
-    def note(text: str) -> None:
-        said.append(text)
-        if ": fetching " in text:
-            raise _Enough
-
-    def never() -> None:
-        raise _Enough
-
     if (place(address) / LABELS).exists():  # its shards come while training goes on, and need not fit together
         budget = sys.maxsize
-    try:
-        return stage(address, cache, budget, note, never), said[-1]
-    except _Enough:
-        return None, said[-1].replace(": fetching ", ": would fetch ")
+    copy = planned_copy(address, cache, budget)
+    missing = missing_from(copy.folder, copy.entries)
+    if not missing:
+        return copy.path, f"{address}: lies in {copy.folder}, fetched before"
+    size = sum(entry.size for entry in missing.values())
+    return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}"
 
 
 def listed(address: str) -> list[Entry]:

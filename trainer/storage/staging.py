@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,28 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
     """
     if not is_remote(address):
         return address
+    copy = planned_copy(address, cache_dir, budget)
+    _drop_strangers(copy.folder, copy.pattern, copy.entries)
+    fetch_missing(address, copy.entries, copy.folder, note, check)
+    return copy.path
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What `stage` makes of an address: its files by name below the folder it names, and where they go."""
+
+    folder: Path
+    pattern: str  # the part of the address with wildcards, or the name of a single file; "" for a folder
+    entries: dict[str, Entry]
+
+    @property
+    def path(self) -> str:
+        """What takes the place of the address."""
+        return str(self.folder / self.pattern) if self.pattern else str(self.folder)
+
+
+def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
+    """What `stage` would do; nothing is fetched. Arguments and errors are those of `stage`."""
     root, pattern = _root_and_pattern(address)
     entries = _find(root, pattern)
     folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
@@ -55,9 +78,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
             f"{address} holds {size / 1e9:.1f} GB, more than the {budget / 1e9:.1f} GB of runtime.disk_budget_gb that "
             f"{cache_dir} may take; raise it, or set runtime.cache_dir to a larger disk"
         )
-    _drop_strangers(folder, pattern, entries)
-    fetch_missing(address, entries, folder, note, check)
-    return str(folder / pattern) if pattern else str(folder)
+    return Copy(folder, pattern, entries)
 
 
 def prepared_folder(data_dir: str, name: str) -> str:
@@ -102,21 +123,13 @@ def _find(root: str, pattern: str) -> dict[str, Entry]:
 
 def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]) -> None:
     """Fetch those of `entries` (by name below `address`) that are not in the local folder in the same version."""
-    file = folder / VERSIONS
-    try:
-        have: dict[str, int] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        have = {}
-    missing = {
-        name: entry
-        for name, entry in entries.items()
-        if have.get(name) != entry.version or not _is_whole(folder / name, entry.size)
-    }
+    have, missing = _had(folder), missing_from(folder, entries)
     if not missing:
         note(f"{address}: taken from {folder}, fetched before")
         return
     whole, done, count = sum(entry.size for entry in missing.values()), 0, 0
     note(f"{address}: fetching {len(missing):,} files, {whole / 1e6:,.1f} MB, to {folder}")
+    file = folder / VERSIONS
     began = last = time.monotonic()
 
     def fetch(name: str) -> str:
@@ -140,6 +153,24 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
         finally:
             pool.shutdown(cancel_futures=True)
             write_json(file, have)
+
+
+def missing_from(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Those of the entries that a local folder does not hold in the same version."""
+    have = _had(folder)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if have.get(name) != entry.version or not _is_whole(folder / name, entry.size)
+    }
+
+
+def _had(folder: Path) -> dict[str, int]:
+    """The versions of what was fetched into a folder, by name."""
+    try:
+        return json.loads((folder / VERSIONS).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def origin(path: str | Path) -> str | None:
