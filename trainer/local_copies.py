@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import RunConfig
@@ -78,10 +79,20 @@ def _dataset(config: RunConfig) -> str | None:
     return data.root if data.source == "tfds" else None
 
 
-def _open_shards(
-    address: str, cache_dir: Path, budget: int, note: Callable[[str], None], check: Callable[[str], None]
-) -> ShardCache | None:
-    """A cache of the shards in a prepared folder, with its metadata beside them; None where it has no labels file."""
+@dataclass(frozen=True)
+class Prepared:
+    """A folder in a bucket that `python -m trainer.prepare` wrote: its shards, and what is known of them, by name."""
+
+    shards: dict[str, Entry]
+    beside: dict[str, Entry]
+
+
+def prepared_at(address: str) -> Prepared | None:
+    """What is in a folder; None where it has no labels file.
+
+    Raises:
+        DataError: a shard is no longer what the manifest says.
+    """
     there = {entry.place.name: entry for entry in place(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= there.keys():
         return None
@@ -89,14 +100,28 @@ def _open_shards(
     for shard in manifest.values():
         _compare(address, shard, there.get(shard.file))
     beside = {name: there[name] for name in (*METADATA, MANIFEST, LABELS) if name in there}
+    return Prepared({name: there[name] for name in manifest}, beside)
+
+
+def _open_shards(
+    address: str, cache_dir: Path, budget: int, note: Callable[[str], None], check: Callable[[str], None]
+) -> ShardCache | None:
+    """A cache of the shards in a prepared folder, with its metadata beside them; None where it has no labels file."""
+    found = prepared_at(address)
+    if found is None:
+        return None
     folder = OwnFolder(cache_dir, address)
-    entries = {name: there[name] for name in manifest}
-    shards = ShardCache(address, entries, folder, budget, note, lambda: check(address), beside)
-    fetch_missing(address, beside, folder.path, note, lambda: check(address))
-    size = sum(entry.size for entry in entries.values())
-    note(f"{address}: {len(entries):,} shards, {size / 1e6:,.1f} MB, come to {folder.path} while they are used, "
-         f"{min(size, budget) / 1e6:,.1f} MB at a time")  # fmt: skip
+    shards = ShardCache(address, found.shards, folder, budget, note, lambda: check(address), found.beside)
+    fetch_missing(address, found.beside, folder.path, note, lambda: check(address))
+    note(f"{address}: {coming(found, budget)}, to {folder.path}")
     return shards
+
+
+def coming(found: Prepared, budget: int) -> str:
+    """The words for shards that come while they are used."""
+    size = sum(entry.size for entry in found.shards.values())
+    count = f"{len(found.shards):,} shard{'s' * (len(found.shards) != 1)}"
+    return f"{count}, {size / 1e6:,.1f} MB, come while they are used, {min(size, budget) / 1e6:,.1f} MB at a time"
 
 
 def _compare(address: str, shard: ShardEntry, there: Entry | None) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from trainer.cluster.discovery import discover
 from trainer.command_line import compose, exit_code_of, quiet_start
-from trainer.config import load, without_regularisation
+from trainer.config import Data, load, without_regularisation
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
 from trainer.planning.sections import (
@@ -43,7 +43,7 @@ PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
 
 def find_data(plan: Plan) -> Rows:
     """Open the data where that takes no download; what would be staged is only listed."""
-    from trainer.data.sources import open_dataset
+    from trainer.local_copies import coming, prepared_at
     from trainer.planning import rehearsal
     from trainer.run import GIGABYTE
 
@@ -54,10 +54,17 @@ def find_data(plan: Plan) -> Rows:
         changes |= {"root": prepared_folder(str(data.data_dir), data.name), "data_dir": None}
     rows: Rows = []
     missing = None
+    budget = int(config.runtime.disk_budget_gb * GIGABYTE)
+    if data.source == "tfds" and is_remote(changes["root"]) and (prepared := prepared_at(changes["root"])):
+        plan.to_stage = list(prepared.shards.values())
+        rows.append(("bucket", f"{changes['root']}: {coming(prepared, budget)}"))
+        with rehearsal.metadata(prepared, changes["root"]) as folder:
+            _open(plan, data.model_copy(update={**changes, "root": folder}), arriving=True)
+        return rows
     for key in ("root", "pattern"):
         if is_remote(changes[key]):
             address = changes[key]
-            path, said = rehearsal.staged(address, cache, int(config.runtime.disk_budget_gb * GIGABYTE))
+            path, said = rehearsal.staged(address, cache, budget)
             rows.append(("bucket", said))
             changes[key], missing = path, missing if path else address
     if missing:
@@ -66,19 +73,32 @@ def find_data(plan: Plan) -> Rows:
             return [*rows, ("not opened", "no plan downloads data: classes and counts show once it is staged")]
         plan.dataset, plan.labels_known = rehearsal.outline_of_bucket(config, missing), False
         return [*rows, ("not opened", "names and counts are from its metadata; labels show once it is staged")]
-    plan.local = config.model_copy(update={"data": data.model_copy(update=changes)})
+    if not _open(plan, data.model_copy(update=changes)):
+        return [("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
+    return rows
+
+
+def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
+    """Open what is on this machine, as a run would; False where the run would download it first."""
+    from trainer.data.sources import open_dataset
+    from trainer.planning import rehearsal
+    from trainer.train import weights_of_classes
+
+    config = plan.config
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
-    closed = plan.local.data.model_copy(update={"download": False})
+    closed, cache = data.model_copy(update={"download": False}), Path(config.runtime.cache_dir).expanduser()
 
     def note(text: str) -> None:
         if text.startswith("reading"):
             print(text, flush=True)
 
     try:
-        found = open_dataset(closed, seed=config.seed, cache_dir=cache, max_examples=limit, note=note)
+        found = open_dataset(
+            closed, seed=config.seed, cache_dir=cache, max_examples=limit, note=note, arriving=arriving
+        )
     except DataError as error:
         if data.download and "is not prepared in" in str(error):
-            return [("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
+            return False
         raise
     if config.debug.overfit:
         only = found.splits["train"]
@@ -86,10 +106,8 @@ def find_data(plan: Plan) -> Rows:
     plan.dataset = found
     if config.output_dir and not plan.faults:
         rehearsal.take_folder(config, found.fingerprint)
-    from trainer.train import weights_of_classes
-
     weights_of_classes(cast(Any, SimpleNamespace(config=config, dataset=found)))
-    return rows
+    return True
 
 
 def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) -> list[PhasePlan]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.running import ROOT, SMALL, assert_same_run
 from tests.e2e.workers import Workers, start_workers
@@ -78,6 +79,14 @@ def fetched(there: Place, to: Path, prepared: Path) -> Path:
     return to
 
 
+def assert_tensorboard_reads(there: Place, to: Path) -> None:
+    """What TensorBoard finds in the bucket of a run that is not finished."""
+    for entry in (there / "logs" / "head").list():
+        entry.place.download(to / entry.place.name)
+    events = EventAccumulator(str(to)).Reload()
+    assert {"train/loss", "validation/accuracy"} <= set(events.Tags()["tensors"])
+
+
 @pytest.mark.usefixtures("server")
 def test_killed_and_started_on_an_empty_disk_it_ends_with_the_same_bits(
     calm: Path, prepared: Path, tmp_path: Path
@@ -87,6 +96,7 @@ def test_killed_and_started_on_an_empty_disk_it_ends_with_the_same_bits(
     first[0].send_signal(signal.SIGKILL)
     first.wait(30)
     assert f"{DATA}: fetching " in first.said(0)
+    assert_tensorboard_reads(place("gs://bucket/runs/1"), tmp_path / "seen")
     began = time.monotonic()
     second = start(tmp_path / "2", tmp_path / "node-2")
     assert second.wait(200) == [0], second.said(0)

@@ -8,10 +8,10 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from trainer.cluster.discovery import Cluster
 from trainer.cluster.strategy import described, devices_of
 from trainer.config import RunConfig
 from trainer.contracts import Dataset, Shard, Split
-from trainer.data.dataset_folder import LABELS
 from trainer.data.splits import part_sizes
 from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.local_copies import Prepared
 from trainer.storage.places import Entry, Place, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training.checkpoints import CheckpointFolder
@@ -38,6 +38,17 @@ def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
     """
     kind, wanted = devices_of(config.runtime, cluster.size)
     return described(kind, wanted, cluster, config.runtime, config.training), wanted
+
+
+@contextmanager
+def metadata(found: Prepared, address: str) -> Iterator[str]:
+    """A folder with all that a prepared folder in a bucket says of its shards, and none of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
+        folder.mkdir()
+        for name, entry in found.beside.items():
+            entry.place.download(folder / name, expected=entry)
+        yield str(folder)
 
 
 def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
@@ -83,8 +94,6 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str]:
     Raises:
         DataError: as `stage`: nothing is there, it cannot be read, or it does not fit the budget.
     """
-    if (place(address) / LABELS).exists():  # its shards come while training goes on, and need not fit together
-        budget = sys.maxsize
     copy = planned_copy(address, cache, budget)
     missing = missing_from(copy.folder, copy.entries)
     if not missing:

@@ -42,7 +42,6 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
     dataset: Dataset | None = None
-    local: RunConfig | None = None  # with what is staged already in place of its address
     labels_known: bool = True
     to_stage: list[Entry] = field(default_factory=list)  # what a run would fetch from a bucket first
 

@@ -128,7 +128,7 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
         note(f"{address}: taken from {folder}, fetched before")
         return
     whole, done, count = sum(entry.size for entry in missing.values()), 0, 0
-    note(f"{address}: fetching {len(missing):,} files, {whole / 1e6:,.1f} MB, to {folder}")
+    note(f"{address}: fetching {_files(missing)}, {whole / 1e6:,.1f} MB, to {folder}")
     file = folder / VERSIONS
     began = last = time.monotonic()
 
@@ -153,6 +153,10 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
         finally:
             pool.shutdown(cancel_futures=True)
             write_json(file, have)
+
+
+def _files(entries: dict[str, Entry]) -> str:
+    return f"{len(entries):,} file{'s' * (len(entries) != 1)}"
 
 
 def missing_from(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
