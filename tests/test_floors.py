@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # but for the ground floor, whose modules may.
 FLOORS = (
     {"errors", "contracts", "config", "config_differences", "config_faults", "randomness", "imaging"},
+    {"watching"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
     {"run", "command_line", "local_copies"},

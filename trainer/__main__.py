@@ -10,17 +10,16 @@ from collections.abc import Callable
 from trainer.cluster.discovery import discover
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.preflight import meet
-from trainer.command_line import compose, exit_code_of, quiet_start, run_sweep_job
+from trainer.command_line import be_seen, compose, exit_code_of, quiet_start, run_sweep_job, speak_as, speak_early
 from trainer.config import RunConfig, load, without_regularisation
 from trainer.config_differences import in_common
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
+from trainer.watching import termination
+from trainer.watching.lines import say
+from trainer.watching.signs import signs
 
 LOOK_SECONDS = 15.0  # between two looks at the output folder while others are waited for
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 class _FinishedMeanwhile(Exception):
@@ -43,9 +42,9 @@ def _look_around(config: RunConfig, stop: StopFlag) -> Callable[[], None]:
 
 
 def _say_finished(config: RunConfig) -> None:
-    _say(
-        f"{config.output_dir} is finished already (it holds DONE); its report is {config.output_dir}/report/index.html"
-    )
+    folder = config.output_dir
+    say(text := f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
+    termination.outcome(text)
 
 
 def _train(arguments: list[str]) -> None:
@@ -55,14 +54,17 @@ def _train(arguments: list[str]) -> None:
         return
     config = load(composed)
     config = without_regularisation(config) if config.debug.overfit else config
+    speak_as(config.runtime)
     cluster = discover(os.environ)
+    be_seen(config, cluster.index, cluster.size)
     if is_finished(config):
         return _say_finished(config)
     if cluster.size > 1 and not config.output_dir:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
     stop = StopFlag()
+    signs.at("meeting the other workers")
     try:
-        peers = meet(cluster, config.runtime.start_timeout, _say, _look_around(config, stop))
+        peers = meet(cluster, config.runtime.start_timeout, say, _look_around(config, stop))
     except _FinishedMeanwhile:
         return _say_finished(config)
     peers.on_stop = stop.told
@@ -76,6 +78,7 @@ def _train(arguments: list[str]) -> None:
         peers.agree("configuration", in_common(config))
         peers.agree("code", versions() | {"source": source_digest()})
         home = open_run_folder(config, cluster.size) if peers.is_chief else follow_run_folder(config)
+        signs.at("importing TensorFlow")
         with quiet_start():
             from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
 
@@ -85,6 +88,7 @@ def _train(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
+    speak_early(sys.argv[1:])
     sys.exit(exit_code_of(_train, sys.argv[1:]))
 
 

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, Runtime
 from trainer.config_faults import nearest
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
+from trainer.watching import lines, termination
+from trainer.watching.signs import signs
 
 
 def conf_folder() -> Path:
@@ -56,7 +59,7 @@ def run_sweep_job(overrides: list[str], folder: str) -> float:
     """
     named = [o.split("=", 1)[1] for o in overrides if re.match(r"\+*output_dir=", o)]
     target = named[-1] if named else folder
-    print("sweep:", " ".join(overrides) or "(defaults)", f"-> {target}", flush=True)
+    lines.say(f"sweep: {' '.join(overrides) or '(defaults)'} -> {target}")
     command = [sys.executable, "-m", "trainer", *overrides, *([] if named else [f"output_dir={target}"])]
     code = subprocess.run(command, check=False).returncode
     if code != DONE:
@@ -89,8 +92,11 @@ def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | N
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     chosen = {a.split("=")[0] for a in arguments}
-    quickstart = [] if chosen & {"experiment", "data"} else ["experiment=quickstart"]
-    before, sys.argv = sys.argv, ["python -m trainer", *map(_add_freely, arguments), *quickstart]
+    arguments = [_add_freely(a) for a in arguments]
+    if not chosen & {"experiment", "data"}:  # beside the other values: Hydra wants them in one piece
+        values = [i for i, a in enumerate(arguments, start=1) if "=" in a or a.startswith("~")]
+        arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
+    before, sys.argv = sys.argv, ["python -m trainer", *arguments]
     try:
         hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -144,16 +150,67 @@ def quiet_start() -> Iterator[None]:
                     print(line, file=sys.stderr)
 
 
+def speak_early(arguments: list[str]) -> None:
+    """Until the configuration is known: the form of the log and the termination message, as far as the arguments tell.
+
+    So what is wrong with the configuration is said where it is looked for. `--help` and `--cfg` are read by people.
+    """
+    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
+        return
+    given = {m[1]: m[2] for a in arguments if (m := re.match(r"\+*([\w.]+)=(.*)", a))}
+    preset = conf_folder() / "runtime" / f"{given.get('runtime', 'default')}.yaml"
+    settings = yaml.safe_load(preset.read_text()) if preset.is_file() else {}
+    if given.get("runtime.log_format", settings.get("log_format")) == "json":
+        lines.as_json()
+    file = given.get("runtime.termination_log", settings.get("termination_log"))
+    if file and file != "null" and "$" not in file:
+        termination.leave_in(file.strip("'\""))
+
+
+def be_seen(config: RunConfig, worker: int, workers: int) -> None:
+    """From here on the process can be watched as `runtime` says: log lines, a port, a last message.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    speak_as(config.runtime, worker=str(worker), **({"run": config.output_dir} if config.output_dir else {}))
+    signs.tell(workers=workers)
+    if config.runtime.http_port:
+        from trainer.watching.server import serve
+
+        serve(config.runtime.http_port, signs, config.output_dir or config.experiment_name or "")
+
+
+def speak_as(runtime: Runtime, **labels: str) -> None:
+    """The form of the log and the termination message, as configured."""
+    signs.stuck_after = runtime.stuck_after
+    termination.leave_in(runtime.termination_log)
+    if runtime.log_format == "json":
+        lines.as_json(**labels)
+
+
 def exit_code_of(action: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run a command; failures we can explain become one message on stderr and their exit code."""
+    code, reason = _end_of(action, arguments)
+    termination.leave(code, reason)
+    return code
+
+
+def _end_of(action: Callable[[list[str]], None], arguments: list[str]) -> tuple[int, str]:
     try:
         action(arguments)
     except TrainerError as error:
-        print(f"{'interrupted' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        if error.exit_code == INTERRUPTED:
+            lines.say(f"interrupted: {error}", "WARNING", exit_code=INTERRUPTED)
+        else:
+            lines.say(f"error: {error}", "ERROR", exit_code=error.exit_code)
+        return error.exit_code, str(error)
     except KeyboardInterrupt:
-        print("interrupted before anything was trained", file=sys.stderr)
-        return INTERRUPTED
+        lines.say(text := "interrupted before anything was trained", "WARNING", exit_code=INTERRUPTED)
+        return INTERRUPTED, text
     except SystemExit as stop:  # Hydra's --help and argparse
-        return stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE)
-    return DONE
+        return stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE), ""
+    except Exception as error:
+        lines.say_traceback(error)
+        return BUG, f"{type(error).__name__}: {error}; the log has the traceback"
+    return DONE, ""

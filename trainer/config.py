@@ -247,6 +247,16 @@ class Runtime(Section):
     memory_budget_gb: float | None = Field(None, gt=0)  # decoded images in memory; null: a quarter of the machine's
     disk_budget_gb: float = Field(50.0, ge=0)
     data_threads: int | None = Field(None, ge=1)
+    http_port: int | None = Field(None, ge=1, le=65535)  # serves /healthz and /metrics; null: nothing is served
+    stuck_after: float = Field(900.0, gt=0)  # seconds without any progress, after which /healthz answers 503
+    log_format: Literal["text", "json"] = "text"  # json: one object a line, with the field names of Cloud Logging
+    termination_log: str | None = None  # file that gets the reason of the exit; /dev/termination-log in a pod
+
+    @model_validator(mode="after")
+    def _fits(self) -> Runtime:
+        if self.log_format == "json" and self.progress == "bar":
+            raise ValueError("a progress bar is no JSON: set runtime.progress=lines or runtime.log_format=text")
+        return self
 
 
 class Export(Section):

@@ -18,7 +18,8 @@ FREE = (
 
 
 # What each worker of one run may have for itself.
-OWN = tuple(f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress"))
+_OWN = ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress", "http_port", "log_format")
+OWN = tuple(f"runtime.{key}" for key in (*_OWN, "termination_log"))
 
 
 def in_common(config: RunConfig) -> dict[str, Any]:

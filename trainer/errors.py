@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 DONE = 0
 BUG = 1
 WRONG_INPUT = 2
@@ -55,11 +53,3 @@ class GaveUp(TrainerError):
     """Started again and again without a step of progress."""
 
     exit_code = GAVE_UP
-
-
-_stderr = os.dup(2)  # as it was when the process began: while TensorFlow is imported, 2 is something else
-
-
-def last_words(text: str) -> None:
-    """Say why, from any thread, right before `os._exit`."""
-    os.write(_stderr, (text + "\n").encode())

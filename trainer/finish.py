@@ -21,6 +21,8 @@ from trainer.exporting.tflite import export_tflite
 from trainer.run import Run, predict, say
 from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
+from trainer.watching import termination
+from trainer.watching.signs import FINISH, signs
 
 AFTER = "after training had ended"
 PARITY_EXAMPLES = 512  # of the scored split are sent through the exported model
@@ -35,6 +37,8 @@ def finish(job: Run) -> None:
         ToldToStop: the next start begins here again.
     """
     job.ledger.mark("train")
+    signs.enter(FINISH)
+    signs.at("evaluation")
     split = "test" if "test" in job.dataset.splits else "validation"
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
     probabilities, labels, indices = predict(job, split)
@@ -51,11 +55,13 @@ def finish(job: Run) -> None:
     result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
 
     say("exporting")
+    signs.at("export")
     exports = export(job, result, indices)
     job.stop.check(AFTER)
     job.ledger.mark("finish")
 
     say("writing the report")
+    signs.at("report")
     report = write_report(
         job.folder / "report",
         result=result,
@@ -78,6 +84,7 @@ def finish(job: Run) -> None:
     job.ledger.mark("finish")
     job.ledger.write()
     job.telemetry.flush()
+    signs.at("publishing")
     job.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": job.state.step}) + "\n")
     job.peers.from_chief("done")
     summarise(job, report)
@@ -168,3 +175,4 @@ def summarise(job: Run, report: dict[str, Any]) -> None:
         f"next:  tensorboard --logdir {folder}/logs",
     ]  # fmt: skip
     say("\n".join(lines))
+    termination.outcome(f"{lines[1]}; {folder}/report/index.html")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.command_line import compose, exit_code_of
+from trainer.command_line import be_seen, compose, exit_code_of, speak_as, speak_early
 from trainer.config import RunConfig, load
 from trainer.contracts import Dataset, Split
 from trainer.data.records import RecordAt, index_shard
@@ -26,6 +26,9 @@ from trainer.errors import ConfigError
 from trainer.local_copies import local_copies
 from trainer.storage.places import place
 from trainer.storage.staging import is_remote
+from trainer.watching import termination
+from trainer.watching.lines import say
+from trainer.watching.signs import signs
 
 Progress = Callable[[int, int], None]
 
@@ -40,14 +43,14 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     """
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
-        local_copies(config, cache, _say, lambda _address: None)[0].data,
+        local_copies(config, cache, say, lambda _address: signs.moved())[0].data,
         seed=config.seed,
         cache_dir=cache,
         max_examples=config.debug.max_examples,
-        note=_say,
+        note=say,
     )
     target = place(output if is_remote(output) else Path(output).expanduser())
-    with _progress(config.runtime.progress) as progress:
+    with _progress(config.runtime.progress) as show:
         entries = write_dataset(
             target,
             dataset.name,
@@ -55,22 +58,36 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
             {name: _examples(split, config.data.split_seed) for name, split in dataset.splits.items()},
             shards=config.data.shards,
             workers=config.runtime.data_threads or os.cpu_count() or 1,
-            progress=progress,
+            progress=_noted(show),
             on_error=config.data.on_error,
             part=part,
             scratch=cache / "prepared",
         )
     if entries is None:
-        print(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
+        _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
         return
     skipped = [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]
     for fault in skipped:
-        print(f"skipped {fault}")
-    print(
+        say(f"skipped {fault}")
+    _say_at_the_end(
         _summary(
             dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), str(target)
         )
     )
+
+
+def _noted(show: Progress) -> Progress:
+    """The same; images that are done are signs of life."""
+    before = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal before
+        if done != before:
+            before = done
+            signs.moved()
+        show(done, total)
+
+    return progress
 
 
 def _summary(dataset: Dataset, shards: int, images: int, size: int, output: str) -> str:
@@ -113,7 +130,7 @@ def _progress(kind: str) -> Iterator[Progress]:
         now = time.monotonic()
         if done != said and (done == total or now - last >= 10):
             last, said = now, done
-            print(f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)", flush=True)
+            say(f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)", done=done, total=total)
 
     yield line
 
@@ -125,7 +142,12 @@ def _run(arguments: list[str]) -> None:
         return
     if len(outputs) != 1 or not outputs[0]:
         raise ConfigError("say once where to write: python -m trainer.prepare data=... output=FOLDER")
-    prepare(load(composed), outputs[0], _part(os.environ))
+    config = load(composed)
+    speak_as(config.runtime)
+    part = _part(os.environ)
+    be_seen(config, *part)
+    signs.enter("prepare")
+    prepare(config, outputs[0], part)
 
 
 def _part(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -142,12 +164,14 @@ def _part(environment: Mapping[str, str]) -> tuple[int, int]:
     return index, pods
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
+def _say_at_the_end(text: str) -> None:
+    say(text)
+    termination.outcome(text)
 
 
 def main() -> None:
     """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
+    speak_early(sys.argv[1:])
     sys.exit(exit_code_of(_run, sys.argv[1:]))
 
 

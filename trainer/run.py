@@ -17,16 +17,18 @@ from trainer.data.ahead import Gate
 from trainer.data.order import ALONE, Share
 from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
-from trainer.errors import DataError, ToldToStop
+from trainer.errors import INTERRUPTED, DataError, ToldToStop
 from trainer.models.classifier import Classifier
 from trainer.storage.publisher import Publisher
 from trainer.storage.shard_cache import ShardCache
-from trainer.training.attempts import Attempts
+from trainer.training.attempts import STOPPED, Attempts
 from trainer.training.checkpoints import CheckpointFolder, packed, unpacked
 from trainer.training.ledger import Ledger
 from trainer.training.state import RunState
 from trainer.training.step import EvaluationPass, by_index
 from trainer.training.telemetry import Telemetry
+from trainer.watching.lines import say
+from trainer.watching.signs import signs
 
 GIGABYTE = 1024**3
 
@@ -98,10 +100,16 @@ class Run:
         """Whether any worker was told to stop: the same answer on all of them, asked at the same point by all."""
         return self.peers.any(f"stop {where}", self.stop.reason is not None)
 
+    def wishes_to_stop(self) -> bool:
+        """Whether this worker was told to stop. The compiled step asks at each step, which so is a sign of life."""
+        signs.moved()
+        return self.stop.reason is not None
 
-def say(text: str) -> None:
-    """Print progress before a slow thing begins, so that a start that hangs can be told from one that works."""
-    print(text, flush=True)
+    def note_stop(self, reason: str) -> None:
+        """The order to stop arrived. Who is stuck ends here: the step that could save will not come."""
+        if stuck := signs.stuck():
+            self.peers.end(INTERRUPTED, f"{reason} while {stuck}; what was saved before is intact. {again(self)}")
+        self.attempts.end(STOPPED, reason)  # should the time to stop not suffice
 
 
 def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
@@ -163,6 +171,7 @@ def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.nda
             return False
         if waited > 0:
             job.ledger.mark("evaluation", waited)
+        signs.moved()
         return job.stop.reason is None
 
     with data_errors(pixels):

@@ -28,11 +28,13 @@ from trainer.training.run_folder import RunFolder
 from trainer.training.state import RunState
 from trainer.training.step import EvaluationPass
 from trainer.training.telemetry import Telemetry, cut_back
+from trainer.watching.signs import signs
 
 
 def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
+    signs.at("opening the data")
     cache = Path(config.runtime.cache_dir).expanduser()
     local, where, shards = copies_ahead(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples
@@ -50,6 +52,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
                 | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
     stop.check("before training began")
+    signs.at("building the model")
     strategy = build_strategy(config.runtime, peers, config.training, say)
     stop.install()
     with strategy.scope():
@@ -95,7 +98,9 @@ def resume(job: Run, home: RunFolder) -> None:
         take_weights(job, job.config.warm_start)
     else:
         say(f"weights: backbone {job.config.model.weights}, head from the seed")
+    signs.tell(step=job.state.step, epoch=job.state.epoch + 1)
     if job.peers.is_chief:
+        signs.saved()
         job.ledger.resumed(job.state.train_seconds)
         cut_back(job.folder / "metrics.jsonl", job.folder / "logs", job.state.step)
     job.peers.told("attempt", lambda: job.attempts.begin(job.state.step, job.config.runtime.max_fruitless_restarts))
@@ -109,6 +114,7 @@ def share_data(job: Run) -> None:
     """
     split, workers, config = job.dataset.splits["train"], job.peers.size, job.config
     asked, before = config.data.shard_by, job.state.sharding
+    signs.at("opening the training images")
     kept = job.pixels("train").kept  # every worker decodes at the same time, whatever the answer will be
 
     def choose() -> str:

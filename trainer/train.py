@@ -21,11 +21,11 @@ from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.run import Run, again, from_chief, predict, say, steps_of, training_stream, weights_of_classes
 from trainer.start import open_run, resume, share_data
 from trainer.training import variables
-from trainer.training.attempts import STOPPED
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.run_folder import RunFolder
 from trainer.training.step import StepSettings, TrainingStep, mean_loss_and_accuracy
 from trainer.training.stopping import exhausted, judge
+from trainer.watching.signs import signs
 
 
 def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> None:
@@ -60,7 +60,7 @@ def failures_noted(job: Run) -> Iterator[None]:
         job.ledger.write()
 
     job.peers.on_end = ended
-    job.stop.on_told = lambda reason: job.attempts.end(STOPPED, reason)  # should the time to stop not suffice
+    job.stop.on_told = job.note_stop
     try:
         yield
     except OSError as error:
@@ -91,6 +91,7 @@ def train_phase(job: Run, name: str) -> None:
     """Thaw what the phase names, train it to its end, and hand its weights on."""
     phase, state, config = job.config.phases[name], job.state, job.config
     total = steps_of(phase, config, job.steps_per_epoch)
+    signs.enter(name)
     plan = apply_thaw(job.classifier, phase.thaw, phase.batch_norm)
     say(f"phase {name}: {total} steps ({total / job.steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
@@ -157,7 +158,7 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         optimizer,
         settings,
         workers=job.peers.size,
-        stop=lambda: job.stop.reason is not None,
+        stop=job.wishes_to_stop,
     )
     return step, rate
 
@@ -182,6 +183,7 @@ def train_epoch(
         traced = step.traced
         wanted = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         late = wait_for_shards(job, shards, wanted, everything)
+        signs.at("training" if traced else "compiling the first step")
         rows, waited, stopped = step.run(batches, wanted, state.step, state.phase_step)
         waited += late
         job.ledger.mark("train" if traced else "compile", waited)
@@ -190,6 +192,7 @@ def train_epoch(
         state.step += count
         state.phase_step += count
         state.epoch_step += count
+        signs.stepped(state.step, state.epoch + 1)
         if not np.isfinite(rows).all():
             first = state.step - count + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
             raise Diverged(
@@ -234,6 +237,7 @@ def validate(
     """Score the validation split; returns the epoch's entry of the history, and whether it is the phase's best."""
     state, began = job.state, time.monotonic()
     job.ledger.mark("train")
+    signs.at("validation")
     if step.averages:
         step.averages.swap()
     try:
@@ -316,6 +320,7 @@ def save(job: Run, everything: dict[str, Any]) -> None:
     if not job.peers.is_chief:
         return
     job.ledger.mark("train")
+    signs.at("saving a checkpoint")
     state.train_seconds = job.ledger.seconds["train"]
     job.telemetry.flush()
     job.publisher.wait()  # at most one checkpoint is behind

@@ -19,7 +19,10 @@ from typing import Any
 
 from trainer.cluster.discovery import Cluster
 from trainer.cluster.wire import Wire
-from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError, last_words
+from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
+from trainer.watching import termination
+from trainer.watching.lines import last_words
+from trainer.watching.signs import signs
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
@@ -109,7 +112,8 @@ class Peers:
             self._lost(peer, f"its connection broke ({error})")
 
     def _next(self, peer: int, topic: str) -> bytes:
-        found, payload = self._inbox[peer].get()
+        with signs.waiting(f"worker {peer}"):
+            found, payload = self._inbox[peer].get()
         assert found == topic, f"worker {peer} is at {found!r}, worker {self.index} at {topic!r}"
         return payload
 
@@ -215,6 +219,7 @@ class Peers:
             try:
                 last_words(f"{word}: {message}")
                 self.on_end(code, message)
+                termination.leave(code, message)
                 sys.stdout.flush()
             finally:
                 os._exit(code)

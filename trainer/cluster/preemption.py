@@ -8,7 +8,10 @@ import socket
 import threading
 from collections.abc import Callable
 
-from trainer.errors import INTERRUPTED, ToldToStop, last_words
+from trainer.errors import INTERRUPTED, ToldToStop
+from trainer.watching import termination
+from trainer.watching.lines import last_words
+from trainer.watching.signs import signs
 
 
 class StopFlag:
@@ -47,11 +50,12 @@ class StopFlag:
             self.on_told(reason)
 
     def check(self, where: str) -> None:
-        """Where nothing needs saving.
+        """Where nothing needs saving; loops that wait, each with a time limit of its own, call it at every round.
 
         Raises:
             ToldToStop: told to stop.
         """
+        signs.moved()
         if self.reason:
             raise ToldToStop(f"{self.reason} {where}; nothing is lost. Start the same command again to go on")
 
@@ -64,6 +68,7 @@ class StopFlag:
                 self._signals += 1
                 if self._signals > 1:
                     last_words(f"\n{name}: stopping at once")
+                    termination.leave(INTERRUPTED, f"{name} a second time: stopped at once")
                     os._exit(INTERRUPTED)
                 self.told(name)
                 last_words(f"\n{name}: saving at the next step, then stopping (again to stop at once)")

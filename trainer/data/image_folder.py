@@ -14,6 +14,7 @@ from trainer.config import Data
 from trainer.contracts import Split
 from trainer.data.splits import PARTS, Found, ends_of, part_sizes
 from trainer.errors import DataError
+from trainer.watching.signs import signs
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SPLIT_NAMES = {
@@ -198,6 +199,7 @@ def _inspect(pictures: list[_Picture]) -> tuple[dict[str, str], dict[str, str]]:
     """Facts of every file for the fingerprint, and the files that cannot be pictures with the reason."""
 
     def look(picture: _Picture) -> tuple[str, str | None]:
+        signs.moved()
         try:
             size, head, ends = ends_of(picture.path, _ENDS)
         except OSError as error:

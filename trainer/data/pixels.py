@@ -146,7 +146,14 @@ def reason_for(pixels: Pixels, index: int) -> str:
 def _first_unreadable(pixels: Pixels, start: int) -> int | None:
     """The first example from index `start` on that cannot be read; tries them all, in parallel."""
     probe = Pixels(
-        pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, note=lambda _: None, shards=pixels.shards
+        pixels.split,
+        pixels.size,
+        pixels.resize,
+        "skip",
+        pixels.threads,
+        lambda _: None,
+        pixels.check,
+        shards=pixels.shards,
     )
     for _ in _decoded(probe, start):
         if probe.bad:

@@ -16,6 +16,7 @@ from trainer.data.dataset_folder import known_shards
 from trainer.data.records import index_shard, read_labels
 from trainer.data.splits import ends_of, take
 from trainer.errors import DataError
+from trainer.watching.signs import signs
 
 Note = Callable[[str], None]
 _ENDS = 2**16  # bytes of each end of a shard that its fingerprint covers
@@ -53,6 +54,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     skipped: list[str] = []
     known = {folder: known_shards(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
     for number, path in enumerate(paths):
+        signs.moved()
         name, (entries, known_labels) = os.path.basename(path), known[os.path.dirname(path)]
         if source.arriving:
             if name not in entries:

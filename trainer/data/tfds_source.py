@@ -15,6 +15,7 @@ from trainer.contracts import Shard, Split
 from trainer.data.record_splits import Note, RecordSource, read_shards, split_of
 from trainer.data.splits import Found, overlap, part_sizes, take, turns
 from trainer.errors import DataError
+from trainer.watching.signs import signs
 
 
 def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -> Found:
@@ -99,7 +100,8 @@ def _named(data: Data) -> Any:
                 "set data.download=true to download it, or data.data_dir to where it lies"
             )
         try:
-            builder.download_and_prepare(file_format="tfrecord")
+            with signs.waiting(f"TFDS, which downloads and prepares {data.name}"):  # it says nothing for hours
+                builder.download_and_prepare(file_format="tfrecord")
         except Exception as error:  # network, checksum, missing extra packages, disk: all end here
             raise DataError(f"TFDS cannot download and prepare {data.name}: {_first_line(error)}") from None
     return builder

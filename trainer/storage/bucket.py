@@ -19,6 +19,7 @@ from trainer.storage.client import client, refused
 from trainer.storage.local import LocalPlace
 from trainer.storage.retrying import Damaged, Limits, persist, within
 from trainer.storage.transfers import decoded, file_crc32c, together, write_at
+from trainer.watching.signs import signs
 
 LARGE = 32 << 20  # bytes above which a download goes in chunks
 CHUNK = 16 << 20  # bytes of a chunk
@@ -248,6 +249,7 @@ class BucketPlace(Place):
             length = min(CHUNK, entry.size - start)
             data = self._do("storage.objects.get", lambda limits: self._slice(entry, start, length, limits))
             write_at(file.fileno(), data, start)
+            signs.moved()
 
         with open(to, "wb") as file:
             if entry.size <= LARGE:
@@ -300,7 +302,9 @@ class BucketPlace(Place):
         names = [beside / f"{index:02d}" for index in range(len(starts))]
 
         def send(index: int) -> int:
-            return names[index]._send(content(starts[index], min(length, size - starts[index])), ANY)
+            sent = names[index]._send(content(starts[index], min(length, size - starts[index])), ANY)
+            signs.moved()
+            return sent
 
         def join(limits: Limits) -> Entry:
             blob = self._blob()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from trainer.storage.base import Place
 from trainer.storage.lease import Lease
+from trainer.watching.signs import signs
 
 PUBLISH_SECONDS = 30.0  # between two looks at what has grown: metrics, TensorBoard, the ledger
 TRANSFERS = 8  # files on their way at once
@@ -75,7 +78,9 @@ class Publisher:
 
     def checkpoint(self) -> None:
         """Begin to publish the checkpoints that are here now; call `wait` before the next one is written."""
-        self._submit(self._publish_checkpoints)
+        if not self.remote:
+            signs.saved()
+        self._submit(partial(self._publish_checkpoints, time.monotonic()))
 
     def wait(self) -> None:
         """Until what was begun is published.
@@ -135,7 +140,7 @@ class Publisher:
             if self._pending is None or self._pending.done():
                 self._submit(self._publish_files)
 
-    def _publish_checkpoints(self) -> None:
+    def _publish_checkpoints(self, written: float) -> None:
         assert self.remote
         assert self.lease
         here = sorted((p.name for p in (self.local / "checkpoints").glob(f"{STEP}*")), reverse=True)
@@ -146,10 +151,12 @@ class Publisher:
                 files = sorted((f for f in folder.iterdir()), key=lambda f: f.name == "manifest.json")  # that last
                 for file in files:
                     (self.remote / f"checkpoints/{there}/{file.name}").upload(file)
+                    signs.moved()
                 self._names[name] = there
         self._names = {name: there for name, there in self._names.items() if name in here}
         self._publish_files()  # first: a restart can cut metrics back to the checkpoint, not add to them
         self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in here))
+        signs.saved(time.monotonic() - written)
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (self.remote / BEST).write(self._names[name] + "\n")
@@ -173,6 +180,7 @@ class Publisher:
             now = (facts.st_size, facts.st_mtime_ns)
             if self._sent.get(name) != now:
                 (self.remote / name).write(file.read_bytes())
+                signs.moved()
                 self._sent[name] = now
 
 

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.event_pb2 import Event
 
 from trainer.storage.files import write_whole
+from trainer.watching import lines
+from trainer.watching.signs import signs
 
 
 def clock(seconds: float) -> str:
@@ -78,12 +80,12 @@ class Telemetry:
             self._task = self.bar.add_task("", total=total_steps, line="")
             self.bar.start()
 
-    def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+    def say(self, text: str, **facts: Any) -> None:
+        """Print a line, above the bar if there is one; `facts` are its numbers, for a log of JSON."""
         if self.bar:
             self.bar.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
-            print(text, flush=True)
+            lines.say(text, **facts)
 
     def waited(self, seconds: float) -> None:
         """Count time in which the device had no data."""
@@ -108,6 +110,7 @@ class Telemetry:
             "time": time.time(),
         }
         self._write({"kind": "train", **entry, "timing": timing})
+        signs.tell(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
         self._scalars(
             entry["phase"],
             entry["step"],
@@ -130,7 +133,11 @@ class Telemetry:
             )
         else:
             step, share = entry["step"], entry["step"] / self.total_steps
-            self.say(f"{entry['phase']}  epoch {entry['epoch']}  step {step}/{self.total_steps} ({share:.0%})  {line}")
+            facts = entry | {key: value for key, value in timing.items() if key != "time"}
+            self.say(
+                f"{entry['phase']}  epoch {entry['epoch']}  step {step}/{self.total_steps} ({share:.0%})  {line}",
+                **facts,
+            )
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """One finished epoch with its validation scores."""
@@ -144,7 +151,9 @@ class Telemetry:
         self.say(
             f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
             f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
-            f"val_accuracy {entry['val_accuracy']:.4f}{'  (best)' if best else ''}"
+            f"val_accuracy {entry['val_accuracy']:.4f}{'  (best)' if best else ''}",
+            **entry,
+            **timing,
         )
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""What this process is at, and when it last got on: what `/healthz` judges and `/metrics` tells.
+
+Nothing here waits, locks or draws: any thread may call anything at any time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+START, FINISH = "start", "finish"
+
+
+class LifeSigns:
+    """Of one process.
+
+    Attributes:
+        phase: START, the name of a phase of training, or FINISH.
+        doing: what the main thread is at, in a few words.
+        stuck_after: seconds without progress that are too many (`runtime.stuck_after`).
+        values: gauges by name, as far as they are known: step, epoch, loss, ...
+    """
+
+    def __init__(self) -> None:
+        self.phase, self.doing, self.stuck_after = START, "starting", float("inf")
+        self.values: dict[str, float] = {}
+        self._moved = time.monotonic()
+        self._stepped: float | None = None
+        self._saved: float | None = None
+        self._waiting_for: str | None = None
+
+    def enter(self, phase: str) -> None:
+        """Another part of the run begins."""
+        self.phase = phase
+        self.at(phase)
+
+    def at(self, doing: str) -> None:
+        """The main thread begins something else."""
+        self.doing = doing
+        self.moved()
+
+    def moved(self) -> None:
+        """Something got on: a step, a batch, a part of a file, or a loop with a time limit of its own went round."""
+        self._moved = time.monotonic()
+
+    def stepped(self, step: int, epoch: int) -> None:
+        """The optimizer has taken steps; `step` is the run's, `epoch` counts from 1."""
+        self.moved()
+        self._stepped = self._moved
+        self.tell(step=step, epoch=epoch)
+
+    def saved(self, seconds_ago: float = 0.0) -> None:
+        """A checkpoint of how things stood `seconds_ago` is committed; or training begins with nothing to lose."""
+        self._saved = time.monotonic() - seconds_ago
+
+    def tell(self, **values: float) -> None:
+        """Set gauges."""
+        self.values |= values
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While progress is made elsewhere and watched there: another worker has signs of its own, and its silence
+        ends all of them within seconds.
+        """
+        self._waiting_for = what
+        try:
+            yield
+        finally:
+            self._waiting_for = None
+            self.moved()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since something got on; 0 while that is not to be expected."""
+        return 0.0 if self._waiting_for else time.monotonic() - self._moved
+
+    @property
+    def step_age(self) -> float | None:
+        """Seconds since this process took its last step; None before the first."""
+        return None if self._stepped is None else time.monotonic() - self._stepped
+
+    @property
+    def checkpoint_age(self) -> float | None:
+        """Seconds of work that would be lost now; None where somebody else saves."""
+        return None if self._saved is None else time.monotonic() - self._saved
+
+    def now(self) -> str:
+        """What the process is at, in a few words."""
+        return f"{self.doing}, waiting for {self._waiting_for}" if self._waiting_for else self.doing
+
+    def stuck(self) -> str | None:
+        """Why this process must be taken for stuck, in one sentence; None as long as it gets on."""
+        silence = self.silence
+        if silence <= self.stuck_after:
+            return None
+        step = f" after step {self.values['step']:.0f}" if "step" in self.values else ""
+        return (
+            f"stuck: nothing has moved for {silence:.0f} s (runtime.stuck_after={self.stuck_after:g}) "
+            f"in: {self.doing}{step}"
+        )
+
+
+signs = LifeSigns()  # of this process
