@@ -57,11 +57,11 @@ def _train(arguments: list[str]) -> None:
     speak_as(config.runtime)
     cluster = discover(os.environ)
     be_seen(config, cluster.index, cluster.size)
+    stop = StopFlag()
     if is_finished(config):
         return _say_finished(config)
     if cluster.size > 1 and not config.output_dir:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
-    stop = StopFlag()
     signs.at("meeting the other workers")
     try:
         peers = meet(cluster, config.runtime.start_timeout, say, _look_around(config, stop))

@@ -8,6 +8,7 @@ and writes the splits in TFDS's folder format; read them with `data=tfds data.ro
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +23,12 @@ from trainer.contracts import Dataset, Split
 from trainer.data.records import RecordAt, index_shard
 from trainer.data.sources import open_dataset
 from trainer.data.writing import ImageSource, write_dataset
-from trainer.errors import ConfigError
+from trainer.errors import INTERRUPTED, ConfigError
 from trainer.local_copies import local_copies
 from trainer.storage.places import place
 from trainer.storage.staging import is_remote
 from trainer.watching import termination
-from trainer.watching.lines import say
+from trainer.watching.lines import last_words, say
 from trainer.watching.signs import signs
 
 Progress = Callable[[int, int], None]
@@ -146,8 +147,17 @@ def _run(arguments: list[str]) -> None:
     speak_as(config.runtime)
     part = _part(os.environ)
     be_seen(config, *part)
+    signal.signal(signal.SIGTERM, _end)
     signs.enter("prepare")
     prepare(config, outputs[0], part)
+
+
+def _end(number: int, _frame: object) -> None:
+    """Told to stop: shards that are there stay, and the processes that write others end with this one."""
+    reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
+    last_words(f"interrupted: {reason}")
+    termination.leave(INTERRUPTED, reason)
+    os._exit(INTERRUPTED)
 
 
 def _part(environment: Mapping[str, str]) -> tuple[int, int]:

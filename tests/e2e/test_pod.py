@@ -211,6 +211,28 @@ def test_prepare_in_a_pod(tmp_path: Path) -> None:
     assert message(tmp_path).startswith(f"exit code 0 (done): {tmp_path / 'digits'} holds 1797 images of 10 classes")
 
 
+def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
+    hang(photos)
+    (port,) = free_ports(1)
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.prepare",
+        "data=image_folder",
+        f"data.root={photos}",
+        f"output={tmp_path}/out",
+    ]
+    command += [*as_pod(tmp_path / "pod", port), "runtime.stuck_after=1"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
+        until(lambda: answers(port)[0] == 503, child)
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=20)
+    assert child.returncode == INTERRUPTED
+    assert [entry["severity"] for entry in entries(out + err)][-2:] == ["ERROR", "WARNING"]
+    why = "exit code 75 (interrupted): SIGTERM; start the same command again to write what is missing"
+    assert message(tmp_path / "pod") == why
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_was_stuck_goes_on(tmp_path: Path, photos: Path) -> None:
