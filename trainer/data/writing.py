@@ -279,5 +279,6 @@ def _run(jobs: list[Job], folder: Path, workers: int, progress: Callable[[int], 
                 progress(counter.value)
                 for future in ended:
                     yield future.result()
-        finally:
+        except BaseException:  # else all are waited for: who only starts now would not find what it is to share
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
