@@ -98,6 +98,13 @@ threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
     assert len({e["message"].split(" x")[0] for e in out}) == len(out) == 1600
 
 
+def test_what_multiprocessing_leaves_behind_is_not_told() -> None:
+    program = (
+        "lines.as_json()\nimport multiprocessing, os\nkept = multiprocessing.get_context('spawn').Lock()\nos._exit(75)"
+    )
+    assert told(program, code=75) == ([], [])
+
+
 def test_last_words_before_the_end() -> None:
     _, (entry,) = told("lines.as_json()\nimport os\nlines.last_words('\\nSIGTERM: so long')\nos._exit(75)", code=75)
     assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")

@@ -69,6 +69,9 @@ def as_json(**labels: str) -> None:
         atexit.register(stream.end)
     logging.getLogger().addHandler(_Handler())
     logging.captureWarnings(True)
+    # A helper process of multiprocessing outlives `os._exit` and warns of what it then cleans up, on our stderr.
+    quiet = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     sys.excepthook = lambda _kind, error, _trace: say_traceback(error)
     threading.excepthook = _of_thread
 
