@@ -19,6 +19,7 @@ from tests.e2e.running import ROOT, SMALL, run, start
         (["--help"], 0, "out", "kubetune fine-tunes an image classifier in phases."),
         (["--cfg", "job"], 0, "out", "weights: glyphs"),
         (["experiment=flowers_mobilenet_v2", "data=image_folder", "data.root=x", "--cfg", "job"], 0, "out", "image_size: 160"),
+        (["runtime=pod", "--cfg", "job"], 0, "out", "http_port: 8080"),
         (["data=digitss"], 2, "err", "error: data=digitss: there is no such data. Did you mean digits? Known: digits,"),
         (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key. Did you mean epochs?"),
         (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),

@@ -218,8 +218,8 @@ class Peers:
             word = "interrupted" if code == INTERRUPTED else "error"
             try:
                 last_words(f"{word}: {message}")
+                termination.leave(code, message)  # first: what follows writes to the run's disk, which may hang
                 self.on_end(code, message)
-                termination.leave(code, message)
                 sys.stdout.flush()
             finally:
                 os._exit(code)
