@@ -7,7 +7,7 @@ READY := $(VENV)/requirements.lock
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint bench pretrained lock clean
+.PHONY: help setup train test test-all lint bench pretrained manifests lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: $(READY) ## Measure, side by side
 
 pretrained: $(READY) ## Train the packaged backbone again
 	$(BIN)/python pretraining/train.py $(ARGS)
+
+manifests: $(READY) ## Write k8s/job.yaml and k8s/multiworker.yaml from k8s/base and k8s/overlays
+	$(BIN)/python scripts/manifests.py
 
 lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "pretrained", "lock", "clean"]
+TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "pretrained", "manifests", "lock", "clean"]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
