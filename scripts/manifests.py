@@ -95,19 +95,19 @@ def plain(node: yaml.Node) -> Any:
     return node.value
 
 
-def lines_of(text: str) -> dict[Place, int]:
-    """The line that each key and item begins in; its own place comes before those of what is in it."""
-    found: dict[Place, int] = {}
+def nodes_of(text: str) -> dict[Place, tuple[int, yaml.Node]]:
+    """The line that each key and item begins in, and its value; its own place comes before those of what is in it."""
+    found: dict[Place, tuple[int, yaml.Node]] = {}
 
     def walk(node: yaml.Node, place: Place) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                found[*place, key.value] = key.start_mark.line
+                found[*place, key.value] = key.start_mark.line, value
                 walk(value, (*place, key.value))
         elif isinstance(node, yaml.SequenceNode) and not node.flow_style:
             for index, item in enumerate(node.value):
                 here = (*place, name_of(plain(item), index))
-                found[here] = item.start_mark.line
+                found[here] = item.start_mark.line, item
                 walk(item, here)
 
     for document in yaml.compose_all(text):
@@ -126,7 +126,7 @@ def remarks_of(text: str) -> tuple[dict[Place, list[str]], dict[Place, str]]:
     above: dict[Place, list[str]] = {}
     beside: dict[Place, str] = {}
     taken: set[int] = set()
-    for place, number in lines_of(text).items():
+    for place, (number, _) in nodes_of(text).items():
         if number in taken:
             continue
         taken.add(number)
@@ -156,33 +156,37 @@ def merge_order(order: dict[Place, list[str]], tree: Any, place: Place) -> None:
         merge_order(order, tree[name], (*place, name))
 
 
-def arranged(tree: Any, order: dict[Place, list[str]], place: Place) -> Any:
-    """The same tree in the learnt order."""
+def arranged(tree: Any, order: dict[Place, list[str]], in_line: set[Place], place: Place) -> Any:
+    """The same tree in the learnt order; lists that the sources have in one line are marked."""
     known = order.get(place, [])
     if isinstance(tree, dict):
         names = sorted(tree, key=lambda name: known.index(name) if name in known else len(known))
-        return {name: arranged(tree[name], order, (*place, name)) for name in names}
+        return {name: arranged(tree[name], order, in_line, (*place, name)) for name in names}
     if isinstance(tree, list):
-        return list(arranged({name_of(item, index): item for index, item in enumerate(tree)}, order, place).values())
+        items = {name_of(item, index): item for index, item in enumerate(tree)}
+        return (_InLine if place in in_line else list)(arranged(items, order, in_line, place).values())
     return tree
 
 
+class _InLine(list[Any]):
+    """A list that is written in one line."""
+
+
 class _Dumper(yaml.SafeDumper):
-    """As people write manifests: lists indented below their key, short ones in one line, double quotes."""
+    """As people write manifests: lists indented below their key, double quotes."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
         super().increase_indent(flow, False)
 
-    def short_list(self, items: list[Any]) -> yaml.Node:
-        short = all(isinstance(item, int | str) for item in items) and len(str(items)) < 40
-        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=short)
+    def in_line(self, items: list[Any]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
     def text(self, text: str) -> yaml.Node:
         style = None if isinstance(yaml.safe_load(text), str) else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(list, _Dumper.short_list)
+_Dumper.add_representer(_InLine, _Dumper.in_line)
 _Dumper.add_representer(str, _Dumper.text)
 
 
@@ -191,17 +195,23 @@ def manifest(file: str) -> str:
     above: dict[Place, list[str]] = {}
     beside: dict[Place, str] = {}
     order: dict[Place, list[str]] = {}
+    in_line: set[Place] = set()
     for path in sources(K8S / FOLDERS[file]):
         text = path.read_text()
         over, behind = remarks_of(text)
         above, beside = above | over, beside | behind
+        in_line |= {
+            place
+            for place, (_, node) in nodes_of(text).items()
+            if isinstance(node, yaml.SequenceNode) and node.flow_style
+        }
         for tree in yaml.safe_load_all(text):
             merge_order(order, tree, (tree["kind"],))
     beside |= INSTEAD
-    objects = [arranged(tree, order, (tree["kind"],)) for tree in rendered(FOLDERS[file])]
+    objects = [arranged(tree, order, in_line, (tree["kind"],)) for tree in rendered(FOLDERS[file])]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=1000)
     lines = text.splitlines()
-    for place, number in reversed(lines_of(text).items()):
+    for place, (number, _) in reversed(nodes_of(text).items()):
         if place in beside:
             lines[number] += f" {beside[place]}"
         if place in above:

@@ -1,0 +1,183 @@
+"""The two files that one `kubectl apply -f` takes are what the kustomizations say, and read well."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+import yaml
+from tensorboard import program
+
+from scripts import manifests
+from tests.k8s.rendered import OVERLAYS, objects, pods_of, the
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(manifests.FOLDERS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_file_is_fresh(file: str) -> None:
+    assert (manifests.K8S / file).read_text() == manifests.manifest(file), "run: make manifests"
+
+
+def sorted_by_name(tree: Any) -> Any:
+    """The same, with named items in one order: in manifests theirs means nothing here."""
+    if isinstance(tree, dict):
+        return {key: sorted_by_name(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        items = [sorted_by_name(item) for item in tree]
+        named = all(isinstance(item, dict) and "name" in item for item in items)
+        return sorted(items, key=lambda item: item["name"]) if named else items
+    return tree
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_file_says_what_its_kustomization_says(file: str) -> None:
+    text = (manifests.K8S / file).read_text()
+    assert sorted_by_name(list(yaml.safe_load_all(text))) == sorted_by_name(objects(manifests.FOLDERS[file]))
+    for document in yaml.compose_all(text):
+        assert [key.value for key, _ in document.value][:3] == ["apiVersion", "kind", "metadata"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_must_be_edited_is_marked_and_nothing_else(file: str) -> None:
+    lines = (manifests.K8S / file).read_text().splitlines()
+    edits = [line.strip() for line in lines if re.search(r"# EDIT\b", line)]
+    kinds = ["image: ", "- experiment=", "- output_dir=gs://BUCKET/"]
+    assert [next(kind for kind in [*kinds, "completions: "] if edit.startswith(kind)) for edit in edits] == [
+        *(["completions: "] if file == "multiworker.yaml" else []),
+        *kinds,
+    ]
+    body = [line for line in lines if not line.lstrip().startswith("#")]
+    placeholders = [
+        line for line in body if re.search(r"\b(BUCKET|PROJECT|REPOSITORY|REGION|TAG)\b", line.split(" #")[0])
+    ]
+    assert all("# EDIT" in line for line in placeholders)
+
+
+def test_every_placeholder_of_the_sources_is_marked() -> None:
+    for path in manifests.K8S.rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            code = line.partition(" #")[0]
+            if not line.lstrip().startswith("#") and re.search(r"\b(BUCKET|PROJECT|RUN|QUEUE|TAG)\b", code):
+                assert "# EDIT" in line, f"{path}: {line}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_commands_of_the_header_name_what_is_there(file: str) -> None:
+    text = (manifests.K8S / file).read_text()
+    header = text.partition("---")[0]
+    name = the(manifests.FOLDERS[file], "Job")["metadata"]["name"]
+    for command in ("start", "watch", "log", "stop", "resume", "delete"):
+        assert re.search(rf"^#   {command} ", header, re.M), command
+    assert f"kubectl apply -f k8s/{file}" in header
+    assert f"kubectl delete job {name} --cascade=foreground" in header  # or the next pod finds the folder in use
+    assert set(re.findall(r"job-name=([\w-]+)", header)) == {name}
+    assert (ROOT / "k8s" / manifests.FOLDERS[file]).is_dir()
+
+
+def test_the_number_of_workers_is_written_once() -> None:
+    """In an overlay in `workers.yaml`; in the file of its own an anchor stands for all but the text WORKER_COUNT."""
+    for overlay in ("multiworker", "prepare"):
+        (pods,) = pods_of(f"overlays/{overlay}")
+        count = yaml.safe_load((manifests.K8S / "overlays" / overlay / "workers.yaml").read_text())["data"]["count"]
+        job = pods.job or {}
+        assert [job["completions"], job["parallelism"], pods.environment()["WORKER_COUNT"]] == [
+            int(count),
+            int(count),
+            count,
+        ]
+        assert not objects(f"overlays/{overlay}", "ConfigMap")
+    text = (manifests.K8S / "multiworker.yaml").read_text()
+    assert "completions: &workers 2 #" in text
+    assert "parallelism: *workers\n" in text
+
+
+def test_another_number_of_workers_reaches_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(manifests.K8S, tmp_path / "k8s")
+    workers = tmp_path / "k8s" / "overlays" / "multiworker" / "workers.yaml"
+    workers.write_text(workers.read_text().replace('count: "2"', 'count: "16"'))
+    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
+    for overlay in ("multiworker", "jobset"):
+        text = yaml.safe_dump(manifests.rendered(f"overlays/{overlay}")[-1])
+        assert "completions: 16\n" in text
+        assert "parallelism: 16\n" in text
+        assert "name: WORKER_COUNT\n" in text
+        assert re.search(r"value: '16'\n", text)
+        assert "'2'" not in text
+
+
+def test_remarks_and_order_come_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr(manifests, "K8S", tmp_path)
+    monkeypatch.setattr(manifests, "INSTEAD", {})
+    (tmp_path / "base" / "kustomization.yaml").write_text(
+        "resources: [one.yaml]\npatches: [{path: patch.yaml}]\nlabels: [{pairs: {team: a}}]\n"
+    )
+    (tmp_path / "base" / "one.yaml").write_text(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: one # its name\nspec:\n"
+        "  # above\n  # both lines\n  volumes:\n    - name: z # last letter\n    - name: a\n"
+        '  containers:\n    - name: c\n      image: "1.5" # "#"\n      args:\n        - x=1\n        # of y\n        - y=2\n'
+    )
+    (tmp_path / "base" / "patch.yaml").write_text(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: one\nspec:\n  hostname: h # new\n"
+        '  containers:\n    - name: c\n      image: "yes" # changed\n      command: [a, b]\n'
+    )
+    body = manifests.manifest("job.yaml").partition("---\n")[2]
+    assert body == (
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: one # its name\n  labels:\n    team: a\nspec:\n"
+        "  # above\n  # both lines\n  volumes:\n    - name: z # last letter\n    - name: a\n"
+        "  hostname: h # new\n"
+        '  containers:\n    - name: c\n      image: "yes" # changed\n'
+        "      args:\n        - x=1\n        # of y\n        - y=2\n      command: [a, b]\n"
+    )
+
+
+def test_without_kubectl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match=r"manifests: kubectl is not installed; `make setup` installs it into \.venv"):
+        manifests.rendered("base")
+
+
+def test_a_broken_kustomization_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifests, "K8S", tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
+    with pytest.raises(SystemExit, match=r"manifests: k8s/base: .*gone\.yaml"):
+        manifests.rendered("base")
+
+
+def test_every_folder_is_used() -> None:
+    components = {folder.name for folder in (manifests.K8S / "components").iterdir()}
+    used = {
+        Path(name).name
+        for folder in OVERLAYS
+        for name in yaml.safe_load((manifests.K8S / folder / "kustomization.yaml").read_text()).get("components", [])
+    }
+    assert used == components
+
+
+def test_the_locked_tensorboard_takes_its_arguments_and_reads_buckets() -> None:
+    (pods,) = pods_of("overlays/tensorboard")
+    board = program.TensorBoard()
+    board.configure(["tensorboard", *pods.arguments()])
+    (port,) = [port["containerPort"] for port in pods.container["ports"]]
+    assert (board.flags.port, board.flags.bind_all, board.flags.load_fast) == (port, True, "false")
+    assert board.flags.logdir.split("://")[0] in tf.io.gfile.get_registered_schemes()
+
+
+def test_serving_is_of_the_tensorflow_that_exports() -> None:
+    (pods,) = pods_of("overlays/serving")
+    version = re.search(r"^tensorflow==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
+    assert version
+    assert pods.container["image"].startswith(f"tensorflow/serving:{version[1]}.")
+    arguments = dict(argument.removeprefix("--").split("=") for argument in pods.arguments())
+    numbers = {port["name"]: str(port["containerPort"]) for port in pods.container["ports"]}
+    assert (arguments["port"], arguments["rest_api_port"]) == (numbers["grpc"], numbers["http"])
+    assert arguments["model_base_path"].endswith("/export/saved_model")
+    for probe in ("startupProbe", "readinessProbe"):
+        assert pods.container[probe]["httpGet"]["path"] == f"/v1/models/{arguments['model_name']}"

@@ -1,0 +1,209 @@
+"""Every pod could run in a namespace that enforces the Pod Security level *restricted*, and has what it mounts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.k8s.rendered import ALL, JOBS, Object, Pods, name_of
+
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+SYSCTLS = {
+    "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.tcp_syncookies", "net.ipv4.ping_group_range", "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.tcp_keepalive_time", "net.ipv4.tcp_fin_timeout", "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem",
+}  # fmt: skip
+SELINUX = {"", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
+PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
+
+
+def containers_of(spec: Object) -> list[Object]:
+    return [c for kind in ("initContainers", "containers", "ephemeralContainers") for c in spec.get(kind, [])]
+
+
+def handlers_of(container: Object) -> Iterator[Object]:
+    """What a probe or hook does."""
+    for probe in PROBES:
+        yield container.get(probe, {})
+    yield from container.get("lifecycle", {}).values()
+
+
+def breaches(spec: Object, annotations: dict[str, str]) -> list[str]:
+    """The controls of *restricted* (those of *baseline* among them) that a pod does not keep.
+
+    https://kubernetes.io/docs/concepts/security/pod-security-standards
+    """
+    pod = spec.get("securityContext", {})
+    own = [(c, c.get("securityContext", {})) for c in containers_of(spec)]
+    contexts = [pod, *(context for _, context in own)]
+
+    def holds(context: Object, name: str, wanted: Any) -> bool:
+        """Said by the container, or by the pod where the container is silent."""
+        return context.get(name, pod.get(name)) == wanted
+
+    kept = {
+        "host namespaces": not any(spec.get(name) for name in ("hostNetwork", "hostPID", "hostIPC")),
+        "host process": not any(c.get("windowsOptions", {}).get("hostProcess") for c in contexts),
+        "privileged": not any(context.get("privileged") for _, context in own),
+        "capabilities": all(
+            "ALL" in context.get("capabilities", {}).get("drop", [])
+            and set(context["capabilities"].get("add", [])) <= {"NET_BIND_SERVICE"}
+            for _, context in own
+        ),
+        "volume types": all((v.keys() - {"name"}) <= VOLUMES for v in spec.get("volumes", [])),
+        "host ports": not any(port.get("hostPort") for c, _ in own for port in c.get("ports", [])),
+        "host probes": not any(
+            action.get(kind, {}).get("host")
+            for c, _ in own
+            for action in handlers_of(c)
+            for kind in ("httpGet", "tcpSocket")
+        ),
+        "AppArmor": all(
+            c.get("appArmorProfile", {}).get("type", "RuntimeDefault") in ("RuntimeDefault", "Localhost")
+            for c in contexts
+        )
+        and all(
+            re.fullmatch(r"(runtime/default|localhost/.*)?", text)
+            for name, text in annotations.items()
+            if name.startswith("container.apparmor.security.beta.kubernetes.io/")
+        ),
+        "SELinux": all(
+            (c.get("seLinuxOptions", {}).get("type") or "") in SELINUX
+            and not c.get("seLinuxOptions", {}).keys() & {"user", "role"}
+            for c in contexts
+        ),
+        "proc mount": all(context.get("procMount", "Default") == "Default" for _, context in own),
+        "sysctls": {s["name"] for s in pod.get("sysctls", [])} <= SYSCTLS,
+        "privilege escalation": all(context.get("allowPrivilegeEscalation") is False for _, context in own),
+        "not root": all(holds(context, "runAsNonRoot", True) for _, context in own),
+        "user": all(c.get("runAsUser") != 0 for c in contexts),
+        "seccomp": all(
+            context.get("seccompProfile", pod.get("seccompProfile", {})).get("type") in ("RuntimeDefault", "Localhost")
+            for _, context in own
+        ),
+    }
+    return [control for control, is_kept in kept.items() if not is_kept]
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_pod_security_restricted(pods: Pods) -> None:
+    assert breaches(pods.spec, pods.template["metadata"].get("annotations", {})) == []
+
+
+CONTAINER = ("containers", 0, "securityContext")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "control"),
+    [
+        (("hostNetwork",), True, "host namespaces"),
+        (("securityContext", "windowsOptions"), {"hostProcess": True}, "host process"),
+        ((*CONTAINER, "privileged"), True, "privileged"),
+        ((*CONTAINER, "capabilities"), {}, "capabilities"),
+        ((*CONTAINER, "capabilities"), {"drop": ["ALL"], "add": ["SYS_PTRACE"]}, "capabilities"),
+        (("volumes", 0), {"name": "cache", "hostPath": {"path": "/"}}, "volume types"),
+        (("containers", 0, "ports", 0, "hostPort"), 80, "host ports"),
+        (("containers", 0, "livenessProbe", "httpGet", "host"), "10.0.0.1", "host probes"),
+        (("securityContext", "appArmorProfile"), {"type": "Unconfined"}, "AppArmor"),
+        (("securityContext", "seLinuxOptions"), {"user": "root"}, "SELinux"),
+        ((*CONTAINER, "procMount"), "Unmasked", "proc mount"),
+        (("securityContext", "sysctls"), [{"name": "kernel.msgmax", "value": "1"}], "sysctls"),
+        ((*CONTAINER, "allowPrivilegeEscalation"), None, "privilege escalation"),
+        (("securityContext", "runAsNonRoot"), None, "not root"),
+        ((*CONTAINER, "runAsNonRoot"), False, "not root"),
+        ((*CONTAINER, "runAsUser"), 0, "user"),
+        (("securityContext", "seccompProfile"), {}, "seccomp"),
+        (("initContainers",), [{"name": "more", "securityContext": {}}], "capabilities"),
+    ],
+)  # fmt: skip
+def test_the_check_sees_a_breach(path: tuple[str | int, ...], value: Any, control: str) -> None:
+    spec = branch = copy.deepcopy(JOBS[0].spec)
+    for key in path[:-1]:
+        branch = branch[key]
+    branch[path[-1]] = value
+    assert control in breaches(spec, {})
+
+
+def test_the_check_sees_an_old_apparmor_annotation() -> None:
+    annotation = {"container.apparmor.security.beta.kubernetes.io/trainer": "unconfined"}
+    assert breaches(JOBS[0].spec, annotation) == ["AppArmor"]
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_the_root_file_system_is_read_only_and_every_pod_is_the_same_user(pods: Pods) -> None:
+    assert pods.container["securityContext"]["readOnlyRootFilesystem"] is True
+    context = pods.spec["securityContext"]
+    assert {context["runAsUser"], context["runAsGroup"], context.get("fsGroup", 65532)} == {65532}
+    assert "fsGroup" in context or all("emptyDir" in volume for volume in pods.spec["volumes"])
+    assert "/tmp" in [mount["mountPath"] for mount in pods.container["volumeMounts"]]
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_no_pod_can_talk_to_the_kubernetes_api_or_is_told_of_services(pods: Pods) -> None:
+    assert pods.spec["automountServiceAccountToken"] is False
+    assert pods.spec["enableServiceLinks"] is False  # they would be variables that the trainer reads
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_every_mount_has_a_volume_and_every_volume_is_mounted(pods: Pods) -> None:
+    volumes = [volume["name"] for volume in pods.spec["volumes"]]
+    mounts = [mount["name"] for mount in pods.container["volumeMounts"]]
+    assert sorted(volumes) == sorted(mounts)
+    paths = [mount["mountPath"] for mount in pods.container["volumeMounts"]]
+    assert len(set(paths)) == len(paths)
+    for volume in pods.spec["volumes"]:
+        if "emptyDir" in volume:
+            assert volume["emptyDir"]["sizeLimit"], volume
+
+
+def gibibytes(quantity: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return float(number) / {"Mi": 1024, "Gi": 1}[unit]
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_requests_and_limits(pods: Pods) -> None:
+    requests, limits = pods.container["resources"]["requests"], pods.container["resources"]["limits"]
+    assert requests["cpu"]
+    assert "cpu" not in limits  # a limit would throttle the decoding of images
+    assert 0 < gibibytes(requests["memory"]) <= gibibytes(limits["memory"])
+    in_memory = [v["emptyDir"]["sizeLimit"] for v in pods.spec["volumes"] if v.get("emptyDir", {}).get("medium")]
+    assert sum(map(gibibytes, in_memory)) <= gibibytes(limits["memory"])  # it counts as the container's
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_a_gpu_and_the_right_to_its_node_are_asked_for_together(pods: Pods) -> None:
+    gpus = pods.container["resources"]["limits"].get("nvidia.com/gpu", 0)
+    tolerated = "nvidia.com/gpu" in [toleration["key"] for toleration in pods.spec.get("tolerations", [])]
+    assert bool(gpus) == tolerated
+    assert bool(gpus) == (pods in JOBS and pods.overlay not in ("overlays/local", "overlays/prepare"))
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_a_job_has_shared_memory_time_to_save_and_somebody_who_watches(pods: Pods) -> None:
+    shared = [mount["name"] for mount in pods.container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    (volume,) = [volume for volume in pods.spec["volumes"] if volume["name"] in shared]
+    assert volume["emptyDir"]["medium"] == "Memory"
+    assert pods.spec["terminationGracePeriodSeconds"] >= 60
+    assert pods.container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    for probe in ("startupProbe", "livenessProbe"):
+        assert pods.container[probe]["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert pods.job is not None
+    assert pods.owner["spec"].get("ttlSecondsAfterFinished", pods.job.get("ttlSecondsAfterFinished", 0)) >= 86400
+
+
+def test_workers_never_share_a_node() -> None:
+    for pods in JOBS:
+        rules = pods.spec.get("affinity", {}).get("podAntiAffinity", {})
+        alone = [
+            rule["topologyKey"]
+            for rule in rules.get("requiredDuringSchedulingIgnoredDuringExecution", [])
+            if rule["labelSelector"]["matchLabels"].items() <= pods.labels.items()
+        ]
+        trains_together = pods.count > 1 and pods.overlay != "overlays/prepare"
+        assert alone == (["kubernetes.io/hostname"] if trains_together else []), pods.overlay

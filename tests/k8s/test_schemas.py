@@ -1,0 +1,141 @@
+"""Kubernetes, from the oldest version that is supported to the newest known, takes every object as it is."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from kubernetes_validate import utils
+
+from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, the
+
+VERSIONS = ("1.29", "1.31", "1.33", "1.35", utils.latest_version())
+# Of other projects, which their own controllers check.
+CUSTOM = {"JobSet", "PodMonitor", "PrometheusRule"}
+
+
+@pytest.fixture(autouse=True)
+def _schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "schema_contents", _contents)
+
+
+_contents = functools.cache(utils.schema_contents)
+
+
+def faults(tree: Object, version: str) -> str | None:
+    """What the API server would refuse, unknown fields included; None where it is content."""
+    try:
+        kubernetes_validate.validate(tree, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return f"{'.'.join(map(str, error.path))}: {error.message}"
+    return None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_every_object_is_valid(folder: str, version: str) -> None:
+    trees = objects(folder)
+    assert trees
+    for tree in trees:
+        if tree["kind"] not in CUSTOM:
+            assert faults(tree, version) is None, tree["kind"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
+    (replicated,) = the("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any"}, **replicated["template"]}
+    assert faults(job, version) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        (("spec", "backofLimit"), 3, "'backofLimit' was unexpected"),
+        (("spec", "backoffLimit"), "3", "'3' is not of type 'integer', 'null'"),
+        (("spec", "template", "spec", "containers", 0, "env", 0, "value"), 2, "2 is not of type 'string', 'null'"),
+    ],
+)  # fmt: skip
+def test_the_check_sees_a_fault(path: tuple[str | int, ...], value: Any, fault: str) -> None:
+    tree = branch = the("base", "Job")
+    for key in path[:-1]:
+        branch = branch[key]
+    branch[path[-1]] = value
+    for version in VERSIONS:
+        assert fault in (faults(tree, version) or ""), version
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_what_the_api_server_checks_beyond_its_schema(pods: Pods) -> None:
+    """https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-failure-policy"""
+    job, spec = pods.job, pods.spec
+    assert job is not None
+    assert job["podFailurePolicy"]["rules"]
+    assert spec["restartPolicy"] == "Never"
+    assert job["podReplacementPolicy"] == "Failed"  # the only one beside a podFailurePolicy
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
+        if "onExitCodes" in rule:
+            assert rule["onExitCodes"]["containerName"] == pods.container["name"]
+            assert sorted(set(rule["onExitCodes"]["values"])) == rule["onExitCodes"]["values"]
+    indexed = job.get("completionMode") == "Indexed"
+    assert indexed == ("backoffLimitPerIndex" in job) == ("maxFailedIndexes" in job) == ("backoffLimit" not in job)
+    if indexed:
+        assert job["completions"] == job["parallelism"] >= 2
+    longest = pods.named + (f"-{job['completions'] - 1}" if indexed else "")
+    assert len(longest) <= 63  # a host name and a label
+
+
+def test_names_ports_and_selectors_lead_somewhere() -> None:
+    for pods in ALL:
+        names = {port["name"] for port in pods.container["ports"]}
+        numbers = [port["containerPort"] for port in pods.container["ports"]]
+        assert len(names) == len(set(numbers)) == len(numbers)
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            action = pods.container.get(probe, {})
+            target = action.get("httpGet") or action.get("tcpSocket")
+            assert target is None or target["port"] in names, (pods.overlay, probe)
+        assert pods.spec["serviceAccountName"] in [
+            o["metadata"]["name"] for o in objects(pods.overlay, "ServiceAccount")
+        ]
+    for folder in OVERLAYS:
+        for service in objects(folder, "Service"):
+            (chosen,) = [
+                p for p in ALL if p.overlay == folder and service["spec"]["selector"].items() <= p.labels.items()
+            ]
+            for port in service["spec"].get("ports", []):
+                assert port["targetPort"] in {p["name"] for p in chosen.container["ports"]}
+        for deployment in objects(folder, "Deployment"):
+            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        for claim in objects(folder, "PersistentVolumeClaim"):
+            used = [v["persistentVolumeClaim"]["claimName"] for p in ALL if p.overlay == folder
+                    for v in p.spec["volumes"] if "persistentVolumeClaim" in v]  # fmt: skip
+            assert used == [claim["metadata"]["name"]]
+
+
+def test_serving_is_scaled_and_kept_as_a_whole() -> None:
+    folder = "overlays/serving"
+    deployment, scaler = the(folder, "Deployment"), the(folder, "HorizontalPodAutoscaler")["spec"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert scaler["scaleTargetRef"] == {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "name": deployment["metadata"]["name"],
+    }
+    assert "replicas" not in deployment["spec"]  # `apply` would undo what the autoscaler did
+    assert scaler["minReplicas"] > the(folder, "PodDisruptionBudget")["spec"]["maxUnavailable"]
+    assert the(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert (
+        "cpu" in deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]
+    )  # utilisation of it
+
+
+def test_pods_are_found_by_their_labels_alone_where_they_should_be() -> None:
+    """The headless Service, the PodMonitor and the anti-affinity mean the trainer's pods, and no others."""
+    wanted = the("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
+    trains = {pods.overlay for pods in ALL if wanted.items() <= pods.labels.items()}
+    assert trains == {pods.overlay for pods in JOBS} - {"overlays/prepare"}
+    assert the("overlays/multiworker", "Service")["spec"]["selector"] == wanted
