@@ -20,7 +20,7 @@ Place = tuple[str, ...]  # ("Job", "spec", "template", ...); items of lists by t
 HEADERS = {
     "job.yaml": """\
 # Fine-tune on one GPU node with all its GPUs; checkpoints, report and model go to a bucket (docs/kubernetes.md).
-# Three edits, each marked EDIT: the image, the experiment, the bucket. Kubernetes 1.29 or later.
+# Three edits, each marked EDIT: the image, the experiment, the bucket. Kubernetes 1.30 or later.
 #
 #   start    kubectl apply -f k8s/job.yaml
 #   watch    kubectl get pods --watch -l batch.kubernetes.io/job-name=kubetune
@@ -29,7 +29,7 @@ HEADERS = {
     "multiworker.yaml": """\
 # Fine-tune on several GPU nodes, one worker each; checkpoints, report and model go to a bucket (docs/kubernetes.md).
 # Three edits, each marked EDIT: the image, the experiment, the bucket; and where it is not 2, the number of workers.
-# Kubernetes 1.29 or later.
+# Kubernetes 1.30 or later.
 #
 #   start    kubectl apply -f k8s/multiworker.yaml
 #   watch    kubectl get pods --watch -l batch.kubernetes.io/job-name=kubetune
@@ -37,8 +37,9 @@ HEADERS = {
 """,
 }
 COMMANDS = """\
+#   pause    kubectl patch job kubetune --patch '{{"spec": {{"suspend": true}}}}'    (saves first; false: it goes on)
 #   stop     kubectl delete job kubetune --cascade=foreground    (saves a checkpoint, and waits for it)
-#   resume   stop, then start again: under the same name the run goes on where it stopped
+#   resume   start it again: under the same name the run goes on where it stopped
 #   delete   kubectl delete -f k8s/{file}    (what the run wrote stays in the bucket)
 #
 # Pods that were preempted or evicted are started again without you. A finished run that is started again only says so.

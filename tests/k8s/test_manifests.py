@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tensorflow as tf
 import yaml
-from tensorboard import program
 
 from scripts import manifests
 from tests.k8s.rendered import OVERLAYS, objects, pods_of, the
@@ -44,6 +44,19 @@ def test_the_file_says_what_its_kustomization_says(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_kubectl_reads_the_file_alike(file: str) -> None:
+    """The client that people apply it with resolves the anchor, too."""
+    label = [manifests.kubectl(), "label", "--local", f"--filename={manifests.K8S / file}", "read=1", "--output=json"]
+    answer = subprocess.run(label, capture_output=True, text=True, check=True, timeout=60)
+    trees = json.loads("[" + answer.stdout.replace("\n}\n{", "\n},\n{") + "]")
+    for tree in trees:
+        assert tree["metadata"]["labels"].pop("read") == "1"
+        if not tree["metadata"]["labels"]:
+            del tree["metadata"]["labels"]
+    assert sorted_by_name(trees) == sorted_by_name(objects(manifests.FOLDERS[file]))
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_what_must_be_edited_is_marked_and_nothing_else(file: str) -> None:
     lines = (manifests.K8S / file).read_text().splitlines()
     edits = [line.strip() for line in lines if re.search(r"# EDIT\b", line)]
@@ -72,7 +85,7 @@ def test_the_commands_of_the_header_name_what_is_there(file: str) -> None:
     text = (manifests.K8S / file).read_text()
     header = text.partition("---")[0]
     name = the(manifests.FOLDERS[file], "Job")["metadata"]["name"]
-    for command in ("start", "watch", "log", "stop", "resume", "delete"):
+    for command in ("start", "watch", "log", "pause", "stop", "resume", "delete"):
         assert re.search(rf"^#   {command} ", header, re.M), command
     assert f"kubectl apply -f k8s/{file}" in header
     assert f"kubectl delete job {name} --cascade=foreground" in header  # or the next pod finds the folder in use
@@ -159,25 +172,3 @@ def test_every_folder_is_used() -> None:
         for name in yaml.safe_load((manifests.K8S / folder / "kustomization.yaml").read_text()).get("components", [])
     }
     assert used == components
-
-
-def test_the_locked_tensorboard_takes_its_arguments_and_reads_buckets() -> None:
-    (pods,) = pods_of("overlays/tensorboard")
-    board = program.TensorBoard()
-    board.configure(["tensorboard", *pods.arguments()])
-    (port,) = [port["containerPort"] for port in pods.container["ports"]]
-    assert (board.flags.port, board.flags.bind_all, board.flags.load_fast) == (port, True, "false")
-    assert board.flags.logdir.split("://")[0] in tf.io.gfile.get_registered_schemes()
-
-
-def test_serving_is_of_the_tensorflow_that_exports() -> None:
-    (pods,) = pods_of("overlays/serving")
-    version = re.search(r"^tensorflow==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
-    assert version
-    assert pods.container["image"].startswith(f"tensorflow/serving:{version[1]}.")
-    arguments = dict(argument.removeprefix("--").split("=") for argument in pods.arguments())
-    numbers = {port["name"]: str(port["containerPort"]) for port in pods.container["ports"]}
-    assert (arguments["port"], arguments["rest_api_port"]) == (numbers["grpc"], numbers["http"])
-    assert arguments["model_base_path"].endswith("/export/saved_model")
-    for probe in ("startupProbe", "readinessProbe"):
-        assert pods.container[probe]["httpGet"]["path"] == f"/v1/models/{arguments['model_name']}"

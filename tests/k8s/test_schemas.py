@@ -11,7 +11,7 @@ from kubernetes_validate import utils
 
 from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, the
 
-VERSIONS = ("1.29", "1.31", "1.33", "1.35", utils.latest_version())
+VERSIONS = ("1.30", "1.32", "1.34", utils.latest_version())
 # Of other projects, which their own controllers check.
 CUSTOM = {"JobSet", "PodMonitor", "PrometheusRule"}
 
