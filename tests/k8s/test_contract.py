@@ -103,6 +103,7 @@ def test_every_pod_finds_itself_and_the_others_under_the_names_that_dns_has(pods
 
 def host_domain(pods: Pods) -> str:
     """The Service that gives the pods of a Job their names."""
+    assert "hostname" not in pods.spec  # the Job gives each its own
     if pods.owner["kind"] == "JobSet":  # it makes the Service, and sets the pods' subdomain
         network = pods.owner["spec"]["network"]
         assert network["enableDNSHostnames"] is True
