@@ -139,6 +139,9 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
         "no shell reads them"
     )
     assert "runtime=pod" in arguments
+    mounts = [mount["mountPath"] for mount in pods.container["volumeMounts"]]
+    for path in re.findall(r"=(/\S*)", "\n".join(arguments)):
+        assert any(path.startswith(f"{mount}/") for mount in mounts), path  # all else is read-only
     if pods.overlay == "overlays/prepare":
         assert pods.container["command"] == ["python", "-m", "trainer.prepare"]
         assert len([a for a in arguments if a.startswith("output=gs://")]) == 1
