@@ -54,11 +54,15 @@ INSTEAD = {
 }
 
 
+class Fault(Exception):
+    """Why there are no manifests, in one sentence."""
+
+
 def kubectl() -> str:
     """The locked kubectl (kustomize is in it) beside this Python, else that of the machine."""
     found = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
     if found is None:
-        sys.exit("manifests: kubectl is not installed; `make setup` installs it into .venv")
+        raise Fault("kubectl is not installed; `make setup` installs it into .venv")
     return found
 
 
@@ -67,7 +71,7 @@ def rendered(folder: str) -> list[dict[str, Any]]:
     command = [kubectl(), "kustomize", str(K8S / folder)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if answer.returncode:
-        sys.exit(f"manifests: k8s/{folder}: {answer.stderr.strip()}")
+        raise Fault(f"k8s/{folder}: {answer.stderr.strip()}")
     return list(yaml.safe_load_all(answer.stdout))
 
 
@@ -193,6 +197,7 @@ _Dumper.add_representer(str, _Dumper.text)
 
 def manifest(file: str) -> str:
     """The text of k8s/<file>."""
+    trees = rendered(FOLDERS[file])
     above: dict[Place, list[str]] = {}
     beside: dict[Place, str] = {}
     order: dict[Place, list[str]] = {}
@@ -209,7 +214,7 @@ def manifest(file: str) -> str:
         for tree in yaml.safe_load_all(text):
             merge_order(order, tree, (tree["kind"],))
     beside |= INSTEAD
-    objects = [arranged(tree, order, in_line, (tree["kind"],)) for tree in rendered(FOLDERS[file])]
+    objects = [arranged(tree, order, in_line, (tree["kind"],)) for tree in trees]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=1000)
     lines = text.splitlines()
     for place, (number, _) in reversed(nodes_of(text).items()):
@@ -226,7 +231,16 @@ def manifest(file: str) -> str:
     return HEADERS[file] + COMMANDS.format(file=file, folder=FOLDERS[file]) + "---\n" + body
 
 
-if __name__ == "__main__":
-    for name in FOLDERS:
-        (K8S / name).write_text(manifest(name))
+def main() -> None:
+    """Entry point of `make manifests`."""
+    try:
+        texts = {name: manifest(name) for name in FOLDERS}
+    except Fault as fault:
+        sys.exit(f"manifests: {fault}")
+    for name, text in texts.items():
+        (K8S / name).write_text(text)
         print(f"manifests: k8s/{name} is written")
+
+
+if __name__ == "__main__":
+    main()

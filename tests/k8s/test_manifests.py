@@ -153,7 +153,7 @@ def test_remarks_and_order_come_from_the_sources(tmp_path: Path, monkeypatch: py
 def test_without_kubectl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(SystemExit, match=r"manifests: kubectl is not installed; `make setup` installs it into \.venv"):
-        manifests.rendered("base")
+        manifests.main()
 
 
 def test_a_broken_kustomization_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_broken_kustomization_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
     with pytest.raises(SystemExit, match=r"manifests: k8s/base: .*gone\.yaml"):
-        manifests.rendered("base")
+        manifests.main()
 
 
 def test_every_folder_is_used() -> None:
