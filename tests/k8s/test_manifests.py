@@ -124,6 +124,35 @@ def test_another_number_of_workers_reaches_every_place(tmp_path: Path, monkeypat
         assert "'2'" not in text
 
 
+def test_what_a_comment_offers_can_be_uncommented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(manifests.K8S, tmp_path / "k8s")
+    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
+    nightly = tmp_path / "k8s" / "overlays" / "nightly" / "kustomization.yaml"
+    nightly.write_text(re.sub(r"(?m)^  # (?!From)", "  ", nightly.read_text()))
+    job = tmp_path / "k8s" / "base" / "job.yaml"
+    job.write_text(re.sub(r"# (?=nodeSelector|activeDeadlineSeconds)", "", job.read_text()))
+    account = tmp_path / "k8s" / "base" / "serviceaccount.yaml"
+    account.write_text(account.read_text().replace("# annotations", "annotations"))
+    multiworker = tmp_path / "k8s" / "overlays" / "multiworker" / "kustomization.yaml"
+    multiworker.write_text(
+        multiworker.read_text().replace(
+            "components:\n", "components:\n  - ../../components/spot\n  - ../../components/kueue\n"
+        )
+    )
+    cron = next(tree for tree in manifests.rendered("overlays/nightly") if tree["kind"] == "CronJob")
+    pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"][-1] == "warm_start=gs://BUCKET/runs/RUN"
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
+    trees = {tree["kind"]: tree for tree in manifests.rendered("overlays/multiworker")}
+    assert trees["ServiceAccount"]["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
+    spec = trees["Job"]["spec"]
+    assert (spec["suspend"], spec["completions"], spec["activeDeadlineSeconds"]) == (True, 2, 86400)
+    assert spec["template"]["spec"]["nodeSelector"].keys() == {
+        "cloud.google.com/gke-accelerator",
+        "cloud.google.com/gke-spot",
+    }
+
+
 def test_remarks_and_order_come_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     monkeypatch.setattr(manifests, "K8S", tmp_path)
