@@ -16,6 +16,17 @@ def test_the_configuration_page_is_what_the_code_says() -> None:
     assert made.stdout == (ROOT / "docs" / "configuration.md").read_text(), "run: python scripts/configuration_page.py"
 
 
+def test_the_commands_of_the_kubernetes_page_can_be_pasted() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    named = set(re.findall(r"(?<![\w/-])k8s/[\w./*-]*\w", text)) - {"k8s/overlays/NAME"}
+    assert named >= {"k8s/job.yaml", "k8s/multiworker.yaml", "k8s/overlays/serving"}
+    assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
+    assert [f.name for f in (ROOT / "k8s" / "overlays").iterdir() if f"k8s/overlays/{f.name}" not in text] == []
+    for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S):
+        read = subprocess.run(["sh", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert (read.returncode, read.stderr) == (0, ""), block
+
+
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
