@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import google.auth
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from google.auth import compute_engine
+from google.auth.exceptions import DefaultCredentialsError
 
+from tests.storage.emulator import free_port
 from trainer.errors import DataError
 from trainer.storage import client
 from trainer.storage.places import Place, place
@@ -158,3 +162,50 @@ def test_what_is_refused_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Refusing, "do_GET", lambda self: (asked.append(self.path), answer(self)))
     refusal(lambda file: file.read())
     assert len(asked) == 1
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """As much of a node's metadata server as the search for credentials asks for."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Metadata-Flavor", "Google")
+        self.end_headers()
+        self.wfile.write(b"computeMetadata/")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_pod_waits_for_its_metadata_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "some-project")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    port = free_port()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{port}")
+    refused = threading.Event()
+    search = google.auth.default
+
+    def noticing(*arguments: object, **options: object) -> object:
+        try:
+            return search(*arguments, **options)
+        except DefaultCredentialsError:
+            refused.set()
+            raise
+
+    def later() -> None:
+        refused.wait(60)
+        server.server_bind()
+        server.server_activate()
+        server.serve_forever(0.05)
+
+    monkeypatch.setattr(google.auth, "default", noticing)
+    with ThreadingHTTPServer(("127.0.0.1", port), Metadata, bind_and_activate=False) as server:
+        threading.Thread(target=later, daemon=True).start()
+        credentials, _ = client._found()
+        server.shutdown()
+    assert refused.is_set()
+    assert isinstance(credentials, compute_engine.Credentials)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from typing import Any
 
 import google.auth
@@ -17,6 +18,7 @@ from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError
 
+POD_SECONDS = 20.0  # of a pod's life in which missing credentials may still come
 THREADS = 16  # connections kept open; more threads than this open and close theirs
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _HOW = (
@@ -45,9 +47,7 @@ def _connect(emulated: bool) -> Any:
     project = None
     if not emulated:
         try:
-            # With the scope given here, identity federation would ask Google for the project's name, which objects
-            # do not need and a closed network does not allow.
-            credentials, project = google.auth.default()
+            credentials, project = _found()
             credentials = with_scopes_if_required(credentials, [_SCOPE])
         except DefaultCredentialsError as error:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
@@ -58,6 +58,25 @@ def _connect(emulated: bool) -> Any:
     made._http.mount("http://", adapter)
     made._bucket_metadata_cache = None  # or it asks for storage.buckets.get behind our back, for traces nobody reads
     return made
+
+
+def _found() -> tuple[Credentials, str | None]:
+    """Credentials and project. A pod asks again for a while: GKE's metadata server may not answer in its first seconds.
+
+    Raises:
+        DefaultCredentialsError: there are none.
+    """
+    patient = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
+    deadline = time.monotonic() + (POD_SECONDS if patient else 0.0)
+    while True:
+        try:
+            # With the scope given here, identity federation would ask Google for the project's name, which objects
+            # do not need and a closed network does not allow.
+            return google.auth.default()
+        except DefaultCredentialsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 def identity() -> str:
