@@ -7,8 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 
+from trainer.cluster.preemption import StopFlag, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
 from trainer.cluster.discovery import discover
-from trainer.cluster.preemption import StopFlag
 from trainer.cluster.preflight import meet
 from trainer.command_line import be_seen, compose, exit_code_of, quiet_start, run_sweep_job, speak_as, speak_early
 from trainer.config import RunConfig, load, without_regularisation

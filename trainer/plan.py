@@ -12,6 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from trainer.cluster.preemption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
 import numpy as np
 from rich.console import Console
 

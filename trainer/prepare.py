@@ -15,6 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.cluster.preemption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
 import numpy as np
 
 from trainer.command_line import be_seen, compose, exit_code_of, speak_as, speak_early

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     child = start(*overrides, cwd=cwd)
     out, err = child.communicate()
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (`man 5 proc`, SigCgt)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def has_loaded(pid: int, library: str) -> bool:
+    """Whether a process has a shared library whose path holds `library`."""
+    return library in Path(f"/proc/{pid}/maps").read_text()
 
 
 def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import ROOT, SMALL, run, start
+from tests.e2e.running import ROOT, SMALL, catches, has_loaded, run, start
 
 
 @pytest.mark.parametrize(
@@ -94,3 +95,21 @@ def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> No
     assert child.returncode == 75
     assert time.monotonic() - began < 3
     assert "interrupted: SIGTERM before training began; nothing is lost. Start the same command again to go on" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at the process through Linux's /proc")
+@pytest.mark.parametrize("module", ["trainer", "trainer.prepare", "trainer.plan"])
+def test_a_signal_is_heard_before_anything_large_is_imported(module: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, f"output={tmp_path}"]
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1)
+    while not catches(child.pid, signal.SIGTERM):
+        assert child.poll() is None
+        time.sleep(0.001)
+    early = not has_loaded(child.pid, "pydantic_core")
+    child.terminate()
+    out, err = child.communicate(timeout=20)
+    assert early
+    assert child.returncode == 75
+    assert out == ""
+    assert err == "interrupted: SIGTERM; nothing is lost. Start the same command again to go on\n"
