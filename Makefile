@@ -3,11 +3,18 @@ VENV := .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/requirements.lock
+# Of `make image`
+IMAGE ?= kubetune
+DEVICE ?= cpu
+BUILD ?= docker build
+# The image's lock: no tool for development, and the libraries of GPUs, in the same versions
+LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+	--quiet pyproject.toml
 
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint bench pretrained manifests lock clean
+.PHONY: help setup train test test-all lint bench image pretrained manifests lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,16 +42,21 @@ lint: $(READY) ## Check style, types and YAML
 bench: $(READY) ## Measure, side by side
 	$(BIN)/python -m benchmarks $(ARGS)
 
+image: ## Build the container image: IMAGE=registry/name:tag DEVICE=gpu BUILD="podman build"
+	$(BUILD) --build-arg DEVICE=$(DEVICE) \
+		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)" \
+		--build-arg REVISION="$$(git describe --always --dirty --abbrev=12)" --tag $(IMAGE) .
+
 pretrained: $(READY) ## Train the packaged backbone again
 	$(BIN)/python pretraining/train.py $(ARGS)
 
 manifests: $(READY) ## Write k8s/job.yaml and k8s/multiworker.yaml from k8s/base and k8s/overlays
 	$(BIN)/python scripts/manifests.py
 
-lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write requirements.lock
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-		--upgrade --quiet --extra dev pyproject.toml --output-file requirements.lock
-	@echo "lock: requirements.lock is written; make setup installs it"
+lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write both locks
+	$(LOCK) --upgrade --extra dev --output-file requirements.lock
+	$(LOCK) --constraint requirements.lock --extra gpu --output-file requirements-image.lock
+	@echo "lock: requirements.lock (make setup) and requirements-image.lock (make image) are written"
 
 clean: ## Remove .venv, caches and builds; what runs wrote to outputs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "pretrained", "manifests", "lock", "clean"]
+TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pretrained", "manifests", "lock", "clean"]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,10 +83,38 @@ def test_setup_names_a_python_that_is_not_there(tmp_path: Path) -> None:
     assert answer.stderr.startswith("setup: /no/such/python3 is no Python that runs here")
 
 
-def test_the_lock_has_hashes_for_everything_and_no_address() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
+def hashes_of(lock: str) -> dict[str, list[str]]:
+    """The hashes of each `name==version` that a lock names."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / lock).read_text().splitlines():
+        if pin := re.match(r"[\w.-]+==\S+", line):
+            hashes = found.setdefault(pin[0], [])
+        elif "--hash=sha256:" in line:
+            hashes.append(line.strip(" \\"))
+        else:
+            assert line.lstrip().startswith("#"), line
+    return found
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-image.lock"])
+def test_a_lock_has_hashes_for_everything_and_no_address(name: str) -> None:
+    lock = (ROOT / name).read_text()
     assert "://" not in lock
     assert "index-url" not in lock
-    blocks = re.split(r"\n(?=\S)", lock.strip())
-    assert len(blocks) > 50
-    assert [block.splitlines()[0] for block in blocks if "--hash=sha256:" not in block] == []
+    hashes = hashes_of(name)
+    assert len(hashes) > 50
+    assert all(hashes.values())
+
+
+def test_the_image_has_what_runs_need_in_the_versions_that_are_tested() -> None:
+    """requirements-image.lock is requirements.lock without what only development needs, and with NVIDIA's libraries."""
+    everything, image = hashes_of("requirements.lock"), hashes_of("requirements-image.lock")
+    nvidia = {pin for pin in image if pin.startswith("nvidia-")}
+    assert len(nvidia) > 5
+    assert {pin: image[pin] for pin in image.keys() - nvidia}.items() <= everything.items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {pin.split("==")[0] for pin in image}
+    for needed in project["dependencies"]:
+        assert re.split(r"[^\w-]", needed)[0] in names
+    for tool in project["optional-dependencies"]["dev"]:
+        assert re.split(r"[^\w-]", tool)[0].lower() not in names

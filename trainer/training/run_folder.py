@@ -89,6 +89,8 @@ def source_digest() -> str:
 
 
 def _git_commit() -> str | None:
+    if built_from := os.environ.get("KUBETUNE_REVISION"):  # an image holds no .git
+        return built_from
     here = Path(trainer.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

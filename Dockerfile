@@ -1,0 +1,81 @@
+# The image of a run: make image IMAGE=..., and for NVIDIA GPUs make image IMAGE=... DEVICE=gpu
+#
+# BASE may be any image that has Python 3.11 to 3.13 as `python`, and pip. An index other than PyPI is given to the build
+# as a secret, which leaves no trace in the image: --secret id=pip,src=pip.conf
+ARG BASE=docker.io/library/python:3.12-slim
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is installed, in an environment without pip. Of these stages only the environment is kept
+# ---------------------------------------------------------------------------------------------------------------
+FROM ${BASE} AS tools
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+COPY requirements-image.lock ./
+
+FROM tools AS dependencies
+# As in scripts/setup.sh: what comes as source is built by the locked setuptools. TensorFlow's headers (393 MB) are for a
+# compiler, and there is none. The root file system is read-only, so bytecode is written now, and is not checked again.
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+    awk '/^[^ ]/ { keep = /^setuptools==/ } keep' requirements-image.lock > setuptools.lock \
+    && awk '/^[^ ]/ { keep = !/^nvidia-/ } keep' requirements-image.lock > cpu.lock \
+    && for lock in setuptools.lock cpu.lock; do \
+        python -m pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps \
+            --no-build-isolation --use-pep517 --root-user-action ignore -r $lock || exit 1; \
+    done \
+    && rm -r /opt/venv/lib/python3*/site-packages/tensorflow/include \
+    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
+# CUDA's libraries, in a layer of their own: larger than all else, and the driver is the node's.
+FROM tools AS cuda
+ARG DEVICE=cpu
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+    case "$DEVICE" in \
+        cpu) ;; \
+        gpu) awk '/^[^ ]/ { keep = /^nvidia-/ } keep' requirements-image.lock > gpu.lock \
+            && python -m pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps \
+                --root-user-action ignore -r gpu.lock ;; \
+        *) echo "DEVICE=$DEVICE: say cpu or gpu" >&2; exit 2 ;; \
+    esac
+
+FROM tools AS code
+WORKDIR /app
+COPY conf conf
+COPY trainer trainer
+RUN python -m compileall -q --invalidation-mode unchecked-hash trainer \
+    && chmod -R a+rX .
+
+# ---------------------------------------------------------------------------------------------------------------
+# The image: what changes most comes last
+# ---------------------------------------------------------------------------------------------------------------
+FROM ${BASE}
+# The base comes without the bytecode of Python itself.
+RUN echo 'kubetune:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'kubetune:x:65532:' >> /etc/group \
+    && install --directory --owner 65532 --group 65532 /cache /outputs \
+    && python -m compileall -q -x '/(site|dist)-packages/' --invalidation-mode unchecked-hash \
+        "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+COPY --from=cuda /opt/venv /opt/venv
+COPY --from=dependencies /opt/venv /opt/venv
+# TensorFlow 2.21 looks for cuSOLVER in none of the folders that pip puts it into, and does without the GPU then.
+RUN find /opt/venv -path '*/nvidia/*/lib' -prune -print > /etc/ld.so.conf.d/cuda.conf \
+    && ldconfig && rm -rf /var/cache/ldconfig
+COPY --from=code /app /app
+
+# All that is written is written below /cache, /tmp and output_dir; a relative output_dir begins at /.
+# GKE mounts the driver at /usr/local/nvidia.
+ENV PATH=/opt/venv/bin:/usr/local/nvidia/bin:$PATH \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
+    PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    HOME=/cache KUBETUNE_CACHE=/cache
+WORKDIR /
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "trainer"]
+
+ARG VERSION
+ARG REVISION
+ENV KUBETUNE_REVISION=$REVISION
+LABEL org.opencontainers.image.title="kubetune" \
+      org.opencontainers.image.description="Fine-tune image classifiers in phases, on a laptop or on a cluster whose nodes vanish." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION
