@@ -52,7 +52,7 @@ FROM ${BASE}
 RUN echo 'kubetune:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
     && echo 'kubetune:x:65532:' >> /etc/group \
     && install --directory --owner 65532 --group 65532 /cache /outputs \
-    && python -m compileall -q -x '/(site|dist)-packages/' --invalidation-mode unchecked-hash \
+    && python -m compileall -q -x '/(site-packages|dist-packages|tests?)/' --invalidation-mode unchecked-hash \
         "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 COPY --from=cuda /opt/venv /opt/venv
 COPY --from=dependencies /opt/venv /opt/venv

@@ -3,10 +3,14 @@
 The base is made here of Debian's packages, from wherever this machine takes them: no image is fetched. Its Python is
 Debian's, and the bytecode of it is left out as in the official images. Another base, which is fetched:
 KUBETUNE_TEST_BASE=docker.io/library/python:3.12-slim
+
+Images, containers and what pip fetched lie in a store of their own. The base and the installed packages stay there for
+the next run; `rm -r ~/.cache/kubetune-containers` removes all.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -24,8 +28,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BASE = os.environ.get("KUBETUNE_TEST_BASE") or "localhost/kubetune-test-base"
-DEPENDENCIES = "localhost/kubetune-test-dependencies"  # kept with the base: the next run builds in seconds
+DEPENDENCIES = "localhost/kubetune-test-dependencies"
+STORE = Path.home() / ".cache" / "kubetune-containers"
+OWN_STORE = (f"--root={STORE}/images", "--runroot=/run/kubetune-containers", "--storage-driver=overlay")
 USER = 65532
+MEGABYTE = 1e6
 
 # What a pod of the restricted kind has, and no more: podman would add a writable /run, /var/tmp and some capabilities.
 CONFINED = (
@@ -42,6 +49,8 @@ def why_not() -> str:
     needed = {"buildah": "buildah", "podman": "podman"}
     if not os.environ.get("KUBETUNE_TEST_BASE"):
         needed |= {"mmdebstrap": "mmdebstrap", "apt-get": "apt"}
+    if shutil.which("cc") is None:
+        return "the stand-in of NVIDIA's driver needs a C compiler: apt-get install gcc"
     missing = sorted(package for program, package in needed.items() if shutil.which(program) is None)
     if missing:
         return f"building the image needs {' and '.join(missing)}: apt-get install {' '.join(missing)}"
@@ -53,10 +62,16 @@ def why_not() -> str:
 
 
 def said(*command: str, text: str | None = None) -> str:
-    """What a command prints; its complaint, should it fail."""
-    answer = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    """What a command prints. Fails, with its complaint, where it does."""
+    (STORE / "tmp").mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "TMPDIR": f"{STORE}/tmp"}
+    answer = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, f"{' '.join(command)}: {answer.returncode}\n{answer.stdout}{answer.stderr}"
     return answer.stdout
+
+
+def podman(*arguments: str) -> str:
+    return said("podman", *OWN_STORE, *arguments)
 
 
 def _debian_sources() -> str:
@@ -65,11 +80,20 @@ def _debian_sources() -> str:
     return "".join(sorted(set(said(*command).splitlines(keepends=True))))
 
 
+@contextmanager
+def store() -> Iterator[None]:
+    """Have the store to oneself: to remove what one has built would take from another what he is building on."""
+    STORE.mkdir(parents=True, exist_ok=True)
+    with open(STORE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def make_base() -> None:
     """Debian with Python and pip, under the name `BASE`, unless it is there."""
     if os.environ.get("KUBETUNE_TEST_BASE"):
         return
-    if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode == 0:
+    if BASE in podman("images", "--format={{.Repository}}").split():
         return
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
     with tempfile.TemporaryDirectory(prefix="kubetune-base-") as folder:
@@ -80,7 +104,7 @@ def make_base() -> None:
             '--customize-hook=find "$1" -name __pycache__ -prune -exec rm -r {} +',
             suite, archive, "-", text=_debian_sources(),
         )  # fmt: skip
-        said("podman", "import", "--quiet", archive, BASE)
+        podman("import", "--quiet", archive, BASE)
 
 
 def build(context: Path, tag: str, *options: str) -> str:
@@ -90,7 +114,7 @@ def build(context: Path, tag: str, *options: str) -> str:
     """
     pip = next((p for p in (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf") if p.exists()), None)
     return said(
-        "buildah", "build", "--layers", "--isolation=chroot", "--network=host", f"--build-arg=BASE={BASE}",
+        "buildah", *OWN_STORE, "build", "--layers", "--isolation=chroot", "--network=host", f"--build-arg=BASE={BASE}",
         *([] if "KUBETUNE_TEST_BASE" in os.environ else ["--pull-never"]),
         *([f"--secret=id=pip,src={pip}"] if pip else []),
         "--volume=/etc/ssl/certs:/etc/ssl/certs:ro", f"--tag={tag}", *options, str(context),
@@ -98,17 +122,19 @@ def build(context: Path, tag: str, *options: str) -> str:
 
 
 def remove(*images: str) -> None:
-    said("podman", "image", "rm", "--force", *images)
+    """And what was built on the way to them, but for what is kept for the next run."""
+    podman("image", "rm", "--force", *images)
+    podman("image", "prune", "--force")
 
 
 def inspect(image: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = json.loads(said("podman", "image", "inspect", image))
+    found: list[dict[str, Any]] = json.loads(podman("image", "inspect", image))
     return found[0]
 
 
 def layers(image: str) -> list[tuple[str, int, str]]:
     """Of each layer from the base up: digest, bytes, and the instruction that made it."""
-    history = json.loads(said("podman", "history", "--no-trunc", "--format=json", image))[::-1]
+    history = json.loads(podman("history", "--no-trunc", "--format=json", image))[::-1]
     made = [(step["size"], step["CreatedBy"]) for step in history if step["size"]]
     digests = inspect(image)["RootFS"]["Layers"]
     assert len(made) == len(digests), history
@@ -118,11 +144,11 @@ def layers(image: str) -> list[tuple[str, int, str]]:
 @contextmanager
 def tree_of(image: str) -> Iterator[Path]:
     """The files of an image."""
-    path = said("podman", "image", "mount", image).strip()
+    path = podman("image", "mount", image).strip()
     try:
         yield Path(path)
     finally:
-        said("podman", "image", "unmount", image)
+        podman("image", "unmount", image)
 
 
 @dataclass(frozen=True)
@@ -134,11 +160,11 @@ class Container:
     @property
     def pid(self) -> int:
         """Of its first process, seen from here."""
-        return int(said("podman", "inspect", "--format={{.State.Pid}}", self.name))
+        return int(podman("inspect", "--format={{.State.Pid}}", self.name))
 
     def logs(self) -> str:
-        answer = subprocess.run(["podman", "logs", self.name], capture_output=True, text=True, check=True)
-        return answer.stdout + answer.stderr
+        command = ["podman", *OWN_STORE, "logs", self.name]
+        return subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def wait_for(self, text: str, seconds: float) -> None:
         """Until it has said something."""
@@ -149,18 +175,20 @@ class Container:
             time.sleep(0.1)
 
     def running(self) -> bool:
-        return said("podman", "inspect", "--format={{.State.Running}}", self.name).strip() == "true"
+        return podman("inspect", "--format={{.State.Running}}", self.name).strip() == "true"
 
     def stop(self) -> tuple[int, float]:
         """Send SIGTERM: the exit code, and the seconds until then. Nothing but the process itself ends it."""
         began = time.monotonic()
-        said("podman", "kill", "--signal=TERM", self.name)
+        podman("kill", "--signal=TERM", self.name)
         return self.exit_code(120), time.monotonic() - began
 
     def exit_code(self, seconds: float) -> int:
-        answer = subprocess.run(["podman", "wait", self.name], capture_output=True, text=True, timeout=seconds)
-        assert answer.returncode == 0, answer.stderr
-        return int(answer.stdout)
+        end = time.monotonic() + seconds
+        while self.running():
+            assert time.monotonic() < end, f"still running after {seconds:.0f} s:\n{self.logs()}"
+            time.sleep(0.1)
+        return int(podman("inspect", "--format={{.State.ExitCode}}", self.name))
 
 
 @contextmanager
@@ -171,11 +199,11 @@ def started(
     name = f"kubetune-test-{uuid.uuid4().hex[:12]}"
     mounts = [f"--volume={path}:{there}:rw" for path, there in (volumes or {}).items()]
     tmpfs = ["--tmpfs=/tmp:rw,mode=1777", "--tmpfs=/cache:rw,mode=1777"]
-    said("podman", "run", "--detach", f"--name={name}", *CONFINED, *tmpfs, *mounts, *options, image, *arguments)
+    podman("run", "--detach", f"--name={name}", *CONFINED, *tmpfs, *mounts, *options, image, *arguments)
     try:
         yield Container(name)
     finally:
-        said("podman", "rm", "--force", "--time=0", name)
+        podman("rm", "--force", "--time=0", name)
 
 
 def run(image: str, *arguments: str, seconds: float, **more: Any) -> tuple[int, str]:
