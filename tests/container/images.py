@@ -101,7 +101,7 @@ def make_base() -> None:
         said(
             "mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-pip,ca-certificates",
             '--customize-hook=ln -s python3 "$1/usr/bin/python"',
-            '--customize-hook=find "$1" -name __pycache__ -prune -exec rm -r {} +',
+            '--customize-hook=find "$1/usr" -name __pycache__ -prune -exec rm -r {} +',
             suite, archive, "-", text=_debian_sources(),
         )  # fmt: skip
         podman("import", "--quiet", archive, BASE)

@@ -33,8 +33,6 @@ SMALL = (
     "phases.head.epochs=1",
     "phases.fine_tune.epochs=1",
 )
-
-
 LIST_GPUS = """
 import ctypes, tensorflow as tf
 ctypes.CDLL("libnccl.so.2")
@@ -227,6 +225,7 @@ def driver(tmp_path: Path) -> Path:
     source = Path(__file__).with_name("driver.c")
     for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / name), str(source)], check=True)
+    tmp_path.chmod(0o755)
     return tmp_path
 
 
