@@ -38,6 +38,7 @@ MEGABYTE = 1e6
 CONFINED = (
     "--read-only", "--read-only-tmpfs=false", "--network=none", f"--user={USER}:{USER}", "--cap-drop=all",
     "--security-opt=no-new-privileges", "--log-driver=k8s-file",
+    "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096",  # podman's own may be more than this machine allows
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def why_not() -> str:
     """Why no image can be built and run on this machine; empty where it can."""
     if platform.system() != "Linux":
         return "images are built on Linux only"
-    needed = {"buildah": "buildah", "podman": "podman"}
+    needed = {"buildah": "buildah", "podman": "podman", "runc": "runc"}
     if not os.environ.get("KUBETUNE_TEST_BASE"):
         needed |= {"mmdebstrap": "mmdebstrap", "apt-get": "apt"}
     if shutil.which("cc") is None:
@@ -71,7 +72,7 @@ def said(*command: str, text: str | None = None) -> str:
 
 
 def podman(*arguments: str) -> str:
-    return said("podman", *OWN_STORE, *arguments)
+    return said("podman", *OWN_STORE, "--runtime=runc", *arguments)  # as most clusters; it knows all kinds of cgroups
 
 
 def _debian_sources() -> str:
