@@ -198,13 +198,19 @@ def started(
 ) -> Iterator[Container]:
     """A container, confined like a pod, with writable /tmp, /cache and what of this machine is mounted; removed after."""
     name = f"kubetune-test-{uuid.uuid4().hex[:12]}"
-    mounts = [f"--volume={path}:{there}:rw" for path, there in (volumes or {}).items()]
-    tmpfs = ["--tmpfs=/tmp:rw,mode=1777", "--tmpfs=/cache:rw,mode=1777"]
-    podman("run", "--detach", f"--name={name}", *CONFINED, *tmpfs, *mounts, *options, image, *arguments)
-    try:
-        yield Container(name)
-    finally:
-        podman("rm", "--force", "--time=0", name)
+    with tempfile.TemporaryDirectory(prefix="kubetune-") as folder:
+        places = dict(volumes or {})
+        for there in ("tmp", "cache"):
+            empty = Path(folder) / there
+            empty.mkdir()
+            empty.chmod(0o777)  # as an emptyDir is
+            places[empty] = f"/{there}"
+        mounts = [f"--volume={path}:{there}:rw" for path, there in places.items()]
+        podman("run", "--detach", f"--name={name}", *CONFINED, *mounts, *options, image, *arguments)
+        try:
+            yield Container(name)
+        finally:
+            podman("rm", "--force", "--time=0", name)
 
 
 def run(image: str, *arguments: str, seconds: float, **more: Any) -> tuple[int, str]:
