@@ -246,6 +246,6 @@ def test_without_a_driver_it_trains_on_the_cpu(gpu_image: str) -> None:
     assert code == 0, text
 
 
-def test_another_device_is_refused() -> None:
+def test_another_device_is_refused(image: str) -> None:
     with pytest.raises(AssertionError, match="DEVICE=tpu: say cpu or gpu"):
-        images.build(ROOT, "localhost/kubetune-test:tpu", "--target=cuda", "--build-arg=DEVICE=tpu")
+        images.build(ROOT, f"{image}-tpu", "--target=cuda", "--build-arg=DEVICE=tpu")
