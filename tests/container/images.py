@@ -115,7 +115,8 @@ def build(context: Path, tag: str, *options: str) -> str:
     """
     pip = next((p for p in (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf") if p.exists()), None)
     return said(
-        "buildah", *OWN_STORE, "build", "--layers", "--isolation=chroot", "--network=host", f"--build-arg=BASE={BASE}",
+        "buildah", *OWN_STORE, "build", "--layers", "--force-rm", "--isolation=chroot", "--network=host",
+        f"--build-arg=BASE={BASE}",
         *([] if "KUBETUNE_TEST_BASE" in os.environ else ["--pull-never"]),
         *([f"--secret=id=pip,src={pip}"] if pip else []),
         "--volume=/etc/ssl/certs:/etc/ssl/certs:ro", f"--tag={tag}", *options, str(context),
