@@ -60,6 +60,17 @@ def has_loaded(pid: int, library: str) -> bool:
     return library in Path(f"/proc/{pid}/maps").read_text()
 
 
+def by_step(folder: Path) -> Path:
+    """A copy of a run's folder in a bucket: its checkpoints get the names that they have in a local one."""
+    checkpoints = folder / "checkpoints"
+    latest = (checkpoints / "LATEST").read_text().split()
+    for path in checkpoints.glob("step-*"):
+        assert path.name in latest, "a checkpoint that nothing names was left behind"
+        path.rename(checkpoints / path.name.rpartition("-")[0])
+    (checkpoints / "LATEST").write_text(latest[0].rpartition("-")[0])
+    return folder
+
+
 def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:
     """The variables of the checkpoint that LATEST or BEST names: weights, optimizer state, averages."""
     name = (folder / "checkpoints" / pointer).read_text().strip()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.running import ROOT, SMALL, assert_same_run
+from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
@@ -64,15 +64,9 @@ def start(folder: Path, cache: Path, *overrides: str, output: str = "gs://bucket
 
 def fetched(there: Place, to: Path, prepared: Path) -> Path:
     """A run's folder out of the bucket, its checkpoints and records under the names of the local run."""
-    latest = (there / "checkpoints" / "LATEST").read_text().split()
     for entry in there.list():
-        name = str(entry.place).removeprefix(f"{there}/")
-        parts = name.split("/")
-        if parts[0] == "checkpoints" and len(parts) == 3:
-            assert parts[1] in latest, "a checkpoint that nothing names was left behind"
-            parts[1] = "-".join(parts[1].split("-")[:2])
-        entry.place.download(to.joinpath(*parts))
-    (to / "checkpoints" / "LATEST").write_text("-".join(latest[0].split("-")[:2]))
+        entry.place.download(to / str(entry.place).removeprefix(f"{there}/"))
+    by_step(to)
     predictions = to / "report" / "predictions.csv"
     assert DATA in predictions.read_text()
     predictions.write_text(predictions.read_text().replace(DATA, str(prepared)))

@@ -8,6 +8,7 @@ a word. No link is ever made in the machine's own namespace; the bridge has a na
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
@@ -15,15 +16,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 import pytest
 
+T = TypeVar("T")
+
 FILES = Path("/etc/netns")  # `ip netns exec` mounts what lies in <FILES>/<namespace> over /etc; the folder itself stays
+NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of sched.h
 KILL_TIMEOUT = 10.0  # seconds for the processes of all hosts to be gone
 _numbers = itertools.count()
 
@@ -145,6 +150,22 @@ class Network:
         )
         self._started.append(process)
         return process
+
+    def inside(self, name: str, function: Callable[[], T]) -> T:
+        """Call a function of this process that sees the links of host *name*, by addresses: names are not its host's.
+
+        Connections that it opens, and processes that it starts, stay on that host.
+        """
+        path = Path("/run/netns", self._host(name).namespace)
+
+        def call() -> T:
+            with path.open() as file:
+                if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), NETWORK_NAMESPACE) != 0:
+                    raise OSError(ctypes.get_errno(), f"cannot enter {path}")
+            return function()
+
+        with ThreadPoolExecutor(1) as thread:  # its only thread goes there, and ends there
+            return thread.submit(call).result()
 
     def pids(self, name: str) -> list[int]:
         """The processes that run on host *name*, whoever started them."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scripts.manifests import K8S, rendered
@@ -81,6 +83,22 @@ class Pods:
         """How many pods run at once."""
         return (self.job or {}).get("parallelism", 1)
 
+    def hostname(self, index: int = 0) -> str:
+        """What a pod calls itself; without an index its name, of which a few letters are made up by Kubernetes."""
+        indexed = self.job is not None and self.job.get("completionMode") == "Indexed"
+        return f"{self.named}-{index}" if indexed else f"{self.named}-x7k2p"
+
+    @property
+    def published(self) -> bool:
+        """Whether a headless Service gives the pods the names HOSTNAME.SUBDOMAIN, also before they are ready."""
+        return any(
+            service["metadata"]["name"] == self.spec.get("subdomain")
+            and service["spec"]["clusterIP"] == "None"
+            and service["spec"].get("publishNotReadyAddresses") is True
+            and service["spec"]["selector"].items() <= self.labels.items()
+            for service in objects(self.overlay, "Service")
+        )
+
     def environment(self, index: int = 0) -> dict[str, str]:
         """What the process of pod `index` is given."""
         found: dict[str, str] = {}
@@ -121,6 +139,12 @@ def pods_of(folder: str) -> Iterator[Pods]:
                 yield Pods(folder, owner, job["template"], job, f"{name}-{replicated['name']}-0")
         elif "template" in spec:
             yield Pods(folder, owner, spec["template"], None, name)
+
+
+def here(name: str) -> Pods:
+    """The pods of tests/k8s/overlays/NAME, which changes in one of ours what must differ on this machine."""
+    (found,) = pods_of(os.path.relpath(Path(__file__).parent / "overlays" / name, K8S))
+    return found
 
 
 ALL = [pods for folder in OVERLAYS for pods in pods_of(folder)]

@@ -1,4 +1,4 @@
-"""The real fake-gcs-server on a free port of loopback, stopped and started at will."""
+"""The real fake-gcs-server, by default on a free port of loopback, stopped and started at will."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def free_port() -> int:
 class Emulator:
     """One server, its objects in a folder: `stop` and `start` keep them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, folder: Path, address: str = "127.0.0.1", port: int | None = None) -> None:
+        self.address, self.port = address, port or free_port()
+        self.url = f"http://{self.address}:{self.port}"
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [
-            str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port),
+            str(_get_binary_path()), "-scheme", "http", "-host", self.address, "-port", str(self.port),
             "-external-url", self.url,
             "-backend", "filesystem", "-filesystem-root", str(self.folder), "-log-level", "error",
         ]  # fmt: skip

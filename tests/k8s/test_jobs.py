@@ -1,0 +1,83 @@
+"""The manifests at work: their pods as processes, until the Job is complete or has failed (`tests.k8s.cluster`).
+
+What a user edits is edited in tests/k8s/overlays: the bucket, and a small run in the place of the experiment.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import assert_same_run
+from tests.hosts.network import needs_root
+from tests.k8s.cluster import Cluster
+from tests.k8s.controller import Verdict
+from tests.k8s.rendered import Pods, here
+from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
+
+pytestmark = needs_root
+
+COMPLETE = Verdict("Complete", "CompletionsReached", "Reached expected number of succeeded pods")
+RUN = "gs://bucket/runs/kubetune"
+KILLED = 128 + signal.SIGKILL
+
+
+def codes(cluster: Cluster) -> list[tuple[int, int]]:
+    """Index and exit code of every pod, in the order of their starts."""
+    return [(pod.index, pod.exit_code) for pod in cluster.pods]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the Indexed Job leaves in the bucket when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Cluster(here("multiworker"), folder / "cluster") as cluster:
+        assert cluster.finish() == COMPLETE, cluster.story()
+        assert codes(cluster) == [(0, DONE), (1, DONE)]
+        return cluster.fetched(RUN, folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_workers_get_through_a_preemption_and_a_crash_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    with Cluster(here("multiworker"), tmp_path / "cluster") as cluster:
+        cluster.until(lambda: "step 12/" in cluster.said(0), "step 12")
+        preempted = cluster.preempt(0)
+        cluster.until(lambda: len(cluster.pods) == 4, "both workers to be replaced")
+        assert preempted.exit_code == INTERRUPTED
+        cluster.until(lambda: "step 24/" in cluster.said(0), "step 24")
+        cluster.pod(1).container.send(signal.SIGKILL)
+        assert cluster.finish() == COMPLETE, cluster.story()
+        first, second = codes(cluster)[:2], codes(cluster)[2:4]
+        assert first == [(0, INTERRUPTED), (1, INTERRUPTED)]
+        assert second == [(index, {0: INTERRUPTED, 1: KILLED}[index]) for index, _ in second]
+        assert sorted(codes(cluster)[4:]) == [(0, DONE), (1, DONE)]
+        assert_same_run(undisturbed, cluster.fetched(RUN, tmp_path / "run"))
+
+
+def test_a_wrong_argument_fails_the_job_at_once_and_says_why(tmp_path: Path) -> None:
+    job = here("multiworker")
+    job.container["args"].append("training.batchsize=12")
+    with Cluster(job, tmp_path) as cluster:
+        verdict = cluster.finish(60)
+        assert verdict.reason == "PodFailurePolicy", cluster.story()
+        assert len(cluster.pods) == 2
+        wrong = [pod for pod in cluster.pods if pod.exit_code == WRONG_INPUT]
+        assert wrong
+        assert verdict.message == (
+            f"Container trainer for pod default/{wrong[0].name} failed with exit code 2 matching FailJob rule at index 0"
+        )
+        assert wrong[0].container.message == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path) -> None:
+    with Cluster(here("job"), tmp_path) as cluster:
+        cluster.until(lambda: "step 12/" in cluster.said(), "step 12")
+        cluster.preempt(0)
+        assert cluster.finish() == COMPLETE, cluster.story()
+        assert codes(cluster) == [(0, INTERRUPTED), (0, DONE)]
+        print(cluster.story())
