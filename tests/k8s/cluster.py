@@ -96,7 +96,7 @@ class Cluster:
 
     # What a test does --------------------------------------------------------------------------------------------
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 200) -> None:
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 500) -> None:
         """Let the cluster work until something is true. Fails when the Job ends before that."""
         deadline = time.monotonic() + seconds
         while not true():
@@ -105,7 +105,7 @@ class Cluster:
             self._work()
             time.sleep(0.02)
 
-    def finish(self, seconds: float = 400) -> Verdict:
+    def finish(self, seconds: float = 900) -> Verdict:
         """Let it work until the Job has ended, and its pods with it."""
         deadline = time.monotonic() + seconds
         while self.verdict is None or self.alive:

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image without a word about it
 MESSAGE_LIMIT, LOG_LIMIT, LOG_LINES = 4096, 2048, 80  # bytes, bytes and lines that the kubelet reads of the two
 DEVICES = ("full", "null", "random", "urandom", "zero")
+# The first child of the shell is process 1, and its end that of all others. `unshare --fork` does not tell a SIGKILL.
+ALONE = ("unshare", "--mount", "--pid", "--ipc", "sh", "-c", '(exec "$@" 2>&1); exit $?', "sh")
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -72,8 +74,7 @@ class Container:
     @property
     def exit_code(self) -> int | None:
         """As Kubernetes tells it: 128 + N after signal N."""
-        code = self.process.poll()
-        return 128 - code if code is not None and code < 0 else code
+        return self.process.poll()  # the shell's, which tells it in the same way
 
     def send(self, number: signal.Signals) -> None:
         """To process 1."""
@@ -114,11 +115,10 @@ def start(
     entry_point, given = image()
     command = [*spec.get("command", entry_point), *arguments]
     (folder / "mounts.sh").write_text("\n".join(["set -e", *_mounts(folder, pod, spec), _become(folder, pod, spec)]))
-    alone = ["unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
     with open(folder / "log", "w") as log:
         process = network.popen(
-            host, [*alone, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
-            env={**given, "HOSTNAME": hostname, **environment}, cwd="/", stdout=log, stderr=subprocess.STDOUT,
+            host, [*ALONE, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
+            env={**given, "HOSTNAME": hostname, **environment}, cwd="/", stdout=log, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     return Container(spec, process, folder)
 
@@ -200,7 +200,7 @@ def _become(folder: Path, pod: Mapping[str, Any], spec: Mapping[str, Any]) -> st
         options += ["--inh-caps=-all", "--bounding-set=-all"]
     if context.get("allowPrivilegeEscalation") is False:
         options += ["--no-new-privs"]
-    return f'exec chroot {_q(folder / "root")} setpriv {" ".join(options)} "$@"'
+    return f'exec env --unset=PWD chroot {_q(folder / "root")} setpriv {" ".join(options)} "$@"'
 
 
 def _q(path: Path | str) -> str:

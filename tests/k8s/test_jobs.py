@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_workers_get_through_a_preemption_and_a_crash_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     with Cluster(here("multiworker"), tmp_path / "cluster") as cluster:
         cluster.until(lambda: "step 12/" in cluster.said(0), "step 12")
@@ -69,15 +69,23 @@ def test_a_wrong_argument_fails_the_job_at_once_and_says_why(tmp_path: Path) -> 
         assert verdict.message == (
             f"Container trainer for pod default/{wrong[0].name} failed with exit code 2 matching FailJob rule at index 0"
         )
-        assert wrong[0].container.message == ""
+        assert wrong[0].container.message == (
+            "exit code 2 (configuration or data is wrong): the configuration has 1 fault:\n"
+            "  training.batchsize: there is no such key. Did you mean batch_size?"
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path) -> None:
     with Cluster(here("job"), tmp_path) as cluster:
         cluster.until(lambda: "step 12/" in cluster.said(), "step 12")
         cluster.preempt(0)
         assert cluster.finish() == COMPLETE, cluster.story()
         assert codes(cluster) == [(0, INTERRUPTED), (0, DONE)]
-        print(cluster.story())
+        first, second = (pod.container for pod in cluster.pods)
+        assert first.message.startswith("exit code 75 (interrupted): SIGTERM at step ")
+        assert f"; everything is saved. Start the same command again with output_dir={RUN} to go on" in first.message
+        assert "weights: this run's checkpoint at step " in second.log
+        assert second.message.startswith("exit code 0 (done): test accuracy 0.")
+        assert second.message.endswith(f"{RUN}/report/index.html")
