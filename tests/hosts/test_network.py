@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,21 @@ def test_a_host_knows_its_peers_and_its_own_short_name_and_nobody_else(network: 
     answer = ask(network, SECOND, RESOLVE, *names)
     assert answer[::2] == ["10.77.0.2", "10.77.0.3", "10.77.0.4", "127.0.0.1", "10.77.0.3"] + 3 * ["unknown"]
     assert set(answer[1::2]) == {"True"}  # each in less than a second
+
+
+def test_a_function_is_called_inside_a_host_and_its_connections_stay_there(network: Network) -> None:
+    serve(network, FIRST)
+    address = (network.hosts[FIRST].address, 5000)
+    before = links()
+    with network.inside(SECOND, lambda: socket.create_connection(address, timeout=5)) as connection:
+        assert connection.getsockname()[0] == network.hosts[SECOND].address
+        connection.sendall(b"hello")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000).decode().startswith(network.hosts[SECOND].address)
+    assert network.inside(SECOND, lambda: sorted(name for _, name in socket.if_nameindex())) == ["eth0", "lo"]
+    assert links() == before
+    with pytest.raises(ZeroDivisionError):
+        network.inside(SECOND, lambda: 1 // 0)
 
 
 def test_only_lo_and_the_link_are_seen_by_a_host(network: Network) -> None:

@@ -65,10 +65,10 @@ class Container:
     def pid(self) -> int | None:
         """Of the container's process 1, seen from here; None before there is one."""
         if self._first is None:
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-            for child in children.read_text().split() if children.exists() else []:
-                if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
-                    self._first = int(child)  # until then it is still root, and makes mounts
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                    if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
+                        self._first = int(child)  # until then it is still root, and makes mounts
         return self._first
 
     @property

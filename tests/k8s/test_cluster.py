@@ -7,7 +7,6 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

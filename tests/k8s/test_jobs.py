@@ -6,16 +6,21 @@ What a user edits is edited in tests/k8s/overlays: the bucket, and a small run i
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import assert_same_run
+from tests.data.pictures import fill_folder
+from tests.e2e.running import ROOT, assert_same_run, catches
 from tests.hosts.network import needs_root
-from tests.k8s.cluster import Cluster
+from tests.k8s.cluster import STORAGE, Cluster
 from tests.k8s.controller import Verdict
-from tests.k8s.rendered import Pods, here
+from tests.k8s.rendered import here
+from tests.storage.emulator import Emulator, environment
 from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
+from trainer.storage.places import place
 
 pytestmark = needs_root
 
@@ -89,3 +94,35 @@ def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path
         assert "weights: this run's checkpoint at step " in second.log
         assert second.message.startswith("exit code 0 (done): test accuracy 0.")
         assert second.message.endswith(f"{RUN}/report/index.html")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_pods_write_the_dataset_that_one_would_though_one_is_preempted(tmp_path: Path) -> None:
+    photos = fill_folder(tmp_path / "photos", {"cat": 9, "dog": 7, "owl": 8})
+    alone = [sys.executable, "-m", "trainer.prepare", "data=image_folder", f"data.root={photos}", "data.shards=6"]
+    subprocess.run([*alone, f"output={tmp_path / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
+    job = here("prepare")
+    job.container["args"].append("data.shards=6")
+    with Cluster(job, tmp_path / "cluster") as cluster:
+        cluster.network.inside(STORAGE, lambda: upload(photos, cluster.storage))
+        cluster.until(lambda: len(cluster.alive) == 4, "all pods")
+        third = cluster.pod(2).container
+        cluster.until(lambda: third.pid is not None and catches(third.pid, signal.SIGTERM), "a pod that listens")
+        cluster.preempt(2)
+        assert cluster.finish() == COMPLETE, cluster.story()
+        assert sorted(codes(cluster)) == [(0, DONE), (1, DONE), (2, DONE), (2, INTERRUPTED), (3, DONE)]
+        messages = [pod.container.message for pod in cluster.pods if pod.exit_code == DONE]
+        assert any("gs://bucket/prepared/photos holds 24 images of 3 classes" in message for message in messages)
+        written = cluster.storage.folder / "bucket" / "prepared" / "photos"
+        shards = {path.name: path.read_bytes() for path in (tmp_path / "alone").glob("*.tfrecord*")}
+        assert shards
+        assert {path.name: path.read_bytes() for path in written.glob("*.tfrecord*")} == shards
+        assert (written / "dataset_info.json").exists()
+
+
+def upload(folder: Path, storage: Emulator) -> None:
+    """To gs://bucket/NAME."""
+    with environment(storage.url):
+        for file in folder.rglob("*.jpg"):
+            (place(f"gs://bucket/{folder.name}") / str(file.relative_to(folder))).upload(file)
