@@ -40,6 +40,7 @@ class Probing:
     kind: str = KINDS[0]
     failures: int = 0
     answers: int = 0
+    missed: int = 0  # in all
 
 
 @dataclass
@@ -147,13 +148,18 @@ class Cluster:
 
     def fetched(self, address: str, to: Path) -> Path:
         """A folder of the bucket, gs://BUCKET/..., the checkpoints under the names of a local run."""
-        shutil.copytree(self.storage.folder / address.removeprefix("gs://"), to)
+        source = self.storage.folder / address.removeprefix("gs://")
+        for file in source.rglob("*"):
+            if file.is_file():  # folders of deleted objects stay
+                (to / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, to / file.relative_to(source))
         return by_step(to)
 
     def story(self) -> str:
         """What became of all pods."""
         return "\n".join(
             f"--- {pod.name}: exit code {pod.container.exit_code} {pod.why} {sorted(pod.conditions)}; "
+            f"{pod.probing}; "
             f"message {pod.container.message!r}\n{pod.container.log[-2000:]}"
             for pod in self.pods
         )
@@ -213,9 +219,10 @@ class Cluster:
         if self._answers(pod, probe):
             pod.probing.failures, pod.probing.answers = 0, pod.probing.answers + 1
             if pod.probing.kind == KINDS[0]:
-                pod.probing = Probing(now, KINDS[1])
+                pod.probing = Probing(now, KINDS[1], missed=pod.probing.missed)
         else:
             pod.probing.failures += 1
+            pod.probing.missed += 1
             if pod.probing.failures >= probe["failureThreshold"]:
                 self._end(pod, f"failed its {pod.probing.kind}")
 
