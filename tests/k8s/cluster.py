@@ -28,7 +28,7 @@ from tests.k8s.rendered import Pods
 from tests.storage.emulator import Emulator
 
 STORAGE, STORAGE_PORT = "storage", 4443  # the first host: 10.77.0.2, as the overlays in tests/k8s/overlays say
-PROBE = {"initialDelaySeconds": 0, "periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}
+PROBE = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}  # what Kubernetes takes where nothing is said
 KINDS = ("startupProbe", "livenessProbe")
 
 
@@ -43,7 +43,7 @@ class Probing:
     missed: int = 0  # in all
 
 
-@dataclass
+@dataclass(eq=False)
 class Pod:
     """One pod; `told` and `deleted` are moments of time.monotonic()."""
 
@@ -69,10 +69,12 @@ class Cluster:
 
     def __init__(self, job: Pods, folder: Path) -> None:
         assert job.job is not None
+        assert job.job.get("completionMode") == "Indexed" or job.count == 1
         self.job, self.spec, self.folder = job, job.job, folder
         self.hosts = [self._host(index) for index in range(job.count)]
         self.network = Network([STORAGE, *self.hosts])
         self.pods: list[Pod] = []  # all that there ever were
+        self.ended: list[Pod] = []  # in the order in which that was seen
         self.verdict: Verdict | None = None
         address = self.network.hosts[STORAGE].address
         self.storage = Emulator(folder / "objects", address, STORAGE_PORT)
@@ -139,12 +141,8 @@ class Cluster:
 
     @property
     def alive(self) -> list[Pod]:
-        return [pod for pod in self.pods if pod.container.exit_code is None]
-
-    @property
-    def ended(self) -> list[Pod]:
-        """In the order in which they were started."""
-        return [pod for pod in self.pods if pod.container.exit_code is not None]
+        """Those whose end has not been seen."""
+        return [pod for pod in self.pods if pod not in self.ended]
 
     def fetched(self, address: str, to: Path) -> Path:
         """A folder of the bucket, gs://BUCKET/..., the checkpoints under the names of a local run."""
@@ -159,14 +157,14 @@ class Cluster:
         """What became of all pods."""
         return "\n".join(
             f"--- {pod.name}: exit code {pod.container.exit_code} {pod.why} {sorted(pod.conditions)}; "
-            f"{pod.probing}; "
-            f"message {pod.container.message!r}\n{pod.container.log[-2000:]}"
+            f"{pod.probing}; message {pod.container.message!r}\n{pod.container.log[-2000:]}"
             for pod in self.pods
         )
 
     # What the cluster does ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        self.ended += [pod for pod in self.alive if pod.container.exit_code is not None]
         for pod in self.alive:
             self._watch(pod)
         there = {pod.host for pod in self.alive}
@@ -177,10 +175,11 @@ class Cluster:
             Ended(f"default/{pod.name}", pod.index, {self.job.container["name"]: pod.exit_code}, frozenset(pod.conditions))
             for pod in self.ended
         ]  # fmt: skip
-        self.verdict = controller.verdict(self.spec, ended)
+        self.verdict = self.verdict or controller.verdict(self.spec, ended)
         if self.verdict:
             for pod in self.alive:
                 self.delete(pod)
+            return
         alive = [Alive(pod.index, pod.deleted is not None) for pod in self.alive]
         for index in controller.to_start(self.spec, ended, alive):
             self._start(index)
@@ -213,7 +212,7 @@ class Cluster:
                 pod.probing = Probing(now, KINDS[1])
             return
         probe = PROBE | probe
-        if now < pod.probing.due + probe["initialDelaySeconds"]:
+        if now < pod.probing.due:
             return
         pod.probing.due = now + probe["periodSeconds"]
         if self._answers(pod, probe):

@@ -19,7 +19,7 @@ from tests.k8s.cluster import STORAGE, Cluster
 from tests.k8s.controller import Verdict
 from tests.k8s.rendered import here
 from tests.storage.emulator import Emulator, environment
-from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
+from trainer.errors import DONE, INTERRUPTED
 from trainer.storage.places import place
 
 pytestmark = needs_root
@@ -69,12 +69,11 @@ def test_a_wrong_argument_fails_the_job_at_once_and_says_why(tmp_path: Path) -> 
         verdict = cluster.finish(60)
         assert verdict.reason == "PodFailurePolicy", cluster.story()
         assert len(cluster.pods) == 2
-        wrong = [pod for pod in cluster.pods if pod.exit_code == WRONG_INPUT]
-        assert wrong
+        wrong = cluster.ended[0]
         assert verdict.message == (
-            f"Container trainer for pod default/{wrong[0].name} failed with exit code 2 matching FailJob rule at index 0"
+            f"Container trainer for pod default/{wrong.name} failed with exit code 2 matching FailJob rule at index 0"
         )
-        assert wrong[0].container.message == (
+        assert wrong.container.message == (
             "exit code 2 (configuration or data is wrong): the configuration has 1 fault:\n"
             "  training.batchsize: there is no such key. Did you mean batch_size?"
         )
