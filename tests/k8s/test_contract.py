@@ -31,6 +31,7 @@ GIVEN_BY_OTHERS = {
     "KUBETUNE_SWEEP": "the trainer itself, as HYDRA_FULL_ERROR and TF_CPP_MIN_LOG_LEVEL",
     "HYDRA_FULL_ERROR": "",
     "TF_CPP_MIN_LOG_LEVEL": "",
+    "PYTHONWARNINGS": "",
     "STORAGE_EMULATOR_HOST": "tests",
     "PYTHONWARNINGS": "whoever debugs",
     "GOOGLE_APPLICATION_CREDENTIALS": "those who run outside of Google's cloud",
