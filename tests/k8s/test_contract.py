@@ -33,7 +33,6 @@ GIVEN_BY_OTHERS = {
     "TF_CPP_MIN_LOG_LEVEL": "",
     "PYTHONWARNINGS": "",
     "STORAGE_EMULATOR_HOST": "tests",
-    "PYTHONWARNINGS": "whoever debugs",
     "GOOGLE_APPLICATION_CREDENTIALS": "those who run outside of Google's cloud",
 }
 
