@@ -18,7 +18,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.config import Augmentation, Data, Model, Optimizer, Schedule
+from trainer.config import Augmentation, Data, Model
+from trainer.config_phases import Optimizer, Schedule
 from trainer.data.pipeline import training_batches
 from trainer.data.pixels import memory_budget_default, open_pixels
 from trainer.data.sources import open_dataset

@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from trainer import config
+from trainer.config_parts import Duration
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Made by `python scripts/configuration_page.py` from `trainer/config.py`; a test fails when it is stale.
+Made by `python scripts/configuration_page.py` from `trainer/config.py` and its parts; a test fails when it is stale.
 
 Hydra composes the files under `conf/`, the command line has the last word, and the result is checked before TensorFlow
 is imported: every fault is listed at once, an unknown key with the nearest known one. An experiment chooses its data,
@@ -31,7 +32,7 @@ Durations are written "500 steps", "2 epochs" or "10000 examples"; a phase takes
 
 def _kind(annotation: Any) -> str:
     """A type in words."""
-    if annotation is config.Duration or "Duration" in str(annotation):
+    if annotation is Duration or "Duration" in str(annotation):
         return "list of durations" if "tuple" in str(annotation) else "duration"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -60,7 +61,7 @@ def _comments(section: type[BaseModel]) -> dict[str, str]:
 def _default(value: Any) -> str:
     """A default as one would write it."""
     match value:
-        case config.Duration():
+        case Duration():
             return f"{value.count:g} {value.unit}"
         case tuple():
             return ", ".join(map(str, value)) or "none"
@@ -74,9 +75,11 @@ def _default(value: Any) -> str:
 def _rows(section: type[BaseModel], prefix: str) -> list[str]:
     comments, rows, later = _comments(section), [], []
     for name, field in section.model_fields.items():
+        if field.exclude:
+            continue
         annotation = field.annotation
         inner = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not config.Duration:
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Duration:
             branch = f"{prefix}{name}." + ("NAME." if inner is not annotation else "")
             later += ["", f"## {branch}*", "", inspect.getdoc(inner) or "", "", *_rows(inner, branch)]
             continue

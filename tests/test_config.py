@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config import Duration, RunConfig, load
+from trainer.config import RunConfig, load
 from trainer.config_differences import differences
+from trainer.config_parts import Duration
 from trainer.errors import ConfigError
 
 

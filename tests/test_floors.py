@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up. A room imports only from rooms below its own floor; those of one floor do not know each other,
 # but for the ground floor, whose modules may.
 FLOORS = (
-    {"errors", "contracts", "config", "config_differences", "config_faults", "randomness", "imaging"},
+    {"errors", "contracts", "config", "config_parts", "config_phases", "config_differences", "config_faults", "advice",
+     "randomness", "imaging"},
     {"watching"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
@@ -28,7 +29,10 @@ MAX_LINES = 350
 MAX_MAIN_LINES = 80  # of code: no blank lines, comments or docstrings
 
 # Imported by every command line before the configuration is known to be right.
-LIGHT = ("errors", "contracts", "config", "config_differences", "config_faults", "command_line", "__main__")
+LIGHT = (
+    "errors", "contracts", "config", "config_parts", "config_phases", "config_differences", "config_faults",
+    "command_line", "__main__",
+)  # fmt: skip
 
 
 def floor_of(room: str) -> int | None:

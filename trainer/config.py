@@ -6,45 +6,14 @@ every fault, each with its key, its value and what would be right. Nothing here 
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from trainer.config_faults import describe_faults
+from trainer.config_parts import Duration, Section, SomeDuration
+from trainer.config_phases import AUTO, Auto, Phase, auto_apart
 from trainer.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A frozen part of the tree that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Duration(Section):
-    """A length of training: `count` of `unit`. Written "500 steps", "2 epochs" or "10000 examples"."""
-
-    count: float = Field(ge=0)
-    unit: Literal["epochs", "steps", "examples"]
-
-    def steps(self, steps_per_epoch: int, batch_size: int) -> int:
-        """The number of optimizer steps, rounded to the nearest; at least 1 unless the count is 0."""
-        per_unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "examples": 1.0 / batch_size}[self.unit]
-        return max(round(self.count * per_unit), 1 if self.count > 0 else 0)
-
-
-def _read_duration(value: Any) -> Any:
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(epoch|step|example)s?\s*", value)
-        if not match:
-            raise ValueError('write it as "500 steps", "2 epochs" or "10000 examples"')
-        return {"count": float(match[1]), "unit": match[2] + "s"}
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return {"count": float(value), "unit": "steps"}
-    return value
-
-
-SomeDuration = Annotated[Duration, BeforeValidator(_read_duration)]
 
 
 class Data(Section):
@@ -88,7 +57,7 @@ class Data(Section):
 class Model(Section):
     """The backbone, its weights, and the head on top."""
 
-    backbone: str
+    backbone: str  # of keras.applications; auto: the advice table (docs/phases.md)
     weights: str = "imagenet"  # imagenet | glyphs | none | a path to a Keras .weights.h5 or .keras file
     alpha: float | None = Field(None, gt=0)  # MobileNet families only
     image_size: int | None = Field(None, ge=8, le=2048)  # pixels; the backbone's own when null
@@ -97,6 +66,14 @@ class Model(Section):
     hidden: int | None = Field(None, ge=1)  # units of an extra ReLU layer
     dropout: float = Field(0.0, ge=0, lt=1)
     l2: float = Field(0.0, ge=0)  # on the kernels of the head
+
+    @model_validator(mode="after")
+    def _fits_any(self) -> Model:
+        if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
+            raise ValueError(f"backbone=auto may choose any network, weights={self.weights} fits one: say which")
+        if self.backbone == "auto" and self.alpha is not None:
+            raise ValueError(f"backbone=auto may choose a network without alpha: unset alpha={self.alpha:g}")
+        return self
 
 
 class Augmentation(Section):
@@ -118,106 +95,10 @@ class Augmentation(Section):
         return any(value for name, value in self if name != "fill")
 
 
-class Optimizer(Section):
-    """A Keras optimizer. Options that the named one does not have are refused."""
-
-    name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
-    momentum: float | None = Field(None, ge=0, lt=1)  # sgd, rmsprop
-    nesterov: bool | None = None  # sgd
-    weight_decay: float | None = Field(None, ge=0)  # adamw
-    beta_1: float | None = Field(None, ge=0, lt=1)  # adam, adamw, adamax
-    beta_2: float | None = Field(None, ge=0, lt=1)
-    rho: float | None = Field(None, ge=0, lt=1)  # rmsprop
-    epsilon: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Optimizer:
-        betas = {"beta_1", "beta_2", "epsilon"}
-        known = {
-            "adam": betas,
-            "adamw": betas | {"weight_decay"},
-            "adamax": betas,
-            "sgd": {"momentum", "nesterov"},
-            "rmsprop": {"momentum", "rho", "epsilon"},
-        }[self.name]
-        strange = sorted(k for k in self.options if k not in known)
-        if strange:
-            raise ValueError(f"optimizer {self.name} has no {', '.join(strange)}; it takes {', '.join(sorted(known))}")
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What was set beyond the name and the learning rate."""
-        return {k: v for k, v in self if k not in ("name", "learning_rate") and v is not None}
-
-
-class Schedule(Section):
-    """How the learning rate moves within a phase, after a linear warm-up from 0."""
-
-    name: Literal["constant", "cosine", "exponential", "time", "step"] = "constant"
-    warmup: SomeDuration = Duration(count=0, unit="steps")
-    final: float = Field(0.0, ge=0, le=1)  # cosine: the last rate, as a share of the first
-    decay: float | None = Field(None, gt=0)  # exponential: factor; time: lr / (1 + decay * step); step: factor
-    every: SomeDuration | None = None  # exponential: one factor per this long
-    at: tuple[SomeDuration, ...] = ()  # step: multiply by `decay` at each
-
-    @model_validator(mode="after")
-    def _complete(self) -> Schedule:
-        needed = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(self.name, ())
-        missing = [k for k in needed if not getattr(self, k)]
-        if missing:
-            raise ValueError(f"schedule {self.name} needs {' and '.join(missing)}")
-        return self
-
-
-class EarlyStopping(Section):
-    """Stop a phase when validation has not improved for `patience` epochs. Patience 0 never stops."""
-
-    patience: int = Field(0, ge=0)  # epochs
-    metric: Literal["accuracy", "loss"] = "accuracy"  # also decides which checkpoint is the best
-    min_delta: float = Field(0.0, ge=0)
-
-
-class Phase(Section):
-    """One stretch of training: what trains, for how long, and how fast."""
-
-    thaw: str  # none | all | from_layer:100 | last_layers:20 | percent:20 | from_block:block_13 | pattern:REGEX
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, ge=1)
-    examples: int | None = Field(None, ge=1)
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    early_stopping: EarlyStopping = EarlyStopping()
-
-    @model_validator(mode="after")
-    def _valid(self) -> Phase:
-        given = [k for k in ("epochs", "steps", "examples") if getattr(self, k) is not None]
-        if len(given) != 1:
-            was = f"{' and '.join(given)} are set" if given else "none is set"
-            raise ValueError(f"set exactly one of epochs, steps, examples ({was}; unset one with KEY=null)")
-        if not THAW.fullmatch(self.thaw):
-            raise ValueError(
-                f"thaw={self.thaw!r} is not none, all, from_layer:N, last_layers:N, percent:P, from_block:NAME "
-                "or pattern:REGEX"
-            )
-        return self
-
-    @property
-    def duration(self) -> Duration:
-        """How long the phase lasts at most."""
-        unit = next(k for k in ("epochs", "steps", "examples") if getattr(self, k) is not None)
-        return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
-
-
-THAW = re.compile(r"none|all|from_layer:\d+|last_layers:\d+|percent:(100|\d{1,2})(\.\d+)?|from_block:[\w/]+|pattern:.+")
-
-
 class Training(Section):
     """What holds for every phase."""
 
-    batch_size: int = Field(32, ge=1)  # global: over all replicas and workers
+    batch_size: int = Field(32, ge=1)  # global: over all replicas and workers; auto: the advice table
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of the whole batch
@@ -290,6 +171,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     warm_start: str | None = None  # output_dir of an earlier run, or one of its checkpoints: start from its weights
     experiment_name: str | None = None
+    auto: Auto | None = Field(None, alias=AUTO, exclude=True)  # still to be chosen; never so in a saved configuration
 
 
 def load(tree: dict[str, Any]) -> RunConfig:
@@ -298,6 +180,7 @@ def load(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: lists every fault at once.
     """
+    tree = auto_apart(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from trainer.config_phases import AUTO
+
 
 def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The section that a path of keys leads to; steps through `dict[str, Section]`."""
+    """The section that a path of keys leads to; steps through `dict[str, Section]` and `Section | None`."""
     here: Any = model
     for key in path:
         if isinstance(here, type) and issubclass(here, BaseModel):
-            field = here.model_fields.get(str(key))
+            field = here.model_fields.get("auto" if key == AUTO else str(key))
             here = field.annotation if field else None
         elif getattr(here, "__origin__", None) is dict:
             here = here.__args__[1]
+        if type(None) in get_args(here):
+            here = next(part for part in get_args(here) if part is not type(None))
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
 def _key(path: tuple[Any, ...]) -> str:
+    """As the user wrote it; what was `auto` stands apart in the tree (`auto_apart`)."""
+    if path[:2] == (AUTO, "phases"):
+        path = ("phases", "auto", *path[2:])
     return ".".join(str(part) for part in path) or "the configuration"
 
 
@@ -34,7 +41,7 @@ def _sentence(fault: Any, root: type[BaseModel], siblings: list[str]) -> str:
     path, kind, value = fault["loc"], fault["type"], fault["input"]
     if kind == "extra_forbidden":
         section = _section_at(root, path[:-1])
-        known = list(section.model_fields) if section else []
+        known = [name for name, field in section.model_fields.items() if not field.exclude] if section else []
         return f"{_key(path)}: there is no such key.{nearest(str(path[-1]), known) or ' Known: ' + ', '.join(known)}"
     if kind == "missing":
         if len(path) == 3 and path[0] == "phases":  # a phase that only an override speaks of is a typing error

@@ -92,7 +92,7 @@ def train_phase(job: Run, name: str) -> None:
     phase, state, config = job.config.phases[name], job.state, job.config
     total = steps_of(phase, config, job.steps_per_epoch)
     signs.enter(name)
-    plan = apply_thaw(job.classifier, phase.thaw, phase.batch_norm)
+    plan = apply_thaw(job.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     say(f"phase {name}: {total} steps ({total / job.steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in plan.lines():
@@ -150,7 +150,7 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         xla=runtime.xla,
     )
     with job.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate)
+        optimizer = build_optimizer(phase.optimizer, rate, plan.rates)
     step = TrainingStep(
         job.strategy,
         job.classifier,

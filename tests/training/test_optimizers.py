@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.config import Optimizer, Schedule
+from trainer.config_phases import Optimizer, Schedule
 from trainer.training.optimizers import build_optimizer, build_schedule
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config import EarlyStopping
+from trainer.config_phases import EarlyStopping
 from trainer.training.state import RunState
 from trainer.training.stopping import exhausted, judge
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import tensorflow as tf
@@ -40,6 +41,8 @@ class ThawPlan:
     thawed_layers: int
     layer_count: int
     batch_norm_training: bool  # what `Classifier.features` must be called with in training
+    rates: tuple[float, ...] = ()  # shares of the learning rate, one a variable of `trainable`; empty: the whole for all
+    rate_lines: tuple[str, ...] = ()  # the shares for people
 
     def lines(self) -> list[str]:
         """The plan for people, one line a group."""
@@ -58,21 +61,27 @@ class ThawPlan:
             f"  {name:<{widths[0]}}  {variables:>{widths[1]}}  {parameters:>{widths[2]}}  {size:>{widths[3]}}"
             for name, variables, parameters, size in table
         ]
-        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows]
+        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.rate_lines]
 
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
-def apply_thaw(classifier: Classifier, thaw: str, batch_norm: str) -> ThawPlan:
+def apply_thaw(
+    classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
+) -> ThawPlan:
     """Set `.trainable` on every layer of the backbone by the rule `thaw`, and tell what came of it. The head trains.
 
-    `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | pattern:REGEX; layers are
-    counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in layer names.
+    `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | last_blocks:N | pattern:REGEX;
+    layers are counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in layer names.
     `batch_norm=frozen` keeps every BatchNormalization layer as it is. `train` lets the thawed ones learn, with
     statistics over the batches of all replicas. Compile steps after this call: a traced function keeps what was
     trainable when it was traced.
+
+    The head has the whole learning rate, a layer of the backbone the share `backbone_rate * layer_decay ** d`, where d
+    is 1 in the last block, 2 in the block before, and one more than in the first block in what comes before that
+    (Howard & Ruder 2018, discriminative fine-tuning; the count is that of Bao et al. 2022, BEiT).
 
     Raises:
         ModelError: the rule matches nothing, or nothing that could train.
@@ -93,7 +102,8 @@ def apply_thaw(classifier: Classifier, thaw: str, batch_norm: str) -> ThawPlan:
             f"thaw={thaw} thaws no layer that can train; the last one that can is {able[-1]} "
             f"({layers[able[-1]].name}). Use thaw=none to train the head alone"
         )
-    return _plan(classifier, thaw, batch_norm, thawed, len(chosen))
+    plan = _plan(classifier, thaw, batch_norm, thawed, len(chosen))
+    return plan if backbone_rate == layer_decay == 1 else _with_rates(plan, classifier, backbone_rate, layer_decay)
 
 
 def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int], thawed_layers: int) -> ThawPlan:
@@ -135,6 +145,33 @@ def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int],
     )
 
 
+def blocks(classifier: Classifier) -> list[tuple[str, int]]:
+    """(name, index of its first layer) of the stem and every block of the backbone, in the order of the layers.
+
+    A block reaches to the next one, the last to the end; the stem is what comes before the first.
+    """
+    starts = classifier.kind.block_starts([layer.name for layer in classifier.backbone.layers])
+    return [("stem", 0), *sorted(starts.items(), key=lambda item: item[1])]
+
+
+def _with_rates(plan: ThawPlan, classifier: Classifier, backbone_rate: float, layer_decay: float) -> ThawPlan:
+    """The plan with each variable's share of the learning rate."""
+    parts = blocks(classifier)
+    shares = [backbone_rate * layer_decay ** (len(parts) - i) for i in range(len(parts))]
+    bounds = [first for _, first in parts[1:]]
+    of_variable: dict[int, float] = {}
+    trains: dict[str, float] = {}
+    for index, layer in enumerate(classifier.backbone.layers):
+        part = bisect.bisect_right(bounds, index)
+        of_variable |= {id(variable): shares[part] for variable in layer.weights}
+        if layer.trainable_weights:
+            trains[parts[part][0]] = shares[part]
+    line = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} a block down: head 1"
+    line += "".join(f", {name} {share:.3g}" for name, share in reversed(trains.items()))
+    rates = tuple(of_variable.get(id(variable), 1.0) for variable in plan.trainable.values())
+    return replace(plan, rates=rates, rate_lines=(line,)) if trains else plan
+
+
 def _group(name: str, variables: Iterable[keras.Variable]) -> Group:
     sizes = [(math.prod(v.shape), tf.as_dtype(v.dtype).size) for v in variables]
     return Group(name, len(sizes), sum(n for n, _ in sizes), sum(n * width for n, width in sizes))
@@ -170,6 +207,11 @@ def _chosen(classifier: Classifier, thaw: str) -> set[int]:
             known = ", ".join(starts)
             raise ModelError(f"{what}: {classifier.kind.name} has no such block.{near} Its blocks: {known}")
         return set(range(starts[value], count))
+    if rule == "last_blocks":
+        firsts = [first for _, first in blocks(classifier)[1:]]
+        if not 1 <= int(value) <= len(firsts):
+            raise ModelError(f"{what}: {classifier.kind.name} has {len(firsts)} blocks; give 1 to {len(firsts)}")
+        return set(range(firsts[-int(value)], count))
     if rule == "pattern":
         try:
             matching = {index for index, name in enumerate(names) if re.search(value, name)}

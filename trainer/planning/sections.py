@@ -209,6 +209,8 @@ def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by:
         told = plan.config.phases[phase.name]
         warmup = told.schedule.warmup.steps(epoch, plan.config.training.batch_size)
         rate = f"{told.optimizer.learning_rate:g} {told.schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
+        rate += f", backbone x {told.backbone_rate:g}" if told.backbone_rate != 1 else ""
+        rate += f", x {told.layer_decay:g} a block" if told.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
         row = (f"  {phase.name}", *counts, layers, told.thaw, told.optimizer.name, rate)

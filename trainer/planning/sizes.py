@@ -102,11 +102,11 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
     plans = []
     every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
     for name, phase in config.phases.items():
-        thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm)
+        thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = steps_of(phase, config, epoch)
         rate = build_schedule(phase.schedule, phase.optimizer.learning_rate, total_steps=steps,
                               steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
-        optimizer = build_optimizer(phase.optimizer, rate)
+        optimizer = build_optimizer(phase.optimizer, rate, thaw.rates)
         optimizer.build(list(thaw.trainable.values()))
         sizes = _bytes(thaw.trainable.values())
         layers = classifier.backbone.layers

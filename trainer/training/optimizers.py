@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from trainer.config import Optimizer, Schedule
+from trainer.config_phases import Optimizer, Schedule
 
 schedules = keras.optimizers.schedules
 
@@ -62,8 +62,15 @@ def build_schedule(
     return WarmUp(rate, warmup, body) if warmup else body
 
 
-def build_optimizer(optimizer: Optimizer, rate: LearningRateSchedule) -> keras.optimizers.Optimizer:
-    """A fresh Keras optimizer; options left null keep Keras' defaults."""
+def build_optimizer(
+    optimizer: Optimizer, rate: LearningRateSchedule, shares: tuple[float, ...] = ()
+) -> keras.optimizers.Optimizer:
+    """A fresh Keras optimizer; options left null keep Keras' defaults.
+
+    Args:
+        shares: of `rate`, one for each variable that the optimizer will be built with; empty: `rate` for all, and
+            Keras' own class.
+    """
     kinds = {
         "adam": keras.optimizers.Adam,
         "adamw": keras.optimizers.AdamW,
@@ -71,5 +78,31 @@ def build_optimizer(optimizer: Optimizer, rate: LearningRateSchedule) -> keras.o
         "sgd": keras.optimizers.SGD,
         "rmsprop": keras.optimizers.RMSprop,
     }
+    kind = _with_shares(kinds[optimizer.name], shares) if shares else kinds[optimizer.name]
     # A fixed name: Keras would number a second optimizer of the process, and a resumed run has but one.
-    return kinds[optimizer.name](learning_rate=rate, name="optimizer", **optimizer.options)
+    return kind(learning_rate=rate, name="optimizer", **optimizer.options)
+
+
+def _with_shares(kind: Any, shares: tuple[float, ...]) -> Any:
+    """The optimizer `kind` with a learning rate of its own for each variable: what as many optimizers would do.
+
+    Not the gradient is scaled, which Adam and its like would divide out again, but the rate that `update_step` is given,
+    and with it AdamW's weight decay, which is a share of the rate (Loshchilov & Hutter 2019, as Keras has it).
+    """
+
+    class WithShares(kind):
+        weight_decay: Any
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            # Keras lets all variables decay at one rate before the first update: here each does before its own.
+            self.decay, self.weight_decay = self.weight_decay, None
+
+        def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+            share = shares[self._get_variable_index(variable)]
+            own = learning_rate if share == 1 else learning_rate * share
+            if self.decay is not None:
+                self.assign_sub(variable, variable * self.decay * own)
+            super().update_step(gradient, variable, own)
+
+    return WithShares

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import EarlyStopping
+from trainer.config_phases import EarlyStopping
 from trainer.training.state import RunState
 
 
