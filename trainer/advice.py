@@ -1,4 +1,4 @@
-"""The advice table: what `auto` stands for, once the training images have been counted. The reference is docs/phases.md.
+"""The advice table: what `auto` stands for, once the training images have been counted (docs/phases.md).
 
 Rules of thumb, made from the published recipes; a person who knows the images knows better.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import Phase, RunConfig
 
 FEW_IMAGES, FEW_A_CLASS = 5_000, 100  # fewer in all, or fewer a class, are few
 MANY_IMAGES, MANY_CLASSES = 50_000, 50
@@ -32,13 +32,13 @@ def advise(config: RunConfig, images: int, classes: int) -> tuple[RunConfig, lis
         advised = config.auto.phases
         few = images < FEW_IMAGES or images < FEW_A_CLASS * classes
         row = f"{'few' if few else 'many'}_{advised.domain or 'similar'}"
-        choice["phases"] = getattr(advised, row)
-        names = ", ".join(f"{name} ({phase.thaw})" for name, phase in choice["phases"].items())
-        taken = "" if advised.domain else "; taken as similar to what the backbone has seen, for nothing else was said: "
-        taken += "" if advised.domain else "phases.auto.domain=similar or different"
+        chosen: dict[str, Phase] = getattr(advised, row)
+        choice["phases"] = chosen
+        names = ", ".join(f"{name} ({phase.thaw})" for name, phase in chosen.items())
+        taken = "; taken as similar to what the backbone has seen: say phases.auto.domain=similar or different"
         reasons.append(
             f"phases=auto: {row}, that is {names}, for {counted} (few: under {FEW_IMAGES:,}, or {FEW_A_CLASS} a class)"
-            + taken
+            + ("" if advised.domain else taken)
         )
     if config.auto.batch_size:
         choice["batch_size"] = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
@@ -58,21 +58,32 @@ def _backbone(images: int, classes: int) -> tuple[str, str]:
     return "EfficientNetB3", f"the large one: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
-def adopted(config: RunConfig, before: RunConfig) -> RunConfig:
-    """The configuration with what is `auto` in it as it is `before`: how a run goes on."""
-    values = {"backbone": before.model.backbone, "phases": before.phases, "batch_size": before.training.batch_size}
-    return settled(config, values)
+def adopted(config: RunConfig, before: RunConfig) -> tuple[RunConfig, list[str]]:
+    """As `advise`, but everything is as it is `before`: how a run goes on that has begun."""
+    auto, choice = config.auto, choice_of(before)
+    if auto is None:
+        return config, []
+    said = {"model.backbone": choice["backbone"] if auto.backbone else None,
+            "phases": ", ".join(before.phases) if auto.phases else None,
+            "training.batch_size": choice["batch_size"] if auto.batch_size else None}  # fmt: skip
+    return settled(config, choice), [f"{key}=auto: {value}, as this run began" for key, value in said.items() if value]
+
+
+def choice_of(config: RunConfig) -> dict[str, Any]:
+    """What `auto` could stand for as it is in a configuration, in plain values."""
+    phases = {name: phase.model_dump(mode="json") for name, phase in config.phases.items()}
+    return {"backbone": config.model.backbone, "phases": phases, "batch_size": config.training.batch_size}
 
 
 def settled(config: RunConfig, choice: dict[str, Any]) -> RunConfig:
-    """The configuration with everything that is `auto` in it taken from `choice`, {backbone, phases, batch_size}."""
+    """The configuration with everything that is `auto` in it taken from `choice`, as `choice_of` gives it."""
     if config.auto is None:
         return config
     changes: dict[str, Any] = {"auto": None}
     if config.auto.backbone:
         changes["model"] = config.model.model_copy(update={"backbone": choice["backbone"]})
     if config.auto.phases:
-        changes["phases"] = choice["phases"]
+        changes["phases"] = {name: Phase.model_validate(phase) for name, phase in choice["phases"].items()}
     if config.auto.batch_size:
         changes["training"] = config.training.model_copy(update={"batch_size": choice["batch_size"]})
     return config.model_copy(update=changes)

@@ -189,8 +189,10 @@ def load(tree: dict[str, Any]) -> RunConfig:
 
 def without_regularisation(config: RunConfig) -> RunConfig:
     """For debug=overfit: nothing may stand between the model and one batch."""
+    auto = config.auto.model_copy(update={"batch_size": False}) if config.auto else None  # it would be of that batch
     return config.model_copy(
         update={
+            "auto": auto,
             "augmentation": Augmentation(),
             "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
             "training": config.training.model_copy(update={"label_smoothing": 0.0, "ema": None, "keep": "last"}),

@@ -24,7 +24,8 @@ OWN = tuple(f"runtime.{key}" for key in (*_OWN, "termination_log"))
 
 def in_common(config: RunConfig) -> dict[str, Any]:
     """Every value that all workers of a run must share, {"training.batch_size": 32, ...}."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in OWN}
+    auto = {"auto": config.auto.model_dump(mode="json")} if config.auto else {}  # which no dump of the whole holds
+    return {key: value for key, value in flat(config.model_dump(mode="json") | auto).items() if key not in OWN}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,9 +20,10 @@ if __name__ == "__main__":
 import numpy as np
 from rich.console import Console
 
+from trainer.advice import advise
 from trainer.cluster.discovery import discover
 from trainer.command_line import compose, exit_code_of, quiet_start
-from trainer.config import Data, load, without_regularisation
+from trainer.config import Data, RunConfig, load, without_regularisation
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
 from trainer.planning.sections import (
@@ -115,15 +116,25 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
     return True
 
 
+def advised(plan: Plan, found: Dataset) -> RunConfig:
+    """The configuration with what is `auto` chosen as the run would choose it."""
+    from trainer.planning import rehearsal
+
+    if plan.config.auto:
+        plan.config, plan.reasons = advise(plan.config, found.splits["train"].count, len(found.class_names))
+        rehearsal.devices(plan.config, plan.cluster)  # another batch may be one that cannot be shared
+    if plan.reasons:
+        plan.section("advice", [("auto", reason) for reason in plan.reasons])
+    return plan.config
+
+
 def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) -> list[PhasePlan]:
     """Data, storage, phases, network, memory and bytes; all that needs the network."""
     from trainer.models.backbones import find_backbone
     from trainer.models.classifier import build_classifier
     from trainer.planning import picture, sizes
 
-    config, rows = plan.config, []
-    kind = find_backbone(config.model.backbone)
-    pixels = config.model.image_size or kind.default_size
+    rows: Rows = []
     before = len(plan.faults)
     with plan.fault():
         rows = find_data(plan)
@@ -138,6 +149,9 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
         plan.faults.append(
             DataError("there is nothing to validate on: set data.validation_fraction or data.validation_split")
         )
+    config = advised(plan, found)
+    kind = find_backbone(config.model.backbone)
+    pixels = config.model.image_size or kind.default_size
     kept = sizes.kept_pixels(config, found, pixels)
     show_data(plan, rows, kept)
     show_storage(plan, problem)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trainer.advice import adopted, advise, choice_of, settled
 from trainer.cluster.peers import Peers
 from trainer.cluster.preemption import StopFlag
 from trainer.cluster.strategy import build_strategy
@@ -51,15 +53,18 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     peers.agree("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                 | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
+    config, reasons = settle(config, home, peers, dataset)
     stop.check("before training began")
     signs.at("building the model")
     strategy = build_strategy(config.runtime, peers, config.training, say)
     stop.install()
     with strategy.scope():
-        classifier = build_classifier(local.model, len(dataset.class_names), config.seed)
+        described = config.model.model_copy(update={"weights": local.model.weights})
+        classifier = build_classifier(described, len(dataset.class_names), config.seed)
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": peers.size, "found_by": peers.cluster.source}
-    peers.told("run", lambda: home.note_start({"classes": list(dataset.class_names)}, dataset.fingerprint, workers))
+    facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
+    peers.told("run", lambda: home.note_start(facts, dataset.fingerprint, workers))
     return Run(
         config=config,
         folder=home.path,
@@ -79,6 +84,25 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         where=where,
         shards=shards,
     )
+
+
+def settle(config: RunConfig, home: RunFolder, peers: Peers, dataset: Dataset) -> tuple[RunConfig, list[str]]:
+    """Choose what is `auto`, as this run did when it began, or now by the advice table; and why, one line a choice."""
+    if config.auto is None:
+        return config, []
+
+    def choose() -> tuple[dict[str, Any], list[str]]:
+        if home.resuming:
+            chosen, reasons = adopted(config, home.config)
+        else:
+            chosen, reasons = advise(config, dataset.splits["train"].count, len(dataset.class_names))
+            home.record(chosen)
+        return choice_of(chosen), reasons
+
+    choice, reasons = peers.told("advice", choose)
+    for reason in reasons:
+        say(reason)
+    return settled(config, choice), reasons
 
 
 def resume(job: Run, home: RunFolder) -> None:

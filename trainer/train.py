@@ -150,7 +150,7 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         xla=runtime.xla,
     )
     with job.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate, plan.rates)
+        optimizer = build_optimizer(phase.optimizer, rate, plan.shares)
     step = TrainingStep(
         job.strategy,
         job.classifier,

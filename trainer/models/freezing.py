@@ -41,8 +41,8 @@ class ThawPlan:
     thawed_layers: int
     layer_count: int
     batch_norm_training: bool  # what `Classifier.features` must be called with in training
-    rates: tuple[float, ...] = ()  # shares of the learning rate, one a variable of `trainable`; empty: the whole for all
-    rate_lines: tuple[str, ...] = ()  # the shares for people
+    shares: tuple[float, ...] = ()  # of the learning rate, one a variable of `trainable`; empty: all have the whole
+    share_lines: tuple[str, ...] = ()  # the same for people
 
     def lines(self) -> list[str]:
         """The plan for people, one line a group."""
@@ -61,7 +61,7 @@ class ThawPlan:
             f"  {name:<{widths[0]}}  {variables:>{widths[1]}}  {parameters:>{widths[2]}}  {size:>{widths[3]}}"
             for name, variables, parameters, size in table
         ]
-        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.rate_lines]
+        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.share_lines]
 
 
 def _size(count: int) -> str:
@@ -74,9 +74,9 @@ def apply_thaw(
     """Set `.trainable` on every layer of the backbone by the rule `thaw`, and tell what came of it. The head trains.
 
     `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | last_blocks:N | pattern:REGEX;
-    layers are counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in layer names.
-    `batch_norm=frozen` keeps every BatchNormalization layer as it is. `train` lets the thawed ones learn, with
-    statistics over the batches of all replicas. Compile steps after this call: a traced function keeps what was
+    layers are counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in the names
+    of layers. `batch_norm=frozen` keeps every BatchNormalization layer as it is. `train` lets the thawed ones learn,
+    with statistics over the batches of all replicas. Compile steps after this call: a traced function keeps what was
     trainable when it was traced.
 
     The head has the whole learning rate, a layer of the backbone the share `backbone_rate * layer_decay ** d`, where d
@@ -103,7 +103,7 @@ def apply_thaw(
             f"({layers[able[-1]].name}). Use thaw=none to train the head alone"
         )
     plan = _plan(classifier, thaw, batch_norm, thawed, len(chosen))
-    return plan if backbone_rate == layer_decay == 1 else _with_rates(plan, classifier, backbone_rate, layer_decay)
+    return plan if backbone_rate == layer_decay == 1 else _with_shares(plan, classifier, backbone_rate, layer_decay)
 
 
 def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int], thawed_layers: int) -> ThawPlan:
@@ -154,7 +154,7 @@ def blocks(classifier: Classifier) -> list[tuple[str, int]]:
     return [("stem", 0), *sorted(starts.items(), key=lambda item: item[1])]
 
 
-def _with_rates(plan: ThawPlan, classifier: Classifier, backbone_rate: float, layer_decay: float) -> ThawPlan:
+def _with_shares(plan: ThawPlan, classifier: Classifier, backbone_rate: float, layer_decay: float) -> ThawPlan:
     """The plan with each variable's share of the learning rate."""
     parts = blocks(classifier)
     shares = [backbone_rate * layer_decay ** (len(parts) - i) for i in range(len(parts))]
@@ -168,8 +168,8 @@ def _with_rates(plan: ThawPlan, classifier: Classifier, backbone_rate: float, la
             trains[parts[part][0]] = shares[part]
     line = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} a block down: head 1"
     line += "".join(f", {name} {share:.3g}" for name, share in reversed(trains.items()))
-    rates = tuple(of_variable.get(id(variable), 1.0) for variable in plan.trainable.values())
-    return replace(plan, rates=rates, rate_lines=(line,)) if trains else plan
+    of_trainable = tuple(of_variable.get(id(variable), 1.0) for variable in plan.trainable.values())
+    return replace(plan, shares=of_trainable, share_lines=(line,)) if trains else plan
 
 
 def _group(name: str, variables: Iterable[keras.Variable]) -> Group:

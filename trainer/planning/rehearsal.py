@@ -127,14 +127,14 @@ def _stand_in(config: RunConfig, folder: Path, contents: tuple[str, ...]) -> Non
         (folder / child.name).write_bytes(child.read() if child.name in contents else b"")
 
 
-def take_folder(config: RunConfig, fingerprint: str | None = None) -> bool:
+def take_folder(config: RunConfig, fingerprint: str | None = None) -> RunConfig | None:
     """Take a stand-in of output_dir as a run takes output_dir; nothing is written there.
 
     Args:
         fingerprint: of the data, which must be the data that the run began with; None where it is not known yet.
 
     Returns:
-        Whether the run would resume.
+        The configuration with which the run would go on; None where it would begin.
 
     Raises:
         ConfigError, DataError: what the run would end with.
@@ -150,7 +150,7 @@ def take_folder(config: RunConfig, fingerprint: str | None = None) -> bool:
                 home.note_start({}, fingerprint, {})
         except TrainerError as error:
             raise type(error)(str(error).replace(str(folder), str(config.output_dir))) from None
-        return home.resuming
+        return home.config if home.resuming else None
 
 
 def newest_state(config: RunConfig) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.advice import adopted
 from trainer.cluster.discovery import Cluster
 from trainer.command_line import compose, conf_folder
 from trainer.config import RunConfig, load
@@ -43,6 +44,7 @@ class Plan:
     faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
     dataset: Dataset | None = None
     labels_known: bool = True
+    reasons: list[str] = field(default_factory=list)  # of what is `auto`, one line a choice
     to_stage: list[Entry] = field(default_factory=list)  # what a run would fetch from a bucket first
 
     @property
@@ -111,9 +113,10 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
         with plan.fault():
             if is_finished(config):
                 state = "finished already (it holds DONE): the run would end at once"
-            elif rehearsal.take_folder(config):
+            elif begun := rehearsal.take_folder(config):
+                plan.config, plan.reasons = adopted(config, begun)
                 found = rehearsal.newest_state(config) or {"step": 0, "phase": 0}
-                phase = ([*config.phases, "the end"])[found["phase"]]
+                phase = ([*plan.config.phases, "the end"])[found["phase"]]
                 state = f"holds this run: it would go on at step {found['step']:,}, phase {phase}"
             if (by := rehearsal.holder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")

@@ -9,7 +9,7 @@ from trainer.planning.sizes import PhasePlan
 def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:
     """What would run, but hardly as it was meant."""
     config, warn, found = plan.config, plan.warnings.append, plan.dataset
-    frozen = [name for name, phase in config.phases.items() if phase.batch_norm == "frozen"]
+    frozen = [name for name, phase in config.phases.items() if phase.batch_norm == "frozen" and not config.auto]
     if config.model.weights == "none" and not config.warm_start and frozen:
         warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalisation stays as drawn, and the "
              f"score near chance; set phases.{frozen[0]}.batch_norm=train and phases.{frozen[0]}.thaw=all")  # fmt: skip

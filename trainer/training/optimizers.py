@@ -86,8 +86,8 @@ def build_optimizer(
 def _with_shares(kind: Any, shares: tuple[float, ...]) -> Any:
     """The optimizer `kind` with a learning rate of its own for each variable: what as many optimizers would do.
 
-    Not the gradient is scaled, which Adam and its like would divide out again, but the rate that `update_step` is given,
-    and with it AdamW's weight decay, which is a share of the rate (Loshchilov & Hutter 2019, as Keras has it).
+    Not the gradient is scaled, which Adam and its like would divide out again, but the rate that `update_step` is
+    given, and with it AdamW's weight decay, which Keras multiplies by the rate.
     """
 
     class WithShares(kind):

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import yaml
 
 import trainer
+from trainer.advice import adopted
 from trainer.config import RunConfig, load
 from trainer.config_differences import differences
 from trainer.errors import ConfigError, DataError, Interrupted
@@ -42,6 +43,11 @@ class RunFolder:
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
     publisher: Publisher
+    config: RunConfig  # of the run; where it was begun before, with what it chose then for what is `auto`
+
+    def record(self, config: RunConfig) -> None:
+        """Write config.yaml: from now on the folder holds this run."""
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
         """Write run.json: what first started the run stays, every attempt is added.
@@ -166,11 +172,14 @@ def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: 
             raise ConfigError(
                 f"output_dir={address} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
             )
-        write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return RunFolder(path, address, False, lock, publisher)
+        home = RunFolder(path, address, False, lock, publisher, config)
+        if config.auto is None:  # else there is no run before `start` has chosen: a kill until then leaves nothing open
+            home.record(config)
+        return home
     if config.resume == "never":
         raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
     before = load(yaml.safe_load(record.read_text()))
+    config, _ = adopted(config, before)
     changed = differences(before, config)
     if changed:
         raise ConfigError(
@@ -178,8 +187,9 @@ def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: 
             + "\n".join(f"  {line}" for line in changed)
         )
     (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-    write_whole(record, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return RunFolder(path, address, True, lock, publisher)
+    home = RunFolder(path, address, True, lock, publisher, config)
+    home.record(config)
+    return home
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -190,6 +200,7 @@ def is_finished(config: RunConfig) -> bool:
     if not (folder / "DONE").exists():
         return False
     before = load(yaml.safe_load((folder / "config.yaml").read_text()))
+    config, _ = adopted(config, before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
     return same_length and not differences(before, config)
 
@@ -198,7 +209,7 @@ def follow_run_folder(config: RunConfig) -> RunFolder:
     """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
     address = config.output_dir or ""
     path = _scratch(config, address) if is_remote(address) else Path(address).expanduser()
-    return RunFolder(path, address, False, None, Publisher(path, None, None))
+    return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
 def _scratch(config: RunConfig, address: str) -> Path:
