@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.config import RunConfig, load
-from trainer.config_differences import differences
+from trainer.config_differences import differences, in_common
 from trainer.config_parts import Duration
 from trainer.errors import ConfigError
 
@@ -45,6 +45,9 @@ def fault(**changes: Any) -> str:
         ({"phases__head__epochs": "many"}, "phases.head.epochs: input should be a valid number"),
         ({"phases__head__steps": 5}, "phases.head: set exactly one of epochs, steps, examples (epochs and steps are set"),
         ({"phases__head__thaw": "half"}, "phases.head: thaw='half' is not none, all, from_layer:N"),
+        ({"phases__head__thaw": "last_blocks:few"}, "phases.head: thaw='last_blocks:few' is not none, all"),
+        ({"phases__head__layer_decay": 1.1}, "phases.head.layer_decay: input should be less than or equal to 1 (is 1.1)"),
+        ({"phases__head__backbone_rate": 0}, "phases.head.backbone_rate: input should be greater than 0 (is 0)"),
         ({"phases__head__optimizer": {"momentum": 0.9}}, "optimizer adam has no momentum; it takes beta_1, beta_2, epsilon"),
         ({"phases__head__schedule": {"name": "step"}}, "phases.head.schedule: schedule step needs decay and at"),
         ({"phases__head__schedule": {"warmup": "2 days"}}, 'write it as "500 steps", "2 epochs" or "10000 examples"'),
@@ -61,6 +64,48 @@ def test_each_fault_is_one_clear_sentence(changes: dict[str, Any], sentence: str
     text = fault(**changes)
     assert text.startswith("the configuration has 1 fault:\n")
     assert sentence in text
+
+
+ROWS = {
+    row: {"all": {"thaw": "all", "epochs": 2}}
+    for row in ("few_similar", "few_different", "many_similar", "many_different")
+}
+
+
+def auto(**changes: Any) -> dict[str, Any]:
+    """A tree in which everything is `auto` that can be."""
+    whole = tree(model__backbone="auto", training__batch_size="auto", **changes)
+    return {**whole, "phases": {"auto": ROWS}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": {"backbone": "auto", "weights": "glyphs"}}, "model: backbone=auto may choose any network, weights=glyphs fits one: say which"),
+        ({"model": {"backbone": "auto", "alpha": 0.35}}, "model: backbone=auto may choose a network without alpha: unset alpha=0.35"),
+        ({"phases": {"auto": ROWS, "head": {"epochs": 5}}}, "phases.auto: chooses all phases, but head is said beside it; leave that out, or choose a group such as phases=two_phase"),
+        ({"phases": {"auto": {**ROWS, "domain": "near"}}}, "phases.auto.domain: input should be 'similar' or 'different' (is 'near')"),
+        ({"phases": {"auto": {**ROWS, "few_similar": {"all": {"thaw": "half", "epochs": 2}}}}}, "phases.auto.few_similar.all: thaw='half' is not none"),
+        ({"phases": {"auto": {**ROWS, "epochs": 3}}}, "phases.auto.epochs: there is no such key. Known: domain, few_similar"),
+        ({"phases": {"auto": {"domain": "similar"} | {k: v for k, v in ROWS.items() if k != "few_similar"}}}, "phases.auto.few_similar: must be given"),
+        ({"auto": {"backbone": True}}, "auto: there is no such key."),
+        ({"training": {"batch_size": "many"}}, "training.batch_size: input should be a valid integer"),
+    ],
+)  # fmt: skip
+def test_what_is_auto_is_checked_before_anything_is_chosen(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({**tree(), **changes})
+    assert str(caught.value).startswith("the configuration has 1 fault:\n")
+    assert sentence in str(caught.value)
+
+
+def test_what_is_auto_waits_for_the_data_and_never_reaches_a_saved_configuration() -> None:
+    config = load(auto())
+    assert config.auto is not None
+    assert (config.auto.backbone, config.auto.batch_size, list(config.auto.phases.few_similar)) == (True, True, ["all"])  # type: ignore[union-attr]
+    assert load(tree()).auto is None
+    assert "auto" not in config.model_dump()
+    assert in_common(config)["auto.backbone"] is True  # two workers must leave the same things open
 
 
 def test_every_fault_is_listed_at_once() -> None:

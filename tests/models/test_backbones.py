@@ -8,9 +8,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 
+from trainer import config
+from trainer.command_line import compose, conf_folder
+from trainer.config import load
 from trainer.errors import ModelError
 from trainer.models.backbones import backbones, find_backbone
+from trainer.models.classifier import build_classifier
+from trainer.models.freezing import apply_thaw
 
 ALL = [backbone.name for backbone in backbones().values()]
 
@@ -50,11 +56,16 @@ def _by_hand(mode: str, pixels: np.ndarray) -> np.ndarray:
     [
         ("MobileNetV2", "tf"),
         ("Xception", "tf"),
+        ("InceptionV3", "tf"),
+        ("MobileNet", "tf"),
         ("ResNet50V2", "tf"),
         ("ResNet50", "caffe"),
         ("VGG16", "caffe"),
         ("DenseNet121", "torch"),
         ("EfficientNetB0", "itself"),
+        ("EfficientNetB3", "itself"),
+        ("EfficientNetB4", "itself"),
+        ("EfficientNetB7", "itself"),
         ("EfficientNetV2S", "itself"),
         ("MobileNetV3Small", "itself"),
         ("ConvNeXtTiny", "itself"),
@@ -67,6 +78,57 @@ def test_preprocessing_in_the_graph_is_keras_own(name: str, mode: str) -> None:
     theirs = getattr(keras.applications, backbone.module).preprocess_input(pixels.copy())
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(ours, _by_hand(mode, pixels), rtol=1e-5, atol=1e-4)
+
+
+GROUPS = sorted((conf_folder() / "model").glob("*.yaml"))
+QUICK = ("mobilenet", "mobilenet_v2", "vgg16", "efficientnet_b0")
+
+
+def test_the_groups_name_these_backbones() -> None:
+    named = {path.stem: yaml.safe_load(path.read_text())["backbone"] for path in GROUPS}
+    assert named == {
+        "auto": "auto",
+        "efficientnet_b0": "EfficientNetB0",
+        "efficientnet_b3": "EfficientNetB3",
+        "efficientnet_b4": "EfficientNetB4",
+        "efficientnet_b7": "EfficientNetB7",
+        "glyphs_mobilenet_v2": "MobileNetV2",
+        "inception_v3": "InceptionV3",
+        "mobilenet": "MobileNet",
+        "mobilenet_v2": "MobileNetV2",
+        "resnet50": "ResNet50",
+        "vgg16": "VGG16",
+        "xception": "Xception",
+    }
+    for path in GROUPS:
+        if (said := re.search(r"(\d+) pixels, its own size", path.read_text())) is not None:
+            assert int(said[1]) == find_backbone(named[path.stem]).default_size, path.stem
+
+
+@pytest.mark.parametrize(
+    "group", [p.stem if p.stem in QUICK else pytest.param(p.stem, marks=pytest.mark.slow)
+              for p in GROUPS if p.stem not in ("auto", "glyphs_mobilenet_v2")]
+)  # fmt: skip
+def test_a_group_builds_sees_its_own_preprocessing_and_thaws_by_blocks(group: str) -> None:
+    described = config.Model(**yaml.safe_load((conf_folder() / "model" / f"{group}.yaml").read_text()))
+    kind = find_backbone(described.backbone)
+    small = max(kind.smallest_size, 32)
+    classifier = build_classifier(described.model_copy(update={"weights": "none", "image_size": small}), 3, seed=1)
+    images = np.random.default_rng(0).integers(0, 256, (2, small, small, 3)).astype("uint8")
+    prepared = getattr(keras.applications, kind.module).preprocess_input(images.astype("float32"))
+    np.testing.assert_allclose(
+        classifier.features(images), classifier.backbone(prepared, training=False), rtol=1e-4, atol=1e-5
+    )
+    for phases in ("two_phase", "progressive", "progressive_blocks", "end_to_end", "head_only"):
+        tree = compose([f"phases={phases}", "data=digits"])
+        assert tree is not None
+        trained = [
+            apply_thaw(classifier, phase.thaw, phase.batch_norm, layer_decay=0.9)
+            for phase in load(tree).phases.values()
+        ]
+        counts = [len(plan.trainable) for plan in trained]
+        assert counts == sorted(set(counts)), phases  # each phase trains more than the one before
+        assert all(len(plan.shares) in (0, len(plan.trainable)) for plan in trained)
 
 
 def test_an_unknown_name_says_the_nearest_or_all() -> None:

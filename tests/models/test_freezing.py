@@ -36,6 +36,9 @@ def trainable_layers(classifier: Classifier) -> list[int]:
         ("percent:100", 0),
         ("from_block:block_13", 116),
         ("from_block:expanded_conv", 4),
+        ("last_blocks:1", 143),
+        ("last_blocks:4", 116),
+        ("last_blocks:17", 4),
     ],
 )
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
@@ -62,6 +65,40 @@ def test_a_pattern_thaws_what_it_matches(classifier: Classifier) -> None:
     names = [classifier.backbone.layers[i].name for i in trainable_layers(classifier)]
     assert names == ["block_15_expand", "block_15_project", "block_16_expand", "block_16_project"]
     assert len(plan.trainable) == 4 + 4
+
+
+def test_a_block_has_a_share_of_the_rate_of_the_block_above_it(classifier: Classifier) -> None:
+    plan = apply_thaw(classifier, "all", "frozen", backbone_rate=0.5, layer_decay=0.9)
+    shares = dict(zip(plan.trainable, plan.shares, strict=True))
+    expected = {"head/": 1.0, "backbone/Conv_1/": 0.45, "backbone/block_16_": 0.45, "backbone/block_15_": 0.405,
+                "backbone/block_1_": 0.5 * 0.9**16, "backbone/expanded_conv_": 0.5 * 0.9**17,
+                "backbone/Conv1/": 0.5 * 0.9**18}  # fmt: skip
+    for start, share in expected.items():
+        found = {shares[name] for name in shares if name.startswith(start)}
+        assert len(found) == 1, start
+        assert found.pop() == pytest.approx(share)
+    line = plan.lines()[-1]
+    assert line.startswith(
+        "learning rate x 0.5 in the backbone, x 0.9 a block down: head 1, block_16 0.45, block_15 0.405"
+    )
+    assert line.endswith("expanded_conv 0.0834, stem 0.075")
+
+
+def test_a_share_does_not_depend_on_what_else_is_thawed(classifier: Classifier) -> None:
+    whole = apply_thaw(classifier, "all", "train", layer_decay=0.8)
+    of_all = dict(zip(whole.trainable, whole.shares, strict=True))
+    top = apply_thaw(classifier, "last_blocks:3", "train", layer_decay=0.8)
+    assert set(top.trainable) < set(of_all)
+    assert dict(zip(top.trainable, top.shares, strict=True)) == {name: of_all[name] for name in top.trainable}
+    assert "stem" not in top.lines()[-1]
+
+
+def test_without_rates_of_their_own_there_are_no_shares(classifier: Classifier) -> None:
+    assert apply_thaw(classifier, "all", "frozen").shares == ()
+    assert apply_thaw(classifier, "none", "frozen", 0.1, 0.9).shares == ()  # only the head trains
+    assert len(apply_thaw(classifier, "all", "frozen").lines()) + 1 == len(
+        apply_thaw(classifier, "all", "frozen", 0.1).lines()
+    )
 
 
 def test_none_trains_the_head_alone_and_says_so(classifier: Classifier) -> None:
@@ -123,6 +160,8 @@ def test_trained_batch_norm_moves_only_where_thawed(classifier: Classifier) -> N
             "from_block:block_17",
             r"MobileNetV2 has no such block. Nearest: block_\d+.* Its blocks: expanded_conv, block_1,",
         ),
+        ("last_blocks:0", "thaw=last_blocks:0: MobileNetV2 has 17 blocks; give 1 to 17"),
+        ("last_blocks:18", "thaw=last_blocks:18: MobileNetV2 has 17 blocks; give 1 to 17"),
         ("pattern:^dense", r"thaw=pattern:\^dense matches no layer of MobileNetV2; layers are called like Conv_1_bn"),
         ("pattern:(", r"thaw=pattern:\( is not a regular expression: missing \)"),
         ("last_layers:2", r"thaws no layer that can train; the last one that can is 151 \(Conv_1\). Use thaw=none"),
