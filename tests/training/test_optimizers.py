@@ -187,47 +187,42 @@ def test_a_share_of_one_changes_no_bit(name: Any) -> None:
     np.testing.assert_array_equal(np.stack(ones), np.stack(whole))
 
 
-MIRRORED = """
-import json, sys
+def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[float]]]:
+    """Everything that a checkpoint would hold after them, for two optimizers; of the first replica."""
+    found = {}
+    for given in ({"name": "sgd", "momentum": 0.9}, {"name": "adamw", "weight_decay": 0.3, "epsilon": 1e-3}):
+        with strategy.scope():
+            network = SmallNetwork()
+            optimizer = build_optimizer(Optimizer(**given), schedule_of(name="time", decay=0.1), SHARES)  # type: ignore[arg-type]
+        step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1))
+        replicas = strategy.num_replicas_in_sync
+        step.run(iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))), 7, 0, 0)  # noqa: B023
+        for variable in network.variables.values():
+            first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
+            assert all(np.array_equal(first, other) for other in others)
+        values = variables.read(network.variables | step.checkpointed())
+        found[str(given["name"])] = {name: value.ravel().tolist() for name, value in values.items()}
+    return found
+
+
+TWO_REPLICAS = """
+import json
 import tensorflow as tf
-replicas = int(sys.argv[1])
-if replicas > 1:
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
-from tests.training.small_network import SmallNetwork, stream
-from tests.training.test_optimizers import SHARES, schedule_of
-from trainer.config_phases import Optimizer
-from trainer.training import variables
-from trainer.training.optimizers import build_optimizer
-from trainer.training.step import StepSettings, TrainingStep
-strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
-            else tf.distribute.get_strategy())
-out = {}
-for given in ({"name": "sgd", "momentum": 0.9}, {"name": "adamw", "weight_decay": 0.3, "epsilon": 1e-3}):
-    with strategy.scope():
-        network = SmallNetwork()
-        optimizer = build_optimizer(Optimizer(**given), schedule_of(name="time", decay=0.1), SHARES)
-    step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1))
-    batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
-    step.run(batches, 7, 0, 0)
-    values = variables.read(network.variables | step.checkpointed())
-    same = all((a.numpy() == b.numpy()).all() for v in network.variables.values() if replicas > 1
-               for a, b in [strategy.experimental_local_results(v.value)[:2]])
-    out[given["name"]] = [[v.ravel().tolist() for v in values.values()], list(values), same]
-print("RESULT" + json.dumps(out))
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from tests.training.test_optimizers import seven_steps
+print("RESULT" + json.dumps(seven_steps(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))))
 """
 
 
 def test_two_replicas_share_the_rate_as_one_does() -> None:
-    found = {}
-    for replicas in (1, 2):
-        result = subprocess.run(
-            [sys.executable, "-c", MIRRORED, str(replicas)],
-            capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
-        found[replicas] = json.loads(result.stdout.split("RESULT")[1])
-    for name, (values, names, _) in found[1].items():
-        assert found[2][name][1:] == [names, True]
-        for mine, theirs in zip(values, found[2][name][0], strict=True):
-            np.testing.assert_allclose(theirs, mine, atol=1e-6, err_msg=name)
+    """In a fresh process: logical devices come before all else."""
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_REPLICAS], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.split("RESULT")[1])
+    for name, expected in seven_steps(tf.distribute.get_strategy()).items():
+        assert list(found[name]) == list(expected)
+        for variable, value in expected.items():
+            np.testing.assert_allclose(found[name][variable], value, atol=1e-6, err_msg=f"{name}, {variable}")

@@ -1,0 +1,110 @@
+"""Rates of their own and what is `auto`, in whole runs: killed, continued, and on several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.e2e.running import SMALL, assert_same_run, run, start, variables_of
+from tests.e2e.workers import SHARED, start_workers
+
+OWN_RATES = (
+    "phases.fine_tune.layer_decay=0.8",
+    "phases.fine_tune.backbone_rate=0.5",
+    "phases.fine_tune.optimizer.name=adamw",
+)
+AUTO = (
+    "data=digits",
+    "model=auto",
+    "model.weights=none",
+    "model.image_size=32",
+    "phases=auto",
+    "phases.auto.domain=different",
+    "debug.max_examples=40",
+    "debug.max_steps=2",
+    "export.formats=[]",
+)
+
+
+@pytest.mark.slow
+def test_rates_of_their_own_outlive_kill_9(tmp_path: Path) -> None:
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert run(*SMALL, *OWN_RATES, f"output_dir={calm}").returncode == 0
+    child = start(*SMALL, *OWN_RATES, f"output_dir={killed}")
+    said = ""
+    for line in child.stdout or ():
+        said += line
+        if "phase fine_tune:" in said and "step 1" in line:  # steps 12 to 19: within the second phase
+            break
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert "learning rate x 0.5 in the backbone, x 0.8 a block down: head 1, block_16 0.4, block_15 0.32" in said
+    assert run(*SMALL, *OWN_RATES, f"output_dir={killed}").returncode == 0
+    assert_same_run(calm, killed)
+
+
+@pytest.mark.slow
+def test_two_workers_with_rates_of_their_own_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run(*SHARED, *OWN_RATES, "training.accumulate=2", f"output_dir={one}")
+    assert result.returncode == 0, result.stderr
+    workers = start_workers(tmp_path, 2, *SHARED, *OWN_RATES, f"output_dir={two}")
+    assert workers.wait(400) == [0, 0], workers.said(0)
+    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+def test_what_auto_chose_is_the_run(tmp_path: Path) -> None:
+    chosen, by_hand = tmp_path / "chosen", tmp_path / "by-hand"
+    child = start(*AUTO, f"output_dir={chosen}")
+    said = ""
+    for line in child.stdout or ():
+        said += line
+        if "phase fine_tune:" in line:
+            break
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert "model.backbone=auto: MobileNetV2, for 40 training images of 10 classes (the small one" in said
+    assert "phases=auto: few_different, that is head (none), fine_tune (percent:35), for 40 training" in said
+    assert "training.batch_size=auto: 16, for 40 training images" in said
+    config = yaml.safe_load((chosen / "config.yaml").read_text())
+    assert (config["model"]["backbone"], config["training"]["batch_size"]) == ("MobileNetV2", 16)
+    assert list(config["phases"]) == ["head", "fine_tune"]
+    advice = json.loads((chosen / "run.json").read_text())["advice"]
+    assert [line.split(":")[0] for line in advice] == ["model.backbone=auto", "phases=auto", "training.batch_size=auto"]
+
+    refused = run(*AUTO, "phases=head_only", f"output_dir={chosen}")
+    assert refused.returncode == 2
+    assert "phases.fine_tune.thaw: percent:35 -> None" in refused.stderr
+
+    result = run(*AUTO, f"output_dir={chosen}")
+    assert result.returncode == 0, result.stderr
+    assert "model.backbone=auto: MobileNetV2, as this run began" in result.stdout
+    assert json.loads((chosen / "run.json").read_text())["advice"] == advice
+    again = run(*AUTO, f"output_dir={chosen}")
+    assert (again.returncode, "is finished already" in again.stdout) == (0, True)
+
+    result = run(
+        *AUTO, "model.backbone=MobileNetV2", "phases=two_phase", "training.batch_size=16",
+        f"output_dir={by_hand}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert_same_run(chosen, by_hand)
+
+
+@pytest.mark.slow
+def test_workers_take_what_the_chief_chose(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    workers = start_workers(tmp_path, 2, *AUTO, f"output_dir={out}")
+    assert workers.wait(400) == [0, 0], workers.said(0)
+    for i in range(2):
+        assert "training.batch_size=auto: 16, for 40 training images" in workers.said(i)
+    assert yaml.safe_load((out / "config.yaml").read_text())["training"]["batch_size"] == 16
