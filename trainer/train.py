@@ -43,7 +43,7 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
         share_data(job)
         job.state.starts += 1
         job.ledger.mark("start")
-        names = list(config.phases)
+        names = list(job.config.phases)
         while job.state.phase < len(names):
             if job.told_to_stop("before a phase"):  # to compile it may take longer than the time there is to stop
                 leave(job, "between phases")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from trainer import config
 from trainer.errors import ModelError
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
+from trainer.models.normalization import ExampleNormalization, counting
 
 NORM = keras.layers.BatchNormalization
 
@@ -174,9 +177,75 @@ def test_a_rule_that_cannot_be_is_refused(classifier: Classifier, thaw: str, sen
         apply_thaw(classifier, thaw, "frozen")
 
 
+def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
+    """Twelve photos and four black rows are normalised, and move the averages, as Keras does with the twelve alone."""
+    apply_thaw(classifier, "all", "train")
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype("uint8")
+    images[12:] = 0
+    before = {n: v.numpy() for n, v in classifier.variables.items()}
+
+    def after(features: Callable[[], tf.Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        found = features().numpy()[:12], {n: v.numpy() for n, v in classifier.variables.items()}
+        for name, value in before.items():
+            classifier.variables[name].assign(value)
+        return found
+
+    padded, moved = after(lambda: classifier.features(images, True, tf.constant([1.0] * 12 + [0.0] * 4)))
+    counted, _ = after(lambda: classifier.features(images, True))
+    for layer in classifier.backbone.layers:
+        if isinstance(layer, NORM):
+            layer.__class__ = NORM
+    prepared = classifier.kind.preprocess(images[:12].astype("float32"))
+    alone, expected = after(lambda: classifier.backbone(prepared, training=True))
+    assert np.abs(padded - alone).max() < 0.01 < 0.5 < np.abs(counted - alone).max()
+    for name, value in expected.items():
+        np.testing.assert_allclose(moved[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_one_normalization_is_keras_own_of_the_examples_that_count(affine: bool) -> None:
+    ours = ExampleNormalization(momentum=0.9, scale=affine, center=affine)
+    keras_own = NORM(momentum=0.9, scale=affine, center=affine)
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (6, 4, 4, 5)).astype("float32")
+    x[2] = x[5] = 100
+    real = [0, 1, 3, 4]
+    weight = np.isin(np.arange(6), real).astype("float32")
+    for layer in (ours, keras_own):
+        layer.build(x.shape)
+        if affine:
+            layer.gamma.assign([1, 2, 3, 4, 5])
+            layer.beta.assign([5, 4, 3, 2, 1])
+    with tf.GradientTape() as tape, counting(tf.constant(weight)):
+        tape.watch(given := tf.constant(x))
+        out = ours(given, training=True)
+        loss = tf.reduce_sum(tf.gather(out, real) ** 3)
+    with tf.GradientTape() as other:
+        other.watch(part := tf.constant(x[real]))
+        expected = keras_own(part, training=True)
+        expected_loss = tf.reduce_sum(expected**3)
+    np.testing.assert_allclose(tf.gather(out, real), expected, rtol=1e-4, atol=1e-4)
+    gradient = tape.gradient(loss, given).numpy()
+    np.testing.assert_allclose(gradient[real], other.gradient(expected_loss, part), rtol=1e-3, atol=1e-2)
+    assert not gradient[[2, 5]].any()
+    for mine, theirs in zip(ours.weights, keras_own.weights, strict=True):
+        np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(ours(x, training=False), ours(x))  # nothing is counted: Keras' own call
+    np.testing.assert_allclose(ours(x, training=False), keras_own(x, training=False), rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone_moves_nothing(classifier: Classifier) -> None:
+    apply_thaw(classifier, "all", "train")
+    before = {n: v.numpy() for n, v in classifier.variables.items()}
+    features = classifier.features(np.zeros((2, 32, 32, 3), "uint8"), True, tf.zeros(2))
+    assert np.isfinite(features).all()
+    for name, variable in classifier.variables.items():
+        np.testing.assert_array_equal(variable.numpy(), before[name], err_msg=name)
+
+
 @pytest.mark.slow
 def test_two_replicas_train_batch_norm_as_one_would() -> None:
-    """Statistics are those of the global batch; needs a fresh process, for logical devices come before all else."""
+    """Statistics are those of the global batch, padding (all in the second replica) left out; needs a fresh process, for logical devices come before all else."""
     import subprocess
     import sys
 
@@ -198,11 +267,13 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 model = config.Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32, dropout=0.5)
 images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("uint8")
 positions = np.arange(8)
-def scores(classifier, x, position):
-    return classifier.logits(x, training=True, batch_norm_training=True, seed=1, step=3, position=position)
+weights = np.float32([1, 1, 1, 1, 1, 0, 0, 0])
+def scores(classifier, x, position, weight):
+    return classifier.logits(
+        x, training=True, batch_norm_training=True, seed=1, step=3, position=position, weight=weight)
 one = build_classifier(model, 3, 1)
 apply_thaw(one, "all", "train")
-alone = tf.function(scores)(one, images, tf.constant(positions))
+alone = tf.function(scores)(one, images[:5], tf.constant(positions[:5]), tf.ones(5))
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     two = build_classifier(model, 3, 1)
@@ -210,10 +281,11 @@ with strategy.scope():
 def part(array):
     return strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(array[4 * context.replica_id_in_sync_group :][:4]))
-both = tf.function(lambda x, p: strategy.run(scores, (two, x, p)))(part(images), part(positions))
+both = tf.function(lambda x, p, w: strategy.run(scores, (two, x, p, w)))(
+    part(images), part(positions), part(weights))
 together = np.concatenate([x.numpy() for x in strategy.experimental_local_results(both)])
 values = [(v.numpy(), *[x.numpy() for x in strategy.experimental_local_results(two.variables[n].value)])
           for n, v in one.variables.items()]
-print(np.abs(together - alone).max(), max(np.abs(a - b).max() for a, b, _ in values),
+print(np.abs(together[:5] - alone).max(), max(np.abs(a - b).max() for a, b, _ in values),
       max(np.abs(b - c).max() for _, b, c in values))
 """

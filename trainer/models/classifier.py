@@ -11,6 +11,7 @@ import tensorflow as tf
 from trainer import config
 from trainer.errors import ModelError
 from trainer.models.backbones import Backbone, find_backbone
+from trainer.models.normalization import counting
 from trainer.models.weights import build_with_weights
 from trainer.randomness import DROPOUT, uniform
 
@@ -31,14 +32,16 @@ class Classifier:
     l2: float
     image_size: int
 
-    def features(self, images: Any, batch_norm_training: bool = False) -> Any:
+    def features(self, images: Any, batch_norm_training: bool = False, weight: Any = None) -> Any:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> feature maps [b, h, w, C] of the compute dtype.
 
         With `batch_norm_training`, those BatchNormalization layers that are trainable use the statistics of the batch
-        and move their averages (keras#20285: `training=True` anywhere else would do so unasked).
+        and move their averages (keras#20285: `training=True` anywhere else would do so unasked); examples of `weight`
+        0, float32 [b], are padding and do not count.
         """
         pixels = keras.ops.cast(images, "float32")
-        return self.backbone(self.kind.preprocess(pixels), training=batch_norm_training)
+        with counting(weight if batch_norm_training else None):
+            return self.backbone(self.kind.preprocess(pixels), training=batch_norm_training)
 
     def pooled(self, features: Any) -> Any:
         """Feature maps [b, h, w, C] -> float32 [b, C]; what is pooled already stays."""
@@ -78,9 +81,11 @@ class Classifier:
         seed: int = 0,
         step: tf.Tensor | int = 0,
         position: tf.Tensor | None = None,
+        weight: tf.Tensor | None = None,
     ) -> Any:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 logits [b, classes]."""
-        return self.head_logits(self.features(images, batch_norm_training), training, seed, step, position)
+        features = self.features(images, batch_norm_training, weight)
+        return self.head_logits(features, training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 [b, classes], each row summing to 1."""

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from trainer.errors import ModelError
 from trainer.models.classifier import Classifier
+from trainer.models.normalization import ExampleNormalization
 
 NORM = keras.layers.BatchNormalization
 
@@ -76,7 +77,7 @@ def apply_thaw(
     `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | last_blocks:N | pattern:REGEX;
     layers are counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in the names
     of layers. `batch_norm=frozen` keeps every BatchNormalization layer as it is. `train` lets the thawed ones learn,
-    with statistics over the batches of all replicas. Compile steps after this call: a traced function keeps what was
+    with statistics over the examples of all replicas. Compile steps after this call: a traced function keeps what was
     trainable when it was traced.
 
     The head has the whole learning rate, a layer of the backbone the share `backbone_rate * layer_decay ** d`, where d
@@ -93,8 +94,9 @@ def apply_thaw(
     for index, layer in enumerate(layers):
         is_norm = isinstance(layer, NORM)
         layer.trainable = index in chosen and not (is_norm and frozen_norm)
-        if is_norm and layer.trainable:
-            layer.synchronized = True
+        if is_norm:
+            # Backbones come with Keras' layer; the class that computes is another one where it trains.
+            layer.__class__ = ExampleNormalization if layer.trainable else NORM
     thawed = [index for index in sorted(chosen) if layers[index].trainable_weights]
     if chosen and not thawed:
         able = [i for i, layer in enumerate(layers) if layer.weights and not (isinstance(layer, NORM) and frozen_norm)]

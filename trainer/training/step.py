@@ -34,6 +34,7 @@ class Network(Protocol):
         seed: int = 0,
         step: Any = 0,
         position: Any = None,
+        weight: Any = None,
     ) -> Any:
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
 
@@ -229,6 +230,7 @@ class TrainingStep:
                 seed=settings.seed,
                 step=run_step,
                 position=batch["position"],
+                weight=batch["weight"],
             )
             losses = cross_entropy(batch["label"], logits, settings.label_smoothing)
             weights = batch["weight"]
