@@ -212,6 +212,32 @@ def test_the_older_layout_is_read_too_and_a_misfit_is_one_sentence(tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_an_efficient_net_from_a_file_sees_what_keras_shows_to_the_published_one(
+    imagenet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keras builds another layer for `weights="imagenet"`; the file it would download is one of ours here."""
+    source = build(backbone="EfficientNetB0", alpha=None)
+    norm = source.backbone.get_layer("normalization")
+    mean, deviation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.5] * 3, [0.4] * 3)
+    norm.adapt_mean.assign(mean)
+    norm.adapt_variance.assign(np.square(deviation))
+    path = save(source, tmp_path / "efficient.weights.h5")
+    images = some_images(2)
+    if imagenet:
+        monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
+        expected = build(backbone="EfficientNetB0", alpha=None, weights="imagenet")
+        assert len(expected.backbone.layers) == len(source.backbone.layers) + 1
+    else:  # values that were trained without ImageNet's: as they are
+        norm.finalize_state()
+        expected = source
+    loaded = build(backbone="EfficientNetB0", alpha=None, weights=str(path))
+    norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (expected, loaded)]
+    seen, ours = (part(images.astype("float32")).numpy() for part in norms)
+    np.testing.assert_allclose(ours, seen, rtol=1e-4, atol=1e-5)
+    assert (np.abs(seen).max() > 4) == imagenet  # divided twice
+
+
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"model.weights=/nowhere/x.weights.h5 does not exist: give imagenet, glyphs, none"

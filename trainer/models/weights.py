@@ -7,11 +7,13 @@ from pathlib import Path
 
 import h5py
 import keras
+import numpy as np
 
 from trainer.errors import ModelError
 from trainer.models.backbones import Backbone
 
 GLYPHS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # those that Keras publishes weights for
 
 
@@ -46,7 +48,23 @@ def build_with_weights(
     network = backbone.build(image_size, alpha, None)
     if weights != "none":
         _load(network, path, backbone, image_size, alpha)
+        if backbone.module == "efficientnet":
+            _divide_as_published(network)
     return network
+
+
+def _divide_as_published(network: keras.Model) -> None:
+    """Give an EfficientNet (B0 to B7) with ImageNet's values from a file the input that these were trained with.
+
+    They were trained on (x - mean) / variance. Keras builds a layer that divides a second time by the root of the
+    deviation for `weights="imagenet"` alone (tensorflow#49930), which a file's values would miss: here the variance of
+    its Normalization takes that factor in. Values that were not made from ImageNet's have another mean or variance.
+    """
+    norm = next(layer for layer in network.layers if isinstance(layer, keras.layers.Normalization))
+    mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, np.square(IMAGENET_DEVIATION), atol=1e-3):
+        norm.adapt_variance.assign(np.power(IMAGENET_DEVIATION, 3))
+        norm.finalize_state()
 
 
 def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
