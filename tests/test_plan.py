@@ -139,6 +139,32 @@ def test_a_run_that_would_go_on_is_told_and_left_alone(planned: Planned, tmp_pat
     assert "finished already (it holds DONE): the run would end at once" in out
 
 
+def test_what_is_auto_is_chosen_with_its_reason_and_once(planned: Planned, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = ("data=digits", "model=auto", "model.weights=none", "model.image_size=32", f"output_dir={folder}")
+    code, out, err = planned(*asked, "phases=auto", "phases.auto.domain=different")
+    assert (code, err) == (0, "")
+    assert "auto model.backbone=auto: MobileNetV2, for 1,257 training images of 10 classes (the small one" in out
+    assert "auto phases=auto: few_different, that is head (none), fine_tune (percent:35), for 1,257" in out
+    assert "auto training.batch_size=auto: 32, for 1,257 training images" in out
+    assert "fine_tune 200 5 " in out
+    assert "54/154 percent:35 adam 1e-05 constant" in out
+    assert not folder.exists()
+
+    begin_run(folder, *asked[:-1], "model.backbone=MobileNetV2", "phases=two_phase", "training.batch_size=16")
+    code, out, err = planned(*asked, "phases=auto")
+    assert (code, err) == (0, "")
+    assert "holds this run: it would go on at step 240, phase fine_tune" in out
+    assert "training.batch_size=auto: 16, as this run began" in out
+    assert "79 an epoch" in out  # of 1,257 images in batches of 16
+
+
+def test_rates_of_their_own_are_in_the_plan(planned: Planned) -> None:
+    code, out, _ = planned("phases.fine_tune.layer_decay=0.9", "phases.fine_tune.backbone_rate=0.5")
+    assert code == 0
+    assert "adam 0.001 cosine, warm-up 80, backbone x 0.5, x 0.9 a block" in out
+
+
 def test_a_bucket_that_is_not_there_is_named(planned: Planned, tmp_path: Path) -> None:
     with running(tmp_path / "buckets"):
         code, out, err = planned("output_dir=gs://missing/run")

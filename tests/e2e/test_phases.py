@@ -65,6 +65,22 @@ def test_two_workers_with_rates_of_their_own_train_bit_for_bit_what_one_trains_i
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
+def test_two_workers_train_batch_norm_as_one_does(tmp_path: Path) -> None:
+    """90 examples in batches of 12: the last batch is half padding, which is all of the second worker's part."""
+    extra = ("phases.fine_tune.batch_norm=train", "phases.fine_tune.optimizer.name=sgd", "augmentation=none")
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run(*SHARED, *extra, f"output_dir={one}")
+    assert result.returncode == 0, result.stderr
+    workers = start_workers(tmp_path, 2, *SHARED, *extra, f"output_dir={two}")
+    assert workers.wait(400) == [0, 0], workers.said(0)
+    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
+    moved = [name for name in mine if "moving_" in name and "block_16" in name]
+    assert len(moved) == 6
+    for name in mine:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 def test_what_auto_chose_is_the_run(tmp_path: Path) -> None:
     chosen, by_hand = tmp_path / "chosen", tmp_path / "by-hand"
     child = start(*AUTO, f"output_dir={chosen}")
