@@ -76,23 +76,59 @@ class Model(Section):
         return self
 
 
+def _read_rotation(value: Any) -> Any:
+    ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
+        raise ValueError("degrees from 0 to 180, or two of them: [40, 108] draws from each range and adds up")
+    return value
+
+
+Rotation = Annotated[float | tuple[float, float], BeforeValidator(_read_rotation)]
+
+
 class Augmentation(Section):
-    """Random changes to a training image; each is a function of (seed, epoch, index) alone."""
+    """Random changes to a training image; each is a function of (seed, epoch, index) alone. 0 is off."""
 
     flip_horizontal: bool = False
     flip_vertical: bool = False
-    rotation: float = Field(0.0, ge=0, le=180)  # degrees, drawn from +- this
+    rotation: Rotation = 0.0  # degrees, drawn from +- this; [40, 108]: from each range, added up
     shift: float = Field(0.0, ge=0, le=1)  # share of the side
     shear: float = Field(0.0, ge=0, lt=90)  # degrees
     zoom: float = Field(0.0, ge=0, lt=1)  # 0.2: scale drawn from [0.8, 1.2]
+    stretch: float = Field(0.0, ge=0, lt=1)  # 0.2: width and height scaled apart, each from [0.8, 1.2]
+    crop: float = Field(0.0, ge=0, lt=1)  # least share of the area that a crop keeps, its aspect from 3/4 to 4/3
     contrast: float = Field(0.0, ge=0, lt=1)
     brightness: float = Field(0.0, ge=0, lt=1)  # share of 255
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5)  # share of a turn
+    randaugment: int = Field(0, ge=0, le=14)  # operations that an image goes through
+    magnitude: int = Field(9, ge=0, le=30)  # of those operations
+    cutout: float = Field(0.0, ge=0, le=1)  # side of a grey square, as a share of the image's
+    mixup: float = Field(0.0, ge=0)  # alpha of Beta(alpha, alpha); neighbours in a batch are mixed
+    cutmix: float = Field(0.0, ge=0)  # alpha; with mixup too, each takes half of the examples
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
 
     @property
     def active(self) -> bool:
         """Whether anything at all is changed."""
-        return any(value for name, value in self if name != "fill")
+        return bool(self.changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is on, in words of the configuration; `fill` and `magnitude` alone change nothing."""
+        on = {key: value for key, value in self if value and key not in ("fill", "magnitude")}
+        return on | ({"magnitude": self.magnitude} if self.randaugment else {})
+
+    @property
+    def mixes(self) -> bool:
+        """Whether examples are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def rotations(self) -> tuple[float, ...]:
+        """The ranges of rotation, degrees; none where it is off."""
+        ranges = self.rotation if isinstance(self.rotation, tuple) else (self.rotation,)
+        return tuple(most for most in ranges if most)
 
 
 class Training(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,8 @@ class Batch(TypedDict):
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
     index: tf.Tensor  # int64 [b]: the example's index in its split
     position: tf.Tensor  # int64 [b]: place in the global batch
+    other_label: NotRequired[tf.Tensor]  # int32 [b]: with mixup or cutmix, of what was mixed in
+    mix: NotRequired[tf.Tensor]  # float32 [b]: and the share of `label`, 1 where nothing was
 
 
 @dataclass(frozen=True)

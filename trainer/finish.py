@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from trainer.contracts import EvaluationResult
 from trainer.data.augment import augment
+from trainer.data.mixing import mixed
 from trainer.errors import INTERRUPTED
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.report import Samples, describe_data, write_report
@@ -140,13 +142,24 @@ def samples(job: Run) -> Samples:
     split = job.dataset.splits["train"]
     chosen = np.sort(np.random.default_rng(job.config.seed).permutation(split.count)[:12])
     shown = pictures(job, "train", chosen)
-    augmented = None
-    if job.config.augmentation.active:
-        views = np.repeat(shown[:1], 8, axis=0)
-        epochs, index = np.arange(8, dtype=np.int64), np.full(8, chosen[0], np.int64)
-        augmented = np.asarray(augment(views, job.config.augmentation, job.config.seed, epochs, index))
-        augmented = np.clip(np.rint(augmented), 0, 255).astype(np.uint8)
+    augmented = views(job, shown, chosen) if job.config.augmentation.active else None
     return Samples(shown, [job.dataset.class_names[i] for i in split.labels[chosen]], augmented)
+
+
+def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """uint8 [8, S, S, 3]: the first of the training pictures `shown`, of the examples `chosen`, as eight epochs see it.
+
+    Where examples are mixed, the others of `shown` are mixed in.
+    """
+    augmentation, seed, epochs = job.config.augmentation, job.config.seed, np.arange(16, dtype=np.int64) // 2
+    which = np.stack([np.zeros(8, np.int64), (np.arange(8) + 1) % len(chosen)], axis=1).reshape(16)
+    with tf.device("CPU"):  # where the pipeline computes it
+        images = augment(shown[which], augmentation, seed, epochs, chosen[which])
+        if augmentation.mixes:
+            labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
+            batch = {"image": images, "label": labels, "weight": weight, "index": chosen[which]}
+            images = mixed(batch, augmentation, seed, epochs)["image"]
+    return np.clip(np.rint(images[::2]), 0, 255).astype(np.uint8)
 
 
 def undecodable(job: Run) -> list[str]:

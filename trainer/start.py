@@ -56,7 +56,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     config, reasons = settle(config, home, peers, dataset)
     stop.check("before training began")
     signs.at("building the model")
-    strategy = build_strategy(config.runtime, peers, config.training, say)
+    strategy = build_strategy(config, peers, say)
     stop.install()
     with strategy.scope():
         described = config.model.model_copy(update={"weights": local.model.weights})

@@ -11,16 +11,14 @@ import tensorflow as tf
 
 from trainer.cluster.discovery import Cluster
 from trainer.cluster.peers import Peers
-from trainer.config import Runtime, Training
+from trainer.config import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 MEGABYTE = 1024**2
 
 
-def build_strategy(
-    runtime: Runtime, peers: Peers, training: Training, note: Callable[[str], None]
-) -> tf.distribute.Strategy:
+def build_strategy(config: RunConfig, peers: Peers, note: Callable[[str], None]) -> tf.distribute.Strategy:
     """Choose the devices and the strategy over them; must run before any tensor exists.
 
     Returns:
@@ -29,8 +27,9 @@ def build_strategy(
 
     Raises:
         ConfigError: more replicas are asked for than there are GPUs, the workers have different numbers of devices, or
-            the global batch cannot be shared evenly.
+            the global batch cannot be shared evenly, or not in pairs where examples are mixed.
     """
+    runtime = config.runtime
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(POLICIES[runtime.precision])
@@ -39,7 +38,7 @@ def build_strategy(
         tf.config.experimental.set_memory_growth(gpu, True)
     kind, wanted = devices_of(runtime, peers.size)
     peers.agree("devices", {"kind": kind, "replicas": wanted})
-    note(described(kind, wanted, peers.cluster, runtime, training))
+    note(described(kind, wanted, peers.cluster, config))
     if peers.size > 1:
         tf.config.set_visible_devices(gpus[:wanted], "GPU")
         return _several_workers(runtime, peers, note)
@@ -68,14 +67,17 @@ def devices_of(runtime: Runtime, workers: int) -> tuple[str, int]:
     return kind, wanted
 
 
-def described(kind: str, wanted: int, cluster: Cluster, runtime: Runtime, training: Training) -> str:
+def described(kind: str, wanted: int, cluster: Cluster, config: RunConfig) -> str:
     """The words for the devices of all workers, and for each one's part of a batch.
 
     Raises:
-        ConfigError: the global batch cannot be shared evenly.
+        ConfigError: the global batch cannot be shared evenly, or not in pairs where examples are mixed.
     """
+    runtime, training = config.runtime, config.training
     replicas, precision = wanted * cluster.size, runtime.precision
     _check_share(training.batch_size, replicas, training.accumulate)
+    if config.augmentation.mixes:
+        _check_pairs(training.batch_size, replicas)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
     share = f"; a batch of {training.batch_size} is {training.batch_size // replicas} for each"
@@ -94,6 +96,17 @@ def _check_share(batch_size: int, replicas: int, pieces: int) -> None:
         raise ConfigError(
             f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas{of}; "
             f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
+        )
+
+
+def _check_pairs(batch_size: int, replicas: int) -> None:
+    rows, pairs = batch_size // replicas, 2 * replicas
+    if rows % 2:
+        each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
+        smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
+        raise ConfigError(
+            f"training.batch_size: augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd; "
+            f"take {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
         )
 
 

@@ -11,6 +11,7 @@ from trainer.config import Augmentation
 from trainer.data.ahead import Gate, repeated, rows_ahead, training_reads
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
+from trainer.data.mixing import mixed
 from trainer.data.order import ALONE, Block, Share, sequence_blocks, share_of, training_blocks
 from trainer.data.pixels import Pixels, live_rows
 
@@ -81,7 +82,8 @@ def training_batches(
         batch_size: of the global batch; the numbers of workers and replicas divide it.
         replicas: of this worker.
         window: records that are shuffled together; see `order.epoch_order`.
-        augmentation: where active, images are float32 in 0..255, else uint8.
+        augmentation: where active, images are float32 in 0..255, else uint8. Where it mixes, elements hold
+            `other_label` and `mix` too, and have an even number of rows.
         shuffle: False keeps the order of the indices.
         threads: of a pool of its own; None shares TensorFlow's.
         share: which worker this is, and how the split is shared.
@@ -102,6 +104,8 @@ def training_batches(
         epoch = batch.pop("epoch")
         if augmentation.active:
             batch["image"] = augment(batch["image"], augmentation, seed, epoch, batch["index"])
+        if augmentation.mixes:
+            batch |= mixed(batch, augmentation, seed, epoch)
         return batch
 
     batches = _batches(pixels, block, None, batch_size // share.workers // replicas)

@@ -99,7 +99,9 @@ def _training(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         rows.append((name, phase["thaw"], phase["batch_norm"], length, rate, phase["schedule"]["name"]))
     head = ("phase", "what was thawed", "batch norm", "at most", "optimizer, learning rate", "schedule")
     training, model = config["training"], config["model"]
-    changes = [f"{k} {v}" for k, v in config["augmentation"].items() if v and k != "fill"]
+    augmentation = config["augmentation"]
+    silent = {"fill"} if augmentation.get("randaugment") else {"fill", "magnitude"}
+    changes = [f"{k} {v}" for k, v in augmentation.items() if v and k not in silent]
     facts = [
         f"batch size {training['batch_size']}",
         f"dropout {model['dropout']:g}",

@@ -37,7 +37,7 @@ def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
         ConfigError: as a run would, the batch cannot be shared or there are too few devices.
     """
     kind, wanted = devices_of(config.runtime, cluster.size)
-    return described(kind, wanted, cluster, config.runtime, config.training), wanted
+    return described(kind, wanted, cluster, config), wanted
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""Changes of shape: crops and affine maps, each image in one bilinear resampling; flips without one."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Augmentation
+from trainer.data.draws import (
+    CROP_AREA,
+    CROP_ASPECT,
+    CROP_X,
+    CROP_Y,
+    FLIP_HORIZONTAL,
+    FLIP_VERTICAL,
+    LEVELS,
+    ROTATION,
+    SECOND_ROTATION,
+    SHEAR,
+    SHIFT_X,
+    SHIFT_Y,
+    STRETCH_X,
+    STRETCH_Y,
+    ZOOM,
+    Draws,
+    levels,
+)
+
+WIDEST = 4 / 3  # width : height of a crop; the narrowest is 1 / WIDEST
+INSIDE = 1 - 4e-6  # crops are taken from this share of the source, so that no rounding leads beyond its last pixel
+
+
+def is_affine(a: Augmentation) -> bool:
+    """Whether more than flips and crops is on."""
+    return bool(a.rotation or a.shift or a.shear or a.zoom or a.stretch)
+
+
+def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Crop, flips and affine map in one bilinear resampling, uint8 or float32 in, float32 [b, S, S, 3] out."""
+    return _affine(tf.cast(images, tf.float32), a, draws) if is_affine(a) else _cropped(images, a, draws)
+
+
+def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Flips alone: no pixel is computed, the type stays."""
+    for is_on, what, axis in ((a.flip_horizontal, FLIP_HORIZONTAL, 2), (a.flip_vertical, FLIP_VERTICAL, 1)):
+        if is_on:
+            # This op takes whole images by one flag each, at half the price of `tf.where` with a flag for every pixel.
+            images = tf.raw_ops.Select(condition=draws.coin(what), x=tf.reverse(images, [axis]), y=images)
+    return images
+
+
+def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
+    """Bilinear; the result at (x, y) shows the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), transforms [b, 8]."""
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=transforms,
+        output_shape=images.shape[1:3],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode=fill.upper(),
+    )
+
+
+def _matrix(a: Augmentation, draws: Draws, rows: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    """The 2x2 matrix that leads from a place in the result back to the source, both seen from their centres.
+
+    `rows` is what a crop has begun with.
+    """
+
+    def then(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+        return [[sum_of(r[0], m[0][j], r[1], m[1][j]) for j in range(2)] for r in rows]
+
+    def sum_of(p: tf.Tensor, q: tf.Tensor, r: tf.Tensor, s: tf.Tensor) -> tf.Tensor:
+        return p * q + r * s
+
+    # Forwards: crop, flip, zoom, shear, rotate, stretch. Backwards the inverses, the last one first from the right.
+    if a.flip_horizontal:
+        rows = then([[tf.where(draws.coin(FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
+    if a.flip_vertical:
+        rows = then([[1.0, 0.0], [0.0, tf.where(draws.coin(FLIP_VERTICAL), -1.0, 1.0)]])
+    if a.zoom:
+        scale = draws.of(ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
+        rows = then([[scale, 0.0], [0.0, scale]])
+    if a.shear:
+        rows = then([[1.0, -draws.of(SHEAR, np.tan(np.radians(levels(-a.shear, a.shear))))], [0.0, 1.0]])
+    for what, most in zip((ROTATION, SECOND_ROTATION), a.rotations, strict=False):
+        angles = np.radians(levels(-most, most))
+        cos, sin = draws.of(what, np.cos(angles)), draws.of(what, np.sin(angles))
+        rows = then([[cos, sin], [-sin, cos]])
+    if a.stretch:
+        across, down = (draws.of(what, 1 / levels(1 - a.stretch, 1 + a.stretch)) for what in (STRETCH_X, STRETCH_Y))
+        rows = then([[across, 0.0], [0.0, down]])
+    return rows
+
+
+def _affine(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Crop, flip, zoom, shear, rotate about the centre, stretch and shift, in one resampling; float32 [b, S, S, 3]."""
+    count, size = tf.shape(images)[0], images.shape[1]
+    zero, centre, reach = tf.zeros([count]), (size - 1) / 2, a.shift * size
+    rows, middle = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
+    if a.crop:
+        (width, height), (left, top) = windows(a.crop, draws)
+        rows = [[width, 0.0], [0.0, height]]
+        middle = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
+    (xx, xy), (yx, yy) = _matrix(a, draws, rows)
+    right = centre + (draws.of(SHIFT_X, levels(-reach, reach)) if a.shift else zero)
+    down = centre + (draws.of(SHIFT_Y, levels(-reach, reach)) if a.shift else zero)
+    left_over = middle[0] - xx * right - xy * down, middle[1] - yx * right - yy * down
+    entries = (xx, xy, left_over[0], yx, yy, left_over[1], zero, zero)
+    return resampled(images, tf.stack([zero + entry for entry in entries], axis=1), a.fill)
+
+
+def aspects(least: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the aspect of a crop can be, and what it leaves to the area.
+
+    An area drawn evenly from [least, 1] and the logarithm of an aspect (width : height) drawn evenly from +- log(4/3)
+    are taken where width and height fit into the image (Szegedy et al. 2015; as torchvision's RandomResizedCrop, but
+    without its ten tries). Of such pairs the aspect q has a density that falls with 1 / q - least, and each
+    area from `least` to 1 / q is as likely as another (q >= 1; for q < 1 with 1 / q in its place).
+
+    Returns:
+        float64 [LEVELS] each: square roots of aspects, equally likely; and the largest area of each, a share.
+    """
+    most = min(np.log(WIDEST), -np.log(least))
+    grid = np.linspace(0, most, 100_001)
+    below = 1 - np.exp(-grid) - least * grid  # how likely a logarithm is to be less, but for a factor
+    half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * below[-1], below, grid)
+    logarithm = np.concatenate([-half[::-1], half])
+    return np.exp(logarithm / 2), np.exp(-np.abs(logarithm))
+
+
+def windows(least: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Width and height, left and top of each example's crop, as shares of the image; float32 [b] each."""
+    roots, largest = aspects(least)
+    root = draws.of(CROP_ASPECT, roots)
+    area = least + (draws.of(CROP_ASPECT, largest) - least) * draws.share(CROP_AREA)
+    # A square root of float64 is exact to the last bit in long vectors and short ones; one of float32 need not be.
+    side = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
+    width, height = (tf.minimum(x, 1.0) for x in (side * root, side * draws.of(CROP_ASPECT, 1 / roots)))
+    left, top = ((1 - x) * draws.share(what) for x, what in ((width, CROP_X), (height, CROP_Y)))
+    edge = (1 - INSIDE) / 2
+    return (width * INSIDE, height * INSIDE), (left * INSIDE + edge, top * INSIDE + edge)
+
+
+def _cropped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Crops and flips: an op that knows of rows and columns takes a fraction of the time of a general map."""
+    (width, height), (left, top) = windows(a.crop, draws)
+    right, bottom = left + width, top + height
+    if a.flip_horizontal:
+        flip = draws.coin(FLIP_HORIZONTAL)
+        left, right = tf.where(flip, right, left), tf.where(flip, left, right)
+    if a.flip_vertical:
+        flip = draws.coin(FLIP_VERTICAL)
+        top, bottom = tf.where(flip, bottom, top), tf.where(flip, top, bottom)
+    boxes = tf.stack([top, left, bottom, right], axis=1)
+    return tf.image.crop_and_resize(images, boxes, tf.range(tf.shape(images)[0]), images.shape[1:3])
