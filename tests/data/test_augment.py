@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
+import colorsys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image, ImageEnhance
 from scipy import ndimage
 
-from trainer.config import Augmentation
-from trainer.data import augment as module
-from trainer.data.augment import LEVELS, augment, levels
-from trainer.randomness import AUGMENTATION, uniform
+from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, augmented, drawn, value
+from trainer.config import Augmentation, load
+from trainer.data import draws
+from trainer.data.augment import augment
 
-SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
-INDEX = np.arange(100, 100 + COUNT)
-IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
-EVERYTHING = Augmentation(
+AFFINE = Augmentation(
     flip_horizontal=True, flip_vertical=True, rotation=30, shift=0.2, shear=10, zoom=0.3, contrast=0.4, brightness=0.2
 )
-
-
-def augmented(**changes: object) -> np.ndarray:
-    result = augment(tf.constant(IMAGES), Augmentation(**changes), SEED, np.full(COUNT, EPOCH), INDEX)  # type: ignore
-    assert result.dtype == tf.float32
-    return result.numpy()
-
-
-def drawn(what: int) -> np.ndarray:
-    """The uniform number of each example for one purpose."""
-    return uniform(SEED, AUGMENTATION, EPOCH, INDEX, what).numpy()
-
-
-def value(what: int, low: float, high: float) -> np.ndarray:
-    return levels(low, high)[(drawn(what) * LEVELS).astype(int)]
+ROOT = Path(__file__).parents[2]
+EVERYTHING = AFFINE.model_copy(
+    update={"rotation": (20.0, 30.0), "stretch": 0.2, "crop": 0.3, "saturation": 0.5, "hue": 0.2, "randaugment": 3,
+            "cutout": 0.3}
+)  # fmt: skip
 
 
 def resampled(backwards: np.ndarray, shift: np.ndarray, mode: str) -> np.ndarray:
@@ -55,8 +48,8 @@ SAME = np.broadcast_to(np.eye(2), (COUNT, 2, 2))
 
 
 def test_flips_are_exact() -> None:
-    across = drawn(module.FLIP_HORIZONTAL) < 0.5
-    down = drawn(module.FLIP_VERTICAL) < 0.5
+    across = drawn(draws.FLIP_HORIZONTAL) < 0.5
+    down = drawn(draws.FLIP_VERTICAL) < 0.5
     assert 0 < across.sum() < COUNT
     assert 0 < down.sum() < COUNT
     expected = np.where(across[:, None, None, None], IMAGES[:, :, ::-1], IMAGES)
@@ -67,7 +60,7 @@ def test_flips_are_exact() -> None:
 
 @pytest.mark.parametrize("fill", ["nearest", "constant", "reflect"])
 def test_rotation(fill: str) -> None:
-    angles = np.radians(value(module.ROTATION, -40, 40))
+    angles = np.radians(value(draws.ROTATION, -40, 40))
     cos, sin = np.cos(angles), np.sin(angles)
     backwards = np.moveaxis(np.array([[cos, sin], [-sin, cos]]), -1, 0)
     found = augmented(rotation=40, fill=fill)
@@ -78,37 +71,37 @@ def test_rotation(fill: str) -> None:
 
 
 def test_rotation_is_clockwise_for_positive_angles() -> None:
-    angles = value(module.ROTATION, -40, 40)
+    angles = value(draws.ROTATION, -40, 40)
     images = np.zeros_like(IMAGES)
     images[:, 1:3, 7:9] = 255  # a spot at the top: clockwise takes it to the right
-    found = augment(tf.constant(images), Augmentation(rotation=40), SEED, np.full(COUNT, EPOCH), INDEX).numpy()
+    found = augmented(images, rotation=40)
     across = (found.sum((1, 3)) * np.arange(SIDE)).sum(1) / found.sum((1, 2, 3)) - (SIDE - 1) / 2
     assert (np.sign(across[np.abs(angles) > 5]) == np.sign(angles[np.abs(angles) > 5])).all()
 
 
 @pytest.mark.parametrize("fill", ["nearest", "reflect"])
 def test_shift(fill: str) -> None:
-    move = np.stack([value(what, -0.25 * SIDE, 0.25 * SIDE) for what in (module.SHIFT_X, module.SHIFT_Y)], axis=1)
+    move = np.stack([value(what, -0.25 * SIDE, 0.25 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
     np.testing.assert_allclose(augmented(shift=0.25, fill=fill), resampled(SAME, move, fill), atol=0.02)
 
 
 def test_shear() -> None:
-    slope = np.tan(np.radians(value(module.SHEAR, -20, 20)))
+    slope = np.tan(np.radians(value(draws.SHEAR, -20, 20)))
     backwards = np.array([[[1, -s], [0, 1]] for s in slope])
     np.testing.assert_allclose(augmented(shear=20), resampled(backwards, STILL, "nearest"), atol=0.02)
 
 
 def test_zoom() -> None:
-    scale = value(module.ZOOM, 0.7, 1.3)
+    scale = value(draws.ZOOM, 0.7, 1.3)
     backwards = SAME / scale[:, None, None]
     np.testing.assert_allclose(augmented(zoom=0.3), resampled(backwards, STILL, "nearest"), atol=0.02)
 
 
 def test_all_shapes_together_in_one_resampling() -> None:
-    angle, slope = (np.radians(value(w, -h, h)) for w, h in ((module.ROTATION, 30), (module.SHEAR, 10)))
+    angle, slope = (np.radians(value(w, -h, h)) for w, h in ((draws.ROTATION, 30), (draws.SHEAR, 10)))
     scale, flips = (
-        value(module.ZOOM, 0.7, 1.3),
-        [drawn(w) < 0.5 for w in (module.FLIP_HORIZONTAL, module.FLIP_VERTICAL)],
+        value(draws.ZOOM, 0.7, 1.3),
+        [drawn(w) < 0.5 for w in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)],
     )
     forwards = [
         np.array([[np.cos(angle[i]), -np.sin(angle[i])], [np.sin(angle[i]), np.cos(angle[i])]])
@@ -117,13 +110,13 @@ def test_all_shapes_together_in_one_resampling() -> None:
         @ np.diag([-1.0 if flip[i] else 1.0 for flip in flips])
         for i in range(COUNT)
     ]
-    move = np.stack([value(what, -0.2 * SIDE, 0.2 * SIDE) for what in (module.SHIFT_X, module.SHIFT_Y)], axis=1)
-    found = augmented(**{**EVERYTHING.model_dump(), "contrast": 0.0, "brightness": 0.0})
+    move = np.stack([value(what, -0.2 * SIDE, 0.2 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
+    found = augmented(**{**AFFINE.model_dump(), "contrast": 0.0, "brightness": 0.0})
     np.testing.assert_allclose(found, resampled(np.linalg.inv(forwards), move, "nearest"), atol=0.03)
 
 
 def test_shift_by_hand() -> None:
-    move = value(module.SHIFT_X, -SIDE / 2, SIDE / 2), value(module.SHIFT_Y, -SIDE / 2, SIDE / 2)
+    move = value(draws.SHIFT_X, -SIDE / 2, SIDE / 2), value(draws.SHIFT_Y, -SIDE / 2, SIDE / 2)
     found = augmented(shift=0.5)
     for image, result, x, y in zip(IMAGES.astype(float), found, *move, strict=True):
         place = [np.clip(np.arange(SIDE) - m, 0, SIDE - 1) for m in (y, x)]
@@ -135,8 +128,8 @@ def test_shift_by_hand() -> None:
 
 
 def test_colours() -> None:
-    factor = value(module.CONTRAST, 0.5, 1.5)[:, None, None, None]
-    plus = value(module.BRIGHTNESS, -0.3 * 255, 0.3 * 255)[:, None, None, None]
+    factor = value(draws.CONTRAST, 0.5, 1.5)[:, None, None, None]
+    plus = value(draws.BRIGHTNESS, -0.3 * 255, 0.3 * 255)[:, None, None, None]
     mean = IMAGES.mean((1, 2, 3), keepdims=True)
     contrasted = (IMAGES - mean) * factor + mean
     np.testing.assert_allclose(augmented(contrast=0.5), np.clip(contrasted, 0, 255), atol=1e-3)
@@ -145,14 +138,117 @@ def test_colours() -> None:
     np.testing.assert_allclose(both, np.clip(contrasted + plus, 0, 255), atol=1e-3)
 
 
-def test_the_same_bits_in_any_batch() -> None:
+def test_saturation() -> None:
+    factors = value(draws.SATURATION, 0.2, 1.8)
+    assert factors.min() < 0.5
+    assert factors.max() > 1.5
+    found = augmented(saturation=0.8)
+    for image, result, factor in zip(IMAGES, found, factors, strict=True):
+        pillow = np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor), float)
+        np.testing.assert_allclose(result, pillow, atol=1.6)  # Pillow rounds the grey and the result
+        grey = image @ np.array([0.299, 0.587, 0.114])
+        np.testing.assert_allclose(
+            result, np.clip(grey[..., None] + factor * (image - grey[..., None]), 0, 255), atol=1e-3
+        )
+
+
+def test_hue() -> None:
+    turns = value(draws.HUE, -0.4, 0.4)
+    found = augmented(hue=0.4)
+    for image, result, turn in zip(IMAGES, found, turns, strict=True):
+        expected = [
+            np.multiply(colorsys.hsv_to_rgb((h + turn) % 1, s, v), 255)
+            for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3) / 255)
+        ]
+        np.testing.assert_allclose(result.reshape(-1, 3), expected, atol=0.01)
+
+
+def test_stretch_is_along_the_sides_of_the_result() -> None:
+    scales = np.stack([value(what, 0.7, 1.3) for what in (draws.STRETCH_X, draws.STRETCH_Y)], axis=1)
+    backwards = np.stack([np.diag(1 / scale) for scale in scales])
+    np.testing.assert_allclose(augmented(stretch=0.3), resampled(backwards, STILL, "nearest"), atol=0.02)
+    angles = np.radians(value(draws.ROTATION, -30, 30))
+    forwards = [
+        np.diag(scale) @ np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
+        for scale, t in zip(scales, angles, strict=True)
+    ]
+    expected = resampled(np.linalg.inv(forwards), STILL, "nearest")
+    np.testing.assert_allclose(augmented(stretch=0.3, rotation=30), expected, atol=0.02)
+
+
+def test_two_ranges_of_rotation_add_up() -> None:
+    angles = np.radians(value(draws.ROTATION, -40, 40) + value(draws.SECOND_ROTATION, -108, 108))
+    backwards = np.moveaxis(np.array([[np.cos(angles), np.sin(angles)], [-np.sin(angles), np.cos(angles)]]), -1, 0)
+    expected = resampled(backwards, STILL, "reflect")
+    np.testing.assert_allclose(augmented(rotation=(40, 108), fill="reflect"), expected, atol=0.02)
+
+
+def test_cutout_is_a_grey_square_that_may_hang_over_the_edge() -> None:
+    centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTOUT_X, draws.CUTOUT_Y)]
+    expected = IMAGES.astype(np.float32)
+    for image, x, y in zip(expected, *centres, strict=True):
+        image[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3] = 128
+    found = augmented(cutout=6 / SIDE)
+    np.testing.assert_array_equal(found, expected)
+    sizes = (found != IMAGES).any(-1).sum((1, 2))
+    assert sizes.min() < 30 < sizes.max() == 36
+
+
+def test_a_number_keeps_its_meaning_for_ever() -> None:
+    """Another one would give the examples of a run that goes on other pictures: append, never renumber."""
+    meanings = {name: number for name, number in vars(draws).items() if name.isupper() and isinstance(number, int)}
+    assert meanings == {
+        "AUGMENTATION": 1, "FLIP_HORIZONTAL": 0, "FLIP_VERTICAL": 1, "ROTATION": 2, "SHIFT_X": 3, "SHIFT_Y": 4,
+        "SHEAR": 5, "ZOOM": 6, "CONTRAST": 7, "BRIGHTNESS": 8, "SECOND_ROTATION": 9, "STRETCH_X": 10, "STRETCH_Y": 11,
+        "CROP_AREA": 12, "CROP_ASPECT": 13, "CROP_X": 14, "CROP_Y": 15, "SATURATION": 16, "HUE": 17, "CUTOUT_X": 18,
+        "CUTOUT_Y": 19, "MIX": 20, "MIX_KIND": 21, "CUTMIX_X": 22, "CUTMIX_Y": 23, "DRAWS": 24, "LEVELS": 4096,
+        "RANDAUGMENT": 1000,
+    }  # fmt: skip
+
+
+GROUPS = ("none", "light", "standard", "strong", "medical", "inception")
+
+
+def group(name: str) -> Augmentation:
+    """As the command line composes it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        tree = OmegaConf.to_container(compose("config", ["data=digits", f"augmentation={name}"]), resolve=True)
+    assert isinstance(tree, dict)
+    return load({str(key): value for key, value in tree.items()}).augmentation
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        EVERYTHING,
+        EVERYTHING.model_copy(update={"rotation": 0.0, "shift": 0.0, "shear": 0.0, "zoom": 0.0, "stretch": 0.0}),
+    ],
+    ids=["affine", "crop"],
+)
+def test_the_same_bits_in_any_batch(augmentation: Augmentation) -> None:
     epoch = np.full(COUNT, EPOCH)
     # Compiled for each size, as a pipeline is: the optimizer of graphs may round otherwise than eager execution.
-    compiled = tf.function(lambda images, epoch, index: augment(images, EVERYTHING, SEED, epoch, index))
+    compiled = tf.function(lambda images, epoch, index: augment(images, augmentation, SEED, epoch, index))
     whole = compiled(tf.constant(IMAGES), tf.constant(epoch), tf.constant(INDEX)).numpy()
     for rows in ([5], [7, 1], [11, 3, 0, 8, 2], list(range(COUNT))[::-1] * 3):
         some = compiled(tf.constant(IMAGES[rows]), tf.constant(epoch[:1].repeat(len(rows))), tf.constant(INDEX[rows]))
         np.testing.assert_array_equal(some, whole[rows])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_group_composes_and_keeps_to_the_range_of_pixels(name: str) -> None:
+    augmentation = group(name)
+    assert augmentation.active == (name != "none")
+    found = augmented(**augmentation.model_dump())
+    assert found.shape == IMAGES.shape
+    assert found.min() >= 0
+    assert found.max() <= 255
+    changed = np.abs(found - IMAGES).mean((1, 2, 3)) > 1
+    assert changed.mean() == (0 if name == "none" else 1)
+
+
+def test_the_groups_are_all_there_are() -> None:
+    assert {path.stem for path in (ROOT / "conf" / "augmentation").glob("*.yaml")} == set(GROUPS)
 
 
 @pytest.mark.parametrize(("seed", "epoch", "shift"), [(12, 3, 0), (11, 4, 0), (11, 3, 1000)])
@@ -173,6 +269,11 @@ def test_what_is_off_is_not_in_the_graph() -> None:
     assert "ReverseV2" in flipping
     assert not flipping & {"ImageProjectiveTransformV3", "Mean", "Sum", "ClipByValue"}
     assert "ImageProjectiveTransformV3" in operations(Augmentation(rotation=5))
+    cropping = operations(Augmentation(crop=0.5, flip_horizontal=True))
+    assert "CropAndResize" in cropping
+    assert not cropping & {"ReverseV2", "ImageProjectiveTransformV3", "AdjustHue", "DynamicPartition"}
+    together = operations(Augmentation(crop=0.5, rotation=5))
+    assert "CropAndResize" not in together
 
 
 def test_values_stay_within_the_range_of_pixels() -> None:

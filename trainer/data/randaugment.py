@@ -94,9 +94,9 @@ def translate_y(images: tf.Tensor, signs: tf.Tensor, strength: float, fill: str)
 
 
 def rotate(images: tf.Tensor, signs: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
-    """About the centre, by up to 30 degrees."""
+    """About the centre, by up to 30 degrees; sign 1 turns to the left."""
     centre, maps = (images.shape[1] - 1) / 2, []
-    for angle in (-math.radians(30 * strength), math.radians(30 * strength)):
+    for angle in (math.radians(30 * strength), -math.radians(30 * strength)):
         cos, sin = math.cos(angle), math.sin(angle)
         maps.append([cos, sin, centre * (1 - cos - sin), -sin, cos, centre * (1 - cos + sin)])
     return _geometric(images, signs, maps, fill)

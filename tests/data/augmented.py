@@ -1,0 +1,39 @@
+"""Pictures of noise, and the very numbers that are drawn for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Augmentation
+from trainer.data.augment import augment
+from trainer.data.draws import LEVELS, levels
+from trainer.randomness import AUGMENTATION, uniform
+
+SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
+INDEX = np.arange(100, 100 + COUNT)
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def augmented(images: np.ndarray = IMAGES, **changes: object) -> np.ndarray:
+    """Images uint8 [n, S, S, 3] as the examples `INDEX` are changed in `EPOCH`, n <= COUNT."""
+    count = len(images)
+    options = Augmentation(**changes)  # type: ignore[arg-type]
+    result = augment(tf.constant(images), options, SEED, np.full(count, EPOCH), INDEX[:count])
+    assert result.dtype == tf.float32
+    return result.numpy()
+
+
+def drawn(what: int) -> np.ndarray:
+    """The uniform number of each example for one purpose."""
+    return uniform(SEED, AUGMENTATION, EPOCH, INDEX, what).numpy()
+
+
+def value(what: int, low: float, high: float) -> np.ndarray:
+    """What becomes of it between two bounds."""
+    return levels(low, high)[level(what)]
+
+
+def level(what: int) -> np.ndarray:
+    """The place of each example's number in a table of values."""
+    return (drawn(what) * LEVELS).astype(int)

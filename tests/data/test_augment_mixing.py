@@ -1,0 +1,98 @@
+"""Mixup and cutmix: images and labels against closed forms, and that they know no padding, batch size or company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, drawn, level
+from trainer.config import Augmentation
+from trainer.data import draws
+from trainer.data.mixing import mixed, shares
+
+LABELS, WEIGHTS = np.arange(COUNT, dtype=np.int32) * 10, np.ones(COUNT, np.float32)
+OTHER = np.arange(COUNT) ^ 1
+
+
+def mix(weight: np.ndarray = WEIGHTS, rows: slice = slice(None), **changes: Any) -> tuple[np.ndarray, ...]:
+    """Images, other labels and shares of some rows."""
+    batch = {"image": tf.constant(IMAGES[rows], tf.float32), "label": tf.constant(LABELS[rows]),
+             "weight": tf.constant(weight[rows]), "index": tf.constant(INDEX[rows])}  # fmt: skip
+    epoch = np.full(len(IMAGES[rows]), EPOCH)
+    found = mixed(batch, Augmentation(**changes), SEED, tf.constant(epoch))
+    assert set(found) == {"image", "other_label", "mix"}
+    assert [found[k].dtype for k in ("image", "other_label", "mix")] == [tf.float32, tf.int32, tf.float32]
+    return tuple(found[key].numpy() for key in ("image", "other_label", "mix"))
+
+
+def boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """What cutmix covers: bool [COUNT, SIDE, SIDE], and the share that is left, [COUNT]."""
+    covered = np.zeros((COUNT, SIDE, SIDE), bool)
+    centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTMIX_X, draws.CUTMIX_Y)]
+    sides = np.rint(np.sqrt(1 - shares(alpha)[level(draws.MIX)]) * SIDE).astype(int)
+    for mask, x, y, side in zip(covered, *centres, sides, strict=True):
+        left, top = x - side // 2, y - side // 2
+        mask[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = True
+    return covered, 1 - covered.mean((1, 2))
+
+
+def test_mixup_adds_up_neighbours_as_beta_says() -> None:
+    images, other, share = mix(mixup=0.4)
+    expected = stats.beta.ppf((level(draws.MIX) + 0.5) / draws.LEVELS, 0.4, 0.4)
+    np.testing.assert_allclose(share, expected, rtol=1e-6)
+    np.testing.assert_array_equal(other, LABELS[OTHER])
+    part = expected[:, None, None, None]
+    np.testing.assert_allclose(images, part * IMAGES + (1 - part) * IMAGES[OTHER], atol=1e-3)
+    assert share.min() < 0.2
+    assert share.max() > 0.8
+
+
+def test_cutmix_lets_the_other_image_cover_a_rectangle() -> None:
+    images, other, share = mix(cutmix=1.0)
+    covered, left = boxes(1.0)
+    assert 0 < left.min() < 0.5 < left.max()
+    np.testing.assert_array_equal(images, np.where(covered[..., None], IMAGES[OTHER], IMAGES))
+    np.testing.assert_allclose(share, left, atol=1e-6)
+    np.testing.assert_array_equal(other, LABELS[OTHER])
+
+
+def test_with_both_a_coin_decides() -> None:
+    both, cut, up = mix(mixup=0.4, cutmix=1.0), mix(cutmix=1.0), mix(mixup=0.4)
+    is_cut = drawn(draws.MIX_KIND) < 0.5
+    assert 0 < is_cut.sum() < COUNT
+    for found, one, other in zip(both, cut, up, strict=True):
+        np.testing.assert_array_equal(found, np.where(is_cut.reshape(-1, *[1] * (found.ndim - 1)), one, other))
+
+
+@pytest.mark.parametrize("changes", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
+def test_padding_is_mixed_with_nothing(changes: dict[str, float]) -> None:
+    weight = WEIGHTS.copy()
+    weight[[3, 6, 7, 8]] = 0
+    alone = (weight == 0) | (weight[OTHER] == 0)
+    images, other, share = mix(weight, **changes)
+    whole, _, all_shares = mix(**changes)
+    np.testing.assert_array_equal(images, np.where(alone[:, None, None, None], IMAGES, whole))
+    np.testing.assert_array_equal(share, np.where(alone, 1, all_shares))
+    np.testing.assert_array_equal(other, LABELS[OTHER])
+    assert (all_shares[[2, 3, 8, 9]] != 1).all()
+
+
+@pytest.mark.parametrize("changes", [{"mixup": 0.2}, {"cutmix": 0.5}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
+def test_any_even_part_of_a_batch_gives_the_same_bits(changes: dict[str, float]) -> None:
+    whole = mix(**changes)
+    for size in (2, 4, 6):
+        parts = [mix(rows=slice(start, start + size), **changes) for start in range(0, COUNT, size)]
+        for found, *pieces in zip(whole, *parts, strict=True):
+            np.testing.assert_array_equal(np.concatenate(pieces), found)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 8.0])
+def test_shares_are_of_the_beta_distribution(alpha: float) -> None:
+    values = shares(alpha)
+    assert np.isfinite(values).all()
+    np.testing.assert_allclose(values.mean(), 0.5, atol=1e-6)
+    np.testing.assert_allclose(values.var(), 1 / (4 * (2 * alpha + 1)), rtol=2e-3)

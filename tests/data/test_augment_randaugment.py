@@ -1,0 +1,111 @@
+"""Each operation of RandAugment against Pillow, and who goes through which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageEnhance, ImageOps
+
+from tests.data.augmented import COUNT, EPOCH, INDEX, SEED, augmented, drawn
+from trainer.config import Augmentation
+from trainer.data.augment import augment
+from trainer.data.draws import RANDAUGMENT
+from trainer.data.randaugment import OPERATIONS
+
+SIDE, STRENGTH = 40, 0.5  # magnitude 15
+# Smooth pictures with some noise: of noise alone every interpolation would be far from every other.
+_RNG, _AT = np.random.default_rng(3), np.linspace(0, 1, SIDE)
+PICTURES = np.stack([
+    40 + 150 * (_AT[:, None, None] * a + _AT[None, :, None] * (1 - a)) * _RNG.uniform(0.5, 1, 3)
+    + _RNG.uniform(0, 20, (SIDE, SIDE, 3))
+    for a in _RNG.uniform(0, 1, COUNT)
+]).astype(np.uint8)  # fmt: skip
+FAR = int(150 / 331 * SIDE * STRENGTH)
+
+
+def _affine(entries: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE, entries, Image.Resampling.BILINEAR)
+
+
+def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
+    """What the published operation does with strength 0.5."""
+    slope, factor = sign * 0.3 * STRENGTH, 1 + sign * 0.9 * STRENGTH
+    return {
+        "identity": lambda image: image,
+        "shear_x": _affine((1, slope, 0, 0, 1, 0)),
+        "shear_y": _affine((1, 0, 0, slope, 1, 0)),
+        "translate_x": _affine((1, 0, sign * FAR, 0, 1, 0)),
+        "translate_y": _affine((1, 0, 0, 0, 1, sign * FAR)),
+        "rotate": lambda image: image.rotate(sign * 30 * STRENGTH, Image.Resampling.BILINEAR),
+        "brightness": lambda image: ImageEnhance.Brightness(image).enhance(factor),
+        "colour": lambda image: ImageEnhance.Color(image).enhance(factor),
+        "contrast": lambda image: ImageEnhance.Contrast(image).enhance(factor),
+        "sharpness": lambda image: ImageEnhance.Sharpness(image).enhance(factor),
+        "posterize": lambda image: ImageOps.posterize(image, 6),
+        "solarize": lambda image: ImageOps.solarize(image, 128),
+        "autocontrast": ImageOps.autocontrast,
+        "equalize": ImageOps.equalize,
+    }[name]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_an_operation_is_pillows(name: str, sign: int) -> None:
+    found = OPERATIONS[name](tf.constant(PICTURES), tf.fill([COUNT], float(sign)), STRENGTH, "constant").numpy()
+    expected = np.stack([np.asarray(pillow(name, sign)(Image.fromarray(picture))) for picture in PICTURES])
+    far = np.abs(found.astype(int) - expected)
+    if name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "equalize"):
+        assert far.max() == 0
+    elif name in ("shear_x", "shear_y", "rotate"):  # Pillow interpolates in another way where black begins
+        assert (far > 1).mean() < 0.04
+        assert (found == 0).mean() > 0.03
+    else:
+        assert far.max() <= 1
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_an_operation_takes_no_image_at_all(name: str) -> None:
+    none = OPERATIONS[name](tf.zeros([0, SIDE, SIDE, 3], tf.uint8), tf.zeros([0]), STRENGTH, "nearest")
+    assert none.shape == (0, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("flat", [0, 7, 255])
+def test_flat_images_stay_as_they_are(flat: int) -> None:
+    images = tf.fill([2, SIDE, SIDE, 3], tf.constant(flat, tf.uint8))
+    for name in ("autocontrast", "equalize", "sharpness", "colour", "shear_x", "rotate"):
+        np.testing.assert_array_equal(OPERATIONS[name](images, tf.constant([-1.0, 1.0]), 1.0, "nearest"), images)
+
+
+def test_each_image_goes_through_the_operations_it_drew() -> None:
+    names = list(OPERATIONS)
+    expected = PICTURES
+    for turn in range(3):
+        chosen = (drawn(RANDAUGMENT + 2 * turn) * len(names)).astype(int)
+        signs = np.where(drawn(RANDAUGMENT + 2 * turn + 1) < 0.5, -1.0, 1.0)
+        assert len(set(chosen)) > 4
+        expected = np.concatenate([
+            OPERATIONS[names[which]](expected[i : i + 1], tf.constant(signs[i : i + 1], tf.float32), 0.3, "reflect")
+            for i, which in enumerate(chosen)
+        ])  # fmt: skip
+    np.testing.assert_array_equal(augmented(PICTURES, randaugment=3, fill="reflect"), expected)  # magnitude 9 of 30
+
+
+def test_the_order_of_operations_is_what_a_draw_means() -> None:
+    assert list(OPERATIONS) == [
+        "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "colour", "contrast",
+        "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+    ]  # fmt: skip
+
+
+def test_magnitude_decides_how_much() -> None:
+    def changed(magnitude: int) -> float:
+        options = Augmentation(randaugment=2, magnitude=magnitude)
+        images = np.repeat(PICTURES, 20, axis=0)
+        index = np.arange(len(images)) + INDEX[0]
+        found = augment(tf.constant(images), options, SEED, np.full(len(images), EPOCH), index)
+        return float(np.abs(found - images).mean())
+
+    assert changed(0) < changed(10) < changed(30)
