@@ -94,6 +94,14 @@ def test_the_quickstart(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("training.batch_size=30", "training.accumulate=4"), "cannot be shared evenly by 1 replicas in 4 pieces each"),
+        (
+            ("training.batch_size=31", "augmentation.mixup=0.2"),
+            "training.batch_size: augmentation.mixup and cutmix mix pairs of neighbours, and 31 is odd; take 30 or 32",
+        ),
+        (
+            ("training.batch_size=6", "runtime.replicas=2", "augmentation.cutmix=1"),
+            "and 3 for each of 2 replicas are odd; take 4 or 8, or set both to 0",
+        ),
         (("training.batch=30",), "training.batch: "),
         (("model.backbone=MobileNetV7",), "model.backbone=MobileNetV7: there is no such backbone. Did you mean"),
         (("phases.head.thaw=from_block:block_99",), "MobileNetV2 has no such block."),

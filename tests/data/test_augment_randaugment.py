@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage
 
 from tests.data.augmented import COUNT, EPOCH, INDEX, SEED, augmented, drawn
 from trainer.config import Augmentation
@@ -59,9 +60,10 @@ def test_an_operation_is_pillows(name: str, sign: int) -> None:
     far = np.abs(found.astype(int) - expected)
     if name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "equalize"):
         assert far.max() == 0
-    elif name in ("shear_x", "shear_y", "rotate"):  # Pillow interpolates in another way where black begins
-        assert (far > 1).mean() < 0.04
-        assert (found == 0).mean() > 0.03
+    elif name in ("shear_x", "shear_y", "rotate"):  # where black begins, Pillow interpolates in another way
+        inside = np.stack([ndimage.binary_erosion(picture.any(-1)) for picture in expected])
+        assert 0.5 < inside.mean() < 0.95
+        assert far[inside].max() <= 1
     else:
         assert far.max() <= 1
 
