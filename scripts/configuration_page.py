@@ -48,6 +48,12 @@ def _kind(annotation: Any) -> str:
     )
 
 
+def _without_none(annotation: Any) -> Any:
+    """`Section | None` -> `Section`."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    return kinds[0] if typing.get_origin(annotation) is types.UnionType and len(kinds) == 1 else annotation
+
+
 def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     return ", ".join(f"{sign} {getattr(m, k)}" for m in metadata for k, sign in signs.items() if hasattr(m, k))
@@ -78,10 +84,12 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
         if field.exclude:
             continue
         annotation = field.annotation
-        inner = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else annotation
+        whole = typing.get_origin(annotation) is dict
+        inner = typing.get_args(annotation)[1] if whole else _without_none(annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Duration:
-            branch = f"{prefix}{name}." + ("NAME." if inner is not annotation else "")
-            later += ["", f"## {branch}*", "", inspect.getdoc(inner) or "", "", *_rows(inner, branch)]
+            branch = f"{prefix}{name}." + ("NAME." if whole else "")
+            null = " Null by default." if inner is not annotation and not whole else ""
+            later += ["", f"## {branch}*", "", (inspect.getdoc(inner) or "") + null, "", *_rows(inner, branch)]
             continue
         bounds = _bounds(field.metadata)
         takes = _kind(annotation) + (f" ({bounds})" if bounds else "")

@@ -20,8 +20,8 @@ FLOORS = (
     {"watching"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
-    {"run", "command_line", "local_copies"},
-    {"start", "finish", "planning"},
+    {"run", "command_line", "local_copies", "teacher_files"},
+    {"start", "finish", "planning", "teaching"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve"},
 )  # fmt: skip

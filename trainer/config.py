@@ -40,6 +40,7 @@ class Data(Section):
     on_error: Literal["fail", "skip"] = "fail"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"  # decoded pixels
     shard_by: Literal["auto", "record", "file"] = "auto"  # what each of several workers reads
+    group_field: str | None = None  # tfds, tfrecords: text or whole numbers; scores are told apart by its values
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -49,6 +50,11 @@ class Data(Section):
             missing = ["name (or data.root)"]
         if missing:
             raise ValueError(f"data.source={self.source} needs " + " and ".join(f"data.{k}" for k in missing))
+        if self.group_field and self.source not in ("tfds", "tfrecords"):
+            raise ValueError(
+                f"data.group_field={self.group_field}: data.source={self.source} has no fields beside image and label; "
+                "only tfds and tfrecords have"
+            )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("data.validation_fraction + data.test_fraction must leave something to train on")
         return self
@@ -135,6 +141,8 @@ class Training(Section):
     """What holds for every phase."""
 
     batch_size: int = Field(32, ge=1)  # global: over all replicas and workers; auto: the advice table
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: float = Field(2.0, ge=0)  # focal: (1 - p)^gamma makes easy examples count less
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of the whole batch
@@ -142,6 +150,20 @@ class Training(Section):
     ema: float | None = Field(None, gt=0, lt=1)  # decay a step of averaged weights; null: none
     keep: Literal["best", "last"] = "best"  # which weights a phase hands on and the export takes
     validation_share: float = Field(1.0, gt=0, le=1)  # of the validation batches, between epochs
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if self.loss != "focal" and self.focal_gamma != 2.0:
+            raise ValueError(f"focal_gamma={self.focal_gamma:g} needs training.loss=focal")
+        return self
+
+
+class Distillation(Section):
+    """A teacher beside the labels: loss = alpha x label's + (1 - alpha) x temperature^2 x KL(teacher, student)."""
+
+    teacher: str  # output_dir of an earlier run, or of a SavedModel that a run exported; local or gs://
+    alpha: float = Field(0.1, ge=0, lt=1)  # share of the loss against the labels
+    temperature: float = Field(1.0, gt=0)  # softens both answers
 
 
 class Runtime(Section):
@@ -202,6 +224,7 @@ class RunConfig(Section):
     runtime: Runtime = Runtime()
     export: Export = Export()
     debug: Debug = Debug()
+    distillation: Distillation | None = None
     seed: int = Field(42, ge=0, lt=2**31)
     output_dir: str | None = None
     resume: Literal["auto", "never", "must"] = "auto"
@@ -230,6 +253,7 @@ def without_regularisation(config: RunConfig) -> RunConfig:
         update={
             "auto": auto,
             "augmentation": Augmentation(),
+            "distillation": None,
             "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
             "training": config.training.model_copy(update={"label_smoothing": 0.0, "ema": None, "keep": "last"}),
         }

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from types import UnionType
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.config_phases import AUTO
+
+
+def _without_none(annotation: Any) -> Any:
+    """`Section | None` -> `Section`."""
+    kinds = [kind for kind in getattr(annotation, "__args__", ()) if kind is not type(None)]
+    return kinds[0] if isinstance(annotation, UnionType) and len(kinds) == 1 else annotation
 
 
 def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
@@ -16,11 +23,9 @@ def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel
     for key in path:
         if isinstance(here, type) and issubclass(here, BaseModel):
             field = here.model_fields.get("auto" if key == AUTO else str(key))
-            here = field.annotation if field else None
+            here = _without_none(field.annotation) if field else None
         elif getattr(here, "__origin__", None) is dict:
             here = here.__args__[1]
-        if type(None) in get_args(here):
-            here = next(part for part in get_args(here) if part is not type(None))
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 

@@ -32,6 +32,7 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
+    groups: tuple[str, ...] | None = None  # of each example, by data.group_field; only of the split that is scored last
 
     @property
     def count(self) -> int:
@@ -70,6 +71,7 @@ class Batch(TypedDict):
     position: tf.Tensor  # int64 [b]: place in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: with mixup or cutmix, of what was mixed in
     mix: NotRequired[tf.Tensor]  # float32 [b]: and the share of `label`, 1 where nothing was
+    teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: a teacher's probabilities, where it answered beforehand
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ def finish(job: Run) -> None:
         return
     job.peers.go_on_alone()
     names = tuple(job.name_of(split, int(i)) for i in indices)
-    result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names)
+    field, groups = job.config.data.group_field or "", job.dataset.splits[split].groups
+    of_each = [groups[int(i)] for i in indices] if groups else None
+    result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names, of_each, field)
 
     say("exporting")
     signs.at("export")
@@ -171,6 +173,16 @@ def undecodable(job: Run) -> list[str]:
     ]
 
 
+def groups_apart(test: dict[str, Any]) -> list[str]:
+    """A line on how far the groups lie apart, where there are some."""
+    gap = test.get("groups", {}).get("gap")
+    if not gap:
+        return []
+    sure = "their 95 % intervals overlap" if gap["overlap"] else "their 95 % intervals do not overlap"
+    between = f"between {gap['highest']} and {gap['lowest']}"
+    return [f"  by {test['groups']['field']}: at most {gap['accuracy']:.4f} apart, {between} ({sure})"]
+
+
 def summarise(job: Run, report: dict[str, Any]) -> None:
     """The last lines on the terminal: how good, where, and what to type next."""
     test, folder = report["test"], job.address.rstrip("/")
@@ -178,7 +190,9 @@ def summarise(job: Run, report: dict[str, Any]) -> None:
     spent = job.ledger.seconds["train"]
     lines = [
         "",
-        f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})",
+        f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
+        + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
+        *groups_apart(test),
         *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}" for name, phase in report["phases"].items()),
         f"trained {job.state.images:,.0f} images in {clock(spent)} ({job.state.images / max(spent, 1e-9):,.0f} "
         f"images/s; goodput {job.ledger.goodput:.0%})",

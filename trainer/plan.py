@@ -88,7 +88,7 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
     """Open what is on this machine, as a run would; False where the run would download it first."""
     from trainer.data.sources import open_dataset
     from trainer.planning import rehearsal
-    from trainer.train import weights_of_classes
+    from trainer.run import weights_of_classes
 
     config = plan.config
     limit = config.training.batch_size if config.debug.overfit else config.debug.max_examples

@@ -47,6 +47,8 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     Raises:
         DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
     """
+    if config.data.group_field:
+        raise ConfigError("data.group_field: prepared records hold image and label only; train on the dataset itself")
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
         local_copies(config, cache, say, lambda _address: signs.moved())[0].data,

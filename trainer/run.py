@@ -14,18 +14,22 @@ from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.contracts import Dataset
 from trainer.data.ahead import Gate
+from trainer.data.decode import plain
 from trainer.data.order import ALONE, Share
 from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
-from trainer.data.pixels import Pixels, data_errors, memory_budget_default, open_pixels
+from trainer.data.pixels import Cache, Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.errors import INTERRUPTED, DataError, ToldToStop
+from trainer.imaging import Resize
 from trainer.models.classifier import Classifier
+from trainer.models.distillation import Teacher
 from trainer.storage.publisher import Publisher
 from trainer.storage.shard_cache import ShardCache
 from trainer.training.attempts import STOPPED, Attempts
 from trainer.training.checkpoints import CheckpointFolder, packed, unpacked
 from trainer.training.ledger import Ledger
+from trainer.training.scoring import EvaluationPass, by_index
 from trainer.training.state import RunState
-from trainer.training.step import EvaluationPass, by_index
+from trainer.training.step import StepSettings
 from trainer.training.telemetry import Telemetry
 from trainer.watching.lines import say
 from trainer.watching.signs import signs
@@ -59,29 +63,37 @@ class Run:
     opened: dict[str, Pixels] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)  # local copy -> the address it was fetched from
     shards: ShardCache | None = None  # where shards come from while they are read; None: all that is read is here
+    teacher: Teacher | None = None  # answers in every step
+    answers: np.ndarray | None = None  # a teacher's, for every training example: float32 [count, classes]
 
     def pixels(self, split: str) -> Pixels:
         """The decoded images of a split; the first call may fill a cache."""
         if split not in self.opened:
-            data, runtime = self.config.data, self.config.runtime
-            memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
-            taken = sum(pixels.memory_bytes for pixels in self.opened.values())
-            self.opened[split] = open_pixels(
-                self.dataset.splits[split],
-                size=self.classifier.image_size,
-                resize=self.config.model.resize,
-                cache=data.cache,
-                cache_dir=Path(runtime.cache_dir).expanduser(),
-                fingerprint=self.dataset.fingerprint,
-                memory_budget=memory - taken,
-                disk_budget=int(runtime.disk_budget_gb * GIGABYTE),
-                threads=runtime.data_threads,
-                on_error=data.on_error,
-                note=say,
-                check=lambda: self.stop.check(f"while the {split} images were decoded"),
-                shards=self.shards,
+            self.opened[split] = self.pixels_at(
+                split, self.classifier.image_size, self.config.model.resize, self.config.data.cache
             )
         return self.opened[split]
+
+    def pixels_at(self, split: str, size: int, resize: Resize, cache: Cache) -> Pixels:
+        """The decoded images of a split at any size, kept as `cache` says."""
+        data, runtime = self.config.data, self.config.runtime
+        memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
+        taken = sum(pixels.memory_bytes for pixels in self.opened.values())
+        return open_pixels(
+            self.dataset.splits[split],
+            size=size,
+            resize=resize,
+            cache=cache,
+            cache_dir=Path(runtime.cache_dir).expanduser(),
+            fingerprint=self.dataset.fingerprint,
+            memory_budget=memory - taken,
+            disk_budget=int(runtime.disk_budget_gb * GIGABYTE),
+            threads=runtime.data_threads,
+            on_error=data.on_error,
+            note=say,
+            check=lambda: self.stop.check(f"while the {split} images were decoded"),
+            shards=self.shards,
+        )
 
     def name_of(self, split: str, index: int) -> str:
         """The file or record of an example, as the user knows it."""
@@ -133,6 +145,25 @@ def weights_of_classes(job: Run) -> tuple[float, ...] | None:
     return tuple(float(given.get(name, 1.0)) for name in names)
 
 
+def step_settings(job: Run, batch_norm_training: bool) -> StepSettings:
+    """What the configuration says of a step."""
+    training, runtime, distillation = job.config.training, job.config.runtime, job.config.distillation
+    teaching = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
+    return StepSettings(
+        seed=job.config.seed,
+        label_smoothing=training.label_smoothing,
+        focal_gamma=training.focal_gamma if training.loss == "focal" else None,
+        class_weights=weights_of_classes(job),
+        clip_norm=training.clip_norm,
+        accumulate=training.accumulate,
+        ema=training.ema,
+        batch_norm_training=batch_norm_training,
+        loss_scaling=runtime.precision == "float16",
+        xla=runtime.xla,
+        **teaching,
+    )
+
+
 def training_stream(job: Run) -> tuple[Any, Gate]:
     """Training batches from the state's position on, endless; and what waits for the shards they are read from."""
     config, state = job.config, job.state
@@ -147,17 +178,31 @@ def training_stream(job: Run) -> tuple[Any, Gate]:
         threads=config.runtime.data_threads,
         share=job.share,
     )  # fmt: skip
-    batches = job.strategy.distribute_datasets_from_function(lambda _: training_batches(pixels, **options))
-    return batches, training_gate(pixels, **options)
+
+    def batches(_: tf.distribute.InputContext) -> tf.data.Dataset:
+        images = training_batches(pixels, **options)
+        if job.answers is None:
+            return images
+        answers = tf.constant(job.answers)
+        return images.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
+
+    return job.strategy.distribute_datasets_from_function(batches), training_gate(pixels, **options)
 
 
 def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities, labels and indices of a split, every example once, on the chief.
+    """Probabilities, labels and indices of a split, every example once, on the chief; see `score`."""
+    batch_size = job.config.training.batch_size
+    return score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}", part)
+
+
+def score(
+    job: Run, evaluator: EvaluationPass, pixels: Pixels, batch_size: int, topic: str, part: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities, labels and indices of `pixels`, every example once, on the chief.
 
     Each worker scores examples of its own. The other workers get their own part back, and so does everyone where the
     run is told to stop meanwhile: ask `told_to_stop` after it.
     """
-    pixels, batch_size = job.pixels(split), job.config.training.batch_size
     options = dict[str, Any](batch_size=batch_size, replicas=job.replicas, part=part, share=job.share)
     batches, count = evaluation_batches(pixels, threads=job.config.runtime.data_threads, **options)
     stream = job.strategy.distribute_datasets_from_function(lambda _: batches)
@@ -175,11 +220,11 @@ def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.nda
         return job.stop.reason is None
 
     with data_errors(pixels):
-        own = job.evaluator.probabilities(stream, count, ready)
+        own = evaluator.probabilities(stream, count, ready)
     gate.close()
     if job.peers.size == 1:
         return own
-    everyone = job.peers.gather(f"scores of {split}", packed(dict(zip("pli", own, strict=True))))
+    everyone = job.peers.gather(topic, packed(dict(zip("pli", own, strict=True))))
     return by_index([(a["p"], a["l"], a["i"]) for a in map(unpacked, everyone) if len(a["l"])]) if everyone else own
 
 

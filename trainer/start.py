@@ -27,8 +27,8 @@ from trainer.training.attempts import Attempts
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.ledger import Ledger
 from trainer.training.run_folder import RunFolder
+from trainer.training.scoring import EvaluationPass
 from trainer.training.state import RunState
-from trainer.training.step import EvaluationPass
 from trainer.training.telemetry import Telemetry, cut_back
 from trainer.watching.signs import signs
 

@@ -18,12 +18,14 @@ from trainer.data.pixels import data_errors
 from trainer.errors import BUG, DataError, Diverged, Interrupted, ToldToStop, TrainerError
 from trainer.finish import finish
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.run import Run, again, from_chief, predict, say, steps_of, training_stream, weights_of_classes
+from trainer.run import Run, again, from_chief, predict, say, step_settings, steps_of, training_stream
 from trainer.start import open_run, resume, share_data
+from trainer.teaching import find_teacher
 from trainer.training import variables
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.run_folder import RunFolder
-from trainer.training.step import StepSettings, TrainingStep, mean_loss_and_accuracy
+from trainer.training.scoring import validation_scores
+from trainer.training.step import TrainingStep
 from trainer.training.stopping import exhausted, judge
 from trainer.watching.signs import signs
 
@@ -41,6 +43,7 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
     with failures_noted(job):
         resume(job, home)
         share_data(job)
+        find_teacher(job)
         job.state.starts += 1
         job.ledger.mark("start")
         names = list(job.config.phases)
@@ -130,24 +133,12 @@ def train_phase(job: Run, name: str) -> None:
 
 def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[TrainingStep, Any]:
     """The phase's step on the device, and its learning rate as a function of the phase's step."""
-    training, runtime = job.config.training, job.config.runtime
     rate = build_schedule(
         phase.schedule,
         phase.optimizer.learning_rate,
         total_steps=total,
         steps_per_epoch=job.steps_per_epoch,
-        batch_size=training.batch_size,
-    )
-    settings = StepSettings(
-        seed=job.config.seed,
-        label_smoothing=training.label_smoothing,
-        class_weights=weights_of_classes(job),
-        clip_norm=training.clip_norm,
-        accumulate=training.accumulate,
-        ema=training.ema,
-        batch_norm_training=plan.batch_norm_training,
-        loss_scaling=runtime.precision == "float16",
-        xla=runtime.xla,
+        batch_size=job.config.training.batch_size,
     )
     with job.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, rate, plan.shares)
@@ -156,9 +147,10 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         job.classifier,
         plan.trainable,
         optimizer,
-        settings,
+        step_settings(job, plan.batch_norm_training),
         workers=job.peers.size,
         stop=job.wishes_to_stop,
+        teacher=job.teacher,
     )
     return step, rate
 
@@ -247,12 +239,9 @@ def validate(
             step.averages.swap()
     if job.told_to_stop("in validation"):
         save_and_leave(job, everything)
-    val_loss, val_accuracy, count = job.peers.told(
-        "validation", lambda: [*mean_loss_and_accuracy(probabilities, labels), len(labels)]
-    )
+    scores = job.peers.told("validation", lambda: validation_scores(probabilities, labels))
     entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": state.sums[0] / state.sums[2],
-             "accuracy": state.sums[1] / state.sums[2], "val_loss": val_loss, "val_accuracy": val_accuracy,
-             "val_n": count, "learning_rate": rate}  # fmt: skip
+             "accuracy": state.sums[1] / state.sums[2], **scores, "learning_rate": rate}  # fmt: skip
     best = judge(state, entry, job.config.phases[name].early_stopping)
     seconds = time.monotonic() - began
     job.ledger.mark("evaluation")
@@ -277,14 +266,12 @@ def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
     own = [entry for entry in state.history if entry["phase"] == name]
     kept = next(entry for entry in own if entry["step"] == chosen)
     state.finished[name] = {
-        "val_accuracy": kept["val_accuracy"],
-        "val_loss": kept["val_loss"],
+        **{key: value for key, value in kept.items() if key.startswith("val_")},
         "epochs": len(own),
         "best_epoch": state.best["epoch"],
         "kept_step": chosen,
         "seconds": sum(entry["seconds"] for entry in own),
         "trainable_parameters": sum(int(np.prod(v.shape)) for v in plan.trainable.values()),
-        "val_n": kept["val_n"],
     }
     say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {config.training.keep} weights "
         f"(epoch {kept['epoch']}{', averaged' if config.training.ema else ''}) go on")  # fmt: skip

@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from tests.training.small_network import SmallNetwork, arrays, stream
 from trainer.training import variables
-from trainer.training.step import StepSettings, TrainingStep, cross_entropy, mean_loss_and_accuracy
+from trainer.training.losses import cross_entropy
+from trainer.training.step import StepSettings, TrainingStep
 
 
 def trained(
@@ -130,12 +131,6 @@ def test_class_weights_multiply_the_loss_only() -> None:
     np.testing.assert_allclose(ours["second/bias"], expected, atol=1e-6)
 
 
-def test_label_smoothing_is_keras_own() -> None:
-    logits, labels = tf.constant([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]]), tf.constant([0, 2])
-    theirs = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1, reduction="none")
-    np.testing.assert_allclose(cross_entropy(labels, logits, 0.1), theirs(tf.one_hot(labels, 3), logits), rtol=1e-6)
-
-
 def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
     network = SmallNetwork()
     start = variables.read(network.variables)
@@ -190,13 +185,6 @@ def test_xla_gives_the_same_weights() -> None:
     np.testing.assert_allclose(compiled_rows, rows, rtol=1e-5)
 
 
-def test_mean_loss_and_accuracy() -> None:
-    probabilities = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]], np.float32)
-    loss, accuracy = mean_loss_and_accuracy(probabilities, np.array([0, 1, 1]))
-    assert loss == pytest.approx(-(np.log(0.5) + np.log(0.75) + np.log(1e-7)) / 3)
-    assert accuracy == pytest.approx(2 / 3)
-
-
 MIRRORED = """
 import json, sys
 import numpy as np, tensorflow as tf, keras
@@ -206,7 +194,8 @@ if replicas > 1:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 from tests.training.small_network import SmallNetwork, stream
 from trainer.training import variables
-from trainer.training.step import EvaluationPass, StepSettings, TrainingStep
+from trainer.training.scoring import EvaluationPass
+from trainer.training.step import StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
             else tf.distribute.get_strategy())
 out = {}

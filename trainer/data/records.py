@@ -173,8 +173,8 @@ def serialize(image: bytes, label: int) -> bytes:
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
-def _fields(example: Any) -> str:
-    """ "image (bytes), label (int64)" """
+def fields_of(example: Any) -> str:
+    """What an Example holds: "image (bytes), label (int64)"."""
     found = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(found.items())) or "no fields"
 
@@ -204,7 +204,7 @@ def read_image(record: RecordAt) -> bytes:
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
         raise DataError(
-            f"{record.name} has no image bytes in the field {record.image_field!r}; it has {_fields(example)}: "
+            f"{record.name} has no image bytes in the field {record.image_field!r}; it has {fields_of(example)}: "
             "set data.image_field"
         )
     return value.bytes_list.value[0]
@@ -237,17 +237,17 @@ def read_labels(
             where = f"record {number} of shard {path}"
             if label_field not in features:
                 raise DataError(
-                    f"{where} has no field {label_field!r}; it has {_fields(example)}: set data.label_field"
+                    f"{where} has no field {label_field!r}; it has {fields_of(example)}: set data.label_field"
                 )
             values = features[label_field].int64_list.value
             if len(values) != 1:
                 raise DataError(
-                    f"the label field {label_field!r} of {where} is not one int64; it has {_fields(example)}: "
+                    f"the label field {label_field!r} of {where} is not one int64; it has {fields_of(example)}: "
                     "set data.label_field"
                 )
             if image_field not in features or features[image_field].WhichOneof("kind") != "bytes_list":
                 raise DataError(
-                    f"{where} has no image bytes in the field {image_field!r}; it has {_fields(example)}: "
+                    f"{where} has no image bytes in the field {image_field!r}; it has {fields_of(example)}: "
                     "set data.image_field"
                 )
             if not 0 <= values[0] < classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from trainer.config import Data
 from trainer.contracts import Dataset
 from trainer.data.digits import CLASS_NAMES, digits_folder
+from trainer.data.groups import read_groups
 from trainer.data.image_folder import open_image_folder
 from trainer.data.splits import Found, at_most, fingerprint, per_class
 from trainer.data.tfds_source import open_tfds
@@ -53,6 +55,11 @@ def open_dataset(
         found.splits["train"] = per_class(train, data.labels_per_class, seed)
     if max_examples:
         found.splits = {name: at_most(split, max_examples, seed) for name, split in found.splits.items()}
+    if data.group_field:
+        scored = "test" if "test" in found.splits else "validation"
+        if split := found.splits.get(scored):
+            groups = read_groups(split, data.group_field, found.group_names)
+            found.splits[scored] = replace(split, groups=groups)
     found.notes += _remarks(found, limited=max_examples is not None)
     for line in found.notes:
         note(line)

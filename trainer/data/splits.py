@@ -25,6 +25,7 @@ class Found:
     facts: dict[str, str]  # of each file or shard: name below the root, size, hash of its two ends
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    group_names: tuple[str, ...] | None = None  # what the numbers in data.group_field mean
 
 
 def ends_of(path: str | Path, length: int) -> tuple[int, bytes, str]:

@@ -36,7 +36,7 @@ def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -
         raise DataError(
             f"{info.name} is stored as {kind}, and only tfrecord is read: prepare it with file_format=tfrecord"
         )
-    class_names = _class_names(info, data)
+    class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     for name in ("validation", "test"):
         if specs[name] is None and name in info.splits:
@@ -55,7 +55,7 @@ def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -
         carved, how = carve(splits["train"], fractions, data.split_seed)
         splits |= carved
         notes += how
-    return Found(info.name, class_names, splits, facts, skipped, notes)
+    return Found(info.name, class_names, splits, facts, skipped, notes, group_names)
 
 
 def _folder(root: str) -> Any:
@@ -128,6 +128,22 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
         return data.class_names
     label = features[data.label_field]
     return tuple(label.names)
+
+
+def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
+    """Check the feature that groups examples; its names where it has some."""
+    if not data.group_field:
+        return None
+    features = dict(info.features)
+    feature = features.get(data.group_field)
+    if feature is None:
+        close = difflib.get_close_matches(data.group_field, list(features), 1)
+        hint = f". Did you mean {close[0]}?" if close else ""
+        raise DataError(
+            f"{info.name} has no feature {data.group_field!r} for data.group_field (it has "
+            f"{', '.join(sorted(features))}; python -m trainer.prepare keeps image and label only){hint}"
+        )
+    return tuple(getattr(feature, "names", None) or ()) or None
 
 
 def _resolve(info: Any, spec: str, part: str) -> list[Shard]:

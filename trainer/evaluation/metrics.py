@@ -6,25 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from trainer.contracts import EvaluationResult
 from trainer.errors import DataError
+from trainer.evaluation.groups import score_groups
+from trainer.evaluation.intervals import wilson as wilson
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _SMALLEST = 1e-7  # probabilities are clipped here before the logarithm, as Keras does
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, "Probable inference, the law of succession").
-
-    Two shares whose intervals do not overlap differ; the reverse does not hold. Of no trials nothing is known: (0, 1).
-    """
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _check(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
@@ -143,6 +133,8 @@ def evaluate_arrays(
     labels: np.ndarray,
     probabilities: np.ndarray,
     names: Sequence[str],
+    groups: Sequence[str] | None = None,
+    group_field: str = "",
 ) -> EvaluationResult:
     """Score one pass and keep what it was computed from.
 
@@ -152,13 +144,15 @@ def evaluate_arrays(
         labels: int32 [n], ordered by example index.
         probabilities: float32 [n, c].
         names: the file or record of each example.
+        groups: the group of each example, a value of `group_field`; adds `groups` to the metrics (`score_groups`).
 
     Raises:
-        DataError: as `score`, or when there is not one name for each example.
+        DataError: as `score`, or when there is not one name, or one group, for each example.
     """
     labels, probabilities = np.asarray(labels, np.int32), np.asarray(probabilities, np.float32)
     if len(names) != len(labels):
         raise DataError(f"split {split!r} has {len(labels)} labels but {len(names)} file names: read it again whole")
-    return EvaluationResult(
-        split, tuple(class_names), labels, probabilities, tuple(names), score(labels, probabilities, class_names)
-    )
+    scores = score(labels, probabilities, class_names)
+    if groups is not None:
+        scores["groups"] = score_groups(labels, probabilities.argmax(axis=1), groups, group_field)
+    return EvaluationResult(split, tuple(class_names), labels, probabilities, tuple(names), scores)

@@ -159,6 +159,26 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> str:
     return table if len(rows) <= _ROWS_SHOWN else _fold(f"All {len(rows)} classes", table)
 
 
+def _group_table(groups: Mapping[str, Any]) -> str:
+    """Fairness: how each group fares, and the largest gap."""
+    rows = [
+        (
+            _text(row["name"]),
+            f"{row['n']:,}",
+            f"{_percent(row['accuracy'])} <small>({_range(row['interval'])})</small>",
+            _number(float(row["macro_f1"])),
+        )
+        for row in groups["rows"]
+    ]
+    table = _table((_text(groups["field"]), "examples", "accuracy (95 %)", "macro F1"), rows)
+    gap = groups.get("gap")
+    if gap is None:
+        return table
+    sure = "the two intervals overlap" if gap["overlap"] else "the two intervals do not overlap: these groups differ"
+    words = f"{_text(gap['highest'])} and {_text(gap['lowest'])}; {sure}"
+    return f"<p>Largest gap: {100 * gap['accuracy']:.1f} points of accuracy, between {words}.</p>{table}"
+
+
 def _data_section(data: Mapping[str, Any]) -> str:
     parts = []
     counts = data.get("counts", {})
@@ -202,6 +222,7 @@ def write_page(path: Path, report: Mapping[str, Any], config: Mapping[str, Any])
         ("Training", _phase_table(report["phases"]) + figures("curves")),
         ("Predictions", figures("predictions", "most_wrong")),
         ("Classes", figures("confusion", "f1") + _class_table(test["per_class"])),
+        ("Groups", _group_table(test["groups"]) if "groups" in test else ""),
         ("Calibration", figures("calibration")),
         ("Data", _data_section(report["data"]) + figures("samples", "augmentation")),
         ("Export", _facts(report["export"]) if report["export"] else ""),

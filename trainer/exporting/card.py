@@ -70,6 +70,9 @@ def _scores(report: Mapping[str, Any]) -> str:
             (f"validation accuracy after `{name}`", _share(phase.get("val_accuracy"), phase.get("val_interval")))
         )
     lines = [f"## Scores\n\nOn {test['n']:,} examples of the {test['split']} split.", _table(("score", "value"), rows)]
+    if groups := test.get("groups"):
+        by_group = [(row["name"], f"{row['n']:,}", _share(row["accuracy"], row["interval"])) for row in groups["rows"]]
+        lines.append(_table((groups["field"], "examples", "accuracy"), by_group))
     return "\n\n".join([*lines, *([test["note"]] if test.get("note") else [])])
 
 

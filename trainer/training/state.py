@@ -25,6 +25,7 @@ class RunState:
     train_seconds: float = 0.0  # of the ledger, when this was saved
     starts: int = 0
     sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"} it was trained with
+    teacher: str | None = None  # fingerprint of the one it learned from
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

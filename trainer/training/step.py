@@ -1,4 +1,4 @@
-"""The compiled training step and the evaluation pass.
+"""The compiled training step.
 
 All replicas compute the gradient of the same global mean: loss = sum(per_example * weight) / sum(weight over the
 whole batch), so that padding (weight 0) and uneven replicas change nothing. The sum of weights is added up over all
@@ -8,7 +8,7 @@ replicas before the gradient; the wish to stop travels with it, so that all work
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from trainer.contracts import Batch
 from trainer.training import variables as by_name
+from trainer.training.losses import LossSettings, hits, logarithms, weighted_losses
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
@@ -42,13 +43,18 @@ class Network(Protocol):
         """Scalar penalty on the head."""
 
 
-@dataclass(frozen=True)
-class StepSettings:
+class Teacher(Protocol):
+    """What a step needs of a teacher (`trainer/models/distillation.py`)."""
+
+    def logits(self, images: Any, *, training: bool = False) -> Any:
+        """Float32 [b, classes], no gradient, for images in 0..255, [b, S, S, 3]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(LossSettings):
     """What shapes a step beside the network and the optimizer."""
 
     seed: int
-    label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] | None = None  # one a class
     clip_norm: float | None = None
     accumulate: int = 1
     ema: float | None = None
@@ -69,13 +75,6 @@ class Averages:
         averaged, raw = by_name.read(self.shadows), by_name.read(self.weights)
         by_name.write(self.weights, averaged, "the averages")
         by_name.write(self.shadows, raw, "the weights")
-
-
-def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
-    """Softmax cross-entropy of each example, float32 [b]; smoothing as in Szegedy et al. 2016 (and Keras)."""
-    classes = logits.shape[-1]
-    targets = tf.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
-    return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
 
 def _ask_host(question: Callable[[], float]) -> tf.Tensor:
@@ -115,9 +114,14 @@ class TrainingStep:
         *,
         workers: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        teacher: Teacher | None = None,
     ) -> None:
-        """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there."""
-        self.strategy, self.network, self.optimizer = strategy, network, optimizer
+        """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there.
+
+        `teacher` answers for the images of each step; where batches hold its answers (`teacher`, probabilities), or
+        nothing is distilled, it is None.
+        """
+        self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables = list(trained.values())
         self.settings = settings
         self.replicas, self.workers, self.stop = strategy.num_replicas_in_sync, workers, stop
@@ -221,7 +225,8 @@ class TrainingStep:
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Gradients of this part's share of the global mean loss, and its sums."""
-        settings = self.settings
+        settings, rows = self.settings, dict[str, Any](batch)
+        lesson = self._lesson(rows)
         with tf.GradientTape() as tape:
             logits = self.network.logits(
                 batch["image"],
@@ -232,20 +237,21 @@ class TrainingStep:
                 position=batch["position"],
                 weight=batch["weight"],
             )
-            losses = cross_entropy(batch["label"], logits, settings.label_smoothing)
-            weights = batch["weight"]
-            if settings.class_weights:
-                weights = weights * tf.gather(tf.constant(settings.class_weights), batch["label"])
+            losses = weighted_losses(rows, logits, settings, lesson)
             penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
-            loss = tf.reduce_sum(losses * weights) / examples + penalty
+            loss = tf.reduce_sum(losses) / examples + penalty
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
         raw = [v.value for v in self.variables]
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        right = tf.cast(tf.argmax(logits, -1, tf.int32) == batch["label"], tf.float32)
-        sums = tf.stack(
-            [tf.reduce_sum(losses * weights), tf.reduce_sum(right * batch["weight"]), tf.reduce_sum(batch["weight"])]
-        )
+        right = hits(rows, logits) * batch["weight"]
+        sums = tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(batch["weight"])])
         return gradients, sums
+
+    def _lesson(self, rows: dict[str, Any]) -> tf.Tensor | None:
+        """The teacher's logits for these rows, float32 [b, classes]: found in the batch, or asked for now."""
+        if "teacher" in rows:
+            return logarithms(rows["teacher"])
+        return self.teacher.logits(rows["image"]) if self.teacher else None
 
     def _pieces(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The same in `accumulate` pieces, one after the other, so that only one piece's activations are held."""
@@ -282,55 +288,3 @@ class TrainingStep:
         for name, shadow in self.averages.shadows.items():
             weight = self.averages.weights[name]
             self.strategy.extended.update(shadow, lambda s, w: s.assign_add(rest * (w - s)), args=(weight.value,))
-
-
-class EvaluationPass:
-    """Scores the examples of this worker's batches, each exactly once; workers do not wait for each other."""
-
-    def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
-        self.strategy, self.network = strategy, network
-        self._predict = tf.function(self._run)
-
-    def _run(self, batch: Batch) -> tuple[Any, Any]:
-        return self.strategy.run(self._replica, args=(batch,))
-
-    def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
-        return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
-
-    def probabilities(
-        self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
-        left out.
-
-        `ready()` is asked before each batch; once it is false, what has been scored so far.
-        """
-        parts: list[tuple[np.ndarray, ...]] = []
-        stream = iter(batches)
-        for _ in range(count):
-            if not ready():
-                break
-            outcome, seen = self._predict(next(stream))
-            local = self.strategy.experimental_local_results
-            keys = ("label", "index", "weight")
-            for p, *rest in zip(local(outcome), *(local(seen[k]) for k in keys), strict=True):
-                label, index, weight = (r.numpy() for r in rest)
-                real = weight > 0
-                parts.append((p.numpy()[real], label[real], index[real]))
-        return by_index(parts)
-
-
-def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join parts of (probabilities, labels, indices), ordered by index."""
-    if not parts:
-        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64)
-    probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(indices, kind="stable")
-    return probabilities[order], labels[order], indices[order]
-
-
-def mean_loss_and_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean cross-entropy (probabilities floored at 1e-7, as in Keras) and accuracy, in float64."""
-    of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    loss = float(-np.log(np.maximum(of_truth, 1e-7)).mean())
-    return loss, float((probabilities.argmax(-1) == labels).mean())

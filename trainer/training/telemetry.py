@@ -17,6 +17,8 @@ from trainer.storage.files import write_whole
 from trainer.watching import lines
 from trainer.watching.signs import signs
 
+VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # what TensorBoard shows of an epoch
+
 
 def clock(seconds: float) -> str:
     """75 -> "1:15"; 3700 -> "1:01:40"."""
@@ -145,13 +147,15 @@ class Telemetry:
         self._scalars(
             entry["phase"],
             entry["step"],
-            {"validation/loss": entry["val_loss"], "validation/accuracy": entry["val_accuracy"]},
+            {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry},
         )
         self.flush()
         self.say(
             f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
             f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
-            f"val_accuracy {entry['val_accuracy']:.4f}{'  (best)' if best else ''}",
+            f"val_accuracy {entry['val_accuracy']:.4f}"
+            + (f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else "")
+            + ("  (best)" if best else ""),
             **entry,
             **timing,
         )
