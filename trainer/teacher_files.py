@@ -14,6 +14,7 @@ import yaml
 
 from trainer import config
 from trainer.errors import ConfigError, DataError
+from trainer.exporting.card import label_lines
 from trainer.storage.places import Place, place
 from trainer.storage.staging import is_remote
 
@@ -102,6 +103,27 @@ def _checkpoint(address: str, home: Place) -> TeacherFiles:
     fingerprint = hashlib.sha256(json.dumps([manifest, told.model.model_dump()], sort_keys=True).encode()).hexdigest()
     sizes = {"variables.npz": int(manifest["bytes"])}
     return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint[:16], sizes, told.model)
+
+
+def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """Raise a DataError unless a teacher knows the classes of the data, in the same order."""
+    wanted = tuple(label_lines(wanted).splitlines())  # as labels.txt has them
+    known = tuple(label_lines(known).splitlines())
+    if known == wanted:
+        return
+    only = [(f"it alone has {_listed(known, wanted)}", set(known) - set(wanted)),
+            (f"the data alone has {_listed(wanted, known)}", set(wanted) - set(known))]  # fmt: skip
+    how = " and ".join(words for words, names in only if names)
+    how = how or f"they are the same in another order ({', '.join(known[:5])}; {', '.join(wanted[:5])})"
+    raise DataError(
+        f"distillation.teacher={address} knows {len(known)} classes, the data has {len(wanted)}: {how}; give a teacher "
+        "that was trained on these classes"
+    )
+
+
+def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    rest = [name for name in names if name not in others]
+    return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
 
 
 def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:

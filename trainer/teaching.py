@@ -11,12 +11,18 @@ import numpy as np
 
 from trainer import config
 from trainer.errors import DataError
-from trainer.exporting.card import label_lines
 from trainer.models.classifier import build_classifier
 from trainer.models.distillation import Teacher, classifier_as_teacher, saved_model_as_teacher
 from trainer.run import Run, from_chief, say, score
 from trainer.storage.files import write_whole
-from trainer.teacher_files import SAVED_MODEL, TeacherFiles, look_for_teacher, read_teacher, write_saved_model
+from trainer.teacher_files import (
+    SAVED_MODEL,
+    TeacherFiles,
+    check_classes,
+    look_for_teacher,
+    read_teacher,
+    write_saved_model,
+)
 from trainer.training import variables
 from trainer.training.checkpoints import packed, unpacked
 from trainer.training.scoring import EvaluationPass
@@ -56,27 +62,6 @@ def find_teacher(job: Run) -> None:
         say("  it answers in every step, for what augmentation made of the images")
     else:
         job.answers = _answers(job, found, facts)
-
-
-def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
-    """Raise a DataError unless a teacher knows the classes of the data, in the same order."""
-    wanted = tuple(label_lines(wanted).splitlines())  # as labels.txt has them
-    known = tuple(label_lines(known).splitlines())
-    if known == wanted:
-        return
-    only = [(f"it alone has {_listed(known, wanted)}", set(known) - set(wanted)),
-            (f"the data alone has {_listed(wanted, known)}", set(wanted) - set(known))]  # fmt: skip
-    how = " and ".join(words for words, names in only if names)
-    how = how or f"they are the same in another order ({', '.join(known[:5])}; {', '.join(wanted[:5])})"
-    raise DataError(
-        f"distillation.teacher={address} knows {len(known)} classes, the data has {len(wanted)}: {how}; give a teacher "
-        "that was trained on these classes"
-    )
-
-
-def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    rest = [name for name in names if name not in others]
-    return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
 
 
 def _facts(found: TeacherFiles | None) -> dict[str, Any]:

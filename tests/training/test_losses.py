@@ -156,7 +156,9 @@ class Fixed:
 DISTILLED = {"alpha": 0.1, "temperature": 3.0, "label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5)}
 
 
-def one_step(teacher: Fixed | None, answers: np.ndarray | None = None, accumulate: int = 1, **settings: object) -> tuple:
+def one_step(
+    teacher: Fixed | None, answers: np.ndarray | None = None, accumulate: int = 1, **settings: object
+) -> tuple:
     """Weights after one step of plain SGD, and its row."""
     network = SmallNetwork()
     step = TrainingStep(

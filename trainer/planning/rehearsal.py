@@ -26,6 +26,7 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.local_copies import Prepared
 from trainer.storage.places import Entry, Place, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
+from trainer.teacher_files import check_classes, look_for_teacher
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.run_folder import open_run_folder
 
@@ -234,3 +235,15 @@ def find_warm_start(source: str) -> str:
     if not steps:
         raise absent
     return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+
+
+def find_teacher(address: str, classes: tuple[str, ...] | None) -> str:
+    """The words for a teacher that is there.
+
+    Raises:
+        DataError, ConfigError: there is none, or it does not know these classes.
+    """
+    found = look_for_teacher(address)
+    if classes is not None:
+        check_classes(address, found.classes, classes)
+    return found.words

@@ -192,6 +192,9 @@ def show_storage(plan: Plan, problem: str) -> None:
     rows.append(("write output", plan.tried(lambda: rehearsal.probe_output(config))))
     if config.warm_start:
         rows.append(("warm start", plan.tried(lambda: rehearsal.find_warm_start(str(config.warm_start)))))
+    if config.distillation:
+        address, classes = config.distillation.teacher, found.class_names if found else None
+        rows.append(("teacher", plan.tried(lambda: rehearsal.find_teacher(address, classes))))
     weights = config.model.weights
     if is_remote(weights):
         rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))
