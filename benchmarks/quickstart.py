@@ -34,7 +34,7 @@ from trainer.config import Data
 from trainer.contracts import Dataset, Split
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.data.sources import open_dataset
-from trainer.evaluation.metrics import wilson
+from trainer.evaluation.intervals import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quickstart.md"

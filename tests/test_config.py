@@ -66,6 +66,14 @@ def fault(**changes: Any) -> str:
         ({"augmentation": {"magnitude": 31}}, "augmentation.magnitude: input should be less than or equal to 30 (is 31)"),
         ({"augmentation": {"mixup": -1}}, "augmentation.mixup: input should be greater than or equal to 0 (is -1)"),
         ({"augmentation": {"cut_mix": 1}}, "augmentation.cut_mix: there is no such key. Did you mean cutmix?"),
+        ({"training": {"loss": "hinge"}}, "training.loss: input should be 'cross_entropy' or 'focal' (is 'hinge')"),
+        ({"training": {"focal_gamma": 1}}, "training: focal_gamma=1 needs training.loss=focal"),
+        ({"training": {"loss": "focal", "focal_gamma": -1}}, "training.focal_gamma: input should be greater than or equal to 0"),
+        ({"distillation": {}}, "distillation.teacher: must be given"),
+        ({"distillation": {"teacher": "x", "alhpa": 0.5}}, "distillation.alhpa: there is no such key. Did you mean alpha?"),
+        ({"distillation": {"teacher": "x", "alpha": 1}}, "distillation.alpha: input should be less than 1 (is 1)"),
+        ({"distillation": {"teacher": "x", "temperature": 0}}, "distillation.temperature: input should be greater than 0"),
+        ({"data__group_field": "site"}, "data.group_field=site: data.source=digits has no fields beside image and label; only tfds"),
         ({"training": {"ema": 1.5}}, "training.ema: input should be less than 1 (is 1.5)"),
     ],
 )  # fmt: skip
@@ -148,6 +156,7 @@ def test_what_makes_another_run_is_told_apart_from_what_does_not() -> None:
     assert changed(training__batch_size=64) == ["training.batch_size: 32 -> 64"]
     assert "phases.more.thaw: None -> all" in changed(phases__more={"thaw": "all", "epochs": 1})
     assert changed(runtime__log_every="3 steps", runtime__cache_dir="/x", resume="must", output_dir="/y") == []
+    assert "distillation.teacher: None -> t" in changed(distillation={"teacher": "t"})
     assert changed(runtime__precision="bfloat16") == ["runtime.precision: float32 -> bfloat16"]
     assert changed(phases__head__epochs=5) == []  # a longer last phase extends the run
     assert changed(phases__head__epochs=2) == ["phases.head.epochs: 3.0 -> 2.0"]

@@ -10,7 +10,8 @@ from sklearn.metrics import classification_report, log_loss
 
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
-from trainer.evaluation.metrics import calibration, evaluate_arrays, score, wilson
+from trainer.evaluation.intervals import wilson
+from trainer.evaluation.metrics import calibration, evaluate_arrays, score
 
 NAMES = ("a", "b", "c")
 # Predictions a, b, b, a for truths a, a, b, b: two of four are right; c never occurs and is never predicted.

@@ -15,7 +15,7 @@ import pytest
 
 from tests.evaluation.examples import HOSTILE, make_history, make_phases, make_result
 from trainer.contracts import Dataset, EvaluationResult, Split
-from trainer.evaluation.metrics import wilson
+from trainer.evaluation.intervals import wilson
 from trainer.evaluation.report import VALIDATION_NOTE, Samples, describe_data, write_report
 
 Fetch = Callable[[Sequence[int]], np.ndarray]

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 from trainer.contracts import EvaluationResult
 from trainer.errors import DataError
 from trainer.evaluation.groups import score_groups
-from trainer.evaluation.intervals import wilson as wilson
+from trainer.evaluation.intervals import wilson
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _SMALLEST = 1e-7  # probabilities are clipped here before the logarithm, as Keras does

@@ -17,7 +17,7 @@ import numpy as np
 from trainer.contracts import Dataset, EvaluationResult
 from trainer.evaluation.figures import draw_calibration, draw_confusion, draw_curves, draw_f1
 from trainer.evaluation.galleries import Images, draw_augmentation, draw_most_wrong, draw_predictions, draw_samples
-from trainer.evaluation.metrics import wilson
+from trainer.evaluation.intervals import wilson
 from trainer.evaluation.page import write_page
 from trainer.evaluation.predictions import write_predictions
 from trainer.storage.files import write_whole

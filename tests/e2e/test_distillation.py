@@ -1,0 +1,137 @@
+"""Whole runs that learn from a teacher: what they say, that kills and workers change no bit, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.running import assert_same_run, run, start, variables_of
+from tests.e2e.workers import SHARED, start_workers
+
+KILLS = 3
+# Augmentation: the teacher answers in every step. Without: it answers once, beforehand.
+WAYS = {"live": ("augmentation=light",), "kept": ("augmentation=none",)}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of another size and head."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    result = run(
+        *SHARED, "model.image_size=40", "model.hidden=16", "~phases.fine_tune", f"output_dir={folder}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def student(teacher: Path | str, way: str, *more: str) -> tuple[str, ...]:
+    return (*SHARED, *WAYS[way], f"distillation.teacher={teacher}", "distillation.temperature=2", *more)
+
+
+def test_a_student_says_what_it_learns_from_and_keeps_the_answers(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    told = student(teacher, "kept", f"runtime.cache_dir={tmp_path / 'cache'}", "debug.max_steps=3", "export.formats=[]")
+    first = run(*told, f"output_dir={out}")
+    assert first.returncode == 0, first.stderr
+    assert f"teacher: {teacher} (MobileNetV2, checkpoint step-000000" in first.stdout
+    assert "loss = 0.1 x label + 0.9 x KL(teacher, student) at temperature 2" in first.stdout
+    assert "it answers for 90 training images at 40 px, once; kept in " in first.stdout
+    longer = [t for t in told if "max_steps" not in t]
+    again = run(*longer, "debug.max_steps=4", f"output_dir={out}")
+    assert again.returncode == 0, again.stderr
+    assert "its answers: taken from " in again.stdout
+    # What it was exported as is the same teacher: the same answers, though not the same bits.
+    saved = run(*student(teacher / "export" / "saved_model" / "1", "kept", "debug.max_steps=3"), f"output_dir={out}-2")
+    assert saved.returncode == 0, saved.stderr
+    assert "(a SavedModel, 10 classes," in saved.stdout
+    one, other = variables_of(out, "BEST"), variables_of(Path(f"{out}-2"), "BEST")
+    assert one.keys() == other.keys()
+    # Another teacher under the same address: a longer run is refused.
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    third = run(*student(moved, "live", "debug.max_steps=2", "export.formats=[]"), f"output_dir={out}-3")
+    assert third.returncode == 0, third.stderr
+    assert "it answers in every step, for what augmentation made of the images" in third.stdout
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace("pooling: avg", "pooling: max"))
+    refused = run(*student(moved, "live", "debug.max_steps=3", "export.formats=[]"), f"output_dir={out}-3")
+    assert refused.returncode == 2
+    assert f"{out}-3 learned from another teacher (fingerprint " in refused.stderr
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    from PIL import Image
+
+    for name in ("dark", "light"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(
+                tmp_path / "photos" / name / f"{i}.png"
+            )
+    result = run(
+        "data=image_folder", f"data.root={tmp_path / 'photos'}", "model=glyphs_mobilenet_v2", "debug=fast",
+        f"distillation.teacher={teacher}", f"output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert (
+        f"distillation.teacher={teacher} knows 10 classes, the data has 2: it alone has 0, 1, 2, 3, 4 and 5 more and "
+        "the data alone has dark, light; give a teacher that was trained on these classes"
+    ) in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("way", WAYS)
+def test_kills_change_nothing(teacher: Path, tmp_path: Path, way: str) -> None:
+    calm, folder = tmp_path / "calm", tmp_path / "killed"
+    own = {path: f"runtime.cache_dir={tmp_path}/cache-{path.name}" for path in (calm, folder)}
+    told = student(teacher, way, "runtime.steps_per_call=3", "model.dropout=0.2")
+    began = time.monotonic()
+    assert run(*told, own[calm], f"output_dir={calm}").returncode == 0
+    whole = time.monotonic() - began
+    rng = np.random.default_rng(5)
+    for _ in range(KILLS):
+        child = start(*told, own[folder], f"output_dir={folder}")
+        time.sleep(rng.uniform(0.3, 0.8) * whole)
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        if child.returncode == 0:
+            break
+    result = run(*told, own[folder], f"output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(calm, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_workers_learn_bit_for_bit_what_one_learns_in_two_pieces(teacher: Path, tmp_path: Path, way: str) -> None:
+    told = student(teacher, way, "training.class_weights=balanced", "training.loss=focal")
+    one, two = tmp_path / "one", tmp_path / "two"
+    pieces = ("training.accumulate=2", f"runtime.cache_dir={tmp_path}/cache-one")
+    alone = run(*told, *pieces, f"output_dir={one}")
+    assert alone.returncode == 0, alone.stderr
+    workers = start_workers(
+        tmp_path / "workers", 2, *told, f"output_dir={two}",
+        own={i: [f"runtime.cache_dir={tmp_path}/cache-{i}"] for i in range(2)},
+    )  # fmt: skip
+    assert workers.wait(400) == [0, 0], workers.said(0)
+    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_workers_learn_from_a_saved_model(teacher: Path, tmp_path: Path) -> None:
+    told = student(teacher / "export" / "saved_model" / "1", "live", "debug.max_steps=3", "export.formats=[]")
+    workers = start_workers(tmp_path / "workers", 2, *told, f"output_dir={tmp_path / 'run'}")
+    assert workers.wait(300) == [0, 0], workers.said(0)
