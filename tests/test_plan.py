@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -228,3 +229,18 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
     ):
         assert f"! {warning}" in out
     assert "note validation has only 10 examples" in out
+
+
+def test_a_teacher_is_looked_for_and_compared_with_the_classes(tmp_path: Path, planned: Planned) -> None:
+    begin_run(tmp_path / "teacher", "data=digits", "model=glyphs_mobilenet_v2")
+    (tmp_path / "teacher" / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
+    latest = (tmp_path / "teacher" / "checkpoints" / "LATEST").read_text()
+    (tmp_path / "teacher" / "checkpoints" / "BEST").write_text(latest)
+    code, out, _ = planned(f"distillation.teacher={tmp_path / 'teacher'}")
+    assert code == 0
+    assert f"teacher ✓ {tmp_path / 'teacher'} (MobileNetV2, checkpoint step-00000240, 10 classes" in out
+    (tmp_path / "teacher" / "run.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    code, out, err = planned(f"distillation.teacher={tmp_path / 'teacher'}")
+    assert code == 2
+    assert "teacher ✗" in out
+    assert "knows 2 classes, the data has 10: it alone has cat, dog and the data alone has 0, 1, 2, 3, 4" in err
