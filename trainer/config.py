@@ -6,9 +6,9 @@ every fault, each with its key, its value and what would be right. Nothing here 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from trainer.config_faults import describe_faults
 from trainer.config_parts import Duration, Section, SomeDuration
