@@ -1,0 +1,154 @@
+"""Every preset runs: on a small set with its classes, fields and splits, small images, no weights, two steps a phase."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from PIL import Image
+
+from tests.e2e.running import run
+from tests.test_recipes import FLOWERS, PRESETS
+from trainer.data.writing import write_dataset
+
+BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
+HANDS = ("rock", "paper", "scissors")
+SMALLEST = {"Xception": 71, "InceptionV3": 75}  # pixels; 48 for the others
+# preset: its classes, and how many examples of each class a split has
+TFDS = {
+    "food101_efficientnet_b0": (101, {"train": 1, "validation": 1}),
+    "food101_efficientnet_b0_strong": (101, {"train": 2, "validation": 1}),
+    "food101_mobilenet_v2_strong": (101, {"train": 2, "validation": 1}),
+    "flowers_mobilenet_v2": (FLOWERS, {"train": 20}),
+    "flowers_mobilenet_v2_strong": (FLOWERS, {"train": 20}),
+    "beans_xception": (BEANS, {"train": 20, "validation": 5, "test": 5}),
+    "beans_inception_v3": (BEANS, {"train": 20, "validation": 5, "test": 5}),
+    "stanford_dogs_mobilenet_v2": (120, {"train": 1, "test": 2}),
+    "rock_paper_scissors_xception": (HANDS, {"train": 40, "test": 4}),
+}
+FOLDERS = ("flowers_efficientnet_b0", "xception_image_folder", "xception_medical")
+RECORDS = ("flowers_tfrecords_xception",)
+# One of each source with a small network, before the others are run with their own.
+QUICK = {"xception_image_folder": "mobilenet_v2", "beans_xception": "mobilenet_v2",
+         "flowers_tfrecords_xception": "mobilenet_v2"}  # fmt: skip
+
+
+def jpeg(number: int, side: int = 40) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def tfds_folder(root: Path, name: str) -> tuple[str, ...]:
+    classes, splits = TFDS[name]
+    names = classes if isinstance(classes, tuple) else tuple(f"class_{i:03d}" for i in range(classes))
+    examples = {
+        split: [(jpeg(100 * at + label), label) for at in range(each) for label in range(len(names))]
+        for split, each in splits.items()
+    }
+    write_dataset(root / "set", name, names, examples)
+    return ("data.name=null", f"data.root={root / 'set'}")
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    number = 0
+    for split, each in (("train", 16), ("validation", 4), ("test", 4)):
+        for name in FLOWERS:
+            folder = root / "dataset" / split / name
+            folder.mkdir(parents=True)
+            for at in range(each):
+                (folder / f"{at}.jpg").write_bytes(jpeg(number := number + 1))
+    return (f"data.root={root / 'dataset'}",)
+
+
+def record_files(root: Path) -> tuple[str, ...]:
+    (root / "records").mkdir()
+    for file in range(6):
+        with tf.io.TFRecordWriter(str(root / "records" / f"{file}.tfrec")) as writer:
+            for at in range(20):
+                feature = {
+                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg(100 * file + at)])),
+                    "class": tf.train.Feature(int64_list=tf.train.Int64List(value=[at % 5])),
+                }
+                example = tf.train.Example(features=tf.train.Features(feature=feature))
+                writer.write(example.SerializeToString())
+    return (f"data.pattern={root / 'records'}/*.tfrec",)
+
+
+def images_of(root: Path, name: str) -> tuple[str, ...]:
+    if name in TFDS:
+        return tfds_folder(root, name)
+    return record_files(root) if name in RECORDS else class_folders(root)
+
+
+def small(name: str, model: str | None = None) -> tuple[str, ...]:
+    """As little as shows that a preset works: what it trains, in two steps a phase, and on what."""
+    from tests.test_recipes import preset
+
+    config = preset(name, *((f"model={model}",) if model else ()))
+    phases = [f"phases.{p}.{key}" for p in config.phases for key in ("epochs=null", "steps=2")]
+    return (
+        f"experiment={name}", *((f"model={model}",) if model else ()), "model.weights=none", "training.batch_size=16",
+        f"model.image_size={SMALLEST.get(config.model.backbone, 48)}", *phases, "export.formats=[saved_model]",
+        "runtime.precision=float32", "runtime.progress=lines", "runtime.deterministic=false",
+    )  # fmt: skip
+
+
+def check(name: str, out: Path, model: str | None = None) -> None:
+    from tests.test_recipes import preset
+
+    config = preset(name, *((f"model={model}",) if model else ()))
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert list(report["phases"]) == list(config.phases)
+    said = yaml.safe_load((out / "config.yaml").read_text())
+    assert said["experiment_name"] == name
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines if line["kind"] == "epoch"} == set(config.phases)
+    assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "epoch")
+    assert (out / "export" / "saved_model" / "1" / "saved_model.pb").exists()
+    labels = (out / "export" / "labels.txt").read_text().split()
+    classes = TFDS[name][0] if name in TFDS else FLOWERS
+    assert len(labels) == (classes if isinstance(classes, int) else len(classes))
+    assert (out / "DONE").exists()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_one_preset_of_each_source_runs(name: str, tmp_path: Path) -> None:
+    result = run(*small(name, QUICK[name]), *images_of(tmp_path, name), f"output_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    check(name, tmp_path / "run", QUICK[name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [name for name in (*TFDS, *FOLDERS, *RECORDS)])
+def test_every_preset_runs(name: str, tmp_path: Path) -> None:
+    result = run(*small(name), *images_of(tmp_path, name), f"output_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    check(name, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_distilled_preset_learns_from_the_run_before(tmp_path: Path) -> None:
+    images = class_folders(tmp_path)
+    teacher = run(
+        *small("flowers_efficientnet_b0", "efficientnet_b4"), *images, f"output_dir={tmp_path / 'teacher'}"
+    )
+    assert teacher.returncode == 0, teacher.stderr[-2000:]
+    name = "flowers_efficientnet_b0_distilled"
+    student = run(
+        *small(name), *images, f"distillation.teacher={tmp_path / 'teacher'}", f"output_dir={tmp_path / 'run'}"
+    )
+    assert student.returncode == 0, student.stderr[-2000:]
+    check(name, tmp_path / "run")
+
+
+def test_no_preset_is_forgotten() -> None:
+    assert {*TFDS, *FOLDERS, *RECORDS, "flowers_efficientnet_b0_distilled", "quickstart"} == set(PRESETS)
