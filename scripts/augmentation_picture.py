@@ -70,7 +70,7 @@ def main() -> None:
             axes.imshow(view)
             axes.set_axis_off()
     target = ROOT / "docs" / "pictures" / "augmentation.jpg"
-    figure.savefig(target, dpi=110, pil_kwargs={"quality": 85})
+    figure.savefig(target, dpi=90, pil_kwargs={"quality": 85})
 
 
 if __name__ == "__main__":

@@ -53,7 +53,12 @@ def pixels(request: pytest.FixtureRequest, splits: dict[str, Split], tmp_path: P
 
 
 def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
-    for augmentation, kind in ((Augmentation(), tf.uint8), (EVERYTHING, tf.float32)):
+    mixing = {"other_label": tf.TensorSpec([4], tf.int32), "mix": tf.TensorSpec([4], tf.float32)}
+    for augmentation, kind, more in (
+        (Augmentation(), tf.uint8, {}),
+        (EVERYTHING, tf.float32, {}),
+        (MIXING, tf.float32, mixing),
+    ):
         batches = training_batches(
             pixels,
             batch_size=BATCH,
@@ -70,6 +75,7 @@ def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
             "weight": tf.TensorSpec([4], tf.float32),
             "index": tf.TensorSpec([4], tf.int64),
             "position": tf.TensorSpec([4], tf.int64),
+            **more,
         }
 
 

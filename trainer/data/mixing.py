@@ -22,14 +22,14 @@ def with_hole(images: tf.Tensor, share: float, draws: Draws) -> tf.Tensor:
     """
     side = tf.fill([tf.shape(images)[0]], max(round(share * images.shape[1]), 1))
     hole, _ = _box(side, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
-    return tf.where(hole, tf.constant(GREY, images.dtype), images)
+    return tf.reshape(tf.where(hole, tf.constant(GREY, images.dtype), _flat(images)), tf.shape(images))
 
 
 def _box(side: tf.Tensor, draws: Draws, what: tuple[int, int], size: int) -> tuple[tf.Tensor, tf.Tensor]:
     """A square of `side` pixels, int32 [b], about a centre anywhere in an image of `size` pixels a side.
 
     Returns:
-        bool [b, S, S, 1], true inside; and how many pixels of the image that are, int32 [b].
+        bool [b, S, 3 S], true inside; and how many pixels of the image that are, int32 [b].
     """
     inside, lengths = [], []
     for number in what:
@@ -39,7 +39,12 @@ def _box(side: tf.Tensor, draws: Draws, what: tuple[int, int], size: int) -> tup
         inside.append((at >= first[:, None]) & (at < last[:, None]))
         lengths.append(last - first)
     across, down = inside
-    return (down[:, :, None] & across[:, None, :])[..., None], lengths[0] * lengths[1]
+    return down[:, :, None] & tf.repeat(across, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
+
+
+def _flat(images: tf.Tensor) -> tf.Tensor:
+    """[b, S, 3 S]: a mask without the colours in its last axis, spread over them, takes three times as long."""
+    return tf.reshape(images, [-1, images.shape[1], 3 * images.shape[1]])
 
 
 def shares(alpha: float) -> np.ndarray:
@@ -63,29 +68,27 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
     Returns:
         image as above, `other_label` int32 [b] and `mix` float32 [b], the share of `label`: 1 where nothing is mixed.
     """
-    images = batch["image"]
-    draws = Draws(seed, epoch, batch["index"])
-    own, share = _cutmix(a.cutmix, draws, images.shape[1]) if a.cutmix else _mixup(a.mixup, draws)
-    if a.mixup and a.cutmix:
-        cut, (evenly, other_share) = draws.coin(MIX_KIND), _mixup(a.mixup, draws)
-        own, share = tf.where(cut[:, None, None, None], own, evenly), tf.where(cut, share, other_share)
+    images = _flat(batch["image"])
+    size, others, draws = images.shape[1], _partners(images), Draws(seed, epoch, batch["index"])
     real = (batch["weight"] > 0) & (_partners(batch["weight"]) > 0)
-    own, share = tf.where(real[:, None, None, None], own, 1.0), tf.where(real, share, 1.0)
-    mixture = images * own + _partners(images) * (1.0 - own)
-    return {"image": mixture, "other_label": _partners(batch["label"]), "mix": share}
-
-
-def _mixup(alpha: float, draws: Draws) -> tuple[tf.Tensor, tf.Tensor]:
-    """The weight of the own image, float32 [b, 1, 1, 1], and the share of its label, float32 [b]."""
-    share = draws.of(MIX, shares(alpha))
-    return share[:, None, None, None], share
-
-
-def _cutmix(alpha: float, draws: Draws, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """As `_mixup`, for every pixel: 0 in the box, 1 around it; float32 [b, S, S, 1]."""
-    sides = np.rint(np.sqrt(1 - shares(alpha)) * size)
-    box, pixels = _box(tf.cast(draws.of(MIX, sides), tf.int32), draws, (CUTMIX_X, CUTMIX_Y), size)
-    return 1.0 - tf.cast(box, tf.float32), 1.0 - tf.cast(pixels, tf.float32) / float(size * size)
+    is_cut = real if a.cutmix else tf.zeros_like(real)
+    if a.mixup and a.cutmix:
+        is_cut &= draws.coin(MIX_KIND)
+    mixture, share = images, tf.ones_like(batch["weight"])
+    if a.mixup:
+        share = tf.where(real & ~is_cut, draws.of(MIX, shares(a.mixup)), 1.0)
+        mixture = images * share[:, None, None] + others * (1.0 - share[:, None, None])
+    if a.cutmix:
+        sides = tf.cast(draws.of(MIX, np.rint(np.sqrt(1 - shares(a.cutmix)) * size)), tf.int32)
+        box, covered = _box(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
+        mixture = tf.raw_ops.Select(condition=box & is_cut[:, None, None], x=others, y=mixture)
+        share = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), share)
+    mixture = tf.reshape(mixture, tf.shape(batch["image"]))
+    return {
+        "image": tf.ensure_shape(mixture, batch["image"].shape),
+        "other_label": _partners(batch["label"]),
+        "mix": share,
+    }
 
 
 def _partners(rows: tf.Tensor) -> tf.Tensor:
