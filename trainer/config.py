@@ -116,14 +116,8 @@ class Augmentation(Section):
 
     @property
     def active(self) -> bool:
-        """Whether anything at all is changed."""
-        return bool(self.changes)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """What is on, in words of the configuration; `fill` and `magnitude` alone change nothing."""
-        on = {key: value for key, value in self if value and key not in ("fill", "magnitude")}
-        return on | ({"magnitude": self.magnitude} if self.randaugment else {})
+        """Whether anything at all is changed; `fill` and `magnitude` alone change nothing."""
+        return any(value for name, value in self if name not in ("fill", "magnitude"))
 
     @property
     def mixes(self) -> bool:
