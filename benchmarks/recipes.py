@@ -1,10 +1,10 @@
 """The scores of recipes on photos that you give: three seeds each, as a table for docs/recipes.md.
 
-    python -m benchmarks.recipes --flowers photos --beans leaves --weights mobilenet_v2_1.0.h5 --small mobilenet_v2_0.35.h5
+    python -m benchmarks.recipes --flowers photos --beans leaves --weights wide.h5 --small narrow.h5
 
-`flowers` holds class folders, `beans` {train,validation,test}/<class>; the weights are MobileNetV2's without its top, of
-alpha 1.0 and 0.35. Accuracy is of the validation split for the flowers (a fifth, chosen on) and of the test split for the
-beans, over the examples of all seeds together, with Wilson's 95 % interval as if these were independent.
+`flowers` holds class folders, `beans` {train,validation,test}/<class>; the weights are MobileNetV2's without its top,
+of alpha 1.0 and 0.35. Accuracy is of the validation split for the flowers (a fifth, chosen on) and of the test split
+for the beans, over all seeds together, with Wilson's 95 % interval of one seed's number of examples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def score(output: Path, *overrides: str) -> tuple[int, int, float]:
 
 
 def unbalanced(flowers: Path, to: Path) -> Path:
-    """The flowers with every class after the first two cut to a tenth for training; validation keeps all of its share."""
+    """The flowers with every class after the first two cut to a tenth for training; all of a fifth validates."""
     for number, folder in enumerate(sorted(path for path in flowers.iterdir() if path.is_dir())):
         files = sorted(folder.iterdir())
         fifth = len(files) // 5
@@ -75,7 +75,9 @@ def main() -> None:
             "alpha 0.35 taught by 1.0, augmentation=none": (
                 *photos, *narrow, "augmentation=none", f"distillation.teacher={teacher}", "distillation.alpha=0.1"),
         }  # fmt: skip
-        print("| run | accuracy | n | 95 % interval | each seed | seconds of training |\n| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| run | accuracy | n | 95 % interval | each seed | seconds of training |\n| --- | --- | --- | --- | --- | --- |"
+        )
         for name, overrides in rows.items():
             if asked.only not in name:
                 continue
@@ -86,9 +88,9 @@ def main() -> None:
                     score(teacher, *photos, *wide, "augmentation=none", f"seed={seed}")
                 found.append(score(scratch / f"{len(name)}-{seed}-{abs(hash(name))}", *overrides, f"seed={seed}"))
             right, n = sum(f[0] for f in found), sum(f[1] for f in found)
-            low, high = wilson(right, n)
+            low, high = wilson(round(right / len(SEEDS)), n // len(SEEDS))
             each = ", ".join(f"{f[0] / f[1]:.3f}" for f in found)
-            print(f"| {name} | {right / n:.3f} | {n} | {low:.3f} to {high:.3f} | {each} | "
+            print(f"| {name} | {right / n:.3f} | {n // len(SEEDS)} | {low:.3f} to {high:.3f} | {each} | "
                   f"{sum(f[2] for f in found) / len(found):.0f} |", flush=True)  # fmt: skip
 
 

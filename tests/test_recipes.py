@@ -113,7 +113,9 @@ def preset(name: str, *more: str) -> RunConfig:
 
 def test_every_preset_of_the_list_is_there() -> None:
     assert set(TABLE) <= set(PRESETS)
-    assert [name for name in PRESETS if name not in TABLE and name != "quickstart" and not name.endswith("_strong")] == []
+    assert [
+        name for name in PRESETS if name not in TABLE and name != "quickstart" and not name.endswith("_strong")
+    ] == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -166,7 +168,8 @@ def test_what_only_one_recipe_does() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
-    "change", ["augmentation=strong", "phases=progressive", "phases=head_only", "model=vgg16", "debug=fast", "runtime=pod"]
+    "change",
+    ["augmentation=strong", "phases=progressive", "phases=head_only", "model=vgg16", "debug=fast", "runtime=pod"],
 )
 def test_switches_compose_with_every_preset(name: str, change: str) -> None:
     preset(name, change)

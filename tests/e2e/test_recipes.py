@@ -127,7 +127,7 @@ def test_one_preset_of_each_source_runs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [name for name in (*TFDS, *FOLDERS, *RECORDS)])
+@pytest.mark.parametrize("name", [*TFDS, *FOLDERS, *RECORDS])
 def test_every_preset_runs(name: str, tmp_path: Path) -> None:
     result = run(*small(name), *images_of(tmp_path, name), f"output_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -138,9 +138,7 @@ def test_every_preset_runs(name: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_distilled_preset_learns_from_the_run_before(tmp_path: Path) -> None:
     images = class_folders(tmp_path)
-    teacher = run(
-        *small("flowers_efficientnet_b0", "efficientnet_b4"), *images, f"output_dir={tmp_path / 'teacher'}"
-    )
+    teacher = run(*small("flowers_efficientnet_b0", "efficientnet_b4"), *images, f"output_dir={tmp_path / 'teacher'}")
     assert teacher.returncode == 0, teacher.stderr[-2000:]
     name = "flowers_efficientnet_b0_distilled"
     student = run(
