@@ -75,9 +75,8 @@ def main() -> None:
             "alpha 0.35 taught by 1.0, augmentation=none": (
                 *photos, *narrow, "augmentation=none", f"distillation.teacher={teacher}", "distillation.alpha=0.1"),
         }  # fmt: skip
-        print(
-            "| run | accuracy | n | 95 % interval | each seed | seconds of training |\n| --- | --- | --- | --- | --- | --- |"
-        )
+        print("| run | accuracy | n | 95 % interval | each seed | seconds of training |")
+        print("| --- | --- | --- | --- | --- | --- |")
         for name, overrides in rows.items():
             if asked.only not in name:
                 continue
