@@ -51,6 +51,7 @@ def test_a_damaged_photo_is_named(damaged: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: Path) -> None:
     result = run(*QUICK, f"data.root={damaged}", "data.on_error=skip", f"output_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
@@ -80,6 +81,7 @@ def test_mistakes_end_with_2_and_a_sentence(photos: Path, tmp_path: Path, overri
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_75_and_the_run_goes_on_later(photos: Path, tmp_path: Path) -> None:
     """No file may grow beyond 1 MB: the first checkpoint does not fit, as on a full disk."""
     arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]

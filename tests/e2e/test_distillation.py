@@ -50,6 +50,7 @@ def test_a_student_says_what_it_learns_from(teacher: Path, tmp_path: Path) -> No
     assert answers.std(0).min() > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_refused(teacher: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for name in ("dark", "light"):

@@ -81,6 +81,7 @@ def test_two_workers_train_batch_norm_as_one_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_the_run(tmp_path: Path) -> None:
     chosen, by_hand = tmp_path / "chosen", tmp_path / "by-hand"
     child = start(*AUTO, f"output_dir={chosen}")

@@ -172,6 +172,7 @@ def stuck(tmp_path: Path, photos: Path) -> tuple[Workers, int, list[str]]:
     return run, port, overrides
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_noticed_and_sigterm_ends_it_at_once(tmp_path: Path, photos: Path) -> None:
     run, port, _ = stuck(tmp_path, photos)
     time.sleep(1)  # and it stays so
@@ -207,6 +208,7 @@ def test_a_wrong_configuration_is_told_in_the_log_and_in_the_last_message(tmp_pa
         assert why in message(tmp_path)
 
 
+@pytest.mark.slow
 def test_prepare_in_a_pod(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={tmp_path / 'digits'}", "data.shards=2"]
     result = subprocess.run(

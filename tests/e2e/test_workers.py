@@ -77,6 +77,7 @@ def test_workers_with_another_configuration_refuse_with_the_difference(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_each_worker_may_have_a_cache_and_budgets_of_its_own_but_not_another_output(tmp_path: Path) -> None:
     own = {1: [f"runtime.cache_dir={tmp_path}/c1", "runtime.memory_budget_gb=1", f"output_dir={tmp_path}/b"]}
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={tmp_path}/a", own=own)
@@ -95,6 +96,7 @@ def test_several_workers_need_an_output_dir(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_finished_for_a_worker_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
     small = (*SHARED, "debug.max_steps=1", "export.formats=[]", f"output_dir={out}")

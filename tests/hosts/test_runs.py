@@ -79,6 +79,7 @@ def test_two_hosts_find_each_other_by_name_and_learn_what_one_process_learns(und
     assert "workers: all 2 are there" in log
 
 
+@pytest.mark.slow
 def test_a_chief_whose_name_is_published_late_is_waited_for(network: Network, tmp_path: Path) -> None:
     network.forget(HOSTS[0])
     workers = start_job(network, tmp_path, *RUN, f"output_dir={tmp_path / 'run'}")
@@ -91,6 +92,7 @@ def test_a_chief_whose_name_is_published_late_is_waited_for(network: Network, tm
     workers.kill()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_name_is_published_late_is_waited_for(network: Network, tmp_path: Path) -> None:
     network.forget(HOSTS[1])
     chief = start_job(network, tmp_path / "0", *RUN, f"output_dir={tmp_path / 'run'}", only=[0])
@@ -171,6 +173,7 @@ def test_a_lost_link_ends_both_sides_and_spoils_nothing(
     assert_same_run(undisturbed, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_worker_ends_the_other_and_thawed_itself(
     victim: int, network: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -190,6 +193,7 @@ def test_a_frozen_worker_ends_the_other_and_thawed_itself(
     assert kept(folder) == before
 
 
+@pytest.mark.slow
 def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(
     network: Network, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +217,7 @@ def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(
     assert_same_run(undisturbed, folder)
 
 
+@pytest.mark.slow
 def test_a_worker_lost_while_tensorflow_is_imported_is_named_too(network: Network, tmp_path: Path) -> None:
     workers = start_job(network, tmp_path / "log", *RUN, f"output_dir={tmp_path / 'run'}")
     for index in range(2):
@@ -224,6 +229,7 @@ def test_a_worker_lost_while_tensorflow_is_imported_is_named_too(network: Networ
     assert f"interrupted: lost worker 1 ({HOSTS[1]}:{PORT}): it ended without a word" in workers.said(0)
 
 
+@pytest.mark.slow
 def test_the_successor_of_a_frozen_chief_asks_for_another_start(network: Network, tmp_path: Path) -> None:
     """The pod is gone for Kubernetes, but its process still holds the folder; this is no mistake of the user's."""
     folder = tmp_path / "run"
