@@ -206,7 +206,7 @@ def test_a_number_keeps_its_meaning_for_ever() -> None:
     }  # fmt: skip
 
 
-GROUPS = ("none", "light", "standard", "strong", "medical", "inception")
+GROUPS = ("none", "light", "standard", "strong", "medical", "inception", "flowers_folder", "image_folder")
 
 
 def group(name: str) -> Augmentation:

@@ -184,6 +184,7 @@ def test_a_worker_by_record_survives_windows_that_are_all_other_workers(
         np.testing.assert_array_equal(batch["index"], np.concatenate([part["index"] for part in both]))
 
 
+@pytest.mark.slow
 def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_path: Path) -> None:
     split = splits["shards"]  # 9, 10, 1 and 17 records
     pixels = opened(split, "none", tmp_path)

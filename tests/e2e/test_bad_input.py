@@ -61,19 +61,24 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
     assert "light/07.jpg" in report["data"]["undecodable"][0]
 
 
+MISTAKES = [
+    (["data.root=/nowhere/photos"], "/nowhere/photos"),
+    (["training.class_weights={grey:2}"], "training.class_weights names grey; the classes are dark, light"),
+]
+MORE_MISTAKES = [
+    (["model.weights=/nowhere/weights.h5"], "/nowhere/weights.h5"),
+    (["model.backbone=MobileNetV7"], "MobileNetV"),
+    (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: there is no checkpoint; give the output_dir of a run"),
+    (["phases.head.thaw=from_block:block_99"], "has no such block"),
+    (["data.validation_fraction=0"], "there is nothing to validate on: set data.validation_fraction"),
+    (["training.batch_size=7", "runtime.replicas=2"], "training.batch_size: 7 cannot be shared evenly by 2 replicas"),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
-    [
-        (["data.root=/nowhere/photos"], "/nowhere/photos"),
-        (["model.weights=/nowhere/weights.h5"], "/nowhere/weights.h5"),
-        (["model.backbone=MobileNetV7"], "MobileNetV"),
-        (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: there is no checkpoint; give the output_dir of a run"),
-        (["training.class_weights={grey:2}"], "training.class_weights names grey; the classes are dark, light"),
-        (["phases.head.thaw=from_block:block_99"], "has no such block"),
-        (["data.validation_fraction=0"], "there is nothing to validate on: set data.validation_fraction"),
-        (["training.batch_size=7", "runtime.replicas=2"], "training.batch_size: 7 cannot be shared evenly by 2 replicas"),
-    ],
-)  # fmt: skip
+    [*MISTAKES, *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in MORE_MISTAKES)],
+)
 def test_mistakes_end_with_2_and_a_sentence(photos: Path, tmp_path: Path, overrides: list[str], sentence: str) -> None:
     result = run(*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}", *overrides)
     assert result.returncode == 2, result.stderr

@@ -81,6 +81,7 @@ def assert_tensorboard_reads(there: Place, to: Path) -> None:
     assert {"train/loss", "validation/accuracy"} <= set(events.Tags()["tensors"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("server")
 def test_killed_and_started_on_an_empty_disk_it_ends_with_the_same_bits(
     calm: Path, prepared: Path, tmp_path: Path

@@ -35,6 +35,7 @@ def student(teacher: Path | str, way: str, *more: str) -> tuple[str, ...]:
     return (*SHARED, *WAYS[way], f"distillation.teacher={teacher}", "distillation.temperature=2", *more)
 
 
+@pytest.mark.slow
 def test_a_student_says_what_it_learns_from(teacher: Path, tmp_path: Path) -> None:
     told = student(teacher, "kept", f"runtime.cache_dir={tmp_path / 'cache'}", "debug.max_steps=2", "export.formats=[]")
     first = run(*told, f"output_dir={tmp_path / 'run'}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.data.test_groups import write_dataset_with_groups
 from tests.e2e.running import run
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_scores_apart_by_group(tmp_path: Path) -> None:
     root = write_dataset_with_groups(tmp_path / "clinic", {"train": 30, "test": 24})
     out = tmp_path / "run"

@@ -42,6 +42,7 @@ def assert_near(one: Path, other: Path, tolerance: float) -> None:
             assert line[key] == pytest.approx(expected[key], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_workers_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path) -> None:
     """Adam, EMA, dropout and augmentation on; 90 examples in batches of 12 leave padding in the last batch."""
     extra = ("training.clip_norm=1", "training.class_weights=balanced", "model.dropout=0.2")

@@ -32,6 +32,7 @@ GIVEN_BY_OTHERS = {
     "HYDRA_FULL_ERROR": "",
     "TF_CPP_MIN_LOG_LEVEL": "",
     "PYTHONWARNINGS": "",
+    "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
     "GOOGLE_APPLICATION_CREDENTIALS": "those who run outside of Google's cloud",
 }

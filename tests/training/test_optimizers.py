@@ -215,6 +215,7 @@ print("RESULT" + json.dumps(seven_steps(tf.distribute.MirroredStrategy(["CPU:0",
 """
 
 
+@pytest.mark.slow
 def test_two_replicas_share_the_rate_as_one_does() -> None:
     """In a fresh process: logical devices come before all else."""
     result = subprocess.run(

@@ -217,6 +217,7 @@ print("RESULT" + json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_two_and_four_replicas_agree_with_one() -> None:
     found = {}
     for replicas in (1, 2, 4):
