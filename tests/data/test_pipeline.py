@@ -210,7 +210,7 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
         assert sorted(seen) == list(range(COUNT))
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5, 40])
+@pytest.mark.parametrize("workers", [2, 3, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels, workers: int) -> None:
     seen = []
     for worker in range(workers):

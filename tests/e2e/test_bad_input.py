@@ -42,6 +42,7 @@ def damaged(photos: Path) -> Path:
     victim.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_photo_is_named(damaged: Path, tmp_path: Path) -> None:
     result = run(*QUICK, f"data.root={damaged}", f"output_dir={tmp_path / 'run'}")
     assert result.returncode == 2
@@ -62,10 +63,10 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
 
 
 MISTAKES = [
-    (["data.root=/nowhere/photos"], "/nowhere/photos"),
     (["training.class_weights={grey:2}"], "training.class_weights names grey; the classes are dark, light"),
 ]
 MORE_MISTAKES = [
+    (["data.root=/nowhere/photos"], "/nowhere/photos"),
     (["model.weights=/nowhere/weights.h5"], "/nowhere/weights.h5"),
     (["model.backbone=MobileNetV7"], "MobileNetV"),
     (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: there is no checkpoint; give the output_dir of a run"),

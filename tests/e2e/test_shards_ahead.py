@@ -100,6 +100,7 @@ def test_workers_that_share_by_file_fetch_their_own_shards(prepared: Path, tmp_p
     assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("server")
 def test_what_cannot_be_is_said_before_anything_is_trained(prepared: Path, tmp_path: Path) -> None:
     tight = start(tmp_path / "1", DATA, tmp_path / "c1", "runtime.disk_budget_gb=0.00002")

@@ -91,6 +91,7 @@ print("RESULT" + json.dumps(EvaluationPass(strategy, teacher).probabilities(stre
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_answers_on_two_devices(model: keras.Model, exported: Path, tmp_path: Path) -> None:
     images = some_images(4)
     np.save(tmp_path / "images.npy", images)
