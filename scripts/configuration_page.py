@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from trainer import config
+from trainer.config_faults import without_none
 from trainer.config_parts import Duration
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -48,12 +49,6 @@ def _kind(annotation: Any) -> str:
     )
 
 
-def _without_none(annotation: Any) -> Any:
-    """`Section | None` -> `Section`."""
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    return kinds[0] if typing.get_origin(annotation) is types.UnionType and len(kinds) == 1 else annotation
-
-
 def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     return ", ".join(f"{sign} {getattr(m, k)}" for m in metadata for k, sign in signs.items() if hasattr(m, k))
@@ -85,7 +80,7 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
             continue
         annotation = field.annotation
         whole = typing.get_origin(annotation) is dict
-        inner = typing.get_args(annotation)[1] if whole else _without_none(annotation)
+        inner = typing.get_args(annotation)[1] if whole else without_none(annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Duration:
             branch = f"{prefix}{name}." + ("NAME." if whole else "")
             null = " Null by default." if inner is not annotation and not whole else ""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config_phases import AUTO
 
 
-def _without_none(annotation: Any) -> Any:
+def without_none(annotation: Any) -> Any:
     """`Section | None` -> `Section`."""
     kinds = [kind for kind in getattr(annotation, "__args__", ()) if kind is not type(None)]
     return kinds[0] if isinstance(annotation, UnionType) and len(kinds) == 1 else annotation
@@ -23,7 +23,7 @@ def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel
     for key in path:
         if isinstance(here, type) and issubclass(here, BaseModel):
             field = here.model_fields.get("auto" if key == AUTO else str(key))
-            here = _without_none(field.annotation) if field else None
+            here = without_none(field.annotation) if field else None
         elif getattr(here, "__origin__", None) is dict:
             here = here.__args__[1]
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
