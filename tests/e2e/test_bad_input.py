@@ -71,6 +71,7 @@ MORE_MISTAKES = [
     (["model.backbone=MobileNetV7"], "MobileNetV"),
     (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: there is no checkpoint; give the output_dir of a run"),
     (["phases.head.thaw=from_block:block_99"], "has no such block"),
+    (["phases.second.thaw=last_blocks:99", "phases.second.epochs=1"], "phases.second: thaw=last_blocks:99: "),
     (["data.validation_fraction=0"], "there is nothing to validate on: set data.validation_fraction"),
     (["training.batch_size=7", "runtime.replicas=2"], "training.batch_size: 7 cannot be shared evenly by 2 replicas"),
 ]
