@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from trainer.config import Augmentation, Data
+from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
 from trainer.data.pixels import memory_budget_default, open_pixels
 from trainer.data.sources import open_dataset
@@ -87,16 +88,8 @@ def main() -> None:
     )
 
     def stream(augmentation: Augmentation) -> tf.data.Dataset:
-        return training_batches(
-            pixels,
-            batch_size=options.batch,
-            replicas=1,
-            seed=1,
-            window=8192,
-            augmentation=augmentation,
-            first_epoch=0,
-            first_step=0,
-        )
+        order = Order(batch_size=options.batch, seed=1, window=8192)
+        return training_batches(pixels, order, replicas=1, augmentation=augmentation)
 
     groups = {f"group {path.stem}": yaml.safe_load(path.read_text()) for path in sorted(GROUPS.glob("[!n]*.yaml"))}
     chosen = {name: Augmentation(**on) for name, on in {"none": {}, **SINGLE, **groups}.items()}

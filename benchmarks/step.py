@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from trainer.config import Augmentation, Data, Model
 from trainer.config_phases import Optimizer, Schedule
+from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
 from trainer.data.pixels import memory_budget_default, open_pixels
 from trainer.data.sources import open_dataset
@@ -67,16 +68,8 @@ def main() -> None:
     flip = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")
 
     def stream(augmentation: Augmentation) -> tf.data.Dataset:
-        return training_batches(
-            pixels,
-            batch_size=options.batch,
-            replicas=1,
-            seed=1,
-            window=8192,
-            augmentation=augmentation,
-            first_epoch=0,
-            first_step=0,
-        )
+        order = Order(batch_size=options.batch, seed=1, window=8192)
+        return training_batches(pixels, order, replicas=1, augmentation=augmentation)
 
     for thaw in ("none", "from_layer:100"):
         classifier = build_classifier(model, len(dataset.class_names), 1)

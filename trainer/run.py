@@ -15,7 +15,7 @@ from trainer.config import Phase, RunConfig
 from trainer.contracts import Dataset
 from trainer.data.ahead import Gate
 from trainer.data.decode import plain
-from trainer.data.order import ALONE, Share
+from trainer.data.order import ALONE, Order, Share
 from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Cache, Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.errors import INTERRUPTED, DataError, ToldToStop
@@ -166,27 +166,26 @@ def step_settings(job: Run, batch_norm_training: bool) -> StepSettings:
 
 def training_stream(job: Run) -> tuple[Any, Gate]:
     """Training batches from the state's position on, endless; and what waits for the shards they are read from."""
-    config, state = job.config, job.state
-    pixels, options = job.pixels("train"), dict[str, Any](
+    config, pixels, replicas, state = job.config, job.pixels("train"), job.replicas, job.state
+    order = Order(
         batch_size=config.training.batch_size,
-        replicas=job.replicas,
         seed=config.seed,
         window=config.data.shuffle_window,
-        augmentation=config.augmentation,
         first_epoch=state.epoch,
         first_step=state.epoch_step,
-        threads=config.runtime.data_threads,
         share=job.share,
-    )  # fmt: skip
+    )
+    augmentation, threads = config.augmentation, config.runtime.data_threads
 
     def batches(_: tf.distribute.InputContext) -> tf.data.Dataset:
-        images = training_batches(pixels, **options)
+        images = training_batches(pixels, order, replicas=replicas, augmentation=augmentation, threads=threads)
         if job.answers is None:
             return images
         answers = tf.constant(job.answers)
         return images.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
 
-    return job.strategy.distribute_datasets_from_function(batches), training_gate(pixels, **options)
+    gate = training_gate(pixels, order, replicas=replicas, augmentation=augmentation)
+    return job.strategy.distribute_datasets_from_function(batches), gate
 
 
 def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,15 +202,17 @@ def score(
     Each worker scores examples of its own. The other workers get their own part back, and so does everyone where the
     run is told to stop meanwhile: ask `told_to_stop` after it.
     """
-    options = dict[str, Any](batch_size=batch_size, replicas=job.replicas, part=part, share=job.share)
-    batches, count = evaluation_batches(pixels, threads=job.config.runtime.data_threads, **options)
+    replicas, share, threads = job.replicas, job.share, job.config.runtime.data_threads
+    batches, count = evaluation_batches(
+        pixels, batch_size=batch_size, replicas=replicas, part=part, threads=threads, share=share
+    )
     stream = job.strategy.distribute_datasets_from_function(lambda _: batches)
-    gate = evaluation_gate(pixels, **options)
+    gate = evaluation_gate(pixels, batch_size=batch_size, replicas=replicas, part=part, share=share)
 
     def ready() -> bool:
         """Whether to go on, once the shards of the next batch are here."""
         try:
-            waited = gate.before(batch_size // job.share.workers)
+            waited = gate.before(batch_size // share.workers)
         except ToldToStop:
             return False
         if waited > 0:

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from trainer.config import Augmentation
 from trainer.contracts import Shard, Split
 from trainer.data import ahead
 from trainer.data.ahead import sequence_reads, training_reads
-from trainer.data.order import ALONE, Share, sequence_blocks, steps_per_epoch, training_blocks
+from trainer.data.order import ALONE, Order, Share, sequence_blocks, steps_per_epoch, training_blocks
 from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Pixels
 from trainer.errors import DataError
@@ -27,7 +28,7 @@ from trainer.storage.places import place
 from trainer.storage.shard_cache import OwnFolder, ShardCache
 
 SHARDS, RECORDS, SIDE = 50, 1990, 4
-AUGMENTED = Augmentation(flip_horizontal=True)
+PLAIN, AUGMENTED = Augmentation(), Augmentation(flip_horizontal=True)
 Batches = list[dict[str, np.ndarray]]
 
 
@@ -101,15 +102,17 @@ def arriving(
     return opened(there, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
 
 
-def taken(pixels: Pixels, steps: int, call: int = 1, **options: object) -> Batches:
+def taken(
+    pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
+) -> Batches:
     """Training batches, `call` steps between two gates, as the loop of a run takes them."""
-    gate = training_gate(pixels, **options)  # type: ignore[arg-type]
-    stream, batches = iter(training_batches(pixels, **options)), []  # type: ignore[arg-type]
-    replicas, rows = options["replicas"], options["batch_size"] // options.get("share", ALONE).workers  # type: ignore
+    gate = training_gate(pixels, order, replicas=replicas, augmentation=augmentation)
+    stream = iter(training_batches(pixels, order, replicas=replicas, augmentation=augmentation))
+    batches: Batches = []
     for first in range(0, steps, call):
         now = min(call, steps - first)
-        gate.before(now * rows)
-        batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]  # type: ignore
+        gate.before(now * order.rows)
+        batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
     time.sleep(0.05)  # reading ahead goes on: what it cannot read would be noted
     del stream
     gate.close()
@@ -124,38 +127,37 @@ def assert_same(first: Batches, second: Batches) -> None:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-ALL = {"batch_size": 8, "replicas": 1, "seed": 5, "window": 100, "first_epoch": 0, "first_step": 0}
+ORDER = Order(batch_size=8, seed=5, window=100)
 
 
 @pytest.mark.parametrize(
-    ("changes", "call", "part"),
+    ("order", "call", "part", "augmentation", "replicas"),
     [
-        ({"first_step": 200}, 1, 0.4),
-        ({}, 7, 0.4),
-        ({"window": 7}, 3, 0.4),
-        ({"window": 300, "first_epoch": 2, "first_step": 150}, 5, 0.6),
-        ({"batch_size": 20, "replicas": 2, "window": 60, "augmentation": AUGMENTED}, 2, 0.5),
-        ({"shuffle": False, "first_step": 200}, 4, 1.0),
-        ({"share": Share(1, 2), "window": 3, "first_step": 200}, 3, 0.4),
-        ({"share": Share(0, 2), "window": 90}, 3, 0.4),
-        ({"share": Share(1, 3, "file"), "batch_size": 12, "window": 50, "first_step": 40}, 4, 0.4),
-        ({"share": Share(0, 2, "file"), "window": 64, "augmentation": AUGMENTED}, 5, 0.5),
+        (replace(ORDER, first_step=200), 1, 0.4, PLAIN, 1),
+        (ORDER, 7, 0.4, PLAIN, 1),
+        (replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
+        (replace(ORDER, batch_size=20, window=60), 2, 0.5, AUGMENTED, 2),
+        (replace(ORDER, shuffle=False, first_step=200), 4, 1.0, PLAIN, 1),
+        (replace(ORDER, share=Share(1, 2), window=3, first_step=200), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(0, 2), window=90), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
     ],
 )
 def test_a_pipeline_opens_only_what_was_required(
-    split: Split, tmp_path: Path, changes: dict[str, object], call: int, part: float
+    split: Split, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation, replicas: int
 ) -> None:
-    options = {**ALL, "augmentation": Augmentation(), **changes}
-    steps = steps_per_epoch(split, options["batch_size"], options.get("share", ALONE))  # type: ignore[arg-type]
+    steps = steps_per_epoch(split, order.batch_size, order.share)
     if call == 7:
         steps = 3 * steps - 5
     else:  # across the end of an epoch
-        options["first_step"], steps = options["first_step"] or steps - 60, 120
+        order, steps = replace(order, first_step=order.first_step or steps - 60), 120
     strict = arriving(split, tmp_path, part)
-    there = taken(strict, steps, call, **options)
+    there = taken(strict, order, steps, call, augmentation, replicas)
     assert strict.bad == {}
     here = opened(split, "none", tmp_path, size=SIDE)
-    assert_same(there, taken(here, steps, call, **options))
+    assert_same(there, taken(here, order, steps, call, augmentation, replicas))
     assert isinstance(strict.shards, Strict)
     assert strict.shards.largest <= strict.shards.budget
 
@@ -167,7 +169,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
     monkeypatch.setattr(ahead, "BLOCKS_AHEAD", 0)
     monkeypatch.setattr("trainer.data.pipeline.rows_ahead", lambda *_: 0)
     strict = arriving(split, tmp_path)
-    taken(strict, 100, 10, augmentation=Augmentation(), **ALL)
+    taken(strict, ORDER, 100, 10)
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
 
 
@@ -206,12 +208,12 @@ def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monk
 
 def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
     pixels = opened(shard_split(tmp_path), "none", tmp_path, on_error="skip")
-    options = {"batch_size": 4, "replicas": 1, "seed": 1, "window": 8, "augmentation": AUGMENTED}
-    taken(pixels, 9, first_epoch=0, first_step=0, **options)
+    order = Order(batch_size=4, seed=1, window=8)
+    taken(pixels, order, 9, augmentation=AUGMENTED)
     (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
     Path(gone).unlink()
     with pytest.raises(DataError, match=f"{gone}: No such file or directory, though it was there when the run began; "):
-        taken(pixels, 9, first_epoch=0, first_step=0, **options)
+        taken(pixels, order, 9, augmentation=AUGMENTED)
     with pytest.raises(DataError, match="put it back and run the same command again to go on"):
         pixels.rows(np.arange(COUNT))
 
@@ -230,9 +232,8 @@ def test_kept_pixels_are_filled_from_shards_that_come_and_go(
 
 
 def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk(split: Split, tmp_path: Path) -> None:
-    options = {**ALL, "augmentation": Augmentation()}
     pixels = arriving(split, tmp_path, 1.0, ShardCache)
-    taken(pixels, 1, **options)
+    taken(pixels, ORDER, 1)
     cache = pixels.shards
     assert cache
     deadline = time.monotonic() + 20
@@ -242,7 +243,7 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
     shutil.move(Path(split.shards[0].path).parent, tmp_path / "gone")
     try:
         steps = steps_per_epoch(split, 8)
-        assert len(taken(pixels, 2 * steps, 10, **options)) == 2 * steps
+        assert len(taken(pixels, ORDER, 2 * steps, 10)) == 2 * steps
     finally:
         shutil.move(tmp_path / "gone", Path(split.shards[0].path).parent)
     assert pixels.bad == {}
@@ -254,12 +255,9 @@ def test_the_blocks_are_those_of_the_pipeline(split: Split, window: int, batch: 
     steps = steps_per_epoch(split, batch, share)
     firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
     for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
-        options = {
-            "batch_size": batch, "seed": 3, "window": window, "first_epoch": epoch, "first_step": step,
-            "shuffle": shuffle, "share": share,
-        }  # fmt: skip
-        block, number = training_blocks(split, **options), 0  # type: ignore[arg-type]
-        for rows, shards in itertools.islice(training_reads(split, **options), 6):  # type: ignore[arg-type]
+        order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, share=share)
+        block, number = training_blocks(split, order), 0
+        for rows, shards in itertools.islice(training_reads(split, order), 6):
             made = block(tf.constant(number, tf.int64))
             while not len(made["index"]):
                 number += 1

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.contracts import Shard, Split
-from trainer.data.order import epoch_order, sequence_blocks, share_of, steps_per_epoch, training_blocks
+from trainer.data.order import Order, epoch_order, sequence_blocks, share_of, steps_per_epoch, training_blocks
 
 
 def files(count: int) -> Split:
@@ -63,9 +63,8 @@ def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -
     steps = steps_per_epoch(split, 8)
 
     def rows(epoch: int, step: int, wanted: int) -> np.ndarray:
-        block = training_blocks(
-            split, batch_size=8, seed=7, window=10, first_epoch=epoch, first_step=step, shuffle=shuffle
-        )
+        order = Order(batch_size=8, seed=7, window=10, first_epoch=epoch, first_step=step, shuffle=shuffle)
+        block = training_blocks(split, order)
         parts, number = [], 0
         while sum(len(p) for p in parts) < wanted:
             b = arrays(block(number))
@@ -86,7 +85,7 @@ def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -
 
 
 def test_a_block_reads_the_records_of_its_rows() -> None:
-    block = training_blocks(MANY, batch_size=8, seed=7, window=10, first_epoch=2, first_step=3, shuffle=True)
+    block = training_blocks(MANY, Order(batch_size=8, seed=7, window=10, first_epoch=2, first_step=3))
     first_index = np.cumsum([0] + [s.stop - s.start for s in MANY.shards])
     for number in range(12):
         b = arrays(block(number))
@@ -99,7 +98,7 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
 
 def test_a_resume_reads_no_window_but_its_own() -> None:
     split = shards(*[(0, 100)] * 10)
-    block = training_blocks(split, batch_size=10, seed=0, window=200, first_epoch=0, first_step=71, shuffle=True)
+    block = training_blocks(split, Order(batch_size=10, seed=0, window=200, first_step=71))
     assert block(0)["pieces"].numpy()[:, 2].sum() == 200
     assert len(block(0)["index"]) == 90  # rows 710 to 799
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +16,32 @@ import tensorflow as tf
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
 from trainer.config import Augmentation
 from trainer.contracts import Split
-from trainer.data.order import Share, epoch_order, shards_of_workers, steps_per_epoch
+from trainer.data.order import Order, Share, epoch_order, shards_of_workers, steps_per_epoch
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.pixels import Pixels
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
+ORDER = Order(BATCH, seed=5, window=12)
+PLAIN = Augmentation()
 EVERYTHING = Augmentation(flip_horizontal=True, rotation=20, shift=0.1, zoom=0.2, shear=5, contrast=0.2, brightness=0.1)
 
 MIXING = Augmentation(crop=0.5, mixup=0.3, cutmix=1.0)
 THE_REST = Augmentation(saturation=0.3, hue=0.1, randaugment=1, cutout=0.2, cutmix=1.0)
 
 
-def take(pixels: Pixels, count: int, epoch: int = 0, step: int = 0, **changes: object) -> list[dict[str, np.ndarray]]:
-    options = {"batch_size": BATCH, "replicas": 1, "seed": 5, "window": 12, "augmentation": Augmentation()}
-    batches = training_batches(pixels, first_epoch=epoch, first_step=step, **{**options, **changes})  # type: ignore
+def take(
+    pixels: Pixels,
+    count: int,
+    epoch: int = 0,
+    step: int = 0,
+    augmentation: Augmentation = PLAIN,
+    replicas: int = 1,
+    threads: int | None = None,
+    **changes: Any,
+) -> list[dict[str, np.ndarray]]:
+    order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
+    batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation, threads=threads)
     return list(batches.take(count).as_numpy_iterator())
 
 
@@ -59,16 +72,7 @@ def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
         (EVERYTHING, tf.float32, {}),
         (MIXING, tf.float32, mixing),
     ):
-        batches = training_batches(
-            pixels,
-            batch_size=BATCH,
-            replicas=2,
-            seed=5,
-            window=12,
-            augmentation=augmentation,
-            first_epoch=0,
-            first_step=0,
-        )
+        batches = training_batches(pixels, ORDER, replicas=2, augmentation=augmentation)
         assert batches.element_spec == {
             "image": tf.TensorSpec([4, SIDE, SIDE, 3], kind),
             "label": tf.TensorSpec([4], tf.int32),

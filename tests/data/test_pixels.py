@@ -14,6 +14,7 @@ import tensorflow as tf
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, record, shard_split
 from trainer.config import Augmentation
 from trainer.data.machine import memory_budget_default, memory_limit, usable_cpus
+from trainer.data.order import Order
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.pixels import Pixels, data_errors
 from trainer.errors import DataError
@@ -163,16 +164,7 @@ def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool
 
 
 def first_epoch(pixels: Pixels) -> tf.data.Dataset:
-    batches = training_batches(
-        pixels,
-        batch_size=8,
-        replicas=2,
-        seed=1,
-        window=10,
-        augmentation=Augmentation(),
-        first_epoch=0,
-        first_step=0,
-    )
+    batches = training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
     return batches.take(2 * 5)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from trainer.contracts import Split
-from trainer.data.order import ALONE, STRETCH, Share, shard_order, shards_of_workers, sizes_of_shards, steps_per_epoch
+from trainer.data.order import STRETCH, Order, shard_order, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 
@@ -40,26 +40,16 @@ def rows_ahead(size: int, threads: int, elements: int) -> int:
     return (elements + 4) * size + 2 * threads
 
 
-def training_reads(
-    split: Split,
-    *,
-    batch_size: int,
-    seed: int,
-    window: int,
-    first_epoch: int,
-    first_step: int,
-    shuffle: bool = True,
-    share: Share = ALONE,
-) -> Iterator[Read]:
+def training_reads(split: Split, order: Order) -> Iterator[Read]:
     """The blocks of `order.training_blocks`, endless, without those that have no row of this worker."""
-    by_file = share.by == "file" and share.workers > 1
+    share, rows, by_file = order.share, order.rows, order.by_file
     chosen = shards_of_workers(split, share.workers)[share.worker] if by_file else np.arange(len(split.shards))
-    all_sizes, steps = sizes_of_shards(split), steps_per_epoch(split, batch_size, share)
-    total, rows = int(all_sizes[chosen].sum()), batch_size // share.workers
-    batch, stretch = (rows, window) if by_file else (batch_size, window if shuffle else STRETCH)
-    epoch, row = first_epoch, first_step * batch
+    all_sizes, steps = sizes_of_shards(split), steps_per_epoch(split, order.batch_size, share)
+    total, shuffle = int(all_sizes[chosen].sum()), order.shuffle or by_file
+    batch, stretch = rows if by_file else order.batch_size, order.window if shuffle else STRETCH
+    epoch, row = order.first_epoch, order.first_step * batch
     if not by_file:
-        epoch, row = first_epoch + first_step // steps, first_step % steps * batch
+        epoch, row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
 
     def own(stop: int) -> int:
         """How many of the rows before `stop` are this worker's."""
@@ -68,7 +58,7 @@ def training_reads(
         return stop // batch * rows + min(max(stop % batch - share.worker * rows, 0), rows)
 
     while True:
-        shards = shard_order(chosen, seed, epoch) if shuffle or by_file else chosen
+        shards = shard_order(chosen, order.seed, epoch) if shuffle else chosen
         ends = np.cumsum(all_sizes[shards])
         begins = ends - all_sizes[shards]
         for start in range(min(row // stretch, -(-total // stretch) - 1) * stretch, total, stretch):

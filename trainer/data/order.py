@@ -37,6 +37,30 @@ class Share:
 
 ALONE = Share()
 
+
+@dataclass(frozen=True)
+class Order:
+    """All that says which training example comes when, and the position at which a stream of them begins."""
+
+    batch_size: int  # of the global batch; the number of workers divides it
+    seed: int
+    window: int  # records that are shuffled together; see `epoch_order`
+    first_epoch: int = 0
+    first_step: int = 0  # of that epoch
+    shuffle: bool = True  # False keeps the order of the indices
+    share: Share = ALONE
+
+    @property
+    def rows(self) -> int:
+        """Of a global batch, those of this worker."""
+        return self.batch_size // self.share.workers
+
+    @property
+    def by_file(self) -> bool:
+        """Whether this worker has shards of its own."""
+        return self.share.by == "file" and self.share.workers > 1
+
+
 # A stretch of an epoch: r rows in order, and the records that have to be read for them.
 #   pieces   int64 [k, 3]  shard number, first record, count; none for image files
 #   place    int64 [r]     where among those records the row's example lies
@@ -195,59 +219,51 @@ def _block(
     }
 
 
-def training_blocks(
-    split: Split,
-    *,
-    batch_size: int,
-    seed: int,
-    window: int,
-    first_epoch: int,
-    first_step: int,
-    shuffle: bool,
-    share: Share = ALONE,
-) -> Callable[[tf.Tensor], Block]:
-    """Block number 0, 1, ... of the endless stream of epochs that begins at step `first_step` of `first_epoch`.
+def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
+    """Block number 0, 1, ... of the endless stream of epochs that begins at the order's first step.
 
     What lies before is jumped over by arithmetic: of the first block only the records of its own window are read. Of
     several workers each gets the rows that are its own; a block may then be empty.
     """
-    if share.by == "file" and share.workers > 1:
-        return _blocks_of_own_shards(split, batch_size, seed, window, first_epoch, first_step, share)
+    if order.by_file:
+        return _blocks_of_own_shards(split, order)
+    batch_size, share = order.batch_size, order.share
     total, steps = split.count, steps_per_epoch(split, batch_size)
-    stretch = (window if shuffle else STRETCH) if split.shards else total
-    per_epoch, part = _shuffled(split, seed, window) if shuffle else _in_order(split)
-    first_row, rows = first_step % steps * batch_size, batch_size // share.workers
+    stretch = (order.window if order.shuffle else STRETCH) if split.shards else total
+    per_epoch, part = _shuffled(split, order.seed, order.window) if order.shuffle else _in_order(split)
+    first_row = order.first_step % steps * batch_size
 
     def block(number: tf.Tensor) -> Block:
         number = tf.cast(number, tf.int64) + first_row // stretch
         since, number = number // per_epoch, number % per_epoch
-        epoch, start = first_epoch + first_step // steps + since, number * stretch
+        epoch, start = order.first_epoch + order.first_step // steps + since, number * stretch
         pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
         whole = _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
         if share.workers == 1:
             return whole
-        own = tf.equal(whole["position"] // rows, share.worker)
+        own = tf.equal(whole["position"] // order.rows, share.worker)
         return {name: value if name == "pieces" else tf.boolean_mask(value, own) for name, value in whole.items()}
 
     return block
 
 
-def _blocks_of_own_shards(
-    split: Split, batch_size: int, seed: int, window: int, first_epoch: int, first_step: int, share: Share
-) -> Callable[[tf.Tensor], Block]:
+def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """`training_blocks` by file. A worker with fewer records than the others ends its epoch with padding alone."""
-    chosen = shards_of_workers(split, share.workers)[share.worker]
-    rows, steps = batch_size // share.workers, steps_per_epoch(split, batch_size, share)
-    total, first_row = int(sizes_of_shards(split)[chosen].sum()), first_step * rows
-    per_epoch, part = _shuffled(split, seed, window, chosen, share.worker)
+    share, window, rows = order.share, order.window, order.rows
+    chosen, steps = (
+        shards_of_workers(split, share.workers)[share.worker],
+        steps_per_epoch(split, order.batch_size, share),
+    )
+    total, first_row = int(sizes_of_shards(split)[chosen].sum()), order.first_step * rows
+    per_epoch, part = _shuffled(split, order.seed, window, chosen, share.worker)
     # A first step that lies in the padding begins with the last window, of which only padding is left.
     first_number = min(first_row // window, per_epoch - 1)
 
     def block(number: tf.Tensor) -> Block:
         number = tf.cast(number, tf.int64) + first_number
         since, number = number // per_epoch, number % per_epoch
-        epoch, start = first_epoch + since, number * window
+        epoch, start = order.first_epoch + since, number * window
         pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
         whole = _block(pieces, place, index, start, total, rows, epoch, padding_at_end=steps * rows - total)

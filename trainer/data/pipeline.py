@@ -12,7 +12,7 @@ from trainer.data.ahead import Gate, repeated, rows_ahead, training_reads
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
 from trainer.data.mixing import mixed
-from trainer.data.order import ALONE, Block, Share, sequence_blocks, share_of, training_blocks
+from trainer.data.order import ALONE, Block, Order, Share, sequence_blocks, share_of, training_blocks
 from trainer.data.pixels import Pixels, live_rows
 
 
@@ -59,56 +59,31 @@ def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> t
 
 
 def training_batches(
-    pixels: Pixels,
-    *,
-    batch_size: int,
-    replicas: int,
-    seed: int,
-    window: int,
-    augmentation: Augmentation,
-    first_epoch: int,
-    first_step: int,
-    shuffle: bool = True,
-    threads: int | None = None,
-    share: Share = ALONE,
+    pixels: Pixels, order: Order, *, replicas: int, augmentation: Augmentation, threads: int | None = None
 ) -> tf.data.Dataset:
-    """The endless stream of training batches from step `first_step` of epoch `first_epoch` on.
+    """The endless stream of training batches in this order.
 
     Each epoch is `order.steps_per_epoch` global batches, the last one padded with weight 0. An element is what one
     replica gets, a `trainer.contracts.Batch` of batch_size / workers / replicas rows; `replicas` of them in a row make
     this worker's part of a global batch. Iterate within `pixels.data_errors`.
 
     Args:
-        batch_size: of the global batch; the numbers of workers and replicas divide it.
-        replicas: of this worker.
-        window: records that are shuffled together; see `order.epoch_order`.
+        replicas: of this worker; their number divides the worker's rows of a global batch.
         augmentation: where active, images are float32 in 0..255, else uint8. Where it mixes, elements hold
             `other_label` and `mix` too, and have an even number of rows.
-        shuffle: False keeps the order of the indices.
         threads: of a pool of its own; None shares TensorFlow's.
-        share: which worker this is, and how the split is shared.
     """
-    block = training_blocks(
-        pixels.split,
-        batch_size=batch_size,
-        seed=seed,
-        window=window,
-        first_epoch=first_epoch,
-        first_step=first_step,
-        shuffle=shuffle,
-        share=share,
-    )
 
     @plain
     def change(batch: Row) -> Row:
         epoch = batch.pop("epoch")
         if augmentation.active:
-            batch["image"] = augment(batch["image"], augmentation, seed, epoch, batch["index"])
+            batch["image"] = augment(batch["image"], augmentation, order.seed, epoch, batch["index"])
         if augmentation.mixes:
-            batch |= mixed(batch, augmentation, seed, epoch)
+            batch |= mixed(batch, augmentation, order.seed, epoch)
         return batch
 
-    batches = _batches(pixels, block, None, batch_size // share.workers // replicas)
+    batches = _batches(pixels, training_blocks(pixels.split, order), None, order.rows // replicas)
     parallel = pixels.threads if augmentation.active else None
     # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
@@ -142,34 +117,11 @@ def evaluation_batches(
     return _finished(batches.repeat(), replicas, threads), -(-len(mine) // rows)
 
 
-def training_gate(
-    pixels: Pixels,
-    *,
-    batch_size: int,
-    replicas: int,
-    seed: int,
-    window: int,
-    augmentation: Augmentation,
-    first_epoch: int,
-    first_step: int,
-    shuffle: bool = True,
-    threads: int | None = None,  # noqa: ARG001 - takes what `training_batches` takes
-    share: Share = ALONE,
-) -> Gate:
+def training_gate(pixels: Pixels, order: Order, *, replicas: int, augmentation: Augmentation) -> Gate:
     """What waits, before each device call, for the shards that `training_batches` of the same arguments opens."""
-    reads = training_reads(
-        pixels.split,
-        batch_size=batch_size,
-        seed=seed,
-        window=window,
-        first_epoch=first_epoch,
-        first_step=first_step,
-        shuffle=shuffle,
-        share=share,
-    )
     buffered = _buffered(replicas) + (pixels.threads if augmentation.active else 0)
-    ahead = rows_ahead(batch_size // share.workers // replicas, pixels.threads, buffered)
-    return pixels.gate("training", reads, ahead)
+    ahead = rows_ahead(order.rows // replicas, pixels.threads, buffered)
+    return pixels.gate("training", training_reads(pixels.split, order), ahead)
 
 
 def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
