@@ -193,8 +193,10 @@ def _why(split: Split, workers: int, kept: str) -> str:
 
 
 def _own_shards(split: Split, workers: int, worker: int) -> tuple[int, int, int, int]:
+    """Files that a worker reads, all files, its records, all records. The split may hold a file in many pieces."""
     own, sizes = shards_of_workers(split, workers)[worker], sizes_of_shards(split)
-    return len(own), len(sizes), int(sizes[own].sum()), int(sizes.sum())
+    files = {split.shards[shard].path for shard in own}
+    return len(files), len({shard.path for shard in split.shards}), int(sizes[own].sum()), int(sizes.sum())
 
 
 def take_weights(job: Run, source: str) -> None:

@@ -251,10 +251,8 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
 def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """`training_blocks` by file. A worker with fewer records than the others ends its epoch with padding alone."""
     share, window, rows = order.share, order.window, order.rows
-    chosen, steps = (
-        shards_of_workers(split, share.workers)[share.worker],
-        steps_per_epoch(split, order.batch_size, share),
-    )
+    chosen = shards_of_workers(split, share.workers)[share.worker]
+    steps = steps_per_epoch(split, order.batch_size, share)
     total, first_row = int(sizes_of_shards(split)[chosen].sum()), order.first_step * rows
     per_epoch, part = _shuffled(split, order.seed, window, chosen, share.worker)
     # A first step that lies in the padding begins with the last window, of which only padding is left.
