@@ -153,15 +153,18 @@ def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
     Where examples are mixed, the others of `shown` are mixed in.
     """
-    augmentation, seed, epochs = job.config.augmentation, job.config.seed, np.arange(16, dtype=np.int64) // 2
-    which = np.stack([np.zeros(8, np.int64), (np.arange(8) + 1) % len(chosen)], axis=1).reshape(16)
+    augmentation, seed = job.config.augmentation, job.config.seed
+    each = 2 if augmentation.mixes else 1  # a pair is mixed, and its first is shown
+    epochs, which = np.repeat(np.arange(8), each), np.zeros(8 * each, np.int64)
+    if augmentation.mixes:
+        which[1::2] = (np.arange(8) + 1) % len(chosen)
     with tf.device("CPU"):  # where the pipeline computes it
         images = augment(shown[which], augmentation, seed, epochs, chosen[which])
         if augmentation.mixes:
             labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
             batch = {"image": images, "label": labels, "weight": weight, "index": chosen[which]}
             images = mixed(batch, augmentation, seed, epochs)["image"]
-    return np.clip(np.rint(images[::2]), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(images[::each]), 0, 255).astype(np.uint8)
 
 
 def undecodable(job: Run) -> list[str]:
