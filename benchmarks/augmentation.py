@@ -16,15 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 import yaml
 from PIL import Image
 
+from benchmarks.pipelines import open_training, stream
 from trainer.config import Augmentation, Data
-from trainer.data.order import Order
-from trainer.data.pipeline import training_batches
-from trainer.data.pixels import memory_budget_default, open_pixels
-from trainer.data.sources import open_dataset
 
 GROUPS = Path(__file__).parent.parent / "conf" / "augmentation"
 SINGLE: dict[str, dict[str, object]] = {
@@ -70,26 +66,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
 
-    cache = Path(tempfile.mkdtemp())
     source = Data(source="image_folder", root=str(write_photos(Path(tempfile.mkdtemp()), 96)))
-    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
-    pixels = open_pixels(
-        dataset.splits["train"],
-        size=options.size,
-        resize="stretch",
-        cache="none",
-        cache_dir=cache,
-        fingerprint=dataset.fingerprint,
-        memory_budget=memory_budget_default(),
-        disk_budget=0,
-        threads=None,
-        on_error="fail",
-        note=print,
-    )
-
-    def stream(augmentation: Augmentation) -> tf.data.Dataset:
-        order = Order(batch_size=options.batch, seed=1, window=8192)
-        return training_batches(pixels, order, replicas=1, augmentation=augmentation)
+    _, pixels = open_training(source, options.size, "none")
 
     groups = {f"group {path.stem}": yaml.safe_load(path.read_text()) for path in sorted(GROUPS.glob("[!n]*.yaml"))}
     chosen = {name: Augmentation(**on) for name, on in {"none": {}, **SINGLE, **groups}.items()}
@@ -99,7 +77,7 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         for name, augmentation in chosen.items():
             # Made anew each time: what the others have prefetched must not be at work while this one is measured.
-            batches = iter(stream(augmentation))
+            batches = iter(stream(pixels, options.batch, augmentation))
             for _ in range(6):
                 next(batches)
             began, used = time.perf_counter(), time.process_time()

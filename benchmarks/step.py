@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import tensorflow as tf
 
+from benchmarks.pipelines import open_training, stream
 from trainer.config import Augmentation, Data, Model
 from trainer.config_phases import Optimizer, Schedule
-from trainer.data.order import Order
-from trainer.data.pipeline import training_batches
-from trainer.data.pixels import memory_budget_default, open_pixels
-from trainer.data.sources import open_dataset
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -49,27 +44,9 @@ def main() -> None:
 
     tf.config.experimental.enable_op_determinism()
     source = Data(source="image_folder", root=options.data) if options.data else Data(source="digits")
-    cache = Path(tempfile.mkdtemp())
-    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
     model = Model(backbone="MobileNetV2", weights=options.weights, alpha=options.alpha, image_size=options.size)
-    pixels = open_pixels(
-        dataset.splits["train"],
-        size=options.size,
-        resize="stretch",
-        cache="memory",
-        cache_dir=cache,
-        fingerprint=dataset.fingerprint,
-        memory_budget=memory_budget_default(),
-        disk_budget=0,
-        threads=None,
-        on_error="fail",
-        note=print,
-    )
+    dataset, pixels = open_training(source, options.size, "memory")
     flip = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")
-
-    def stream(augmentation: Augmentation) -> tf.data.Dataset:
-        order = Order(batch_size=options.batch, seed=1, window=8192)
-        return training_batches(pixels, order, replicas=1, augmentation=augmentation)
 
     for thaw in ("none", "from_layer:100"):
         classifier = build_classifier(model, len(dataset.class_names), 1)
@@ -83,10 +60,10 @@ def main() -> None:
             StepSettings(seed=1),
         )
         sources = {
-            "bare": endless(stream(Augmentation())),
-            "bare, float images": endless(stream(flip)),
-            "loop": iter(stream(Augmentation())),
-            "loop, augmented": iter(stream(flip)),
+            "bare": endless(stream(pixels, options.batch, Augmentation())),
+            "bare, float images": endless(stream(pixels, options.batch, flip)),
+            "loop": iter(stream(pixels, options.batch, Augmentation())),
+            "loop, augmented": iter(stream(pixels, options.batch, flip)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(options.rounds + 1):
