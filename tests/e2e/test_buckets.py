@@ -22,16 +22,8 @@ from trainer.errors import INTERRUPTED, WRONG_INPUT
 from trainer.storage.places import Place, place
 
 WEIGHTS = ROOT / "trainer" / "models" / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-DATA = "gs://bucket/digits"
+DATA, SHARDS = "gs://bucket/digits", 4
 LOCAL = (*SMALL, "data=tfds", "runtime.checkpoint_every='4 steps'")
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "digits"
-    command = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={folder}", "data.shards=4"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

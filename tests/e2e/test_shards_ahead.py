@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import ROOT, SMALL, assert_same_run
+from tests.e2e.running import SMALL, assert_same_run
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, running
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 from trainer.storage.places import place
 
-DATA = "gs://bucket/digits"
+DATA, SHARDS = "gs://bucket/digits", 30
 # All 1,257 training digits in 30 shards, nothing of them kept; two windows are a sixth of them.
 LIVE = (
     *SMALL, "data=tfds", "debug.max_examples=null", "data.cache=none", "data.shuffle_window=100", "phases.head.epochs=1",
     "phases.fine_tune.epochs=1", "runtime.checkpoint_every='20 steps'", "runtime.log_every='20 steps'",
     "runtime.data_threads=2", "seed=3",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "digits"
-    command = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={folder}", "data.shards=30"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
