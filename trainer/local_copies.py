@@ -51,7 +51,8 @@ def local_copies(
 def copies_ahead(
     config: RunConfig, cache_dir: Path, note: Callable[[str], None], check: Callable[[str], None]
 ) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
-    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket.
+    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket, except
+    where groups are read: they stand in the records alone.
 
     Returns:
         the third is where they come from while they are read, None where everything is here.
@@ -61,7 +62,7 @@ def copies_ahead(
         Interrupted: as `stage`.
     """
     address, shards = _dataset(config), None
-    if is_remote(address):
+    if is_remote(address) and not config.data.group_field:
         address = str(address).rstrip("/")
         shards = _open_shards(address, cache_dir, int(config.runtime.disk_budget_gb * GIGABYTE), note, check)
     if shards:

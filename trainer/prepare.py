@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from trainer.config import RunConfig, load
 from trainer.contracts import Dataset, Split
 from trainer.data.records import RecordAt, index_shard
 from trainer.data.sources import open_dataset
-from trainer.data.writing import ImageSource, write_dataset
+from trainer.data.writing import Groups, ImageSource, write_dataset
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.local_copies import local_copies
 from trainer.storage.places import place
@@ -47,8 +47,9 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     Raises:
         DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
     """
-    if config.data.group_field:
-        raise ConfigError("data.group_field: prepared records hold image and label only; train on the dataset itself")
+    field = config.data.group_field
+    if field in ("image", "label") and field != config.data.label_field:
+        raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
         local_copies(config, cache, say, lambda _address: signs.moved())[0].data,
@@ -56,14 +57,20 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         cache_dir=cache,
         max_examples=config.debug.max_examples,
         note=say,
+        all_groups=field is not None,
     )
+    orders = {name: _order(split, config.data.split_seed) for name, split in dataset.splits.items()}
+    groups = None
+    if field and field != "label":  # which every record has, and which can be grouped by
+        groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
     target = place(output if is_remote(output) else Path(output).expanduser())
     with _progress(config.runtime.progress) as show:
         entries = write_dataset(
             target,
             dataset.name,
             dataset.class_names,
-            {name: _examples(split, config.data.split_seed) for name, split in dataset.splits.items()},
+            {name: _examples(split, orders[name]) for name, split in dataset.splits.items()},
+            groups=groups,
             shards=config.data.shards,
             workers=config.runtime.data_threads or os.cpu_count() or 1,
             progress=_noted(show),
@@ -105,9 +112,18 @@ def _summary(dataset: Dataset, shards: int, images: int, size: int, output: str)
     )
 
 
-def _examples(split: Split, seed: int) -> list[tuple[ImageSource, int]]:
-    """The examples in the order they are written: shuffled, so that each shard holds every class."""
-    order = np.random.default_rng([seed, split.count]).permutation(split.count)
+def _order(split: Split, seed: int) -> np.ndarray:
+    """In which the examples are written: shuffled, so that each shard holds every class."""
+    return np.random.default_rng([seed, split.count]).permutation(split.count)
+
+
+def _in(order: np.ndarray, groups: Sequence[str] | None) -> list[str]:
+    assert groups is not None
+    return [groups[i] for i in order]
+
+
+def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
+    """The examples in this order."""
     sources: list[ImageSource] = list(split.files)
     if not sources:
         index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}

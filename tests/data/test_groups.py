@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ import tensorflow_datasets as tfds
 
 from tests.data.pictures import picture
 from tests.data.test_sources import CLASSES, opened, refusal, write_records
+from trainer.config import Data, load
 from trainer.contracts import Shard, Split
 from trainer.data.groups import read_groups
+from trainer.data.sources import open_dataset
+from trainer.errors import ConfigError
+from trainer.prepare import prepare
 
 SITES = ("north", "south")
+ANY = {"model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}  # of no matter here
 
 
 def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 2) -> Path:
@@ -115,7 +121,7 @@ def test_what_is_no_group_is_named(tmp_path: Path, clinic: Path) -> None:
     data: dict[str, Any] = {"source": "tfds", "root": str(clinic)}
     assert refusal(tmp_path, **data, group_field="sites") == (
         "clinic has no feature 'sites' for data.group_field (it has camera, image, label, share, site, ward; "
-        "python -m trainer.prepare keeps image and label only). Did you mean site?"
+        "python -m trainer.prepare keeps image and label, and a group field that it is told of). Did you mean site?"
     )
     assert refusal(tmp_path, **data, group_field="share") == (
         f"data.group_field=share: record 0 of shard {clinic}/clinic-test.tfrecord-00000-of-00002 has not one text or "
@@ -125,9 +131,35 @@ def test_what_is_no_group_is_named(tmp_path: Path, clinic: Path) -> None:
     patterns: dict[str, Any] = {"source": "tfrecords", "pattern": f"{clinic}/*.tfrecord*", "class_names": CLASSES}
     assert "has not one text or whole number there" in refusal(tmp_path, **patterns, group_field="nothing")
     prepared = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10})
-    assert "(it has image, label; python -m trainer.prepare keeps image and label only)" in refusal(
+    assert "(it has image, label; python -m trainer.prepare keeps image and label, and a group field" in refusal(
         tmp_path, source="tfds", root=str(prepared), group_field="site"
     )
+
+
+@pytest.mark.parametrize("field", ["camera", "ward", "site", "label"])
+def test_a_prepared_dataset_keeps_the_field_in_every_split(tmp_path: Path, clinic: Path, field: str) -> None:
+    data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
+    runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
+    prepare(load({**ANY, "data": data, "runtime": runtime}), str(tmp_path / "out"))
+    before = open_dataset(Data(**data), seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
+    again = Data(source="tfds", root=str(tmp_path / "out"), group_field=field)
+    after = open_dataset(again, seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
+    assert set(after.splits) == {"train", "validation", "test"}
+    for name, split in after.splits.items():
+        assert split.groups is not None
+        pairs = Counter(zip(split.groups, split.labels.tolist(), strict=True))
+        source = before.splits[name]
+        assert pairs == Counter(zip(source.groups or (), source.labels.tolist(), strict=True))
+    scored = opened(tmp_path, source="tfds", root=str(tmp_path / "out"), group_field=field)
+    assert scored.splits["test"].groups == after.splits["test"].groups
+    assert scored.splits["train"].groups is None
+
+
+def test_a_field_that_prepared_records_need_is_refused(tmp_path: Path, clinic: Path) -> None:
+    data = {"source": "tfrecords", "pattern": f"{clinic}/*", "class_names": ["a", "b", "c"], "label_field": "ward",
+            "group_field": "label"}  # fmt: skip
+    with pytest.raises(ConfigError, match="group_field=label: prepared records call the image image and the class"):
+        prepare(load({**ANY, "data": data}), str(tmp_path / "out"))
 
 
 def test_a_field_with_a_value_an_example_is_no_group(tmp_path: Path) -> None:

@@ -113,9 +113,10 @@ class DatasetFolder:
         class_names: Sequence[str],
         splits: Mapping[str, Sequence[ShardEntry]],
         labels: Mapping[str, np.ndarray],
+        text_field: str | None = None,
     ) -> None:
-        """Write the manifest, the labels of each shard (by file name) and the metadata. Several that do it at the same
-        time write the same bytes.
+        """Write the manifest, the labels of each shard (by file name) and the metadata, which names `text_field` beside
+        image and label. Several that do it at the same time write the same bytes.
         """
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
@@ -125,7 +126,7 @@ class DatasetFolder:
         with tempfile.TemporaryDirectory() as beside:
             for entry in manifest:  # TFDS looks only whether shards of these names are there
                 (Path(beside) / str(entry["file"])).touch()
-            _write_metadata(Path(beside), name, class_names, splits)
+            _write_metadata(Path(beside), name, class_names, splits, text_field)
             for file in sorted(Path(beside).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
@@ -177,7 +178,11 @@ def _crc_of(path: Path) -> int:
 
 
 def _write_metadata(
-    folder: Path, name: str, class_names: Sequence[str], splits: Mapping[str, Sequence[ShardEntry]]
+    folder: Path,
+    name: str,
+    class_names: Sequence[str],
+    splits: Mapping[str, Sequence[ShardEntry]],
+    text_field: str | None,
 ) -> None:
     import tensorflow_datasets as tfds
 
@@ -191,10 +196,12 @@ def _write_metadata(
         )
         for split, entries in splits.items()
     ]
-    features = {
+    features: dict[str, Any] = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=list(class_names)),
     }
+    if text_field:
+        features[text_field] = tfds.features.Text()
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=features,

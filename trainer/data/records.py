@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -162,11 +164,13 @@ def example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
 
 
-def serialize(image: bytes, label: int) -> bytes:
-    """A `tf.train.Example` with the features `image` (bytes) and `label` (int64)."""
+def serialize(image: bytes, label: int, texts: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """A `tf.train.Example` with the features `image` (bytes), `label` (int64), and `texts` by name (bytes)."""
     example = example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
+    for name, text in texts.items():
+        example.features.feature[name].bytes_list.value.append(text.encode())
     return example.SerializeToString(deterministic=True)
 
 

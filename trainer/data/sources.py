@@ -31,6 +31,7 @@ def open_dataset(
     max_examples: int | None,
     note: Callable[[str], None],
     arriving: bool = False,
+    all_groups: bool = False,
 ) -> Dataset:
     """Open the named source.
 
@@ -39,6 +40,7 @@ def open_dataset(
         cache_dir: where the digits and the labels of record shards are kept between runs.
         max_examples: of each split, with the classes taking turns.
         arriving: data.root has manifest and labels, and its shards come from a bucket while they are used.
+        all_groups: read data.group_field of every split, not only of the one that is scored at the end.
         note: called with one line before slow work, and with every note that also stands in `Dataset.notes`.
 
     Raises:
@@ -57,9 +59,10 @@ def open_dataset(
         found.splits = {name: at_most(split, max_examples, seed) for name, split in found.splits.items()}
     if data.group_field:
         scored = "test" if "test" in found.splits else "validation"
-        if split := found.splits.get(scored):
+        for name in found.splits if all_groups else {scored} & found.splits.keys():
+            split = found.splits[name]
             groups = read_groups(split, data.group_field, found.group_names)
-            found.splits[scored] = replace(split, groups=groups)
+            found.splits[name] = replace(split, groups=groups)
     found.notes += _remarks(found, limited=max_examples is not None)
     for line in found.notes:
         note(line)

@@ -141,7 +141,8 @@ def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
         hint = f". Did you mean {close[0]}?" if close else ""
         raise DataError(
             f"{info.name} has no feature {data.group_field!r} for data.group_field (it has "
-            f"{', '.join(sorted(features))}; python -m trainer.prepare keeps image and label only){hint}"
+            f"{', '.join(sorted(features))}; python -m trainer.prepare keeps image and label, and a group field "
+            f"that it is told of){hint}"
         )
     return tuple(getattr(feature, "names", None) or ()) or None
 

@@ -34,11 +34,20 @@ SHARD_BYTES = 100 * 2**20  # of a shard where no number of shards is given
 
 
 @dataclass(frozen=True)
+class Groups:
+    """One more field of the records: text that says which group an example belongs to (`data.group_field`)."""
+
+    field: str
+    values: Mapping[str, Sequence[str]]  # of each split, in the order of its examples
+
+
+@dataclass(frozen=True)
 class Job:
     """One shard to write."""
 
     file: str
     examples: list[tuple[ImageSource, int]]
+    texts: list[dict[str, str]]  # of each example, by field
     made_of: str
     verify: bool
 
@@ -126,10 +135,10 @@ def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
     temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
     crc = size = count = 0
     with open(temporary, "wb") as file:
-        for number, (source, label) in enumerate(job.examples):
+        for number, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
             try:
                 image = _read(source)
-                payload = serialize(as_stored(image) if job.verify else image, label)
+                payload = serialize(as_stored(image) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{name_of(source)}: {error}")
                 missing.append(number)
@@ -151,6 +160,7 @@ def _plan(
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
     shards: int | None,
     verify: bool,
+    groups: Groups | None,
 ) -> dict[str, list[Job]]:
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
@@ -161,10 +171,14 @@ def _plan(
         plan[split] = []
         for number in range(count):
             part = list(examples[bounds[number] : bounds[number + 1]])
-            facts = [list(class_names), verify, [(_identity(source), int(label)) for source, label in part]]
+            facts: list[Any] = [list(class_names), verify, [(_identity(source), int(label)) for source, label in part]]
+            texts: list[dict[str, str]] = [{}] * len(part)
+            if groups:
+                texts = [{groups.field: value} for value in groups.values[split][bounds[number] : bounds[number + 1]]]
+                facts.append(texts)
             made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-            plan[split].append(Job(file, part, made_of, verify))
+            plan[split].append(Job(file, part, texts, made_of, verify))
     return plan
 
 
@@ -182,6 +196,7 @@ def write_dataset(
     class_names: Sequence[str],
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
     *,
+    groups: Groups | None = None,
     shards: int | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] = _silent,
@@ -199,6 +214,7 @@ def write_dataset(
     Args:
         folder: here or in a bucket.
         splits: for each split (image, label) pairs in the order of the records; empty splits are left out.
+        groups: a field that the records get beside image and label.
         shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
         workers: processes; 1 writes in this one.
         progress: called with the images done and their total number.
@@ -217,7 +233,7 @@ def write_dataset(
     name = re.sub(r"\W+", "_", name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:
-        plan = _plan(name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify)
+        plan = _plan(name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify, groups)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     jobs = [job for parts in plan.values() for job in parts]
@@ -257,7 +273,8 @@ def write_dataset(
     if len(entries) < len(jobs):
         return None
     manifest = {split: [entries[job.file] for job in parts] for split, parts in plan.items()}
-    out.finish(name, class_names, manifest, {job.file: _labels(job, entries[job.file]) for job in jobs})
+    labels = {job.file: _labels(job, entries[job.file]) for job in jobs}
+    out.finish(name, class_names, manifest, labels, groups.field if groups else None)
     return [entry for parts in manifest.values() for entry in parts]
 
 
