@@ -21,7 +21,9 @@ from trainer.command_line import compose, exit_code_of
 from trainer.config import load
 from trainer.data.dataset_folder import LABELS
 from trainer.data.digits import digits_folder
+from trainer.models.classifier import build_classifier
 from trainer.storage.places import place
+from trainer.training import variables
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
 
@@ -231,14 +233,49 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
     assert "note validation has only 10 examples" in out
 
 
+def leave_teacher(home: Path) -> Path:
+    """A run that is over, as far as one that learns from it looks."""
+    begin_run(home, "data=digits", "model=glyphs_mobilenet_v2")
+    (home / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
+    model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
+    values = variables.read(build_classifier(model, 10, 1).variables)
+    CheckpointFolder(home / "checkpoints", 2, print).save(RunState(step=240).to_json(), values, 240)
+    return home
+
+
+def test_a_teacher_that_cannot_be_read_or_is_another_is_exit_2(tmp_path: Path, planned: Planned) -> None:
+    home, run = leave_teacher(tmp_path / "teacher"), tmp_path / "run"
+    asked = (f"distillation.teacher={home}", f"output_dir={run}")
+    begin_run(run, *asked[:1])
+    code, _, err = planned(*asked)
+    assert (code, err) == (0, "")
+    state = RunState(phase=1, epoch=6, step=250, phase_step=50, teacher="0123456789abcdef").to_json()
+    CheckpointFolder(run / "checkpoints", 2, print).save(state, {"w": np.zeros(2, np.float32)}, None)
+    code, _, err = planned(*asked)
+    assert code == 2
+    assert err.startswith(f"error: {run} learned from another teacher (fingerprint 0123456789abcdef, now ")
+
+    weights = home / "checkpoints" / "step-00000240" / "variables.npz"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, err = planned(asked[0])
+    assert code == 2
+    assert f"distillation.teacher={home}: {weights} does not match its checksum" in err
+    CheckpointFolder(home / "checkpoints", 2, print).save(RunState(step=241).to_json(), {"w": np.zeros(2)}, 241)
+    code, _, err = planned(asked[0])
+    assert code == 2
+    assert f"distillation.teacher={home} holds no variable backbone/" in err
+
+
 def test_a_teacher_is_looked_for_and_compared_with_the_classes(tmp_path: Path, planned: Planned) -> None:
-    begin_run(tmp_path / "teacher", "data=digits", "model=glyphs_mobilenet_v2")
-    (tmp_path / "teacher" / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
-    latest = (tmp_path / "teacher" / "checkpoints" / "LATEST").read_text()
-    (tmp_path / "teacher" / "checkpoints" / "BEST").write_text(latest)
-    code, out, _ = planned(f"distillation.teacher={tmp_path / 'teacher'}")
+    home = leave_teacher(tmp_path / "teacher")
+    code, out, _ = planned(f"distillation.teacher={home}", "augmentation=none")
     assert code == 0
-    assert f"teacher ✓ {tmp_path / 'teacher'} (MobileNetV2, checkpoint step-00000240, 10 classes" in out
+    assert f"teacher ✓ {home} (MobileNetV2, checkpoint step-00000240, 10 classes" in out
+    assert "teacher MobileNetV2 at 48 px, 423,018 parameters; answers once, for 1,257 training images" in out
+    assert "the teacher's variables 1.7 MB its activations 7.4 MB its answers 50.3 kB all together" in out
+    code, out, _ = planned(f"distillation.teacher={home}", "augmentation=light")
+    assert (code, "423,018 parameters; answers in every step" in out, "its answers" in out) == (0, True, False)
     (tmp_path / "teacher" / "run.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
     code, out, err = planned(f"distillation.teacher={tmp_path / 'teacher'}")
     assert code == 2

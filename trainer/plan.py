@@ -61,7 +61,8 @@ def find_data(plan: Plan) -> Rows:
     rows: Rows = []
     missing = None
     budget = int(config.runtime.disk_budget_gb * GIGABYTE)
-    if data.source == "tfds" and is_remote(changes["root"]) and (prepared := prepared_at(changes["root"])):
+    ahead = data.source == "tfds" and is_remote(changes["root"]) and not data.group_field
+    if ahead and (prepared := prepared_at(changes["root"])):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{changes['root']}: {coming(prepared, budget)}"))
         with rehearsal.metadata(prepared, changes["root"]) as folder:
@@ -132,7 +133,7 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
     """Data, storage, phases, network, memory and bytes; all that needs the network."""
     from trainer.models.backbones import find_backbone
     from trainer.models.classifier import build_classifier
-    from trainer.planning import picture, sizes
+    from trainer.planning import picture, sizes, teachers
 
     rows: Rows = []
     before = len(plan.faults)
@@ -166,16 +167,21 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
     widths = " -> ".join(
         f"{n:,}" for n in [classifier.backbone.output_shape[-1], config.model.hidden, len(found.class_names)] if n
     )
+    teacher = None
+    with plan.fault():
+        teacher = teachers.plan_teacher(config, found, max(per_replica, 1))
+    taught = [("teacher", teacher.words)] if teacher else []
     drawn = [("drawing", str(picture.draw(classifier, phases, len(found.class_names), plot)))] if plot else []
     head = sum(int(np.prod(v.shape)) for v in classifier.head_variables.values())
     plan.section("model", [
         ("backbone", f"{kind.name}, weights {config.model.weights}, {sizes.parameters(classifier) - head:,} parameters "
                      f"in {len(classifier.backbone.layers)} layers"),
         ("images", f"{pixels} x {pixels} pixels, {config.model.resize}"),
-        ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters"), *drawn])  # fmt: skip
+        ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters"), *taught, *drawn])  # fmt: skip
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
-    show_memory(plan, sizes.memory_rows(classifier, phases, kept, replicas, resident))
+    rest = teacher.memory_rows(replicas) if teacher else []
+    show_memory(plan, sizes.memory_rows(classifier, phases, kept, replicas, resident) + rest)
     weights = sizes.checkpoint_bytes(classifier, phases)
     show_bytes(plan, phases, kept, weights, 4 * sizes.parameters(classifier))
     return phases

@@ -19,6 +19,7 @@ from trainer.storage.places import Place, place
 from trainer.storage.staging import is_remote
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
+ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 
@@ -119,6 +120,15 @@ def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...])
         f"distillation.teacher={address} knows {len(known)} classes, the data has {len(wanted)}: {how}; give a teacher "
         "that was trained on these classes"
     )
+
+
+def check_same(run: str, before: str | None, now: str) -> None:
+    """Raise a DataError where the run of this address began with a teacher of another fingerprint."""
+    if before not in (None, now):
+        raise DataError(
+            f"{run} learned from another teacher (fingerprint {before}, now {now}); give the one it began with, or "
+            "another output_dir"
+        )
 
 
 def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from trainer import config
-from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
 from trainer.models.distillation import Teacher, classifier_as_teacher, saved_model_as_teacher
 from trainer.run import Run, from_chief, say, score
 from trainer.storage.files import write_whole
 from trainer.teacher_files import (
+    ROWS,
     SAVED_MODEL,
     TeacherFiles,
     check_classes,
+    check_same,
     look_for_teacher,
     read_teacher,
     write_saved_model,
@@ -28,7 +29,6 @@ from trainer.training.checkpoints import packed, unpacked
 from trainer.training.scoring import EvaluationPass
 from trainer.watching.signs import signs
 
-ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
 _FORMAT = 1  # of the kept answers; counts up when they change
 
 
@@ -49,11 +49,7 @@ def find_teacher(job: Run) -> None:
     found = look_for_teacher(told.teacher) if job.peers.is_chief else None
     facts: dict[str, Any] = job.peers.told("teacher", lambda: _facts(found))
     check_classes(told.teacher, tuple(facts["classes"]), job.dataset.class_names)
-    if job.state.teacher not in (None, facts["fingerprint"]):
-        raise DataError(
-            f"{job.address} learned from another teacher (fingerprint {job.state.teacher}, now "
-            f"{facts['fingerprint']}); give the one it began with, or another output_dir"
-        )
+    check_same(job.address, job.state.teacher, facts["fingerprint"])
     job.state.teacher = facts["fingerprint"]
     say(f"teacher: {facts['words']}; loss = {told.alpha:g} x label + {1 - told.alpha:g} x KL(teacher, student)"
         + (f" at temperature {told.temperature:g}" if told.temperature != 1 else ""))  # fmt: skip

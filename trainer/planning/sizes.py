@@ -108,7 +108,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
                               steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
         optimizer = build_optimizer(phase.optimizer, rate, thaw.shares)
         optimizer.build(list(thaw.trainable.values()))
-        sizes = _bytes(thaw.trainable.values())
+        sizes = bytes_of(thaw.trainable.values())
         layers = classifier.backbone.layers
         plans.append(
             PhasePlan(
@@ -119,7 +119,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
                 trainable=sum(math.prod(v.shape) for v in thaw.trainable.values()),
                 trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
                 gradients=sizes,
-                optimizer=_bytes(optimizer.variables),
+                optimizer=bytes_of(optimizer.variables),
                 averages=sizes if config.training.ema else 0,
                 activations=activation_bytes(classifier, thaw.first_thawed, rows),
                 saves=math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1),
@@ -128,7 +128,8 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
     return plans
 
 
-def _bytes(variables: Any) -> int:
+def bytes_of(variables: Any) -> int:
+    """Of memory, one copy of each."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
@@ -165,7 +166,7 @@ def memory_rows(
     most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
         ("TensorFlow and libraries, measured here", before),
-        ("variables", _bytes(classifier.variables.values()) * replicas),
+        ("variables", bytes_of(classifier.variables.values()) * replicas),
         (f"gradients (phase {most.name})", most.gradients * replicas),
         ("optimizer and averages", (most.optimizer + most.averages) * replicas),
         ("activations of one batch", most.activations * replicas),
@@ -176,4 +177,4 @@ def memory_rows(
 
 def checkpoint_bytes(classifier: Classifier, phases: list[PhasePlan]) -> int:
     """Of the largest one."""
-    return _bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
+    return bytes_of(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
