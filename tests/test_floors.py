@@ -20,8 +20,8 @@ FLOORS = (
     {"watching"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
-    {"run", "command_line", "local_copies", "teacher_files"},
-    {"start", "finish", "planning", "teaching"},
+    {"run", "command_line", "hparams", "local_copies", "teacher_files"},
+    {"start", "finish", "sweep", "planning", "teaching"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve"},
 )  # fmt: skip
@@ -31,7 +31,7 @@ MAX_MAIN_LINES = 80  # of code: no blank lines, comments or docstrings
 # Imported by every command line before the configuration is known to be right.
 LIGHT = (
     "errors", "contracts", "config", "config_parts", "config_phases", "config_differences", "config_faults",
-    "command_line", "__main__",
+    "command_line", "hparams", "sweep", "__main__",
 )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
         (("warm_start=gone",), "warm_start=gone: there is no checkpoint; give the output_dir of a run"),
         (("training.class_weights={eleven: 2.0}",), "training.class_weights names eleven; the classes are 0, 1"),
         (("--plot=",), "say once where to draw the network: --plot=FILE.png"),
-        (("-m", "seed=1,2"), "a plan is of one run: leave --multirun out"),
+        (("-m", "seed=1,2"), "a plan is of one run: leave --multirun and sweep=... out"),
     ],
 )
 def test_what_a_run_would_end_with_is_exit_2(planned: Planned, arguments: tuple[str, ...], message: str) -> None:

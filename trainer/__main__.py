@@ -14,10 +14,11 @@ if __name__ == "__main__":
 
 from trainer.cluster.discovery import discover
 from trainer.cluster.preflight import meet
-from trainer.command_line import be_seen, compose, exit_code_of, quiet_start, run_sweep_job, speak_as, speak_early
+from trainer.command_line import be_seen, exit_code_of, quiet_start, speak_as, speak_early
 from trainer.config import RunConfig, load, without_regularisation
 from trainer.config_differences import in_common
 from trainer.errors import INTERRUPTED, ConfigError
+from trainer.sweep import compose_or_sweep
 from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 from trainer.watching import termination
 from trainer.watching.lines import say
@@ -53,7 +54,7 @@ def _say_finished(config: RunConfig) -> None:
 
 def _train(arguments: list[str]) -> None:
     began = time.time()
-    composed = compose(arguments, run_job=run_sweep_job)
+    composed = compose_or_sweep(arguments)
     if composed is None:  # --help, --cfg or a finished sweep
         return
     config = load(composed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,33 +46,20 @@ def _add_freely(argument: str) -> str:
     return argument if match[1] in groups else "++" + argument
 
 
-def run_sweep_job(overrides: list[str], folder: str) -> float:
-    """Run one job of a `--multirun` as a process of its own (TensorFlow cannot start twice in one).
-
-    Returns:
-        The validation accuracy of the last phase, for a sweeper.
-
-    Raises:
-        TrainerError: with the job's exit code, if it failed.
-    """
-    named = [o.split("=", 1)[1] for o in overrides if re.match(r"\+*output_dir=", o)]
-    target = named[-1] if named else folder
-    lines.say(f"sweep: {' '.join(overrides) or '(defaults)'} -> {target}")
-    command = [sys.executable, "-m", "trainer", *overrides, *([] if named else [f"output_dir={target}"])]
-    code = subprocess.run(command, check=False).returncode
-    if code != DONE:
-        error = TrainerError(f"the job {' '.join(overrides)} ended with exit code {code}; its message is above")
-        error.exit_code = code if code > 0 else INTERRUPTED
-        raise error
-    phases = json.loads((Path(target) / "report" / "report.json").read_text())["phases"]
-    return float(list(phases.values())[-1]["val_accuracy"])
+def asks_for_sweep(arguments: list[str]) -> bool:
+    """Whether many runs are asked for: by `-m`, or by a file of the group `sweep`."""
+    return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
-def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | None = None) -> dict[str, Any] | None:
+# What runs a job of a sweep: its configuration, what it was told, Hydra's settings for it; returns its score.
+RunJob = Callable[[DictConfig, list[str], Any], float | None]
+
+
+def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, Any] | None:
     """Compose the configuration that the arguments ask for. With neither `experiment` nor `data` it is the quickstart.
 
     Returns:
-        The resolved tree, or None where Hydra itself answered (`--help`, `--cfg`) or a sweep ran.
+        The resolved tree, or None where Hydra itself answered (`--help`, `--cfg`) or `run_job` ran the jobs of a sweep.
 
     Raises:
         ConfigError: an unknown group or file, a value that does not parse, an unresolved `???`.
@@ -84,7 +69,7 @@ def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | N
     def job(tree: DictConfig) -> float | None:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN and run_job is not None:
-            return run_job(list(settings.overrides.task), str(Path(settings.sweep.dir) / settings.sweep.subdir))
+            return run_job(tree, list(settings.overrides.task), settings)
         found.append(tree)
         return None
 
@@ -93,6 +78,8 @@ def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | N
     os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     chosen = {a.split("=")[0] for a in arguments}
     arguments = [_add_freely(a) for a in arguments]
+    if "sweep" not in chosen:  # the plugin's own defaults minimize, two at once, without a seed
+        arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
     if not chosen & {"experiment", "data"}:  # beside the other values: Hydra wants them in one piece
         values = [i for i, a in enumerate(arguments, start=1) if "=" in a or a.startswith("~")]
         arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
@@ -103,16 +90,28 @@ def compose(arguments: list[str], run_job: Callable[[list[str], str], float] | N
         raise ConfigError(_one_sentence(error)) from None
     finally:
         sys.argv = before
-    if not found:
-        return None
-    missing = OmegaConf.missing_keys(found[0])
+    return resolved(found[0]) if found else None
+
+
+def resolved(tree: DictConfig) -> dict[str, Any]:
+    """The values of a composed configuration.
+
+    Raises:
+        ConfigError: a `???`, or an interpolation that leads nowhere.
+    """
+    missing = OmegaConf.missing_keys(tree)
     if missing:
         raise ConfigError(f"must be given on the command line: {', '.join(f'{k}=...' for k in sorted(missing))}")
-    return OmegaConf.to_container(found[0], resolve=True)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_sentence(error)) from None
 
 
 def _one_sentence(error: Exception) -> str:
     text = str(error) or str(error.__cause__)  # Hydra often keeps the reason in the cause
+    if "Could not find 'hydra/sweeper/optuna'" in text:
+        return "a search by Optuna needs the extra `sweep`, which is not installed: pip install 'kubetune[sweep]'"
     choice = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
     if choice:
         group, name = choice.groups()

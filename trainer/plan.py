@@ -22,7 +22,7 @@ from rich.console import Console
 
 from trainer.advice import advise
 from trainer.cluster.discovery import discover
-from trainer.command_line import compose, exit_code_of, quiet_start
+from trainer.command_line import asks_for_sweep, compose, exit_code_of, quiet_start
 from trainer.config import Data, RunConfig, load, without_regularisation
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
@@ -192,8 +192,8 @@ def _run(arguments: list[str]) -> None:
     plots = [a.removeprefix("--plot=") for a in own if a != "--summary"]
     if len(plots) > 1 or not all(p.endswith(".png") for p in plots):
         raise ConfigError("say once where to draw the network: --plot=FILE.png")
-    if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError("a plan is of one run: leave --multirun out")
+    if asks_for_sweep(arguments):
+        raise ConfigError("a plan is of one run: leave --multirun and sweep=... out")
     rest = [a for a in arguments if a not in own]
     composed = compose(rest)
     if composed is None:  # --help, --cfg

@@ -64,24 +64,6 @@ def test_an_output_dir_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> No
     assert "cannot be written to (Not a directory)" in result.stderr
 
 
-@pytest.mark.slow
-def test_multirun_gives_each_job_a_process_and_a_folder(tmp_path: Path) -> None:
-    small = [o for o in SMALL if "export" not in o]
-    result = run("-m", *small, "debug.max_steps=1", "seed=1,2", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert all((tmp_path / n / "DONE").exists() for n in ("0", "1"))
-    assert [
-        f"seed: {n}\n" in (tmp_path / folder / "config.yaml").read_text() for folder, n in (("0", 1), ("1", 2))
-    ] == [True] * 2
-
-
-@pytest.mark.slow
-def test_multirun_reports_the_job_that_failed(tmp_path: Path) -> None:
-    result = run("-m", "data=image_folder", f"data.root={tmp_path}/none", "seed=1,2", f"hydra.sweep.dir={tmp_path}/s")
-    assert result.returncode == 2
-    assert "ended with exit code 2; its message is above" in result.stderr
-
-
 def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
     child = start(*SMALL, f"output_dir={tmp_path / 'run'}")
     deadline = time.monotonic() + 60

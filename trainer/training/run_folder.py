@@ -179,6 +179,19 @@ def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: 
     if config.resume == "never":
         raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
     before = load(yaml.safe_load(record.read_text()))
+    config = of_one_run(config, before, address)
+    (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
+    home = RunFolder(path, address, True, lock, publisher, config)
+    home.record(config)
+    return home
+
+
+def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
+    """`config`, with what the run that began as `before` chose for what is `auto`.
+
+    Raises:
+        ConfigError: it is another run.
+    """
     config, _ = adopted(config, before)
     changed = differences(before, config)
     if changed:
@@ -186,10 +199,7 @@ def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: 
             f"output_dir={address} holds a run with another configuration; give another one, or the same values:\n"
             + "\n".join(f"  {line}" for line in changed)
         )
-    (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-    home = RunFolder(path, address, True, lock, publisher, config)
-    home.record(config)
-    return home
+    return config
 
 
 def is_finished(config: RunConfig) -> bool:
