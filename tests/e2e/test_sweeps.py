@@ -110,7 +110,8 @@ def test_a_sweep_told_to_stop_stops_its_job_and_goes_on(tmp_path: Path) -> None:
     grid = ("-m", "seed=1,2", "debug.max_examples=64", "phases=head_only", "phases.head.epochs=40", "export.formats=[]")
     grid += ("runtime.log_every='2 steps'", f"output_dir={sweep}")
     child = start(*grid)
-    while not (sweep / "0" / "metrics.jsonl").exists():  # pytest's own limit ends this
+    story = sweep / "0" / "metrics.jsonl"
+    while not story.exists() or len(story.read_text().splitlines()) < 6:  # pytest's own limit ends this
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)  # to the sweep alone
