@@ -8,7 +8,7 @@ import pytest
 
 from trainer.command_line import asks_for_sweep
 from trainer.errors import TrainerError
-from trainer.sweep import Job, Sweep, _in_one_folder, _is_free, _value
+from trainer.sweep import Job, Sweep, _in_one_folder, _is_free, _searches_nothing, _value
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,17 @@ def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: l
 )  # fmt: skip
 def test_a_sweep_is_recognised(arguments: list[str], asked: bool) -> None:
     assert asks_for_sweep(arguments) is asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nothing"),
+    [(["-m", "hydra/sweeper=optuna", "experiment=quickstart"], True), (["sweep=optuna", "seed=1"], True),
+     (["hydra/sweeper=optuna", "seed=choice(1,2)"], False), (["hydra/sweeper=optuna", "seed=1,2"], False),
+     (["hydra/sweeper=optuna", "sweep=learning_rates"], False), (["-m", "seed=1"], False),
+     (["hydra/sweeper=optuna", "--cfg", "job"], False), (["hydra/sweeper=optuna", "seed=[1"], False)],
+)  # fmt: skip
+def test_a_search_of_nothing_is_recognised(arguments: list[str], nothing: bool) -> None:
+    assert _searches_nothing(arguments) is nothing
 
 
 def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from trainer import hparams
 from trainer.command_line import asks_for_sweep, compose, resolved
 from trainer.config import RunConfig, load, without_regularisation
 from trainer.config_differences import FREE
-from trainer.errors import DONE, INTERRUPTED, Interrupted, TrainerError
+from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.storage.places import place
 from trainer.storage.staging import is_remote
 from trainer.training.run_folder import is_finished, of_one_run
@@ -187,6 +189,11 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """
     if not asks_for_sweep(arguments):
         return compose(arguments)
+    if _searches_nothing(arguments):
+        raise ConfigError(
+            "a search needs something to search: KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or "
+            "a file of the group sweep: sweep=learning_rates"
+        )
     arguments, folder = _in_one_folder(arguments)
     logging.disable(logging.INFO)  # Optuna tells of its study
     sweep = Sweep(folder)
@@ -200,6 +207,20 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     if sweep.jobs:
         sweep.close()
     return None
+
+
+def _searches_nothing(arguments: list[str]) -> bool:
+    """Whether Optuna would run the same job again and again."""
+    chosen = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
+    if not chosen or {"--cfg", "-c", "--help"} & set(arguments):
+        return False
+    if set(chosen) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
+        return False
+    parser = OverridesParser.create()
+    try:
+        return not any(parser.parse_override(a).is_sweep_override() for a in arguments if not a.startswith("-"))
+    except HydraException:  # composing says what is wrong
+        return False
 
 
 def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -25,7 +25,7 @@ def without_the_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [["-m", "hydra/sweeper=optuna"], ["sweep=learning_rates"]])
+@pytest.mark.parametrize("arguments", [["-m", "hydra/sweeper=optuna", "seed=1,2"], ["sweep=learning_rates"]])
 def test_a_search_without_the_extra_says_what_to_install(arguments: list[str]) -> None:
     result = without_the_extra(*arguments)
     assert result.returncode == 2
@@ -56,6 +56,12 @@ def test_a_wrong_configuration_ends_the_sweep_before_its_first_job(asked: tuple[
     assert result.stdout == ""
     assert result.stderr.count("Did you mean head?") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_a_search_of_nothing_is_refused() -> None:
+    result = run("-m", "hydra/sweeper=optuna", "experiment=quickstart")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: a search needs something to search: KEY=interval(low, high) or KEY=choice(")
 
 
 @pytest.mark.slow
