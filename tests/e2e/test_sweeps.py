@@ -69,7 +69,7 @@ def test_a_grid_goes_on_behind_a_job_that_fails(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     result = run("-m", *TINY, "phases.head.optimizer.name=sgd", f"{RATE}=1e38,0.01", f"output_dir={sweep}")
     assert result.returncode == 2
-    assert "job   0  failed (exit code 2)  phases.head.optimizer.learning_rate=1e38\n" in result.stdout
+    assert f"job   0  failed (exit code 2)  {RATE}=1e+38\n" in result.stdout
     assert re.search(rf"job   1  val_accuracy 0\.\d{{4}}  {RATE}=0.01\nbest: job 1, ", result.stdout)
     assert f"{RATE}=0.01" in result.stdout.split("  again ")[1]
     assert "error: 1 of 2 jobs failed (0); their messages are above" in result.stderr
