@@ -20,8 +20,10 @@ FLOORS = (
     {"watching"},
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
+    {"feature_choice"},
     {"run", "command_line", "hparams", "local_copies", "teacher_files"},
-    {"start", "finish", "sweep", "planning", "teaching"},
+    {"feature_pass"},
+    {"start", "finish", "sweep", "planning", "teaching", "inputs", "handing_on"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve"},
 )  # fmt: skip

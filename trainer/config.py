@@ -226,6 +226,35 @@ class RunConfig(Section):
     experiment_name: str | None = None
     auto: Auto | None = Field(None, alias=AUTO, exclude=True)  # still to be chosen; never so in a saved configuration
 
+    @model_validator(mode="after")
+    def _features_fit(self) -> RunConfig:
+        faults = [f"phases.{name}.{fault}" for name, phase in self.phases.items() if (fault := self.misfit(phase))]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def never_cached(self, phase: Phase) -> str | None:
+        """Why no phase like this can compute the features of its frozen layers once; None where it can."""
+        if not self.augmentation.active:
+            return None
+        if self.augmentation.mixes:
+            return "augmentation.mixup and cutmix mix other images in every epoch"
+        if self.distillation:
+            return "the teacher answers in every step, for what augmentation made of the images"
+        return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
+
+    def misfit(self, phase: Phase) -> str | None:
+        """What a phase says of features that cannot be."""
+        views, active = phase.augmented_views, self.augmentation.active
+        if views and views > 1 and not active:
+            return f"augmented_views={views}: nothing augments, every view would be the same; leave it null"
+        why = self.never_cached(phase)
+        if phase.features != "cached" or why is None:
+            return None
+        if active and not views and not self.augmentation.mixes and not self.distillation:
+            return "features=cached: with augmentation, say how many fixed views of each image, augmented_views=4"
+        return f"features=cached: {why}; say features=auto or live"
+
 
 def load(tree: dict[str, Any]) -> RunConfig:
     """Validate a composed tree.

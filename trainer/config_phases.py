@@ -84,6 +84,9 @@ class Phase(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     early_stopping: EarlyStopping = EarlyStopping()
+    features: Literal["auto", "cached", "live"] = "auto"  # cached: what is below all that trains computes once
+    features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # that they are stored in
+    augmented_views: int | None = Field(None, ge=1)  # fixed augmentations of an image; null: another one each epoch
 
     @model_validator(mode="after")
     def _valid(self) -> Phase:

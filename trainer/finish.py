@@ -20,7 +20,7 @@ from trainer.exporting.card import write_labels, write_model_card
 from trainer.exporting.parity import largest_difference
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.run import Run, predict, say
+from trainer.run import Run, say, score
 from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 from trainer.watching import termination
@@ -43,7 +43,8 @@ def finish(job: Run) -> None:
     signs.at("evaluation")
     split = "test" if "test" in job.dataset.splits else "validation"
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
-    probabilities, labels, indices = predict(job, split)
+    batch_size = job.config.training.batch_size
+    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}")
     if job.told_to_stop("after scoring"):
         job.stop.told("stopped by another worker")
     job.stop.check(AFTER)

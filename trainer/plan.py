@@ -156,14 +156,16 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
     kept = sizes.kept_pixels(config, found, pixels)
     show_data(plan, rows, kept)
     show_storage(plan, problem)
-    share, epoch = sizes.share_of_worker(config, found.splits["train"], plan.cluster, kept["train"].where)
     resident = sizes.resident()
     fetched = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = config.model.model_copy(update={"weights": "none"}) if fetched else config.model  # nothing is downloaded
     classifier = build_classifier(model, len(found.class_names), config.seed)
+    features, kept = sizes.choose_features(config, found, classifier, kept)
+    share, epoch = sizes.share_of_worker(config, found.splits["train"], plan.cluster, kept["train"].where)
     per_replica = config.training.batch_size // (replicas * plan.cluster.size * config.training.accumulate)
     phases = sizes.plan_phases(config, classifier, epoch, max(per_replica, 1))
     show_phases(plan, phases, sizes.parameters(classifier), epoch, share.by)
+    plan.section("features", features)
     widths = " -> ".join(
         f"{n:,}" for n in [classifier.backbone.output_shape[-1], config.model.hidden, len(found.class_names)] if n
     )

@@ -11,14 +11,15 @@ import tensorflow as tf
 
 from trainer.cluster.peers import Peers
 from trainer.cluster.preemption import StopFlag
-from trainer.config import Phase, RunConfig
+from trainer.config import Augmentation, Phase, RunConfig
 from trainer.contracts import Dataset
 from trainer.data.ahead import Gate
 from trainer.data.decode import plain
 from trainer.data.order import ALONE, Order, Share
-from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
+from trainer.data.pipeline import Kept, evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Cache, Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.errors import INTERRUPTED, DataError, ToldToStop
+from trainer.feature_choice import Division, images_again
 from trainer.imaging import Resize
 from trainer.models.classifier import Classifier
 from trainer.models.distillation import Teacher
@@ -65,20 +66,27 @@ class Run:
     shards: ShardCache | None = None  # where shards come from while they are read; None: all that is read is here
     teacher: Teacher | None = None  # answers in every step
     answers: np.ndarray | None = None  # a teacher's, for every training example: float32 [count, classes]
+    divisions: dict[str, Division] = field(default_factory=dict)  # of the classifier, by phase
+    cached: dict[str, bool] = field(default_factory=dict)  # phase -> whether it trains on cached features, or on images
 
     def pixels(self, split: str) -> Pixels:
         """The decoded images of a split; the first call may fill a cache."""
         if split not in self.opened:
-            self.opened[split] = self.pixels_at(
-                split, self.classifier.image_size, self.config.model.resize, self.config.data.cache
-            )
+            cache, why = self.config.data.cache, "as asked"
+            if split == "train" and cache == "auto" and not self.images_again:
+                cache, why = "none", "they are read once, for features"
+            size, resize = self.classifier.image_size, self.config.model.resize
+            self.opened[split] = self.pixels_at(split, size, resize, cache, why)
         return self.opened[split]
 
-    def pixels_at(self, split: str, size: int, resize: Resize, cache: Cache) -> Pixels:
+    @property
+    def images_again(self) -> bool:
+        """Whether the training images are read more than once from here on; not so where features are cached."""
+        return images_again(self.config, self.cached, self.state.phase)
+
+    def pixels_at(self, split: str, size: int, resize: Resize, cache: Cache, why_none: str = "as asked") -> Pixels:
         """The decoded images of a split at any size, kept as `cache` says."""
         data, runtime = self.config.data, self.config.runtime
-        memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
-        taken = sum(pixels.memory_bytes for pixels in self.opened.values())
         return open_pixels(
             self.dataset.splits[split],
             size=size,
@@ -86,13 +94,14 @@ class Run:
             cache=cache,
             cache_dir=Path(runtime.cache_dir).expanduser(),
             fingerprint=self.dataset.fingerprint,
-            memory_budget=memory - taken,
+            memory_budget=memory_left(self),
             disk_budget=int(runtime.disk_budget_gb * GIGABYTE),
             threads=runtime.data_threads,
             on_error=data.on_error,
             note=say,
             check=lambda: self.stop.check(f"while the {split} images were decoded"),
             shards=self.shards,
+            why_none=why_none,
         )
 
     def name_of(self, split: str, index: int) -> str:
@@ -122,6 +131,13 @@ class Run:
         if stuck := signs.stuck():
             self.peers.end(INTERRUPTED, f"{reason} while {stuck}; what was saved before is intact. {again(self)}")
         self.attempts.end(STOPPED, reason)  # should the time to stop not suffice
+
+
+def memory_left(job: Run) -> int:
+    """Bytes of the memory budget that decoded images have not taken."""
+    given = job.config.runtime.memory_budget_gb
+    budget = int(given * GIGABYTE) if given else memory_budget_default()
+    return budget - sum(pixels.memory_bytes for pixels in job.opened.values())
 
 
 def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
@@ -164,9 +180,9 @@ def step_settings(job: Run, batch_norm_training: bool) -> StepSettings:
     )
 
 
-def training_stream(job: Run) -> tuple[Any, Gate]:
+def training_stream(job: Run, kept: Kept, augmentation: Augmentation, views: int | None) -> tuple[Any, Gate]:
     """Training batches from the state's position on, endless; and what waits for the shards they are read from."""
-    config, pixels, replicas, state = job.config, job.pixels("train"), job.replicas, job.state
+    config, replicas, state = job.config, job.replicas, job.state
     order = Order(
         batch_size=config.training.batch_size,
         seed=config.seed,
@@ -175,27 +191,22 @@ def training_stream(job: Run) -> tuple[Any, Gate]:
         first_step=state.epoch_step,
         share=job.share,
     )
-    augmentation, threads = config.augmentation, config.runtime.data_threads
 
     def batches(_: tf.distribute.InputContext) -> tf.data.Dataset:
-        images = training_batches(pixels, order, replicas=replicas, augmentation=augmentation, threads=threads)
+        images = training_batches(
+            kept, order, replicas=replicas, augmentation=augmentation, views=views, threads=config.runtime.data_threads
+        )
         if job.answers is None:
             return images
         answers = tf.constant(job.answers)
         return images.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
 
-    gate = training_gate(pixels, order, replicas=replicas, augmentation=augmentation)
+    gate = training_gate(kept, order, replicas=replicas, augmentation=augmentation)
     return job.strategy.distribute_datasets_from_function(batches), gate
 
 
-def predict(job: Run, split: str, part: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities, labels and indices of a split, every example once, on the chief; see `score`."""
-    batch_size = job.config.training.batch_size
-    return score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}", part)
-
-
 def score(
-    job: Run, evaluator: EvaluationPass, pixels: Pixels, batch_size: int, topic: str, part: float = 1.0
+    job: Run, evaluator: EvaluationPass, pixels: Kept, batch_size: int, topic: str, part: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities, labels and indices of `pixels`, every example once, on the chief.
 

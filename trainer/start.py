@@ -154,7 +154,8 @@ def share_data(job: Run) -> None:
     split, workers, config = job.dataset.splits["train"], job.peers.size, job.config
     asked, before = config.data.shard_by, job.state.sharding
     signs.at("opening the training images")
-    kept = job.pixels("train").kept  # every worker decodes at the same time, whatever the answer will be
+    # Every worker decodes at the same time, whatever the answer will be.
+    kept = job.pixels("train").kept if job.images_again else "features"
 
     def choose() -> str:
         if workers == 1 or len(split.shards) < workers:
@@ -189,6 +190,8 @@ def _why(split: Split, workers: int, kept: str) -> str:
         return "image files have no shards"
     if len(split.shards) < workers:
         return f"{len(split.shards)} shards cannot be shared by {workers} workers"
+    if kept == "features":
+        return "chosen since features are kept"
     return "chosen since decoded images are kept" if kept != "none" else "chosen since no decoded images are kept"
 
 

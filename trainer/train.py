@@ -15,10 +15,12 @@ from trainer.cluster.preemption import StopFlag
 from trainer.config import Phase, RunConfig
 from trainer.data.ahead import Gate
 from trainer.data.pixels import data_errors
-from trainer.errors import BUG, DataError, Diverged, Interrupted, ToldToStop, TrainerError
+from trainer.errors import BUG, Diverged, Interrupted, ToldToStop, TrainerError
 from trainer.finish import finish
+from trainer.handing_on import hand_on
+from trainer.inputs import Inputs, choose_features, open_inputs
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.run import Run, again, from_chief, predict, say, step_settings, steps_of, training_stream
+from trainer.run import Run, again, say, score, step_settings, steps_of, training_stream
 from trainer.start import open_run, resume, share_data
 from trainer.teaching import find_teacher
 from trainer.training import variables
@@ -42,6 +44,7 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
     job = open_run(config, home, peers, stop, began)
     with failures_noted(job):
         resume(job, home)
+        choose_features(job)
         share_data(job)
         find_teacher(job)
         job.state.starts += 1
@@ -100,22 +103,33 @@ def train_phase(job: Run, name: str) -> None:
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in plan.lines():
         say(f"  {line}")
+    validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
+    if not (validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))):
+        train_epochs(job, name, plan, total)
+    job.loaded = {}
+    hand_on(job, name, plan)
 
-    step, rate = compile_step(job, phase, plan, total)
+
+def train_epochs(job: Run, name: str, plan: ThawPlan, total: int) -> None:
+    """What is left of a phase: epoch after epoch, each with its validation."""
+    phase, state = job.config.phases[name], job.state
+    inputs = open_inputs(job, name)
+    if inputs is None:
+        leave(job, "while features were computed")
+    step, rate = compile_step(job, phase, plan, inputs, total)
     if job.loaded:
         variables.write(step.checkpointed(), job.loaded, f"checkpoint step {state.step}")
         job.loaded = {}
     everything = job.classifier.variables | step.checkpointed()
 
-    stream, shards = training_stream(job)
+    stream, shards = training_stream(job, inputs.training, inputs.augmentation, inputs.views)
     batches = iter(stream)
     job.telemetry.restart_clock()
-    validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
-    over = validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))
+    over = False
     while not over:
-        with data_errors(job.pixels("train")):
+        with data_errors(inputs.training):
             train_epoch(job, name, step, rate, batches, shards, total, everything)
-        entry, best = validate(job, name, step, everything, float(rate(state.phase_step)))
+        entry, best = validate(job, name, step, inputs, everything, float(rate(state.phase_step)))
         state.history.append(entry)
         state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
         over = state.phase_step >= total or exhausted(state, phase.early_stopping)
@@ -128,10 +142,9 @@ def train_phase(job: Run, name: str) -> None:
             save_and_leave(job, everything)
     del batches  # from here on nothing reads ahead
     shards.close()
-    hand_on(job, name, plan)
 
 
-def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[TrainingStep, Any]:
+def compile_step(job: Run, phase: Phase, plan: ThawPlan, inputs: Inputs, total: int) -> tuple[TrainingStep, Any]:
     """The phase's step on the device, and its learning rate as a function of the phase's step."""
     rate = build_schedule(
         phase.schedule,
@@ -144,7 +157,7 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, total: int) -> tuple[Tr
         optimizer = build_optimizer(phase.optimizer, rate, plan.shares)
     step = TrainingStep(
         job.strategy,
-        job.classifier,
+        inputs.network,
         plan.trainable,
         optimizer,
         step_settings(job, plan.batch_norm_training),
@@ -224,7 +237,7 @@ def wait_for_shards(job: Run, shards: Gate, steps: int, everything: dict[str, An
 
 
 def validate(
-    job: Run, name: str, step: TrainingStep, everything: dict[str, Any], rate: float
+    job: Run, name: str, step: TrainingStep, inputs: Inputs, everything: dict[str, Any], rate: float
 ) -> tuple[dict[str, Any], bool]:
     """Score the validation split; returns the epoch's entry of the history, and whether it is the phase's best."""
     state, began = job.state, time.monotonic()
@@ -233,7 +246,8 @@ def validate(
     if step.averages:
         step.averages.swap()
     try:
-        probabilities, labels, _ = predict(job, "validation", job.config.training.validation_share)
+        batch_size, part = job.config.training.batch_size, job.config.training.validation_share
+        probabilities, labels, _ = score(job, inputs.evaluator, inputs.validation, batch_size, "validation", part)
     finally:
         if step.averages:
             step.averages.swap()
@@ -249,44 +263,6 @@ def validate(
     job.telemetry.epoch(entry, {"seconds": spent, "validation_seconds": seconds}, best)
     job.telemetry.restart_clock()
     return {**entry, "seconds": spent}, best
-
-
-def hand_on(job: Run, name: str, plan: ThawPlan) -> None:
-    """Give the next phase, or the export, the weights that `training.keep` names: averaged ones where EMA is on."""
-    state, config = job.state, job.config
-    assert state.best is not None
-    weights: dict[str, np.ndarray] = {}
-    chosen = state.best["step"] if config.training.keep == "best" else state.step
-    if job.peers.is_chief:
-        chosen, values = read_or_last(job, chosen)
-        weights = {n: values.get(f"ema/{n}", values[n]) for n in job.classifier.variables}
-    chosen = job.peers.told("chosen", lambda: chosen)
-    weights = from_chief(job, "weights", weights)
-    variables.write(job.classifier.variables, weights, f"checkpoint step {chosen}")
-    own = [entry for entry in state.history if entry["phase"] == name]
-    kept = next(entry for entry in own if entry["step"] == chosen)
-    state.finished[name] = {
-        **{key: value for key, value in kept.items() if key.startswith("val_")},
-        "epochs": len(own),
-        "best_epoch": state.best["epoch"],
-        "kept_step": chosen,
-        "seconds": sum(entry["seconds"] for entry in own),
-        "trainable_parameters": sum(int(np.prod(v.shape)) for v in plan.trainable.values()),
-    }
-    say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {config.training.keep} weights "
-        f"(epoch {kept['epoch']}{', averaged' if config.training.ema else ''}) go on")  # fmt: skip
-    state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
-
-
-def read_or_last(job: Run, chosen: int) -> tuple[int, dict[str, np.ndarray]]:
-    """The variables of a checkpoint, or of the last one where it is damaged; and which of the two it was."""
-    try:
-        return chosen, job.checkpoints.read(chosen)[1]
-    except DataError as error:
-        if chosen == job.state.step:
-            raise
-        say(f"{error}; the last weights go on instead")
-    return job.state.step, job.checkpoints.read(job.state.step)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,17 +8,21 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import Augmentation
+from trainer.contracts import Split
 from trainer.data.ahead import Gate, repeated, rows_ahead, training_reads
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
+from trainer.data.features import Features
 from trainer.data.mixing import mixed
 from trainer.data.order import ALONE, Block, Order, Share, sequence_blocks, share_of, training_blocks
 from trainer.data.pixels import Pixels, live_rows
 
+Kept = Pixels | Features  # what batches are made of
 
-def _kept_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Batches out of the decoded array: one gather each."""
-    images, black = pixels.tensor(), pixels.split.count
+
+def _kept_batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
+    """Batches out of an array: one gather each."""
+    content, blank = pixels.tensor(), pixels.split.count
     bad = tf.constant(sorted(pixels.bad), tf.int64)
 
     def rows(fields: Block) -> Row:
@@ -29,7 +33,8 @@ def _kept_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: in
         if pixels.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        return {**rows, "weight": weight, "image": tf.gather(images, tf.where(weight > 0, rows["index"], black))}
+        image = pixels.rows_of(content, tf.where(weight > 0, rows["index"], blank), rows["epoch"])
+        return {**rows, "weight": weight, "image": image}
 
     blocks = block_dataset(block, count)
     return blocks.map(plain(rows)).rebatch(size, drop_remainder=True).map(plain(pick))
@@ -40,12 +45,14 @@ def _live_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: in
     return live_rows(pixels, block, count).batch(size, drop_remainder=True)
 
 
-def _batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
-    make = _live_batches if pixels.array is None else _kept_batches
+    if isinstance(pixels, Pixels) and pixels.array is None:
+        batches = _live_batches(pixels, block, count, size)
+    else:
+        batches = _kept_batches(pixels, block, count, size)
     labels = tf.constant(pixels.split.labels, tf.int32)
-    labelled = plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])})
-    return make(pixels, block, count, size).map(labelled)
+    return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
 def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> tf.data.Dataset:
@@ -59,7 +66,13 @@ def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> t
 
 
 def training_batches(
-    pixels: Pixels, order: Order, *, replicas: int, augmentation: Augmentation, threads: int | None = None
+    pixels: Kept,
+    order: Order,
+    *,
+    replicas: int,
+    augmentation: Augmentation,
+    views: int | None = None,
+    threads: int | None = None,
 ) -> tf.data.Dataset:
     """The endless stream of training batches in this order.
 
@@ -71,6 +84,7 @@ def training_batches(
         replicas: of this worker; their number divides the worker's rows of a global batch.
         augmentation: where active, images are float32 in 0..255, else uint8. Where it mixes, elements hold
             `other_label` and `mix` too, and have an even number of rows.
+        views: epoch e changes images as epoch e % views; None: each epoch in its own way.
         threads: of a pool of its own; None shares TensorFlow's.
     """
 
@@ -78,7 +92,8 @@ def training_batches(
     def change(batch: Row) -> Row:
         epoch = batch.pop("epoch")
         if augmentation.active:
-            batch["image"] = augment(batch["image"], augmentation, order.seed, epoch, batch["index"])
+            view = epoch % views if views else epoch
+            batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
         if augmentation.mixes:
             batch |= mixed(batch, augmentation, order.seed, epoch)
         return batch
@@ -91,7 +106,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    pixels: Pixels,
+    pixels: Kept,
     *,
     batch_size: int,
     replicas: int,
@@ -109,33 +124,64 @@ def evaluation_batches(
         the batches, from the start again after the last one (so that no strategy looks for an end), and how many of
         this worker's part of a global batch they are; 0 where there are fewer examples than workers.
     """
-    mine = _to_score(pixels, batch_size, part, share)
+    mine = to_score(pixels.split, batch_size, part, share)
     rows = batch_size // share.workers
-    count, block = sequence_blocks(pixels.split, mine, rows)
-    batches = _batches(pixels, block, count, rows // replicas)
-    batches = batches.map(plain(lambda batch: {k: v for k, v in batch.items() if k != "epoch"}))
-    return _finished(batches.repeat(), replicas, threads), -(-len(mine) // rows)
+    return chosen_batches(pixels, mine, rows=rows, replicas=replicas, threads=threads), -(-len(mine) // rows)
 
 
-def training_gate(pixels: Pixels, order: Order, *, replicas: int, augmentation: Augmentation) -> Gate:
+def chosen_batches(
+    pixels: Kept,
+    chosen: np.ndarray,
+    *,
+    rows: int,
+    replicas: int,
+    threads: int | None = None,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    view: int = 0,
+) -> tf.data.Dataset:
+    """The examples `chosen`, increasing indices, in their order and then from the start again, `rows` at a time.
+
+    With an `augmentation` images are float32, and changed as epoch `view` of training does; else they are uint8.
+    """
+    count, block = sequence_blocks(pixels.split, chosen, rows)
+
+    @plain
+    def change(batch: Row) -> Row:
+        del batch["epoch"]
+        if augmentation is not None:
+            views = tf.fill(tf.shape(batch["index"]), tf.constant(view, tf.int64))
+            batch["image"] = augment(batch["image"], augmentation, seed, views, batch["index"])
+        return batch
+
+    parallel = pixels.threads if augmentation is not None and augmentation.active else None
+    batches = _batches(pixels, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
+    return _finished(batches.repeat(), replicas, threads)
+
+
+def training_gate(pixels: Kept, order: Order, *, replicas: int, augmentation: Augmentation) -> Gate:
     """What waits, before each device call, for the shards that `training_batches` of the same arguments opens."""
     buffered = _buffered(replicas) + (pixels.threads if augmentation.active else 0)
     ahead = rows_ahead(order.rows // replicas, pixels.threads, buffered)
     return pixels.gate("training", training_reads(pixels.split, order), ahead)
 
 
-def evaluation_gate(pixels: Pixels, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
+def evaluation_gate(pixels: Kept, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
     """What waits, before each batch, for the shards that `evaluation_batches` of the same arguments opens."""
-    mine = _to_score(pixels, batch_size, part, share)
-    rows = batch_size // share.workers
-    ahead = rows_ahead(rows // replicas, pixels.threads, _buffered(replicas))
-    reads = repeated(pixels.split, mine, rows)
-    return pixels.gate("evaluation", reads, ahead)
+    mine = to_score(pixels.split, batch_size, part, share)
+    return chosen_gate(pixels, mine, rows=batch_size // share.workers, replicas=replicas)
 
 
-def _to_score(pixels: Pixels, batch_size: int, part: float, share: Share) -> np.ndarray:
+def chosen_gate(pixels: Kept, chosen: np.ndarray, *, rows: int, replicas: int, augmented: bool = False) -> Gate:
+    """What waits, before each batch, for the shards that `chosen_batches` of the same arguments opens."""
+    buffered = _buffered(replicas) + (pixels.threads if augmented else 0)
+    ahead = rows_ahead(rows // replicas, pixels.threads, buffered)
+    return pixels.gate("evaluation", repeated(pixels.split, chosen, rows), ahead)
+
+
+def to_score(split: Split, batch_size: int, part: float, share: Share) -> np.ndarray:
     """Increasing indices of the examples that this worker scores."""
-    return np.array_split(share_of(pixels.split, batch_size, part), share.workers)[share.worker]
+    return np.array_split(share_of(split, batch_size, part), share.workers)[share.worker]
 
 
 def _buffered(replicas: int) -> int:

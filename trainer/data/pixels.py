@@ -22,6 +22,7 @@ import tensorflow as tf
 from trainer.contracts import Split
 from trainer.data.ahead import Gate, LocalShards, Read, rows_ahead, sequence_reads
 from trainer.data.decode import block_dataset, decoded_rows, decoder, plain
+from trainer.data.features import Features
 from trainer.data.machine import memory_budget_default as memory_budget_default
 from trainer.data.machine import usable_cpus
 from trainer.data.order import Block, sequence_blocks
@@ -88,6 +89,10 @@ class Pixels:
         assert self.array is not None
         with tf.device("CPU:0"):
             return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
+
+    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
+        """In a pipeline: the images [b, S, S, 3] out of `tensor()` for int64 [b]; `split.count` stands for padding."""
+        return tf.gather(tensor, index)
 
     def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> Gate:
         """What a pipeline over these images has to wait at; the arguments are those of `Gate`."""
@@ -162,7 +167,7 @@ def _first_unreadable(pixels: Pixels, start: int) -> int | None:
 
 
 @contextmanager
-def data_errors(pixels: Pixels) -> Iterator[None]:
+def data_errors(pixels: Pixels | Features) -> Iterator[None]:
     """Around every loop over batches of `pixels`: what TensorFlow raises for damaged data becomes a `DataError`.
 
     TensorFlow does not say which example it was. So the split is searched for it, which can take as long as an epoch;
@@ -174,6 +179,8 @@ def data_errors(pixels: Pixels) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
+        if isinstance(pixels, Features):
+            raise
         from_pipeline = pixels.array is None and re.search("Iterator|Dataset", str(error.message))
         if not from_pipeline or isinstance(error, _NOT_DATA):
             raise
@@ -260,17 +267,18 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
             raise
 
 
-def _cache_stem(pixels: Pixels, cache_dir: Path, fingerprint: str) -> Path:
-    split = pixels.split
+def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
+    """A name for the pixels of a split that no other pixels have."""
     # Shards are told apart by the fingerprint; the folder they lie in may be another one at the next start.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
-    parts = (_FORMAT, fingerprint, split.name, split.count, pixels.size, pixels.resize, *members)
+    parts = (_FORMAT, fingerprint, split.name, split.count, size, resize, *members)
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
-    return Path(cache_dir).expanduser() / f"pixels-{split.name}-{pixels.size}-{digest}"
+    return f"pixels-{split.name}-{size}-{digest}"
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: int) -> str:
+    """Bytes for people."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
@@ -289,6 +297,7 @@ def open_pixels(
     note: Note,
     check: Callable[[], None] = lambda: None,
     shards: ShardCache | None = None,
+    why_none: str = "as asked",
 ) -> Pixels:
     """Decide where the decoded images of a split live, and put them there.
 
@@ -303,10 +312,10 @@ def open_pixels(
     """
     pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note, check, shards=shards)
     shape = (split.count + 1, size, size, 3)
-    needed, stem = int(np.prod(shape)), _cache_stem(pixels, cache_dir, fingerprint)
-    what = f"decoded {split.name} images ({split.count:,} at {size} px, {_megabytes(needed)})"
+    needed, stem = int(np.prod(shape)), cache_dir / cache_name(split, size, resize, fingerprint)
+    what = f"decoded {split.name} images ({split.count:,} at {size} px, {megabytes(needed)})"
     fits_memory, fits_disk = needed <= memory_budget, needed <= disk_budget
-    budgets = f"memory budget {_megabytes(memory_budget)}, disk budget {_megabytes(disk_budget)}"
+    budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
     with data_errors(pixels):
         if cache == "memory" or (cache == "auto" and fits_memory):
             note(f"{what}: kept in memory" + (f" ({budgets})" if cache == "auto" else ""))
@@ -321,12 +330,10 @@ def open_pixels(
             except OSError as error:
                 pixels.filled = 0
                 free = shutil.disk_usage(Path(cache_dir).anchor or "/").free
-                note(
-                    f"{what}: cannot be kept in {cache_dir} ({error.strerror}, {_megabytes(free)} free); decoding anew"
-                )
+                note(f"{what}: cannot be kept in {cache_dir} ({error.strerror}, {megabytes(free)} free); decoding anew")
                 return pixels
             _open_stored(pixels, stem, shape)
         else:
-            why = "as asked" if cache == "none" else f"they fit neither {budgets.replace(', ', ' nor ')}"
+            why = why_none if cache == "none" else f"they fit neither {budgets.replace(', ', ' nor ')}"
             note(f"{what}: not kept, decoded whenever they are read ({why})")
     return pixels

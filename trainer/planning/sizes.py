@@ -16,6 +16,7 @@ from trainer.config import RunConfig
 from trainer.contracts import Dataset, Split
 from trainer.data.machine import memory_budget_default
 from trainer.data.order import Share, steps_per_epoch
+from trainer.feature_choice import choose, divisions, images_again, phase_epochs
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.run import GIGABYTE, steps_of
@@ -37,7 +38,9 @@ COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the decoded images of a split would live: `memory`, `disk` or `none`, as `open_pixels` decides."""
+    """Where the decoded images of a split would live: `memory`, `disk` or `none`, as `open_pixels` decides; or `once`,
+    that is nowhere, since they are read but once.
+    """
 
     where: str
     bytes: int
@@ -59,6 +62,30 @@ def kept_pixels(config: RunConfig, dataset: Dataset, size: int) -> dict[str, Kep
         else:
             kept[name] = Kept("none", needed)
     return kept
+
+
+def choose_features(
+    config: RunConfig, dataset: Dataset, classifier: Classifier, kept: dict[str, Kept]
+) -> tuple[list[tuple[str, str]], dict[str, Kept]]:
+    """A line a phase on what it trains on, as a run chooses when it begins; and what images then are kept.
+
+    Raises:
+        ConfigError: as the run would.
+    """
+    runtime, count = config.runtime, dataset.splits["train"].count
+    memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
+    choices = choose(
+        config,
+        divisions(config, classifier),
+        phase_epochs(config, count),
+        count + (dataset.splits["validation"].count if "validation" in dataset.splits else 0),
+        max(memory, int(runtime.disk_budget_gb * GIGABYTE)),
+    )
+    rows = [(name, f"{'cached' if choice.cached else 'live'}, {choice.why}") for name, choice in choices.items()]
+    if config.data.cache == "auto" and not images_again(config, {n: c.cached for n, c in choices.items()}):
+        rows.append(("", "the training images are read once, and not kept"))
+        kept = kept | {"train": Kept("once", kept["train"].bytes)}
+    return rows, kept
 
 
 def share_of_worker(config: RunConfig, split: Split, cluster: Cluster, kept: str) -> tuple[Share, int]:

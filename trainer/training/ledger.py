@@ -9,10 +9,11 @@ from pathlib import Path
 from trainer.storage.files import write_json
 
 PLACES = (
-    "train",  # steps whose result is kept: the only good place
+    "train",  # steps whose result is kept: a good place
     "wait",  # the device had no data
     "compile",  # the first call of a phase
     "start",  # from the start of the process to the first call
+    "features",  # the other good place: what frozen layers make of the images, once
     "checkpoint",
     "evaluation",
     "finish",  # export and report
@@ -36,7 +37,7 @@ class Ledger:
         if file and file.exists():
             try:
                 before = json.loads(file.read_text())
-                self.seconds |= {place: float(before["seconds"][place]) for place in PLACES}
+                self.seconds |= {place: float(spent) for place, spent in before["seconds"].items()}
                 self.seconds["down"] += max(began - before["as_of"], 0.0)
             except (ValueError, KeyError, TypeError):  # damaged: only accounting is lost
                 self.seconds = dict.fromkeys(PLACES, 0.0)
@@ -60,8 +61,8 @@ class Ledger:
 
     @property
     def goodput(self) -> float:
-        """Share of the time since the first start in which steps were taken that are kept, 0..1."""
-        return self.seconds["train"] / max(sum(self.seconds.values()), 1e-9)
+        """Share of the time since the first start in which steps were taken, or features computed, that are kept."""
+        return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def write(self) -> None:
         """Keep the account."""

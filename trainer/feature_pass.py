@@ -1,0 +1,185 @@
+"""The one pass over the images that computes what frozen trunks make of them, on all workers at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Augmentation
+from trainer.data.features import Features
+from trainer.data.pipeline import chosen_batches, chosen_gate
+from trainer.data.pixels import Pixels, data_errors
+from trainer.errors import ToldToStop
+from trainer.models.trunk import Cut, Trunk
+from trainer.run import Run, say
+from trainer.training.checkpoints import packed, unpacked
+from trainer.watching.signs import signs
+
+# A replica computes this many at once, whatever the batch: so workers and batch size change no bit.
+ROWS = {"CPU": 32, "GPU": 128}
+PIECE = 32 << 20  # bytes that a worker computes before all exchange theirs, about
+CALLS = 8  # and the most calls of the device before that
+
+
+def rows_at_once() -> int:
+    """Images that a replica computes at once."""
+    return ROWS["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
+
+
+@dataclass
+class Wanted:
+    """What is to be computed at one cut."""
+
+    cut: Cut
+    features: Features
+    needed: bool  # by the phase that begins; else for a later one, which can do without
+    failed: bool = False  # there was no room
+
+
+class FeaturePass:
+    """Over the images of one split after the other; what cuts they have in common is compiled once."""
+
+    def __init__(self, job: Run) -> None:
+        self.job = job
+        self.rows = rows_at_once() * job.replicas
+        self._compiled: dict[tuple[str, ...], Any] = {}
+
+    def fill(self, wanted: Sequence[Wanted], augmentation: Augmentation, exchanged: bool) -> bool:
+        """Compute what is missing of the features of one split.
+
+        Each worker computes what it reads itself; where all read the same, it computes its part and they exchange.
+
+        Returns:
+            False where the run was told to stop meanwhile. See `Wanted.failed`, too, which is of this worker alone.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        split, views = wanted[0].features.split, wanted[0].features.views
+        missing = {(i, v): self._missing(w, v, exchanged) for i, w in enumerate(wanted) for v in range(views)}
+        some = [w for i, w in enumerate(wanted) if any(missing[i, v].any() for v in range(views))]
+        for one in wanted:
+            if one not in some and one.needed:
+                say(f"  features of {split.name}: taken from {one.features.where}, computed before")
+        if not some:
+            return True
+        of_view = [np.logical_or.reduce([missing[i, v] for i in range(len(wanted))]) for v in range(views)]
+        count = sum(int(one.sum()) for one in of_view)
+        say(f"  features of {split.name}: {count:,} images to compute; kept in "
+            + " and ".join(one.features.where for one in some))  # fmt: skip
+        pixels = self.job.pixels(split.name)
+        with data_errors(pixels):
+            for view, chosen in enumerate(of_view):
+                if chosen.any() and not self._fill_view(some, pixels, augmentation, exchanged, view, chosen):
+                    return False
+        return True
+
+    def _missing(self, wanted: Wanted, view: int, exchanged: bool) -> np.ndarray:
+        """What this worker, or any of those that read the same, has not got: bool [count]."""
+        missing, peers = wanted.features.missing(view), self.job.peers
+        if not exchanged:
+            return missing
+        everyone = peers.gather("missing features", np.packbits(missing).tobytes())
+        union = np.zeros(0, np.uint8)
+        if everyone:
+            union = np.bitwise_or.reduce([np.frombuffer(one, np.uint8) for one in everyone])
+        union = np.frombuffer(peers.from_chief("missing features", union.tobytes()), np.uint8)
+        return np.unpackbits(union, count=len(missing)).astype(bool)
+
+    def _fill_view(
+        self,
+        wanted: Sequence[Wanted],
+        pixels: Pixels,
+        augmentation: Augmentation,
+        exchanged: bool,
+        view: int,
+        chosen: np.ndarray,
+    ) -> bool:
+        job, peers = self.job, self.job.peers
+        parts = np.array_split(np.flatnonzero(chosen), peers.size if exchanged else 1)
+        mine = parts[peers.index if exchanged else 0]
+        calls = max(min(PIECE // (self.rows * max(w.features.row_bytes for w in wanted)), CALLS), 1)
+        with closing(self._batches([one.cut for one in wanted], pixels, mine, augmentation, view)) as batches:
+            for first in range(0, len(parts[0]), calls * self.rows):  # nobody has more than the first
+                index = mine[first : first + calls * self.rows]
+                made = [made for _, made in zip(range(0, len(index), self.rows), batches, strict=False)]
+                if job.told_to_stop("between features") if exchanged else job.stop.reason is not None:
+                    return False
+                self._take_in(wanted, pixels, view, index, made, exchanged)
+        return True
+
+    def _batches(
+        self, cuts: Sequence[Cut], pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
+    ) -> Generator[list[np.ndarray], None, None]:
+        """Weights float32 [rows], 0 for no example, then the rows at each cut; ends early where the run should stop."""
+        job, config = self.job, self.job.config
+        # One type of images for both splits, so that the trunk is traced once.
+        changed = augmentation if config.augmentation.active else None
+        options = dict[str, Any](rows=self.rows, replicas=job.replicas)
+        stream = iter(
+            job.strategy.distribute_datasets_from_function(
+                lambda _: chosen_batches(
+                    pixels, mine, **options, threads=config.runtime.data_threads, augmentation=changed,
+                    seed=config.seed, view=view,
+                )
+            )
+        )  # fmt: skip
+        gate = chosen_gate(pixels, mine, **options, augmented=augmentation.active)
+        compute, local = self._compute(cuts), job.strategy.experimental_local_results
+        try:
+            while job.stop.reason is None:
+                gate.before(self.rows)
+                outcome = compute(next(stream))
+                signs.moved()
+                yield [np.concatenate([part.numpy() for part in local(one)]) for one in outcome]
+        except ToldToStop:  # while it waited for a shard
+            return
+        finally:
+            gate.close()
+
+    def _compute(self, cuts: Sequence[Cut]) -> Any:
+        """The compiled trunk; its answers are typed as they are stored."""
+        key = tuple(cut.layer for cut in cuts)
+        if key not in self._compiled:
+            trunk, strategy = Trunk(self.job.classifier, cuts), self.job.strategy
+
+            def replica(batch: Any) -> list[tf.Tensor]:
+                return [batch["weight"], *trunk.features(batch["image"])]
+
+            self._compiled[key] = tf.function(lambda batch: strategy.run(replica, args=(batch,)))
+        return self._compiled[key]
+
+    def _take_in(
+        self,
+        wanted: Sequence[Wanted],
+        pixels: Pixels,
+        view: int,
+        index: np.ndarray,
+        made: Sequence[Sequence[np.ndarray]],
+        exchanged: bool,
+    ) -> None:
+        """Keep a piece, this worker's or everyone's."""
+        peers = self.job.peers
+        columns = [np.concatenate(column)[: len(index)] for column in zip(*made, strict=True)]
+        lost = index[columns[0] == 0] if columns else index
+        why = np.array([pixels.bad.get(int(i), "") for i in lost] if len(lost) else [], str)
+        rows = columns[1:] or [np.zeros((0, *one.features.shape), np.float32) for one in wanted]
+        piece = {"index": index, "lost": lost, "why": why}
+        piece |= {f"rows{n}": one.features.stored(part) for n, (one, part) in enumerate(zip(wanted, rows, strict=True))}
+        if exchanged:
+            everyone = [unpacked(one) for one in peers.gather("features", packed(piece)) or ()]
+            joined = {key: np.concatenate([part[key] for part in everyone]) for key in piece} if everyone else {}
+            piece = unpacked(peers.from_chief("features", packed(joined) if everyone else b""))
+        bad = {int(i): str(words) for i, words in zip(piece["lost"], piece["why"], strict=True)}
+        for number, one in enumerate(wanted):
+            try:
+                if not one.failed:
+                    one.features.write(view, piece["index"], piece[f"rows{number}"], bad)
+            except OSError as error:
+                one.failed = True
+                say(f"  features cannot be kept in {one.features.where}: {error.strerror}")
