@@ -197,7 +197,9 @@ def summarise(job: Run, report: dict[str, Any]) -> None:
         f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
         + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
         *groups_apart(test),
-        *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}" for name, phase in report["phases"].items()),
+        *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
+          + (f" (the weights of {phase['kept_from']}; its own {phase['own_val_accuracy']:.4f} at best)"
+             if "kept_from" in phase else "") for name, phase in report["phases"].items()),
         f"trained {job.state.images:,.0f} images in {clock(spent)} ({job.state.images / max(spent, 1e-9):,.0f} "
         f"images/s; goodput {job.ledger.goodput:.0%})",
         f"  report   {folder}/report/index.html",

@@ -28,7 +28,7 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.run_folder import RunFolder
 from trainer.training.scoring import validation_scores
 from trainer.training.step import TrainingStep
-from trainer.training.stopping import exhausted, judge
+from trainer.training.stopping import best_step, exhausted, judge
 from trainer.watching.signs import signs
 
 
@@ -288,7 +288,8 @@ def save(job: Run, everything: dict[str, Any]) -> None:
     job.telemetry.flush()
     job.publisher.wait()  # at most one checkpoint is behind
     with job.peers.committing():
-        best = state.best["step"] if state.best else None
+        rule = list(job.config.phases.values())[state.phase].early_stopping
+        best = best_step(state, rule)
         job.checkpoints.save(state.to_json(), variables.read(everything), best)
     job.publisher.checkpoint()
     job.ledger.mark("checkpoint")

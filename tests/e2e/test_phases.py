@@ -53,6 +53,24 @@ def test_rates_of_their_own_outlive_kill_9(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_phase_that_spoils_the_weights_hands_on_what_it_began_with(tmp_path: Path) -> None:
+    spoilt, head = tmp_path / "spoilt", tmp_path / "head"
+    longer = ("runtime.keep_checkpoints=1", "phases.head.epochs=3")
+    ruin = ("phases.fine_tune.optimizer.name=sgd", "phases.fine_tune.optimizer.learning_rate=3")
+    result = run(*SMALL, *longer, *ruin, f"output_dir={spoilt}")
+    assert result.returncode == 0, result.stderr
+    assert run(*SMALL, *longer, "~phases.fine_tune", f"output_dir={head}").returncode == 0
+    phases = json.loads((spoilt / "report" / "report.json").read_text())["phases"]
+    assert phases["fine_tune"]["kept_from"] == "head"
+    assert phases["fine_tune"]["own_val_accuracy"] < phases["fine_tune"]["val_accuracy"]
+    assert phases["fine_tune"]["val_accuracy"] == phases["head"]["val_accuracy"]
+    assert "the weights of head (epoch" in result.stdout
+    assert (spoilt / "checkpoints" / "BEST").read_text() == (head / "checkpoints" / "BEST").read_text()
+    predictions = [(folder / "report" / "predictions.csv").read_bytes() for folder in (spoilt, head)]
+    assert predictions[0] == predictions[1]
+
+
+@pytest.mark.slow
 def test_two_workers_with_rates_of_their_own_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(*SHARED, *OWN_RATES, "training.accumulate=2", f"output_dir={one}")

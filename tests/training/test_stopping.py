@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config_phases import EarlyStopping
 from trainer.training.state import RunState
-from trainer.training.stopping import exhausted, judge
+from trainer.training.stopping import best_step, exhausted, judge
 
 
 def judged(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
@@ -22,6 +22,19 @@ def test_accuracy_decides_and_ties_go_to_the_lower_loss() -> None:
     assert best == [True, True, True, False, False]
     assert state.best is not None
     assert (state.best["epoch"], state.best["step"]) == (3, 30)
+
+
+def test_what_a_phase_began_with_stays_the_best_until_an_epoch_is_better() -> None:
+    state, rule = RunState(carried=10), EarlyStopping()
+    state.history = [{"step": 10, "val_accuracy": 0.9, "val_loss": 0.3}]
+    assert best_step(state, rule) == 10
+    for step, accuracy, loss, best in ((20, 0.8, 0.1, 10), (30, 0.9, 0.4, 10), (40, 0.9, 0.2, 40), (50, 0.7, 0.1, 40)):
+        state.step = step
+        state.history.append({"step": step, "epoch": step // 10, "val_accuracy": accuracy, "val_loss": loss})
+        judge(state, state.history[-1], rule)
+        assert best_step(state, rule) == best
+    assert best_step(RunState(), rule) is None
+    assert best_step(state, EarlyStopping(metric="loss")) == 40  # 0.2 against 0.3; the phase went by accuracy
 
 
 def test_loss_can_decide() -> None:

@@ -89,8 +89,9 @@ class CheckpointFolder:
         needed = set(newest)
         for step in newest:
             with contextlib.suppress(OSError, ValueError):  # a damaged one refers to nothing; `newest` will say so
-                best = json.loads((self.path(step) / "state.json").read_text())["best"]
-                needed |= {best["step"]} if best else set()
+                state = json.loads((self.path(step) / "state.json").read_text())
+                needed |= {state["best"]["step"]} if state["best"] else set()
+                needed |= {state["carried"]} if state.get("carried") else set()
         for step in set(steps) - needed:
             shutil.rmtree(self.path(step))
 

@@ -17,6 +17,7 @@ class RunState:
     epoch_step: int = 0  # of this epoch
     best: dict[str, Any] | None = None  # this phase: {"step", "epoch", "value"}
     bad_epochs: int = 0  # since the best
+    carried: int | None = None  # step of the best that earlier phases had: what this one began with
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # this epoch: loss, correct, examples
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same since the last log line
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch

@@ -29,6 +29,20 @@ def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     return better or tie
 
 
+def best_step(state: RunState, rule: EarlyStopping) -> int | None:
+    """The step of the best epoch so far, over all phases: a phase that only made it worse has none of its own."""
+    own = state.best["step"] if state.best else None
+    if own is None or state.carried is None:
+        return state.carried if own is None else own
+    scored = {entry["step"]: entry for entry in state.history}
+
+    def rank(step: int) -> tuple[float, ...]:
+        accuracy, loss = scored[step]["val_accuracy"], scored[step]["val_loss"]
+        return (accuracy, -loss) if rule.metric == "accuracy" else (-loss,)
+
+    return state.carried if rank(state.carried) > rank(own) else own
+
+
 def exhausted(state: RunState, rule: EarlyStopping) -> bool:
     """Whether patience has run out."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
