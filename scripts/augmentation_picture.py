@@ -55,7 +55,7 @@ def views(augmentation: Augmentation) -> np.ndarray:
     if augmentation.mixes:
         batch = {"image": changed, "label": tf.zeros(2 * VIEWS, tf.int32), "weight": tf.ones(2 * VIEWS)}
         changed = mixed({**batch, "index": tf.constant(index)}, augmentation, 3, epoch)["image"]
-    return np.clip(np.rint(changed[::2]), 0, 255).astype(np.uint8)
+    return np.asarray(changed[::2])
 
 
 def main() -> None:

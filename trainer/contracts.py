@@ -64,7 +64,7 @@ class Dataset:
 class Batch(TypedDict):
     """What one replica gets for one step; b is its share of the global batch, S the image side in pixels."""
 
-    image: tf.Tensor  # uint8 [b, S, S, 3] (float32 in 0..255 after augmentation), or what a trunk made of it
+    image: tf.Tensor  # uint8 [b, S, S, 3], or what a trunk made of it
     label: tf.Tensor  # int32 [b]
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
     index: tf.Tensor  # int64 [b]: the example's index in its split

@@ -165,7 +165,7 @@ def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
             labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
             batch = {"image": images, "label": labels, "weight": weight, "index": chosen[which]}
             images = mixed(batch, augmentation, seed, epochs)["image"]
-    return np.clip(np.rint(images[::each]), 0, 255).astype(np.uint8)
+    return np.asarray(images[::each])
 
 
 def undecodable(job: Run) -> list[str]:

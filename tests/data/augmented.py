@@ -16,12 +16,17 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype
 
 
 def augmented(images: np.ndarray = IMAGES, **changes: object) -> np.ndarray:
-    """Images uint8 [n, S, S, 3] as the examples `INDEX` are changed in `EPOCH`, n <= COUNT."""
+    """Images uint8 [n, S, S, 3] as the examples `INDEX` are changed in `EPOCH`, n <= COUNT; the bytes as float32."""
     count = len(images)
     options = Augmentation(**changes)  # type: ignore[arg-type]
     result = augment(tf.constant(images), options, SEED, np.full(count, EPOCH), INDEX[:count])
-    assert result.dtype == tf.float32
-    return result.numpy()
+    assert result.dtype == tf.uint8
+    return result.numpy().astype(np.float32)
+
+
+def assert_rounded(found: np.ndarray, expected: np.ndarray, error: float = 0.02) -> None:
+    """`found` are the bytes next to what was computed, but for an error."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.5 + error)
 
 
 def drawn(what: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from tests.data.augmented import IMAGES, SIDE, augmented, drawn, level
+from tests.data.augmented import IMAGES, SIDE, assert_rounded, augmented, drawn, level
 from trainer.config import Augmentation
 from trainer.data import draws
 from trainer.data.augment import augment
@@ -39,17 +39,17 @@ def test_a_crop_shows_its_window() -> None:
     windows = boxes(0.2)
     assert windows[:, 2].min() < 0.7
     expected = np.stack([seen(image, *box) for image, box in zip(IMAGES, windows, strict=True)])
-    np.testing.assert_allclose(augmented(crop=0.2), expected, atol=0.02)
+    assert_rounded(augmented(crop=0.2), expected)
     flips = [drawn(what) < 0.5 for what in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
     for image, across, down in zip(expected, *flips, strict=True):
         image[:] = image[:: -1 if down else 1, :: -1 if across else 1]
-    np.testing.assert_allclose(augmented(crop=0.2, flip_horizontal=True, flip_vertical=True), expected, atol=0.02)
+    assert_rounded(augmented(crop=0.2, flip_horizontal=True, flip_vertical=True), expected)
 
 
 def test_beside_an_affine_map_it_is_the_same_window() -> None:
     alone = augmented(crop=0.2, flip_horizontal=True)
     together = augmented(crop=0.2, flip_horizontal=True, rotation=1e-4, fill="nearest")
-    np.testing.assert_allclose(together, alone, atol=0.05)
+    assert np.abs(together - alone).max() <= 1
 
 
 @pytest.mark.parametrize("least", [0.08, 0.5, 0.9])
@@ -78,4 +78,4 @@ def test_a_crop_never_looks_beyond_the_edge(side: int, flip: bool) -> None:
     white = tf.fill([count, side, side, 3], tf.constant(255, tf.uint8))
     options = Augmentation(crop=0.999, flip_horizontal=flip, flip_vertical=flip)
     found = augment(white, options, 1, np.zeros(count, np.int64), np.arange(count))
-    np.testing.assert_allclose(found, 255, atol=1e-3)
+    assert_rounded(found, 255, 1e-3)

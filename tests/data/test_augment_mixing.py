@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, drawn, level
+from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, drawn, level
 from trainer.config import Augmentation
 from trainer.data import draws
 from trainer.data.mixing import mixed, shares
@@ -20,12 +20,12 @@ OTHER = np.arange(COUNT) ^ 1
 
 def mix(weight: np.ndarray = WEIGHTS, rows: slice = slice(None), **changes: Any) -> tuple[np.ndarray, ...]:
     """Images, other labels and shares of some rows."""
-    batch = {"image": tf.constant(IMAGES[rows], tf.float32), "label": tf.constant(LABELS[rows]),
+    batch = {"image": tf.constant(IMAGES[rows]), "label": tf.constant(LABELS[rows]),
              "weight": tf.constant(weight[rows]), "index": tf.constant(INDEX[rows])}  # fmt: skip
     epoch = np.full(len(IMAGES[rows]), EPOCH)
     found = mixed(batch, Augmentation(**changes), SEED, tf.constant(epoch))
     assert set(found) == {"image", "other_label", "mix"}
-    assert [found[k].dtype for k in ("image", "other_label", "mix")] == [tf.float32, tf.int32, tf.float32]
+    assert [found[k].dtype for k in ("image", "other_label", "mix")] == [tf.uint8, tf.int32, tf.float32]
     return tuple(found[key].numpy() for key in ("image", "other_label", "mix"))
 
 
@@ -46,7 +46,7 @@ def test_mixup_adds_up_neighbours_as_beta_says() -> None:
     np.testing.assert_allclose(share, expected, rtol=1e-6)
     np.testing.assert_array_equal(other, LABELS[OTHER])
     part = expected[:, None, None, None]
-    np.testing.assert_allclose(images, part * IMAGES + (1 - part) * IMAGES[OTHER], atol=1e-3)
+    assert_rounded(images, part * IMAGES + (1 - part) * IMAGES[OTHER], 1e-3)
     assert share.min() < 0.2
     assert share.max() > 0.8
 

@@ -25,19 +25,19 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     and height apart), shift (each way up to +- shift * S pixels, to the right and down for positive ones). Outside the
     source, `fill` decides: the nearest pixel, black, or the reflection.
 
-    Then `randaugment` operations (`trainer/data/randaugment.py`), and last the hole of cutout. Mixup and cutmix need
-    more than one example: `trainer/data/mixing.py`.
+    Then `randaugment` operations (`trainer/data/randaugment.py`), and last the hole of cutout. Each of these takes bytes and
+    rounds to bytes. Mixup and cutmix need more than one example: `trainer/data/mixing.py`.
 
     Args:
         images: uint8 [b, S, S, 3].
         epoch, index: int64 [b].
 
     Returns:
-        float32 [b, S, S, 3] in 0..255. The same bits for an example in a batch of any size and company.
+        uint8 [b, S, S, 3]. The same bits for an example in a batch of any size and company.
     """
     a = augmentation
     if not a.active:
-        return tf.cast(images, tf.float32)
+        return images
     draws = Draws(seed, epoch, index)
     resampling = bool(a.crop or is_affine(a))
     if not resampling:
@@ -51,4 +51,4 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
         images = randaugmented(images, a, chosen)
     if a.cutout:
         images = with_hole(images, a.cutout, draws)
-    return tf.cast(images, tf.float32)
+    return images

@@ -12,6 +12,7 @@ from scipy import stats
 
 from trainer.config import Augmentation
 from trainer.data.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_KIND, Draws
+from trainer.data.resampling import in_one_loop
 
 GREY = 128  # in the middle of what a pixel can be, and so near zero for every backbone
 
@@ -61,7 +62,7 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
     into anything.
 
     Args:
-        batch: image float32 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]; b is even, and its
+        batch: image uint8 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]; b is even, and its
             first row is at an even position of the global batch.
         epoch: int64 [b].
 
@@ -77,7 +78,7 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
     mixture, share = images, tf.ones_like(batch["weight"])
     if a.mixup:
         share = tf.where(real & ~is_cut, draws.of(MIX, shares(a.mixup)), 1.0)
-        mixture = images * share[:, None, None] + others * (1.0 - share[:, None, None])
+        mixture = _blended(images, others, share)
     if a.cutmix:
         sides = tf.cast(draws.of(MIX, np.rint(np.sqrt(1 - shares(a.cutmix)) * size)), tf.int32)
         box, covered = _box(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
@@ -89,6 +90,14 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
         "other_label": _partners(batch["label"]),
         "mix": share,
     }
+
+
+@in_one_loop
+def _blended(images: tf.Tensor, others: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """share * images + (1 - share) * others, rounded: uint8 [b, S, 3 S]; share float32 [b]."""
+    share = share[:, None, None]
+    mixture = tf.cast(images, tf.float32) * share + tf.cast(others, tf.float32) * (1.0 - share)
+    return tf.cast(mixture + 0.5, tf.uint8)
 
 
 def _partners(rows: tf.Tensor) -> tf.Tensor:

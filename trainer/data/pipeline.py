@@ -82,8 +82,7 @@ def training_batches(
 
     Args:
         replicas: of this worker; their number divides the worker's rows of a global batch.
-        augmentation: where active, images are float32 in 0..255, else uint8. Where it mixes, elements hold
-            `other_label` and `mix` too, and have an even number of rows.
+        augmentation: where it mixes, elements hold `other_label` and `mix` too, and have an even number of rows.
         views: epoch e changes images as epoch e % views; None: each epoch in its own way.
         threads: of a pool of its own; None shares TensorFlow's.
     """

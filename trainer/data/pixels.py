@@ -41,7 +41,7 @@ _NOT_DATA = (
 )
 _NOTES = 20  # skipped images that are named one by one
 _BATCH = 64  # images written to a cache at once
-_FORMAT = 1  # of the cache on disk; counts up when decoding changes
+_FORMAT = 2  # of the cache on disk; counts up when decoding changes
 
 
 @dataclass

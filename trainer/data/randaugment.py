@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from trainer.config import Augmentation
 from trainer.data.draws import RANDAUGMENT, Draws
-from trainer.data.warps import resampled
 
 HIGHEST = 30
 
@@ -24,18 +23,17 @@ Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def randaugmented(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Each image after `a.randaugment` operations of its own; of float32 the nearest bytes are taken.
+    """Each image after `a.randaugment` operations of its own.
 
     Images that drew the same operation go through it together, so that no image goes through one it did not draw.
 
     Args:
-        images: [b, S, S, 3] in 0..255.
+        images: uint8 [b, S, S, 3].
         draws: those from `RANDAUGMENT` on.
 
     Returns:
         uint8 [b, S, S, 3].
     """
-    images = images if images.dtype == tf.uint8 else _bytes(tf.round(images))
     names = list(OPERATIONS)
     for turn in range(a.randaugment):
         chosen = tf.cast(draws.share(RANDAUGMENT + 2 * turn) * len(names), tf.int32)
@@ -67,7 +65,15 @@ def _each(values: tf.Tensor) -> tf.Tensor:
 def _geometric(images: tf.Tensor, signs: tf.Tensor, maps: list[list[float]], fill: str) -> tf.Tensor:
     """Two affine maps as [xx, xy, x, yx, yy, y], for the signs -1 and 1."""
     table = tf.constant([[*entries, 0.0, 0.0] for entries in maps], tf.float32)
-    warped = resampled(tf.cast(images, tf.float32), tf.gather(table, tf.cast(signs > 0, tf.int32)), fill)
+    # `resampling.resampled` takes a third of the time, but would be compiled for every number of images there can be.
+    warped = tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.cast(images, tf.float32),
+        transforms=tf.gather(table, tf.cast(signs > 0, tf.int32)),
+        output_shape=images.shape[1:3],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode=fill.upper(),
+    )
     return _bytes(tf.round(warped))
 
 

@@ -25,19 +25,14 @@ from trainer.data.draws import (
     Draws,
     levels,
 )
+from trainer.data.resampling import resampled
 
 WIDEST = 4 / 3  # width : height of a crop; the narrowest is 1 / WIDEST
-INSIDE = 1 - 4e-6  # crops are taken from this share of the source, so that no rounding leads beyond its last pixel
 
 
 def is_affine(a: Augmentation) -> bool:
     """Whether more than flips and crops is on."""
     return bool(a.rotation or a.shift or a.shear or a.zoom or a.stretch)
-
-
-def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Crop, flips and affine map in one bilinear resampling, uint8 or float32 in, float32 [b, S, S, 3] out."""
-    return _affine(tf.cast(images, tf.float32), a, draws) if is_affine(a) else _cropped(images, a, draws)
 
 
 def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
@@ -47,18 +42,6 @@ def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
             # This op takes whole images by one flag each, at half the price of `tf.where` with a flag for every pixel.
             images = tf.raw_ops.Select(condition=draws.coin(what), x=tf.reverse(images, [axis]), y=images)
     return images
-
-
-def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
-    """Bilinear; the result at (x, y) shows the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), transforms [b, 8]."""
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=images,
-        transforms=transforms,
-        output_shape=images.shape[1:3],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode=fill.upper(),
-    )
 
 
 def _matrix(a: Augmentation, draws: Draws, rows: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
@@ -93,8 +76,8 @@ def _matrix(a: Augmentation, draws: Draws, rows: list[list[tf.Tensor]]) -> list[
     return rows
 
 
-def _affine(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Crop, flip, zoom, shear, rotate about the centre, stretch and shift, in one resampling; float32 [b, S, S, 3]."""
+def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Crop, flip, zoom, shear, rotate about the centre, stretch and shift, in one resampling; uint8 [b, S, S, 3]."""
     count, size = tf.shape(images)[0], images.shape[1]
     zero, centre, reach = tf.zeros([count]), (size - 1) / 2, a.shift * size
     rows, middle = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
@@ -106,7 +89,7 @@ def _affine(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     right = centre + (draws.of(SHIFT_X, levels(-reach, reach)) if a.shift else zero)
     down = centre + (draws.of(SHIFT_Y, levels(-reach, reach)) if a.shift else zero)
     left_over = middle[0] - xx * right - xy * down, middle[1] - yx * right - yy * down
-    entries = (xx, xy, left_over[0], yx, yy, left_over[1], zero, zero)
+    entries = (xx, xy, left_over[0], yx, yy, left_over[1])
     return resampled(images, tf.stack([zero + entry for entry in entries], axis=1), a.fill)
 
 
@@ -138,19 +121,4 @@ def windows(least: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tu
     side = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
     width, height = (tf.minimum(x, 1.0) for x in (side * root, side * draws.of(CROP_ASPECT, 1 / roots)))
     left, top = ((1 - x) * draws.share(what) for x, what in ((width, CROP_X), (height, CROP_Y)))
-    edge = (1 - INSIDE) / 2
-    return (width * INSIDE, height * INSIDE), (left * INSIDE + edge, top * INSIDE + edge)
-
-
-def _cropped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Crops and flips: an op that knows of rows and columns takes a fraction of the time of a general map."""
-    (width, height), (left, top) = windows(a.crop, draws)
-    right, bottom = left + width, top + height
-    if a.flip_horizontal:
-        flip = draws.coin(FLIP_HORIZONTAL)
-        left, right = tf.where(flip, right, left), tf.where(flip, left, right)
-    if a.flip_vertical:
-        flip = draws.coin(FLIP_VERTICAL)
-        top, bottom = tf.where(flip, bottom, top), tf.where(flip, top, bottom)
-    boxes = tf.stack([top, left, bottom, right], axis=1)
-    return tf.image.crop_and_resize(images, boxes, tf.range(tf.shape(images)[0]), images.shape[1:3])
+    return (width, height), (left, top)
