@@ -25,6 +25,7 @@ import numpy as np
 from trainer.command_line import be_seen, compose, exit_code_of, speak_as, speak_early
 from trainer.config import RunConfig, load
 from trainer.contracts import Dataset, Split
+from trainer.data.machine import usable_cpus
 from trainer.data.records import RecordAt, index_shard
 from trainer.data.sources import open_dataset
 from trainer.data.writing import Groups, ImageSource, write_dataset
@@ -72,7 +73,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
             {name: _examples(split, orders[name]) for name, split in dataset.splits.items()},
             groups=groups,
             shards=config.data.shards,
-            workers=config.runtime.data_threads or os.cpu_count() or 1,
+            workers=config.runtime.data_threads or usable_cpus(),
             progress=_noted(show),
             on_error=config.data.on_error,
             part=part,

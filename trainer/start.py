@@ -13,6 +13,7 @@ from trainer.cluster.preemption import StopFlag
 from trainer.cluster.strategy import build_strategy
 from trainer.config import RunConfig
 from trainer.contracts import Dataset, Split
+from trainer.data.machine import usable_cpus
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
 from trainer.errors import ConfigError, DataError, ModelError
@@ -57,7 +58,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     config, reasons = settle(config, home, peers, dataset)
     stop.check("before training began")
     signs.at("building the model")
-    strategy = build_strategy(config, peers, say)
+    strategy = build_strategy(config, peers, say, usable_cpus())
     stop.install()
     with strategy.scope():
         described = config.model.model_copy(update={"weights": local.model.weights})

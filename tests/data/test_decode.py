@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.imaging import decode_image
+from trainer.imaging import ANTIALIAS_FROM, decode_image
 
 
 def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -82,6 +82,37 @@ def test_resizing_is_bilinear_in_half_pixel_coordinates(height: int, width: int,
     bottom = source[y1][:, x0] * (1 - fx) + source[y1][:, x1] * fx
     found = decode_image(tf.constant(encoded(pixels, "PNG")), size, "stretch").numpy()
     assert np.abs(found - (top * (1 - fy) + bottom * fy)).max() <= 0.51
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("size", "ratio"), [(96, 1), (48, 2), (24, 4), (12, 8)])
+def test_a_jpeg_is_decoded_at_a_part_of_its_size(size: int, ratio: int, mode: str) -> None:
+    data = encoded(smooth(96, 96), "JPEG", mode)
+    draft = Image.open(io.BytesIO(data))
+    draft.draft(None, (size, size))
+    assert draft.size == (96 // ratio, 96 // ratio)
+    found = decode_image(tf.constant(data), size, "stretch").numpy()
+    # Pillow's build of the decoder spreads the chroma of a whole image in another way.
+    assert np.abs(found - np.asarray(draft.convert("RGB")).astype(int)).max() <= (
+        8 if ratio == 1 or mode == "CMYK" else 2
+    )
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop"])
+@pytest.mark.parametrize(("height", "width"), [(95, 130), (130, 95), (95, 400)])
+def test_a_jpeg_keeps_at_least_the_size_that_is_asked_for(resize: str, height: int, width: int) -> None:
+    data = tf.constant(encoded(smooth(height, width), "JPEG"))
+    for size, ratio in ((48, 1), (47, 2), (24, 2), (23, 4), (12, 4), (11, 8), (3, 8)):
+        whole = tf.io.decode_jpeg(data, channels=3, ratio=ratio)
+        assert min(whole.shape[:2]) >= size
+        if resize == "crop":
+            side = min(whole.shape[:2])
+            top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
+            whole = whole[top : top + side, left : left + side]
+        shrinking = max(whole.shape[:2]) / size
+        expected = tf.round(tf.image.resize(whole, [size, size], antialias=shrinking > ANTIALIAS_FROM))
+        far = np.abs(decode_image(data, size, resize).numpy() - expected.numpy())
+        assert (far[1:-1, 1:-1] if resize == "crop" else far).max() == 0  # a crop ends without neighbouring chroma
 
 
 def test_a_large_photo_is_averaged_not_sampled() -> None:

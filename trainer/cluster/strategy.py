@@ -18,8 +18,14 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixe
 MEGABYTE = 1024**2
 
 
-def build_strategy(config: RunConfig, peers: Peers, note: Callable[[str], None]) -> tf.distribute.Strategy:
+def build_strategy(
+    config: RunConfig, peers: Peers, note: Callable[[str], None], processors: int
+) -> tf.distribute.Strategy:
     """Choose the devices and the strategy over them; must run before any tensor exists.
+
+    Args:
+        processors: that TensorFlow may keep busy. By itself it would take all that the host lets this process run on,
+            and not know of a container's quota.
 
     Returns:
         The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
@@ -30,6 +36,7 @@ def build_strategy(config: RunConfig, peers: Peers, note: Callable[[str], None])
             the global batch cannot be shared evenly, or not in pairs where examples are mixed.
     """
     runtime = config.runtime
+    use_processors(processors)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(POLICIES[runtime.precision])
@@ -48,6 +55,15 @@ def build_strategy(config: RunConfig, peers: Peers, note: Callable[[str], None])
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
     return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(wanted)])
+
+
+def use_processors(count: int) -> None:
+    """Threads of TensorFlow's two pools: inside an operation, and for operations (those of `tf.data` too) side by side.
+
+    A pool larger than a container's quota spends the quota of a period at once, and then stands still until the next.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(count)
+    tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
 def devices_of(runtime: Runtime, workers: int) -> tuple[str, int]:

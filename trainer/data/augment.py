@@ -25,7 +25,7 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     and height apart), shift (each way up to +- shift * S pixels, to the right and down for positive ones). Outside the
     source, `fill` decides: the nearest pixel, black, or the reflection.
 
-    Then `randaugment` operations (`trainer/data/randaugment.py`), and last the hole of cutout. Each of these takes bytes and
+    Then `randaugment` operations (`trainer/data/randaugment.py`), and last the hole of cutout. Each takes bytes and
     rounds to bytes. Mixup and cutmix need more than one example: `trainer/data/mixing.py`.
 
     Args:

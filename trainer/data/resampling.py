@@ -1,8 +1,8 @@
 """Affine maps of a batch of images, each in one bilinear resampling, compiled by XLA.
 
-TensorFlow's own op works out the place of a pixel again for each of its colours: 2.6 ms of processor time for an image of
-224 pixels, and this 0.75 (docs/log.md). XLA makes a loop of each function here. One loop for all of them would be slower:
-a loop that picks pixels uses no vector instructions, and so the arithmetic has loops of its own.
+TensorFlow's own op works out the place of a pixel again for each of its colours: 2.6 ms of processor time for an image
+of 224 pixels, and this 0.75 (docs/log.md). XLA makes a loop of each function here. One loop for all of them would be
+slower: a loop that picks pixels uses no vector instructions, and so the arithmetic has loops of its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _together(images: tf.Tensor) -> tf.Tensor:
 
 @cache
 def _places(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Maps [b, 6] -> the number of the pixel to the upper left of each place, and how far right and down of it that is."""
+    """Maps [b, 6] -> the pixel to the upper left of each place, by number, and how far right and down it is."""
 
     def inside(place: tf.Tensor) -> tf.Tensor:
         """What is looked up for a place that may be outside: 0 to size - 1; with a border of black 0 to size + 1."""
@@ -79,7 +79,7 @@ def _places(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.T
 
 @in_one_loop
 def _neighbours(pixels: tf.Tensor, first: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The pixels `first`, right of it, below it, and below on the right. Beyond the edge any will do: its share is 0."""
+    """The pixels `first`, right of them, below, and below on the right. Beyond the edge any will do: its share is 0."""
     pitch, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     return tuple(tf.gather(flat, tf.minimum(first + step, tf.size(flat) - 1)) for step in (0, 1, pitch, pitch + 1))
 
