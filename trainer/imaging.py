@@ -14,7 +14,7 @@ Resize = Literal["stretch", "crop"]
 # changes a pixel by 1.6 of 255 there; a 3000x2000 photo changes by 3.0, from speckles that a viewer sees.
 ANTIALIAS_FROM = 3.0
 
-# Parts of their size that JPEG files are decoded at, as Pillow's draft mode does; what it costs and gives: docs/data.md.
+# Parts of their size that JPEG files are decoded at, as Pillow's draft mode does; measured in docs/data.md.
 RATIOS = (1, 2, 4, 8)
 
 
