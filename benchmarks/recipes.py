@@ -68,6 +68,8 @@ def main() -> None:
             "flowers_mobilenet_v2": (*photos, *wide),
             "flowers_mobilenet_v2_strong, alpha 0.35": ("experiment=flowers_mobilenet_v2_strong", *photos[1:], *narrow),
             "beans_xception with MobileNetV2 alpha 0.35": ("experiment=beans_xception", *leaves, *narrow),
+            "beans_xception with MobileNetV2 alpha 0.35, phases.fine_tune.batch_norm=frozen": (
+                "experiment=beans_xception", *leaves, *narrow, "phases.fine_tune.batch_norm=frozen"),
             "beans_inception_v3 with MobileNetV2 alpha 0.35": ("experiment=beans_inception_v3", *leaves, *narrow),
             "unbalanced flowers, alpha 0.35": skewed,
             "unbalanced flowers, alpha 0.35, training.class_weights=balanced": (

@@ -141,7 +141,7 @@ def chosen_batches(
 ) -> tf.data.Dataset:
     """The examples `chosen`, increasing indices, in their order and then from the start again, `rows` at a time.
 
-    With an `augmentation` images are float32, and changed as epoch `view` of training does; else they are uint8.
+    With an `augmentation` images are changed as epoch `view` of training does.
     """
     count, block = sequence_blocks(pixels.split, chosen, rows)
 
