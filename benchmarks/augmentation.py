@@ -15,12 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import yaml
-from PIL import Image
 
-from benchmarks.pipelines import open_training, stream
-from trainer.config import Augmentation, Data
+from benchmarks.photos import write_photos
+from benchmarks.pipelines import open_data, open_training_pixels, stream
+from trainer.config import Augmentation
 
 GROUPS = Path(__file__).parent.parent / "conf" / "augmentation"
 SINGLE: dict[str, dict[str, object]] = {
@@ -44,20 +43,6 @@ SINGLE: dict[str, dict[str, object]] = {
 }
 
 
-def write_photos(root: Path, count: int) -> Path:
-    """Two class folders of JPEG files."""
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        picture = np.zeros((333, 500, 3))
-        for size in (4, 16, 64, 256):  # coarse and strong to fine and weak
-            grain = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-            picture += np.asarray(grain.resize((500, 333), Image.Resampling.BICUBIC), float) * 2 / size**0.5
-        folder = root / f"class_{number % 2}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray((picture * 255 / picture.max()).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
-    return root
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--size", type=int, default=224)
@@ -66,8 +51,9 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
 
-    source = Data(source="image_folder", root=str(write_photos(Path(tempfile.mkdtemp()), 96)))
-    _, pixels = open_training(source, options.size, "none")
+    cache = Path(tempfile.mkdtemp())
+    dataset = open_data(write_photos(Path(tempfile.mkdtemp()), 96), cache)
+    pixels = open_training_pixels(dataset, options.size, "none", cache)
 
     groups = {f"group {path.stem}": yaml.safe_load(path.read_text()) for path in sorted(GROUPS.glob("[!n]*.yaml"))}
     chosen = {name: Augmentation(**on) for name, on in {"none": {}, **SINGLE, **groups}.items()}

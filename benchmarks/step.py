@@ -1,6 +1,6 @@
 """The whole training loop against the bare compiled step on one batch held in memory.
 
-    python -m benchmarks.step --data FOLDER --weights FILE --alpha 0.35 --size 160
+    python -m benchmarks.step --data FOLDER --weights FILE --alpha 0.35
 
 Both run the same compiled step (several steps a call) of the fine-tuning phase from layer 100; "loop" draws its batches
 from the pipeline of a real run (decoded cache, shuffling, optional augmentation), "bare" repeats one batch. Rounds are
@@ -10,14 +10,17 @@ interleaved; the ratio is taken round by round.
 from __future__ import annotations
 
 import argparse
-import statistics
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import tensorflow as tf
 
-from benchmarks.pipelines import open_training, stream
-from trainer.config import Augmentation, Data, Model
+from benchmarks.asking import BATCH, SIZE, arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
+from benchmarks.pipelines import FLIP_ROTATE_ZOOM, open_data, open_training_pixels, stream
+from benchmarks.results import Comparison, Result, keep
+from trainer.config import Augmentation, Model
 from trainer.config_phases import Optimizer, Schedule
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import apply_thaw
@@ -25,6 +28,10 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
 STEPS = 10  # in one call
+PHASES = {"none": "head", "from_layer:100": "from layer 100"}
+HOW = """The compiled step of a run, {steps} steps a call, in turns within one process: its batches from the pipeline of
+a run (decoded images in memory), against one batch held in memory; with augmentation (flip, rotation, zoom on the same
+cores), against one batch of float images. {data}; {model}."""
 
 
 def endless(batches: tf.data.Dataset) -> Iterator[object]:
@@ -32,53 +39,56 @@ def endless(batches: tf.data.Dataset) -> Iterator[object]:
     return iter(tf.data.Dataset.from_tensors(next(iter(batches))).repeat())
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--data", help="class folders; without it the built-in digits")
-    arguments.add_argument("--weights", default="none")
-    arguments.add_argument("--alpha", type=float, default=0.35)
-    arguments.add_argument("--size", type=int, default=160)
-    arguments.add_argument("--batch", type=int, default=32)
-    arguments.add_argument("--rounds", type=int, default=9)
-    options = arguments.parse_args()
+def build_step(model: Model, classes: int, thaw: str) -> TrainingStep:
+    """The step of a phase with Adam."""
+    classifier = build_classifier(model, classes, 1)
+    plan = apply_thaw(classifier, thaw, "frozen")
+    rate = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
+    optimizer = build_optimizer(Optimizer(), rate)
+    return TrainingStep(tf.distribute.get_strategy(), classifier, plan.trainable, optimizer, StepSettings(seed=1))
 
+
+def measure(asked: argparse.Namespace) -> Result:
+    rounds = asked.rounds or 9
+    comparisons = []
+    model = Model(backbone="MobileNetV2", weights=str(asked.weights), alpha=asked.alpha, image_size=SIZE)
     tf.config.experimental.enable_op_determinism()
-    source = Data(source="image_folder", root=options.data) if options.data else Data(source="digits")
-    model = Model(backbone="MobileNetV2", weights=options.weights, alpha=options.alpha, image_size=options.size)
-    dataset, pixels = open_training(source, options.size, "memory")
-    flip = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")
+    with photos(asked) as root, tempfile.TemporaryDirectory() as cache:
+        dataset = open_data(root, Path(cache))
+        pixels = open_training_pixels(dataset, SIZE, "memory", Path(cache))
+        plain, augmented = (stream(pixels, BATCH, kind) for kind in (Augmentation(), FLIP_ROTATE_ZOOM))
+        for thaw, phase in PHASES.items():
+            step = build_step(model, len(dataset.class_names), thaw)
+            sources = {
+                "bare": endless(plain),
+                "bare, float images": endless(augmented),
+                "loop": iter(plain),
+                "loop, augmented": iter(augmented),
+            }
+            speeds: dict[str, list[float]] = {name: [] for name in sources}
+            for turn in range(rounds + 1):
+                for name, batches in sources.items():
+                    began = time.perf_counter()
+                    step.run(batches, STEPS, 0, 0)
+                    if turn:  # the first traces
+                        speeds[name].append(BATCH * STEPS / (time.perf_counter() - began))
+            for name, against in (("loop", "bare"), ("loop, augmented", "bare, float images")):
+                comparisons.append(
+                    Comparison(f"{phase}: {name}", f"{against} step", "images/s", speeds[name], speeds[against])
+                )
+        how = HOW.replace("\n", " ").format(steps=STEPS, data=data_in_words(asked, root), model=model_in_words(asked))
+    return Result(
+        name=f"step-alpha-{asked.alpha:g}",
+        title=f"Training step, MobileNetV2 of width {asked.alpha:g}",
+        how=how,
+        command=command_of("step", asked, rounds),
+        comparisons=comparisons,
+    )
 
-    for thaw in ("none", "from_layer:100"):
-        classifier = build_classifier(model, len(dataset.class_names), 1)
-        plan = apply_thaw(classifier, thaw, "frozen")
-        rate = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
-        step = TrainingStep(
-            tf.distribute.get_strategy(),
-            classifier,
-            plan.trainable,
-            build_optimizer(Optimizer(), rate),
-            StepSettings(seed=1),
-        )
-        sources = {
-            "bare": endless(stream(pixels, options.batch, Augmentation())),
-            "bare, float images": endless(stream(pixels, options.batch, flip)),
-            "loop": iter(stream(pixels, options.batch, Augmentation())),
-            "loop, augmented": iter(stream(pixels, options.batch, flip)),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sources}
-        for turn in range(options.rounds + 1):
-            for name, batches in sources.items():
-                began = time.perf_counter()
-                step.run(batches, STEPS, 0, 0)
-                if turn:  # the first traces
-                    seconds[name].append(time.perf_counter() - began)
-        for name, against in (("loop", "bare"), ("loop, augmented", "bare, float images")):
-            ratios = [b / a for a, b in zip(seconds[name], seconds[against], strict=True)]
-            speed = options.batch * STEPS / statistics.median(seconds[name])
-            print(
-                f"thaw {thaw}: {name} {speed:,.0f} images/s, {statistics.median(ratios):.3f} of {against} "
-                f"(min {min(ratios):.3f}, max {max(ratios):.3f}, {options.rounds} rounds)"
-            )
+
+def main() -> None:
+    asked = arguments_of(__doc__).parse_args()
+    keep(measure(asked), folder_for(asked))
 
 
 if __name__ == "__main__":
