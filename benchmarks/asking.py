@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.photos import count_of, photos_of, write_photos
+from trainer.config import Augmentation, Data
 
 SIZE, BATCH = 160, 32  # of the recipe
+# Of the recipe too; rotation in degrees
+FLIP_ROTATE_ZOOM = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")
 SYNTHETIC = 600  # photos, in five classes
 
 
@@ -39,6 +42,11 @@ def photos(asked: argparse.Namespace) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield write_photos(Path(scratch), SYNTHETIC, classes=5)
+
+
+def all_to_train(root: Path) -> Data:
+    """Every photo of the class folders is a training image."""
+    return Data(source="image_folder", root=str(root), validation_fraction=0.0)
 
 
 def command_of(row: str, asked: argparse.Namespace, rounds: int, model: bool = True) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.asking import all_to_train
 from benchmarks.photos import write_photos
-from benchmarks.pipelines import open_data, open_training_pixels, stream
+from benchmarks.pipelines import open_training, stream
 from trainer.config import Augmentation
 
 GROUPS = Path(__file__).parent.parent / "conf" / "augmentation"
@@ -51,9 +52,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
 
-    cache = Path(tempfile.mkdtemp())
-    dataset = open_data(write_photos(Path(tempfile.mkdtemp()), 96), cache)
-    pixels = open_training_pixels(dataset, options.size, "none", cache)
+    _, pixels = open_training(all_to_train(write_photos(Path(tempfile.mkdtemp()), 96)), options.size, "none")
 
     groups = {f"group {path.stem}": yaml.safe_load(path.read_text()) for path in sorted(GROUPS.glob("[!n]*.yaml"))}
     chosen = {name: Augmentation(**on) for name, on in {"none": {}, **SINGLE, **groups}.items()}

@@ -18,7 +18,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asking import BATCH, SIZE, arguments_of, command_of, data_in_words, folder_for, photos
+from benchmarks.asking import (
+    BATCH,
+    FLIP_ROTATE_ZOOM,
+    SIZE,
+    all_to_train,
+    arguments_of,
+    command_of,
+    data_in_words,
+    folder_for,
+    photos,
+)
 from benchmarks.photos import count_of, link_times, photos_of
 from benchmarks.processes import in_turns, run
 from benchmarks.results import Comparison, Result, keep
@@ -85,13 +95,11 @@ def our_batches(name: str, folder: Path) -> Callable[[], Iterator[Any]]:
     """An endless stream, cut into epochs."""
     import tensorflow as tf
 
-    from benchmarks.pipelines import FLIP_ROTATE_ZOOM, open_data, open_training_pixels, stream
+    from benchmarks.pipelines import open_training, stream
     from trainer.config import Augmentation
 
     tf.config.experimental.enable_op_determinism()
-    own = Path(tempfile.mkdtemp())
-    dataset = open_data(folder, own, lambda _: None)
-    pixels = open_training_pixels(dataset, SIZE, "none" if name == LIVE else "memory", own, lambda _: None)
+    dataset, pixels = open_training(all_to_train(folder), SIZE, "none" if name == LIVE else "memory")
     batches = iter(stream(pixels, BATCH, FLIP_ROTATE_ZOOM if name == AUGMENTED else Augmentation()))
     steps = -(-dataset.splits["train"].count // BATCH)
     return lambda: (next(batches) for _ in range(steps))
@@ -140,7 +148,9 @@ def measure(asked: argparse.Namespace) -> Result:
         folder = link_times(root, Path(scratch, "photos"), times)
         images = count_of(folder)
         for turn, side in in_turns(sides, rounds):
-            seconds = json.loads(run("-m", "benchmarks.input_pipeline", "--side", side, str(folder)).said)
+            seconds = json.loads(
+                run("-m", "benchmarks.input_pipeline", "--side", side, str(folder)).said.splitlines()[-1]
+            )
             for figure, value in seconds.items():
                 speeds.setdefault((figure, side), []).append(images / value)
             print(f"round {turn + 1}, {side}: {seconds['cold']:.2f} s, then {seconds['later']:.2f} s", flush=True)

@@ -1,8 +1,8 @@
-"""Our input, opened as a run opens it: what several measurements share."""
+"""The pipeline of a real run, as benchmarks open it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import tensorflow as tf
@@ -14,34 +14,27 @@ from trainer.data.pipeline import training_batches
 from trainer.data.pixels import Cache, Pixels, memory_budget_default, open_pixels
 from trainer.data.sources import open_dataset
 
-FLIP_ROTATE_ZOOM = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")  # of the recipe
 
-
-def open_data(root: Path | None, cache_dir: Path, note: Callable[[str], None] = print) -> Dataset:
-    """All photos of class folders to train on; the built-in digits where there is no folder."""
-    data = Data(source="image_folder", root=str(root), validation_fraction=0.0) if root else Data(source="digits")
-    return open_dataset(data, seed=1, cache_dir=cache_dir, max_examples=None, note=note)
-
-
-def open_training_pixels(
-    dataset: Dataset, size: int, cache: Cache, cache_dir: Path, note: Callable[[str], None] = print
-) -> Pixels:
-    """The decoded training images."""
-    return open_pixels(
+def open_training(source: Data, size: int, kept: Cache) -> tuple[Dataset, Pixels]:
+    """A dataset, and its training images at `size` x `size` pixels, decoded images kept as `data.cache` would say."""
+    cache = Path(tempfile.mkdtemp())
+    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
+    pixels = open_pixels(
         dataset.splits["train"],
         size=size,
         resize="stretch",
-        cache=cache,
-        cache_dir=cache_dir,
+        cache=kept,
+        cache_dir=cache,
         fingerprint=dataset.fingerprint,
         memory_budget=memory_budget_default(),
         disk_budget=0,
         threads=None,
         on_error="fail",
-        note=note,
+        note=print,
     )
+    return dataset, pixels
 
 
-def stream(pixels: Pixels, batch_size: int, augmentation: Augmentation) -> tf.data.Dataset:
-    """Training batches from the first on, endless."""
-    return training_batches(pixels, Order(batch_size, seed=1, window=8192), replicas=1, augmentation=augmentation)
+def stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
+    """Shuffled training batches of one replica, endless."""
+    return training_batches(pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation)

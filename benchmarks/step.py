@@ -10,15 +10,24 @@ interleaved; the ratio is taken round by round.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import tensorflow as tf
 
-from benchmarks.asking import BATCH, SIZE, arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
-from benchmarks.pipelines import FLIP_ROTATE_ZOOM, open_data, open_training_pixels, stream
+from benchmarks.asking import (
+    BATCH,
+    FLIP_ROTATE_ZOOM,
+    SIZE,
+    all_to_train,
+    arguments_of,
+    command_of,
+    data_in_words,
+    folder_for,
+    model_in_words,
+    photos,
+)
+from benchmarks.pipelines import open_training, stream
 from benchmarks.results import Comparison, Result, keep
 from trainer.config import Augmentation, Model
 from trainer.config_phases import Optimizer, Schedule
@@ -53,9 +62,8 @@ def measure(asked: argparse.Namespace) -> Result:
     comparisons = []
     model = Model(backbone="MobileNetV2", weights=str(asked.weights), alpha=asked.alpha, image_size=SIZE)
     tf.config.experimental.enable_op_determinism()
-    with photos(asked) as root, tempfile.TemporaryDirectory() as cache:
-        dataset = open_data(root, Path(cache))
-        pixels = open_training_pixels(dataset, SIZE, "memory", Path(cache))
+    with photos(asked) as root:
+        dataset, pixels = open_training(all_to_train(root), SIZE, "memory")
         plain, augmented = (stream(pixels, BATCH, kind) for kind in (Augmentation(), FLIP_ROTATE_ZOOM))
         for thaw, phase in PHASES.items():
             step = build_step(model, len(dataset.class_names), thaw)

@@ -1,0 +1,122 @@
+"""Benchmarks: what they count, the folders they make, the page they write; and that every row still runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import page
+from benchmarks.__main__ import ROWS
+from benchmarks.input_pipeline import ROWS as PIPELINES
+from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
+from benchmarks.processes import in_turns, run
+from benchmarks.results import Comparison, Result, Table, amount, keep, read, spread
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"), 20)
+
+
+@pytest.mark.parametrize(("unit", "ratios"), [("s", [2.0, 0.5]), ("MB", [2.0, 0.5]), ("images/s", [0.5, 2.0])])
+def test_a_ratio_above_one_is_better_in_every_unit(unit: str, ratios: list[float]) -> None:
+    assert Comparison("whole", "other", unit, ours=[1.0, 8.0], other=[2.0, 4.0]).ratios == ratios  # type: ignore[arg-type]
+
+
+def test_medians_with_their_range() -> None:
+    assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert spread([1.234]) == "1.23"
+    assert [amount([v], "s") for v in (1234.5, 12.34, 1.234, 0.1234)] == ["1,234 s", "12.3 s", "1.23 s", "0.123 s"]
+
+
+def test_the_page_says_what_was_kept(tmp_path: Path) -> None:
+    step = Result(
+        name="step-alpha-0.35",
+        title="Training step",
+        how="In turns.",
+        command="python -m benchmarks --only step",
+        comparisons=[Comparison("head: loop", "bare step", "images/s", [90.0, 99.0, 110.0], [100.0, 100.0, 100.0])],
+        tables=[Table("Places", ["place", "seconds"], [["start", "4.1"]])],
+        machine="2 cores",
+        date="2026-11-22",
+    )
+    first = Result("recipe-alpha-0.35", "Whole recipe", "", "", [Comparison("all", "plain", "s", [1.0], [3.0])])
+    for result in (step, first):
+        keep(result, tmp_path / "out")
+    assert {r.name: r for r in read(tmp_path / "out")} == {r.name: r for r in (step, first)}
+    page.write(tmp_path / "out", tmp_path)
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert text.index("## Whole recipe") < text.index("## Training step")
+    assert "| head: loop | 99.0 images/s | bare step | 100 images/s | **0.99** | 0.90 to 1.10 | 3 |" in text
+    assert "| all | 1.00 s | plain | 3.00 s | **3.00** | 3.00 to 3.00 | 1 |" in text
+    assert "| start | 4.1 |" in text
+    assert "In turns. 2 cores; 2026-11-22. `python -m benchmarks --only step`" in text
+    with Image.open(tmp_path / "docs" / "pictures" / "performance.png") as chart:
+        assert chart.width > 800
+
+
+def test_no_page_without_results(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"holds no results: measure some with python -m benchmarks --out"):
+        page.write(tmp_path, tmp_path)
+
+
+def test_folds_are_disjoint_and_share_all_photos(photos: Path, tmp_path: Path) -> None:
+    validated: list[str] = []
+    for fold in range(5):
+        split = link_fold(photos, tmp_path / str(fold), fold)
+        parts = {
+            part: {p.name for of in photos_of(split / part).values() for p in of} for part in ("train", "validation")
+        }
+        assert len(parts["train"]) == 16
+        assert not parts["train"] & parts["validation"]
+        assert all(len(of) == 2 for of in photos_of(split / "validation").values())
+        validated += parts["validation"]
+    assert sorted(validated) == sorted(p.name for of in photos_of(photos).values() for p in of)
+
+
+def test_a_folder_of_links_has_every_photo_as_often(photos: Path, tmp_path: Path) -> None:
+    several = link_times(photos, tmp_path / "several", 3)
+    assert count_of(several) == 60
+    assert {name: len(of) for name, of in photos_of(several).items()} == {"class_0": 30, "class_1": 30}
+
+
+def test_every_round_has_everyone_once_and_begins_with_another() -> None:
+    order = in_turns(["a", "b", "c"], 3)
+    assert [name for turn, name in order if turn == 1] == ["b", "c", "a"]
+    assert sorted(order) == [(turn, name) for turn in range(3) for name in "abc"]
+
+
+def test_a_process_is_watched_for_its_memory_and_its_end() -> None:
+    ended = run("-c", "import time; held = b'x' * 300_000_000; time.sleep(0.5); print('done')")
+    assert ended.said == "done\n"
+    assert ended.peak_mb > 280
+    assert ended.own_mb > 280
+    with pytest.raises(SystemExit, match=r"(?s)ended with 3:.*no luck"):
+        run("-c", "import sys; print('no luck', flush=True); sys.exit(3)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", sorted({side for _, mine, others in PIPELINES for side in (mine, *others)}))
+def test_every_side_of_the_input_reads_the_folder(side: str, photos: Path) -> None:
+    seconds = json.loads(run("-m", "benchmarks.input_pipeline", "--side", side, str(photos)).said.splitlines()[-1])
+    assert 0 < seconds["later"] < seconds["cold"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("row", sorted(set(ROWS) - {"input"}))
+def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--only", row, "--rounds", "1", "--data", str(photos), "--out"]
+    subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, check=True)
+    for result in read(tmp_path / "out"):
+        assert str(photos) not in page.section(result)
+        for comparison in result.comparisons:
+            assert comparison.ratio > 0
+    page.write(tmp_path / "out", tmp_path)
