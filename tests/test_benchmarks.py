@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import page
+from benchmarks import page, whole_recipe
 from benchmarks.__main__ import ROWS
 from benchmarks.input_pipeline import ROWS as PIPELINES
 from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
-from benchmarks.processes import in_turns, run
+from benchmarks.processes import Ended, in_turns, run
 from benchmarks.results import Comparison, Result, Table, amount, keep, read, spread
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,25 @@ def test_the_page_says_what_was_kept(tmp_path: Path) -> None:
     assert "In turns. 2 cores; 2026-11-22. `python -m benchmarks --only step`" in text
     with Image.open(tmp_path / "docs" / "pictures" / "performance.png") as chart:
         assert chart.width > 800
+
+
+def test_a_recipe_is_compared_seed_by_seed() -> None:
+    def outcome(seconds: float, accuracy: float, **places: float) -> whole_recipe.Outcome:
+        epochs = {"head": [0.1, 0.2, 0.3], "fine_tune": [seconds / 10] * 4}
+        last = {"head": 0.5, "fine_tune": accuracy}
+        return whole_recipe.Outcome(seconds, epochs, last, places, Ended(0.0, "", peak_mb=100 * seconds, own_mb=1.0))
+
+    found = {
+        ("none", "plain Keras"): [outcome(30, 0.75), outcome(60, 0.875)],
+        ("none", "ours"): [outcome(10, 0.875, train=8, start=2, lost=0), outcome(15, 1.0, train=12, start=3, lost=0)],
+    }
+    whole, head, tune = whole_recipe.comparisons(found, "none", "ours")
+    assert (whole.ratios, head.ratios, tune.ratios) == ([3.0, 4.0], [1.0, 1.0], [3.0, 4.0])
+    assert whole_recipe.peaks(found["none", "ours"]) == [1000.0, 1500.0]
+    rows = whole_recipe.accuracies(found, [40, 80]).rows  # 35 + 80 of 120
+    assert rows[-1] == ["none", "ours", "from layer 100", "0.958", "0.906 to 0.982", "120", "0.875, 1.000"]
+    (spent,) = whole_recipe.places(found).rows
+    assert spent == ["none", "ours", "train 10.0 (8.0 to 12.0), start 2.5 (2.0 to 3.0)"]
 
 
 def test_no_page_without_results(tmp_path: Path) -> None:
