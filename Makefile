@@ -39,7 +39,7 @@ lint: $(READY) ## Check style, types and YAML
 	$(BIN)/python -m mypy
 	$(BIN)/python -m yamllint --strict .
 
-bench: $(READY) ## Measure, side by side
+bench: $(READY) ## Measure, side by side, and write docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
 image: ## Build the container image: IMAGE=registry/name:tag DEVICE=gpu BUILD="podman build"

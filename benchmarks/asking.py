@@ -22,11 +22,18 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     """--data, --weights, --alpha, --rounds, --out."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help=f"class folders; without it {SYNTHETIC} photos of noise are made")
-    parser.add_argument("--weights", default="none", help="MobileNetV2 without its top; without it random")
+    parser.add_argument(
+        "--weights", default="none", type=_whole_path, help="MobileNetV2 without its top; without it random"
+    )
     parser.add_argument("--alpha", type=float, default=0.35, help="width of MobileNetV2")
     parser.add_argument("--rounds", type=int, help="of every row; without it each row's own number")
     parser.add_argument("--out", type=Path, help="folder for a JSON file a row; without it a new one")
     return parser
+
+
+def _whole_path(text: str) -> str:
+    """Runs have another working directory."""
+    return text if text == "none" else str(Path(text).resolve())
 
 
 def folder_for(asked: argparse.Namespace) -> Path:

@@ -68,8 +68,8 @@ def measure(asked: argparse.Namespace) -> Result:
         for thaw, phase in PHASES.items():
             step = build_step(model, len(dataset.class_names), thaw)
             sources = {
-                "bare": endless(plain),
-                "bare, float images": endless(augmented),
+                "bare step": endless(plain),
+                "bare step, float images": endless(augmented),
                 "loop": iter(plain),
                 "loop, augmented": iter(augmented),
             }
@@ -80,10 +80,8 @@ def measure(asked: argparse.Namespace) -> Result:
                     step.run(batches, STEPS, 0, 0)
                     if turn:  # the first traces
                         speeds[name].append(BATCH * STEPS / (time.perf_counter() - began))
-            for name, against in (("loop", "bare"), ("loop, augmented", "bare, float images")):
-                comparisons.append(
-                    Comparison(f"{phase}: {name}", f"{against} step", "images/s", speeds[name], speeds[against])
-                )
+            for name, against in (("loop", "bare step"), ("loop, augmented", "bare step, float images")):
+                comparisons.append(Comparison(f"{phase}: {name}", against, "images/s", speeds[name], speeds[against]))
         how = HOW.replace("\n", " ").format(steps=STEPS, data=data_in_words(asked, root), model=model_in_words(asked))
     return Result(
         name=f"step-alpha-{asked.alpha:g}",
