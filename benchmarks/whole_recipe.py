@@ -25,8 +25,12 @@ from benchmarks.results import Comparison, Result, Table, keep, spread
 from trainer.evaluation.intervals import wilson
 
 PLAIN = "plain Keras"
-OURS: dict[str, list[str]] = {"ours": []}  # name -> what the command line adds
+LIVE = ["phases.head.features=live", "phases.fine_tune.features=live"]
 AUGMENTATIONS = {"no augmentation": "none", "flip, rotation, zoom": "standard"}
+OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> what the command line adds
+    "no augmentation": {"ours": [], "ours, live": LIVE},
+    "flip, rotation, zoom": {"ours, 2 fixed views in the head": ["phases.head.augmented_views=2"], "ours, live": LIVE},
+}
 PHASES = {"head": "head", "fine_tune": "from layer 100"}
 HOW = """One process a run, {rounds} seeds, in turns. {data}; seed i validates on the i-th of five disjoint folds, the
 same examples on both sides. {model}. The clock runs from opening the data (TensorFlow is imported) to the end of the
@@ -91,11 +95,11 @@ def measure(asked: argparse.Namespace) -> list[Result]:
         splits = [link_fold(root, scratch / f"fold-{turn}", turn) for turn in range(rounds)]
         examples = [count_of(split / "validation") for split in splits]
         for label, augmentation in AUGMENTATIONS.items():
-            for turn, side in in_turns([PLAIN, *OURS], rounds):
+            for turn, side in in_turns([PLAIN, *OURS[label]], rounds):
                 outcome = (
                     plain(splits[turn], asked, augmentation, turn + 1)
                     if side == PLAIN
-                    else ours(splits[turn], asked, augmentation, turn + 1, OURS[side], scratch)
+                    else ours(splits[turn], asked, augmentation, turn + 1, OURS[label][side], scratch)
                 )
                 found.setdefault((label, side), []).append(outcome)
                 accuracy = outcome.accuracy["fine_tune"]
@@ -107,7 +111,7 @@ def measure(asked: argparse.Namespace) -> list[Result]:
         title=f"Whole recipe, MobileNetV2 of width {alpha}",
         how=how,
         command=command_of("recipe", asked, rounds),
-        comparisons=[c for label in AUGMENTATIONS for side in OURS for c in comparisons(found, label, side)],
+        comparisons=[c for label in AUGMENTATIONS for side in OURS[label] for c in comparisons(found, label, side)],
         tables=[accuracies(found, examples), places(found)],
     )
     memory = Result(
@@ -118,7 +122,7 @@ def measure(asked: argparse.Namespace) -> list[Result]:
         comparisons=[
             Comparison(f"{label}, {side}", PLAIN, "MB", peaks(found[label, side]), peaks(found[label, PLAIN]))
             for label in AUGMENTATIONS
-            for side in OURS
+            for side in OURS[label]
         ],
     )
     return [recipe, memory]
