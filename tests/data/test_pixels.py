@@ -147,7 +147,7 @@ def test_a_damaged_image_is_named_while_the_cache_fills(make: object, cache: str
     with pytest.raises(DataError) as caught:
         opened(split, cache, tmp_path)
     assert str(caught.value) == (
-        f"cannot decode {split.name_of(12)}: jpeg::Uncompress failed. Invalid JPEG data or crop window; "
+        f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300; "
         "repair or remove it, or set data.on_error=skip"
     )
     assert caught.value.__cause__ is None
@@ -158,7 +158,7 @@ def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool
     split = make(tmp_path / "data")  # type: ignore[operator]
     damage(split, 12)
     pixels = opened(split, "none", tmp_path)
-    with pytest.raises(DataError, match=r"cannot decode .*: jpeg::Uncompress failed"), data_errors(pixels):
+    with pytest.raises(DataError, match=r"cannot decode .*: Invalid JPEG data"), data_errors(pixels):
         for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1)[0]:
             pass
 
@@ -184,7 +184,7 @@ def test_a_skipped_image_has_no_weight_and_is_black(make: object, cache: str, tm
     assert sorted(index[weight > 0]) == [i for i in range(COUNT) if i not in (12, 33)]
     assert not image[weight == 0].any()
     np.testing.assert_array_equal(image[weight > 0], expected()[index[weight > 0]])
-    reason = "jpeg::Uncompress failed. Invalid JPEG data or crop window"
+    reason = "Invalid JPEG data, size 300"
     assert pixels.bad == {12: reason, 33: reason}
     assert [n for n in notes if n.startswith("skipped")].count(f"skipped {split.name_of(12)}: {reason}") == 1
 
@@ -256,7 +256,7 @@ def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: 
             total += tf.reduce_sum(strategy.experimental_local_results(next(batches)["weight"])[0])
         return total
 
-    with pytest.raises(DataError, match=r"cannot decode .*30\.jpg: jpeg::Uncompress failed"), data_errors(pixels):
+    with pytest.raises(DataError, match=r"cannot decode .*30\.jpg: Invalid JPEG data"), data_errors(pixels):
         several()  # one call holds a whole epoch
     assert notes[-1] == "an image of train cannot be read; looking for it"
 
