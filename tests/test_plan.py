@@ -176,6 +176,21 @@ def test_rates_of_their_own_are_in_the_plan(planned: Planned) -> None:
     assert "adam 0.001 cosine, warm-up 80, backbone x 0.5, x 0.9 a block" in out
 
 
+def test_what_trains_on_cached_features_is_in_the_plan(planned: Planned) -> None:
+    code, out, _ = planned("augmentation=none", "phases.fine_tune.thaw=last_blocks:2")
+    assert code == 0
+    assert (
+        "head cached, 1 view of 1,437 images at the backbone's end, pooled to 1280, 7.4 MB, computed once for 5" in out
+    )
+    assert (
+        "fine_tune cached, 1 view of 1,437 images at layer 133 (block_14_add), 2 x 2 x 56, 1.3 MB, computed once" in out
+    )
+    assert "the training images are read once, and not kept" in out
+    code, out, err = planned("augmentation=none", "phases.fine_tune.features=cached")
+    assert code == 2
+    assert "phases.fine_tune.features=cached: no layers with weights stay frozen below all that thaw=all trains" in err
+
+
 def test_a_bucket_that_is_not_there_is_named(planned: Planned, tmp_path: Path) -> None:
     with running(tmp_path / "buckets"):
         code, out, err = planned("output_dir=gs://missing/run")

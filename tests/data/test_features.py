@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.data import splits_on_disk
 from trainer.config import Augmentation
 from trainer.contracts import Split
+from trainer.data.augment import augment
 from trainer.data.features import Features, bytes_of, open_features
 from trainer.data.order import Order, epoch_order
-from trainer.data.pipeline import training_batches
+from trainer.data.pipeline import chosen_batches, training_batches
 from trainer.errors import DataError
 
 COUNT, SHAPE, VIEWS = 11, (2, 3), 2
@@ -210,3 +212,29 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     assert keep("used", 4 * size) is not None  # which is now the newest
     assert keep("more", 3 * size + 3 * 8192) is not None
     assert sorted(path.stem for path in (tmp_path / "f").glob("*.list")) == ["more", "new", "used"]
+
+
+def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: Path) -> None:
+    """In the pass and in live training alike."""
+    pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
+    augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
+    chosen = np.array([2, 3, 11, 30])
+    options: dict[str, Any] = {"rows": 4, "replicas": 1, "augmentation": augmentation, "seed": 5}
+    seen = []
+    for view in (0, 1):
+        (batch,) = chosen_batches(pixels, chosen, view=view, **options).take(1).as_numpy_iterator()
+        epochs = np.full(4, view)
+        np.testing.assert_array_equal(batch["image"], augment(pixels.rows(chosen), augmentation, 5, epochs, chosen))
+        np.testing.assert_array_equal(batch["index"], chosen)
+        seen.append(batch["image"])
+    assert (seen[0] != seen[1]).any()
+    count = splits_on_disk.COUNT
+    batches = training_batches(
+        pixels, batch_size=count, replicas=1, seed=5, window=count, augmentation=augmentation, views=2, first_epoch=2,
+        first_step=0,
+    )  # fmt: skip
+    third, fourth = batches.take(2).as_numpy_iterator()
+    for view, batch in enumerate((third, fourth)):
+        at = np.argsort(batch["index"])[chosen]
+        np.testing.assert_array_equal(batch["image"][at], seen[view])
+    assert (third["index"] != fourth["index"]).any()
