@@ -174,7 +174,7 @@ def test_a_phase_that_began_cached_waits_for_room(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     shutil.rmtree(tmp_path / "cache")
-    result = run(*told, "runtime.memory_budget_gb=1e-5", "runtime.disk_budget_gb=0", "data.cache=none")
+    result = run(*told, "runtime.memory_budget_gb=1e-5", "runtime.disk_budget_gb=0")
     assert result.returncode == INTERRUPTED
     assert "phase head began with cached features, and there is no room for them" in result.stderr
     assert run(*told).returncode == 0

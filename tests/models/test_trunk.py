@@ -125,6 +125,13 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Ten
     return iter(with_position.map(lambda rows: {**rows, "position": tf.range(BATCH, dtype=tf.int64)}))
 
 
+def features_of(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndarray:
+    """As many at once as a live step computes: random deep networks make much of how convolutions of other sizes round."""
+    compute = tf.function(Trunk(classifier, [cut]).features)
+    padded = np.pad(images, [(0, -COUNT % BATCH), (0, 0), (0, 0), (0, 0)])
+    return np.concatenate([compute(part)[0] for part in np.split(padded, len(padded) // BATCH)])[:COUNT]
+
+
 def train(plan: ThawPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Losses of a few steps; the weights stay in the classifier."""
     settings = StepSettings(seed=3, batch_norm_training=plan.batch_norm_training, label_smoothing=0.1)
