@@ -124,9 +124,10 @@ def _cached(job: Run, name: str) -> tuple[Features, Features] | None:
     """The features of training and validation, for phase `name`; None where some worker has no room, or was told to
     stop. Those that later phases will want, and that stay what they are until then, are computed in the same pass.
     """
-    compute, found = FeaturePass(job), []
+    compute = FeaturePass(job)
+    found: list[Features] = []
     for split in ("train", "validation"):
-        features = _open(job, name, split)
+        features = _open(job, name, split, taken=sum(one.bytes for one in found if one.kept == "memory"))
         if job.peers.any("no room for features", features is None):
             return None
         assert features is not None
@@ -170,10 +171,11 @@ def _as_well(job: Run, name: str) -> list[str]:
     return found
 
 
-def _open(job: Run, name: str, split: str, beside: int | None = None) -> Features | None:
+def _open(job: Run, name: str, split: str, beside: int | None = None, taken: int = 0) -> Features | None:
     """What earlier starts left of a split's features for phase `name`, to be completed.
 
     Args:
+        taken: bytes of memory that other features of the phase have.
         beside: not for now, but to be left on disk beside this many bytes that are wanted now.
     """
     config, classifier, runtime, phase = job.config, job.classifier, job.config.runtime, job.config.phases[name]
@@ -197,7 +199,7 @@ def _open(job: Run, name: str, split: str, beside: int | None = None) -> Feature
         views=views,
         own=own,
         file=Path(runtime.cache_dir).expanduser() / "features" / f"{split}-{digest}",
-        memory_budget=memory_left(job) if beside is None else -1,
+        memory_budget=memory_left(job) - taken if beside is None else -1,
         disk_budget=disk,
         threads=runtime.data_threads or usable_cpus(),
         note=say,
