@@ -32,7 +32,7 @@ def measure(asked: argparse.Namespace) -> Result:
         scratch = Path(name)
         folders = {times: link_times(root, scratch / f"photos-{times}", times) for times in TIMES}
         counts = {times: count_of(folder) for times, folder in folders.items()}
-        sides = {f"data.cache={cache}, {times}x": (cache, times) for cache in CACHES for times in TIMES}
+        sides = {side_of(cache, times): (cache, times) for cache in CACHES for times in TIMES}
         for turn, side in in_turns(list(sides), rounds):
             cache, times = sides[side]
             overrides = (
@@ -50,28 +50,42 @@ def measure(asked: argparse.Namespace) -> Result:
             found.setdefault(side, []).append(done)
             print(f"round {turn + 1}, {side}: {done.training:.1f} s, {done.ended.peak_mb:,.0f} MB", flush=True)
         how = HOW.replace("\n", " ").format(data=data_in_words(asked, root), model=model_in_words(asked))
-    comparisons, rows = [], []
-    for side, (cache, times) in sides.items():
-        runs, least = found[side], found[f"data.cache={cache}, {TIMES[0]}x"]
-        speeds, base = ([counts[n] / r.training for r in these] for n, these in ((times, runs), (TIMES[0], least)))
-        if times != TIMES[0]:
-            comparisons += [
-                Comparison(f"{side}: images in a second", "1x", "images/s", speeds, base),
-                Comparison(f"{side}: memory", "1x", "MB", memory(runs), memory(least)),
-                Comparison(f"{side}: memory of its own", "1x", "MB", own_memory(runs), own_memory(least)),
-            ]
-        seconds = spread([r.training for r in runs], "{:.1f}")
-        rows.append([side, f"{counts[times]:,}", seconds, spread(memory(runs), "{:,.0f}"),
-                     spread(own_memory(runs), "{:,.0f}")])  # fmt: skip
-    header = ["run", "images", "seconds", "most resident MB", "of its own"]
+    comparisons, sizes = grown(found, counts)
     return Result(
         name=f"growth-alpha-{asked.alpha:g}",
         title="More photos",
         how=how,
         command=command_of("growth", asked, rounds),
         comparisons=comparisons,
-        tables=[Table("Each size: median (range)", header, rows)],
+        tables=[sizes],
     )
+
+
+def side_of(cache: str, times: int) -> str:
+    return f"data.cache={cache}, {times}x"
+
+
+def grown(found: dict[str, list[TrainerRun]], counts: dict[int, int]) -> tuple[list[Comparison], Table]:
+    """Each size against the smallest with the same cache, and all of them in a table."""
+    comparisons, rows = [], []
+    for cache in CACHES:
+        least = found[side_of(cache, TIMES[0])]
+        base = [counts[TIMES[0]] / r.training for r in least]
+        for times in TIMES:
+            side = side_of(cache, times)
+            runs = found[side]
+            if times != TIMES[0]:
+                speeds = [counts[times] / r.training for r in runs]
+                comparisons += [
+                    Comparison(f"{side}: images in a second", "1x", "images/s", speeds, base),
+                    Comparison(f"{side}: memory", "1x", "MB", memory(runs), memory(least)),
+                    Comparison(f"{side}: memory of its own", "1x", "MB", own_memory(runs), own_memory(least)),
+                ]
+            seconds = spread([r.training for r in runs], "{:.1f}")
+            megabytes = [spread(each, "{:,.0f}") for each in (memory(runs), own_memory(runs))]
+            rows.append([side, f"{counts[times]:,}", seconds, *megabytes])
+    header = ["run", "images", "seconds", "most resident MB", "of its own"]
+    return comparisons, Table("Each size: median (range)", header, rows)
 
 
 def memory(runs: list[TrainerRun]) -> list[float]:

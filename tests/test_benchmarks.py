@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import page, whole_recipe
+from benchmarks import growth, page, whole_recipe
 from benchmarks.__main__ import ROWS
 from benchmarks.input_pipeline import ROWS as PIPELINES
 from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
-from benchmarks.processes import Ended, in_turns, run
+from benchmarks.processes import Ended, TrainerRun, in_turns, run
 from benchmarks.results import Comparison, Result, Table, amount, keep, read, spread
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +79,18 @@ def test_a_recipe_is_compared_seed_by_seed() -> None:
     assert rows[-1] == ["none", "ours", "from layer 100", "0.958", "0.906 to 0.982", "120", "0.875, 1.000"]
     (spent,) = whole_recipe.places(found).rows
     assert spent == ["none", "ours", "train 10.0 (8.0 to 12.0), start 2.5 (2.0 to 3.0)"]
+
+
+def test_growth_is_told_against_the_smallest_with_the_same_cache() -> None:
+    def run_of(seconds: float, peak: float) -> TrainerRun:
+        lines = [{"message": "run: here", "at": 4.0}, {"message": "evaluating 4", "at": 4.0 + seconds}]
+        return TrainerRun(Ended(0.0, "", peak, peak / 2), lines, {})
+
+    sizes = {1: (2.0, 100.0), 4: (4.0, 200.0), 16: (32.0, 100.0)}
+    found = {f"data.cache={cache}, {n}x": [run_of(*of)] for cache in ("none", "disk") for n, of in sizes.items()}
+    comparisons, table = growth.grown(found, {n: 10 * n for n in sizes})
+    assert [c.ratio for c in comparisons] == [2.0, 0.5, 0.5, 1.0, 1.0, 1.0] * 2
+    assert table.rows[2] == ["data.cache=none, 16x", "160", "32.0", "100", "50"]
 
 
 def test_no_page_without_results(tmp_path: Path) -> None:
