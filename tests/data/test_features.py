@@ -229,10 +229,8 @@ def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: 
         seen.append(batch["image"])
     assert (seen[0] != seen[1]).any()
     count = splits_on_disk.COUNT
-    batches = training_batches(
-        pixels, batch_size=count, replicas=1, seed=5, window=count, augmentation=augmentation, views=2, first_epoch=2,
-        first_step=0,
-    )  # fmt: skip
+    order = Order(count, seed=5, window=count, first_epoch=2)
+    batches = training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
     third, fourth = batches.take(2).as_numpy_iterator()
     for view, batch in enumerate((third, fourth)):
         at = np.argsort(batch["index"])[chosen]
