@@ -20,6 +20,7 @@ ROWS = {
     "recipe": "whole_recipe",
     "input": "input_pipeline",
     "step": "step",
+    "features": "feature_pass",
     "start": "start_up",
     "growth": "growth",
 }
