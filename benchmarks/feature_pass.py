@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -104,14 +103,11 @@ def measure(asked: argparse.Namespace) -> Result:
                     if turn:  # the first traces
                         speeds[side].append(speed)
             comparisons.append(Comparison(words, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
-            print(
-                f"{words}: {comparisons[-1].ratio:.2f}, {statistics.median(speeds['ours']):,.0f} images/s", flush=True
-            )
-        words = {"data": data_in_words(asked, root), "model": model_in_words(asked), "rows": str(rows_at_once())}
+        named = {"data": data_in_words(asked, root), "model": model_in_words(asked), "rows": str(rows_at_once())}
     return Result(
         name=f"features-alpha-{asked.alpha:g}",
         title=f"Feature pass, MobileNetV2 of width {asked.alpha:g}",
-        how=HOW.replace("\n", " ").format(**words),
+        how=HOW.replace("\n", " ").format(**named),
         command=command_of("features", asked, rounds),
         comparisons=comparisons,
     )
