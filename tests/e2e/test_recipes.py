@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
 from PIL import Image
 
-from tests.e2e.running import run
-from tests.test_recipes import FLOWERS, PRESETS
+from tests.e2e.running import run, variables_of
+from tests.test_recipes import FLOWERS, PRESETS, TABLE
 from trainer.data.writing import write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
@@ -31,6 +35,23 @@ TFDS = {
     "stanford_dogs_mobilenet_v2": (120, {"train": 1, "test": 2}),
     "rock_paper_scissors_xception": (HANDS, {"train": 40, "test": 4}),
 }
+# preset: how many examples its test split has by its own names of splits; else those of its validation
+SCORED = {
+    "food101_efficientnet_b0": 101, "food101_efficientnet_b0_strong": 101, "food101_mobilenet_v2_strong": 101,
+    "flowers_mobilenet_v2": 20, "flowers_mobilenet_v2_strong": 20, "beans_xception": 15, "beans_inception_v3": 15,
+    "stanford_dogs_mobilenet_v2": 120, "rock_paper_scissors_xception": 12, "flowers_efficientnet_b0": 20,
+    "flowers_efficientnet_b0_distilled": 20, "xception_image_folder": 20, "xception_medical": 20,
+    "flowers_tfrecords_xception": 20,
+}  # fmt: skip
+# What each optimizer of Keras keeps for every variable.
+SLOTS = {"adam": {"momentum", "velocity"}, "adamax": {"momentum", "norm"}, "sgd": {"momentum"}, "rmsprop": {"velocity"}}
+# What the rate of a phase has come down to after so many steps; 1 for the others.
+DECAYS: dict[tuple[str, str], Callable[[int], float]] = {
+    **{(f"flowers_efficientnet_b0{kind}", phase): lambda step: 0.9 ** (step / 1000)
+       for kind in ("", "_distilled") for phase in ("head", "fine_tune")},
+    ("beans_xception", "head"): lambda step: 1 / (1 + 0.01 * step),
+    ("beans_xception", "fine_tune"): lambda step: 1 / (1 + 0.001 * step),
+}  # fmt: skip
 FOLDERS = ("flowers_efficientnet_b0", "xception_image_folder", "xception_medical")
 RECORDS = ("flowers_tfrecords_xception",)
 # One of each source with a small network, before the others are run with their own.
@@ -100,12 +121,53 @@ def small(name: str, model: str | None = None) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def trained_parameters(thaw: str, norm: str, network: keras.Model, hidden: int | None, classes: int) -> int:
+    """What a phase trains by the rule of its recipe, counted on Keras' own network."""
+    layers = network.layers
+    first = {"none": len(layers), "all": 0}.get(thaw)
+    kind, _, value = thaw.partition(":")
+    if kind == "from_layer":
+        first = int(value)
+    elif kind == "percent":
+        first = int(len(layers) * (1 - int(value) / 100))
+    assert first is not None, thaw
+    free = [x for x in layers[first:] if norm == "train" or not isinstance(x, keras.layers.BatchNormalization)]
+    width = network.output_shape[-1]
+    units = [width, *([hidden] if hidden else []), classes]
+    head = sum((before + 1) * after for before, after in itertools.pairwise(units))
+    return head + sum(int(np.prod(w.shape)) for layer in free for w in layer.trainable_weights)
+
+
+def check_against_table(name: str, out: Path, model: str | None, classes: int) -> None:
+    """What trained, by which optimizer and at which rates: as the table of the recipe says, not as the preset does."""
+    backbone, _, _, _, hidden, phases = TABLE[name]
+    report = json.loads((out / "report" / "report.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    side = SMALLEST.get(backbone, 48)
+    make = getattr(keras.applications, "MobileNetV2" if model else backbone)
+    narrow = {"alpha": 0.35} if model else {}
+    network = make(weights=None, include_top=False, input_shape=(side, side, 3), **narrow)
+    for phase, (thaw, norm, _, _, rates) in phases.items():
+        expected = trained_parameters(thaw, norm, network, hidden, classes)
+        assert report["phases"][phase]["trainable_parameters"] == expected, (phase, thaw)
+        decay = DECAYS.get((name, phase), lambda _: 1.0)
+        for kind, step in (("train", 1), ("epoch", 2)):  # of the last step taken, and of the next one
+            (rate,) = {line["learning_rate"] for line in lines if (line["kind"], line["phase"]) == (kind, phase)}
+            assert rate == pytest.approx(rates[0] * decay(step), rel=1e-6), (phase, kind)
+    kept = {key.rsplit("_", 1)[-1] for key in variables_of(out, "LATEST") if key.startswith("optimizer/")}
+    *_, (_, _, _, (last, _), _) = phases.values()
+    assert {key for key in kept if "/" not in key} == SLOTS[last]
+
+
 def check(name: str, out: Path, model: str | None = None) -> None:
     from tests.test_recipes import preset
 
     config = preset(name, *((f"model={model}",) if model else ()))
     report = json.loads((out / "report" / "report.json").read_text())
     assert list(report["phases"]) == list(config.phases)
+    for file in ("run.json", "ledger.json", "report/index.html", "report/predictions.csv", "export/model_card.md",
+                 "checkpoints/LATEST", "checkpoints/BEST"):  # fmt: skip
+        assert (out / file).stat().st_size, file
     said = yaml.safe_load((out / "config.yaml").read_text())
     assert said["experiment_name"] == name
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -114,7 +176,15 @@ def check(name: str, out: Path, model: str | None = None) -> None:
     assert (out / "export" / "saved_model" / "1" / "saved_model.pb").exists()
     labels = (out / "export" / "labels.txt").read_text().split()
     classes = TFDS[name][0] if name in TFDS else FLOWERS
-    assert len(labels) == (classes if isinstance(classes, int) else len(classes))
+    names = [f"class_{i:03d}" for i in range(classes)] if isinstance(classes, int) else list(classes)
+    assert labels == names
+    with open(out / "report" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["truth"] for row in rows} <= set(names)  # a label is a class, never a one-hot row
+    assert len(rows) == report["test"]["n"] == SCORED[name]
+    assert ("top_5" in report["test"]) == (len(names) > 5)
+    if name in TABLE:
+        check_against_table(name, out, model, len(names))
     assert (out / "DONE").exists()
 
 
