@@ -21,7 +21,7 @@ FLOORS = (
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
     {"feature_choice"},
-    {"run", "command_line", "hparams", "local_copies", "teacher_files"},
+    {"run", "command_line", "hparams", "local_copies", "teacher_files", "subjects", "finished_runs"},
     {"feature_pass"},
     {"start", "finish", "sweep", "planning", "teaching", "inputs", "handing_on"},
     {"train"},

@@ -192,10 +192,14 @@ class Runtime(Section):
         return self
 
 
+ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tflite_dynamic", "tflite_int8", "onnx"]
+
+
 class Export(Section):
     """What is made of the trained model at the end."""
 
-    formats: tuple[Literal["saved_model", "tflite"], ...] = ("saved_model", "tflite")
+    formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")  # docs/exports.md
+    max_accuracy_drop: float = Field(0.01, ge=0, le=1)  # share of the scored examples; a worse file ends the run with 2
 
 
 class Debug(Section):

@@ -187,7 +187,7 @@ def measures(reference: Mapping[str, Any], window: Window) -> list[Measure]:
     found.append(_stability("confidence", *binned, count, window.n))
     if "embedding" in reference and window.embedded > 1:
         own = reference["embedding"]
-        limit = max(FAR, distance_by_chance(own, count, window.embedded))
+        limit = max(FAR, distance_by_chance(own, int(own.get("n", count)), window.embedded))
         value = embedding_distance(own, *window.gaussian())
         found.append(Measure("embedding", value, limit, limit, window.embedded))
     return found

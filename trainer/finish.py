@@ -17,17 +17,17 @@ from trainer.errors import INTERRUPTED
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.report import Samples, describe_data, write_report
 from trainer.exporting.card import write_labels, write_model_card
-from trainer.exporting.parity import largest_difference
-from trainer.exporting.saved_model import export_saved_model
-from trainer.exporting.tflite import export_tflite
+from trainer.exporting.formats import export_formats, refuse
+from trainer.exporting.reference import write_reference
+from trainer.exporting.subject import HeldOut
 from trainer.run import Run, say, score
+from trainer.subjects import EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
 from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 from trainer.watching import termination
 from trainer.watching.signs import FINISH, signs
 
 AFTER = "after training had ended"
-PARITY_EXAMPLES = 512  # of the scored split are sent through the exported model
 
 
 def finish(job: Run) -> None:
@@ -37,6 +37,7 @@ def finish(job: Run) -> None:
 
     Raises:
         ToldToStop: the next start begins here again.
+        ModelError: an export lost too much accuracy; all else is written, but not DONE.
     """
     job.ledger.mark("train")
     signs.enter(FINISH)
@@ -90,6 +91,9 @@ def finish(job: Run) -> None:
     job.ledger.write()
     job.telemetry.flush()
     signs.at("publishing")
+    if any(facts["refused"] for facts in exports.values()):
+        job.publisher.results()
+        refuse(exports, job.config.export.max_accuracy_drop)
     job.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": job.state.step}) + "\n")
     job.peers.from_chief("done")
     summarise(job, report)
@@ -110,29 +114,25 @@ def timing(job: Run) -> dict[str, Any]:
 
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
-    """Write each format asked for and measure how far its answers are from the trainer's."""
-    home, size = job.folder / "export", job.classifier.image_size
+    """Write each format asked for, and try each on held-out examples."""
+    home, config = job.folder / "export", job.config
     shutil.rmtree(home, ignore_errors=True)
-    model = job.classifier.keras_model()
-    write_labels(home / "labels.txt", job.dataset.class_names)
-    count = min(PARITY_EXAMPLES, len(indices))
-    images = pictures(job, result.split, indices[:count])
-    outcomes: dict[str, Any] = {}
-    for kind in job.config.export.formats:
-        job.stop.check(AFTER)
-        if kind == "saved_model":
-            where = home / "saved_model" / "1"
-            export_saved_model(model, where, job.dataset.class_names, size, job.config.model.resize)
-        else:
-            where = home / "model.tflite"
-            export_tflite(model, where, size)
-        difference = largest_difference(where, result.probabilities[:count], images)
-        outcomes[kind] = {
-            "path": str(where.relative_to(job.folder)),
-            "examples": count,
-            "largest_difference": difference,
-        }
-    return outcomes
+    chosen = chosen_examples(len(indices), EXAMPLES)
+    images = pictures(job, result.split, indices[chosen])
+    held_out = HeldOut(images, result.labels[chosen], result.probabilities[chosen])
+    train = job.dataset.splits["train"].count
+    subject = subject_of(
+        job.classifier,
+        job.dataset.class_names,
+        config.model.resize,
+        (result.split, result.probabilities, images),
+        lambda: pictures(job, "train", chosen_examples(train, REPRESENTATIVE)),
+    )
+    write_labels(home / "labels.txt", subject.class_names)
+    write_reference(home / "reference.json", subject.reference)
+    formats, limit = config.export.formats, config.export.max_accuracy_drop
+    outcomes = export_formats(home, formats, subject, held_out, limit, lambda: job.stop.check(AFTER))
+    return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 
 def pictures(job: Run, split: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from trainer import config
 from trainer.models.classifier import build_classifier
 from trainer.models.distillation import Teacher, classifier_as_teacher, saved_model_as_teacher
+from trainer.models.weights import settle_input
 from trainer.run import Run, from_chief, say, score
 from trainer.storage.files import write_whole
 from trainer.teacher_files import (
@@ -80,6 +81,7 @@ def _open(job: Run, found: TeacherFiles | None, facts: dict[str, Any]) -> Teache
         model = config.Model(**facts["model"] | {"weights": "none"})  # each of its values is in the checkpoint
         classifier = build_classifier(model, len(job.dataset.class_names), job.config.seed)
     variables.write(classifier.variables, arrays, f"distillation.teacher={address}")
+    settle_input(classifier.backbone)
     return classifier_as_teacher(classifier)
 
 

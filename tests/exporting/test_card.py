@@ -8,6 +8,11 @@ from typing import Any
 from trainer import config
 from trainer.exporting.card import write_model_card
 
+SCORED: dict[str, Any] = {
+    "examples": 512, "accuracy": 0.91, "trainer_accuracy": 0.912, "lost": 2, "gained": 1,
+    "timing": {"milliseconds_per_image": 12.34}, "refused": False,
+}  # fmt: skip
+
 REPORT: dict[str, Any] = {
     "title": "flowers",
     "seed": 7,
@@ -36,8 +41,8 @@ REPORT: dict[str, Any] = {
         "skipped": ["x.jpg: truncated"],
     },
     "export": {
-        "saved_model": {"path": "export/saved_model/1", "examples": 512, "largest_difference": 2.4e-7},
-        "tflite": {"path": "export/model.tflite", "examples": 512, "largest_difference": 3.1e-6},
+        "saved_model": {"path": "export/saved_model/1", "bytes": 14_200_000, **SCORED, "largest_difference": 2.4e-7},
+        "tflite": {"path": "export/model.tflite", "bytes": 9_000_000, **SCORED, "largest_difference": 3.1e-6},
     },
     "versions": {"tensorflow": "2.21.0"},
 }
@@ -79,11 +84,20 @@ def test_a_card_says_what_a_stranger_needs(tmp_path: Path) -> None:
         "Made with tensorflow 2.21.0.",
         'answer = served.signatures["image_bytes"](',
         "resizes them as in the evaluation (`crop`)",
-        "| `saved_model` | 2.4e-07 | 512 |",
+        "| `saved_model` | 14.20 MB | 0.9100 (0.9120) | 512 | 2.4e-07 | 12.3 |",
+        "load them with `ai_edge_litert.interpreter.Interpreter`",
         "- Weakest class: `rose|red` (F1 0.800 over 334 examples).",
         "- There was no test split: the scores lean to the good side.",
     ):
         assert line in text, line
+
+
+def test_a_card_says_what_was_not_kept_and_not_how_to_use_it(tmp_path: Path) -> None:
+    facts = REPORT["export"]["tflite"] | {"refused": True, "accuracy": 0.5}
+    write_model_card(tmp_path / "model_card.md", REPORT | {"export": {"tflite_int8": facts}}, a_config())
+    text = (tmp_path / "model_card.md").read_text("utf-8")
+    assert "| `tflite_int8` | not kept: it lost too much accuracy | 0.5000 (0.9120) | 512 |" in text
+    assert "model_int8.tflite" not in text
 
 
 def test_a_card_of_what_was_not_exported_does_not_speak_of_it(tmp_path: Path) -> None:

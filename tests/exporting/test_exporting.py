@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
 
+from tests.exporting.subjects import NAMES, SIZE, largest_difference, said_by, small_model, some_images, subject_for
+from trainer.drift_statistics import Window, measures, verdict
 from trainer.exporting.card import write_labels
-from trainer.exporting.parity import largest_difference
 from trainer.exporting.saved_model import export_saved_model
-from trainer.exporting.tflite import export_tflite
+from trainer.exporting.warmup import WARMUP
 from trainer.imaging import decode_image
-
-NAMES = ("daisy", "löwenzahn", "rose\nred")
-SIZE = 32
-
-
-def small_model(precision: str = "float32") -> keras.Model:
-    """A small convolutional classifier of 0..255 pixels, another network nested in it as a backbone is."""
-    with_policy = {"dtype": precision}
-    inner_in = keras.Input((SIZE, SIZE, 3))
-    x = keras.layers.Conv2D(8, 3, 2, "same", kernel_initializer=keras.initializers.HeNormal(1), **with_policy)(inner_in)
-    x = keras.layers.BatchNormalization(**with_policy)(x)
-    inner = keras.Model(inner_in, keras.layers.ReLU(**with_policy)(x))
-    images = keras.Input((SIZE, SIZE, 3), name="images")
-    x = keras.ops.mean(keras.ops.cast(inner(images / 127.5 - 1, training=False), "float32"), axis=(1, 2))
-    logits = keras.layers.Dense(3, kernel_initializer=keras.initializers.HeNormal(2), dtype="float32")(x)
-    return keras.Model(images, keras.ops.softmax(3 * logits))
-
-
-def some_images(count: int) -> np.ndarray:
-    levels = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 3)).astype("uint8")
-    return levels.repeat(SIZE // 2, axis=1).repeat(SIZE // 2, axis=2)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +27,7 @@ def model() -> keras.Model:
 @pytest.fixture(scope="module")
 def folder(model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "export" / "saved_model" / "1"
-    export_saved_model(model, folder, NAMES, SIZE, "crop")
+    export_saved_model(subject_for(model, "crop"), folder)
     return folder
 
 
@@ -80,11 +62,12 @@ def test_bytes_are_decoded_and_resized_as_in_evaluation(model: keras.Model, fold
 
 def test_signatures_say_names_shapes_and_types(folder: Path) -> None:
     signatures = tf.saved_model.load(str(folder)).signatures
-    assert set(signatures) == {"serving_default", "image_bytes", "images"}
+    assert set(signatures) == {"serving_default", "image_bytes", "images", "explain"}
     for name, field, shape, dtype in (
         ("serving_default", "image_bytes", [None], tf.string),
         ("image_bytes", "image_bytes", [None], tf.string),
         ("images", "images", [None, SIZE, SIZE, 3], tf.float32),
+        ("explain", "image_bytes", [None], tf.string),
     ):
         (given,) = signatures[name].structured_input_signature[1].values()
         assert (given.name, given.shape.as_list(), given.dtype) == (field, shape, dtype)
@@ -100,7 +83,10 @@ def test_class_names_travel_as_an_asset_that_survives_a_move(folder: Path, tmp_p
         if file.is_file():
             (moved / file.relative_to(folder)).parent.mkdir(exist_ok=True)
             (moved / file.relative_to(folder)).write_bytes(file.read_bytes())
-    path = tf.saved_model.load(str(moved)).labels.asset_path.numpy().decode()
+    loaded = tf.saved_model.load(str(moved))
+    reference = json.loads(Path(loaded.reference.asset_path.numpy().decode()).read_text("utf-8"))
+    assert (reference["classes"], reference["n"], reference["resize"]) == (list(NAMES), 40, "crop")
+    path = loaded.labels.asset_path.numpy().decode()
     assert path == str(moved / "assets" / "labels.txt")
     assert Path(path).read_text("utf-8").splitlines() == ["daisy", "löwenzahn", "rose red"]
 
@@ -109,26 +95,38 @@ def test_an_export_replaces_what_was_there_and_leaves_nothing_beside(model: kera
     folder = tmp_path / "saved_model" / "1"
     folder.mkdir(parents=True)
     (folder / "old").write_text("")
-    export_saved_model(model, folder, NAMES, SIZE, "stretch")
+    export_saved_model(subject_for(model), folder)
     assert not (folder / "old").exists()
     assert [x.name for x in folder.parent.iterdir()] == ["1"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_tflite_answers_as_the_model_in_float32(precision: str, tmp_path: Path) -> None:
-    model, images = small_model(precision), some_images(40)
-    path = tmp_path / "export" / "model.tflite"
-    export_tflite(model, path, SIZE)
-    trained = model.predict(images.astype("float32"), verbose=0)
-    assert largest_difference(path, trained, images) < (1e-5 if precision == "float32" else 0.05)
-    full = small_model()
-    full.set_weights(model.get_weights())
-    assert largest_difference(path, full.predict(images.astype("float32"), verbose=0), images) <= 1e-5
-    (inner,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
-    assert inner.layers[1].compute_dtype == precision.removeprefix("mixed_")  # only the file is in float32
-    details = tf.lite.Interpreter(model_path=str(path)).get_input_details()[0]
-    assert details["shape_signature"].tolist() == [-1, SIZE, SIZE, 3]
-    assert details["dtype"] is np.float32
+def test_the_warm_up_requests_are_what_a_client_of_tensorflow_serving_would_send(folder: Path) -> None:
+    """Parsed by TensorFlow Serving's own messages, and each sent to the signature that it names."""
+    signatures = tf.saved_model.load(str(folder)).signatures
+    asked = set()
+    for record in tf.data.TFRecordDataset(str(folder / WARMUP)).as_numpy_iterator():
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        given = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
+        answer = signatures[request.model_spec.signature_name](**given)["probabilities"]
+        np.testing.assert_allclose(answer.numpy().sum(1), 1, atol=1e-5)
+        asked.add((request.model_spec.signature_name, len(answer)))
+    assert asked == {(s, n) for s in ("serving_default", "image_bytes", "explain") for n in (1, 4)} | {("images", 1)}
+
+
+def test_the_reference_is_what_the_model_says_of_its_own_examples(model: keras.Model, folder: Path) -> None:
+    images = some_images(40)
+    reference = json.loads((folder / "assets" / "reference.json").read_text())
+    predictions = said_by(model, images).argmax(-1)
+    np.testing.assert_allclose(reference["class_frequencies"], np.bincount(predictions, minlength=3) / 40)
+    assert sum(reference["confidence_histogram"]["counts"]) == 40
+    served, window = tf.saved_model.load(str(folder)), Window(3)
+    files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
+    told = served.signatures["explain"](image_bytes=files)
+    for row, vector in zip(told["probabilities"].numpy(), told["embedding"].numpy(), strict=True):
+        window.add(int(row.argmax()), float(row.max()), vector)
+    found = measures(reference, window)
+    assert verdict(found) == "stable"
+    assert max(measure.value for measure in found) < 1e-3
 
 
 def test_labels_are_one_a_line(tmp_path: Path) -> None:

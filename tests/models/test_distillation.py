@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.exporting.test_exporting import NAMES, SIZE, small_model, some_images
+from tests.exporting.subjects import SIZE, small_model, some_images, subject_for
 from trainer import config
 from trainer.errors import DataError
 from trainer.exporting.saved_model import export_saved_model
@@ -32,7 +32,7 @@ def model() -> keras.Model:
 @pytest.fixture(scope="module")
 def exported(model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "saved_model" / "1"
-    export_saved_model(model, folder, NAMES, SIZE, "stretch")
+    export_saved_model(subject_for(model), folder)
     return folder
 
 

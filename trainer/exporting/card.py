@@ -120,7 +120,7 @@ def _training(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def _use(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     exports = report.get("export", {})
     lines = ["## Use", "Class names are in `labels.txt`, one a line, in the order of the probabilities."]
-    if "saved_model" in exports:
+    if "saved_model" in exports and not exports["saved_model"]["refused"]:
         lines.append(
             "```python\n"
             "import tensorflow as tf\n\n"
@@ -134,17 +134,50 @@ def _use(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         lines.append(
             "The signature `image_bytes` takes encoded JPEG or PNG files and decodes and resizes them as in the "
             f"evaluation (`{config['model']['resize']}`); `images` takes float32 RGB in 0..255 of the size it was "
-            "trained at."
+            "trained at; `explain` takes files and answers an embedding and a Grad-CAM heatmap, too."
         )
-    if "tflite" in exports:
+    kept = {name for name, facts in exports.items() if not facts["refused"]}
+    lines += [words for names, words in _HOW if kept & names]
+    if exports:
+        lines.append(export_table(exports))
         lines.append(
-            "`model.tflite` takes float32 RGB in 0..255, already resized, and answers probabilities; load it with "
-            "`ai_edge_litert.interpreter.Interpreter`."
+            "Each file was loaded back and sent held-out examples; in brackets is the trainer's own accuracy on them. "
+            "Times are of single images on the CPU that exported."
         )
-    rows = [(f"`{kind}`", f"{x['largest_difference']:.1e}", f"{x['examples']:,}") for kind, x in exports.items()]
-    if rows:
-        lines.append(_table(("format", "largest difference of a probability from the trainer's", "examples"), rows))
     return "\n\n".join(lines)
+
+
+_HOW = (
+    ({"keras"}, "`model.keras` takes float32 RGB in 0..255, already resized; `keras.saving.load_model` reads it."),
+    (
+        {"tflite", "tflite_float16", "tflite_dynamic"},
+        "`.tflite` files take float32 RGB in 0..255, already resized, and answer probabilities; load them with "
+        "`ai_edge_litert.interpreter.Interpreter`. The class names are inside (`unzip -p model.tflite labels.txt`).",
+    ),
+    ({"tflite_int8"}, "`model_int8.tflite` takes uint8 RGB and answers uint8: probabilities in steps of 1/256."),
+    (
+        {"onnx"},
+        "`model.onnx` takes `images`, float32 RGB in 0..255, already resized, and answers `probabilities`; its "
+        "metadata `labels` are the class names.",
+    ),
+)
+
+
+def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The facts of `formats.export_formats` in Markdown."""
+    rows = [
+        (
+            f"`{kind}`",
+            "not kept: it lost too much accuracy" if facts["refused"] else f"{facts['bytes'] / 1e6:,.2f} MB",
+            f"{facts['accuracy']:.4f} ({facts['trainer_accuracy']:.4f})",
+            f"{facts['examples']:,}",
+            f"{facts['largest_difference']:.1e}",
+            f"{facts['timing']['milliseconds_per_image']:,.1f}",
+        )
+        for kind, facts in exports.items()
+    ]
+    head = ("format", "size", "accuracy", "examples", "largest difference of a probability", "ms an image")
+    return _table(head, rows)
 
 
 def _limits(report: Mapping[str, Any]) -> str:

@@ -1,46 +1,52 @@
-"""The LiteRT (TFLite) file, for phones and small machines: float32, no decoding inside."""
+"""LiteRT (TFLite) files, for phones and small machines, in four precisions; no decoding inside."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import keras
+import numpy as np
 import tensorflow as tf
 
+from trainer.exporting.subject import Subject, plain
+from trainer.exporting.tflite_metadata import with_metadata
 from trainer.storage.files import write_whole
 
+Precision = Literal["float32", "float16", "dynamic", "int8"]
 
-def export_tflite(model: keras.Model, path: Path, image_size: int) -> None:
-    """Write `path` whole or not at all: one input, float32 [n, S, S, 3] RGB in 0..255, one output, probabilities.
 
-    A model that computes in half precision is written in float32, for LiteRT has few kernels for anything else.
+def export_tflite(subject: Subject, path: Path, precision: Precision) -> None:
+    """Write `path` whole or not at all: one input, images [n, S, S, 3] RGB in 0..255, one output, probabilities.
 
     Args:
-        model: float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes].
         path: ".../model.tflite".
-        image_size: S, pixels.
+        precision: `float32`; `float16`: weights of half the size; `dynamic`: weights in 8 bits, computing in float32
+            where there is no better kernel; `int8`: everything in 8 bits, uint8 pixels in and probabilities in steps
+            of 1/256 out, the ranges measured on `subject.examples`.
     """
-    assert model.input_shape == (None, image_size, image_size, 3), model.input_shape
-    with in_float32(model), contextlib.redirect_stdout(io.StringIO()):  # Keras lists every variable it saves
-        write_whole(path, tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    size = subject.image_size
+    given = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
+    with plain(subject.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
+        answer = tf.function(lambda images: subject.model(images, training=False), input_signature=given)
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([answer.get_concrete_function()], subject.model)
+        if precision != "float32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if precision == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if precision == "int8":
+            converter.representative_dataset = partial(_one_by_one, subject.examples())
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.inference_input_type = converter.inference_output_type = tf.uint8
+        content = converter.convert()
+    write_whole(path, with_metadata(content, subject.class_names))
 
 
-@contextmanager
-def in_float32(model: keras.Model) -> Iterator[None]:
-    """While this holds, what is traced of `model` computes in float32, whatever precision it trained in."""
-
-    def layers(of: keras.layers.Layer) -> list[keras.layers.Layer]:
-        return [of, *(inner for layer in getattr(of, "layers", ()) for inner in layers(layer))]
-
-    before = [(layer, layer.dtype_policy) for layer in layers(model)]
-    try:
-        for layer, _ in before:
-            layer.dtype_policy = "float32"
-        yield
-    finally:
-        for layer, policy in before:
-            layer.dtype_policy = policy
+def _one_by_one(images: np.ndarray) -> Iterator[list[np.ndarray]]:
+    for image in images:
+        yield [image[None].astype(np.float32)]

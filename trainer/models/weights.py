@@ -67,6 +67,19 @@ def _divide_as_published(network: keras.Model) -> None:
         norm.finalize_state()
 
 
+def settle_input(network: keras.Model) -> None:
+    """After the values of a trained network were assigned to one that was built without weights: make its input layers
+    compute with them.
+
+    A Normalization computes with constants that it made of its variables when they were loaded, and a network that
+    Keras built for `weights="imagenet"` divided a second time (`_divide_as_published`).
+    """
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
+            layer.finalize_state()
+            _divide_as_published(network)
+
+
 def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
     try:
         return backbone.build(image_size, alpha, "imagenet")

@@ -99,11 +99,16 @@ class Publisher:
         if self.lease:
             self.lease.check()
 
-    def finish(self, content: str) -> None:
-        """Publish everything, then commit DONE with this content, here and there."""
+    def results(self) -> None:
+        """Publish everything, the report and the export too."""
         self.wait()
         if self.remote and self.lease:
             self._publish_files(everything=True)
+
+    def finish(self, content: str) -> None:
+        """Publish everything, then commit DONE with this content, here and there."""
+        self.results()
+        if self.remote and self.lease:
             self.lease.commit(DONE, content)
         (self.local / DONE).write_text(content)
 

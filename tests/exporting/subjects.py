@@ -1,0 +1,63 @@
+"""A small network, what is exported of it, and the examples that its files are tried on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.exporting.loading import load_export
+from trainer.exporting.reference import reference_distribution
+from trainer.exporting.scoring import score
+from trainer.exporting.subject import HeldOut, Subject
+
+NAMES = ("daisy", "löwenzahn", "rose\nred")
+SIZE = 32
+
+
+def small_model(precision: str = "float32") -> keras.Model:
+    """A small convolutional classifier of 0..255 pixels, another network nested in it as a backbone is."""
+    with_policy = {"dtype": precision}
+    inner_in = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Conv2D(8, 3, 2, "same", kernel_initializer=keras.initializers.HeNormal(1), **with_policy)(inner_in)
+    x = keras.layers.BatchNormalization(**with_policy)(x)
+    inner = keras.Model(inner_in, keras.layers.ReLU(**with_policy)(x))
+    images = keras.Input((SIZE, SIZE, 3), name="images")
+    x = keras.ops.mean(keras.ops.cast(inner(images / 127.5 - 1, training=False), "float32"), axis=(1, 2))
+    logits = keras.layers.Dense(3, kernel_initializer=keras.initializers.HeNormal(2), dtype="float32")(x)
+    return keras.Model(images, keras.ops.softmax(3 * logits))
+
+
+def some_images(count: int, seed: int = 0) -> np.ndarray:
+    levels = np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3)).astype("uint8")
+    return levels.repeat(SIZE // 2, axis=1).repeat(SIZE // 2, axis=2)
+
+
+def subject_for(model: keras.Model, resize: str = "stretch") -> Subject:
+    """What is exported of a network without a classifier around it; its "heatmap" is how red an image is."""
+
+    def explain(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {
+            "probabilities": model(images, training=False),
+            "embedding": tf.reduce_mean(images, axis=(1, 2)),
+            "heatmap": images[:, ::16, ::16, 0] / 255,
+        }
+
+    images = some_images(40)
+    reference = reference_distribution("test", NAMES, said_by(model, images), images.mean((1, 2)), SIZE, resize)
+    return Subject(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
+
+
+def said_by(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    return model.predict(images.astype("float32"), verbose=0)
+
+
+def held_out(probabilities: np.ndarray, images: np.ndarray) -> HeldOut:
+    return HeldOut(images, probabilities.argmax(-1), probabilities)
+
+
+def largest_difference(path: Path, probabilities: np.ndarray, images: np.ndarray) -> float:
+    """Of any probability, between a file and what it should say."""
+    return float(score(load_export(path), held_out(probabilities, images))["largest_difference"])

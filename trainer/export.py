@@ -1,0 +1,192 @@
+"""`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]]`: the model of a run in other formats, or again.
+
+    formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx; those of the run
+                                where it is left out
+    checkpoint=best|last|STEP   which weights; what the run exported where it is left out
+    output=FOLDER               where to; <run>/export where it is left out: its report.json and model card are brought
+                                up to date, and formats that are not asked for stay
+    max_accuracy_drop=0.01      of the scored examples; a file that is worse is not kept
+
+`data.KEY=...` and `runtime.KEY=...` say where the data is now. Exit codes are those of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.cluster.preemption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
+import yaml
+
+from trainer.command_line import exit_code_of, quiet_start
+from trainer.errors import ConfigError, ModelError
+from trainer.finished_runs import (
+    FinishedRun,
+    exported_checkpoint,
+    find_checkpoint,
+    find_run,
+    open_classifier,
+    open_data,
+)
+from trainer.storage.files import write_json
+from trainer.watching.lines import say
+
+if TYPE_CHECKING:
+    from trainer.contracts import Dataset
+
+OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
+USAGE = "python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]"
+
+
+def read_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What this command takes for itself, and what changes the configuration of the run.
+
+    Raises:
+        ConfigError: an argument is no KEY=VALUE, unknown, or given twice; `run` is missing.
+    """
+    own: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for argument in arguments:
+        key, sign, text = argument.partition("=")
+        if not sign or (key not in OWN and not key.startswith(("data.", "runtime."))):
+            raise ConfigError(f"{argument}: no argument of this command; write {USAGE}")
+        if key in own or key in changes:
+            raise ConfigError(f"{key} is given twice")
+        value = text if key in ("run", "output", "checkpoint") else yaml.safe_load(text)
+        (own if key in OWN else changes)[key] = value
+    if not own.get("run"):
+        raise ConfigError(f"say which run: {USAGE}")
+    for key, place_of in (("formats", "export.formats"), ("max_accuracy_drop", "export.max_accuracy_drop")):
+        if key in own:
+            changes[place_of] = [own[key]] if key == "formats" and isinstance(own[key], str) else own[key]
+    return own, changes
+
+
+def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder to write into, and whether it is the run's own.
+
+    Raises:
+        ConfigError: it must be named.
+    """
+    if output := own.get("output"):
+        return Path(output).expanduser(), False
+    if not run.home.is_local:
+        raise ConfigError(f"run={run.address} is in a bucket: give output=FOLDER on this machine")
+    if own.get("checkpoint") not in (None, exported_checkpoint(run)):
+        raise ConfigError(
+            f"checkpoint={own['checkpoint']} is not what the run exported ({exported_checkpoint(run)}): give "
+            "output=FOLDER, so that one folder holds one model"
+        )
+    return Path(str(run.home)) / "export", True
+
+
+def images_of(run: FinishedRun, dataset: Dataset, split: str, size: int, indices: Any) -> Any:
+    """uint8 [k, S, S, 3]: the decoded images of these examples."""
+    from trainer.data.pixels import open_pixels
+
+    pixels = open_pixels(
+        dataset.splits[split],
+        size=size,
+        resize=run.config.model.resize,
+        cache="none",
+        cache_dir=Path(run.config.runtime.cache_dir).expanduser(),
+        fingerprint=dataset.fingerprint,
+        memory_budget=0,
+        disk_budget=0,
+        threads=run.config.runtime.data_threads,
+        on_error=run.config.data.on_error,
+        note=lambda _: None,
+    )
+    return pixels.rows(indices)
+
+
+def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
+    """Write the formats that the configuration names below `home`; facts by format."""
+    import numpy as np
+    import tensorflow as tf
+
+    from trainer.exporting.card import write_labels
+    from trainer.exporting.formats import export_formats
+    from trainer.exporting.reference import write_reference
+    from trainer.exporting.subject import HeldOut
+    from trainer.subjects import BATCH, EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
+
+    dataset = open_data(run)
+    folder = find_checkpoint(run, checkpoint)
+    classifier = open_classifier(run, folder)
+    split = "test" if "test" in dataset.splits else "validation"
+    chosen = chosen_examples(dataset.splits[split].count, EXAMPLES)
+    train = chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)
+    size = classifier.image_size
+    say(f"exporting {folder.name} of {run.address}, tried on {len(chosen):,} {split} examples")
+    images = images_of(run, dataset, split, size, chosen)
+    answer = tf.function(classifier.probabilities, reduce_retracing=True)
+    parts = [answer(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)]
+    held_out = HeldOut(images, dataset.splits[split].labels[chosen], np.concatenate(parts))
+    subject = subject_of(
+        classifier,
+        dataset.class_names,
+        run.config.model.resize,
+        (split, held_out.probabilities, images),
+        lambda: images_of(run, dataset, "train", size, train),
+    )
+    write_labels(home / "labels.txt", subject.class_names)
+    write_reference(home / "reference.json", subject.reference)
+    limit = run.config.export.max_accuracy_drop
+    return export_formats(home, run.config.export.formats, subject, held_out, limit, lambda: None)
+
+
+def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
+    """Write what was measured: into the report and the card of the run, or as export.json beside the files."""
+    from trainer.exporting.card import write_model_card
+
+    report = home.parent / "report" / "report.json"
+    if not is_own or not report.exists():
+        write_json(home / "export.json", outcomes)
+        return
+    told = json.loads(report.read_text())
+    told["export"] = told.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
+    write_json(report, told)
+    write_model_card(home / "model_card.md", told, run.config.model_dump(mode="json"))
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    own, changes = read_arguments(arguments)
+    run = find_run(own["run"], changes)
+    home, is_own = target(run, own)
+    checkpoint = own.get("checkpoint") or exported_checkpoint(run)
+    find_checkpoint(run, checkpoint)  # mistakes answer before TensorFlow is imported
+    with quiet_start():
+        from trainer.exporting.formats import check_installed, refuse
+    check_installed(run.config.export.formats)
+    outcomes = export(run, home, checkpoint)
+    record(run, home, is_own, outcomes)
+    for name, facts in outcomes.items():
+        say(
+            f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
+            f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
+            f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  "
+            + ("not kept" if facts["refused"] else str(home / facts["path"]))
+        )
+    try:
+        refuse(outcomes, run.config.export.max_accuracy_drop)
+    except ModelError as error:
+        raise ModelError(str(error).replace("export.formats", "formats").replace("export.max", "max")) from None
+
+
+def main() -> None:
+    """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
+    sys.exit(exit_code_of(_run, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""All formats by name: each is written, loaded back by the library that it is for, scored, and kept or not."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError, ModelError
+from trainer.exporting.keras_file import export_keras
+from trainer.exporting.loading import load_export
+from trainer.exporting.onnx_file import export_onnx
+from trainer.exporting.saved_model import export_saved_model
+from trainer.exporting.scoring import drops_too_far, score
+from trainer.exporting.subject import HeldOut, Subject
+from trainer.exporting.tflite import export_tflite
+
+Write = Callable[[Subject, Path], None]
+
+# Name -> (file below export/, what writes it)
+FORMATS: dict[str, tuple[str, Write]] = {
+    "saved_model": ("saved_model/1", export_saved_model),
+    "keras": ("model.keras", export_keras),
+    "tflite": ("model.tflite", partial(export_tflite, precision="float32")),
+    "tflite_float16": ("model_float16.tflite", partial(export_tflite, precision="float16")),
+    "tflite_dynamic": ("model_dynamic.tflite", partial(export_tflite, precision="dynamic")),
+    "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
+    "onnx": ("model.onnx", export_onnx),
+}
+_NEEDS = {"onnx": ("onnx", "onnxruntime", "tf2onnx")}  # modules of the extra of that name
+
+
+def check_installed(formats: Iterable[str]) -> None:
+    """Raise a ConfigError for a format whose extra is not installed: at the start, not when all is trained."""
+    for name in formats:
+        missing = [module for module in _NEEDS.get(name, ()) if not importlib.util.find_spec(module)]
+        if missing:
+            raise ConfigError(
+                f"export.formats: {name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+                f"installed; pip install 'kubetune[{name}]', or leave {name} out"
+            )
+
+
+def export_formats(
+    home: Path,
+    formats: Iterable[str],
+    subject: Subject,
+    held_out: HeldOut,
+    max_accuracy_drop: float,
+    check: Callable[[], None],
+) -> dict[str, dict[str, Any]]:
+    """Write each format below `home`, and score it; one that is too far off is deleted again.
+
+    Args:
+        max_accuracy_drop: share of the examples; see `scoring.drops_too_far`.
+        check: called before each format; raises to leave.
+
+    Returns:
+        facts by format: those of `scoring.score`, `path` below `home`, `bytes`, and `refused`: it is too far off.
+    """
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name in formats:
+        check()
+        file, write = FORMATS[name]
+        path = home / file
+        write(subject, path)
+        facts = score(load_export(path), held_out)
+        size = _bytes(path)
+        refused = drops_too_far(facts, max_accuracy_drop)
+        if refused:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # an empty saved_model/ would keep a model server waiting
+        outcomes[name] = {"path": file, "bytes": size, **facts, "refused": refused}
+    return outcomes
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def refuse(exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float) -> None:
+    """Raise a ModelError that names each format whose accuracy dropped too far; call it when all else is written."""
+    bad = [
+        f"{name} ({facts['trainer_accuracy']:.4f} -> {facts['accuracy']:.4f} on {facts['examples']:,} examples)"
+        for name, facts in exports.items()
+        if facts["refused"]
+    ]
+    if bad:
+        raise ModelError(
+            f"too much accuracy is lost in {', '.join(bad)}, more than export.max_accuracy_drop={max_accuracy_drop:g}: "
+            f"{'it was' if len(bad) == 1 else 'they were'} not kept; all else is written. Raise the limit or leave "
+            f"{'it' if len(bad) == 1 else 'them'} out of export.formats, and start the same command again"
+        )

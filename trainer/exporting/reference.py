@@ -1,0 +1,82 @@
+"""What a model said of examples that it did not learn from: what its later answers are compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.drift_statistics import BINS, Window
+from trainer.storage.files import write_whole
+
+WIDEST = 64  # numbers of an embedding that are compared; a covariance of 1,280 would take 1,000 times the examples
+SEED = 8
+
+
+def reference_distribution(
+    split: str,
+    class_names: tuple[str, ...],
+    probabilities: np.ndarray,
+    embeddings: np.ndarray,
+    image_size: int,
+    resize: str,
+) -> dict[str, Any]:
+    """What `reference.json` holds.
+
+    Args:
+        split: that the examples are of: test | validation.
+        probabilities: float32 [n, classes].
+        embeddings: float32 [m, C], of those examples or some of them.
+
+    Returns:
+        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the share of each predicted
+        class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
+        `mean` [C'], `covariance` [C', C'] and, where C is above 64, `projection` [C, C'], whose columns are orthonormal
+        and drawn from a fixed seed: multiply an embedding by it first.
+    """
+    window = Window(len(class_names))
+    projection = projection_of(embeddings.shape[1])
+    vectors = embeddings.astype(np.float64) if projection is None else embeddings.astype(np.float64) @ projection
+    for row in probabilities:
+        window.add(int(row.argmax()), float(row.max()))
+    embedding: dict[str, Any] = {
+        "n": len(vectors),
+        "mean": _rounded(vectors.mean(0)),
+        "covariance": _rounded(np.atleast_2d(np.cov(vectors, rowvar=False))),
+    }
+    if projection is not None:
+        embedding["projection"] = projection.tolist()
+    return {
+        "classes": list(class_names),
+        "n": len(probabilities),
+        "split": split,
+        "class_frequencies": (window.classes / max(window.n, 1)).tolist(),
+        "confidence_histogram": {
+            "edges": [i / BINS for i in range(BINS + 1)],
+            "counts": window.confidences.tolist(),
+        },
+        "embedding": embedding,
+        "image_size": image_size,
+        "resize": resize,
+    }
+
+
+def projection_of(width: int) -> np.ndarray | None:
+    """Float64 [width, 64] with orthonormal columns, the same for every model of that width; None where it is narrow."""
+    if width <= WIDEST:
+        return None
+    drawn = np.random.default_rng([SEED, width]).standard_normal((width, WIDEST))
+    return np.array(_rounded(np.linalg.qr(drawn)[0]))
+
+
+def _rounded(values: np.ndarray) -> Any:
+    """Six digits: a file of a megabyte would be two otherwise."""
+    return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
+
+
+def write_reference(path: Path, reference: Mapping[str, Any]) -> None:
+    """Write reference.json."""
+    write_whole(path, json.dumps(reference, ensure_ascii=False, allow_nan=False) + "\n")
