@@ -6,6 +6,7 @@ DONE = 0
 BUG = 1
 WRONG_INPUT = 2
 GAVE_UP = 3
+DRIFTED = 4
 INTERRUPTED = 75
 
 
@@ -53,3 +54,9 @@ class GaveUp(TrainerError):
     """Started again and again without a step of progress."""
 
     exit_code = GAVE_UP
+
+
+class Drifted(TrainerError):
+    """What a model sees or says is no longer what it was tried on: an answer, not a failure."""
+
+    exit_code = DRIFTED

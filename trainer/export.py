@@ -1,7 +1,7 @@
 """`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]]`: the model of a run in other formats, or again.
 
-    formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx; those of the run
-                                where it is left out
+    formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx; those that the
+                                run exported where it is left out
     checkpoint=best|last|STEP   which weights; what the run exported where it is left out
     output=FOLDER               where to; <run>/export where it is left out: its report.json and model card are brought
                                 up to date, and formats that are not asked for stay
