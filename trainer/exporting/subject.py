@@ -41,20 +41,26 @@ class HeldOut:
 def plain(model: keras.Model) -> Iterator[None]:
     """While this holds, `model` computes in float32, whatever precision it trained in, and has Keras' own layers only.
 
-    LiteRT and ONNX have few kernels for half precision, and a file of our layers would load nowhere without us.
+    LiteRT and ONNX have few kernels for half precision, and a file of our layers would load nowhere without us. What a
+    Normalization computes with is no tensor meanwhile, which tf2onnx would take for one more input.
     """
 
     def layers(of: Any) -> list[Any]:
         return [of, *(inner for layer in getattr(of, "layers", ()) for inner in layers(layer))]
 
     before = [(layer, layer.dtype_policy, type(layer)) for layer in layers(model)]
+    norms = [(layer, layer.mean, layer.variance) for layer, _, kind in before if kind.__name__ == "Normalization"]
     try:
+        for layer, mean, variance in norms:
+            layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, kind in before:
             layer.dtype_policy = "float32"
             if kind.__module__.startswith("trainer."):  # BatchNormalization that trained
                 layer.__class__ = kind.__mro__[1]
         yield
     finally:
+        for layer, mean, variance in norms:
+            layer.mean, layer.variance = mean, variance
         for layer, policy, kind in before:
             layer.dtype_policy = policy
             if type(layer) is not kind:

@@ -1,0 +1,193 @@
+"""Exports of whole runs by the command line: made at the end or later, scored, refused, and judged for drift."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from tests.e2e.running import ROOT, SMALL, run, start, without_timing
+from trainer.config import ExportFormat
+from trainer.export import images_of
+from trainer.exporting.loading import load_export
+from trainer.finished_runs import find_checkpoint, find_run, open_classifier, open_data
+from trainer.imaging import decode_image
+from trainer.models.explanations import explain
+
+ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
+NEAR = {"tflite_float16": 0.02, "tflite_dynamic": 0.1, "tflite_int8": 0.2}
+TRAINED = (  # well enough that 8 bits have something to lose
+    "experiment=quickstart", "debug.max_examples=300", "~phases.fine_tune", "phases.head.epochs=12",
+)  # fmt: skip
+
+
+def verb(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m trainer.NAME` to its end."""
+    command = [sys.executable, "-m", f"trainer.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def facts_of(folder: Path) -> dict[str, dict[str, object]]:
+    facts: dict[str, dict[str, object]] = json.loads((folder / "report" / "report.json").read_text())["export"]
+    return facts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    result = run(*TRAINED, f"export.formats=[{','.join(ALL)}]", "export.max_accuracy_drop=0.02", f"output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_format_of_a_trained_run_is_scored(trained: Path) -> None:
+    facts = facts_of(trained)
+    card = (trained / "export" / "model_card.md").read_text()
+    assert tuple(facts) == ALL
+    for name, told in facts.items():
+        assert told["trainer_accuracy"] >= 0.8, "nothing was learned, so nothing could be lost"  # type: ignore[operator]
+        assert told["largest_difference"] <= NEAR.get(name, 1e-4), name  # type: ignore[operator]
+        assert told["accuracy"] >= told["trainer_accuracy"] - 0.02, name  # type: ignore[operator]
+        assert (told["examples"], told["refused"]) == (300, False)
+        assert (trained / str(told["path"])).exists()
+        assert f"| `{name}` | " in card
+
+
+@pytest.mark.slow
+def test_explanations_are_the_same_inside_and_outside(trained: Path) -> None:
+    run_ = find_run(str(trained))
+    classifier = open_classifier(run_, find_checkpoint(run_, "best"))
+    digits = np.random.default_rng(1).integers(0, 256, (4, 60, 40, 3)).astype("uint8")
+    files = [tf.io.encode_png(image).numpy() for image in digits]
+    size = classifier.image_size
+    pixels = np.stack([decode_image(tf.constant(file), size, "stretch").numpy() for file in files])
+    served = tf.saved_model.load(str(trained / "export" / "saved_model" / "1"))
+    inside = served.signatures["explain"](image_bytes=tf.constant(files))
+    outside = explain(classifier, pixels)
+    assert inside.keys() == outside.keys() == {"probabilities", "embedding", "heatmap"}
+    for name, expected in outside.items():
+        np.testing.assert_allclose(inside[name], expected, atol=1e-4, err_msg=name)
+    assert outside["heatmap"].numpy().max() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(*SMALL, f"output_dir={folder}").returncode == 0
+    before = (folder / "export" / "saved_model" / "1" / "saved_model.pb").stat().st_mtime_ns
+    told = verb("export", f"run={folder}", "formats=[keras,tflite]")
+    assert told.returncode == 0, told.stderr
+    facts = facts_of(folder)
+    assert list(facts) == ["saved_model", "keras", "tflite"]
+    assert facts["keras"]["largest_difference"] <= 1e-4  # type: ignore[operator]
+    assert facts["keras"]["trainer_accuracy"] == facts["saved_model"]["trainer_accuracy"]
+    assert (folder / "export" / "saved_model" / "1" / "saved_model.pb").stat().st_mtime_ns == before
+    assert "| `keras` | " in (folder / "export" / "model_card.md").read_text()
+    # The same weights as the export of the run itself, averages and all.
+    side = json.loads((folder / "export" / "reference.json").read_text())["image_size"]
+    images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3)).astype("uint8")
+    one, other = (load_export(folder / "export" / name)(images) for name in ("saved_model/1", "model.keras"))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    # Another checkpoint goes elsewhere.
+    refused = verb("export", f"run={folder}", "checkpoint=last")
+    assert refused.returncode == 2
+    assert "checkpoint=last is not what the run exported (best): give output=FOLDER" in refused.stderr
+    last = verb("export", f"run={folder}", "checkpoint=last", "formats=tflite", f"output={tmp_path / 'last'}")
+    assert last.returncode == 0, last.stderr
+    names = {path.name for path in (tmp_path / "last").iterdir()}
+    assert names == {"model.tflite", "labels.txt", "reference.json", "export.json"}
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_export_leaves_the_same_files(tmp_path: Path) -> None:
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    quick = [o for o in SMALL if "formats" not in o] + ["export.formats=[tflite,keras]", "debug.max_steps=2"]
+    assert run(*quick, f"output_dir={calm}").returncode == 0
+    child = start(*quick, f"output_dir={killed}")
+    assert child.stdout is not None
+    assert any("exporting" in line for line in child.stdout)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert not (killed / "DONE").exists()
+    (killed / "export").mkdir(exist_ok=True)
+    (killed / "export" / ".keras-left").mkdir()  # whatever it was at
+    assert run(*quick, f"output_dir={killed}").returncode == 0
+    assert without_timing(facts_of(killed)) == without_timing(facts_of(calm))
+    assert {p.name for p in (killed / "export").iterdir()} == {p.name for p in (calm / "export").iterdir()}
+    for name in ("model.tflite", "reference.json", "labels.txt"):
+        assert (killed / "export" / name).read_bytes() == (calm / "export" / name).read_bytes(), name
+
+
+def colours(root: Path, split: str, brightness: int, count: int) -> None:
+    draw = np.random.default_rng(brightness)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (root / split / name).mkdir(parents=True)
+        for number in range(count):
+            image = draw.integers(0, brightness // 8 + 1, (24, 24, 3)).astype("uint8")
+            image[..., channel] += np.uint8(brightness * 7 // 8)
+            Image.fromarray(image).save(root / split / name / f"{number}.png")
+
+
+@pytest.mark.slow
+def test_a_file_that_lost_its_accuracy_ends_the_run_with_2_and_the_rest_stays(tmp_path: Path) -> None:
+    """Training images are nearly black, test images bright: the ranges of int8 end where the test begins."""
+    for split, brightness, count in (("train", 24, 40), ("validation", 24, 10), ("test", 240, 40)):
+        colours(tmp_path / "photos", split, brightness, count)
+    out = tmp_path / "run"
+    small = (
+        "data=image_folder", f"data.root={tmp_path / 'photos'}", "model=glyphs_mobilenet_v2", "~phases.fine_tune",
+        "phases.head.epochs=15", "training.batch_size=16", "export.formats=[tflite_int8,tflite]", f"output_dir={out}",
+    )  # fmt: skip
+    result = run(*small)
+    facts = facts_of(out)
+    assert facts["tflite_int8"]["refused"], facts
+    assert result.returncode == 2, result.stderr
+    assert "error: too much accuracy is lost in tflite_int8 (1.0000 -> 0." in result.stderr
+    assert (out / "export" / "model.tflite").exists()
+    assert (out / "report" / "index.html").exists()
+    assert not (out / "export" / "model_int8.tflite").exists()
+    assert not (out / "DONE").exists()
+    assert "not kept" in (out / "export" / "model_card.md").read_text()
+    again = run(*small, "export.max_accuracy_drop=1")
+    assert again.returncode == 0, again.stderr
+    assert (out / "export" / "model_int8.tflite").exists()
+
+
+@pytest.mark.slow
+def test_darker_digits_drift_and_held_out_ones_do_not(trained: Path, tmp_path: Path) -> None:
+    """The reference is of the test split; what is asked about are the validation digits, and changes of them."""
+    served = tf.saved_model.load(str(trained / "export" / "saved_model" / "1"))
+    reference = json.loads((trained / "export" / "reference.json").read_text())
+    projection = np.array(reference["embedding"]["projection"])
+    told = find_run(str(trained))
+    images = images_of(told, open_data(told), "validation", reference["image_size"], np.arange(180))
+
+    def log(name: str, shown: np.ndarray) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as file:
+            for at in range(0, len(shown), 50):
+                files = tf.constant([tf.io.encode_png(image).numpy() for image in shown[at : at + 50]])
+                answer = served.signatures["explain"](image_bytes=files)
+                for row, vector in zip(answer["probabilities"].numpy(), answer["embedding"].numpy(), strict=True):
+                    line = {"class": reference["classes"][row.argmax()], "confidence": float(row.max())}
+                    file.write(json.dumps(line | {"embedding": (vector @ projection).tolist()}) + "\n")
+        return path
+
+    shifted = {"held-out": images, "darker": (images * 0.4).astype("uint8"), "inverted": 255 - images}
+    codes = {}
+    for name, shown in shifted.items():
+        arguments = (f"reference={trained}", f"log={log(name, shown)}", f"output={tmp_path / name}.png")
+        judged = verb("drift", *arguments)
+        print(name, judged.stdout)
+        codes[name] = judged.returncode
+    assert codes == {"held-out": 0, "darker": 4, "inverted": 4}
