@@ -17,6 +17,7 @@ from trainer.errors import ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
+from trainer.models.weights import settle_input
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
 
@@ -236,6 +237,29 @@ def test_an_efficient_net_from_a_file_sees_what_keras_shows_to_the_published_one
     seen, ours = (part(images.astype("float32")).numpy() for part in norms)
     np.testing.assert_allclose(ours, seen, rtol=1e-4, atol=1e-5)
     assert (np.abs(seen).max() > 4) == imagenet  # divided twice
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_an_efficient_net_rebuilt_from_its_variables_sees_what_it_was_trained_on(
+    imagenet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint holds variables alone: not the second division that Keras builds in, nor what was made of them."""
+    source = build(backbone="EfficientNetB0", alpha=None)
+    norm = source.backbone.get_layer("normalization")
+    norm.adapt_mean.assign([0.485, 0.456, 0.406])
+    norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
+    path = save(source, tmp_path / "efficient.weights.h5")
+    monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
+    trained = build(backbone="EfficientNetB0", alpha=None, weights="imagenet" if imagenet else str(path))
+    rebuilt = build(2, backbone="EfficientNetB0", alpha=None)
+    for name, variable in rebuilt.variables.items():
+        variable.assign(trained.variables[name].numpy())
+    settle_input(rebuilt.backbone)
+    images = some_images(2).astype("float32")
+    norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (trained, rebuilt)]
+    seen, ours = (part(images).numpy() for part in norms)
+    np.testing.assert_allclose(ours, seen, rtol=1e-4, atol=1e-5)
+    assert np.abs(seen).max() > 4
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What becomes of exports on a cluster: the engine that a Job builds of one, and the watch at night."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.k8s.rendered import the
+from tests.k8s.test_schemas import VERSIONS, faults
+from trainer.drift import read_arguments
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_night_begins_with_a_question_about_drift() -> None:
+    pod = the("overlays/nightly", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (drift,) = pod["initContainers"]
+    shell, option, script, name = drift["command"]
+    assert (shell, option, name) == ("sh", "-c", "drift")  # the name is $0, so that all arguments are in $@
+    assert script.startswith('python -m trainer.drift "$@" ||')  # training follows in any case
+    told = read_arguments(drift["args"])
+    assert all(told[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
+    assert drift["image"] == pod["containers"][0]["image"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_job_is_valid_and_hands_one_file_from_container_to_container(version: str) -> None:
+    job = yaml.safe_load((ROOT / "k8s" / "tensorrt.yaml").read_text())
+    assert faults(job, version) is None
+    pod = job["spec"]["template"]["spec"]
+    fetch, build, keep = [*pod["initContainers"], *pod["containers"]]
+    assert fetch["command"][-2].endswith("/export/model.onnx")
+    assert f"--onnx={fetch['command'][-1]}" in build["args"]
+    assert f"--saveEngine={keep['command'][-2]}" in build["args"]
+    assert "nvidia.com/gpu" in build["resources"]["limits"]
+    for container in (fetch, build, keep):
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
