@@ -204,12 +204,15 @@ def _run(arguments: list[str]) -> None:
     config = without_regularisation(config) if config.debug.overfit else config
     cluster = discover(os.environ)
     with quiet_start():
+        from trainer.exporting.formats import check_installed
         from trainer.planning import rehearsal
         from trainer.planning.trouble import look_for_trouble
     devices, replicas = rehearsal.devices(config, cluster)
     terminal = sys.stdout.isatty()
     plan = Plan(config, cluster, Console(width=None if terminal else WIDTH, highlight=False))
     phases: list[PhasePlan] = []
+    with plan.fault():
+        check_installed(config.export.formats)
     with within(PATIENCE):
         show_configuration(plan, rest)
         show_cluster(plan, devices)
