@@ -21,9 +21,9 @@ FLOORS = (
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
     {"feature_choice"},
-    {"run", "command_line", "hparams", "local_copies", "teacher_files", "subjects", "finished_runs"},
+    {"run", "command_line", "hparams", "local_copies", "teacher_files", "subjects"},
     {"feature_pass"},
-    {"start", "finish", "sweep", "planning", "teaching", "inputs", "handing_on"},
+    {"start", "finish", "sweep", "planning", "teaching", "inputs", "handing_on", "finished_runs"},
     {"train"},
     {"__main__", "prepare", "plan", "evaluate", "export", "serve", "drift"},
 )  # fmt: skip
