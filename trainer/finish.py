@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from trainer.contracts import EvaluationResult
-from trainer.data.augment import augment
-from trainer.data.mixing import mixed
 from trainer.errors import INTERRUPTED
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.report import Samples, describe_data, write_report
 from trainer.exporting.card import write_labels, write_model_card
 from trainer.exporting.formats import export_formats, refuse
 from trainer.exporting.reference import write_reference
 from trainer.exporting.subject import HeldOut
+from trainer.reporting import pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
 from trainer.subjects import EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
-from trainer.training.run_folder import versions
 from trainer.training.telemetry import clock
 from trainer.watching import termination
 from trainer.watching.signs import FINISH, signs
@@ -68,23 +64,22 @@ def finish(job: Run) -> None:
 
     say("writing the report")
     signs.at("report")
-    report = write_report(
+    report = report_on(
+        job,
         job.folder / "report",
-        result=result,
-        history=job.state.history,
-        phases=job.state.finished,
-        run={
+        result,
+        indices,
+        {
             "title": job.config.experiment_name or job.dataset.name,
-            "seed": job.config.seed,
-            "data": describe_data(job.dataset) | {"undecodable": undecodable(job)},
+            "history": job.state.history,
+            "phases": job.state.finished,
             "export": exports,
-            "config": job.config.model_dump(mode="json"),
-            "versions": versions(),
             "timing": timing(job),
         },
-        images=lambda wanted: pictures(job, split, indices[list(wanted)]),
-        samples=samples(job),
+        splits=list(job.dataset.splits),
+        check=lambda: job.stop.check(AFTER),
     )
+    show_in_tensorboard(job.folder / "report", job.folder / "logs" / "report", report, job.state.step)
     write_model_card(job.folder / "export" / "model_card.md", report, job.config.model_dump(mode="json"))
     job.stop.check(AFTER)
     job.ledger.mark("finish")
@@ -110,7 +105,14 @@ def timing(job: Run) -> dict[str, Any]:
         "images_per_second": round(rate, 1),
         "starts": job.state.starts,
         "workers": job.peers.size,
+        "command": command(job),
     }
+
+
+def command(job: Run) -> str:
+    """What the last start of this run was called with, as one types it."""
+    attempts = json.loads((job.folder / "run.json").read_text())["attempts"]
+    return shlex.join(attempts[-1]["command"])
 
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
@@ -133,48 +135,6 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str,
     formats, limit = config.export.formats, config.export.max_accuracy_drop
     outcomes = export_formats(home, formats, subject, held_out, limit, lambda: job.stop.check(AFTER))
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
-
-
-def pictures(job: Run, split: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """uint8 [k, S, S, 3]: decoded images of a split by example index."""
-    return job.pixels(split).rows(np.asarray(indices, np.int64))
-
-
-def samples(job: Run) -> Samples:
-    """A dozen training pictures, and the first of them as eight epochs see it."""
-    split = job.dataset.splits["train"]
-    chosen = np.sort(np.random.default_rng(job.config.seed).permutation(split.count)[:12])
-    shown = pictures(job, "train", chosen)
-    augmented = views(job, shown, chosen) if job.config.augmentation.active else None
-    return Samples(shown, [job.dataset.class_names[i] for i in split.labels[chosen]], augmented)
-
-
-def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """uint8 [8, S, S, 3]: the first of the training pictures `shown`, of the examples `chosen`, as eight epochs see it.
-
-    Where examples are mixed, the others of `shown` are mixed in.
-    """
-    augmentation, seed = job.config.augmentation, job.config.seed
-    each = 2 if augmentation.mixes else 1  # a pair is mixed, and its first is shown
-    epochs, which = np.repeat(np.arange(8), each), np.zeros(8 * each, np.int64)
-    if augmentation.mixes:
-        which[1::2] = (np.arange(8) + 1) % len(chosen)
-    with tf.device("CPU"):  # where the pipeline computes it
-        images = augment(shown[which], augmentation, seed, epochs, chosen[which])
-        if augmentation.mixes:
-            labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
-            batch = {"image": images, "label": labels, "weight": weight, "index": chosen[which]}
-            images = mixed(batch, augmentation, seed, epochs)["image"]
-    return np.asarray(images[::each])
-
-
-def undecodable(job: Run) -> list[str]:
-    """Examples that counted for nothing (data.on_error=skip), with the reason."""
-    return [
-        f"{job.name_of(name, index)}: {reason}"
-        for name, opened in sorted(job.opened.items())
-        for index, reason in sorted(opened.bad.items())
-    ]
 
 
 def groups_apart(test: dict[str, Any]) -> list[str]:

@@ -89,8 +89,7 @@ def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) ->
 
 def draw_predictions(path: Path, result: EvaluationResult, images: Images, seed: int) -> Path:
     """Nine examples drawn by the seed, with truth, prediction and probability; green is right, red is wrong."""
-    n = len(result.labels)
-    indices = [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]
+    indices = find_random(result, seed)
     captions, colours = _captions(result, indices, 28)
     title = f"Random {result.split} examples and the model's answers"
     return _draw_grid(path, title, images(indices), captions, 3, colours)
@@ -104,6 +103,20 @@ def find_most_wrong(result: EvaluationResult, most: int = MOST_WRONG) -> list[in
     return [int(i) for i in wrong[order][:most]]
 
 
+def find_least_sure(result: EvaluationResult, most: int = MOST_WRONG) -> list[int]:
+    """Indices of the examples whose two highest probabilities are closest, closest first; equals by index."""
+    if result.probabilities.shape[1] < 2:
+        return []
+    highest = -np.partition(-result.probabilities, 1, axis=1)[:, :2]
+    return [int(i) for i in np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:most]]
+
+
+def find_random(result: EvaluationResult, seed: int) -> list[int]:
+    """Indices of nine examples drawn by the seed."""
+    n = len(result.labels)
+    return [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]
+
+
 def draw_most_wrong(path: Path, result: EvaluationResult, images: Images) -> Path:
     """The wrong predictions with the highest probability, with their file names: label errors show up here."""
     indices = find_most_wrong(result)
@@ -111,7 +124,16 @@ def draw_most_wrong(path: Path, result: EvaluationResult, images: Images) -> Pat
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
         return save(figure, path)
+    return _draw_named(path, "Wrong, and most sure of it", result, images, indices)
+
+
+def draw_least_sure(path: Path, result: EvaluationResult, images: Images) -> Path:
+    """The examples between two classes, with their file names."""
+    return _draw_named(path, "Least sure", result, images, find_least_sure(result))
+
+
+def _draw_named(path: Path, title: str, result: EvaluationResult, images: Images, indices: Sequence[int]) -> Path:
     captions, colours = _captions(result, indices, 16)
     names = [label(PurePosixPath(result.names[index]).name, 22) for index in indices]
     captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
-    return _draw_grid(path, "Wrong, and most sure of it", images(indices), captions, 4, colours)
+    return _draw_grid(path, title, images(indices), captions, 4, colours)

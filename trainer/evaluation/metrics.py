@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 from trainer.contracts import EvaluationResult
 from trainer.errors import DataError
 from trainer.evaluation.groups import score_groups
-from trainer.evaluation.intervals import wilson
+from trainer.evaluation.intervals import of_macro_f1, of_mean, wilson
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _SMALLEST = 1e-7  # probabilities are clipped here before the logarithm, as Keras does
@@ -92,9 +92,10 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     Returns:
         n, correct, accuracy and its 95 % Wilson `interval`; top_5 and top_5_interval where there are more than 5
         classes; `majority` (the accuracy of always answering the most frequent class); loss (mean cross entropy,
-        nats); macro_f1 (over the classes that occur or are predicted); per_class (name, precision, recall, f1, support,
-        and as `undefined` which of them are 0 only because nothing was there to divide by); confusion (rows: truth,
-        columns: prediction); mean_confidence; calibration_error and calibration_bins.
+        nats) and loss_interval; macro_f1 (over the classes that occur or are predicted) and macro_f1_interval;
+        per_class (name, precision, recall, f1, support, and as `undefined` which of them are 0 only because nothing was
+        there to divide by); confusion (rows: truth, columns: prediction); mean_confidence; calibration_error and
+        calibration_bins.
 
     Raises:
         DataError: no example, shapes that do not fit together, a label without a class, probabilities not finite.
@@ -114,13 +115,17 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         found = int((first_five == labels[:, None]).any(axis=1).sum())
         scores |= {"top_5": found / n, "top_5_interval": list(wilson(found, n))}
     of_truth = probabilities[np.arange(n), labels].astype(np.float64)
+    losses = 0.0 - np.log(np.clip(of_truth, _SMALLEST, 1.0))
     error, bins = calibration(confidence, right)
+    confusion = confusion_matrix(labels, predictions, labels=np.arange(classes))
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
-        "loss": 0.0 - float(np.log(np.clip(of_truth, _SMALLEST, 1.0)).mean()),
+        "loss": float(losses.mean()),
+        "loss_interval": list(of_mean(losses)),
         "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "macro_f1_interval": list(of_macro_f1(confusion)),
         "per_class": _per_class(labels, predictions, class_names),
-        "confusion": confusion_matrix(labels, predictions, labels=np.arange(classes)).tolist(),
+        "confusion": confusion.tolist(),
         "mean_confidence": float(confidence.mean()),
         "calibration_error": error,
         "calibration_bins": bins,

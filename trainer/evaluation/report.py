@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +16,28 @@ import numpy as np
 
 from trainer.contracts import Dataset, EvaluationResult
 from trainer.evaluation.figures import draw_calibration, draw_confusion, draw_curves, draw_f1
-from trainer.evaluation.galleries import Images, draw_augmentation, draw_most_wrong, draw_predictions, draw_samples
+from trainer.evaluation.galleries import (
+    Images,
+    draw_augmentation,
+    draw_least_sure,
+    draw_most_wrong,
+    draw_predictions,
+    draw_samples,
+    find_least_sure,
+    find_most_wrong,
+    find_random,
+)
 from trainer.evaluation.intervals import wilson
+from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.page import write_page
+from trainer.evaluation.picture_section import SHOWN, PagePictures
 from trainer.evaluation.predictions import write_predictions
 from trainer.storage.files import write_whole
 
+# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
+Explanations = Callable[[Sequence[int]], np.ndarray]
+
+IN_GALLERY = 24  # pictures of a tab
 VALIDATION_NOTE = (
     "The data has no test split. These are the validation examples, which also chose the checkpoint, "
     "so the scores lean to the good side."
@@ -35,6 +51,14 @@ class Samples:
     pictures: np.ndarray  # uint8 [k, S, S, 3]
     class_names: Sequence[str]  # of each picture
     augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first picture in v epochs; None: no augmentation
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Pictures that occur more than once."""
+
+    facts: dict[str, Any]  # `duplicates.described`
+    pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
@@ -101,6 +125,7 @@ def _draw_all(
         drawn.append(draw_curves(folder / "curves.png", history, phases))
     drawn.append(draw_predictions(folder / "predictions.png", result, images, seed))
     drawn.append(draw_most_wrong(folder / "most_wrong.png", result, images))
+    drawn.append(draw_least_sure(folder / "least_sure.png", result, images))
     drawn.append(draw_confusion(folder / "confusion.png", metrics["confusion"], result.class_names))
     drawn.append(draw_f1(folder / "f1.png", metrics["per_class"], metrics["macro_f1"]))
     drawn.append(
@@ -113,6 +138,31 @@ def _draw_all(
     return {path.stem: path.name for path in drawn}
 
 
+def _page_pictures(
+    result: EvaluationResult,
+    suspects: Sequence[Mapping[str, Any]],
+    seed: int,
+    images: Images,
+    explain: Explanations | None,
+    repeats: Repeats | None,
+) -> PagePictures:
+    """What the page shows, in one reading of the images; how many there are does not depend on the split's size."""
+    gallery = {
+        "most_wrong": find_most_wrong(result, IN_GALLERY),
+        "least_sure": find_least_sure(result, IN_GALLERY),
+        "random": find_random(result, seed),
+    }
+    explained = sorted({index for tab in gallery.values() for index in tab})
+    wanted = sorted({*explained, *(row["index"] for row in suspects[:SHOWN])})
+    heat = explain(explained) if explain and explained else None
+    return PagePictures(
+        gallery,
+        dict(zip(wanted, images(wanted), strict=True)),
+        {} if heat is None else dict(zip(explained, heat, strict=True)),
+        repeats.pictures if repeats else (),
+    )
+
+
 def write_report(
     folder: Path,
     *,
@@ -122,6 +172,8 @@ def write_report(
     run: Mapping[str, Any],
     images: Images,
     samples: Samples | None = None,
+    explain: Explanations | None = None,
+    repeats: Repeats | None = None,
 ) -> dict[str, Any]:
     """Write figures, predictions.csv, report.json and index.html into `folder`, each whole or not at all.
 
@@ -135,28 +187,37 @@ def write_report(
             number of validation examples, adds `val_interval`.
         run: what else is known; every key may be left out. title (str), seed (int), data (`describe_data`, and as
             `undecodable` what was skipped later), export (what was exported and how far it differs), config (the
-            resolved tree), versions (name to version), timing (whatever differs between two equal runs).
+            resolved tree), versions (name to version), timing (whatever differs between two equal runs), note (str: how
+            to read the scores).
         images: fetches pictures of the evaluated split by example index, uint8 [k, S, S, 3].
         samples: training pictures.
+        explain: where the model looked, for the gallery.
+        repeats: pictures that occur more than once.
 
     Returns:
-        What report.json holds: title, seed, test (the scores of `metrics.score`, split, note), phases, data, export,
-        versions, figures (file names) and timing. Equal inputs give equal bytes but for `timing`.
+        What report.json holds: title, seed, test (the scores of `metrics.score`, split, note), phases, history, data,
+        export, versions, label_errors (`label_errors.describe_label_errors`), duplicates (`duplicates.described`, {}
+        where nothing was looked for), figures (file names) and timing. Equal inputs give equal bytes but for `timing`
+        and `seconds`.
     """
     began = time.monotonic()
     folder = Path(folder)
     test: dict[str, Any] = {"split": result.split}
-    if result.split == "validation":
-        test["note"] = VALIDATION_NOTE
+    note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
+    if note:
+        test["note"] = note
     report: dict[str, Any] = _plain(
         {
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
             "test": test | result.metrics,
             "phases": _summarise_phases(history, phases),
+            "history": history,
             "data": run.get("data", {}),
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
+            "label_errors": describe_label_errors(result),
+            "duplicates": repeats.facts if repeats else {},
         }
     )
     report["figures"] = _draw_all(folder, result, history, phases, report["seed"], images, samples)
@@ -165,6 +226,8 @@ def write_report(
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
-    write_page(folder / "index.html", report, config=_plain(run.get("config", {})))
+    suspects = report["label_errors"]["rows"]
+    pictures = _page_pictures(result, suspects, report["seed"], images, explain, repeats)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures)
     write_whole(folder / "report.json", _dump(report))
     return report

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from trainer import finish
+from trainer import reporting
 from trainer.config import Augmentation
 from trainer.data.augment import augment
 from trainer.data.mixing import mixed
@@ -20,7 +20,7 @@ CHANGED = Augmentation(flip_horizontal=True, rotation=30, contrast=0.2)
 
 def views_of(augmentation: Augmentation) -> np.ndarray:
     job = SimpleNamespace(config=SimpleNamespace(seed=7, augmentation=augmentation))
-    return finish.views(cast(Any, job), SHOWN, CHOSEN)
+    return reporting.views(cast(Any, job), SHOWN, CHOSEN)
 
 
 def test_the_first_picture_is_shown_as_eight_epochs_see_it_and_no_other_is_computed(

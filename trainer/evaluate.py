@@ -1,0 +1,335 @@
+"""`python -m trainer.evaluate run=OUTPUT_DIR [data=...]`: score a checkpoint of a run, and write the report on it.
+
+    checkpoint=best|last|STEP   which weights; what the run exported where it is left out
+    split=train|validation|test which examples; test where the data has it, else validation, else train
+    output=FOLDER               where to; <output_dir>/evaluations/<checkpoint>-<data>-<split> where it is left out
+
+The data is the run's own, or what `data=...` and `data.KEY=...` say; `runtime...`, `training.batch_size` and
+`debug.max_examples` may be changed as well. Exit codes are those of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.cluster.preemption import StopFlag, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
+import yaml
+
+from trainer.cluster.discovery import discover
+from trainer.cluster.peers import Peers
+from trainer.command_line import compose, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.config import RunConfig, load
+from trainer.contracts import Dataset
+from trainer.errors import ConfigError, DataError
+from trainer.storage.places import Place, place
+from trainer.storage.staging import is_remote
+from trainer.training.checkpoints import PREFIX, CheckpointFolder
+from trainer.training.state import RunState
+from trainer.watching.lines import say
+from trainer.watching.signs import signs
+
+if TYPE_CHECKING:
+    from trainer.run import Run
+
+OWN = ("run", "checkpoint", "split", "output")
+FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
+TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
+DURING = "during the evaluation"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is evaluated."""
+
+    address: str  # of the run, as the user gave it
+    home: Place  # of the run
+    name: str  # best, last or step-00000420
+    step: int
+    state: RunState
+    variables: dict[str, Any]
+    classes: tuple[str, ...]
+    fingerprint: str  # of the data it was trained on
+
+
+def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What this command takes for itself, and what is left for Hydra.
+
+    Raises:
+        ConfigError: `run` is missing, or something was said twice.
+    """
+    pairs = [a.split("=", 1) for a in arguments if a.split("=", 1)[0] in OWN and "=" in a]
+    own = dict(pairs)
+    if not own.get("run") or len(own) != len(pairs) or not all(own.values()):
+        raise ConfigError(
+            "say once what to evaluate: python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] "
+            "[split=test] [output=FOLDER] [data=... data.root=...]"
+        )
+    return own, [a for a in arguments if a.split("=", 1)[0] not in OWN]
+
+
+def configuration(told: dict[str, Any], arguments: list[str]) -> RunConfig | None:
+    """The run's configuration with what the arguments change of it; None where Hydra itself answered (--help).
+
+    Raises:
+        ConfigError: an argument would change the model, or is wrong.
+    """
+    keys = [a.split("=", 1)[0].lstrip("+") for a in arguments if "=" in a]
+    strange = [key for key in keys if not FREE.fullmatch(key)]
+    if strange:
+        raise ConfigError(
+            f"{strange[0]}: an evaluation takes the model as it is; only data, runtime, training.batch_size and "
+            "debug.max_examples can be changed"
+        )
+    composed = compose(arguments)
+    if composed is None:
+        return None
+    for key in sorted(keys, key=lambda k: k.count(".")):  # a group before the values in it
+        branch, new = told, composed
+        *above, last = key.split(".")
+        for part in above:
+            branch, new = branch[part], new[part]
+        branch[last] = new[last]
+    return load(told)
+
+
+def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
+    """The folder of a run, its configuration as it was written, and run.json.
+
+    Raises:
+        DataError: it holds no run.
+    """
+    home = place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
+    config, facts = (home / "config.yaml").fetch(), (home / "run.json").fetch()
+    if config is None or facts is None:
+        raise DataError(f"run={address} holds no run (config.yaml and run.json); give the output_dir of one")
+    return home, yaml.safe_load(config[0]), json.loads(facts[0])
+
+
+def find_checkpoint(address: str, home: Place, which: str, cache: Path) -> tuple[str, Path]:
+    """The name of a checkpoint and the local folder of checkpoints that it lies in.
+
+    Raises:
+        ConfigError: `which` is none of best, last and a step.
+        DataError: there is no such checkpoint.
+    """
+    folder = home / "checkpoints"
+    there = sorted(p.name for p in folder.folders() if p.name.startswith(PREFIX))
+    if which in ("best", "last"):
+        pointer = (folder / {"best": "BEST", "last": "LATEST"}[which]).fetch()
+        name = (pointer[0].decode().split() or [""])[0] if pointer else ""
+    elif which.isdigit():
+        name = next((n for n in there if n[: len(PREFIX) + 8] == f"{PREFIX}{int(which):08d}"), "")
+    else:
+        raise ConfigError(f"checkpoint={which}: give best, last or a step, such as checkpoint=420")
+    if name not in there:
+        steps = ", ".join(sorted({str(int(n[len(PREFIX) : len(PREFIX) + 8])) for n in there}, key=int)) or "none"
+        raise DataError(f"run={address} has no checkpoint {which}; the steps it has: {steps}")
+    if isinstance(local := _local(folder), Path):
+        return name, local
+    copy = cache / "evaluated" / hashlib.sha256(f"{folder}/{name}".encode()).hexdigest()[:16]
+    step = name[: len(PREFIX) + 8]
+    (copy / step).mkdir(parents=True, exist_ok=True)
+    for file in ("manifest.json", "state.json", "variables.npz"):
+        (folder / name / file).download(copy / step / file)
+    return step, copy
+
+
+def _local(there: Place) -> Path | None:
+    return Path(str(there)) if there.is_local else None
+
+
+def read_checkpoint(
+    address: str, which: str | None, config: RunConfig, home: Place, facts: dict[str, Any]
+) -> Checkpoint:
+    """State and weights, averaged where EMA is on.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    kept = which or ("best" if config.training.keep == "best" else "last")
+    name, folder = find_checkpoint(address, home, kept, Path(config.runtime.cache_dir).expanduser())
+    state, values = CheckpointFolder(folder, 1, say).read(int(name[len(PREFIX) : len(PREFIX) + 8]))
+    values |= {key.removeprefix("ema/"): value for key, value in values.items() if key.startswith("ema/")}
+    found = RunState.from_json(state)
+    said = kept if kept in ("best", "last") else f"step-{found.step}"
+    return Checkpoint(
+        address, home, said, found.step, found, values, tuple(facts["classes"]), facts.get("data_fingerprint", "")
+    )
+
+
+def check_classes(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Raise a DataError unless the data has the classes of the model, in the same order."""
+    mine, theirs = checkpoint.classes, dataset.class_names
+    if mine == theirs:
+        return
+    odd = [f"{name!r} in place of {wanted!r}" for name, wanted in zip(theirs, mine, strict=False) if name != wanted]
+    first = f"the first that differs: {odd[0]}" if odd else "the rest is the same"
+    raise DataError(
+        f"run={checkpoint.address} knows {len(mine)} classes and the data has {len(theirs)}, or in another order "
+        f"({first}); give data with the same classes in the same order"
+    )
+
+
+def choose_split(wanted: str | None, dataset: Dataset) -> str:
+    """The split to score."""
+    if wanted is None:
+        return next(name for name in ("test", "validation", "train") if name in dataset.splits)
+    if wanted not in dataset.splits:
+        raise ConfigError(f"split={wanted}: the data has {', '.join(dataset.splits)}")
+    return wanted
+
+
+def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, began: float) -> dict[str, Any]:
+    """Score and report; returns what report.json holds."""
+    from trainer.evaluation.metrics import evaluate_arrays
+    from trainer.reporting import report_on
+    from trainer.run import predict
+
+    stop = StopFlag()
+    job = open_job(config, checkpoint, stop, began)
+    split = choose_split(own.get("split"), job.dataset)
+    say(f"evaluating {job.dataset.splits[split].count:,} {split} examples of {job.dataset.name}")
+    probabilities, labels, indices = predict(job, split)
+    stop.check(DURING)
+    job.ledger.mark("evaluation")
+    groups = job.dataset.splits[split].groups
+    result = evaluate_arrays(
+        split,
+        job.dataset.class_names,
+        labels,
+        probabilities,
+        tuple(job.name_of(split, int(i)) for i in indices),
+        [groups[int(i)] for i in indices] if groups else None,
+        config.data.group_field or "",
+    )
+    own_data = job.dataset.fingerprint == checkpoint.fingerprint
+    facts: dict[str, Any] = {
+        "title": f"{config.experiment_name or job.dataset.name}, {checkpoint.name} on {job.dataset.name}",
+        "history": [row for row in checkpoint.state.history if row["step"] <= checkpoint.step],
+        "phases": checkpoint.state.finished,
+        "timing": {
+            "command": shlex.join(["python", "-m", "trainer.evaluate", *sys.argv[1:]]),
+            "run": checkpoint.address,
+            "checkpoint_step": checkpoint.step,
+        },
+    }
+    if not own_data:
+        facts["note"] = None
+    elif split == "train":
+        facts["note"] = TRAIN_NOTE
+    home = target(own.get("output"), checkpoint, job.dataset.name, split)
+    local = _local(home) or Path(config.runtime.cache_dir).expanduser() / "evaluated" / f"report-{os.getpid()}"
+    splits = list(job.dataset.splits) if own_data else [split]
+    report = report_on(job, local, result, indices, facts, splits, lambda: stop.check(DURING))
+    if not home.is_local:
+        for file in sorted(local.iterdir()):
+            (home / file.name).upload(file)
+    low, high = report["test"]["interval"]
+    n = report["test"]["n"]
+    say(f"{split} accuracy {report['test']['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}); macro F1 "
+        f"{report['test']['macro_f1']:.4f}\n  report   {home}/index.html")  # fmt: skip
+    return report
+
+
+def target(output: str | None, checkpoint: Checkpoint, data: str, split: str) -> Place:
+    """The folder of the report."""
+    if output:
+        return place(output.rstrip("/") if is_remote(output) else Path(output).expanduser())
+    name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{data}-{split}")
+    return checkpoint.home / "evaluations" / name
+
+
+def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
+    """All that scoring needs of a run, with nothing that would write to its folder."""
+    from trainer.cluster.strategy import build_strategy
+    from trainer.data.sources import open_dataset
+    from trainer.local_copies import copies_ahead
+    from trainer.models.classifier import build_classifier
+    from trainer.run import Run
+    from trainer.storage.publisher import Publisher
+    from trainer.training import variables
+    from trainer.training.attempts import Attempts
+    from trainer.training.ledger import Ledger
+    from trainer.training.scoring import EvaluationPass
+    from trainer.training.telemetry import Telemetry
+
+    peers, cache = Peers(discover({}), {}), Path(config.runtime.cache_dir).expanduser()
+    model = config.model.model_copy(update={"weights": "none"})  # all of them come from the checkpoint
+    bare = config.model_copy(update={"model": model})
+    local, where, shards = copies_ahead(bare, cache, say, lambda address: stop.check(f"while {address} was fetched"))
+    dataset = open_dataset(
+        local.data,
+        seed=config.seed,
+        cache_dir=cache,
+        max_examples=config.debug.max_examples,
+        note=say,
+        arriving=shards is not None,
+    )
+    check_classes(checkpoint, dataset)
+    strategy = build_strategy(config, peers, say)
+    stop.install()
+    with strategy.scope():
+        classifier = build_classifier(model, len(dataset.class_names), config.seed)
+    variables.write(classifier.variables, checkpoint.variables, f"checkpoint step {checkpoint.step}")
+    say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {checkpoint.address}")
+    folder = cache / "evaluated"
+    return Run(
+        config=config,
+        folder=folder,
+        address=checkpoint.address,
+        publisher=Publisher(folder, None, None),
+        peers=peers,
+        strategy=strategy,
+        dataset=dataset,
+        classifier=classifier,
+        evaluator=EvaluationPass(strategy, classifier),
+        checkpoints=CheckpointFolder(folder, 1, say),
+        telemetry=Telemetry(None, "lines", config.training.batch_size),
+        ledger=Ledger(None, began),
+        attempts=Attempts(None),
+        stop=stop,
+        state=checkpoint.state,
+        where=where,
+        shards=shards,
+    )
+
+
+def _run(arguments: list[str]) -> None:
+    began = time.time()
+    if any(a.startswith("-") for a in arguments):
+        print(__doc__)
+        return
+    own, rest = split_arguments(arguments)
+    home, told, facts = read_run(own["run"])
+    config = configuration(told, rest)
+    if config is None:
+        return
+    speak_as(config.runtime)
+    checkpoint = read_checkpoint(own["run"], own.get("checkpoint"), config, home, facts)
+    signs.enter("evaluate")
+    with quiet_start():
+        import trainer.reporting  # noqa: F401  TensorFlow is imported only now: mistakes must answer at once
+    evaluate(own, config, checkpoint, began)
+
+
+def main() -> None:
+    """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
+    speak_early(sys.argv[1:])
+    sys.exit(exit_code_of(_run, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Pictures that occur more than once: across splits they flatter the scores, with two labels one of them is wrong.
+
+Each picture becomes a thumbnail of 16 x 16 and a perceptual hash (Zauner 2010, "Implementation and benchmarking of
+perceptual image hash functions": the signs of its low frequencies around their median). Hashes that differ in few bits
+make candidates; what decides is the correlation of the thumbnails. So copies that were scaled, stored again with
+another quality or slightly brightened are found, crops and mirror images are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+SIDE = 16  # of a thumbnail, pixels
+BITS = 6  # that the hashes of candidates may differ in
+ALIKE = 0.99  # correlation of two thumbnails from which on they count as one picture
+_FLAT = 3.0  # standard deviation of the grey levels of a picture that shows nothing
+_BLOCK = 2_000_000  # pairs of hashes compared at once: 16 MB
+MOST_PAIRS = 2_000_000  # found; a set of frames of one film has no end of them
+LISTED = 100  # groups in a report
+MEMBERS = 20  # of a group that are named
+
+
+@dataclass(frozen=True)
+class Member:
+    """One picture of a group."""
+
+    split: str
+    index: int
+    file: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found among the pictures that were compared.
+
+    Attributes:
+        compared: pictures of each split that were looked at.
+        groups: those across splits or with several labels, the gravest first; the members as (split, index).
+        across: groups with members in more than one split.
+        relabelled: groups with members of more than one class.
+        harmless: groups inside one split and class, which are only counted.
+    """
+
+    compared: Mapping[str, int]
+    groups: Sequence[Sequence[tuple[str, int]]]
+    across: int
+    relabelled: int
+    harmless: int
+
+
+def shrink(images: np.ndarray) -> np.ndarray:
+    """uint8 [b, S, S, 3] -> uint8 [b, 16, 16, 3]; each pixel is the mean of the area below it."""
+    side = images.shape[1]
+    edges = np.linspace(0, side, SIDE + 1)
+    left, right = edges[:-1, None], edges[1:, None]
+    pixel = np.arange(side)[None, :]
+    weights = np.clip(np.minimum(right, pixel + 1) - np.maximum(left, pixel), 0, None)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    rows = np.matmul(weights, images.reshape(len(images), side, side * 3).astype(np.float32))
+    rows = rows.reshape(len(images), SIDE, side, 3).transpose(0, 1, 3, 2)  # [b, 16, 3, S]
+    return np.rint(np.matmul(rows, weights.T)).astype(np.uint8).transpose(0, 1, 3, 2)
+
+
+def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16, 16, 3] -> uint64 [n]: the signs of 64 low frequencies of the grey picture around their median."""
+    grey = thumbnails.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    low = dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grey), 64)
+    low[:, 0] = np.inf  # the mean says nothing of the picture: the same bit for all
+    signs = low > np.median(low[:, 1:], axis=1, keepdims=True)
+    return np.packbits(signs, axis=1).view(np.uint64)[:, 0]
+
+
+def _standardised(thumbnails: np.ndarray) -> np.ndarray:
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat -= flat.mean(axis=1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+
+
+def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of places whose hashes differ in at most `BITS` bits, in parts; `hashes` are all different.
+
+    Of 7 pieces at least one is then the same in both (the pigeonhole principle), so only hashes that share a piece are
+    compared.
+    """
+    cuts = np.linspace(0, 64, BITS + 2).astype(int)
+    for start, stop in pairwise(cuts):
+        piece = (hashes >> np.uint64(start)) & np.uint64((1 << int(stop - start)) - 1)
+        order = np.argsort(piece, kind="stable")
+        bounds = np.flatnonzero(np.diff(piece[order])) + 1
+        for run in np.split(order, bounds):
+            step = max(_BLOCK // len(run), 1)
+            for first in range(0, len(run) - 1, step):
+                rows = run[first : first + step]
+                differing = np.bitwise_count(hashes[rows][:, None] ^ hashes[run][None, :])
+                later = np.arange(len(run))[None, :] > np.arange(first, first + len(rows))[:, None]
+                near = (differing <= BITS) & later
+                one, other = np.nonzero(near)
+                if len(one):
+                    yield rows[one], run[other]
+
+
+def _edges(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of places that show the same picture: enough of them to join each group."""
+    hashes = perceptual_hashes(thumbnails)
+    unique, first, place = np.unique(hashes, return_index=True, return_inverse=True)
+    pictures = _standardised(thumbnails)
+    ones, others, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+
+    def alike(one: np.ndarray, other: np.ndarray) -> None:
+        nonlocal found
+        for part in range(0, len(one), 50_000):
+            a, b = one[part : part + 50_000], other[part : part + 50_000]
+            same = np.einsum("ij,ij->i", pictures[a], pictures[b]) >= ALIKE
+            ones.append(a[same])
+            others.append(b[same])
+            found += int(same.sum())
+
+    every = np.arange(len(hashes))
+    again = every[first[place] != every]  # whose hash occurred before
+    alike(first[place][again], again)
+    for one, other in _close(unique):
+        alike(first[one], first[other])
+        if found >= MOST_PAIRS:
+            break
+    return np.concatenate(ones), np.concatenate(others)
+
+
+def find_duplicates(
+    thumbnails: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: Mapping[str, np.ndarray]
+) -> Duplicates:
+    """Find the pictures that occur more than once.
+
+    Args:
+        thumbnails: of each split, indices int64 [n] and pictures uint8 [n, 16, 16, 3] (`shrink`). Pictures that show
+            nothing (all of about one grey) are left out.
+        labels: of each split, int [count] by index.
+    """
+    splits = list(thumbnails)
+    of_split = np.concatenate([np.full(len(thumbnails[s][0]), k) for k, s in enumerate(splits)])
+    indices = np.concatenate([thumbnails[s][0] for s in splits])
+    truths = np.concatenate([labels[s][thumbnails[s][0]] for s in splits])
+    pictures = np.concatenate([thumbnails[s][1] for s in splits])
+    shows = pictures.reshape(len(pictures), -1).std(axis=1) >= _FLAT
+    of_split, indices, truths, pictures = (column[shows] for column in (of_split, indices, truths, pictures))
+    compared = {name: len(thumbnails[name][0]) for name in splits}
+    if len(pictures) < 2:
+        return Duplicates(compared, [], 0, 0, 0)
+    one, other = _edges(pictures)
+    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(pictures),) * 2)
+    _, group = connected_components(graph, directed=False)
+    order = np.argsort(group, kind="stable")
+    runs = [run for run in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(run) > 1]
+    ranked = []
+    for run in runs:
+        apart, relabelled = len(set(of_split[run].tolist())) > 1, len(set(truths[run].tolist())) > 1
+        ranked.append((not (apart and relabelled), not relabelled, not apart, int(run[0]), run))
+    ranked.sort(key=lambda row: row[:4])
+    grave = [row for row in ranked if not (row[1] and row[2])]
+    return Duplicates(
+        compared,
+        [[(splits[of_split[i]], int(indices[i])) for i in run] for *_, run in grave[:LISTED]],
+        across=sum(not row[2] for row in grave),
+        relabelled=sum(not row[1] for row in grave),
+        harmless=len(ranked) - len(grave),
+    )
+
+
+def described(found: Duplicates, groups: Sequence[Sequence[Member]]) -> dict[str, Any]:
+    """What report.json says; `groups` are `found.groups` with files and labels, each cut to `MEMBERS`."""
+    rows = [
+        {
+            "count": len(whole),
+            "across_splits": len({split for split, _ in whole}) > 1,
+            "labels": sorted({member.label for member in named}),
+            "members": [{"split": m.split, "index": m.index, "file": m.file, "label": m.label} for m in named],
+        }
+        for whole, named in zip(found.groups, groups, strict=True)
+    ]
+    return {
+        "compared": dict(found.compared),
+        "across_splits": found.across,
+        "different_labels": found.relabelled,
+        "within_one_split_and_class": found.harmless,
+        "groups": rows,
+    }

@@ -1,0 +1,56 @@
+"""Labels that may be wrong, by confident learning (Northcutt, Jiang, Chuang 2021, JAIR 70, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trainer.contracts import EvaluationResult
+
+LISTED = 100  # in a report
+
+
+def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Examples that the model confidently places in another class than their label's.
+
+    The threshold of a class is the mean probability that the model gives it on the examples so labelled. Of the classes
+    whose threshold an example reaches, the most probable is where it is counted; counted outside its label (off the
+    diagonal of the confident joint), it is a candidate. The examples must not be ones the model has learned from.
+
+    Args:
+        labels: int [n].
+        probabilities: float [n, c].
+
+    Returns:
+        indices int64 [m] and the classes they would rather belong to int64 [m]; the smallest margin of the label's
+        probability over that class's first.
+    """
+    n, classes = probabilities.shape
+    counts = np.bincount(labels, minlength=classes)
+    own = probabilities[np.arange(n), labels].astype(np.float64)
+    sums = np.bincount(labels, weights=own, minlength=classes)
+    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # of an unseen class nothing is known
+    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
+    best = confident.argmax(axis=1)
+    found = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
+    margin = own[found] - probabilities[found, best[found]]
+    order = np.argsort(margin, kind="stable")
+    return found[order], best[found[order]]
+
+
+def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
+    """What report.json says: how many there are, and the first 100 with file, label, suggestion and probabilities."""
+    indices, suggested = find_label_errors(result.labels, result.probabilities)
+    rows = [
+        {
+            "index": int(i),
+            "file": result.names[i],
+            "label": result.class_names[result.labels[i]],
+            "suggestion": result.class_names[k],
+            "label_probability": float(result.probabilities[i, result.labels[i]]),
+            "suggestion_probability": float(result.probabilities[i, k]),
+        }
+        for i, k in zip(indices[:LISTED], suggested[:LISTED], strict=True)
+    ]
+    return {"count": len(indices), "rows": rows}
