@@ -62,6 +62,7 @@ class Checkpoint:
     variables: dict[str, Any]
     classes: tuple[str, ...]
     fingerprint: str  # of the data it was trained on
+    phases: dict[str, Any]  # how those that had ended by then have ended
 
 
 def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -165,9 +166,17 @@ def read_checkpoint(
     values |= {key.removeprefix("ema/"): value for key, value in values.items() if key.startswith("ema/")}
     found = RunState.from_json(state)
     said = kept if kept in ("best", "last") else f"step-{found.step}"
-    return Checkpoint(
-        address, home, said, found.step, found, values, tuple(facts["classes"]), facts.get("data_fingerprint", "")
-    )
+    fingerprint = facts.get("data_fingerprint", "")
+    phases = _phases(home, found)
+    return Checkpoint(address, home, said, found.step, found, values, tuple(facts["classes"]), fingerprint, phases)
+
+
+def _phases(home: Place, state: RunState) -> dict[str, Any]:
+    """The phases that the checkpoint has behind it; of one that the run ended with, those of its report."""
+    report = (home / "report" / "report.json").fetch()
+    phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
+    last = list(phases.values())[-1].get("kept_step") if phases else None
+    return phases if last == state.step else state.finished
 
 
 def check_classes(checkpoint: Checkpoint, dataset: Dataset) -> None:
@@ -218,8 +227,8 @@ def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, beg
     own_data = job.dataset.fingerprint == checkpoint.fingerprint
     facts: dict[str, Any] = {
         "title": f"{config.experiment_name or job.dataset.name}, {checkpoint.name} on {job.dataset.name}",
-        "history": [row for row in checkpoint.state.history if row["step"] <= checkpoint.step],
-        "phases": checkpoint.state.finished,
+        "history": checkpoint.state.history,
+        "phases": checkpoint.phases,
         "timing": {
             "command": shlex.join(["python", "-m", "trainer.evaluate", *sys.argv[1:]]),
             "run": checkpoint.address,

@@ -104,7 +104,7 @@ def line_chart(
     low, high = (min(values), 1.0) if shares else (0.0, max(values))
     room = 0.06 * max(high - low, 1e-6)
     frame = Frame(min(places) - 0.5, max(places) + 0.5, max(0.0, low - room), high if shares else high + room)
-    show = (lambda v: f"{100 * v:.4g}%") if shares else (lambda v: f"{v:.3g}")
+    show = (lambda v: f"{100 * v:.4g}%") if shares else (lambda v: f"{v:.0e}" if 0 < high < 0.01 else f"{v:.3g}")
     parts = _axes(frame, title, below, show)
     for name, place in (marks or {}).items():
         x = frame.x(place)

@@ -79,10 +79,9 @@ def _pixel_matrix(confusion: np.ndarray) -> str:
 def confusion_part(table_of: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """The matrix and the most frequent confusions; these first where classes are many."""
     confusion = np.asarray(table_of)
-    pairs = _confusions(confusion, names, top_confusions(confusion))
-    if len(names) <= NUMBERED:
-        return _matrix(confusion, names) + pairs
-    return pairs + _pixel_matrix(confusion)
+    few = len(names) <= NUMBERED
+    pairs = _confusions(confusion, names, top_confusions(confusion, 8 if few else MOST_CONFUSED))
+    return _matrix(confusion, names) + pairs if few else pairs + _pixel_matrix(confusion)
 
 
 def class_table(per_class: Sequence[Mapping[str, Any]], confusion: Sequence[Sequence[int]]) -> str:

@@ -69,7 +69,7 @@ input.filter { font: inherit; color: inherit; background: var(--page); border: 1
 .deep { color: var(--sheet); }
 .matrix { width: min(100%, 40rem); image-rendering: pixelated; border: 1px solid var(--rule); display: block; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
-.chart { width: 100%; max-width: 34rem; height: auto; display: block; }
+.chart { width: 100%; max-width: 29rem; height: auto; display: block; }
 .chart text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .chart .head { fill: var(--ink); font-weight: 600; font-size: 13px; }
 .chart .grid { stroke: var(--rule); } .chart .mark { stroke: var(--soft); stroke-dasharray: 4 3; }
