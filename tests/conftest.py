@@ -11,6 +11,8 @@ from pathlib import Path
 import absl.logging
 import pytest
 
+from tests.evaluation.browser import find_chromium
+
 # absl takes sys.stderr as it finds it, which is pytest's own file, and closes that when Hydra configures logging.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
@@ -31,3 +33,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not tf.config.list_physical_devices("GPU"):
             pytest.skip("needs a GPU")
+    if item.get_closest_marker("browser") and not find_chromium():
+        pytest.skip("THE PAGE WAS NOT OPENED IN A BROWSER: no Chromium on the PATH (apt-get install chromium)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -103,7 +104,12 @@ def test_report_json(tmp_path: Path, pictures: Fetch) -> None:
     assert report["timing"]["total_seconds"] == 12.5
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {*report["figures"].values(), "report.json", "index.html", "predictions.csv"}
-    assert len(report["figures"]) == 8
+    assert len(report["figures"]) == 9
+    assert [row["epoch"] for row in report["history"]] == [1, 2, 3, 4, 5]
+    low, high = test["macro_f1_interval"]
+    assert low < test["macro_f1"] < high
+    assert report["label_errors"]["count"] >= len(report["label_errors"]["rows"])
+    assert report["duplicates"] == {}
 
 
 def test_a_row_of_the_confusion_matrix_is_a_line(tmp_path: Path, pictures: Fetch) -> None:
@@ -139,11 +145,15 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, pictures: Fetch
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
     page = Page(source)
     assert "b" not in page.tags
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert "link" not in page.tags
-    references = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
-    assert len(references) == 8
+    references = [value for name, value in page.attributes if name in ("src", "srcset", "action", "data")]
+    assert len(references) > 30
     assert all(value.startswith("data:image/") for value in references)
+    anchors = [value for name, value in page.attributes if name == "href"]
+    named = {value for name, value in page.attributes if name == "id"}
+    assert anchors
+    assert {value.removeprefix("#") for value in anchors} <= named
     without_pictures = re.sub(r"data:image/[^'\x22]*", "", source)
     for outside in ("http:", "https:", "url(", "@import"):
         assert outside not in without_pictures
@@ -168,7 +178,7 @@ def test_headline_comes_first(tmp_path: Path, pictures: Fetch) -> None:
 def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path, pictures: Fetch) -> None:
     result = make_result(3, 10, right=True)
     report = write_report(tmp_path, result=result, history=[], phases={}, run={}, images=pictures)
-    assert set(report["figures"]) == {"predictions", "most_wrong", "confusion", "f1", "calibration"}
+    assert set(report["figures"]) == {"predictions", "most_wrong", "least_sure", "confusion", "f1", "calibration"}
     assert report["phases"] == {}
     Page((tmp_path / "index.html").read_text(encoding="utf-8"))
 
@@ -181,6 +191,34 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path, pictures: Fetch) ->
     assert (phase["val_accuracy"], phase["val_loss"], phase["best_epoch"]) == (None, None, 1)
     assert (phase["epochs"], phase["seconds"]) == (1, 0.5)
     assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path, pictures: Fetch) -> None:
+    phases = {
+        "head": {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4},
+        "rest": {"val_accuracy": 0.9, "val_n": 100},
+    }
+    write(tmp_path, make_result(3, 10), pictures, phases=phases)
+    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert "validation after head: 50.00\u202f% (40.4–59.6\u202f%); rest: 90.00\u202f% (82.6–94.5\u202f%)" in text
+    assert "validation after head: 0.400" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path: Path) -> None:
+    """Its size is bounded by pictures and classes, whatever the number of examples."""
+
+    def large(indices: Sequence[int]) -> np.ndarray:
+        return np.stack([np.random.default_rng(i).integers(0, 256, (224, 224, 3), dtype=np.uint8) for i in indices])
+
+    result = make_result(1000, 100_000)
+    began = time.process_time()
+    write(tmp_path, result, large)
+    spent, size = time.process_time() - began, (tmp_path / "index.html").stat().st_size
+    print(f"1,000 classes x 100,000 examples: {spent:.0f} s of a CPU, {size / 1e6:.1f} MB")
+    assert size < 8e6
+    assert spent < 300
 
 
 def test_the_number_of_validation_examples_gives_an_interval(tmp_path: Path, pictures: Fetch) -> None:

@@ -19,6 +19,7 @@ header p, footer, figcaption, small { color: var(--soft); }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
 h3 { font-size: .98rem; margin: 1.25rem 0 .5rem; }
+p, li { overflow-wrap: anywhere; }
 header p { margin: .25rem 0 .75rem; }
 a { color: var(--lead); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; margin: 0 0 1rem; }
@@ -42,7 +43,7 @@ section:not(.cards) .card { background: var(--page); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--rule); vertical-align: baseline; }
-td:first-child { overflow-wrap: anywhere; min-width: 7rem; }
+td:first-child { overflow-wrap: break-word; min-width: 7rem; }
 .number { text-align: right; white-space: nowrap; }
 .none { color: var(--soft); opacity: .7; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: .3rem 0; cursor: pointer;

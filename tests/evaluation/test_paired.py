@@ -1,0 +1,85 @@
+"""McNemar's exact test against its closed form, and intervals against simulation."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from trainer.evaluation.intervals import of_macro_f1, of_mean
+from trainer.evaluation.paired import compare_paired, holm
+
+
+def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    first = [True] * (both + lost) + [False] * (won + neither)
+    second = [True] * both + [False] * lost + [True] * won + [False] * neither
+    return np.array(first), np.array(second)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (0, 1), (0, 6), (1, 5), (3, 3), (12, 40), (100, 130)])
+def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
+    m, k = lost + won, min(lost, won)
+    tail = sum(comb(m, i) for i in range(k + 1)) / 2**m
+    pair = compare_paired(*outcomes(50, lost, won, 20))
+    assert pair.p == pytest.approx(min(1.0, 2 * tail))
+    assert (pair.lost, pair.won, pair.n) == (lost, won, 70 + m)
+    assert pair.difference == pytest.approx((won - lost) / (70 + m))
+    assert pair.interval[0] <= pair.difference <= pair.interval[1]
+
+
+def test_swapping_the_two_turns_the_sign_alone() -> None:
+    one, other = outcomes(30, 4, 11, 9)
+    there, back = compare_paired(one, other), compare_paired(other, one)
+    assert back.difference == -there.difference
+    assert back.p == there.p
+    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
+
+
+def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        cell = rng.choice(4, 200, p=[0.7, 0.05, 0.12, 0.13])
+        pair = compare_paired(np.isin(cell, (0, 1)), np.isin(cell, (0, 2)))
+        held += pair.interval[0] <= 0.07 <= pair.interval[1]
+    assert 930 <= held <= 975
+
+
+def test_equally_good_ones_are_called_different_in_less_than_one_case_of_twenty() -> None:
+    rng = np.random.default_rng(1)
+    p_values = []
+    for _ in range(1000):
+        cell = rng.choice(4, 200, p=[0.7, 0.08, 0.08, 0.14])
+        p_values.append(compare_paired(np.isin(cell, (0, 1)), np.isin(cell, (0, 2))).p)
+    assert np.mean(np.array(p_values) < 0.05) < 0.05
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([0.2]) == [0.2]
+
+
+def test_the_interval_of_macro_f1_is_that_of_drawing_examples_anew() -> None:
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 4, 300)
+    answers = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
+    table = np.zeros((4, 4), int)
+    np.add.at(table, (labels, answers), 1)
+    drawn = [rng.integers(0, 300, 300) for _ in range(400)]
+    scores = [f1_score(labels[d], answers[d], average="macro") for d in drawn]
+    expected = np.percentile(scores, [2.5, 97.5])
+    low, high = of_macro_f1(table)
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.015)
+    assert low < f1_score(labels, answers, average="macro") < high
+    assert of_macro_f1(table) == (low, high)
+    assert of_macro_f1(np.diag([5, 5])) == (1.0, 1.0)
+
+
+def test_the_interval_of_a_mean() -> None:
+    assert of_mean(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
+    assert of_mean(np.array([2.0])) == (2.0, 2.0)
+    low, high = of_mean(np.arange(100.0))
+    assert (low + high) / 2 == pytest.approx(49.5)
+    assert high - low == pytest.approx(2 * 1.96 * 29.011 / 10, rel=1e-3)
