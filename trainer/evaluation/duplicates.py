@@ -22,6 +22,7 @@ SIDE = 16  # of a thumbnail, pixels
 BITS = 6  # that the hashes of candidates may differ in
 ALIKE = 0.99  # correlation of two thumbnails from which on they count as one picture
 _FLAT = 3.0  # standard deviation of the grey levels of a picture that shows nothing
+_CACHED = 8  # images made small at once: what fits a processor's cache takes a ninth of the time of 256
 _BLOCK = 2_000_000  # pairs of hashes compared at once: 16 MB
 MOST_PAIRS = 2_000_000  # found; a set of frames of one film has no end of them
 LISTED = 100  # groups in a report
@@ -65,9 +66,13 @@ def shrink(images: np.ndarray) -> np.ndarray:
     pixel = np.arange(side)[None, :]
     weights = np.clip(np.minimum(right, pixel + 1) - np.maximum(left, pixel), 0, None)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    rows = np.matmul(weights, images.reshape(len(images), side, side * 3).astype(np.float32))
-    rows = rows.reshape(len(images), SIDE, side, 3).transpose(0, 1, 3, 2)  # [b, 16, 3, S]
-    return np.rint(np.matmul(rows, weights.T)).astype(np.uint8).transpose(0, 1, 3, 2)
+    small = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
+    for start in range(0, len(images), _CACHED):
+        part = images[start : start + _CACHED]
+        rows = np.matmul(weights, part.reshape(len(part), side, side * 3).astype(np.float32))
+        columns = rows.reshape(len(part), SIDE, side, 3).transpose(0, 1, 3, 2)  # [b, 16, 3, S]
+        small[start : start + _CACHED] = np.rint(np.matmul(columns, weights.T)).transpose(0, 1, 3, 2)
+    return small
 
 
 def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
