@@ -164,7 +164,7 @@ def read_checkpoint(
     name, folder = find_checkpoint(address, home, kept, Path(config.runtime.cache_dir).expanduser())
     state, values = CheckpointFolder(folder, 1, say).read(int(name[len(PREFIX) : len(PREFIX) + 8]))
     values |= {key.removeprefix("ema/"): value for key, value in values.items() if key.startswith("ema/")}
-    found = RunState.from_json(state)
+    found = RunState(step=state["step"], history=state.get("history", []), finished=state.get("finished", {}))
     said = kept if kept in ("best", "last") else f"step-{found.step}"
     fingerprint = facts.get("data_fingerprint", "")
     phases = _phases(home, found)

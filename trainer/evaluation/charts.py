@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from trainer.evaluation.markup import percent, text
 
 WIDTH, HEIGHT = 400, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 28, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 36, 36
 SERIES = 6  # colours that lines of different runs have
 
 
@@ -109,7 +109,7 @@ def line_chart(
     for name, place in (marks or {}).items():
         x = frame.x(place)
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{x + 3:.1f}" y="{TOP + 9}">{text(name)}</text>')
+        parts.append(f'<text class="tick" x="{x + 3:.1f}" y="{TOP - 5}">{text(name)}</text>')
     for line in lines:
         points = [
             (frame.x(p), frame.y(v), p, v)

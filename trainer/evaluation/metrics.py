@@ -121,7 +121,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
         "loss": float(losses.mean()),
-        "loss_interval": list(of_mean(losses)),
+        "loss_interval": [max(bound, 0.0) for bound in of_mean(losses)],
         "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
         "macro_f1_interval": list(of_macro_f1(confusion)),
         "per_class": _per_class(labels, predictions, class_names),
