@@ -32,7 +32,7 @@ def test_the_first_picture_is_shown_as_eight_epochs_see_it_and_no_other_is_compu
         counts.append(len(images))
         return augment(images, *rest)
 
-    monkeypatch.setattr(finish, "augment", counted)
+    monkeypatch.setattr(reporting, "augment", counted)
     seen = views_of(CHANGED)
     assert counts == [8]
     for epoch in range(8):
