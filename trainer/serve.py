@@ -1,0 +1,71 @@
+"""`python -m trainer.serve model=outputs/flowers`: answer over HTTP with the model that a run exported.
+
+Arguments are `key=value` of `trainer.serving.settings.Settings`; docs/serving.md has them with the routes. Exit code 0:
+told to stop, and everything that was taken is answered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.cluster.preemption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what is imported below takes seconds
+
+from trainer.command_line import exit_code_of, quiet_start
+from trainer.errors import ConfigError
+from trainer.serving.exports import Export, find_export
+from trainer.serving.settings import Settings, read_settings
+from trainer.watching.lines import say
+
+if TYPE_CHECKING:
+    from trainer.serving.model import ServedModel
+
+EXTRA = ("starlette", "uvicorn", "python_multipart", "h11")
+
+
+def _load(export: Export) -> ServedModel:
+    with quiet_start():
+        from trainer.serving.model import ServedModel
+    return ServedModel(export)
+
+
+def _run(arguments: list[str]) -> None:
+    if {"--help", "-h"} & set(arguments):
+        return _help()
+    settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
+    try:
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise ConfigError(
+            f"serving needs {error.name}, which is not installed: pip install 'kubetune[serve]'"
+        ) from None
+    export = find_export(settings.model, Path(settings.cache_dir).expanduser(), say)
+    if export.reference is None:
+        say(f"{export.folder} has no reference.json: drift is not measured; export again to have it", "WARNING")
+    from trainer.serving.server import serve
+
+    serve(settings, export, _load)
+
+
+def _help() -> None:
+    print(__doc__)
+    for name, field in Settings.model_fields.items():
+        print(f"  {name}" if field.is_required() else f"  {name}={field.default}")
+
+
+def main() -> None:
+    """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
+    sys.exit(exit_code_of(_run, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The routes: what a client may ask, and the form of the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trainer.serving.answers import Answer, Unreadable
+from trainer.serving.batching import Batcher, Full
+from trainer.serving.bodies import TOGETHER, Asked, Room, busy, read_body, read_instances, read_predict
+from trainer.serving.exports import Export
+from trainer.serving.images import Refused
+from trainer.serving.observed import Observed
+from trainer.serving.settings import Settings
+from trainer.watching.lines import say_traceback
+
+if TYPE_CHECKING:
+    from trainer.serving.model import ServedModel
+
+ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
+POLICY = (  # of the page: it holds all it needs, and asks nobody but this server
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LOADING = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Service:
+    """One model behind HTTP, from the first request that it refuses because it loads to the last that it answers.
+
+    Attributes:
+        model: None until it is loaded and warm.
+        leaving: told to stop: not ready any more, and connections end with their next answer.
+    """
+
+    def __init__(self, settings: Settings, export: Export) -> None:
+        self.settings, self.export = settings, export
+        self.model: ServedModel | None = None
+        self.leaving = False
+        self.active = 0  # requests that are being answered
+        self.observed = Observed(settings, export, lambda: sum(map(len, self._batchers)))
+        self._room = Room(TOGETHER * settings.max_bytes)
+        self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: JSON takes many times its size in memory
+        self._asker = ThreadPoolExecutor(1, "model")
+        self._classifier, self._explainer = (self._batcher(explain) for explain in (False, True))
+        self._batchers = (self._classifier, self._explainer)
+        self._page = resources.files("trainer.serving").joinpath("page.html").read_bytes()
+        models = "/v1/models/{name}"
+        routes = [
+            Route("/", self.answered(self.home)),
+            Route("/healthz", self.answered(self.health)),
+            Route("/readyz", self.answered(self.readiness)),
+            Route("/metrics", self.answered(self.metrics)),
+            Route("/predict", self.answered(self.predict), methods=["POST"]),
+            Route("/v1/models", self.answered(self.models)),
+            *(Route(f"{models}{version}:predict", self.answered(self.instances), methods=["POST"])
+              for version in ("", "/versions/{version}")),
+            *(Route(f"{models}{version}", self.answered(self.status)) for version in ("", "/versions/{version}")),
+        ]  # fmt: skip
+        self.app: ASGIApp = _Counted(self, Starlette(routes=routes, exception_handlers={HTTPException: _no_route}))
+
+    def _batcher(self, explain: bool) -> Batcher:
+        def ask(images: list[bytes]) -> list[Answer | Unreadable]:
+            assert self.model is not None
+            began = time.monotonic()
+            answers = (self.model.explain if explain else self.model.classify)(images)
+            self.observed.batches.observe(len(images))
+            self.observed.batch_seconds.observe(time.monotonic() - began)
+            self.observed.predicted([answer for answer in answers if isinstance(answer, Answer)])
+            return answers
+
+        limits = self.settings
+        return Batcher(
+            ask,
+            self._asker,
+            size=limits.batch,
+            window=limits.window_ms / 1000,
+            queue=limits.queue,
+            pixels=limits.max_pixels,
+        )
+
+    def workers(self) -> list[asyncio.Task[None]]:
+        """What must run beside the server."""
+        return [asyncio.create_task(batcher.work()) for batcher in self._batchers]
+
+    def not_ready(self) -> str:
+        """Why requests should go elsewhere; empty where they may come."""
+        return "stopping" if self.leaving else "" if self.model else "the model is being loaded"
+
+    def answered(self, handle: Handler) -> Handler:
+        """The same; what is refused, and bugs, become answers."""
+
+        async def safely(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Refused as refusal:
+                return _json({"error": refusal.text}, refusal.status, refusal.headers)
+            except Full:
+                full = busy(f"of the {self.settings.queue} images that may wait there is no room for yours")
+                return _json({"error": full.text}, full.status, full.headers)
+            except Exception as error:
+                say_traceback(error)
+                return _json({"error": "a bug in the server; its log has the traceback"}, 500)
+
+        return safely
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Asking the model
+    # -----------------------------------------------------------------------------------------------------------
+
+    async def _asked(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
+        if self.model is None:
+            raise busy("the model is being loaded")
+        with self._room.held() as share:
+            body = await read_body(request, share, self.settings.max_bytes)
+            asked = await asyncio.get_running_loop().run_in_executor(self._parser, read, body)
+            del body
+            if asked.explain and not self.model.explains:
+                raise Refused(400, "this export has no signature `explain`; export again with this version of kubetune")
+            answers = await (self._explainer if asked.explain else self._classifier).ask(asked.pictures)
+        for picture, answer in zip(asked.pictures, answers, strict=True):
+            if isinstance(answer, Unreadable):
+                raise Refused(400, f"{picture.name} cannot be decoded ({answer.reason})")
+        return asked, answers
+
+    async def predict(self, request: Request) -> Response:
+        """Images in, the most probable classes of each out."""
+        kind, query = request.headers.get("content-type", ""), dict(request.query_params)
+        asked, answers = await self._asked(request, lambda body: read_predict(body, kind, query, self.settings))
+        found = []
+        for picture, answer in zip(asked.pictures, answers, strict=True):
+            best = np.argsort(-answer.probabilities, kind="stable")[: asked.top_k]
+            classes = [{"class": self.export.classes[i], "probability": float(answer.probabilities[i])} for i in best]
+            entry: dict[str, Any] = {"name": picture.name, "classes": classes}
+            if answer.heatmap is not None:
+                entry["heatmap"] = {"png": _as_png(answer.heatmap), "resize": self._resize()}
+            found.append(entry)
+        return _json({"model": self.settings.name, "version": self.export.version, "predictions": found})
+
+    def _resize(self) -> str:
+        """What the image was made into: `crop` shows its centre alone."""
+        return str((self.export.reference or {}).get("resize", "stretch"))
+
+    async def instances(self, request: Request) -> Response:
+        """KServe's and TensorFlow Serving's way to ask: rows of probabilities."""
+        self._known(request)
+        asked, answers = await self._asked(request, lambda body: read_instances(body, self.settings))
+        columns = {"probabilities": [answer.probabilities.tolist() for answer in answers]}
+        if asked.explain:
+            for name in ("embedding", "heatmap"):
+                columns[name] = [getattr(answer, name).tolist() for answer in answers]
+        if asked.columns:
+            return _json({"outputs": columns if asked.explain else columns["probabilities"]})
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return _json({"predictions": rows if asked.explain else columns["probabilities"]})
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Asking about the server
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _known(self, request: Request) -> None:
+        name, version = request.path_params["name"], request.path_params.get("version", self.export.version)
+        if name != self.settings.name:
+            raise Refused(404, f"there is no model {name!a} here, only {self.settings.name}")
+        if version != self.export.version:
+            raise Refused(404, f"there is no version {version!a} here, only {self.export.version}")
+
+    async def status(self, request: Request) -> Response:
+        """In KServe's words (`ready`) and in TensorFlow Serving's."""
+        self._known(request)
+        state = "UNLOADING" if self.leaving else "AVAILABLE" if self.model else "LOADING"
+        fine = {"error_code": "OK", "error_message": ""}
+        body = {
+            "name": self.settings.name,
+            "ready": not self.not_ready(),
+            "model_version_status": [{"version": self.export.version, "state": state, "status": fine}],
+        }
+        return _json(body, 503 if self.not_ready() else 200)
+
+    async def models(self, _request: Request) -> Response:
+        """The one that there is."""
+        return _json({"models": [self.settings.name]})
+
+    async def health(self, _request: Request) -> Response:
+        """Alive: also while the model loads."""
+        return _text("ok\n")
+
+    async def readiness(self, _request: Request) -> Response:
+        """Whether requests should come here."""
+        why = self.not_ready()
+        return _text(f"{why or 'ready'}\n", 503 if why else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        self.observed.ready.set(not self.not_ready())
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        text = await asyncio.to_thread(encode, self.observed.registry)
+        return Response(text, headers={"Content-Type": kind})
+
+    async def home(self, request: Request) -> Response:
+        """The page for people; KServe's liveness for others."""
+        if "text/html" not in request.headers.get("accept", ""):
+            return _json({"status": "alive"})
+        if self.model is None:
+            return Response(LOADING, 503, media_type="text/html", headers={"Retry-After": "2"})
+        facts = {
+            "name": self.settings.name,
+            "version": self.export.version,
+            "classes": len(self.export.classes),
+            "max_bytes": self.settings.max_bytes,
+            "explains": self.model.explains,
+        }
+        page = self._page.replace(b"{{facts}}", json.dumps(facts).encode())
+        guards = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        return Response(page, media_type="text/html", headers=guards)
+
+
+class _Counted:
+    """Around everything: each request is counted, and the last one of a connection says so."""
+
+    def __init__(self, service: Service, app: ASGIApp) -> None:
+        self.service, self.app = service, app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        service, began, code = self.service, time.monotonic(), "none"
+
+        async def sent(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+                if service.leaving and not any(name.lower() == b"connection" for name, _ in message["headers"]):
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        service.active += 1
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            service.active -= 1
+            route = _route(scope["path"])
+            service.observed.requests.labels(route, code).inc()
+            service.observed.seconds.labels(route).observe(time.monotonic() - began)
+
+
+def _route(path: str) -> str:
+    """A label of which there are few, whatever is asked."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/NAME:predict" if path.endswith(":predict") else "/v1/models/NAME"
+    return path if path in ROUTES else "other"
+
+
+def _as_png(heatmap: np.ndarray) -> str:
+    """Grey, base64."""
+    file = io.BytesIO()
+    Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: nothing can go wrong
+
+
+def _text(body: str, status: int = 200) -> Response:
+    return Response(body, status, media_type="text/plain")
+
+
+def _no_route(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    here = _listed([*ROUTES, "/v1/models/NAME", "/v1/models/NAME:predict"])
+    text = f"here are {here}" if error.status_code == 404 else f"{error.detail.lower()}"
+    return _json({"error": text}, error.status_code, dict(error.headers or {}))
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return " ".join(paths)

@@ -1,0 +1,131 @@
+"""The SavedModel as the server asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+from trainer.errors import DataError
+from trainer.serving.answers import Answer, Unreadable
+from trainer.serving.exports import GRAPH, Export
+
+# What `saved_model_cli scan` warns of, and calls into Python: no classifier needs them.
+FORBIDDEN = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
+BYTES, EXPLAIN = "image_bytes", "explain"
+
+
+class ServedModel:
+    """An export that was loaded. Asked by one thread at a time.
+
+    Raises:
+        DataError: it cannot be loaded, is no classifier of its labels, or holds operations that no export has.
+    """
+
+    def __init__(self, export: Export) -> None:
+        self.export = export
+        _check_operations(export)
+        try:
+            self._loaded = tf.saved_model.load(str(export.folder))  # signatures live only as long as this
+        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"model={export.address} cannot be loaded ({text}); export again") from None
+        signatures = self._loaded.signatures
+        if BYTES not in signatures:
+            raise DataError(f"model={export.address} has no signature {BYTES}, so kubetune did not export it")
+        width = signatures[BYTES].structured_outputs["probabilities"].shape[-1]
+        if width != len(export.classes):
+            raise DataError(
+                f"model={export.address} answers {width} probabilities and names {len(export.classes)} classes; export "
+                "again"
+            )
+        side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
+        self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
+        self._explain = signatures.get(EXPLAIN)
+        self._classify = _only(self._explain, ("probabilities", "embedding")) if self._explain else signatures[BYTES]
+        # Each new size of a batch costs a GPU a search for the fastest kernels; a CPU takes any.
+        self._fill = bool(tf.config.list_physical_devices("GPU"))
+
+    @property
+    def explains(self) -> bool:
+        """Whether it can say where it looked."""
+        return self._explain is not None
+
+    def classify(self, images: Sequence[bytes]) -> list[Answer | Unreadable]:
+        """One answer for each encoded image; one that cannot be decoded does not spoil those of the others."""
+        return self._asked(self._classify, images)
+
+    def explain(self, images: Sequence[bytes]) -> list[Answer | Unreadable]:
+        """The same with heatmaps."""
+        assert self._explain is not None, "look at `explains` first"
+        return self._asked(self._explain, images)
+
+    def warm_up(self, largest: int) -> list[int]:
+        """Ask once for every size that batches are filled up to: no request waits for that. Returns the sizes."""
+        for size in (sizes := _sizes(largest)):
+            for signature in filter(None, (self._classify, self._explain)):
+                self._call(signature, [self._blank] * size)
+        return sizes
+
+    def _asked(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Answer | Unreadable]:
+        try:
+            return self._call(signature, images)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.OutOfRangeError) as error:
+            if len(images) == 1:
+                return [Unreadable(_reason(error))]
+        half = len(images) // 2
+        return self._asked(signature, images[:half]) + self._asked(signature, images[half:])
+
+    def _call(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Answer | Unreadable]:
+        rows = list(images)
+        if self._fill:
+            rows += [self._blank] * (_sizes(len(rows))[-1] - len(rows))
+        found = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(rows, tf.string)).items()}
+        extra = [found.get("embedding"), found.get("heatmap")]
+        return [
+            Answer(found["probabilities"][i], *(None if each is None else each[i] for each in extra))
+            for i in range(len(images))
+        ]
+
+
+def _sizes(largest: int) -> list[int]:
+    """1, 2, 4, ... up to the first that is not smaller."""
+    return [2**power for power in range((largest - 1).bit_length() + 1)]
+
+
+def _only(signature: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """A signature that answers some of its outputs; what only the others need is not computed."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    def fewer(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        found = signature(image_bytes=image_bytes)
+        return {name: found[name] for name in names}
+
+    return fewer
+
+
+def _check_operations(export: Export) -> None:
+    """A SavedModel holds no Python, but a graph may read and write files: none that kubetune exports does."""
+    model = SavedModel()
+    try:
+        model.ParseFromString((export.folder / GRAPH).read_bytes())
+    except Exception:  # DecodeError; its module is not public
+        raise DataError(f"model={export.address}: {export.folder / GRAPH} is damaged; export again") from None
+    found = set()
+    for part in model.meta_graphs:
+        nodes = [*part.graph_def.node, *(n for f in part.graph_def.library.function for n in f.node_def)]
+        found |= {node.op for node in nodes} & FORBIDDEN
+    if found:
+        raise DataError(
+            f"model={export.address} holds the operations {', '.join(sorted(found))}, which no classifier needs; it is "
+            "not loaded"
+        )
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """The first sentence, without the graph's own names."""
+    text = (error.message or "").splitlines()[0] if error.message else ""
+    return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels cannot be decoded"

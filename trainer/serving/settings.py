@@ -1,0 +1,66 @@
+"""What `python -m trainer.serve` may be told: `key=value`, validated like the configuration of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from trainer.config_faults import describe_faults
+from trainer.config_parts import Section
+from trainer.errors import ConfigError
+
+MEGABYTE = 1024**2
+
+
+class Settings(Section):
+    """How an export is served."""
+
+    model: str = Field(min_length=1)  # output_dir of a run, its export, or a folder of SavedModel versions; also gs://
+    host: str = "127.0.0.1"  # 0.0.0.0, or :: for IPv6 as well: everyone who reaches this machine may ask
+    port: int = Field(8501, ge=0, le=65535)  # 0: any that is free
+    name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")  # in /v1/models/NAME:predict
+    batch: int = Field(32, ge=1, le=1024)  # images in one call of the model, at most
+    window_ms: float = Field(2.0, ge=0, le=1000)  # an image waits this long for others
+    queue: int = Field(256, ge=1)  # images that may wait; who comes then is told 503
+    max_bytes: int = Field(16 * MEGABYTE, ge=1024)  # of a request; eight times that of all that are being read
+    max_pixels: int = Field(50_000_000, ge=1)  # of an image, and of all that one call decodes
+    max_images: int = Field(64, ge=1)  # of a request
+    log: str | None = None  # a file that gets one JSON line a prediction
+    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # share of the predictions that is logged
+    linger: float = Field(2.0, ge=0, le=600)  # seconds that requests are still taken after SIGTERM
+    drain: float = Field(30.0, gt=0, le=3600)  # seconds in which what was taken must then be answered
+    cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = (
+        "~/.cache/kubetune"  # of models from gs://
+    )
+
+    @model_validator(mode="after")
+    def _a_request_fits_the_queue(self) -> Settings:
+        if self.max_images > self.queue:
+            raise ValueError(
+                f"max_images={self.max_images} is more than queue={self.queue}: such a request could never be taken"
+            )
+        return self
+
+
+def read_settings(arguments: Sequence[str], cache_dir: str | None = None) -> Settings:
+    """Of `key=value` arguments, the last one of a key counts.
+
+    Args:
+        cache_dir: where none is given.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    strange = [a for a in arguments if "=" not in a]
+    if strange:
+        raise ConfigError(f"{strange[0]}: arguments are key=value; known: {', '.join(Settings.model_fields)}")
+    given = dict(a.split("=", 1) for a in arguments)
+    tree = ({"cache_dir": cache_dir} if cache_dir else {}) | given
+    if "model" not in tree:
+        raise ConfigError("say what to serve: python -m trainer.serve model=OUTPUT_DIR, of a run, or its export")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(describe_faults(error, Settings, tree)) from None
