@@ -55,7 +55,7 @@ manifests: $(READY) ## Write k8s/job.yaml and k8s/multiworker.yaml from k8s/base
 
 lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write both locks
 	$(LOCK) --upgrade --extra dev --output-file requirements.lock
-	$(LOCK) --constraint requirements.lock --extra gpu --output-file requirements-image.lock
+	$(LOCK) --constraint requirements.lock --extra gpu --extra serve --output-file requirements-image.lock
 	@echo "lock: requirements.lock (make setup) and requirements-image.lock (make image) are written"
 
 clean: ## Remove .venv, caches and builds; what runs wrote to outputs/ stays
