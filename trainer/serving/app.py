@@ -57,7 +57,8 @@ class Service:
         self.model: ServedModel | None = None
         self.leaving = False
         self.active = 0  # requests that are being answered
-        self.observed = Observed(settings, export, lambda: sum(map(len, self._batchers)))
+        self.lost = 0  # requests that the end of the process cut off
+        self.observed = Observed(settings, export, lambda: sum(map(len, self._batchers)), lambda: self.active)
         self._room = Room(TOGETHER * settings.max_bytes)
         self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: JSON takes many times its size in memory
         self._asker = ThreadPoolExecutor(1, "model")
@@ -72,8 +73,8 @@ class Service:
             Route("/metrics", self.answered(self.metrics)),
             Route("/predict", self.answered(self.predict), methods=["POST"]),
             Route("/v1/models", self.answered(self.models)),
-            *(Route(f"{models}{version}:predict", self.answered(self.instances), methods=["POST"])
-              for version in ("", "/versions/{version}")),
+            *(Route(f"{models}{version}:{verb}", self.answered(self.instances), methods=["POST"])
+              for version in ("", "/versions/{version}") for verb in ("predict", "explain")),
             *(Route(f"{models}{version}", self.answered(self.status)) for version in ("", "/versions/{version}")),
         ]  # fmt: skip
         self.app: ASGIApp = _Counted(self, Starlette(routes=routes, exception_handlers={HTTPException: _no_route}))
@@ -163,7 +164,8 @@ class Service:
     async def instances(self, request: Request) -> Response:
         """KServe's and TensorFlow Serving's way to ask: rows of probabilities."""
         self._known(request)
-        asked, answers = await self._asked(request, lambda body: read_instances(body, self.settings))
+        explain = request.url.path.endswith(":explain")
+        asked, answers = await self._asked(request, lambda body: read_instances(body, self.settings, explain))
         columns = {"probabilities": [answer.probabilities.tolist() for answer in answers]}
         if asked.explain:
             for name in ("embedding", "heatmap"):
@@ -256,6 +258,10 @@ class _Counted:
         service.active += 1
         try:
             await self.app(scope, receive, sent)
+        except asyncio.CancelledError:  # `drain` is over
+            service.lost += 1
+            if code == "none":
+                await _json({"error": "the server has stopped; ask another"}, 503)(scope, receive, sent)
         finally:
             service.active -= 1
             route = _route(scope["path"])
@@ -266,7 +272,8 @@ class _Counted:
 def _route(path: str) -> str:
     """A label of which there are few, whatever is asked."""
     if path.startswith("/v1/models/"):
-        return "/v1/models/NAME:predict" if path.endswith(":predict") else "/v1/models/NAME"
+        verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
+        return f"/v1/models/NAME{verb}"
     return path if path in ROUTES else "other"
 
 

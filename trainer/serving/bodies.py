@@ -128,7 +128,7 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
     return Asked(pictures, _whole(said.get("top_k", 5)), _flag(said.get("explain", False)))
 
 
-def read_instances(body: bytes, settings: Settings) -> Asked:
+def read_instances(body: bytes, settings: Settings, explain: bool = False) -> Asked:
     """`POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}`, or `inputs` for the answer in columns.
 
     Both forms that TensorFlow Serving's REST API knows are taken, with the name of the input (`image_bytes`) or
@@ -153,7 +153,7 @@ def read_instances(body: bytes, settings: Settings) -> Asked:
     pictures = [examined(data, name, settings.max_pixels) for name, data in files]
     if not pictures:
         raise Refused(400, "there is no image in the request")
-    return Asked(pictures, explain=signature == "explain", columns=columns)
+    return Asked(pictures, explain=explain or signature == "explain", columns=columns)
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -34,7 +34,9 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 class Observed(Collector):
     """Counts requests, batches and predictions; asked at each scrape how far the last predictions have moved."""
 
-    def __init__(self, settings: Settings, export: Export, waiting: Callable[[], int]) -> None:
+    def __init__(
+        self, settings: Settings, export: Export, waiting: Callable[[], int], active: Callable[[], int]
+    ) -> None:
         self.export = export
         self._settings = settings
         self.registry = CollectorRegistry()
@@ -67,6 +69,8 @@ class Observed(Collector):
         )
         waits = Gauge("kubetune_serving_queue_images", "Images that wait for the model", registry=self.registry)
         waits.set_function(waiting)
+        runs = Gauge("kubetune_serving_active_requests", "Requests that are not answered yet", registry=self.registry)
+        runs.set_function(active)
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
         self._window = Window(len(export.classes), RECENT)

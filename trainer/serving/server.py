@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -132,12 +133,12 @@ async def _serve(
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="error",
+            log_level="critical",
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=round(IDLE_SECONDS),
-            timeout_graceful_shutdown=round(settings.drain),
+            timeout_graceful_shutdown=math.ceil(settings.drain),
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
     )
@@ -148,7 +149,7 @@ async def _serve(
     def stop(number: signal.Signals) -> None:
         told.append(number.name)
         if len(told) > 1:
-            last_words(f"\n{number.name}: stopping at once; {service.active} requests are not answered")
+            last_words(f"\n{number.name}: stopping at once; {_requests(service.active)} not answered")
             os._exit(INTERRUPTED)
         service.leaving = True
         if service.model is None:
@@ -170,9 +171,14 @@ async def _serve(
         task.cancel()
     if failed:
         raise failed[0]
-    if service.active:
-        raise Interrupted(f"{service.active} requests were not answered within drain={settings.drain:g} s")
+    await asyncio.sleep(0.1)  # for what was cut off to be counted
+    if lost := service.lost + service.active:
+        raise Interrupted(f"{_requests(lost)} not answered within drain={settings.drain:g} s")
     say(f"{told[0]}: every request that was taken is answered")
+
+
+def _requests(count: int) -> str:
+    return f"{count} request was" if count == 1 else f"{count} requests were"
 
 
 async def _load(

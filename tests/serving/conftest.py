@@ -1,0 +1,30 @@
+"""One export and one server for all tests that only ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.serving.running import Served
+
+if TYPE_CHECKING:
+    from tests.serving.exported import Exported
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    from tests.serving.exported import export  # TensorFlow, which most tests here do without
+
+    return export(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def served(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("log") / "predictions.jsonl"
+    limits = ("max_bytes=1000000", "max_pixels=2000000", "max_images=8", "queue=64", "batch=8", "window_ms=5")
+    with Served(f"model={exported.folder}", f"log={log}", "log_sample=0.5", *limits) as server:
+        yield server.ready()
+        assert "Traceback" not in server.output
+        assert not any(key.endswith(",500}") for key in server.metrics())
