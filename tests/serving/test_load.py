@@ -40,4 +40,4 @@ def test_a_full_queue_says_come_again(exported: Exported) -> None:
         assert found["codes"].keys() == {"200", "503"}
         assert sum(found["codes"].values()) == 600
         assert found["without_retry_after"] == 0
-        assert served.metrics()["kubetune_serving_requests_total{/predict,503}"] == found["codes"]["503"]
+        assert served.metrics()["kubetune_serving_requests_total{503,/predict}"] == found["codes"]["503"]

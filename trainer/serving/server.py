@@ -50,6 +50,13 @@ class Connection(H11Protocol):
             self._slow.cancel()
             self._slow = None
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Who has said all may still listen; asyncio would close on both sides."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         if self._slow is not None:
             self._slow.cancel()
