@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.storage.emulator import BUCKET, running
 from trainer.errors import DataError
 from trainer.serving.exports import find_export
+from trainer.storage.places import place
 
 
 def saved_model(folder: Path, labels: str = "cat\ndog\n") -> Path:
@@ -61,9 +63,23 @@ def test_what_is_no_export_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_reference_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "1")
     file = folder / "assets" / "reference.json"
-    file.write_text(json.dumps({"class_frequencies": [0.5, 0.5]}))
-    assert find_export(str(folder), tmp_path, lambda _text: None).reference == {"class_frequencies": [0.5, 0.5]}
-    for content in ("{", "[]", '{"class_frequencies": [1]}'):
-        file.write_text(content)
+    right = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 20}}
+    file.write_text(json.dumps(right))
+    assert find_export(str(folder), tmp_path, lambda _text: None).reference == right
+    for content in ({}, [], right | {"class_frequencies": [1]}, right | {"n": 0}, right | {"confidence_histogram": 1}):
+        file.write_text(json.dumps(content))
         with pytest.raises(DataError, match="is damaged or of another model"):
             find_export(str(folder), tmp_path, lambda _text: None)
+
+
+def test_an_export_in_a_bucket_is_fetched(tmp_path: Path) -> None:
+    with running(tmp_path / "buckets"):
+        run = f"gs://{BUCKET}/runs/1"
+        for name, content in (("saved_model.pb", "graph"), ("assets/labels.txt", "cat\ndog\n")):
+            (place(run) / f"export/saved_model/3/{name}").write(content)
+        folder, version, classes = found(run, tmp_path / "cache")
+        assert (version, classes) == ("3", ("cat", "dog"))
+        assert (folder / "saved_model.pb").read_text() == "graph"
+        assert folder.is_relative_to(tmp_path / "cache")
+        with pytest.raises(DataError, match="model=gs://bucket/none does not exist; give"):
+            found(f"gs://{BUCKET}/none", tmp_path / "cache")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.drift_statistics import BINS
 from trainer.errors import DataError
 from trainer.storage.places import Place, place
 from trainer.storage.staging import is_remote, stage
@@ -83,7 +84,8 @@ def _reference(folder: Path, classes: tuple[str, ...]) -> dict[str, Any] | None:
         return None
     try:
         reference = json.loads(file.read_text(encoding="utf-8"))
-        if len(reference["class_frequencies"]) != len(classes):
+        counts, seen = reference["confidence_histogram"]["counts"], int(reference["n"])
+        if len(reference["class_frequencies"]) != len(classes) or len(counts) != BINS or seen < 1:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file} is damaged or of another model; export again") from None

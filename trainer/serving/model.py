@@ -46,6 +46,11 @@ class ServedModel:
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
         self._classify = _only(self._explain, ("probabilities", "embedding")) if self._explain else signatures[BYTES]
+        own = (export.reference or {}).get("embedding")
+        if own and self._explain:
+            width = self._explain.structured_outputs["embedding"].shape[-1]
+            if width != len(own.get("projection") or own["mean"]):
+                raise DataError(f"model={export.address}: its reference.json is of another model; export again")
         # Each new size of a batch costs a GPU a search for the fastest kernels; a CPU takes any.
         self._fill = bool(tf.config.list_physical_devices("GPU"))
 
