@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.serving.exported import Exported
 from tests.serving.running import ROOT, Served
+
+if TYPE_CHECKING:
+    from tests.serving.exported import Exported
 
 
 def ask(served: Served, *arguments: str) -> dict[str, Any]:

@@ -11,15 +11,18 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from tests.e2e.running import catches
-from tests.serving.exported import Exported
 from tests.serving.pictures import photo
 from tests.serving.running import ROOT, Served
 from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
+
+if TYPE_CHECKING:
+    from tests.serving.exported import Exported
 
 LIMITS = ("batch=4", "queue=512", "linger=1")
 
