@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "wrong type": ({"content": photo(), "headers": {"Content-Type": "image/jpeg"}}, 415, "send images as"),
     "no JSON": ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "not valid JSON"),
     "no image": ({"files": {"file": b"hello"}}, 400, "is not an image that can be read"),
-    "half a JPEG": ({"files": {"file": ("a.jpg", pictures.cut(photo()))}}, 400, "a.jpg cannot be decoded"),
+    "half a JPEG": ({"files": {"file": ("a.jpg", pictures.cut(photo(0, "JPEG", 600, 400)))}}, 400, "a.jpg cannot be decoded"),
     "half a PNG": ({"files": {"file": ("a.png", pictures.cut(photo(kind="PNG")))}}, 400, "a.png cannot be decoded"),
     "no pixels": ({"files": {"file": pictures.huge(1000, 1000)}}, 400, "cannot be decoded"),
     "bomb": ({"files": {"file": pictures.bomb(10_000, 10_000)}}, 413, "has 10000 x 10000 pixels"),
