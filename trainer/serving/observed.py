@@ -75,6 +75,7 @@ class Observed(Collector):
         self.registry.register(self)
         self._window = Window(len(export.classes), RECENT)
         self._reference = export.reference
+        self._names = (export.reference or {}).get("classes", export.classes)  # labels.txt has no line breaks in them
         embedding = (export.reference or {}).get("embedding", {})
         self._projection = np.asarray(embedding["projection"], np.float64) if embedding.get("projection") else None
         self._dimensions = len(embedding.get("mean", ()))
@@ -109,8 +110,8 @@ class Observed(Collector):
 
     def _line(self, now: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> dict[str, Any]:
         best = np.argsort(-probabilities, kind="stable")[:FEW]
-        few = {self.export.classes[i]: round(float(probabilities[i]), 6) for i in best}
-        line = {"time": now, "class": self.export.classes[best[0]], "confidence": float(probabilities[best[0]]),
+        few = {self._names[i]: round(float(probabilities[i]), 6) for i in best}
+        line = {"time": now, "class": self._names[best[0]], "confidence": float(probabilities[best[0]]),
                 "probabilities": few}  # fmt: skip
         return line | ({} if embedding is None else {"embedding": [round(float(x), 5) for x in embedding]})
 
