@@ -205,13 +205,14 @@ def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, beg
     """Score and report; returns what report.json holds."""
     from trainer.evaluation.metrics import evaluate_arrays
     from trainer.reporting import report_on
-    from trainer.run import predict
+    from trainer.run import score
 
     stop = StopFlag()
     job = open_job(config, checkpoint, stop, began)
     split = choose_split(own.get("split"), job.dataset)
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples of {job.dataset.name}")
-    probabilities, labels, indices = predict(job, split)
+    batch_size = config.training.batch_size
+    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, split)
     stop.check(DURING)
     job.ledger.mark("evaluation")
     groups = job.dataset.splits[split].groups
@@ -264,6 +265,7 @@ def target(output: str | None, checkpoint: Checkpoint, data: str, split: str) ->
 def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
     """All that scoring needs of a run, with nothing that would write to its folder."""
     from trainer.cluster.strategy import build_strategy
+    from trainer.data.machine import usable_cpus
     from trainer.data.sources import open_dataset
     from trainer.local_copies import copies_ahead
     from trainer.models.classifier import build_classifier
@@ -288,7 +290,7 @@ def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: f
         arriving=shards is not None,
     )
     check_classes(checkpoint, dataset)
-    strategy = build_strategy(config, peers, say)
+    strategy = build_strategy(config, peers, say, usable_cpus())
     stop.install()
     with strategy.scope():
         classifier = build_classifier(model, len(dataset.class_names), config.seed)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.evaluation.browser import Tab, chromium
 
+from tests.evaluation.browser import Tab, chromium
 from tests.serving.pictures import photo
 from tests.serving.running import Served
 
