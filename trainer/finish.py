@@ -133,7 +133,12 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str,
     write_labels(home / "labels.txt", subject.class_names)
     write_reference(home / "reference.json", subject.reference)
     formats, limit = config.export.formats, config.export.max_accuracy_drop
-    outcomes = export_formats(home, formats, subject, held_out, limit, lambda: job.stop.check(AFTER))
+
+    def check() -> None:
+        signs.moved()
+        job.stop.check(AFTER)
+
+    outcomes = export_formats(home, formats, subject, held_out, limit, check)
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 

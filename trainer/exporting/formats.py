@@ -57,7 +57,7 @@ def export_formats(
 
     Args:
         max_accuracy_drop: share of the examples; see `scoring.drops_too_far`.
-        check: called before each format; raises to leave.
+        check: called before each format, and each batch that it is sent; raises to leave.
 
     Returns:
         facts by format: those of `scoring.score`, `path` below `home`, `bytes`, and `refused`: it is too far off.
@@ -68,7 +68,7 @@ def export_formats(
         file, write = FORMATS[name]
         path = home / file
         write(subject, path)
-        facts = score(load_export(path), held_out)
+        facts = score(load_export(path), held_out, check)
         size = _bytes(path)
         refused = drops_too_far(facts, max_accuracy_drop)
         if refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,19 @@ UNTIMED = 3  # before them: the first ones allocate
 SURE = 1.645  # standard deviations: 1 in 20, on one side
 
 
-def score(classify: Classify, held_out: HeldOut) -> dict[str, Any]:
-    """Send the examples through an export.
+def score(classify: Classify, held_out: HeldOut, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Send the examples through an export; `check` is called before each batch and may raise to leave.
 
     Returns:
         `examples` n, `accuracy` and `trainer_accuracy` on them, `lost` and `gained`: how many only the trainer or only
         the export gets right; `largest_difference` of any probability; `timing`: `milliseconds_per_image`, the median
         of single images on this machine.
     """
-    images = held_out.images
-    answers = np.concatenate([classify(images[at : at + BATCH]) for at in range(0, len(images), BATCH)])
+    images, parts = held_out.images, []
+    for at in range(0, len(images), BATCH):
+        check()
+        parts.append(classify(images[at : at + BATCH]))
+    answers = np.concatenate(parts)
     differences = np.abs(answers - held_out.probabilities).max() if np.isfinite(answers).all() else np.inf
     right, was_right = (p.argmax(-1) == held_out.labels for p in (answers, held_out.probabilities))
     return {
