@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,29 @@ def _one_sentence(error: Exception) -> str:
 _CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
 
 
+# Keras imports them for wrappers and plots that nothing here uses, which takes seconds.
+_NEEDLESS = ("sklearn", "matplotlib")
+
+
+@contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """As if these packages were not installed; those that are imported already stay, and all can be imported after."""
+    absent = [name for name in names if name not in sys.modules]
+    for name in absent:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Around the import of TensorFlow: its greetings are left out, every other line still reaches stderr."""
+    """Around what imports TensorFlow: its greetings are left out, every other line still reaches stderr.
+
+    Keras is imported first, without scikit-learn and matplotlib; its own use of both stays off in this process.
+    """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without one, CUDA's errors mean nothing
     with tempfile.TemporaryFile() as heard:
@@ -138,6 +159,8 @@ def quiet_start() -> Iterator[None]:
         stderr = os.dup(2)
         os.dup2(heard.fileno(), 2)
         try:
+            with _hidden(_NEEDLESS):
+                importlib.import_module("keras")
             yield
         finally:
             sys.stderr.flush()

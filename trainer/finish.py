@@ -35,7 +35,6 @@ def finish(job: Run) -> None:
         ToldToStop: the next start begins here again.
         ModelError: an export lost too much accuracy; all else is written, but not DONE.
     """
-    job.ledger.mark("train")
     signs.enter(FINISH)
     signs.at("evaluation")
     split = "test" if "test" in job.dataset.splits else "validation"

@@ -16,7 +16,6 @@ from trainer.config import Phase, RunConfig
 from trainer.data.ahead import Gate
 from trainer.data.pixels import data_errors
 from trainer.errors import BUG, Diverged, Interrupted, ToldToStop, TrainerError
-from trainer.finish import finish
 from trainer.handing_on import hand_on
 from trainer.inputs import Inputs, choose_features, open_inputs
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -54,6 +53,9 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
             if job.told_to_stop("before a phase"):  # to compile it may take longer than the time there is to stop
                 leave(job, "between phases")
             train_phase(job, names[job.state.phase])
+        job.ledger.mark("train")
+        from trainer.finish import finish  # scikit-learn and matplotlib: seconds that the first step need not wait for
+
         finish(job)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
-from scipy import stats
 
 from trainer.config import Augmentation
 from trainer.data.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_KIND, Draws
@@ -50,6 +49,8 @@ def _flat(images: tf.Tensor) -> tf.Tensor:
 
 def shares(alpha: float) -> np.ndarray:
     """What the share of an image's own can be: float64 [LEVELS], equally likely values of Beta(alpha, alpha)."""
+    from scipy import stats  # takes half a second or more, and few runs mix
+
     return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
 
 
