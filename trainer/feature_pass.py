@@ -151,7 +151,7 @@ class FeaturePass:
             def replica(batch: Any) -> list[tf.Tensor]:
                 return [batch["weight"], *trunk.features(batch["image"])]
 
-            self._compiled[key] = tf.function(lambda batch: strategy.run(replica, args=(batch,)))
+            self._compiled[key] = tf.function(lambda batch: strategy.run(replica, args=(batch,)), autograph=False)
         return self._compiled[key]
 
     def _take_in(

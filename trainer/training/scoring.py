@@ -25,7 +25,7 @@ class EvaluationPass:
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Answers) -> None:
         self.strategy, self.network = strategy, network
-        self._predict = tf.function(self._run)
+        self._predict = tf.function(self._run, autograph=False)
 
     def _run(self, batch: Batch) -> tuple[Any, Any]:
         return self.strategy.run(self._replica, args=(batch,))

@@ -137,7 +137,9 @@ class TrainingStep:
                 if settings.ema
                 else None
             )
-        self._piece = tf.function(self._share_of_loss, jit_compile=True) if settings.xla else self._share_of_loss
+        self._piece = (
+            tf.function(self._share_of_loss, jit_compile=True, autograph=False) if settings.xla else self._share_of_loss
+        )
         self.traced = False  # the first call takes long
         self._block = tf.function(self._run_block)
 
@@ -185,6 +187,7 @@ class TrainingStep:
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
+    @tf.autograph.experimental.do_not_convert  # nothing below asks a tensor in Python, and converting takes its time
     def _one_step(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
         local = self.strategy.experimental_local_results
         gradients, sums, finite, wishes = self.strategy.run(self._gradients, args=(batch, wish, run_step))
@@ -192,8 +195,7 @@ class TrainingStep:
             self.strategy.run(self._apply, args=(gradients,))
         else:
             ok = local(finite)[0]
-            if ok:
-                self.strategy.run(self._apply, args=(gradients,))
+            tf.cond(ok, lambda: self._applied(gradients), lambda: False)
             self._adjust_loss_scale(ok)
         if self.averages:
             self._average(phase_step)
@@ -259,17 +261,21 @@ class TrainingStep:
         pieces: dict[str, Any] = {
             k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
         }
-        gradients = [tf.zeros(v.shape) for v in self.variables]
-        sums = tf.zeros([3])
-        for i in tf.range(count):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+
+        def add(i: tf.Tensor, gradients: list[tf.Tensor], sums: tf.Tensor) -> tuple[Any, ...]:
             more, parts = self._piece({k: v[i] for k, v in pieces.items()}, run_step, examples)
-            gradients = [a + b for a, b in zip(gradients, more, strict=True)]
-            sums += parts
+            return i + 1, [a + b for a, b in zip(gradients, more, strict=True)], sums + parts
+
+        nothing = tf.constant(0), [tf.zeros(v.shape) for v in self.variables], tf.zeros([3])
+        _, gradients, sums = tf.while_loop(lambda i, *_: i < count, add, nothing, parallel_iterations=1)
         return gradients, sums
 
     def _apply(self, gradients: list[tf.Tensor]) -> None:
         self.optimizer.apply(gradients, self.variables)
+
+    def _applied(self, gradients: Any) -> bool:
+        self.strategy.run(self._apply, args=(gradients,))
+        return True
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
         """Halve on overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
