@@ -161,7 +161,7 @@ def test_the_check_lets_good_modules_pass(tmp_path: Path, path: str, source: str
 
 def test_the_command_line_starts_without_tensorflow() -> None:
     modules = [f"trainer.{name}" for name in LIGHT if (ROOT / "trainer" / f"{name}.py").exists()]
-    heavy = "{'tensorflow', 'keras', 'tensorflow_datasets', 'sklearn', 'matplotlib'}"
+    heavy = "{'tensorflow', 'keras', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'requests', 'google.auth'}"
     program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & set(sys.modules)))"
     answer = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60

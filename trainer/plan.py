@@ -38,7 +38,7 @@ from trainer.planning.sections import (
     show_phases,
     show_storage,
 )
-from trainer.storage.retrying import within
+from trainer.storage.deadline import within
 from trainer.storage.staging import is_remote, prepared_folder
 
 if TYPE_CHECKING:

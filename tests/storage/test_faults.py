@@ -16,6 +16,7 @@ from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from trainer.errors import Interrupted
 from trainer.storage import bucket, retrying
+from trainer.storage.deadline import within
 from trainer.storage.places import Conflict, Place, place
 
 
@@ -193,7 +194,7 @@ def test_a_busy_server_is_named_by_its_code(
 
 def test_another_deadline_for_a_while(proxy: FaultyProxy, in_bucket: Place) -> None:
     proxy.odds = {"unavailable": 1.0}
-    with retrying.within(0.2), pytest.raises(Interrupted, match=r"did not answer for 0\.2 s"):
+    with within(0.2), pytest.raises(Interrupted, match=r"did not answer for 0\.2 s"):
         in_bucket.delete()
     proxy.odds = dict(EVENLY)
     in_bucket.delete()

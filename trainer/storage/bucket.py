@@ -16,8 +16,9 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way
 from trainer.storage.client import client, refused
+from trainer.storage.deadline import within
 from trainer.storage.local import LocalPlace
-from trainer.storage.retrying import Damaged, Limits, persist, within
+from trainer.storage.retrying import Damaged, Limits, persist
 from trainer.storage.transfers import decoded, file_crc32c, together, write_at
 from trainer.watching.signs import signs
 

@@ -30,7 +30,7 @@ from types import TracebackType
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.base import Conflict, Place
-from trainer.storage.retrying import within
+from trainer.storage.deadline import within
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from trainer.errors import ConfigError
 from trainer.storage.base import ANY, Conflict, Entry, OnlyIf, Place
-from trainer.storage.bucket import BucketPlace
 from trainer.storage.local import LocalPlace
 
-__all__ = ["ANY", "BucketPlace", "Conflict", "Entry", "LocalPlace", "OnlyIf", "Place", "place"]
+__all__ = ["ANY", "Conflict", "Entry", "LocalPlace", "OnlyIf", "Place", "place"]
 
 
 def place(text: str | Path | Place) -> Place:
@@ -29,6 +28,8 @@ def place(text: str | Path | Place) -> Place:
         bucket, _, key = text.removeprefix("gs://").partition("/")
         if not bucket:
             raise ConfigError(f"{text}: names no bucket; write it as gs://bucket/folder")
+        from trainer.storage.bucket import BucketPlace  # Google's client takes long to import
+
         return BucketPlace(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
         raise ConfigError(f"{text}: an address in a bucket must be given as text, pathlib drops one of its slashes")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TypeVar
 
 import requests
@@ -17,6 +15,7 @@ from google.auth.exceptions import RefreshError, TransportError
 from google.cloud.storage.exceptions import DataCorruption
 
 from trainer.errors import Interrupted
+from trainer.storage.deadline import chosen
 
 DEADLINE = 120.0  # seconds from the first try of an operation (of each part, of a large one) to giving up
 CONNECT = 10.0  # seconds to wait for a connection
@@ -28,7 +27,6 @@ DAMAGED_REQUESTS = 5  # times that a 400 is taken for a request damaged on its w
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 # From the system's noise, not the run's seed: workers that wait for one bucket must not come back together.
 _noise = random.SystemRandom()
 
@@ -40,22 +38,12 @@ class Damaged(Exception):
     """What arrived is not what was sent: its checksum or length differs."""
 
 
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Another deadline than `DEADLINE` for the operations inside the block (in this thread)."""
-    token = _deadline.set(seconds)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
-
-
 def persist(address: str, call: Callable[[Limits], Result]) -> Result:
     """What `call` returns, called again while it fails for a passing reason.
 
     Raises `Interrupted` when the deadline has passed, and any other error of `call` as it is.
     """
-    deadline = _deadline.get() or DEADLINE
+    deadline = chosen() or DEADLINE
     start = time.monotonic()
     pause, damaged = FIRST_PAUSE, 0
     while True:
