@@ -138,7 +138,7 @@ def test_no_change_of_a_body_raises_anything_else() -> None:
             functools.partial(read_instances, mutated(tree.replace(b"images", b"instances"), number), SETTINGS),
         ]
     seen = Counter(map(status_of, calls))
-    assert seen.keys() == {200, 400, 413, 415}
+    assert seen.keys() <= {200, 400, 413, 415}
     assert min(seen[200], seen[400]) > 100
 
 
