@@ -39,3 +39,24 @@ def test_twelve_kills_change_nothing(tmp_path: Path) -> None:
     result = run(*SMALL, f"output_dir={folder}")
     assert result.returncode == 0, result.stderr
     assert_same_run(calm, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_kill_in_each_phase_changes_nothing_where_examples_are_mixed(tmp_path: Path) -> None:
+    mixing = (*SMALL, "augmentation=strong", "augmentation.mixup=0.4", "augmentation.cutmix=1", "training.loss=focal")
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert run(*mixing, f"output_dir={calm}").returncode == 0
+    for phase in ("head  epoch 2", "fine_tune  epoch 3"):
+        child = start(*mixing, f"output_dir={killed}")
+        said = ""
+        for line in child.stdout or ():
+            said += line
+            if line.startswith(phase):
+                break
+        assert phase in said, said
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    assert "weights: this run's checkpoint at step" in said
+    assert run(*mixing, f"output_dir={killed}").returncode == 0
+    assert_same_run(calm, killed)

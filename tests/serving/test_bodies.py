@@ -22,7 +22,9 @@ B64 = base64.b64encode(photo()).decode()
 
 def form(*files: tuple[str, tuple[str, bytes]], **fields: str) -> tuple[bytes, str]:
     """A body and its content type, as another library writes them."""
-    kind = {"content-type": "multipart/form-data; boundary=here"}  # a random one would give a test another name each time
+    kind = {
+        "content-type": "multipart/form-data; boundary=here"
+    }  # a random one would give a test another name each time
     request = httpx.Request("POST", "http://any/", files=list(files), data=fields, headers=kind)
     return request.read(), request.headers["content-type"]
 
