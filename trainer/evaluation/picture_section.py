@@ -65,7 +65,7 @@ def _shot(result: EvaluationResult, pictures: PagePictures, index: int) -> str:
     heat = _overlay(pictures.heat[index]) if index in pictures.heat else ""
     words = f"{names[answer]}, truth {names[truth]}"
     of_truth = "" if right else f" ({percent(float(result.probabilities[index, truth]))})"
-    said = f'<b class="{"yes" if right else "no"}">{"✓" if right else "✗"} {short(names[answer])}</b>'
+    said = f'<strong class="{"yes" if right else "no"}">{"✓" if right else "✗"} {short(names[answer])}</strong>'
     how = "" if not heat else ' title="where the model looked"'
     return (
         f'<figure class="shot"><button type="button" class="picture {"right" if right else "wrong"}" '
@@ -107,7 +107,8 @@ def label_part(found: Mapping[str, Any], pictures: PagePictures, n: int) -> str:
         if row["index"] in pictures.of_index:
             seen = thumbnail(pictures.of_index[row["index"]], SMALL, row["label"])
             shots.append(
-                f'<figure class="shot"><div class="picture">{seen}</div><figcaption><b>{short(row["suggestion"])}</b>? '
+                f'<figure class="shot"><div class="picture">{seen}</div><figcaption>'
+                f"<strong>{short(row['suggestion'])}</strong>? "
                 f"{percent(row['suggestion_probability'])}<br>label: {short(row['label'])} "
                 f"{percent(row['label_probability'])}<br>{_file(row['file'])}</figcaption></figure>"
             )

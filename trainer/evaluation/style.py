@@ -92,7 +92,7 @@ input.filter { font: inherit; color: inherit; background: var(--page); border: 1
 .tabs button[aria-pressed=true] { background: var(--lead); border-color: var(--lead); color: var(--sheet); }
 .shots { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem .9rem; }
 .shot { margin: 0; font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; }
-.shot b { color: var(--ink); } .shot .yes { color: var(--right); } .shot .no { color: var(--wrong); }
+.shot strong { color: var(--ink); } .shot .yes { color: var(--right); } .shot .no { color: var(--wrong); }
 .picture { display: block; position: relative; width: 100%; aspect-ratio: 1; padding: 0; border: 3px solid var(--rule);
   border-radius: 8px; overflow: hidden; background: none; cursor: pointer; margin-bottom: .3rem; }
 .picture.right { border-color: var(--right); } .picture.wrong { border-color: var(--wrong); }
