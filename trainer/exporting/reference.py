@@ -12,7 +12,7 @@ import numpy as np
 from trainer.drift_statistics import BINS, Window
 from trainer.storage.files import write_whole
 
-WIDEST = 64  # numbers of an embedding that are compared; a covariance of 1,280 would take 1,000 times the examples
+WIDEST = 16  # numbers of an embedding that are compared: the covariance of 64 takes more examples than most splits have
 SEED = 8
 
 
@@ -34,7 +34,7 @@ def reference_distribution(
     Returns:
         `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the share of each predicted
         class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
-        `mean` [C'], `covariance` [C', C'] and, where C is above 64, `projection` [C, C'], whose columns are orthonormal
+        `mean` [C'], `covariance` [C', C'] and, where C is above 16, `projection` [C, C'], whose columns are orthonormal
         and drawn from a fixed seed: multiply an embedding by it first.
     """
     window = Window(len(class_names))
@@ -65,7 +65,7 @@ def reference_distribution(
 
 
 def projection_of(width: int) -> np.ndarray | None:
-    """Float64 [width, 64] with orthonormal columns, the same for every model of that width; None where it is narrow."""
+    """Float64 [width, 16] with orthonormal columns, the same for every model of that width; None where it is narrow."""
     if width <= WIDEST:
         return None
     drawn = np.random.default_rng([SEED, width]).standard_normal((width, WIDEST))
