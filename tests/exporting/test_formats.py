@@ -132,6 +132,7 @@ def test_a_model_of_half_precision_is_written_in_float32(name: str, precision: s
     assert inner.layers[1].compute_dtype == precision.removeprefix("mixed_")  # only the file is in float32
 
 
+@pytest.mark.slow
 def test_a_keras_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
     """In a process that cannot import it; the batch normalization is one that trained."""
     model, images = small_model(), some_images(4)
