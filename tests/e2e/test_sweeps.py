@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from tests.e2e.running import ROOT, run, start
+from tests.storage.emulator import running
 from tests.tensorboard import answer
+from trainer.storage.places import place
 
 TINY = ("debug=fast", "phases=head_only", "phases.head.epochs=1", "export.formats=[]")
 RATE = "phases.head.optimizer.learning_rate"
@@ -134,3 +136,18 @@ def test_a_sweep_told_to_stop_stops_its_job_and_goes_on(tmp_path: Path) -> None:
     assert f"run: {sweep / '0'} (resuming)" in rest.stdout
     assert all((sweep / name / "DONE").exists() for name in ("0", "1"))
     assert "best: job " in rest.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_into_a_bucket_goes_on_there_from_another_disk(tmp_path: Path) -> None:
+    sweep = ("-m", "seed=1,2", *TINY, "output_dir=gs://bucket/sweep")
+    with running(tmp_path / "objects"):
+        first = run(*sweep, f"runtime.cache_dir={tmp_path / 'one'}")
+        assert first.returncode == 0, first.stderr
+        assert "-> gs://bucket/sweep/1" in first.stdout
+        assert (place("gs://bucket/sweep/0") / "DONE").exists()
+        assert (place("gs://bucket/sweep/1") / "DONE").exists()
+        again = run(*sweep, f"runtime.cache_dir={tmp_path / 'other'}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is finished already") == 2
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
