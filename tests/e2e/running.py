@@ -79,9 +79,9 @@ def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:
 
 
 def without_timing(value: Any) -> Any:
-    """Leave out what the machine and the moment decide."""
+    """Leave out what the machine and the moment decide; a SavedModel holds a random number of varying length."""
     if isinstance(value, dict):
-        return {k: without_timing(v) for k, v in value.items() if k not in ("timing", "seconds")}
+        return {k: without_timing(v) for k, v in value.items() if k not in ("timing", "seconds", "bytes")}
     return [without_timing(v) for v in value] if isinstance(value, list) else value
 
 
