@@ -30,7 +30,7 @@ class ServedModel:
         _check_operations(export)
         try:
             self._loaded = tf.saved_model.load(str(export.folder))  # signatures live only as long as this
-        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+        except Exception as error:  # a damaged file shows as almost anything
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"model={export.address} cannot be loaded ({text}); export again") from None
         signatures = self._loaded.signatures
