@@ -31,7 +31,6 @@ from trainer.evaluation.comparison import (
     write_comparison,
 )
 from trainer.storage.places import Place, place
-from trainer.storage.staging import is_remote
 from trainer.watching.lines import say
 
 
@@ -41,7 +40,7 @@ def read_scored(address: str, name: str) -> Scored:
     Raises:
         DataError: there is none.
     """
-    home = place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
+    home = place(address)
     folder = home if (home / "report.json").exists() else home / "report"
     report, rows = (folder / "report.json").fetch(), (folder / "predictions.csv").fetch()
     if report is None or rows is None:

@@ -24,8 +24,7 @@ import numpy as np
 from trainer.command_line import exit_code_of
 from trainer.drift_statistics import BINS, Measure, Window, measures, verdict
 from trainer.errors import ConfigError, DataError, Drifted
-from trainer.storage.places import Place, place
-from trainer.storage.staging import is_remote
+from trainer.storage.places import place
 from trainer.watching.lines import say
 
 KEYS = ("reference", "log", "hours", "output")
@@ -59,18 +58,13 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
     return told
 
 
-def somewhere(address: str) -> Place:
-    """Where an address is, here or in a bucket."""
-    return place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
-
-
 def read_reference(address: str) -> dict[str, Any]:
     """What reference.json holds, of a run, an export, a SavedModel, or the file itself.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
-    home = somewhere(address)
+    home = place(address)
     below = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
     files = [home] if address.endswith(".json") else [home / name for name in below]
     found = next((content for file in files if (content := file.fetch())), None)
@@ -94,7 +88,7 @@ def lines_of(address: str) -> Iterator[str]:
     Raises:
         DataError: there is none.
     """
-    home = somewhere(address)
+    home = place(address)
     files = [home] if home.exists() else []
     if not files:
         files = [e.place for e in home.list(recursive=False) if e.place.name.endswith(".jsonl")]
@@ -198,7 +192,7 @@ def _run(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "drift.png"
         draw(drawn, reference, window, found)
-        somewhere(output).write(drawn.read_bytes())
+        place(output).write(drawn.read_bytes())
     level = verdict(found)
     say("\n".join([f"verdict: {level}", *words(found, strange), f"  figure   {output}"]))
     if level == "shifted":

@@ -35,7 +35,6 @@ from trainer.config import RunConfig, load
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
 from trainer.storage.places import Place, place
-from trainer.storage.staging import is_remote
 from trainer.training.checkpoints import PREFIX, CheckpointFolder
 from trainer.training.state import RunState
 from trainer.watching.lines import say
@@ -112,7 +111,7 @@ def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
     Raises:
         DataError: it holds no run.
     """
-    home = place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
+    home = place(address)
     config, facts = (home / "config.yaml").fetch(), (home / "run.json").fetch()
     if config is None or facts is None:
         raise DataError(f"run={address} holds no run (config.yaml and run.json); give the output_dir of one")
@@ -257,7 +256,7 @@ def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, beg
 def target(output: str | None, checkpoint: Checkpoint, data: str, split: str) -> Place:
     """The folder of the report."""
     if output:
-        return place(output.rstrip("/") if is_remote(output) else Path(output).expanduser())
+        return place(output)
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{data}-{split}")
     return checkpoint.home / "evaluations" / name
 

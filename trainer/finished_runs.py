@@ -16,7 +16,6 @@ from trainer.config import RunConfig, load
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
 from trainer.storage.places import Place, place
-from trainer.storage.staging import is_remote
 from trainer.watching.lines import say
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
         DataError: there is no run, or its files are damaged.
         ConfigError: its config.yaml is of another version, or the changes do not fit.
     """
-    home = place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
+    home = place(address)
     if not (home / "config.yaml").exists():
         raise DataError(f"run={address} holds no run (no config.yaml in it); give the output_dir of one")
     tree = yaml.safe_load((home / "config.yaml").read_text())

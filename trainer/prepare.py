@@ -32,7 +32,6 @@ from trainer.data.writing import Groups, ImageSource, write_dataset
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.local_copies import local_copies
 from trainer.storage.places import place
-from trainer.storage.staging import is_remote
 from trainer.watching import termination
 from trainer.watching.lines import last_words, say
 from trainer.watching.signs import signs
@@ -64,7 +63,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     groups = None
     if field and field != "label":  # which every record has, and which can be grouped by
         groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
-    target = place(output if is_remote(output) else Path(output).expanduser())
+    target = place(output)
     with _progress(config.runtime.progress) as show:
         entries = write_dataset(
             target,

@@ -16,7 +16,6 @@ from trainer import config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.card import label_lines
 from trainer.storage.places import Place, place
-from trainer.storage.staging import is_remote
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
 ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
@@ -58,7 +57,7 @@ def look_for_teacher(address: str) -> TeacherFiles:
         DataError: there is neither.
         ConfigError: the run's config.yaml is of another version.
     """
-    home = place(address.rstrip("/") if is_remote(address) else Path(address).expanduser())
+    home = place(address)
     if (home / _GRAPH).exists():
         return _saved_model(address, home)
     if (home / "config.yaml").exists():

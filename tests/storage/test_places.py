@@ -277,3 +277,10 @@ def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
 def test_a_conditional_write_is_for_small_content(in_bucket: Place) -> None:
     with pytest.raises(ValueError, match="a conditional write is for markers"):
         in_bucket.write(b"x" * 100_000, only_if=None)
+
+
+def test_text_may_begin_with_the_home_of_its_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a").write_text("mine")
+    assert place("~/a").read_text() == "mine"
+    assert str(place("~/a")) == str(tmp_path / "a")

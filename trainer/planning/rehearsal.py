@@ -113,8 +113,7 @@ def listed(address: str) -> list[Entry]:
 
 def output_place(config: RunConfig) -> Place:
     """Where output_dir is."""
-    address = config.output_dir or ""
-    return place(address if is_remote(address) else Path(address).expanduser())
+    return place(config.output_dir or "")
 
 
 def _stand_in(config: RunConfig, folder: Path, contents: tuple[str, ...]) -> None:

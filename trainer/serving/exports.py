@@ -43,7 +43,7 @@ def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> E
         DataError: there is none, or kubetune did not export it.
         Interrupted: the bucket does not answer.
     """
-    home = place(address.rstrip("/") or "/") if is_remote(address) else place(Path(address).expanduser())
+    home = place(address)
     found = _newest(address, home)
     folder = Path(stage(str(found), cache_dir, LARGEST, note, lambda: None))
     if not (folder / LABELS).exists():

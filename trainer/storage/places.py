@@ -19,7 +19,11 @@ __all__ = ["ANY", "Conflict", "Entry", "LocalPlace", "OnlyIf", "Place", "place"]
 
 
 def place(text: str | Path | Place) -> Place:
-    """The place that `text` names: `gs://bucket/a/b`, else a local path. Raises `ConfigError` for other schemes."""
+    """The place that `text` names: `gs://bucket/a/b`, else a local path; as text it may begin with `~`.
+
+    Raises:
+        ConfigError: another scheme, or no bucket.
+    """
     if isinstance(text, Place):
         return text
     if isinstance(text, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
@@ -33,4 +37,4 @@ def place(text: str | Path | Place) -> Place:
         return BucketPlace(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
         raise ConfigError(f"{text}: an address in a bucket must be given as text, pathlib drops one of its slashes")
-    return LocalPlace(Path(text))
+    return LocalPlace(Path(text).expanduser() if isinstance(text, str) else text)

@@ -206,7 +206,7 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the run that `config.output_dir` holds is this one, and nothing of it is left to do. Only reads."""
     if not config.output_dir or config.resume == "never":
         return False
-    folder = place(config.output_dir if is_remote(config.output_dir) else Path(config.output_dir).expanduser())
+    folder = place(config.output_dir)
     if not (folder / "DONE").exists():
         return False
     before = load(yaml.safe_load((folder / "config.yaml").read_text()))
