@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from trainer import config
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import NORM, ThawPlan, apply_thaw
+from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.normalization import NORM
 from trainer.models.trunk import Cut, Tail, Trunk, find_cut
 from trainer.training import variables
 from trainer.training.step import Network, StepSettings, TrainingStep

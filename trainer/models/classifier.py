@@ -11,6 +11,7 @@ import tensorflow as tf
 from trainer import config
 from trainer.errors import ModelError
 from trainer.models.backbones import Backbone, find_backbone
+from trainer.models.folding import computed
 from trainer.models.normalization import counting
 from trainer.models.weights import build_with_weights
 from trainer.randomness import DROPOUT, uniform
@@ -41,7 +42,7 @@ class Classifier:
         """
         pixels = keras.ops.cast(images, "float32")
         with counting(weight if batch_norm_training else None):
-            return self.backbone(self.kind.preprocess(pixels), training=batch_norm_training)
+            return computed(self.backbone, self.kind.preprocess(pixels), batch_norm_training)
 
     def pooled(self, features: Any) -> Any:
         """Feature maps [b, h, w, C] -> float32 [b, C]; what is pooled already stays."""

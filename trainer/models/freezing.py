@@ -14,9 +14,7 @@ import tensorflow as tf
 
 from trainer.errors import ModelError
 from trainer.models.classifier import Classifier
-from trainer.models.normalization import ExampleNormalization
-
-NORM = keras.layers.BatchNormalization
+from trainer.models.normalization import NORM, ExampleNormalization
 
 
 @dataclass(frozen=True)

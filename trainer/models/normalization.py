@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+NORM = keras.layers.BatchNormalization
+
 _weight: ContextVar[Any] = ContextVar("weight", default=None)
 
 

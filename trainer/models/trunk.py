@@ -15,8 +15,8 @@ import keras
 import tensorflow as tf
 
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import NORM
-from trainer.models.normalization import counting
+from trainer.models.folding import computed
+from trainer.models.normalization import NORM, counting
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Trunk:
     def features(self, images: Any) -> tuple[Any, ...]:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> for each cut [b, *shape] of its dtype."""
         pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
-        maps = keras.tree.flatten(self._front(pixels, training=False))
+        maps = keras.tree.flatten(computed(self._front, pixels))
         return tuple(
             self.classifier.pooled(made) if cut.pooled else made for cut, made in zip(self.cuts, maps, strict=True)
         )
@@ -131,7 +131,7 @@ class Tail:
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._back is not None:
             with counting(weight if batch_norm_training else None):
-                maps = self._back(maps, training=batch_norm_training)
+                maps = computed(self._back, maps, batch_norm_training)
         return self.classifier.head_logits(maps, training, seed, step, position)
 
     def l2_loss(self) -> tf.Tensor:
