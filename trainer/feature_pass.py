@@ -23,6 +23,7 @@ from trainer.watching.signs import signs
 # A replica computes this many at once, whatever the batch: so workers and batch size change no bit.
 ROWS = {"CPU": 32, "GPU": 128}
 PIECE = 32 << 20  # bytes that a worker computes before all exchange theirs, about
+DECODED_AHEAD = 256 << 20  # bytes of images, at the most: the first call takes a second, and cores would wait
 CALLS = 8  # and the most calls of the device before that
 
 
@@ -120,7 +121,7 @@ class FeaturePass:
         job, config = self.job, self.job.config
         # One type of images for both splits, so that the trunk is traced once.
         changed = augmentation if config.augmentation.active else None
-        options = dict[str, Any](rows=self.rows, replicas=job.replicas)
+        options = dict[str, Any](rows=self.rows, replicas=job.replicas, ahead=self._ahead(pixels, len(mine)))
         stream = iter(
             job.strategy.distribute_datasets_from_function(
                 lambda _: chosen_batches(
@@ -141,6 +142,13 @@ class FeaturePass:
             return
         finally:
             gate.close()
+
+    def _ahead(self, pixels: Pixels, count: int) -> int | None:
+        """Batches of one replica to be decoded while the trunk is compiled; None where shards have to be fetched."""
+        replicas = self.job.replicas
+        image_bytes = self.job.classifier.image_size**2 * 3
+        most = DECODED_AHEAD // (self.rows // replicas * image_bytes)
+        return None if pixels.shards else max(2 * replicas, min(most, -(-count // self.rows) * replicas))
 
     def _compute(self, cuts: Sequence[Cut]) -> Any:
         """The compiled trunk; its answers are typed as they are stored."""

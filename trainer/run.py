@@ -214,10 +214,14 @@ def score(
     run is told to stop meanwhile: ask `told_to_stop` after it.
     """
     replicas, share, threads = job.replicas, job.share, job.config.runtime.data_threads
-    batches, count = evaluation_batches(
-        pixels, batch_size=batch_size, replicas=replicas, part=part, threads=threads, share=share
-    )
-    stream = job.strategy.distribute_datasets_from_function(lambda _: batches)
+
+    def batches() -> tuple[Any, int]:
+        one, count = evaluation_batches(
+            pixels, batch_size=batch_size, replicas=replicas, part=part, threads=threads, share=share
+        )
+        return job.strategy.distribute_datasets_from_function(lambda _: one), count
+
+    stream, count = evaluator.opened(pixels, (batch_size, part), batches)
     gate = evaluation_gate(pixels, batch_size=batch_size, replicas=replicas, part=part, share=share)
 
     def ready() -> bool:

@@ -80,12 +80,6 @@ def sequence_reads(split: Split, chosen: np.ndarray, batch_size: int) -> Iterato
         yield int(last - first) + padding, np.flatnonzero((ends > start) & (begins < stop) & (ends > begins))
 
 
-def repeated(split: Split, chosen: np.ndarray, batch_size: int) -> Iterator[Read]:
-    """`sequence_reads` again and again."""
-    while len(chosen):
-        yield from sequence_reads(split, chosen, batch_size)
-
-
 class LocalShards:
     """Shards, by path, that nobody has to fetch. They must still be there: a pipeline that skips what it cannot read
     tries for ever to open a file that is gone.

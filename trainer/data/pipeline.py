@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config import Augmentation
 from trainer.contracts import Split
-from trainer.data.ahead import Gate, repeated, rows_ahead, training_reads
+from trainer.data.ahead import Gate, rows_ahead, sequence_reads, training_reads
 from trainer.data.augment import augment
 from trainer.data.decode import COLUMNS, Row, block_dataset, plain
 from trainer.data.features import Features
@@ -55,14 +55,14 @@ def _batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | Non
     return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
-def _finished(batches: tf.data.Dataset, replicas: int, threads: int | None) -> tf.data.Dataset:
+def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False  # every degree of parallelism and buffer is given
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if threads:
         options.threading.private_threadpool_size = threads
-    return batches.prefetch(2 * replicas).with_options(options)
+    return batches.prefetch(ahead).with_options(options)
 
 
 def training_batches(
@@ -101,7 +101,7 @@ def training_batches(
     parallel = pixels.threads if augmentation.active else None
     # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return _finished(batches.map(change, num_parallel_calls=parallel).apply(endless), replicas, threads)
+    return _finished(batches.map(change, num_parallel_calls=parallel).apply(endless), threads, _ahead(replicas))
 
 
 def evaluation_batches(
@@ -120,8 +120,8 @@ def evaluation_batches(
     a run of neighbouring examples.
 
     Returns:
-        the batches, from the start again after the last one (so that no strategy looks for an end), and how many of
-        this worker's part of a global batch they are; 0 where there are fewer examples than workers.
+        the batches, and padding without end after the last one, so that no strategy looks for it; and how many of this
+        worker's part of a global batch they are; 0 where there are fewer examples than workers.
     """
     mine = to_score(pixels.split, batch_size, part, share)
     rows = batch_size // share.workers
@@ -138,10 +138,12 @@ def chosen_batches(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     view: int = 0,
+    ahead: int | None = None,
 ) -> tf.data.Dataset:
-    """The examples `chosen`, increasing indices, in their order and then from the start again, `rows` at a time.
+    """The examples `chosen`, increasing indices, in their order, and then padding without end, `rows` at a time.
 
-    With an `augmentation` images are changed as epoch `view` of training does.
+    With an `augmentation` images are changed as epoch `view` of training does. `ahead`: elements that are made before
+    they are wanted.
     """
     count, block = sequence_blocks(pixels.split, chosen, rows)
 
@@ -155,7 +157,9 @@ def chosen_batches(
 
     parallel = pixels.threads if augmentation is not None and augmentation.active else None
     batches = _batches(pixels, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
-    return _finished(batches.repeat(), replicas, threads)
+    padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
+    endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
+    return _finished(endless, threads, ahead or _ahead(replicas))
 
 
 def training_gate(pixels: Kept, order: Order, *, replicas: int, augmentation: Augmentation) -> Gate:
@@ -171,11 +175,13 @@ def evaluation_gate(pixels: Kept, *, batch_size: int, replicas: int, part: float
     return chosen_gate(pixels, mine, rows=batch_size // share.workers, replicas=replicas)
 
 
-def chosen_gate(pixels: Kept, chosen: np.ndarray, *, rows: int, replicas: int, augmented: bool = False) -> Gate:
+def chosen_gate(
+    pixels: Kept, chosen: np.ndarray, *, rows: int, replicas: int, augmented: bool = False, ahead: int | None = None
+) -> Gate:
     """What waits, before each batch, for the shards that `chosen_batches` of the same arguments opens."""
-    buffered = _buffered(replicas) + (pixels.threads if augmented else 0)
-    ahead = rows_ahead(rows // replicas, pixels.threads, buffered)
-    return pixels.gate("evaluation", repeated(pixels.split, chosen, rows), ahead)
+    buffered = _buffered(replicas, ahead) + (pixels.threads if augmented else 0)
+    reads = sequence_reads(pixels.split, chosen, rows)
+    return pixels.gate("evaluation", reads, rows_ahead(rows // replicas, pixels.threads, buffered))
 
 
 def to_score(split: Split, batch_size: int, part: float, share: Share) -> np.ndarray:
@@ -183,6 +189,11 @@ def to_score(split: Split, batch_size: int, part: float, share: Share) -> np.nda
     return np.array_split(share_of(split, batch_size, part), share.workers)[share.worker]
 
 
-def _buffered(replicas: int) -> int:
-    """Elements that wait: two for each replica in our `prefetch`, as many in the buffers of a strategy's devices."""
-    return 4 * replicas
+def _ahead(replicas: int) -> int:
+    """Elements that our `prefetch` holds: two for each replica."""
+    return 2 * replicas
+
+
+def _buffered(replicas: int, ahead: int | None = None) -> int:
+    """Elements that wait: those of our `prefetch`, and two for each replica in the buffers of a strategy's devices."""
+    return (ahead or _ahead(replicas)) + 2 * replicas

@@ -26,12 +26,23 @@ class EvaluationPass:
     def __init__(self, strategy: tf.distribute.Strategy, network: Answers) -> None:
         self.strategy, self.network = strategy, network
         self._predict = tf.function(self._run, autograph=False)
+        self._streams: list[tuple[Any, Any, Any]] = []
 
     def _run(self, batch: Batch) -> tuple[Any, Any]:
         return self.strategy.run(self._replica, args=(batch,))
 
     def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
+
+    def opened(self, source: Any, how: Any, batches: Callable[[], Any]) -> Any:
+        """What `batches()` is, the same for the same object `source`, read in the same way: it is built once, and not
+        for each epoch.
+        """
+        for known, way, stream in self._streams:
+            if known is source and way == how:
+                return stream
+        self._streams.append((source, how, batches()))
+        return self._streams[-1][-1]
 
     def probabilities(
         self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True

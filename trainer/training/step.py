@@ -141,7 +141,7 @@ class TrainingStep:
             tf.function(self._share_of_loss, jit_compile=True, autograph=False) if settings.xla else self._share_of_loss
         )
         self.traced = False  # the first call takes long
-        self._block = tf.function(self._run_block)
+        self._block = tf.function(self._run_block, autograph=False)
 
     def checkpointed(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the network's own variables, by name."""
@@ -167,10 +167,11 @@ class TrainingStep:
         return per_step.numpy(), float(waited), bool(stopped)
 
     def _run_block(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        waited = tf.zeros([], tf.float64)
-        last, stopped, i = tf.zeros([3]), tf.constant(False), tf.constant(0)
-        while i < steps and not stopped:
+        def go_on(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+            return tf.logical_and(i < steps, tf.logical_not(stopped))
+
+        def one(i: Any, stopped: Any, last: Any, waited: Any, rows: Any) -> tuple[Any, ...]:
+            del stopped
             with tf.control_dependencies([last]):
                 asked = _now()
             with tf.control_dependencies([asked]):
@@ -180,14 +181,17 @@ class TrainingStep:
                 wish = tf.cast(_ask_host(self.stop), tf.float32)
             done = tf.cast(i, tf.int64)
             last, stopped = self._one_step(batch, wish, run_step + done, phase_step + done)
-            rows = rows.write(i, last)
-            i += 1
+            return i + 1, stopped, last, waited, rows.write(i, last)
+
+        # Not a `while`, which autograph would have to convert: its first use in a process takes a third of a second.
+        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
+        begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), rows)
+        _, stopped, _, waited, rows = tf.while_loop(go_on, one, begin)
         sums = rows.stack()
         if self.workers > 1:  # each has added up its own replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
-    @tf.autograph.experimental.do_not_convert  # nothing below asks a tensor in Python, and converting takes its time
     def _one_step(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
         local = self.strategy.experimental_local_results
         gradients, sums, finite, wishes = self.strategy.run(self._gradients, args=(batch, wish, run_step))
@@ -229,7 +233,9 @@ class TrainingStep:
         """Gradients of this part's share of the global mean loss, and its sums."""
         settings, rows = self.settings, dict[str, Any](batch)
         lesson = self._lesson(rows)
-        with tf.GradientTape() as tape:
+        raw = [v.value for v in self.variables]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:  # what is frozen leaves nothing on the tape
+            tape.watch(raw)
             logits = self.network.logits(
                 batch["image"],
                 training=True,
@@ -243,7 +249,6 @@ class TrainingStep:
             penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
             loss = tf.reduce_sum(losses) / examples + penalty
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
-        raw = [v.value for v in self.variables]
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         right = hits(rows, logits) * batch["weight"]
         sums = tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(batch["weight"])])
