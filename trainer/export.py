@@ -166,8 +166,8 @@ def _run(arguments: list[str]) -> None:
     checkpoint = own.get("checkpoint") or exported_checkpoint(run)
     find_checkpoint(run, checkpoint)  # mistakes answer before TensorFlow is imported
     with quiet_start():
-        from trainer.exporting.formats import check_installed, refuse
-    check_installed(run.config.export.formats)
+        from trainer.exporting.formats import check_formats, refuse
+    check_formats(run.config.export.formats, run.config.model.backbone)
     outcomes = export(run, home, checkpoint)
     record(run, home, is_own, outcomes)
     for name, facts in outcomes.items():

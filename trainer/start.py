@@ -17,7 +17,7 @@ from trainer.data.machine import usable_cpus
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
 from trainer.errors import ConfigError, DataError, ModelError
-from trainer.exporting.formats import check_installed
+from trainer.exporting.formats import check_formats
 from trainer.local_copies import copies_ahead
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
@@ -39,7 +39,7 @@ from trainer.watching.signs import signs
 def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
-    check_installed(config.export.formats)
+    check_formats(config.export.formats, config.model.backbone)
     signs.at("opening the data")
     cache = Path(config.runtime.cache_dir).expanduser()
     local, where, shards = copies_ahead(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
