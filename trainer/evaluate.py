@@ -267,10 +267,9 @@ def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: f
     from trainer.data.machine import usable_cpus
     from trainer.data.sources import open_dataset
     from trainer.local_copies import copies_ahead
-    from trainer.models.classifier import build_classifier
+    from trainer.rebuilding import rebuild_classifier
     from trainer.run import Run
     from trainer.storage.publisher import Publisher
-    from trainer.training import variables
     from trainer.training.attempts import Attempts
     from trainer.training.ledger import Ledger
     from trainer.training.scoring import EvaluationPass
@@ -291,9 +290,8 @@ def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: f
     check_classes(checkpoint, dataset)
     strategy = build_strategy(config, peers, say, usable_cpus())
     stop.install()
-    with strategy.scope():
-        classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    variables.write(classifier.variables, checkpoint.variables, f"checkpoint step {checkpoint.step}")
+    classes, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
+    classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.variables, source, strategy.scope())
     say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {checkpoint.address}")
     folder = cache / "evaluated"
     return Run(

@@ -118,17 +118,12 @@ def open_classifier(run: FinishedRun, checkpoint: Place) -> Classifier:
     """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
     import keras
 
-    from trainer.models.classifier import build_classifier
-    from trainer.models.weights import settle_input
-    from trainer.training import variables
+    from trainer.rebuilding import rebuild_classifier
 
     precision = run.config.runtime.precision
     keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
-    model = run.config.model.model_copy(update={"weights": "none"})  # they come from the checkpoint
-    classifier = build_classifier(model, len(run.class_names), run.config.seed)
-    variables.write(classifier.variables, read_checkpoint(checkpoint), f"checkpoint {checkpoint.name}")
-    settle_input(classifier.backbone)
-    return classifier
+    values, source = read_checkpoint(checkpoint), f"checkpoint {checkpoint.name}"
+    return rebuild_classifier(run.config.model, len(run.class_names), run.config.seed, values, source)
 
 
 def open_data(run: FinishedRun) -> Dataset:
