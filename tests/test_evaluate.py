@@ -24,11 +24,10 @@ PROGRAM = """
 import sys, time
 import keras, numpy as np
 from trainer.cluster.preemption import StopFlag
-from trainer.evaluate import configuration, open_job, read_checkpoint, read_run
+from trainer.evaluate import open_job, read_state
+from trainer.finished_runs import find_run
 folder, images, seen = sys.argv[1:]
-home, told, facts = read_run(folder)
-config = configuration(told, [])
-job = open_job(config, read_checkpoint(folder, "last", config, home, facts), StopFlag(), time.time())
+job = open_job(read_state(find_run(folder), "last"), StopFlag(), time.time())
 backbone = job.classifier.backbone
 np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
 """

@@ -27,7 +27,7 @@ from trainer.storage.publisher import Publisher
 from trainer.storage.staging import is_remote
 from trainer.training import variables
 from trainer.training.attempts import Attempts
-from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.checkpoints import CheckpointFolder, weights_of
 from trainer.training.ledger import Ledger
 from trainer.training.run_folder import RunFolder
 from trainer.training.scoring import EvaluationPass
@@ -214,8 +214,7 @@ def take_weights(job: Run, source: str) -> None:
     if job.peers.is_chief:
         where, values = _read_weights(job, source)
     where = job.peers.told("warm start", lambda: where)
-    values = from_chief(job, "weights", values)
-    values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+    values = weights_of(from_chief(job, "weights", values))
     own = job.classifier.variables
     fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
     if not fit:
