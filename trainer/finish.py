@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,11 @@ import numpy as np
 from trainer.contracts import EvaluationResult
 from trainer.errors import INTERRUPTED
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.exporting.card import write_labels, write_model_card
-from trainer.exporting.formats import export_formats, refuse
-from trainer.exporting.reference import write_reference
-from trainer.exporting.subject import HeldOut
+from trainer.exporting.card import write_model_card
+from trainer.exporting.formats import refuse
 from trainer.reporting import pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
-from trainer.subjects import EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
+from trainer.subjects import Scored, write_exports
 from trainer.training.telemetry import clock
 from trainer.watching import termination
 from trainer.watching.signs import FINISH, signs
@@ -116,28 +115,14 @@ def command(job: Run) -> str:
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
     """Write each format asked for, and try each on held-out examples."""
-    home, config = job.folder / "export", job.config
+    home, scored = job.folder / "export", Scored(result.split, indices, result.labels, result.probabilities)
     shutil.rmtree(home, ignore_errors=True)
-    chosen = chosen_examples(len(indices), EXAMPLES)
-    images = pictures(job, result.split, indices[chosen])
-    held_out = HeldOut(images, result.labels[chosen], result.probabilities[chosen])
-    train = job.dataset.splits["train"].count
-    subject = subject_of(
-        job.classifier,
-        job.dataset.class_names,
-        config.model.resize,
-        (result.split, result.probabilities, images),
-        lambda: pictures(job, "train", chosen_examples(train, REPRESENTATIVE)),
-    )
-    write_labels(home / "labels.txt", subject.class_names)
-    write_reference(home / "reference.json", subject.reference)
-    formats, limit = config.export.formats, config.export.max_accuracy_drop
 
     def check() -> None:
         signs.moved()
         job.stop.check(AFTER)
 
-    outcomes = export_formats(home, formats, subject, held_out, limit, check)
+    outcomes = write_exports(home, job.config, job.classifier, job.dataset, scored, partial(pictures, job), check)
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 

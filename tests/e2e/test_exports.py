@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from tests.e2e.running import ROOT, SMALL, run, start, without_timing
 from trainer.config import ExportFormat
-from trainer.export import images_of
+from trainer.export import open_images
 from trainer.exporting.loading import load_export
 from trainer.finished_runs import find_checkpoint, find_run, open_classifier, open_data
 from trainer.imaging import decode_image
@@ -88,6 +88,7 @@ def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> No
     folder = tmp_path / "run"
     assert run(*SMALL, f"output_dir={folder}").returncode == 0
     before = (folder / "export" / "saved_model" / "1" / "saved_model.pb").stat().st_mtime_ns
+    reference = json.loads((folder / "export" / "reference.json").read_text())
     told = verb("export", f"run={folder}", "formats=[keras,tflite]")
     assert told.returncode == 0, told.stderr
     facts = facts_of(folder)
@@ -97,7 +98,10 @@ def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> No
     assert (folder / "export" / "saved_model" / "1" / "saved_model.pb").stat().st_mtime_ns == before
     assert "| `keras` | " in (folder / "export" / "model_card.md").read_text()
     # The same weights as the export of the run itself, averages and all.
-    side = json.loads((folder / "export" / "reference.json").read_text())["image_size"]
+    again = json.loads((folder / "export" / "reference.json").read_text())
+    assert again["class_frequencies"] == reference["class_frequencies"]
+    assert again["embedding"]["n"] == reference["embedding"]["n"]
+    side = again["image_size"]
     images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3)).astype("uint8")
     one, other = (load_export(folder / "export" / name)(images) for name in ("saved_model/1", "model.keras"))
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -183,7 +187,7 @@ def test_darker_digits_and_another_dataset_drift_and_held_out_digits_do_not(trai
     reference = json.loads((trained / "export" / "reference.json").read_text())
     projection = np.array(reference["embedding"]["projection"])
     told = find_run(str(trained))
-    images = images_of(told, open_data(told), "validation", reference["image_size"], np.arange(180))
+    images = open_images(told, open_data(told), "validation", reference["image_size"]).rows(np.arange(180))
 
     def log(name: str, shown: np.ndarray) -> Path:
         path = tmp_path / f"{name}.jsonl"
