@@ -147,28 +147,17 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
 
 def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[str, Any]:
     """Score and report; returns what report.json holds."""
-    from trainer.evaluation.metrics import evaluate_arrays
-    from trainer.reporting import report_on
+    from trainer.reporting import evaluated, report_on
     from trainer.run import score
 
     stop, config = StopFlag(), checkpoint.run.config
     job = open_job(checkpoint, stop, began)
     split = choose_split(own.get("split"), job.dataset)
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples of {job.dataset.name}")
-    batch_size = config.training.batch_size
-    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, split)
+    answers = score(job, job.evaluator, job.pixels(split), config.training.batch_size, split)
     stop.check(DURING)
     job.ledger.mark("evaluation")
-    groups = job.dataset.splits[split].groups
-    result = evaluate_arrays(
-        split,
-        job.dataset.class_names,
-        labels,
-        probabilities,
-        tuple(job.name_of(split, int(i)) for i in indices),
-        [groups[int(i)] for i in indices] if groups else None,
-        config.data.group_field or "",
-    )
+    result = evaluated(job, split, *answers)
     own_data = job.dataset.fingerprint == checkpoint.run.fingerprint
     facts: dict[str, Any] = {
         "title": f"{config.experiment_name or job.dataset.name}, {checkpoint.name} on {job.dataset.name}",
@@ -188,7 +177,7 @@ def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[
     splits = list(job.dataset.splits) if own_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
         local = Path(str(home)) if home.is_local else Path(beside)
-        report = report_on(job, local, result, indices, facts, splits, lambda: stop.check(DURING))
+        report = report_on(job, local, result, answers[2], facts, splits, lambda: stop.check(DURING))
         if not home.is_local:
             for file in sorted(local.iterdir()):
                 (home / file.name).upload(file)

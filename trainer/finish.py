@@ -12,10 +12,9 @@ import numpy as np
 
 from trainer.contracts import EvaluationResult
 from trainer.errors import INTERRUPTED
-from trainer.evaluation.metrics import evaluate_arrays
 from trainer.exporting.card import write_model_card
 from trainer.exporting.formats import refuse
-from trainer.reporting import pictures, report_on, show_in_tensorboard
+from trainer.reporting import evaluated, pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
 from trainer.subjects import Scored, write_exports
 from trainer.training.telemetry import clock
@@ -39,7 +38,7 @@ def finish(job: Run) -> None:
     split = "test" if "test" in job.dataset.splits else "validation"
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
     batch_size = job.config.training.batch_size
-    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}")
+    answers = score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}")
     if job.told_to_stop("after scoring"):
         job.stop.told("stopped by another worker")
     job.stop.check(AFTER)
@@ -49,10 +48,7 @@ def finish(job: Run) -> None:
         job.peers.from_chief("done")
         return
     job.peers.go_on_alone()
-    names = tuple(job.name_of(split, int(i)) for i in indices)
-    field, groups = job.config.data.group_field or "", job.dataset.splits[split].groups
-    of_each = [groups[int(i)] for i in indices] if groups else None
-    result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names, of_each, field)
+    result, indices = evaluated(job, split, *answers), answers[2]
 
     say("exporting")
     signs.at("export")

@@ -14,6 +14,7 @@ from trainer.contracts import EvaluationResult, Split
 from trainer.data.augment import augment
 from trainer.data.mixing import mixed
 from trainer.evaluation.duplicates import MEMBERS, Member, described, find_duplicates, shrink
+from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.picture_section import MEMBERS_SHOWN, SHOWN
 from trainer.evaluation.report import Repeats, Samples, describe_data, write_report
 from trainer.models.explanations import explain
@@ -24,6 +25,22 @@ from trainer.watching.signs import signs
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 256  # images
 EXPLAINED_AT_ONCE = 16  # images
+
+
+def evaluated(
+    job: Run, split: str, probabilities: np.ndarray, labels: np.ndarray, indices: np.ndarray
+) -> EvaluationResult:
+    """The scores of what `trainer.run.score` answers for a split, by group where the data has groups."""
+    groups = job.dataset.splits[split].groups
+    return evaluate_arrays(
+        split,
+        job.dataset.class_names,
+        labels,
+        probabilities,
+        tuple(job.name_of(split, int(i)) for i in indices),
+        [groups[int(i)] for i in indices] if groups else None,
+        job.config.data.group_field or "",
+    )
 
 
 def report_on(
