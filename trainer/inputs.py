@@ -18,7 +18,7 @@ from trainer.data.order import shards_of_workers, sizes_of_shards
 from trainer.data.pipeline import Kept, to_score
 from trainer.data.pixels import cache_name
 from trainer.errors import Interrupted
-from trainer.feature_choice import Choice, choose, divisions, phase_epochs, stored_dtype
+from trainer.feature_choice import Choice, choose, phase_epochs, stored_dtype
 from trainer.feature_pass import FeaturePass, Wanted, rows_at_once
 from trainer.models.trunk import Cut, Tail
 from trainer.run import GIGABYTE, Run, again, memory_left, say
@@ -45,7 +45,6 @@ class Inputs:
 def choose_features(job: Run) -> None:
     """Cached features or images for each phase: as this run chose when it began, or chosen and noted now."""
     config, split = job.config, job.dataset.splits["train"]
-    job.divisions = parts = divisions(config, job.classifier)
     record = job.folder / "run.json"
 
     def choice() -> tuple[dict[str, bool], list[str]]:
@@ -58,7 +57,7 @@ def choose_features(job: Run) -> None:
         epochs = phase_epochs(config, split.count)
         examples = split.count + job.dataset.splits["validation"].count
         budget = max(memory_left(job), int(config.runtime.disk_budget_gb * GIGABYTE))
-        choices = choose(config, parts, epochs, examples, budget)
+        choices = choose(config, job.divisions, epochs, examples, budget)
         _record(job, choices)
         return {n: c.cached for n, c in choices.items()}, [c.line(n) for n, c in choices.items()]
 

@@ -16,11 +16,11 @@ from trainer.contracts import Dataset, Split
 from trainer.data.machine import usable_cpus
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
-from trainer.errors import ConfigError, DataError, ModelError
+from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
+from trainer.feature_choice import divisions
 from trainer.local_copies import copies_ahead
-from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.classifier import build_classifier
 from trainer.run import Run, from_chief, say, steps_of
 from trainer.storage.places import place
 from trainer.storage.publisher import Publisher
@@ -65,7 +65,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     with strategy.scope():
         described = config.model.model_copy(update={"weights": local.model.weights})
         classifier = build_classifier(described, len(dataset.class_names), config.seed)
-    try_phases(classifier, config)
+    parts = divisions(config, classifier)  # before the first step: a mistake in the last phase must not cost the others
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": peers.size, "found_by": peers.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
@@ -88,20 +88,8 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         state=RunState(),
         where=where,
         shards=shards,
+        divisions=parts,
     )
-
-
-def try_phases(classifier: Classifier, config: RunConfig) -> None:
-    """Every phase's rule for thawing is tried before the first step: a mistake in the last must not cost the others.
-
-    Raises:
-        ModelError: names the phase.
-    """
-    for name, phase in config.phases.items():
-        try:
-            apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-        except ModelError as error:
-            raise ModelError(f"phases.{name}: {error}") from None
 
 
 def settle(config: RunConfig, home: RunFolder, peers: Peers, dataset: Dataset) -> tuple[RunConfig, list[str]]:
