@@ -17,6 +17,7 @@ from trainer.exporting.formats import refuse
 from trainer.reporting import evaluated, pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
 from trainer.subjects import Scored, write_exports
+from trainer.training.run_folder import read_facts
 from trainer.training.telemetry import clock
 from trainer.watching import termination
 from trainer.watching.signs import FINISH, signs
@@ -105,8 +106,7 @@ def timing(job: Run) -> dict[str, Any]:
 
 def command(job: Run) -> str:
     """What the last start of this run was called with, as one types it."""
-    attempts = json.loads((job.folder / "run.json").read_text())["attempts"]
-    return shlex.join(attempts[-1]["command"])
+    return shlex.join(read_facts(job.folder)["attempts"][-1]["command"])
 
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
