@@ -21,6 +21,7 @@ from trainer.exporting.formats import check_formats
 from trainer.feature_choice import divisions
 from trainer.local_copies import copies_ahead
 from trainer.models.classifier import build_classifier
+from trainer.models.weights import settle_input
 from trainer.run import Run, from_chief, say, steps_of
 from trainer.storage.places import place
 from trainer.storage.publisher import Publisher
@@ -123,6 +124,7 @@ def resume(job: Run, home: RunFolder) -> None:
         job.state = RunState.from_json(state)
         job.saved_step = job.state.step
         variables.write(job.classifier.variables, job.loaded, f"checkpoint step {job.state.step}")
+        settle_input(job.classifier.backbone)
         say(f"weights: this run's checkpoint at step {job.state.step}")
     elif job.config.warm_start:
         take_weights(job, job.config.warm_start)
@@ -208,6 +210,7 @@ def take_weights(job: Run, source: str) -> None:
     if not fit:
         raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
     variables.write(fit, values, source)
+    settle_input(job.classifier.backbone)
     say(f"weights: warm start from {where}, {len(fit)} of {len(own)} variables")
 
 
