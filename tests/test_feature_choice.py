@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.config import RunConfig, load
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, ModelError
 from trainer.feature_choice import choose, divisions, images_again, phase_epochs, stored_dtype
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.trunk import Cut
@@ -97,3 +97,10 @@ def test_a_division_knows_what_moves(classifier: Classifier) -> None:
     assert parts["all"].cut is None
     assert images_again(told, {"head": True, "norms": True, "all": False})
     assert not images_again(told, {"head": False, "norms": True, "all": True}, first=1)
+
+
+def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:
+    phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
+    told = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
+    with pytest.raises(ModelError, match=r"^phases.second: thaw=last_blocks:99: "):
+        divisions(told, classifier)

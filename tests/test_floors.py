@@ -21,7 +21,7 @@ FLOORS = (
     {"storage", "cluster"},
     {"data", "models", "training", "evaluation", "exporting", "serving"},
     {"feature_choice"},
-    {"run", "command_line", "hparams", "local_copies", "teacher_files", "subjects"},
+    {"run", "command_line", "hparams", "local_copies", "teacher_files", "subjects", "rebuilding"},
     {"feature_pass", "reporting"},
     {"start", "finish", "sweep", "planning", "teaching", "inputs", "handing_on", "finished_runs"},
     {"train"},

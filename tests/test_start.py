@@ -7,13 +7,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import keras
 import numpy as np
 import pytest
 
+from trainer.cluster.discovery import discover
+from trainer.cluster.peers import Peers
 from trainer.command_line import _hidden
+from trainer.config import load
 from trainer.contracts import Shard, Split
-from trainer.start import _own_shards
+from trainer.models.classifier import build_classifier
+from trainer.models.weights import settle_input
+from trainer.start import _own_shards, resume, take_weights
+from trainer.training import variables
+from trainer.training.attempts import Attempts
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.ledger import Ledger
+from trainer.training.state import RunState
 
 ROOT = Path(__file__).parents[1]
 WHOLE = tuple(Shard(f"{name}.tfrecord", 10, 0, 10) for name in "abcd")
@@ -27,6 +40,30 @@ PIECES = tuple(Shard(f"{name}.tfrecord", 10, at, at + 1) for name in "ab" for at
 def test_shards_are_counted_by_file(shards: tuple[Shard, ...], expected: tuple[int, int, int, int]) -> None:
     records = sum(shard.stop - shard.start for shard in shards)
     assert _own_shards(Split("train", np.zeros(records, np.int32), shards=shards), 2, 0) == expected
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_takes_saw(
+    resumed: bool, tmp_path: Path
+) -> None:
+    told = load({"data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
+                 "model": {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}})  # fmt: skip
+    one, other = (build_classifier(told.model, 3, seed) for seed in (1, 2))
+    norm = one.backbone.get_layer("normalization")
+    norm.adapt_mean.assign([0.485, 0.456, 0.406])
+    norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
+    settle_input(one.backbone)
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", 1, print)
+    checkpoints.save(RunState(step=1).to_json(), variables.read(one.variables), None)
+    job = SimpleNamespace(config=told, classifier=other, peers=Peers(discover({}), {}), checkpoints=checkpoints,
+                          folder=tmp_path, ledger=Ledger(None, 0), attempts=Attempts(None))  # fmt: skip
+    if resumed:
+        resume(cast(Any, job), cast(Any, SimpleNamespace(resuming=True)))
+    else:
+        take_weights(cast(Any, job), str(tmp_path))
+    image = np.full((1, 32, 32, 3), 200, "float32")
+    parts = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (one, other)]
+    np.testing.assert_allclose(*(part(image) for part in parts), rtol=1e-5)
 
 
 def test_what_only_the_report_needs_is_imported_with_the_report() -> None:

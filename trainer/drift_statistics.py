@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 MODERATE, SHIFTED = 0.1, 0.25  # of a PSI, as is usual
-FAR = 0.1  # of an embedding: this share of the reference's variance
+NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as shares of the reference's variance
 CHANCE = 0.99  # of samples without any drift stay below a limit
 DRAWS = 200  # of the bootstrap
 BINS = 20  # of the largest probability, over 0..1
@@ -187,9 +187,9 @@ def measures(reference: Mapping[str, Any], window: Window) -> list[Measure]:
     found.append(_stability("confidence", *binned, count, window.n))
     if "embedding" in reference and window.embedded > 1:
         own = reference["embedding"]
-        limit = max(FAR, distance_by_chance(own, int(own.get("n", count)), window.embedded))
+        chance = distance_by_chance(own, int(own.get("n", count)), window.embedded)
         value = embedding_distance(own, *window.gaussian())
-        found.append(Measure("embedding", value, limit, limit, window.embedded))
+        found.append(Measure("embedding", value, max(NEAR, chance), max(FAR, chance), window.embedded))
     return found
 
 

@@ -10,12 +10,11 @@ The data is the run's own, or what `data=...` and `data.KEY=...` say; `runtime..
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from trainer.cluster.preemption import StopFlag, end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-import yaml
+import numpy as np
 
 from trainer.cluster.discovery import discover
 from trainer.cluster.peers import Peers
@@ -34,8 +33,9 @@ from trainer.command_line import compose, exit_code_of, quiet_start, speak_as, s
 from trainer.config import RunConfig, load
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
+from trainer.finished_runs import FinishedRun, exported_checkpoint, find_checkpoint, read_run
 from trainer.storage.places import Place, place
-from trainer.training.checkpoints import PREFIX, CheckpointFolder
+from trainer.training.checkpoints import CheckpointFolder, read_checkpoint, weights_of
 from trainer.training.state import RunState
 from trainer.watching.lines import say
 from trainer.watching.signs import signs
@@ -53,14 +53,10 @@ DURING = "during the evaluation"
 class Checkpoint:
     """What is evaluated."""
 
-    address: str  # of the run, as the user gave it
-    home: Place  # of the run
-    name: str  # best, last or step-00000420
-    step: int
+    run: FinishedRun
+    name: str  # best, last or step-420
     state: RunState
-    variables: dict[str, Any]
-    classes: tuple[str, ...]
-    fingerprint: str  # of the data it was trained on
+    values: dict[str, np.ndarray]  # of the model's variables
     phases: dict[str, Any]  # how those that had ended by then have ended
 
 
@@ -105,69 +101,18 @@ def configuration(told: dict[str, Any], arguments: list[str]) -> RunConfig | Non
     return load(told)
 
 
-def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
-    """The folder of a run, its configuration as it was written, and run.json.
+def read_state(run: FinishedRun, which: str | None) -> Checkpoint:
+    """State and weights, averaged where EMA is on; `which` is best, last, a step, or None: what the run exported.
 
     Raises:
-        DataError: it holds no run.
-    """
-    home = place(address)
-    config, facts = (home / "config.yaml").fetch(), (home / "run.json").fetch()
-    if config is None or facts is None:
-        raise DataError(f"run={address} holds no run (config.yaml and run.json); give the output_dir of one")
-    return home, yaml.safe_load(config[0]), json.loads(facts[0])
-
-
-def find_checkpoint(address: str, home: Place, which: str, cache: Path) -> tuple[str, Path]:
-    """The name of a checkpoint and the local folder of checkpoints that it lies in.
-
-    Raises:
-        ConfigError: `which` is none of best, last and a step.
-        DataError: there is no such checkpoint.
-    """
-    folder = home / "checkpoints"
-    there = sorted(p.name for p in folder.folders() if p.name.startswith(PREFIX))
-    if which in ("best", "last"):
-        pointer = (folder / {"best": "BEST", "last": "LATEST"}[which]).fetch()
-        name = (pointer[0].decode().split() or [""])[0] if pointer else ""
-    elif which.isdigit():
-        name = next((n for n in there if n[: len(PREFIX) + 8] == f"{PREFIX}{int(which):08d}"), "")
-    else:
-        raise ConfigError(f"checkpoint={which}: give best, last or a step, such as checkpoint=420")
-    if name not in there:
-        steps = ", ".join(sorted({str(int(n[len(PREFIX) : len(PREFIX) + 8])) for n in there}, key=int)) or "none"
-        raise DataError(f"run={address} has no checkpoint {which}; the steps it has: {steps}")
-    if isinstance(local := _local(folder), Path):
-        return name, local
-    copy = cache / "evaluated" / hashlib.sha256(f"{folder}/{name}".encode()).hexdigest()[:16]
-    step = name[: len(PREFIX) + 8]
-    (copy / step).mkdir(parents=True, exist_ok=True)
-    for file in ("manifest.json", "state.json", "variables.npz"):
-        (folder / name / file).download(copy / step / file)
-    return step, copy
-
-
-def _local(there: Place) -> Path | None:
-    return Path(str(there)) if there.is_local else None
-
-
-def read_checkpoint(
-    address: str, which: str | None, config: RunConfig, home: Place, facts: dict[str, Any]
-) -> Checkpoint:
-    """State and weights, averaged where EMA is on.
-
-    Raises:
+        ConfigError: it is none of these.
         DataError: it is missing or damaged.
     """
-    kept = which or ("best" if config.training.keep == "best" else "last")
-    name, folder = find_checkpoint(address, home, kept, Path(config.runtime.cache_dir).expanduser())
-    state, values = CheckpointFolder(folder, 1, say).read(int(name[len(PREFIX) : len(PREFIX) + 8]))
-    values |= {key.removeprefix("ema/"): value for key, value in values.items() if key.startswith("ema/")}
+    kept = which or exported_checkpoint(run)
+    state, values = read_checkpoint(find_checkpoint(run, kept))
     found = RunState(step=state["step"], history=state.get("history", []), finished=state.get("finished", {}))
-    said = kept if kept in ("best", "last") else f"step-{found.step}"
-    fingerprint = facts.get("data_fingerprint", "")
-    phases = _phases(home, found)
-    return Checkpoint(address, home, said, found.step, found, values, tuple(facts["classes"]), fingerprint, phases)
+    name = kept if kept in ("best", "last") else f"step-{found.step}"
+    return Checkpoint(run, name, found, weights_of(values), _phases(run.home, found))
 
 
 def _phases(home: Place, state: RunState) -> dict[str, Any]:
@@ -180,13 +125,13 @@ def _phases(home: Place, state: RunState) -> dict[str, Any]:
 
 def check_classes(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Raise a DataError unless the data has the classes of the model, in the same order."""
-    mine, theirs = checkpoint.classes, dataset.class_names
+    mine, theirs = checkpoint.run.class_names, dataset.class_names
     if mine == theirs:
         return
     odd = [f"{name!r} in place of {wanted!r}" for name, wanted in zip(theirs, mine, strict=False) if name != wanted]
     first = f"the first that differs: {odd[0]}" if odd else "the rest is the same"
     raise DataError(
-        f"run={checkpoint.address} knows {len(mine)} classes and the data has {len(theirs)}, or in another order "
+        f"run={checkpoint.run.address} knows {len(mine)} classes and the data has {len(theirs)}, or in another order "
         f"({first}); give data with the same classes in the same order"
     )
 
@@ -200,39 +145,28 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
     return wanted
 
 
-def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, began: float) -> dict[str, Any]:
+def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[str, Any]:
     """Score and report; returns what report.json holds."""
-    from trainer.evaluation.metrics import evaluate_arrays
-    from trainer.reporting import report_on
+    from trainer.reporting import evaluated, report_on
     from trainer.run import score
 
-    stop = StopFlag()
-    job = open_job(config, checkpoint, stop, began)
+    stop, config = StopFlag(), checkpoint.run.config
+    job = open_job(checkpoint, stop, began)
     split = choose_split(own.get("split"), job.dataset)
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples of {job.dataset.name}")
-    batch_size = config.training.batch_size
-    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, split)
+    answers = score(job, job.evaluator, job.pixels(split), config.training.batch_size, split)
     stop.check(DURING)
     job.ledger.mark("evaluation")
-    groups = job.dataset.splits[split].groups
-    result = evaluate_arrays(
-        split,
-        job.dataset.class_names,
-        labels,
-        probabilities,
-        tuple(job.name_of(split, int(i)) for i in indices),
-        [groups[int(i)] for i in indices] if groups else None,
-        config.data.group_field or "",
-    )
-    own_data = job.dataset.fingerprint == checkpoint.fingerprint
+    result = evaluated(job, split, *answers)
+    own_data = job.dataset.fingerprint == checkpoint.run.fingerprint
     facts: dict[str, Any] = {
         "title": f"{config.experiment_name or job.dataset.name}, {checkpoint.name} on {job.dataset.name}",
         "history": checkpoint.state.history,
         "phases": checkpoint.phases,
         "timing": {
             "command": shlex.join(["python", "-m", "trainer.evaluate", *sys.argv[1:]]),
-            "run": checkpoint.address,
-            "checkpoint_step": checkpoint.step,
+            "run": checkpoint.run.address,
+            "checkpoint_step": checkpoint.state.step,
         },
     }
     if not own_data:
@@ -240,12 +174,13 @@ def evaluate(own: dict[str, str], config: RunConfig, checkpoint: Checkpoint, beg
     elif split == "train":
         facts["note"] = TRAIN_NOTE
     home = target(own.get("output"), checkpoint, job.dataset.name, split)
-    local = _local(home) or Path(config.runtime.cache_dir).expanduser() / "evaluated" / f"report-{os.getpid()}"
     splits = list(job.dataset.splits) if own_data else [split]
-    report = report_on(job, local, result, indices, facts, splits, lambda: stop.check(DURING))
-    if not home.is_local:
-        for file in sorted(local.iterdir()):
-            (home / file.name).upload(file)
+    with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
+        local = Path(str(home)) if home.is_local else Path(beside)
+        report = report_on(job, local, result, answers[2], facts, splits, lambda: stop.check(DURING))
+        if not home.is_local:
+            for file in sorted(local.iterdir()):
+                (home / file.name).upload(file)
     low, high = report["test"]["interval"]
     n = report["test"]["n"]
     say(f"{split} accuracy {report['test']['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}); macro F1 "
@@ -258,24 +193,24 @@ def target(output: str | None, checkpoint: Checkpoint, data: str, split: str) ->
     if output:
         return place(output)
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{data}-{split}")
-    return checkpoint.home / "evaluations" / name
+    return checkpoint.run.home / "evaluations" / name
 
 
-def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
+def open_job(checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
     """All that scoring needs of a run, with nothing that would write to its folder."""
     from trainer.cluster.strategy import build_strategy
     from trainer.data.machine import usable_cpus
     from trainer.data.sources import open_dataset
     from trainer.local_copies import copies_ahead
-    from trainer.models.classifier import build_classifier
+    from trainer.rebuilding import rebuild_classifier
     from trainer.run import Run
     from trainer.storage.publisher import Publisher
-    from trainer.training import variables
     from trainer.training.attempts import Attempts
     from trainer.training.ledger import Ledger
     from trainer.training.scoring import EvaluationPass
     from trainer.training.telemetry import Telemetry
 
+    config = checkpoint.run.config
     peers, cache = Peers(discover({}), {}), Path(config.runtime.cache_dir).expanduser()
     model = config.model.model_copy(update={"weights": "none"})  # all of them come from the checkpoint
     bare = config.model_copy(update={"model": model})
@@ -291,15 +226,14 @@ def open_job(config: RunConfig, checkpoint: Checkpoint, stop: StopFlag, began: f
     check_classes(checkpoint, dataset)
     strategy = build_strategy(config, peers, say, usable_cpus())
     stop.install()
-    with strategy.scope():
-        classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    variables.write(classifier.variables, checkpoint.variables, f"checkpoint step {checkpoint.step}")
-    say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {checkpoint.address}")
+    classes, source = len(dataset.class_names), f"checkpoint step {checkpoint.state.step}"
+    classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.values, source, strategy.scope())
+    say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.state.step}) of {checkpoint.run.address}")
     folder = cache / "evaluated"
     return Run(
         config=config,
         folder=folder,
-        address=checkpoint.address,
+        address=checkpoint.run.address,
         publisher=Publisher(folder, None, None),
         peers=peers,
         strategy=strategy,
@@ -328,11 +262,12 @@ def _run(arguments: list[str]) -> None:
     if config is None:
         return
     speak_as(config.runtime)
-    checkpoint = read_checkpoint(own["run"], own.get("checkpoint"), config, home, facts)
+    run = FinishedRun(own["run"], home, config, tuple(facts["classes"]), facts["data_fingerprint"])
+    checkpoint = read_state(run, own.get("checkpoint"))
     signs.enter("evaluate")
     with quiet_start():
         import trainer.reporting  # noqa: F401  TensorFlow is imported only now: mistakes must answer at once
-    evaluate(own, config, checkpoint, began)
+    evaluate(own, checkpoint, began)
 
 
 def main() -> None:

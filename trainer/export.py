@@ -39,7 +39,11 @@ from trainer.watching.lines import say
 
 if TYPE_CHECKING:
     from trainer.contracts import Dataset
+    from trainer.data.pixels import Pixels
+    from trainer.models.classifier import Classifier
+    from trainer.subjects import Scored
 
+READ_AT_ONCE = 256  # images
 OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
 USAGE = "python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]"
 
@@ -86,11 +90,11 @@ def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
     return Path(str(run.home)) / "export", True
 
 
-def images_of(run: FinishedRun, dataset: Dataset, split: str, size: int, indices: Any) -> Any:
-    """uint8 [k, S, S, 3]: the decoded images of these examples."""
+def open_images(run: FinishedRun, dataset: Dataset, split: str, size: int) -> Pixels:
+    """The images of a split at a size in pixels, decoded when they are read."""
     from trainer.data.pixels import open_pixels
 
-    pixels = open_pixels(
+    return open_pixels(
         dataset.splits[split],
         size=size,
         resize=run.config.model.resize,
@@ -103,43 +107,37 @@ def images_of(run: FinishedRun, dataset: Dataset, split: str, size: int, indices
         on_error=run.config.data.on_error,
         note=lambda _: None,
     )
-    return pixels.rows(indices)
+
+
+def score_all(classifier: Classifier, pixels: Pixels) -> Scored:
+    """Every example of a split that can be decoded."""
+    import numpy as np
+    import tensorflow as tf
+
+    from trainer.subjects import BATCH, Scored
+
+    split, answer = pixels.split, tf.function(classifier.probabilities, reduce_retracing=True)
+    parts = []
+    for start in range(0, split.count, READ_AT_ONCE):
+        images = pixels.rows(np.arange(start, min(start + READ_AT_ONCE, split.count)))
+        parts += [answer(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)]
+    good = np.setdiff1d(np.arange(split.count), list(pixels.bad))
+    return Scored(split.name, good, split.labels[good], np.concatenate(parts)[good])
 
 
 def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
     """Write the formats that the configuration names below `home`; facts by format."""
-    import numpy as np
-    import tensorflow as tf
-
-    from trainer.exporting.card import write_labels
-    from trainer.exporting.formats import export_formats
-    from trainer.exporting.reference import write_reference
-    from trainer.exporting.subject import HeldOut
-    from trainer.subjects import BATCH, EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
+    from trainer.subjects import write_exports
 
     dataset = open_data(run)
     folder = find_checkpoint(run, checkpoint)
     classifier = open_classifier(run, folder)
     split = "test" if "test" in dataset.splits else "validation"
-    chosen = chosen_examples(dataset.splits[split].count, EXAMPLES)
-    train = chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)
-    size = classifier.image_size
-    say(f"exporting {folder.name} of {run.address}, tried on {len(chosen):,} {split} examples")
-    images = images_of(run, dataset, split, size, chosen)
-    answer = tf.function(classifier.probabilities, reduce_retracing=True)
-    parts = [answer(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)]
-    held_out = HeldOut(images, dataset.splits[split].labels[chosen], np.concatenate(parts))
-    subject = subject_of(
-        classifier,
-        dataset.class_names,
-        run.config.model.resize,
-        (split, held_out.probabilities, images),
-        lambda: images_of(run, dataset, "train", size, train),
-    )
-    write_labels(home / "labels.txt", subject.class_names)
-    write_reference(home / "reference.json", subject.reference)
-    limit = run.config.export.max_accuracy_drop
-    return export_formats(home, run.config.export.formats, subject, held_out, limit, lambda: None)
+    say(f"exporting {folder.name} of {run.address}, after it has answered for {dataset.splits[split].count:,} {split} "
+        "examples")  # fmt: skip
+    opened = {name: open_images(run, dataset, name, classifier.image_size) for name in (split, "train")}
+    scored = score_all(classifier, opened[split])
+    return write_exports(home, run.config, classifier, dataset, scored, lambda name, some: opened[name].rows(some))
 
 
 def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
@@ -166,8 +164,8 @@ def _run(arguments: list[str]) -> None:
     checkpoint = own.get("checkpoint") or exported_checkpoint(run)
     find_checkpoint(run, checkpoint)  # mistakes answer before TensorFlow is imported
     with quiet_start():
-        from trainer.exporting.formats import check_installed, refuse
-    check_installed(run.config.export.formats)
+        from trainer.exporting.formats import check_formats, refuse
+    check_formats(run.config.export.formats, run.config.model.backbone)
     outcomes = export(run, home, checkpoint)
     record(run, home, is_own, outcomes)
     for name, facts in outcomes.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from trainer.config import Phase, RunConfig
 from trainer.data.features import bytes_of
 from trainer.data.pixels import megabytes
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, ModelError
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.trunk import Cut, find_cut, is_moving
@@ -44,11 +44,14 @@ def divisions(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
     """Of each phase; the classifier is left as the last phase has it.
 
     Raises:
-        ModelError: a rule of freezing matches nothing.
+        ModelError: a rule of freezing matches nothing; names the phase.
     """
     found = {}
     for name, phase in config.phases.items():
-        plan = apply_thaw(classifier, phase.thaw, phase.batch_norm)
+        try:
+            plan = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+        except ModelError as error:
+            raise ModelError(f"phases.{name}: {error}") from None
         moves = set(plan.trainable)
         if plan.batch_norm_training:
             moving = {id(v) for layer in classifier.backbone.layers if is_moving(layer) for v in layer.weights}

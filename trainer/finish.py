@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from trainer.contracts import EvaluationResult
 from trainer.errors import INTERRUPTED
-from trainer.evaluation.metrics import evaluate_arrays
-from trainer.exporting.card import write_labels, write_model_card
-from trainer.exporting.formats import export_formats, refuse
-from trainer.exporting.reference import write_reference
-from trainer.exporting.subject import HeldOut
-from trainer.reporting import pictures, report_on, show_in_tensorboard
+from trainer.exporting.card import write_model_card
+from trainer.exporting.formats import refuse
+from trainer.reporting import evaluated, pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
-from trainer.subjects import EXAMPLES, REPRESENTATIVE, chosen_examples, subject_of
+from trainer.subjects import Scored, write_exports
+from trainer.training.run_folder import read_facts
 from trainer.training.telemetry import clock
 from trainer.watching import termination
 from trainer.watching.signs import FINISH, signs
@@ -40,7 +39,7 @@ def finish(job: Run) -> None:
     split = "test" if "test" in job.dataset.splits else "validation"
     say(f"evaluating {job.dataset.splits[split].count:,} {split} examples")
     batch_size = job.config.training.batch_size
-    probabilities, labels, indices = score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}")
+    answers = score(job, job.evaluator, job.pixels(split), batch_size, f"scores of {split}")
     if job.told_to_stop("after scoring"):
         job.stop.told("stopped by another worker")
     job.stop.check(AFTER)
@@ -50,10 +49,7 @@ def finish(job: Run) -> None:
         job.peers.from_chief("done")
         return
     job.peers.go_on_alone()
-    names = tuple(job.name_of(split, int(i)) for i in indices)
-    field, groups = job.config.data.group_field or "", job.dataset.splits[split].groups
-    of_each = [groups[int(i)] for i in indices] if groups else None
-    result = evaluate_arrays(split, job.dataset.class_names, labels, probabilities, names, of_each, field)
+    result, indices = evaluated(job, split, *answers), answers[2]
 
     say("exporting")
     signs.at("export")
@@ -110,34 +106,19 @@ def timing(job: Run) -> dict[str, Any]:
 
 def command(job: Run) -> str:
     """What the last start of this run was called with, as one types it."""
-    attempts = json.loads((job.folder / "run.json").read_text())["attempts"]
-    return shlex.join(attempts[-1]["command"])
+    return shlex.join(read_facts(job.folder)["attempts"][-1]["command"])
 
 
 def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
     """Write each format asked for, and try each on held-out examples."""
-    home, config = job.folder / "export", job.config
+    home, scored = job.folder / "export", Scored(result.split, indices, result.labels, result.probabilities)
     shutil.rmtree(home, ignore_errors=True)
-    chosen = chosen_examples(len(indices), EXAMPLES)
-    images = pictures(job, result.split, indices[chosen])
-    held_out = HeldOut(images, result.labels[chosen], result.probabilities[chosen])
-    train = job.dataset.splits["train"].count
-    subject = subject_of(
-        job.classifier,
-        job.dataset.class_names,
-        config.model.resize,
-        (result.split, result.probabilities, images),
-        lambda: pictures(job, "train", chosen_examples(train, REPRESENTATIVE)),
-    )
-    write_labels(home / "labels.txt", subject.class_names)
-    write_reference(home / "reference.json", subject.reference)
-    formats, limit = config.export.formats, config.export.max_accuracy_drop
 
     def check() -> None:
         signs.moved()
         job.stop.check(AFTER)
 
-    outcomes = export_formats(home, formats, subject, held_out, limit, check)
+    outcomes = write_exports(home, job.config, job.classifier, job.dataset, scored, partial(pictures, job), check)
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
-import numpy as np
 import yaml
 
 from trainer.config import RunConfig, load
 from trainer.contracts import Dataset
 from trainer.errors import ConfigError, DataError
 from trainer.storage.places import Place, place
+from trainer.training.checkpoints import PREFIX, read_checkpoint, step_of, weights_of
 from trainer.watching.lines import say
 
 if TYPE_CHECKING:
     from trainer.models.classifier import Classifier
-
-PREFIX = "step-"
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,28 @@ class FinishedRun:
     fingerprint: str  # of its data
 
 
+def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
+    """The folder of a run, its configuration as it was written, and what run.json says: `classes`, `data_fingerprint`.
+
+    Args:
+        address: its output_dir, local or gs://.
+
+    Raises:
+        DataError: there is no run, or its files are damaged.
+    """
+    home = place(address)
+    written = (home / "config.yaml").fetch()
+    if written is None:
+        raise DataError(f"run={address} holds no run (no config.yaml in it); give the output_dir of one")
+    try:
+        facts = json.loads((home / "run.json").read())
+        if {"classes", "data_fingerprint"} <= facts.keys():
+            return home, yaml.safe_load(written[0]), facts
+    except (ValueError, DataError):
+        pass
+    raise DataError(f"run={address}: its run.json is damaged or missing")
+
+
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
     """Read what a run was told.
 
@@ -46,10 +64,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
         DataError: there is no run, or its files are damaged.
         ConfigError: its config.yaml is of another version, or the changes do not fit.
     """
-    home = place(address)
-    if not (home / "config.yaml").exists():
-        raise DataError(f"run={address} holds no run (no config.yaml in it); give the output_dir of one")
-    tree = yaml.safe_load((home / "config.yaml").read_text())
+    home, tree, facts = read_run(address)
     for key, value in (changes or {}).items():
         here = tree
         *path, last = key.split(".")
@@ -57,13 +72,9 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
             here = here.setdefault(part, {})
         here[last] = value
     try:
-        config = load(tree)
-        told = json.loads((home / "run.json").read())
-        return FinishedRun(address, home, config, tuple(told["classes"]), told["data_fingerprint"])
+        return FinishedRun(address, home, load(tree), tuple(facts["classes"]), facts["data_fingerprint"])
     except ConfigError as error:
         raise ConfigError(f"run={address}: its config.yaml cannot be used; {error}") from None
-    except (ValueError, KeyError, OSError):
-        raise DataError(f"run={address}: its run.json is damaged or missing") from None
 
 
 def exported_checkpoint(run: FinishedRun) -> str:
@@ -78,57 +89,43 @@ def find_checkpoint(run: FinishedRun, which: str) -> Place:
         which: best | last | the number of a step.
 
     Raises:
+        ConfigError: `which` is none of these.
         DataError: the run has none, or not that one.
     """
     folder = run.home / "checkpoints"
-    pointer = {"best": "BEST", "last": "LATEST"}.get(which)
-    if pointer:
-        names = (folder / pointer).read_text().split() if (folder / pointer).exists() else []
+    latest = _names_in(folder / "LATEST")
+    there = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
+    if not run.home.is_local:
+        there = {name: child for name, child in there.items() if name in latest}  # what counts in a bucket
+    if which in ("best", "last"):
+        names = latest[:1] if which == "last" else _names_in(folder / "BEST")
+    elif which.isdigit():
+        names = [name for name in there if step_of(name) == int(which)]
     else:
-        names = [
-            f.name for f in folder.folders() if f.name.split("-")[1:2] == [f"{which:0>8}"] and f.name[:5] == PREFIX
-        ]
-    if names:
-        return folder / names[0]
-    there = sorted({str(int(f.name.split("-")[1])) for f in folder.folders() if f.name.startswith(PREFIX)}, key=int)
+        raise ConfigError(f"checkpoint={which}: give best, last or a step, such as checkpoint=420")
+    if names and names[0] in there:
+        return there[names[0]]
     if not there:
         raise DataError(f"run={run.address} has no checkpoint yet; let it train first")
-    raise DataError(f"run={run.address} has no checkpoint {which}; it has best, last, {', '.join(there)}")
+    steps = ", ".join(map(str, sorted(map(step_of, there))))
+    raise DataError(f"run={run.address} has no checkpoint {which}; the steps it has: {steps}")
 
 
-def read_checkpoint(folder: Place) -> dict[str, np.ndarray]:
-    """The variables of a model by name, averaged where the run had EMA on.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    try:
-        content = (folder / "variables.npz").read()
-        expected = json.loads((folder / "manifest.json").read())["variables.npz"]["crc32c"]
-        if f"{google_crc32c.value(content):08x}" != expected:
-            raise DataError(f"checkpoint {folder}: variables.npz does not match its checksum")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in arrays.files if not name.startswith("optimizer/")}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
-    return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+def _names_in(pointer: Place) -> list[str]:
+    found = pointer.fetch()
+    return found[0].decode().split() if found else []
 
 
 def open_classifier(run: FinishedRun, checkpoint: Place) -> Classifier:
     """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
     import keras
 
-    from trainer.models.classifier import build_classifier
-    from trainer.models.weights import settle_input
-    from trainer.training import variables
+    from trainer.rebuilding import rebuild_classifier
 
     precision = run.config.runtime.precision
     keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
-    model = run.config.model.model_copy(update={"weights": "none"})  # they come from the checkpoint
-    classifier = build_classifier(model, len(run.class_names), run.config.seed)
-    variables.write(classifier.variables, read_checkpoint(checkpoint), f"checkpoint {checkpoint.name}")
-    settle_input(classifier.backbone)
-    return classifier
+    values, source = weights_of(read_checkpoint(checkpoint)[1]), f"checkpoint {checkpoint.name}"
+    return rebuild_classifier(run.config.model, len(run.class_names), run.config.seed, values, source)
 
 
 def open_data(run: FinishedRun) -> Dataset:

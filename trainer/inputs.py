@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,11 +18,11 @@ from trainer.data.order import shards_of_workers, sizes_of_shards
 from trainer.data.pipeline import Kept, to_score
 from trainer.data.pixels import cache_name
 from trainer.errors import Interrupted
-from trainer.feature_choice import Choice, choose, divisions, phase_epochs, stored_dtype
+from trainer.feature_choice import choose, phase_epochs, stored_dtype
 from trainer.feature_pass import FeaturePass, Wanted, rows_at_once
 from trainer.models.trunk import Cut, Tail
 from trainer.run import GIGABYTE, Run, again, memory_left, say
-from trainer.storage.files import write_json
+from trainer.training.run_folder import note_facts, read_facts
 from trainer.training.scoring import EvaluationPass
 from trainer.training.step import Network
 from trainer.watching.signs import signs
@@ -45,12 +45,9 @@ class Inputs:
 def choose_features(job: Run) -> None:
     """Cached features or images for each phase: as this run chose when it began, or chosen and noted now."""
     config, split = job.config, job.dataset.splits["train"]
-    job.divisions = parts = divisions(config, job.classifier)
-    record = job.folder / "run.json"
 
     def choice() -> tuple[dict[str, bool], list[str]]:
-        run = json.loads(record.read_text())
-        before = run.get("features")
+        before = read_facts(job.folder).get("features")
         if before is None and job.state.step:
             before = dict.fromkeys(config.phases, "live")  # by a version that had no others
         if before is not None:
@@ -58,20 +55,19 @@ def choose_features(job: Run) -> None:
         epochs = phase_epochs(config, split.count)
         examples = split.count + job.dataset.splits["validation"].count
         budget = max(memory_left(job), int(config.runtime.disk_budget_gb * GIGABYTE))
-        choices = choose(config, parts, epochs, examples, budget)
-        _record(job, choices)
-        return {n: c.cached for n, c in choices.items()}, [c.line(n) for n, c in choices.items()]
+        choices = choose(config, job.divisions, epochs, examples, budget)
+        chosen = {name: choice.cached for name, choice in choices.items()}
+        note_facts(job.folder, _features(chosen))
+        return chosen, [c.line(n) for n, c in choices.items()]
 
     job.cached, lines = job.peers.told("features", choice)
     for line in lines:
         say(line)
 
 
-def _record(job: Run, choices: dict[str, Choice]) -> None:
-    """In run.json, for the starts to come."""
-    record = job.folder / "run.json"
-    write_json(record, json.loads(record.read_text()) | {
-        "features": {name: "cached" if choice.cached else "live" for name, choice in choices.items()}})  # fmt: skip
+def _features(cached: dict[str, bool]) -> dict[str, Any]:
+    """As run.json has it."""
+    return {"features": {name: "cached" if kept else "live" for name, kept in cached.items()}}
 
 
 def open_inputs(job: Run, name: str) -> Inputs | None:
@@ -113,7 +109,7 @@ def _fall_back(job: Run, name: str) -> None:
     job.cached[name] = False
     job.opened.pop("train", None)  # it may now be worth it to keep the images
     if job.peers.is_chief:
-        _record(job, {n: Choice(cached, "") for n, cached in job.cached.items()})
+        note_facts(job.folder, _features(job.cached))
 
 
 # ---------------------------------------------------------------------------------------------------------------

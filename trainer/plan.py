@@ -204,7 +204,7 @@ def _run(arguments: list[str]) -> None:
     config = without_regularisation(config) if config.debug.overfit else config
     cluster = discover(os.environ)
     with quiet_start():
-        from trainer.exporting.formats import check_installed
+        from trainer.exporting.formats import check_formats
         from trainer.planning import rehearsal
         from trainer.planning.trouble import look_for_trouble
     devices, replicas = rehearsal.devices(config, cluster)
@@ -212,7 +212,7 @@ def _run(arguments: list[str]) -> None:
     plan = Plan(config, cluster, Console(width=None if terminal else WIDTH, highlight=False))
     phases: list[PhasePlan] = []
     with plan.fault():
-        check_installed(config.export.formats)
+        check_formats(config.export.formats, config.model.backbone)
     with within(PATIENCE):
         show_configuration(plan, rest)
         show_cluster(plan, devices)

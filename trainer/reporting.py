@@ -13,7 +13,10 @@ import tensorflow as tf
 from trainer.contracts import EvaluationResult, Split
 from trainer.data.augment import augment
 from trainer.data.mixing import mixed
-from trainer.evaluation.duplicates import MEMBERS, Member, described, find_duplicates, shrink
+from trainer.data.pipeline import chosen_batches, chosen_gate
+from trainer.data.pixels import Pixels, data_errors
+from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find_duplicates, shrink
+from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.picture_section import MEMBERS_SHOWN, SHOWN
 from trainer.evaluation.report import Repeats, Samples, describe_data, write_report
 from trainer.models.explanations import explain
@@ -22,8 +25,24 @@ from trainer.training.run_folder import versions
 from trainer.watching.signs import signs
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
-READ_AT_ONCE = 256  # images
+READ_AT_ONCE = 64  # images
 EXPLAINED_AT_ONCE = 16  # images
+
+
+def evaluated(
+    job: Run, split: str, probabilities: np.ndarray, labels: np.ndarray, indices: np.ndarray
+) -> EvaluationResult:
+    """The scores of what `trainer.run.score` answers for a split, by group where the data has groups."""
+    groups = job.dataset.splits[split].groups
+    return evaluate_arrays(
+        split,
+        job.dataset.class_names,
+        labels,
+        probabilities,
+        tuple(job.name_of(split, int(i)) for i in indices),
+        [groups[int(i)] for i in indices] if groups else None,
+        job.config.data.group_field or "",
+    )
 
 
 def report_on(
@@ -132,19 +151,32 @@ def chosen_of(split: Split, wanted: int) -> np.ndarray:
     return np.linspace(0, split.count - 1, wanted).astype(np.int64)
 
 
+def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]) -> np.ndarray:
+    """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not kept, the next ones are
+    decoded meanwhile.
+    """
+    batches = iter(chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1, threads=pixels.threads))
+    gate = chosen_gate(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
+    small = np.zeros((len(wanted) + READ_AT_ONCE, SIDE, SIDE, 3), np.uint8)  # room for the padding of the last batch
+    with data_errors(pixels):
+        for start in range(0, len(wanted), READ_AT_ONCE):
+            gate.before(READ_AT_ONCE)
+            small[start : start + READ_AT_ONCE] = shrink(next(batches)["image"].numpy())
+            signs.moved()
+            check()
+    del batches
+    gate.close()
+    return small[: len(wanted)]
+
+
 def repeats(job: Run, splits: Sequence[str], check: Callable[[], None]) -> Repeats:
     """Look for pictures that occur more than once among at most 100,000, which bounds time and memory (77 MB)."""
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     taken = shares({name: job.dataset.splits[name].count for name in splits})
     for name in splits:
-        pixels, parts = job.pixels(name), []
         wanted = chosen_of(job.dataset.splits[name], taken[name])
-        for start in range(0, len(wanted), READ_AT_ONCE):
-            parts.append(shrink(pixels.rows(wanted[start : start + READ_AT_ONCE])))
-            signs.moved()
-            check()
-        good = ~np.isin(wanted, list(pixels.bad))
-        small = np.concatenate(parts) if parts else np.zeros((0, 16, 16, 3), np.uint8)
+        small = small_pictures(job.pixels(name), wanted, check)
+        good = ~np.isin(wanted, list(job.pixels(name).bad))
         thumbnails[name] = wanted[good], small[good]
     found = find_duplicates(thumbnails, {name: job.dataset.splits[name].labels for name in splits})
     groups = [

@@ -16,18 +16,19 @@ from trainer.contracts import Dataset, Split
 from trainer.data.machine import usable_cpus
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
 from trainer.data.sources import open_dataset
-from trainer.errors import ConfigError, DataError, ModelError
-from trainer.exporting.formats import check_installed
+from trainer.errors import ConfigError, DataError
+from trainer.exporting.formats import check_formats
+from trainer.feature_choice import divisions
 from trainer.local_copies import copies_ahead
-from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.classifier import build_classifier
+from trainer.models.weights import settle_input
 from trainer.run import Run, from_chief, say, steps_of
 from trainer.storage.places import place
 from trainer.storage.publisher import Publisher
 from trainer.storage.staging import is_remote
 from trainer.training import variables
 from trainer.training.attempts import Attempts
-from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.checkpoints import CheckpointFolder, weights_of
 from trainer.training.ledger import Ledger
 from trainer.training.run_folder import RunFolder
 from trainer.training.scoring import EvaluationPass
@@ -39,7 +40,7 @@ from trainer.watching.signs import signs
 def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:
     """Open everything that a run needs; the order matters, devices come before the first tensor."""
     say(f"run: {home.address}{' (resuming)' if home.resuming else ''}")
-    check_installed(config.export.formats)
+    check_formats(config.export.formats, config.model.backbone)
     signs.at("opening the data")
     cache = Path(config.runtime.cache_dir).expanduser()
     local, where, shards = copies_ahead(config, cache, say, lambda address: stop.check(f"while {address} was fetched"))
@@ -65,7 +66,7 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
     with strategy.scope():
         described = config.model.model_copy(update={"weights": local.model.weights})
         classifier = build_classifier(described, len(dataset.class_names), config.seed)
-    try_phases(classifier, config)
+    parts = divisions(config, classifier)  # before the first step: a mistake in the last phase must not cost the others
     say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": peers.size, "found_by": peers.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
@@ -88,20 +89,8 @@ def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, b
         state=RunState(),
         where=where,
         shards=shards,
+        divisions=parts,
     )
-
-
-def try_phases(classifier: Classifier, config: RunConfig) -> None:
-    """Every phase's rule for thawing is tried before the first step: a mistake in the last must not cost the others.
-
-    Raises:
-        ModelError: names the phase.
-    """
-    for name, phase in config.phases.items():
-        try:
-            apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-        except ModelError as error:
-            raise ModelError(f"phases.{name}: {error}") from None
 
 
 def settle(config: RunConfig, home: RunFolder, peers: Peers, dataset: Dataset) -> tuple[RunConfig, list[str]]:
@@ -135,6 +124,7 @@ def resume(job: Run, home: RunFolder) -> None:
         job.state = RunState.from_json(state)
         job.saved_step = job.state.step
         variables.write(job.classifier.variables, job.loaded, f"checkpoint step {job.state.step}")
+        settle_input(job.classifier.backbone)
         say(f"weights: this run's checkpoint at step {job.state.step}")
     elif job.config.warm_start:
         take_weights(job, job.config.warm_start)
@@ -214,13 +204,13 @@ def take_weights(job: Run, source: str) -> None:
     if job.peers.is_chief:
         where, values = _read_weights(job, source)
     where = job.peers.told("warm start", lambda: where)
-    values = from_chief(job, "weights", values)
-    values |= {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+    values = weights_of(from_chief(job, "weights", values))
     own = job.classifier.variables
     fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
     if not fit:
         raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
     variables.write(fit, values, source)
+    settle_input(job.classifier.backbone)
     say(f"weights: warm start from {where}, {len(fit)} of {len(own)} variables")
 
 

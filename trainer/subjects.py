@@ -1,15 +1,21 @@
-"""From a classifier to what is exported of it, and which examples its files are tried on."""
+"""From a scored classifier to what is exported of it, and which examples its files are tried on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.exporting.reference import reference_distribution
-from trainer.exporting.subject import Subject
-from trainer.imaging import Resize
+from trainer.config import RunConfig
+from trainer.contracts import Dataset
+from trainer.exporting.card import write_labels
+from trainer.exporting.formats import export_formats
+from trainer.exporting.reference import reference_distribution, write_reference
+from trainer.exporting.subject import HeldOut, Subject
 from trainer.models.classifier import Classifier
 from trainer.models.explanations import explain
 
@@ -17,36 +23,61 @@ EXAMPLES = 1000  # of the scored split are sent through every exported file
 REPRESENTATIVE = 200  # of the training split tell an int8 file its ranges
 BATCH = 32
 
+Pictures = Callable[[str, np.ndarray], np.ndarray]  # a split and example indices -> uint8 [k, S, S, 3]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a classifier says of all examples of a split that it did not learn from."""
+
+    split: str
+    indices: np.ndarray  # int64 [n]: of the examples, ascending
+    labels: np.ndarray  # int32 [n]
+    probabilities: np.ndarray  # float32 [n, classes]
+
 
 def chosen_examples(count: int, most: int) -> np.ndarray:
     """int64: at most so many of `count` places, ascending; the same ones every time, spread over all classes."""
     return np.sort(np.random.default_rng(count).permutation(count)[:most]).astype(np.int64)
 
 
-def subject_of(
+def write_exports(
+    home: Path,
+    config: RunConfig,
     classifier: Classifier,
-    class_names: tuple[str, ...],
-    resize: Resize,
-    seen: tuple[str, np.ndarray, np.ndarray],
-    examples: Callable[[], np.ndarray],
-) -> Subject:
-    """What is exported of a classifier.
-
-    Args:
-        seen: a split that it did not learn from: its name, its probabilities float32 [n, classes], and images of it,
-            uint8 [m, S, S, 3].
-        examples: fetches training images, uint8 [k, S, S, 3].
+    dataset: Dataset,
+    scored: Scored,
+    pictures: Pictures,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Any]]:
+    """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out
+    examples; facts by format, as `export_formats`, whose `check` it is.
     """
-    split, probabilities, images = seen
-    embed = tf.function(lambda batch: classifier.pooled(classifier.features(batch)), reduce_retracing=True)
-    parts = [embed(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)]
-    size = classifier.image_size
-    return Subject(
+    chosen = chosen_examples(len(scored.indices), EXAMPLES)
+    images = pictures(scored.split, scored.indices[chosen])
+    subject = Subject(
         model=classifier.keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
-        class_names=class_names,
-        image_size=size,
-        resize=resize,
-        reference=reference_distribution(split, class_names, probabilities, np.concatenate(parts), size, resize),
-        examples=examples,
+        class_names=dataset.class_names,
+        image_size=classifier.image_size,
+        resize=config.model.resize,
+        reference=reference_distribution(
+            scored.split,
+            dataset.class_names,
+            scored.probabilities,
+            _embeddings(classifier, images),
+            classifier.image_size,
+            config.model.resize,
+        ),
+        examples=lambda: pictures("train", chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)),
     )
+    write_labels(home / "labels.txt", subject.class_names)
+    write_reference(home / "reference.json", subject.reference)
+    held_out = HeldOut(images, scored.labels[chosen], scored.probabilities[chosen])
+    return export_formats(home, config.export.formats, subject, held_out, config.export.max_accuracy_drop, check)
+
+
+def _embeddings(classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """uint8 [m, S, S, 3] -> float32 [m, C]: the pooled features."""
+    embed = tf.function(lambda batch: classifier.pooled(classifier.features(batch)), reduce_retracing=True)
+    return np.concatenate([embed(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer import config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.card import label_lines
 from trainer.storage.places import Place, place
+from trainer.training.checkpoints import read_checkpoint, weights_of
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
 ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
@@ -144,13 +144,10 @@ def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:
     """
     if found.kind == SAVED_MODEL:
         return {name: np.frombuffer((found.home / name).read(), np.uint8) for name in found.files}
-    content = (found.home / "variables.npz").read()
-    expected = json.loads((found.home / "manifest.json").read())["variables.npz"]["crc32c"]
-    if _crc(content) != expected:
-        raise DataError(f"distillation.teacher={found.address}: {found.home}/variables.npz does not match its checksum")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        values = {name: arrays[name] for name in arrays.files if not name.startswith("optimizer/")}
-    return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+    try:
+        return weights_of(read_checkpoint(found.home)[1])
+    except DataError as error:
+        raise DataError(f"distillation.teacher={found.address}: {error}") from None
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from trainer import config
-from trainer.models.classifier import build_classifier
 from trainer.models.distillation import Teacher, classifier_as_teacher, saved_model_as_teacher
-from trainer.models.weights import settle_input
+from trainer.rebuilding import rebuild_classifier
 from trainer.run import Run, from_chief, say, score
 from trainer.storage.files import write_whole
 from trainer.teacher_files import (
@@ -25,7 +24,6 @@ from trainer.teacher_files import (
     read_teacher,
     write_saved_model,
 )
-from trainer.training import variables
 from trainer.training.checkpoints import packed, unpacked
 from trainer.training.scoring import EvaluationPass
 from trainer.watching.signs import signs
@@ -73,16 +71,15 @@ def _open(job: Run, found: TeacherFiles | None, facts: dict[str, Any]) -> Teache
     assert job.config.distillation
     address = job.config.distillation.teacher
     arrays = from_chief(job, "teacher's weights", read_teacher(found) if found else {})
-    with job.strategy.scope():
-        if facts["kind"] == SAVED_MODEL:
-            with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-                write_saved_model(arrays, Path(folder))
-                return saved_model_as_teacher(Path(folder), address)
-        model = config.Model(**facts["model"] | {"weights": "none"})  # each of its values is in the checkpoint
-        classifier = build_classifier(model, len(job.dataset.class_names), job.config.seed)
-    variables.write(classifier.variables, arrays, f"distillation.teacher={address}")
-    settle_input(classifier.backbone)
-    return classifier_as_teacher(classifier)
+    if facts["kind"] == SAVED_MODEL:
+        with job.strategy.scope(), tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
+            write_saved_model(arrays, Path(folder))
+            return saved_model_as_teacher(Path(folder), address)
+    classes, source = len(job.dataset.class_names), f"distillation.teacher={address}"
+    model = config.Model(**facts["model"])
+    return classifier_as_teacher(
+        rebuild_classifier(model, classes, job.config.seed, arrays, source, job.strategy.scope())
+    )
 
 
 def _answers(job: Run, found: TeacherFiles | None, facts: dict[str, Any]) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -115,6 +116,42 @@ def test_sigterm_publishes_and_the_same_job_goes_on_at_once(calm: Path, prepared
     finally:
         del os.environ["JOB_UID"]
     assert_same_run(calm, fetched(place("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
+
+
+def evaluate(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m trainer.evaluate` on another node than the run was on."""
+    command = [sys.executable, "-m", "trainer.evaluate", *arguments, f"runtime.cache_dir={cache}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("server")
+def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> None:
+    trained = start(
+        tmp_path / "1", tmp_path / "node-1", "phases.head.epochs=1", "phases.fine_tune.epochs=1", "export.formats=[]"
+    )
+    assert trained.wait(300) == [0], trained.said(0)
+    run = place("gs://bucket/runs/1")
+    done = evaluate(tmp_path / "node-2", f"run={run}", f"data.root={DATA}")
+    assert done.returncode == 0, done.stderr
+    there = run / "evaluations" / "best-digits-test"
+    assert f"report   {there}/index.html" in done.stdout
+    assert {entry.place.name for entry in there.list()} >= {"index.html", "report.json", "confusion.png"}
+    mine, theirs = (json.loads((folder / "report.json").read()) for folder in (there, run / "report"))
+    assert mine["test"] == theirs["test"]
+    assert mine["phases"] == theirs["phases"]
+    assert (there / "predictions.csv").read() == (run / "report" / "predictions.csv").read()
+
+    elsewhere = place("gs://bucket/first")
+    step = min(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").folders())
+    done = evaluate(tmp_path / "node-2", f"run={run}", f"checkpoint={step}", "split=validation", f"output={elsewhere}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((elsewhere / "report.json").read())
+    assert (report["test"]["split"], report["timing"]["checkpoint_step"]) == ("validation", step)
+    done = evaluate(tmp_path / "node-2", f"run={run}", "checkpoint=7777")
+    assert done.returncode == WRONG_INPUT
+    assert f"run={run} has no checkpoint 7777; the steps it has: {step}" in done.stderr
 
 
 @pytest.mark.usefixtures("server")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.running import assert_same_run, run, start, variables_of
-from tests.e2e.workers import SHARED, start_workers
+from tests.e2e.running import assert_same_run, run, start
+from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
 
 KILLS = 2
 # Augmentation: the teacher answers in every step. Without: it answers once, beforehand.
@@ -120,18 +120,7 @@ def test_kills_change_nothing(teacher: Path, tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_workers_learn_bit_for_bit_what_one_learns_in_two_pieces(teacher: Path, tmp_path: Path, way: str) -> None:
     told = student(teacher, way, "training.class_weights=balanced", "training.loss=focal")
-    one, two = tmp_path / "one", tmp_path / "two"
-    pieces = ("training.accumulate=2", f"runtime.cache_dir={tmp_path}/cache-one")
-    alone = run(*told, *pieces, f"output_dir={one}")
-    assert alone.returncode == 0, alone.stderr
-    workers = start_workers(
-        tmp_path / "workers", 2, *told, f"output_dir={two}",
-        own={i: [f"runtime.cache_dir={tmp_path}/cache-{i}"] for i in range(2)},
-    )  # fmt: skip
-    assert workers.wait(400) == [0, 0], workers.said(0)
-    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    train_alone_and_by_two(tmp_path, *told)
 
 
 @pytest.mark.slow

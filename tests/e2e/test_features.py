@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.running import SMALL, assert_same_run, run, start, story, variables_of
-from tests.e2e.workers import SHARED, start_workers
+from tests.e2e.workers import SHARED, train_alone_and_by_two
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
 STILL = ("augmentation=none", "model.dropout=0.2", "export.formats=[]")
@@ -114,17 +114,7 @@ def test_told_to_stop_in_the_pass_a_run_goes_on_with_what_is_there(tmp_path: Pat
 @pytest.mark.parametrize("extra", [(), VIEWS], ids=["plain", "views"])
 def test_two_workers_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path, extra: tuple[str, ...]) -> None:
     told = (*SHARED, *STILL, *extra, "phases.fine_tune.augmented_views=null")
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = run(*told, "training.accumulate=2", f"output_dir={one}", f"runtime.cache_dir={tmp_path}/cache")
-    assert alone.returncode == 0, alone.stderr
-    workers = start_workers(
-        tmp_path / "workers", 2, *told, f"output_dir={two}",
-        own={i: [f"runtime.cache_dir={tmp_path}/cache-{i}"] for i in range(2)},
-    )  # fmt: skip
-    assert workers.wait(400) == [0, 0], workers.said(0)
-    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    train_alone_and_by_two(tmp_path, *told)
 
 
 @pytest.mark.slow

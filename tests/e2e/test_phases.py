@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.e2e.running import SMALL, assert_same_run, run, start, variables_of
-from tests.e2e.workers import SHARED, start_workers
+from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
 
 OWN_RATES = (
     "phases.fine_tune.layer_decay=0.8",
@@ -72,15 +72,7 @@ def test_a_phase_that_spoils_the_weights_hands_on_what_it_began_with(tmp_path: P
 
 @pytest.mark.slow
 def test_two_workers_with_rates_of_their_own_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = run(*SHARED, *OWN_RATES, "training.accumulate=2", f"output_dir={one}")
-    assert result.returncode == 0, result.stderr
-    workers = start_workers(tmp_path, 2, *SHARED, *OWN_RATES, f"output_dir={two}")
-    assert workers.wait(400) == [0, 0], workers.said(0)
-    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    train_alone_and_by_two(tmp_path, *SHARED, *OWN_RATES)
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.running import ROOT, assert_same_run, run, story, variables_of
-from tests.e2e.workers import SHARED, start_workers
+from tests.e2e.running import ROOT, assert_same_run, assert_same_weights, run, story, variables_of
+from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
 from trainer.errors import GAVE_UP, INTERRUPTED, WRONG_INPUT
 
 LONG = (*SHARED, "phases.fine_tune.epochs=12")
@@ -46,11 +46,7 @@ def assert_near(one: Path, other: Path, tolerance: float) -> None:
 def test_two_workers_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path) -> None:
     """Adam, EMA, dropout and augmentation on; 90 examples in batches of 12 leave padding in the last batch."""
     extra = ("training.clip_norm=1", "training.class_weights=balanced", "model.dropout=0.2")
-    one = train(tmp_path / "one", 1, *SHARED, *extra, "training.accumulate=2")
-    two = train(tmp_path / "two", 2, *SHARED, *extra)
-    mine, theirs = variables_of(one, "LATEST"), variables_of(two, "LATEST")
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    one, two = train_alone_and_by_two(tmp_path, *SHARED, *extra)
     predictions = [(p / "report" / "predictions.csv").read_text() for p in (one, two)]
     assert predictions[0].count("\n") == predictions[1].count("\n") == 91
     report = json.loads((two / "report" / "report.json").read_text())
@@ -139,9 +135,7 @@ def test_two_devices_of_one_process_train_the_same_and_go_on(tmp_path: Path) -> 
     assert first.wait(60) == [INTERRUPTED]
     second = start_workers(tmp_path / "second", 1, *mirrored)
     assert second.wait(300) == [0]
-    mine, theirs = variables_of(tmp_path / "run", "LATEST"), variables_of(pieces, "LATEST")
-    for name in theirs:
-        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert_same_weights(tmp_path / "run", pieces)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.e2e.running import ROOT, command
+from tests.e2e.running import ROOT, assert_same_weights, command, run
 
 # As `running.SMALL`, with a batch that 1, 2, 3 and 4 workers can share, and pieces of the same size for all of them:
 # the kernels of a convolution add up in another order for another number of images.
@@ -104,3 +104,20 @@ def start_workers(
                 )
             )  # fmt: skip
     return Workers(folder, processes)
+
+
+def train_alone_and_by_two(folder: Path, *overrides: str) -> tuple[Path, Path]:
+    """Train the same with one worker in two pieces and with two workers, a cache for each: bit for bit the same weights.
+
+    Returns:
+        the output folders of the one and of the two.
+    """
+    one, two = folder / "one", folder / "two"
+    pieces = ("training.accumulate=2", f"runtime.cache_dir={folder}/cache-alone")  # of the size that a worker has
+    alone = run(*overrides, *pieces, f"output_dir={one}")
+    assert alone.returncode == 0, alone.stderr
+    own = {i: [f"runtime.cache_dir={folder}/cache-{i}"] for i in range(2)}
+    workers = start_workers(folder / "workers", 2, *overrides, f"output_dir={two}", own=own)
+    assert workers.wait(400) == [0, 0], workers.said(0)
+    assert_same_weights(one, two)
+    return one, two

@@ -29,7 +29,7 @@ from tests.exporting.subjects import (
 from trainer import config
 from trainer.config import ExportFormat
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.formats import FORMATS, export_formats, refuse
+from trainer.exporting.formats import FORMATS, check_formats, export_formats, refuse
 from trainer.exporting.keras_file import export_keras
 from trainer.exporting.loading import load_export
 from trainer.exporting.scoring import drops_too_far
@@ -253,14 +253,21 @@ def test_a_format_that_does_not_exist_is_refused_with_those_that_do() -> None:
         config.load(tree | {"export": {"formats": ["saved_model", "tflite_int4"]}})
 
 
+def test_what_tf2onnx_cannot_convert_is_said_before_anything_is_trained() -> None:
+    with pytest.raises(ConfigError, match=r"tf2onnx cannot convert ConvNeXtTiny; leave onnx out") as caught:
+        check_formats(["saved_model", "onnx"], "ConvNeXtTiny")
+    assert caught.value.exit_code == 2
+    check_formats(["saved_model", "keras", "tflite"], "ConvNeXtTiny")
+
+
 def test_an_extra_that_is_not_installed_is_named_before_anything_is_trained() -> None:
     """In a process whose Python finds no tf2onnx."""
     program = """
-        from trainer.exporting.formats import check_installed
+        from trainer.exporting.formats import check_formats
         import importlib.machinery
         before = importlib.machinery.PathFinder.find_spec
         importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == "tf2onnx" else before(name, *rest)
-        check_installed(["tflite", "onnx"])
+        check_formats(["tflite", "onnx"], "MobileNetV2")
         """
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False

@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.e2e.running import assert_same_run, run, variables_of
+from tests.e2e.running import assert_same_run, assert_same_weights, run
 from tests.e2e.workers import SHARED, Workers
 from tests.hosts.jobs import PORT, exits, names, start_job
 from tests.hosts.network import Network, needs_root
@@ -70,10 +69,7 @@ def test_two_hosts_find_each_other_by_name_and_learn_what_one_process_learns(und
     folder = tmp_path / "alone"
     result = run(*RUN, "training.accumulate=2", f"output_dir={folder}")  # pieces of the size that a worker has
     assert result.returncode == DONE, result.stderr
-    alone, together = variables_of(folder, "LATEST"), variables_of(undisturbed, "LATEST")
-    assert alone.keys() == together.keys()
-    for name in alone:
-        np.testing.assert_array_equal(alone[name], together[name], err_msg=name)
+    assert_same_weights(folder, undisturbed)
     log = (undisturbed.parent / "last" / "worker-1.log").read_text()
     assert "workers: this is 1 of 2 (Indexed Job train); waiting for the others" in log
     assert "workers: all 2 are there" in log

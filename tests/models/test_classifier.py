@@ -239,9 +239,10 @@ def test_an_efficient_net_from_a_file_sees_what_keras_shows_to_the_published_one
     assert (np.abs(seen).max() > 4) == imagenet  # divided twice
 
 
+@pytest.mark.parametrize("into", ["none", "imagenet"])
 @pytest.mark.parametrize("imagenet", [True, False])
 def test_an_efficient_net_rebuilt_from_its_variables_sees_what_it_was_trained_on(
-    imagenet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imagenet: bool, into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint holds variables alone: not the second division that Keras builds in, nor what was made of them."""
     source = build(backbone="EfficientNetB0", alpha=None)
@@ -251,7 +252,7 @@ def test_an_efficient_net_rebuilt_from_its_variables_sees_what_it_was_trained_on
     path = save(source, tmp_path / "efficient.weights.h5")
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
     trained = build(backbone="EfficientNetB0", alpha=None, weights="imagenet" if imagenet else str(path))
-    rebuilt = build(2, backbone="EfficientNetB0", alpha=None)
+    rebuilt = build(2, backbone="EfficientNetB0", alpha=None, weights=into)  # the other is for a warm start
     for name, variable in rebuilt.variables.items():
         variable.assign(trained.variables[name].numpy())
     settle_input(rebuilt.backbone)

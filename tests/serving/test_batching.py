@@ -46,15 +46,25 @@ class Model:
         return [image.decode().upper() for image in images]
 
 
+def asking(batcher: Batcher, *names: str) -> asyncio.Task[list[Any]]:
+    return asyncio.create_task(batcher.ask(pictures(*names)))
+
+
+async def busy_with_a(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
+    """A request for "a", which the model works at until it may go on."""
+    model.may.clear()
+    first = asking(batcher, "a")
+    while not model.calls:
+        await asyncio.sleep(0.01)
+    return first
+
+
 def test_what_gathers_while_the_model_works_goes_together() -> None:
     model = Model()
 
     async def story(batcher: Batcher) -> None:
-        model.may.clear()
-        first = asyncio.create_task(batcher.ask(pictures("a")))
-        while not model.calls:
-            await asyncio.sleep(0.01)
-        others = [asyncio.create_task(batcher.ask(pictures(*names))) for names in ("bc", "d", "ef")]
+        first = await busy_with_a(model, batcher)
+        others = [asking(batcher, *names) for names in ("bc", "d", "ef")]
         await asyncio.sleep(0.05)
         assert len(batcher) == 5
         model.may.set()
@@ -101,15 +111,12 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing() -> None:
     model = Model()
 
     async def story(batcher: Batcher) -> None:
-        model.may.clear()
-        first = asyncio.create_task(batcher.ask(pictures("a")))
-        while not model.calls:
-            await asyncio.sleep(0.01)
-        waiting = asyncio.create_task(batcher.ask(pictures(*"bcdefgh")))
+        first = await busy_with_a(model, batcher)
+        waiting = asking(batcher, *"bcdefgh")
         await asyncio.sleep(0)
         with pytest.raises(Full):
             await batcher.ask(pictures("x", "y"))
-        last = asyncio.create_task(batcher.ask(pictures("i")))
+        last = asking(batcher, "i")
         await asyncio.sleep(0)
         assert len(batcher) == 8
         model.may.set()

@@ -34,9 +34,17 @@ FORMATS: dict[str, tuple[str, Write]] = {
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "tf2onnx")}  # modules of the extra of that name
 
 
-def check_installed(formats: Iterable[str]) -> None:
-    """Raise a ConfigError for a format whose extra is not installed: at the start, not when all is trained."""
+def check_formats(formats: Iterable[str], backbone: str) -> None:
+    """Raise a ConfigError for a format that cannot be written here: at the start, not when all is trained.
+
+    Its extra is not installed, or its converter lacks operations of the backbone (tf2onnx 1.17 has no Erfc, which is in
+    the GELU of ConvNeXt).
+    """
     for name in formats:
+        if name == "onnx" and backbone.lower().startswith("convnext"):
+            raise ConfigError(
+                f"export.formats: tf2onnx cannot convert {backbone}; leave onnx out, or take another backbone"
+            )
         missing = [module for module in _NEEDS.get(name, ()) if not importlib.util.find_spec(module)]
         if missing:
             raise ConfigError(

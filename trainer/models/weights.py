@@ -54,22 +54,27 @@ def build_with_weights(
 
 
 def _divide_as_published(network: keras.Model) -> None:
-    """Give an EfficientNet (B0 to B7) with ImageNet's values from a file the input that these were trained with.
+    """Give an EfficientNet (B0 to B7) with ImageNet's values, of a file or another run, the input that these were
+    trained with.
 
     They were trained on (x - mean) / variance. Keras builds a layer that divides a second time by the root of the
-    deviation for `weights="imagenet"` alone (tensorflow#49930), which a file's values would miss: here the variance of
-    its Normalization takes that factor in. Values that were not made from ImageNet's have another mean or variance.
+    deviation for `weights="imagenet"` alone (tensorflow#49930). Where it is missing, the variance of the Normalization
+    takes that factor in. Values that were not made from ImageNet's have another mean or variance.
     """
-    norm = next(layer for layer in network.layers if isinstance(layer, keras.layers.Normalization))
+    place, norm = next(
+        (i, layer) for i, layer in enumerate(network.layers) if isinstance(layer, keras.layers.Normalization)
+    )
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, np.square(IMAGENET_DEVIATION), atol=1e-3):
-        norm.adapt_variance.assign(np.power(IMAGENET_DEVIATION, 3))
+    other, wanted = np.square(IMAGENET_DEVIATION), np.power(IMAGENET_DEVIATION, 3)
+    if isinstance(network.layers[place + 1], keras.layers.Rescaling):
+        other, wanted = wanted, other
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other, atol=1e-3):
+        norm.adapt_variance.assign(wanted)
         norm.finalize_state()
 
 
 def settle_input(network: keras.Model) -> None:
-    """After the values of a trained network were assigned to one that was built without weights: make its input layers
-    compute with them.
+    """After the values of a trained network were assigned to another: make its input layers compute with them.
 
     A Normalization computes with constants that it made of its variables when they were loaded, and a network that
     Keras built for `weights="imagenet"` divided a second time (`_divide_as_published`).

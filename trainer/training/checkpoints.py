@@ -19,12 +19,18 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.files import sync, write_whole
+from trainer.storage.places import Place, place
 
 PREFIX = "step-"
 
 
 def _checksum(content: bytes) -> str:
     return f"{google_crc32c.value(content):08x}"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by the name of its folder, `step-00000420`, in a bucket `step-00000420-1a2b3c4d`."""
+    return int(name[len(PREFIX) :].partition("-")[0])
 
 
 def packed(arrays: dict[str, np.ndarray]) -> bytes:
@@ -40,6 +46,30 @@ def unpacked(content: bytes) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
+def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """State and variables of the checkpoint in a folder, here or in a bucket.
+
+    Raises:
+        DataError: it is missing or damaged.
+        Interrupted: the bucket does not answer.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read())
+        contents = {name: (folder / name).read() for name in manifest}
+        damaged = [name for name, content in contents.items() if _checksum(content) != manifest[name]["crc32c"]]
+        if not damaged:
+            return json.loads(contents["state.json"]), unpacked(contents["variables.npz"])
+    except (DataError, ValueError, KeyError) as error:
+        raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
+    raise DataError(f"{folder / damaged[0]} does not match its checksum")
+
+
+def weights_of(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values of the model among the variables of a checkpoint, averaged where its run had EMA on."""
+    values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
+    return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+
+
 class CheckpointFolder:
     """The checkpoints of one run."""
 
@@ -52,7 +82,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        return sorted(int(p.name[len(PREFIX) :]) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
+        return sorted(step_of(p.name) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit one checkpoint and delete those that nothing refers to any more.
@@ -101,16 +131,7 @@ class CheckpointFolder:
         Raises:
             DataError: it is missing or damaged.
         """
-        folder = self.path(step)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            contents = {name: (folder / name).read_bytes() for name in manifest}
-            for name, expected in manifest.items():
-                if _checksum(contents[name]) != expected["crc32c"]:
-                    raise DataError(f"checkpoint {folder}: {name} does not match its checksum")
-            return json.loads(contents["state.json"]), unpacked(contents["variables.npz"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
+        return read_checkpoint(place(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """The newest checkpoint that can be read; damaged ones are set aside with a message."""

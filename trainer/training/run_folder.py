@@ -55,17 +55,26 @@ class RunFolder:
         Raises:
             DataError: the data is not what the run began with.
         """
-        file = self.path / "run.json"
-        run: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        run = read_facts(self.path)
         before = run.get("data_fingerprint", fingerprint)
         if before != fingerprint:
             raise DataError(
                 f"{self.address} was trained on other data (fingerprint {before}, now {fingerprint}); "
                 "give another output_dir, or the data it began with"
             )
-        run = {**facts, **{k: v for k, v in run.items() if k != "attempts"}, "data_fingerprint": fingerprint,
-               "attempts": [*run.get("attempts", []), attempt() | workers]}  # fmt: skip
-        write_json(file, run)
+        attempts = [*run.get("attempts", []), attempt() | workers]
+        note_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": attempts})
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json of a run's folder says; nothing where there is none yet."""
+    file = folder / "run.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def note_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `facts` into run.json, for the starts to come; what else it says stays."""
+    write_json(folder / "run.json", read_facts(folder) | facts)
 
 
 def attempt() -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""What an evaluation scores is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import yaml
+
+from trainer.config import load
+from trainer.models.classifier import build_classifier
+from trainer.training import variables
+from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.state import RunState
+
+ROOT = Path(__file__).parents[1]
+CLASSES = [str(digit) for digit in range(10)]
+# In a process of its own, since a strategy has to come before the first tensor.
+PROGRAM = """
+import sys, time
+import keras, numpy as np
+from trainer.cluster.preemption import StopFlag
+from trainer.evaluate import open_job, read_state
+from trainer.finished_runs import find_run
+folder, images, seen = sys.argv[1:]
+job = open_job(read_state(find_run(folder), "last"), StopFlag(), time.time())
+backbone = job.classifier.backbone
+np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
+"""
+
+
+def test_an_efficient_net_that_began_from_imagenet_sees_what_it_saw_in_training(tmp_path: Path) -> None:
+    model = {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}
+    tree = {"data": {"source": "digits"}, "model": model, "phases": {"head": {"thaw": "none", "epochs": 1}}}
+    source = build_classifier(load(tree).model, len(CLASSES), 1)
+    norm = source.backbone.get_layer("normalization")
+    norm.adapt_mean.assign([0.485, 0.456, 0.406])
+    norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
+    source.backbone.save_weights(tmp_path / "efficient.weights.h5")
+    config = load(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
+    trained = build_classifier(config.model, len(CLASSES), 1)
+
+    run, images, seen = tmp_path / "run", tmp_path / "images.npy", tmp_path / "seen.npy"
+    CheckpointFolder(run / "checkpoints", 1, print).save(
+        RunState(step=1).to_json(), variables.read(trained.variables), None
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))
+    np.save(images, np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32"))
+    subprocess.run([sys.executable, "-c", PROGRAM, str(run), str(images), str(seen)], cwd=ROOT, check=True, timeout=120)
+    shown = keras.Model(trained.backbone.input, trained.backbone.get_layer("stem_conv_pad").input)(np.load(images))
+    np.testing.assert_allclose(np.load(seen), shown, rtol=1e-4, atol=1e-5)
+    assert np.abs(shown).max() > 4  # divided twice, as the published values want it
