@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,22 +23,36 @@ from trainer.models.normalization import NORM
 CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
 
 
-def computed(network: keras.Model, inputs: Any, batch_norm_training: bool = False) -> Any:
+@dataclass(frozen=True)
+class Weights:
+    """Of a convolution with the layer behind it: kernels and bias in the compute dtype."""
+
+    kernels: tuple[tf.Tensor, ...]  # two where depth and points have their own
+    bias: tf.Tensor
+
+
+def computed(
+    network: keras.Model, inputs: Any, batch_norm_training: bool = False, weights: Mapping[str, Weights] | None = None
+) -> Any:
     """What `network(inputs, training=batch_norm_training)` is, to rounding; in a tf.function, with less work.
 
     Layers that are trainable while `batch_norm_training` normalize with the statistics of the batch, as they would.
+
+    Args:
+        weights: what `folded` made of the network, if nothing in it will change.
     """
     if isinstance(inputs, keras.KerasTensor):  # of a model that is to have Keras' own layers
         return network(inputs, training=batch_norm_training)
     norm_of = {
-        id(convolution): norm for convolution, norm in pairs(network) if not (batch_norm_training and norm.trainable)
+        convolution.name: norm for convolution, norm in pairs(network) if not (batch_norm_training and norm.trainable)
     }
-    folded = {id(norm) for norm in norm_of.values()}
+    done = {norm.name for norm in norm_of.values()}
 
     def instead(operation: Any) -> Callable[..., Any]:
-        if id(operation) in norm_of:
-            return partial(_convolve, operation, norm_of[id(operation)])
-        if id(operation) in folded:
+        if norm := norm_of.get(operation.name):
+            own = weights[operation.name] if weights is not None else _folded(operation, norm)
+            return partial(_convolve, operation, own)
+        if operation.name in done:
             return lambda maps, **_: maps  # Keras also hands over a mask, of which images have none
         if isinstance(operation, keras.Layer) and "training" in inspect.signature(operation.call).parameters:
             return partial(operation, training=batch_norm_training)
@@ -45,6 +60,11 @@ def computed(network: keras.Model, inputs: Any, batch_norm_training: bool = Fals
 
     # Keras' own walk over the layers, which it would make with each layer as it is.
     return network._run_through_graph(inputs, operation_fn=instead)
+
+
+def folded(network: keras.Model) -> dict[str, Weights]:
+    """Of each convolution that has one such layer behind it, by name: as it is now, where nothing will train."""
+    return {convolution.name: _folded(convolution, norm) for convolution, norm in pairs(network)}
 
 
 def pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
@@ -73,9 +93,7 @@ def _is_linear(operation: Any) -> bool:
     )
 
 
-def _convolve(convolution: Any, norm: Any, maps: Any, **_: Any) -> Any:
-    """[b, h, w, C] -> [b, h', w', C'] of the compute dtype."""
-    dtype = convolution.compute_dtype
+def _folded(convolution: Any, norm: Any) -> Weights:
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma
@@ -84,17 +102,30 @@ def _convolve(convolution: Any, norm: Any, maps: Any, **_: Any) -> Any:
         shift += norm.beta
     if convolution.use_bias:
         shift += convolution.bias * scale
-    options = {
-        "strides": convolution.strides, "padding": convolution.padding, "dilation_rate": convolution.dilation_rate,
-    }  # fmt: skip
-    maps, cast = tf.cast(maps, dtype), partial(tf.cast, dtype=dtype)
+    kernels: tuple[tf.Tensor, ...]
     if isinstance(convolution, keras.layers.SeparableConv2D):
-        depth, point = tf.convert_to_tensor(convolution.depthwise_kernel), convolution.pointwise_kernel * scale
-        made = keras.ops.separable_conv(maps, cast(depth), cast(point), **options)
+        kernels = (tf.convert_to_tensor(convolution.depthwise_kernel), convolution.pointwise_kernel * scale)
     elif isinstance(convolution, keras.layers.DepthwiseConv2D):
         kernel = tf.convert_to_tensor(convolution.kernel)
-        kernel *= tf.reshape(scale, kernel.shape[2:])
-        made = keras.ops.depthwise_conv(maps, cast(kernel), **options)
+        kernels = (kernel * tf.reshape(scale, kernel.shape[2:]),)
     else:
-        made = keras.ops.conv(maps, cast(convolution.kernel * scale), **options)
-    return tf.nn.bias_add(made, cast(shift))  # which TensorFlow computes together with the convolution
+        kernels = (convolution.kernel * scale,)
+    dtype = convolution.compute_dtype
+    return Weights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
+
+
+def _convolve(convolution: Any, weights: Weights, maps: Any, **_: Any) -> Any:
+    """[b, h, w, C] -> [b, h', w', C'] of the compute dtype."""
+    make = keras.ops.conv
+    if isinstance(convolution, keras.layers.SeparableConv2D):
+        make = keras.ops.separable_conv
+    elif isinstance(convolution, keras.layers.DepthwiseConv2D):
+        make = keras.ops.depthwise_conv
+    made = make(
+        tf.cast(maps, convolution.compute_dtype),
+        *weights.kernels,
+        strides=convolution.strides,
+        padding=convolution.padding,
+        dilation_rate=convolution.dilation_rate,
+    )
+    return tf.nn.bias_add(made, weights.bias)  # which TensorFlow computes together with the convolution

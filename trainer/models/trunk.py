@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from trainer.models.classifier import Classifier
-from trainer.models.folding import computed
+from trainer.models.folding import computed, folded
 from trainer.models.normalization import NORM, counting
 
 
@@ -91,16 +91,17 @@ def find_cut(classifier: Classifier) -> Cut | None:
 
 
 class Trunk:
-    """What lies below some cuts of one classifier, for inference alone."""
+    """What lies below some cuts of one classifier, for inference alone, with the weights that it has now."""
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
         self.classifier, self.cuts = classifier, tuple(cuts)
         self._front = keras.Model(classifier.backbone.inputs, [cut.tensor for cut in cuts])
+        self._weights = folded(self._front)
 
     def features(self, images: Any) -> tuple[Any, ...]:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> for each cut [b, *shape] of its dtype."""
         pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
-        maps = keras.tree.flatten(computed(self._front, pixels))
+        maps = keras.tree.flatten(computed(self._front, pixels, weights=self._weights))
         return tuple(
             self.classifier.pooled(made) if cut.pooled else made for cut, made in zip(self.cuts, maps, strict=True)
         )
