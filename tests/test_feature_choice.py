@@ -53,22 +53,47 @@ AUGMENTED = {"augmentation": {"zoom": 0.1}}
 )  # fmt: skip
 def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
     told = config(**changes)
-    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 10**7)["head"]
+    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
     assert choice.cached == cached
     assert why in choice.why
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads", "why"),
+    [
+        (
+            AUGMENTED,
+            "validation",
+            "; validation on features of 20 images at the backbone's end, pooled to 1280, 0.1 MB",
+        ),
+        (AUGMENTED | {"features": "live"}, "live", "as asked"),
+        (AUGMENTED | {"thaw": "all"}, "live", "augmentation makes other images in every epoch (augmented_views)"),
+        (AUGMENTED | {"epochs": 1}, "live", "augmentation makes other images in every epoch (augmented_views)"),
+        ({"epochs": 1}, "live", "1 view would be computed for 1 epoch"),
+    ],
+)
+def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
+    told = config(**changes)
+    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
+    assert choice.reads == reads
+    assert choice.why.endswith(why)
+    assert choice.line("head").startswith("features of phase head: live, ")
 
 
 def test_what_does_not_fit_is_live_or_refused(classifier: Classifier) -> None:
     told = config()
     parts, epochs = divisions(told, classifier), phase_epochs(told, COUNT)
-    choice = choose(told, parts, epochs, 120, 120 * 1280 * 4 - 1)["head"]
+    choice = choose(told, parts, epochs, 120, 20, 120 * 1280 * 4 - 1)["head"]
     assert not choice.cached
+    assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.why
+    choice = choose(told, parts, epochs, 120, 20, 20 * 1280 * 4 - 1)["head"]
+    assert choice.reads == "live"
     assert choice.why.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    assert choose(told, parts, epochs, 120, 120 * 1280 * 4)["head"].cached
+    assert choose(told, parts, epochs, 120, 20, 120 * 1280 * 4)["head"].cached
     half = config(features_dtype="float16", features="cached")
-    assert choose(half, parts, epochs, 120, 120 * 1280 * 2)["head"].cached
+    assert choose(half, parts, epochs, 120, 20, 120 * 1280 * 2)["head"].cached
     with pytest.raises(ConfigError, match=r"phases.head.features=cached: 1 view .* fit neither .*; say features=auto"):
-        choose(half, parts, epochs, 120, 1)
+        choose(half, parts, epochs, 120, 20, 1)
 
 
 def test_what_is_computed_in_few_bits_keeps_its_own() -> None:
@@ -95,8 +120,8 @@ def test_a_division_knows_what_moves(classifier: Classifier) -> None:
     assert parts["norms"].cut is not None
     assert not parts["norms"].moves & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
-    assert images_again(told, {"head": True, "norms": True, "all": False})
-    assert not images_again(told, {"head": False, "norms": True, "all": True}, first=1)
+    assert images_again(told, {"head": "cached", "norms": "cached", "all": "live"})
+    assert not images_again(told, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.config import Phase, RunConfig
 from trainer.data.features import bytes_of
@@ -14,13 +15,21 @@ from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.trunk import Cut, find_cut, is_moving
 
+# What a phase reads: features; images; images to train on, and features of those that validate.
+Reads = Literal["cached", "live", "validation"]
+
 
 @dataclass(frozen=True)
 class Choice:
     """For one phase."""
 
-    cached: bool
+    reads: Reads
     why: str
+
+    @property
+    def cached(self) -> bool:
+        """Whether it trains on features."""
+        return self.reads == "cached"
 
     def line(self, name: str) -> str:
         """For people."""
@@ -68,22 +77,28 @@ def phase_epochs(config: RunConfig, examples: int) -> dict[str, float]:
     return {n: min(p.duration.steps(steps, batch), most or math.inf) / steps for n, p in config.phases.items()}
 
 
-def images_again(config: RunConfig, cached: Mapping[str, bool], first: int = 0) -> bool:
+def images_again(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
     """Whether the training images are read more than once by the phases from number `first` on: not so where all of
     them train on cached features, which are computed in one pass.
     """
     several = config.augmentation.active or config.distillation is not None
-    return several or not all(cached[name] for name in list(config.phases)[first:])
+    return several or any(reads[name] != "cached" for name in list(config.phases)[first:])
 
 
 def choose(
-    config: RunConfig, parts: Mapping[str, Division], epochs: Mapping[str, float], examples: int, budget: int
+    config: RunConfig,
+    parts: Mapping[str, Division],
+    epochs: Mapping[str, float],
+    examples: int,
+    scored: int,
+    budget: int,
 ) -> dict[str, Choice]:
     """Cached or live, a phase.
 
     Args:
         epochs: of each phase.
         examples: of training and validation together.
+        scored: of validation.
         budget: bytes that features may take, in memory or on disk.
 
     Raises:
@@ -93,26 +108,32 @@ def choose(
     for name, phase in config.phases.items():
         if misfit := config.misfit(phase):  # of phases that the advice table chose
             raise ConfigError(f"phases.{name}.{misfit}")
-        choice = _choose(config, phase, parts[name].cut, epochs[name], examples, budget)
+        cut = parts[name].cut
+        choice = _choose(config, phase, cut, epochs[name], examples, budget)
         if phase.features == "cached" and not choice.cached:
             raise ConfigError(f"phases.{name}.features=cached: {choice.why}; say features=auto or live")
+        if cut and not choice.cached and phase.features == "auto" and epochs[name] > 1:
+            needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, scored)
+            if needed <= budget:
+                what = f"validation on features of {scored:,} images at {cut}, {megabytes(needed)}"
+                choice = Choice("validation", f"{choice.why}; {what}")
         choices[name] = choice
     return choices
 
 
 def _choose(config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int) -> Choice:
     if phase.features == "live":
-        return Choice(False, "as asked")
+        return Choice("live", "as asked")
     if why := config.never_cached(phase):
-        return Choice(False, why)
+        return Choice("live", why)
     if cut is None:
-        return Choice(False, f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
+        return Choice("live", f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
     needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
     what = f"{views} view{'s' * (views > 1)} of {examples:,} images at {cut}, {megabytes(needed)}"
     if needed > budget:
-        return Choice(False, f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
+        return Choice("live", f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     whole = math.ceil(epochs)
     if phase.features == "auto" and views >= whole:
-        return Choice(False, f"{views} view{'s' * (views > 1)} would be computed for {whole} epoch{'s' * (whole > 1)}")
-    return Choice(True, f"{what}, computed once for {whole} epoch{'s' * (whole > 1)}")
+        return Choice("live", f"{views} view{'s' * (views > 1)} would be computed for {whole} epoch{'s' * (whole > 1)}")
+    return Choice("cached", f"{what}, computed once for {whole} epoch{'s' * (whole > 1)}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +18,7 @@ from trainer.data.order import shards_of_workers, sizes_of_shards
 from trainer.data.pipeline import Kept, to_score
 from trainer.data.pixels import cache_name
 from trainer.errors import Interrupted
-from trainer.feature_choice import choose, phase_epochs, stored_dtype
+from trainer.feature_choice import Reads, choose, phase_epochs, stored_dtype
 from trainer.feature_pass import FeaturePass, Wanted, rows_at_once
 from trainer.models.trunk import Cut, Tail
 from trainer.run import GIGABYTE, Run, again, memory_left, say
@@ -27,7 +27,7 @@ from trainer.training.scoring import EvaluationPass
 from trainer.training.step import Network
 from trainer.watching.signs import signs
 
-_FORMAT = 1  # of features on disk; counts up when they change
+_FORMAT = 2  # of features on disk; counts up when they change
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,23 @@ def choose_features(job: Run) -> None:
     """Cached features or images for each phase: as this run chose when it began, or chosen and noted now."""
     config, split = job.config, job.dataset.splits["train"]
 
-    def choice() -> tuple[dict[str, bool], list[str]]:
+    def choice() -> tuple[dict[str, Reads], list[str]]:
         before = read_facts(job.folder).get("features")
         if before is None and job.state.step:
             before = dict.fromkeys(config.phases, "live")  # by a version that had no others
         if before is not None:
-            return {name: before.get(name) == "cached" for name in config.phases}, []
+            return {name: before.get(name, "live") for name in config.phases}, []
         epochs = phase_epochs(config, split.count)
-        examples = split.count + job.dataset.splits["validation"].count
+        scored = job.dataset.splits["validation"].count
         budget = max(memory_left(job), int(config.runtime.disk_budget_gb * GIGABYTE))
-        choices = choose(config, job.divisions, epochs, examples, budget)
-        chosen = {name: choice.cached for name, choice in choices.items()}
-        note_facts(job.folder, _features(chosen))
+        choices = choose(config, job.divisions, epochs, split.count + scored, scored, budget)
+        chosen = {name: choice.reads for name, choice in choices.items()}
+        note_facts(job.folder, {"features": chosen})
         return chosen, [c.line(n) for n, c in choices.items()]
 
-    job.cached, lines = job.peers.told("features", choice)
+    job.reads, lines = job.peers.told("features", choice)
     for line in lines:
         say(line)
-
-
-def _features(cached: dict[str, bool]) -> dict[str, Any]:
-    """As run.json has it."""
-    return {"features": {name: "cached" if kept else "live" for name, kept in cached.items()}}
 
 
 def open_inputs(job: Run, name: str) -> Inputs | None:
@@ -80,19 +75,24 @@ def open_inputs(job: Run, name: str) -> Inputs | None:
         DataError: an image cannot be read.
         Interrupted: the phase began with cached features, and there is no longer room for them.
     """
-    phase = job.config.phases[name]
-    if job.cached[name]:
+    phase, reads = job.config.phases[name], job.reads[name]
+    training, augmentation = job.classifier, job.config.augmentation
+    views = phase.augmented_views if augmentation.active else None
+    if reads != "live":
         job.ledger.mark("compile")
         signs.at("computing features")
         cut = job.divisions[name].cut
-        assert cut is not None, "the phase was cached when the run began"
-        made = _cached(job, name)
+        assert cut is not None, "there was one when the run began"
+        made = _cached(job, name, ("train", "validation") if reads == "cached" else ("validation",))
         job.ledger.mark("features")
         if job.told_to_stop("while features were computed"):
             return None
         if made is not None:
             tail = Tail(job.classifier, cut)
-            return Inputs(tail, EvaluationPass(job.strategy, tail), *made, Augmentation(), None)
+            evaluator = EvaluationPass(job.strategy, tail)
+            if reads == "cached":
+                return Inputs(tail, evaluator, made[0], made[1], Augmentation(), None)
+            return Inputs(training, evaluator, job.pixels("train"), made[0], augmentation, views)
         if job.state.phase_step:
             raise Interrupted(
                 f"phase {name} began with cached features, and there is no room for them: give it with "
@@ -100,35 +100,34 @@ def open_inputs(job: Run, name: str) -> Inputs | None:
             )
         say(f"features of phase {name}: live after all, there is no room for them")
         _fall_back(job, name)
-    augmentation = job.config.augmentation
-    views = phase.augmented_views if augmentation.active else None
-    return Inputs(job.classifier, job.evaluator, job.pixels("train"), job.pixels("validation"), augmentation, views)
+    return Inputs(training, job.evaluator, job.pixels("train"), job.pixels("validation"), augmentation, views)
 
 
 def _fall_back(job: Run, name: str) -> None:
-    job.cached[name] = False
+    job.reads[name] = "live"
     job.opened.pop("train", None)  # it may now be worth it to keep the images
     if job.peers.is_chief:
-        note_facts(job.folder, _features(job.cached))
+        note_facts(job.folder, {"features": job.reads})
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Features
 
 
-def _cached(job: Run, name: str) -> tuple[Features, Features] | None:
-    """The features of training and validation, for phase `name`; None where some worker has no room, or was told to
-    stop. Those that later phases will want, and that stay what they are until then, are computed in the same pass.
+def _cached(job: Run, name: str, splits: Sequence[str]) -> list[Features] | None:
+    """The features of these splits for phase `name`; None where some worker has no room, or was told to stop.
+
+    Those that later phases will want, and that stay what they are until then, are computed in the same pass.
     """
     compute = FeaturePass(job)
     found: list[Features] = []
-    for split in ("train", "validation"):
+    for split in splits:
         features = _open(job, name, split, taken=sum(one.bytes for one in found if one.kept == "memory"))
         if job.peers.any("no room for features", features is None):
             return None
         assert features is not None
         wanted = [Wanted(_cut(job, name), features, needed=True)]
-        for later in _as_well(job, name):
+        for later in _as_well(job, name, split):
             # On disk alone: who knows whether there will be memory for it.
             more = _open(job, later, split, beside=sum(w.features.bytes for w in wanted))
             if not job.peers.any("no room for later features", more is None) and more is not None:
@@ -142,7 +141,7 @@ def _cached(job: Run, name: str) -> tuple[Features, Features] | None:
         if features.bad:
             job.pixels(split).known_bad |= features.bad
         found.append(features)
-    return found[0], found[1]
+    return found
 
 
 def _cut(job: Run, name: str) -> Cut:
@@ -151,14 +150,18 @@ def _cut(job: Run, name: str) -> Cut:
     return cut
 
 
-def _as_well(job: Run, name: str) -> list[str]:
-    """The phases after `name` that train on cached features of the same views, which nothing changes until then."""
+def _as_well(job: Run, name: str, split: str) -> list[str]:
+    """The phases after `name` that read features of a split, of the same views, which nothing changes until then."""
     names, phases = list(job.config.phases), job.config.phases
     moved: set[str] = set()
     found, layers = [], {_cut(job, name).layer}
     for before, later in pairwise(names[names.index(name) :]):
         moved |= job.divisions[before].moves
-        if not job.cached[later] or phases[later].augmented_views != phases[name].augmented_views:
+        if split == "train":
+            alike = job.reads[later] == "cached" and phases[later].augmented_views == phases[name].augmented_views
+        else:
+            alike = job.reads[later] != "live"
+        if not alike:
             continue
         cut = _cut(job, later)
         if cut.layer not in layers and not moved & cut.variables.keys():

@@ -19,7 +19,7 @@ from trainer.data.order import ALONE, Order, Share
 from trainer.data.pipeline import Kept, evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.pixels import Cache, Pixels, data_errors, memory_budget_default, open_pixels
 from trainer.errors import INTERRUPTED, DataError, ToldToStop
-from trainer.feature_choice import Division, images_again
+from trainer.feature_choice import Division, Reads, images_again
 from trainer.imaging import Resize
 from trainer.models.classifier import Classifier
 from trainer.models.distillation import Teacher
@@ -67,7 +67,7 @@ class Run:
     teacher: Teacher | None = None  # answers in every step
     answers: np.ndarray | None = None  # a teacher's, for every training example: float32 [count, classes]
     divisions: dict[str, Division] = field(default_factory=dict)  # of the classifier, by phase
-    cached: dict[str, bool] = field(default_factory=dict)  # phase -> whether it trains on cached features, or on images
+    reads: dict[str, Reads] = field(default_factory=dict)  # phase -> cached features, or images
 
     def pixels(self, split: str) -> Pixels:
         """The decoded images of a split; the first call may fill a cache."""
@@ -82,7 +82,7 @@ class Run:
     @property
     def images_again(self) -> bool:
         """Whether the training images are read more than once from here on; not so where features are cached."""
-        return images_again(self.config, self.cached, self.state.phase)
+        return images_again(self.config, self.reads, self.state.phase)
 
     def pixels_at(self, split: str, size: int, resize: Resize, cache: Cache, why_none: str = "as asked") -> Pixels:
         """The decoded images of a split at any size, kept as `cache` says."""

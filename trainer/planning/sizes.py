@@ -74,15 +74,17 @@ def choose_features(
     """
     runtime, count = config.runtime, dataset.splits["train"].count
     memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
+    scored = dataset.splits["validation"].count if "validation" in dataset.splits else 0
     choices = choose(
         config,
         divisions(config, classifier),
         phase_epochs(config, count),
-        count + (dataset.splits["validation"].count if "validation" in dataset.splits else 0),
+        count + scored,
+        scored,
         max(memory, int(runtime.disk_budget_gb * GIGABYTE)),
     )
     rows = [(name, f"{'cached' if choice.cached else 'live'}, {choice.why}") for name, choice in choices.items()]
-    if config.data.cache == "auto" and not images_again(config, {n: c.cached for n, c in choices.items()}):
+    if config.data.cache == "auto" and not images_again(config, {n: c.reads for n, c in choices.items()}):
         rows.append(("", "the training images are read once, and not kept"))
         kept = kept | {"train": Kept("once", kept["train"].bytes)}
     return rows, kept
