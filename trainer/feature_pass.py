@@ -118,30 +118,60 @@ class FeaturePass:
         self, cuts: Sequence[Cut], pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
         """Weights float32 [rows], 0 for no example, then the rows at each cut; ends early where the run should stop."""
+        compute, local = self._compute(cuts), self.job.strategy.experimental_local_results
+        in_memory = pixels.array is not None and not augmentation.active
+        source = self._kept(pixels, mine) if in_memory else self._live(pixels, mine, augmentation, view)
+        with closing(source) as stream:
+            for images, weights in stream:
+                outcome = compute(images, weights)
+                signs.moved()
+                yield [_joined([part.numpy() for part in local(one)]) for one in outcome]
+
+    def _live(
+        self, pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
+    ) -> Generator[tuple[Any, Any], None, None]:
+        """Images and weights a call, out of the pipeline that training has."""
         job, config = self.job, self.job.config
-        # One type of images for both splits, so that the trunk is traced once.
-        changed = augmentation if config.augmentation.active else None
         options = dict[str, Any](rows=self.rows, replicas=job.replicas, ahead=self._ahead(pixels, len(mine)))
         stream = iter(
             job.strategy.distribute_datasets_from_function(
                 lambda _: chosen_batches(
-                    pixels, mine, **options, threads=config.runtime.data_threads, augmentation=changed,
+                    pixels, mine, **options, threads=config.runtime.data_threads, augmentation=augmentation,
                     seed=config.seed, view=view,
                 )
             )
         )  # fmt: skip
         gate = chosen_gate(pixels, mine, **options, augmented=augmentation.active)
-        compute, local = self._compute(cuts), job.strategy.experimental_local_results
         try:
             while job.stop.reason is None:
                 gate.before(self.rows)
-                outcome = compute(next(stream))
-                signs.moved()
-                yield [np.concatenate([part.numpy() for part in local(one)]) for one in outcome]
+                batch = next(stream)
+                yield batch["image"], batch["weight"]
         except ToldToStop:  # while it waited for a shard
             return
         finally:
             gate.close()
+
+    def _kept(self, pixels: Pixels, mine: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+        """The same, straight out of the array: neighbours are not even copied."""
+        content, blank, each = pixels.tensor(), pixels.split.count, self.rows // self.job.replicas
+        bad = list(pixels.bad)
+        for first in range(0, len(mine), self.rows):
+            if self.job.stop.reason is not None:
+                return
+            index = np.full(self.rows, blank)
+            chosen = mine[first : first + self.rows]
+            index[: len(chosen)] = chosen
+            weights = ((index < blank) & ~np.isin(index, bad)).astype(np.float32)
+
+            def part(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
+                start = context.replica_id_in_sync_group % self.job.replicas * each
+                own = index[start : start + each]
+                is_run = own[-1] - own[0] == each - 1 and own[-1] < blank
+                images = content[own[0] : own[0] + each] if is_run else tf.gather(content, own)
+                return images, tf.constant(weights[start : start + each])
+
+            yield self.job.strategy.experimental_distribute_values_from_function(part)
 
     def _ahead(self, pixels: Pixels, count: int) -> int | None:
         """Batches of one replica to be decoded while the trunk is compiled; None where shards have to be fetched."""
@@ -156,10 +186,12 @@ class FeaturePass:
         if key not in self._compiled:
             trunk, strategy = Trunk(self.job.classifier, cuts), self.job.strategy
 
-            def replica(batch: Any) -> list[tf.Tensor]:
-                return [batch["weight"], *trunk.features(batch["image"])]
+            def replica(images: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
+                return [weights, *trunk.features(images)]
 
-            self._compiled[key] = tf.function(lambda batch: strategy.run(replica, args=(batch,)), autograph=False)
+            self._compiled[key] = tf.function(
+                lambda images, weights: strategy.run(replica, args=(images, weights)), autograph=False
+            )
         return self._compiled[key]
 
     def _take_in(
@@ -173,7 +205,7 @@ class FeaturePass:
     ) -> None:
         """Keep a piece, this worker's or everyone's."""
         peers = self.job.peers
-        columns = [np.concatenate(column)[: len(index)] for column in zip(*made, strict=True)]
+        columns = [_joined(column)[: len(index)] for column in zip(*made, strict=True)]
         lost = index[columns[0] == 0] if columns else index
         why = np.array([pixels.bad.get(int(i), "") for i in lost] if len(lost) else [], str)
         rows = columns[1:] or [np.zeros((0, *one.features.shape), np.float32) for one in wanted]
@@ -191,3 +223,7 @@ class FeaturePass:
             except OSError as error:
                 one.failed = True
                 say(f"  features cannot be kept in {one.features.where}: {error.strerror}")
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

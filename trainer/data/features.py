@@ -90,7 +90,7 @@ class Features:
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
         with np.errstate(over="ignore"):
-            found = rows.astype(STORED[self.dtype])
+            found = rows.astype(STORED[self.dtype], copy=False)
         if self.dtype == "float16" and not np.isfinite(found).all() and np.isfinite(rows).all():
             raise DataError(
                 "features_dtype=float16 holds numbers up to 65,504, and there are larger ones; take bfloat16"
@@ -115,10 +115,11 @@ class Features:
             assert self.array is not None
             self.array[start : start + count] = rows
         if self.file:
-            piece = {"view": view, "first": first, "count": count, "crc32c": _checksum(rows.tobytes()),
+            content = rows.tobytes()
+            piece = {"view": view, "first": first, "count": count, "crc32c": _checksum(content),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
-                _write_at(self.file.with_suffix(".rows"), start * self.row_bytes, rows.tobytes())
+                _write_at(self.file.with_suffix(".rows"), start * self.row_bytes, content)
                 with open(self.file.with_suffix(".list"), "a") as listed:
                     listed.write(json.dumps(piece) + "\n")
             except OSError as error:
