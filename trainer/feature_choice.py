@@ -70,10 +70,11 @@ def phase_epochs(config: RunConfig, examples: int) -> dict[str, float]:
 
 def images_again(config: RunConfig, cached: Mapping[str, bool], first: int = 0) -> bool:
     """Whether the training images are read more than once by the phases from number `first` on: not so where all of
-    them train on cached features, which are computed in one pass.
+    them train on cached features, which are computed in one pass. Where nothing trains (`cached` is empty) the images
+    themselves are what is asked for.
     """
     several = config.augmentation.active or config.distillation is not None
-    return several or not all(cached[name] for name in list(config.phases)[first:])
+    return several or not all(cached.get(name, False) for name in list(config.phases)[first:])
 
 
 def choose(
