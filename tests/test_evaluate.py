@@ -53,7 +53,7 @@ def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], word
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
     run = FinishedRun("runs/1", place(str(tmp_path)), load(tree), ("daisy", "rose"), "")
-    data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))})
+    data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
     with pytest.raises(DataError) as refused:
         check_classes(Checkpoint(run, "best", RunState(), {}, {}), data)
     assert f"run=runs/1 knows 2 classes and {words} the same classes in the same order" == str(refused.value)
