@@ -178,7 +178,7 @@ def speed_part(timing: Mapping[str, Any]) -> str:
     if "goodput" in timing:
         words = "share of the time since the first start in which steps were taken that count"
         cards.append(card("goodput", percent(timing["goodput"]), words))
-    seconds = {place: spent for place, spent in timing.get("seconds", {}).items() if spent > 0}
+    seconds = {place: spent for place, spent in timing.get("seconds", {}).items() if spent >= 0.05}
     total = sum(seconds.values())
     if total:
         starts, workers = timing.get("starts", 1), timing.get("workers", 1)
