@@ -9,10 +9,16 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 import yaml
 
 from trainer.config import load
+from trainer.contracts import Dataset, Split
+from trainer.errors import DataError
+from trainer.evaluate import Checkpoint, check_classes
+from trainer.finished_runs import FinishedRun
 from trainer.models.classifier import build_classifier
+from trainer.storage.places import place
 from trainer.training import variables
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
@@ -31,6 +37,26 @@ job = open_job(read_state(find_run(folder), "last"), StopFlag(), time.time())
 backbone = job.classifier.backbone
 np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
 """
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("rust", "spot", "moss", "rot", "mould"), "the data has 5: 'rust', 'spot', 'moss' and 2 more are unknown to it; "
+         "'daisy', 'rose' are missing in the data; give data with"),
+        (("rose", "daisy", "tulip"), "the data has 3: 'tulip' is unknown to it; give data with"),
+        (("daisy",), "the data has 1: 'rose' is missing in the data; give data with"),
+        (("rose", "daisy"), "the data has 2: the same in another order, 'rose' where it has 'daisy'; give data with"),
+    ],
+)  # fmt: skip
+def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    phases = {"head": {"thaw": "none", "epochs": 1}}
+    tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
+    run = FinishedRun("runs/1", place(str(tmp_path)), load(tree), ("daisy", "rose"), "")
+    data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
+    with pytest.raises(DataError) as refused:
+        check_classes(Checkpoint(run, "best", RunState(), {}, {}), data)
+    assert f"run=runs/1 knows 2 classes and {words} the same classes in the same order" == str(refused.value)
 
 
 def test_an_efficient_net_that_began_from_imagenet_sees_what_it_saw_in_training(tmp_path: Path) -> None:

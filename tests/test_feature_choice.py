@@ -32,6 +32,10 @@ PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
 AUGMENTED = {"augmentation": {"zoom": 0.1}}
 
 
+def test_where_nothing_trains_the_images_themselves_are_read() -> None:
+    assert images_again(config(), {})
+
+
 @pytest.mark.parametrize(
     ("changes", "cached", "why"),
     [

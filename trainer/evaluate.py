@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 OWN = ("run", "checkpoint", "split", "output")
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
+UNDIVIDED_NOTE = (
+    "This data is not divided into splits, so all of it was scored; train is only its name here. The run learned from "
+    "other data, but may have seen some of these pictures there."
+)
 DURING = "during the evaluation"
 
 
@@ -128,12 +132,23 @@ def check_classes(checkpoint: Checkpoint, dataset: Dataset) -> None:
     mine, theirs = checkpoint.run.class_names, dataset.class_names
     if mine == theirs:
         return
-    odd = [f"{name!r} in place of {wanted!r}" for name, wanted in zip(theirs, mine, strict=False) if name != wanted]
-    first = f"the first that differs: {odd[0]}" if odd else "the rest is the same"
+    strange = [repr(name) for name in theirs if name not in mine]
+    missing = [repr(name) for name in mine if name not in theirs]
+    parts = [f"{_some(strange)} unknown to it"] if strange else []
+    parts += [f"{_some(missing)} missing in the data"] if missing else []
+    if not parts:
+        wanted, name = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+        parts = [f"the same in another order, {name!r} where it has {wanted!r}"]
     raise DataError(
-        f"run={checkpoint.run.address} knows {len(mine)} classes and the data has {len(theirs)}, or in another order "
-        f"({first}); give data with the same classes in the same order"
+        f"run={checkpoint.run.address} knows {len(mine)} classes and the data has {len(theirs)}: {'; '.join(parts)}; "
+        "give data with the same classes in the same order"
     )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """ "'a' is", "'a', 'b' are", "'a', 'b', 'c' and 7 more are"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def choose_split(wanted: str | None, dataset: Dataset) -> str:
@@ -153,12 +168,14 @@ def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[
     stop, config = StopFlag(), checkpoint.run.config
     job = open_job(checkpoint, stop, began)
     split = choose_split(own.get("split"), job.dataset)
-    say(f"evaluating {job.dataset.splits[split].count:,} {split} examples of {job.dataset.name}")
+    own_data = job.dataset.fingerprint == checkpoint.run.fingerprint
+    undivided = not own_data and list(job.dataset.splits) == ["train"]
+    what = "" if undivided else f"{split} "
+    say(f"evaluating {job.dataset.splits[split].count:,} {what}examples of {job.dataset.name}")
     answers = score(job, job.evaluator, job.pixels(split), config.training.batch_size, split)
     stop.check(DURING)
     job.ledger.mark("evaluation")
     result = evaluated(job, split, *answers)
-    own_data = job.dataset.fingerprint == checkpoint.run.fingerprint
     facts: dict[str, Any] = {
         "title": f"{config.experiment_name or job.dataset.name}, {checkpoint.name} on {job.dataset.name}",
         "history": checkpoint.state.history,
@@ -170,7 +187,7 @@ def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[
         },
     }
     if not own_data:
-        facts["note"] = None
+        facts["note"] = UNDIVIDED_NOTE if undivided else None
     elif split == "train":
         facts["note"] = TRAIN_NOTE
     home = target(own.get("output"), checkpoint, job.dataset.name, split)
@@ -183,7 +200,7 @@ def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[
                 (home / file.name).upload(file)
     low, high = report["test"]["interval"]
     n = report["test"]["n"]
-    say(f"{split} accuracy {report['test']['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}); macro F1 "
+    say(f"{what}accuracy {report['test']['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {n}); macro F1 "
         f"{report['test']['macro_f1']:.4f}\n  report   {home}/index.html")  # fmt: skip
     return report
 

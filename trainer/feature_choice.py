@@ -79,10 +79,11 @@ def phase_epochs(config: RunConfig, examples: int) -> dict[str, float]:
 
 def images_again(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
     """Whether the training images are read more than once by the phases from number `first` on: not so where all of
-    them train on cached features, which are computed in one pass.
+    them train on cached features, which are computed in one pass. Where nothing trains (`reads` is empty) the images
+    themselves are what is asked for.
     """
     several = config.augmentation.active or config.distillation is not None
-    return several or any(reads[name] != "cached" for name in list(config.phases)[first:])
+    return several or any(reads.get(name) != "cached" for name in list(config.phases)[first:])
 
 
 def choose(

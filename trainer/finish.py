@@ -83,6 +83,7 @@ def finish(job: Run) -> None:
     signs.at("publishing")
     if any(facts["refused"] for facts in exports.values()):
         job.publisher.results()
+        summarise(job, report)
         refuse(exports, job.config.export.max_accuracy_drop)
     job.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": job.state.step}) + "\n")
     job.peers.from_chief("done")
@@ -132,6 +133,16 @@ def groups_apart(test: dict[str, Any]) -> list[str]:
     return [f"  by {test['groups']['field']}: at most {gap['accuracy']:.4f} apart, {between} ({sure})"]
 
 
+def of_export(facts: dict[str, Any]) -> str:
+    """How an exported file does beside the trainer, in a few words."""
+    accuracy = f"{facts['accuracy']:.4f}"
+    if facts["refused"]:
+        return f"not kept: accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
+    same = facts["lost"] == facts["gained"] == 0
+    worth = "answers as the trainer" if same else f"accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
+    return f"{worth}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"
+
+
 def summarise(job: Run, report: dict[str, Any]) -> None:
     """The last lines on the terminal: how good, where, and what to type next."""
     test, folder = report["test"], job.address.rstrip("/")
@@ -148,7 +159,7 @@ def summarise(job: Run, report: dict[str, Any]) -> None:
         f"trained {job.state.images:,.0f} images in {clock(spent)} ({job.state.images / max(spent, 1e-9):,.0f} "
         f"images/s; goodput {job.ledger.goodput:.0%})",
         f"  report   {folder}/report/index.html",
-        *(f"  export   {folder}/{facts['path']}  (differs by {facts['largest_difference']:.1e} at most)"
+        *(f"  export   {folder}/{facts['path']}  ({facts['bytes'] / 1e6:,.2f} MB; {of_export(facts)})"
           for facts in report["export"].values()),
         f"next:  tensorboard --logdir {folder}/logs",
     ]  # fmt: skip

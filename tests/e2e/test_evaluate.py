@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "digits"
     done = run("experiment=quickstart", "debug.max_examples=90", "phases.head.epochs=2", "phases.fine_tune.epochs=1",
-               "training.ema=0.9", "export.formats=[saved_model]", f"output_dir={out}")  # fmt: skip
+               "training.ema=0.9", "augmentation=none", "export.formats=[saved_model]", f"output_dir={out}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out
 
@@ -78,7 +78,9 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     report = report_of(trained / "evaluations" / "best-photos-train")
     assert (report["test"]["n"], report["data"]["name"]) == (30, "photos")
-    assert "note" not in report["test"]
+    assert report["test"]["note"].startswith("This data is not divided into splits, so all of it was scored")
+    assert "evaluating 30 examples of photos" in done.stdout
+    assert "\naccuracy " in done.stdout
     assert report["duplicates"]["compared"] == {"train": 30}
 
     (tmp_path / "photos" / "zebra").mkdir()
@@ -86,7 +88,7 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
     done = evaluate(f"run={trained}", *arguments)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert f"run={trained} knows 10 classes and the data has 11" in line
+    assert f"run={trained} knows 10 classes and the data has 11: 'zebra' is unknown to it; give data" in line
 
 
 @pytest.mark.parametrize(

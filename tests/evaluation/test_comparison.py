@@ -106,10 +106,16 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 
 def test_configurations_differ_where_they_do(tmp_path: Path) -> None:
-    one = make_run(tmp_path / "a", 0.7, training={"batch_size": 32})
-    other = make_run(tmp_path / "b", 0.7, training={"batch_size": 64}, extra=1)
+    one = make_run(tmp_path / "a", 0.7, training={"batch_size": 32, "ema": None}, export={"formats": ["keras", "onnx"]})
+    training = {"batch_size": 64, "ema": True}
+    other = make_run(tmp_path / "b", 0.7, training=training, export={"formats": ["keras"]}, extra=1)
     runs = [read_scored(str(folder), folder.name) for folder in (one, other)]
-    assert configuration_differences(runs) == [("extra", ["–", "1"]), ("training.batch_size", ["32", "64"])]
+    assert configuration_differences(runs) == [
+        ("export.formats", ["[keras,onnx]", "[keras]"]),
+        ("extra", ["–", "1"]),
+        ("training.batch_size", ["32", "64"]),
+        ("training.ema", ["null", "true"]),
+    ]
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def test_it_fits_every_screen_and_asks_for_nothing(
     assert shot.std() > 10
 
 
+def test_no_table_is_cut_off_on_a_laptop(tab: Tab, page: Path) -> None:
+    tab.open(page, 1280, 800)
+    cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+    assert tab.run(cut) == []
+
+
 def test_a_click_sorts_the_classes(tab: Tab, page: Path) -> None:
     tab.open(page)
     assert column(tab, 1) == sorted(column(tab, 1))  # the weakest first

@@ -16,10 +16,17 @@ import pytest
 
 from tests.evaluation.examples import HOSTILE, make_history, make_phases, make_result
 from trainer.contracts import Dataset, EvaluationResult, Split
+from trainer.evaluation.charts import Line, line_chart
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.report import VALIDATION_NOTE, Samples, describe_data, write_report
+from trainer.evaluation.run_section import PLACES
+from trainer.training import ledger
 
 Fetch = Callable[[Sequence[int]], np.ndarray]
+EXPORTED = {
+    "path": "export/saved_model/1", "bytes": 4_858_377, "examples": 60, "accuracy": 0.8167, "trainer_accuracy": 0.825,
+    "lost": 2, "gained": 1, "largest_difference": 2e-6, "timing": {"milliseconds_per_image": 9.5}, "refused": False,
+}  # fmt: skip
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
@@ -64,7 +71,7 @@ def facts(result: EvaluationResult) -> dict[str, Any]:
         "title": f"run of {HOSTILE}",
         "seed": 7,
         "data": describe_data(data) | {"undecodable": ["b&.png: not an image"]},
-        "export": {"saved_model": {"max_difference": 2e-6}},
+        "export": {"saved_model": EXPORTED},
         "config": {"data": {"source": "digits"}, "phases": {"head": {"epochs": 3}}},
         "versions": {"python": "3.11"},
         "timing": {"total_seconds": 12.5},
@@ -100,7 +107,7 @@ def test_report_json(tmp_path: Path, pictures: Fetch) -> None:
     assert report["data"]["counts"] == {"train": 7, "test": 60}
     assert sum(report["data"]["class_counts"]["test"]) == 60
     assert report["data"]["skipped"] == ["a<script>.jpg: truncated"]
-    assert report["export"] == {"saved_model": {"max_difference": 2e-6}}
+    assert report["export"] == {"saved_model": EXPORTED}
     assert report["timing"]["total_seconds"] == 12.5
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {*report["figures"].values(), "report.json", "index.html", "predictions.csv"}
@@ -207,6 +214,44 @@ def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_phase_that_kept_earlier_weights_shows_its_own_score_and_says_so(tmp_path: Path, pictures: Fetch) -> None:
+    history = make_history(2, 3)
+    phases = make_phases(history)
+    first = phases["phase_0"] | {"val_n": 100}
+    handed_on = {"val_accuracy": first["val_accuracy"], "val_loss": first["val_loss"], "val_n": 100}
+    phases["phase_1"] |= handed_on | {"kept_from": "phase_0", "own_val_accuracy": 0.7}
+    write(tmp_path, make_result(3, 40), pictures, history=history, phases=phases | {"phase_0": first})
+    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert "phase_0: 74.00\u202f% (64.6–81.6\u202f%); phase_1: 74.00\u202f% (kept the weights of phase_0)" in text
+    assert "70.00\u202f%kept the weights of phase_0–" in text  # the row of the phase, with no loss of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "saved_modelexport/saved_model/14.8681.67\u202f%212e-069.50"),
+        ({"refused": True}, "saved_modelnot kept: it lost too much accuracy4.86"),
+        ({"largest_difference": None}, "21–9.50"),
+    ],
+)
+def test_each_export_is_a_row(tmp_path: Path, pictures: Fetch, changes: dict[str, Any], words: str) -> None:
+    result = make_result(3, 40)
+    write(tmp_path, result, pictures, run=facts(result) | {"export": {"saved_model": EXPORTED | changes}})
+    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert words in text
+    assert "sent 60 examples, of which the trainer has 82.50\u202f% right" in text
+
+
+def test_every_place_where_time_goes_has_a_colour_of_its_own() -> None:
+    assert set(ledger.PLACES) <= set(PLACES)
+    assert len({colour for _, colour in PLACES.values()}) == len(PLACES)
+
+
+def test_ticks_of_a_learning_rate_are_its_values() -> None:
+    chart = line_chart("Learning rate", [Line("learning rate", "training", [1, 2], [1e-3, 1e-5])])
+    assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in chart] == []
+
+
 def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path: Path) -> None:
     """Its size is bounded by pictures and classes, whatever the number of examples."""
 

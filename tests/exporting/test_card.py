@@ -31,7 +31,11 @@ REPORT: dict[str, Any] = {
             {"name": "unseen", "f1": 0.0, "support": 0},
         ],
     },
-    "phases": {"head": {"val_accuracy": 0.85, "val_interval": [0.83, 0.87]}, "fine_tune": {"val_accuracy": None}},
+    "phases": {
+        "head": {"val_accuracy": 0.85, "val_interval": [0.83, 0.87]},
+        "middle": {"val_accuracy": 0.85, "kept_from": "head", "own_val_accuracy": 0.8},
+        "fine_tune": {"val_accuracy": None},
+    },
     "data": {
         "name": "tf_flowers",
         "fingerprint": "abc",
@@ -73,6 +77,7 @@ def test_a_card_says_what_a_stranger_needs(tmp_path: Path) -> None:
         "| accuracy | 0.9123 (95 % interval 0.9000 to 0.9250) |",
         "| accuracy of always answering the commonest class | 0.2500 |",
         "| validation accuracy after `head` | 0.8500 (95 % interval 0.8300 to 0.8700) |",
+        "| validation accuracy after `middle`, which kept the weights of `head` | 0.8500 |",
         "| validation accuracy after `fine_tune` | not measured |",
         "These are the validation examples.",
         "tf_flowers: 2,936 train, 1,234 validation. Fingerprint `abc`.",

@@ -49,6 +49,12 @@ def _ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[
     return [float(v) for v in found if low - 1e-9 <= v <= high + 1e-9]
 
 
+def _small(value: float) -> str:
+    """7.5e-4."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}" if value else "0"
+
+
 def _axes(frame: Frame, title: str, below: str, show: Callable[[float], str]) -> list[str]:
     bottom = frame.height - BOTTOM
     parts = [f'<text class="head" x="4" y="16">{text(title)}</text>']
@@ -104,7 +110,7 @@ def line_chart(
     low, high = (min(values), 1.0) if shares else (0.0, max(values))
     room = 0.06 * max(high - low, 1e-6)
     frame = Frame(min(places) - 0.5, max(places) + 0.5, max(0.0, low - room), high if shares else high + room)
-    show = (lambda v: f"{100 * v:.4g}%") if shares else (lambda v: f"{v:.0e}" if 0 < high < 0.01 else f"{v:.3g}")
+    show = (lambda v: f"{100 * v:.4g}%") if shares else (_small if 0 < high < 0.01 else lambda v: f"{v:.3g}")
     parts = _axes(frame, title, below, show)
     for name, place in (marks or {}).items():
         x = frame.x(place)

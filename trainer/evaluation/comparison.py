@@ -127,10 +127,17 @@ def configuration_differences(runs: Sequence[Scored]) -> list[tuple[str, list[st
     keys = sorted(set().union(*trees))
     found = []
     for key in keys:
-        values = [str(tree[key]) if key in tree else NONE for tree in trees]
+        values = [_as_typed(tree[key]) if key in tree else NONE for tree in trees]
         if len(set(values)) > 1 and key not in _FREE:
             found.append((key, values))
     return found
+
+
+def _as_typed(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(_as_typed, value))}]" if isinstance(value, list) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -138,16 +145,17 @@ def configuration_differences(runs: Sequence[Scored]) -> list[tuple[str, list[st
 
 
 def _score_table(found: Comparison) -> str:
-    head = ("run", "accuracy (shared)", "difference (95 %)", "only first right", "only this right", "p", "")
+    head = ("run", "accuracy (shared)", "difference (95 %)", "only first right", "only this right", "p")
     n, rows = len(found.files), []
     for place, run in enumerate(found.runs):
         hits = int(found.right[place].sum())
+        said = f"<strong>{verdict(found.pairs[place - 1], found.p[place - 1])}</strong>" if place else "the reference"
         cells = [
-            f'<i class="key s{place % SERIES}"></i>{short(run.name, 40)}',
+            f'<i class="key s{place % SERIES}"></i>{short(run.name, 40)}<br><small>{said}</small>',
             f"{percent(hits / n, 2)} <small>({span(wilson(hits, n))})</small>",
         ]
         if place == 0:
-            cells += ["", "", "", "", "what the others are compared with"]
+            cells += [""] * 4
         else:
             pair, p = found.pairs[place - 1], found.p[place - 1]
             low, high = pair.interval
@@ -156,13 +164,13 @@ def _score_table(found: Comparison) -> str:
                 f"{pair.lost:,}",
                 f"{pair.won:,}",
                 f"{p:.3g}",
-                f"<strong>{verdict(pair, p)}</strong>",
             ]
         rows.append(cells)
     raised = " Raised for the number of comparisons (Holm 1979)." if len(found.pairs) > 1 else ""
     words = (
         f"<p><small>On the {plural(n, 'example')} that all were scored on. p is McNemar's exact test: how likely so "
-        f"uneven a split of the disagreements is if both are equally good.{raised}</small></p>"
+        f"uneven a split of the disagreements is if both are equally good.{raised} Below {SURE:g} a run is called "
+        "better or worse; the interval is approximate, and may leave out 0 where p is a little above that.</small></p>"
     )
     return table(head, rows) + words
 
@@ -244,7 +252,7 @@ def write_comparison(path: Path, found: Comparison) -> Path:
     parts = [
         ("Scores", _score_table(found) + _whole_scores(found)),
         ("Curves", _curves(runs)),
-        ("Classes", _class_table(found)),
+        ("Classes", "<p><small>F1 of each class.</small></p>" + _class_table(found)),
         ("Examples", _changed(found)),
         ("Configuration", configuration if differing else "<p>The configurations are the same.</p>"),
     ]

@@ -25,6 +25,7 @@ _BARS = 60  # classes that are shown with bars at once
 PLACES = {
     "train": ("training", "--s0"),
     "wait": ("waiting for data", "--s1"),
+    "features": ("features of frozen layers", "--s6"),
     "compile": ("compiling", "--s3"),
     "start": ("starting", "--faint"),
     "checkpoint": ("checkpoints", "--s5"),
@@ -53,7 +54,8 @@ def headline(test: Mapping[str, Any], phases: Mapping[str, Mapping[str, Any]]) -
         for name, phase in known.items():
             value = percent(phase[key], digits) if shares else number(float(phase[key]))
             of = phase.get("val_interval") if key == "val_accuracy" else None
-            lines.append(f"{text(name)}: {value}{f' ({span(of)})' if of else ''}")
+            kept = f" (kept the weights of {text(phase['kept_from'])})" if "kept_from" in phase else ""
+            lines.append(f"{text(name)}: {value}{f' ({span(of)})' if of and not kept else ''}{kept}")
         return f'<small class="before">validation after {"; ".join(lines)}</small>'
 
     found = f"95 % interval {span(test['interval'])}; {test['correct']:,} of {n:,} {text(split)} examples"
@@ -86,6 +88,10 @@ def headline(test: Mapping[str, Any], phases: Mapping[str, Mapping[str, Any]]) -
 
 def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> str:
     def score(phase: Mapping[str, Any]) -> str:
+        """Of the best epoch of the phase itself, whose weights are handed on unless those it began with are better."""
+        if "kept_from" in phase:
+            kept = f"kept the weights of {text(phase['kept_from'])}"
+            return f"{percent(phase['own_val_accuracy'], 2)}<br><small>{kept}</small>"
         interval = f" <small>({span(phase['val_interval'])})</small>" if phase.get("val_interval") else ""
         return percent(phase["val_accuracy"], 2) + interval
 
@@ -96,7 +102,7 @@ def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> str:
             number(phase["epochs"], 1),
             number(phase.get("best_epoch")),
             score(phase),
-            number(phase.get("val_loss")),
+            NONE if "kept_from" in phase else number(phase.get("val_loss")),
             number(phase.get("trainable_parameters")),
             duration(phase["seconds"]),
         )
@@ -172,7 +178,7 @@ def speed_part(timing: Mapping[str, Any]) -> str:
     if "goodput" in timing:
         words = "share of the time since the first start in which steps were taken that count"
         cards.append(card("goodput", percent(timing["goodput"]), words))
-    seconds = {place: spent for place, spent in timing.get("seconds", {}).items() if spent > 0}
+    seconds = {place: spent for place, spent in timing.get("seconds", {}).items() if spent >= 0.05}
     total = sum(seconds.values())
     if total:
         starts, workers = timing.get("starts", 1), timing.get("workers", 1)
@@ -193,21 +199,35 @@ def speed_part(timing: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _value(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: NONE, True: "yes", False: "no"}[value]
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else text(value)
-
-
-def export_part(exports: Mapping[str, Any]) -> str:
-    """One row a format, whatever was measured of it."""
+def export_part(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row a format: what `exporting.formats.export_formats` measured of it."""
     if not exports:
         return ""
-    if not all(isinstance(row, Mapping) for row in exports.values()):
-        return facts(exports)
-    columns = list(dict.fromkeys(key for row in exports.values() for key in row))
-    rows = [(text(kind), *(_value(row.get(key)) for key in columns)) for kind, row in exports.items()]
-    return table(("format", *(text(key.replace("_", " ")) for key in columns)), rows)
+    rows = [
+        (
+            f"{text(kind)}<br><small>{_fate(row)}</small>",
+            f"{row['bytes'] / 1e6:,.2f}",
+            percent(row["accuracy"], 2),
+            f"{row['lost']:,}",
+            f"{row['gained']:,}",
+            NONE if row["largest_difference"] is None else f"{row['largest_difference']:.1g}",
+            f"{row['timing']['milliseconds_per_image']:,.2f}",
+        )
+        for kind, row in exports.items()
+    ]
+    head = ("format", "MB", "accuracy", "lost", "gained", "largest difference", "ms an image")
+    some = next(iter(exports.values()))
+    words = (
+        f"<p><small>Each file was loaded back and sent {plural(some['examples'], 'example')}, of which the trainer has "
+        f"{percent(some['trainer_accuracy'], 2)} right. Lost and gained: examples that only the trainer, only the file "
+        "gets right. The difference is of any probability; times are of single images on the CPU that exported."
+        "</small></p>"
+    )
+    return table(head, rows) + words
+
+
+def _fate(row: Mapping[str, Any]) -> str:
+    return "not kept: it lost too much accuracy" if row["refused"] else text(row["path"])
 
 
 def how_part(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --sheet: #ffffff; --ink: #1f2937; --soft: #5b6472; --rule: #dfe3e8;
   --lead: #1d4ed8; --faint: #94a3b8; --right: #15803d; --wrong: #b91c1c; --note: #fff7e0; --note-ink: #704a00;
-  --s0: #1d4ed8; --s1: #c2410c; --s2: #15803d; --s3: #7e22ce; --s4: #b91c1c; --s5: #0e7490; }
+  --s0: #1d4ed8; --s1: #c2410c; --s2: #15803d; --s3: #7e22ce; --s4: #b91c1c; --s5: #0e7490;
+  --s6: #a16207; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1318; --sheet: #181e26; --ink: #e5e9ef; --soft: #9aa5b4;
   --rule: #2d3642; --lead: #8ab4ff; --faint: #64748b; --right: #4ade80; --wrong: #f87171; --note: #33290f;
-  --note-ink: #f3d58a; --s0: #8ab4ff; --s1: #fdba74; --s2: #4ade80; --s3: #d8b4fe; --s4: #f87171; --s5: #67e8f9; } }
+  --note-ink: #f3d58a; --s0: #8ab4ff; --s1: #fdba74; --s2: #4ade80; --s3: #d8b4fe; --s4: #f87171; --s5: #67e8f9;
+  --s6: #fde047; } }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html { scroll-behavior: smooth; }
@@ -112,6 +114,7 @@ figure.figure { margin: 1rem 0; }
 .figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: .85rem; margin-top: .35rem; }
 details { border-top: 1px solid var(--rule); padding: .5rem 0; }
+.shots + details { margin-top: 1rem; }
 summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
 code { font: .86em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 pre { background: var(--page); border: 1px solid var(--rule); border-radius: 8px; padding: .7rem .9rem; margin: 0;

@@ -66,8 +66,9 @@ def _scores(report: Mapping[str, Any]) -> str:
         if isinstance(test.get(name), float | int)
     ]
     for name, phase in report["phases"].items():
+        kept = f", which kept the weights of `{phase['kept_from']}`" if "kept_from" in phase else ""
         rows.append(
-            (f"validation accuracy after `{name}`", _share(phase.get("val_accuracy"), phase.get("val_interval")))
+            (f"validation accuracy after `{name}`{kept}", _share(phase.get("val_accuracy"), phase.get("val_interval")))
         )
     lines = [f"## Scores\n\nOn {test['n']:,} examples of the {test['split']} split.", _table(("score", "value"), rows)]
     if groups := test.get("groups"):
@@ -171,7 +172,7 @@ def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
             "not kept: it lost too much accuracy" if facts["refused"] else f"{facts['bytes'] / 1e6:,.2f} MB",
             f"{facts['accuracy']:.4f} ({facts['trainer_accuracy']:.4f})",
             f"{facts['examples']:,}",
-            f"{facts['largest_difference']:.1e}",
+            "not finite" if facts["largest_difference"] is None else f"{facts['largest_difference']:.1e}",
             f"{facts['timing']['milliseconds_per_image']:,.1f}",
         )
         for kind, facts in exports.items()

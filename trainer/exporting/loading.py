@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import ModelError
+from trainer.exporting.quiet import quiet
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
 
@@ -44,9 +45,10 @@ def _keras(path: Path) -> Classify:
 def _tflite(path: Path) -> Classify:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_content=path.read_bytes())
-    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-    interpreter.allocate_tensors()
+    with quiet():
+        interpreter = Interpreter(model_content=path.read_bytes())
+        source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+        interpreter.allocate_tensors()
 
     def classify(images: np.ndarray) -> np.ndarray:
         if tuple(interpreter.get_input_details()[0]["shape"]) != images.shape:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
+from trainer.exporting.quiet import quiet
 from trainer.exporting.subject import Subject, plain
 from trainer.exporting.tflite_metadata import with_metadata
 from trainer.storage.files import write_whole
@@ -44,7 +45,8 @@ def export_tflite(subject: Subject, path: Path, precision: Precision) -> None:
             converter.representative_dataset = partial(_one_by_one, subject.examples())
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = converter.inference_output_type = tf.uint8
-        content = converter.convert()
+        with quiet():
+            content = converter.convert()
     write_whole(path, with_metadata(content, subject.class_names))
 
 
