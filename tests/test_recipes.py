@@ -169,7 +169,16 @@ def test_what_only_one_recipe_does() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
     "change",
-    ["augmentation=strong", "phases=progressive", "phases=head_only", "model=vgg16", "debug=fast", "runtime=pod"],
+    [
+        "augmentation=strong",
+        "phases=progressive",
+        "phases=head_only",
+        "model=vgg16",
+        "debug=fast",
+        "runtime=pod",
+        "runtime=gpu",
+        "runtime=gpu_pod",
+    ],
 )
 def test_switches_compose_with_every_preset(name: str, change: str) -> None:
     preset(name, change)

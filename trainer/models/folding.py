@@ -59,7 +59,8 @@ def computed(
         return operation
 
     # Keras' own walk over the layers, which it would make with each layer as it is.
-    return network._run_through_graph(inputs, operation_fn=instead)
+    made = network._run_through_graph(inputs, operation_fn=instead)
+    return made[0] if isinstance(made, list) and len(made) == 1 else made
 
 
 def folded(network: keras.Model) -> dict[str, Weights]:
