@@ -2,17 +2,20 @@
 
     python -m benchmarks.step --data FOLDER --weights FILE --alpha 0.35
 
-Both run the same compiled step (several steps a call) of the fine-tuning phase from layer 100; "loop" draws its batches
-from the pipeline of a real run (decoded cache, shuffling, optional augmentation), "bare" repeats one batch. Rounds are
-interleaved; the ratio is taken round by round.
+"loop" and "bare" run the same compiled step (several steps a call): "loop" draws its batches from the pipeline
+of a real run (decoded cache, shuffling, optional augmentation), "bare" repeats one batch. Rounds are interleaved; the
+ratio is taken round by round.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from benchmarks.asking import (
@@ -28,6 +31,7 @@ from benchmarks.asking import (
     photos,
 )
 from benchmarks.pipelines import open_training, stream
+from benchmarks.plain_keras import FROM_LAYER, build
 from benchmarks.results import Comparison, Result, keep
 from trainer.config import Augmentation, Model
 from trainer.config_phases import Optimizer, Schedule
@@ -37,13 +41,16 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
 STEPS = 10  # in one call
+KERAS = "Keras' step"
+RATIOS = (("loop", "bare step"), ("loop, augmented", "bare step, float images"), ("loop", KERAS))
 PHASES = {"none": "head", "from_layer:100": "from layer 100"}
 HOW = """The compiled step of a run, {steps} steps a call, in turns within one process: its batches from the pipeline of
 a run (decoded images in memory), against one batch held in memory; with augmentation (flip, rotation, zoom on the same
-cores), against one batch of float images. {data}; {model}."""
+cores), against one batch of float images. "Keras' step" is what `fit` calls for the same model and phase, compiled with
+`steps_per_execution={steps}`, on the same batch in memory, without what `fit` does around it. {data}; {model}."""
 
 
-def endless(batches: tf.data.Dataset) -> Iterator[object]:
+def endless(batches: tf.data.Dataset) -> Iterator[Any]:
     """The first batch for ever, from memory."""
     return iter(tf.data.Dataset.from_tensors(next(iter(batches))).repeat())
 
@@ -55,6 +62,21 @@ def build_step(model: Model, classes: int, thaw: str) -> TrainingStep:
     rate = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
     optimizer = build_optimizer(Optimizer(), rate)
     return TrainingStep(tf.distribute.get_strategy(), classifier, plan.trainable, optimizer, StepSettings(seed=1))
+
+
+def keras_step(asked: argparse.Namespace, classes: int, thaw: str, batches: Iterator[Any]) -> Callable[[], object]:
+    """Each call takes `STEPS` steps as Keras would."""
+    model, backbone = build(classes, str(asked.weights), asked.alpha, augment=False)
+    if thaw != "none":
+        backbone.trainable = True
+        for layer in backbone.layers[:FROM_LAYER]:
+            layer.trainable = False
+    model.compile(keras.optimizers.Adam(1e-5), loss="sparse_categorical_crossentropy", steps_per_execution=STEPS)
+    model.make_train_function()
+    examples = next(batches)
+    batch = tf.cast(examples["image"], tf.float32), examples["label"]
+    source = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    return lambda: float(model.train_function(source)["loss"])
 
 
 def measure(asked: argparse.Namespace) -> Result:
@@ -73,14 +95,18 @@ def measure(asked: argparse.Namespace) -> Result:
                 "loop": iter(plain),
                 "loop, augmented": iter(augmented),
             }
-            speeds: dict[str, list[float]] = {name: [] for name in sources}
+            takes: dict[str, Callable[[], object]] = {
+                name: partial(step.run, batches, STEPS, 0, 0) for name, batches in sources.items()
+            }
+            takes[KERAS] = keras_step(asked, len(dataset.class_names), thaw, endless(plain))
+            speeds: dict[str, list[float]] = {name: [] for name in takes}
             for turn in range(rounds + 1):
-                for name, batches in sources.items():
+                for name, take in takes.items():
                     began = time.perf_counter()
-                    step.run(batches, STEPS, 0, 0)
+                    take()
                     if turn:  # the first traces
                         speeds[name].append(BATCH * STEPS / (time.perf_counter() - began))
-            for name, against in (("loop", "bare step"), ("loop, augmented", "bare step, float images")):
+            for name, against in RATIOS:
                 comparisons.append(Comparison(f"{phase}: {name}", against, "images/s", speeds[name], speeds[against]))
         how = HOW.replace("\n", " ").format(steps=STEPS, data=data_in_words(asked, root), model=model_in_words(asked))
     return Result(
