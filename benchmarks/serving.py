@@ -69,9 +69,12 @@ def client(url: str, forms: list[bytes], kind: str, mine: range, seen: Seen) -> 
 
 
 def processor_seconds(url: str) -> float:
-    """That the server has used so far."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        families = text_string_to_metric_families(answer.read().decode())
+    """That the server has used so far; NaN where there is none, since it was told to stop, say."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    except OSError:
+        return float("nan")
     return next(s.value for family in families for s in family.samples if s.name == "process_cpu_seconds_total")
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from trainer import drift
 from trainer.command_line import exit_code_of
+from trainer.drift_statistics import Measure, Window
+from trainer.evaluation import drawing
 from trainer.exporting.reference import reference_distribution
 
 NAMES = ("cat", "dog", "bird $x$")
@@ -79,6 +81,19 @@ def test_what_moved_is_shifted_and_exits_with_4(run: Path, tmp_path: Path, capsy
     told = capsys.readouterr()
     assert told.out.startswith("verdict: shifted\n")
     assert "error: confidence, embedding shifted against" in told.out + told.err
+
+
+def test_each_level_has_a_colour_of_its_own(run: Path, tmp_path: Path) -> None:
+    reference = json.loads((run / "export" / "reference.json").read_text())
+    window = Window(len(NAMES))
+    window.add(0, 0.9, None)
+    seen = {}
+    for level, value in (("stable", 0.1), ("moderate", 0.2), ("shifted", 0.4)):
+        drift.draw(tmp_path / f"{level}.png", reference, window, [Measure("classes", value, 0.15, 0.3, 1)])
+        with Image.open(tmp_path / f"{level}.png") as image:
+            pixels = {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in image.convert("RGB").getcolors(10**6) or ()}
+        seen[level] = pixels & {drawing.RIGHT, drawing.DOUBTFUL, drawing.WRONG}
+    assert seen == {"stable": {drawing.RIGHT}, "moderate": {drawing.DOUBTFUL}, "shifted": {drawing.WRONG}}
 
 
 def test_a_log_without_embeddings_is_judged_by_the_rest(

@@ -131,8 +131,10 @@ def read_log(address: str, reference: Mapping[str, Any], since: datetime | None)
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequence[Measure]) -> None:
     """The figure: predicted classes, confidence, and each measure beside its limit."""
-    from trainer.evaluation.drawing import INK, RIGHT, TRAINING, VALIDATION, WRONG, canvas, heading, label, save, tidy
+    from trainer.evaluation import drawing
+    from trainer.evaluation.drawing import INK, TRAINING, VALIDATION, canvas, heading, label, save, tidy
 
+    levels = {"stable": drawing.RIGHT, "moderate": drawing.DOUBTFUL, "shifted": drawing.WRONG}
     before = np.asarray(reference["class_frequencies"])
     now = window.classes / window.n
     shown = np.argsort(-np.abs(now - before), kind="stable")[:SHOWN]
@@ -144,7 +146,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequen
     axes.barh(rows + 0.2, now[shown], 0.38, color=VALIDATION, label=f"log ({window.n:,})")
     axes.set_yticks(rows, [label(reference["classes"][i]) for i in shown])
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     heading(axes, "Share of each predicted class" + (", those that moved most" if len(before) > SHOWN else ""))
     tidy(axes, "x")
     left, right = (figure.add_subplot(grid[1, column]) for column in (0, 1))
@@ -156,8 +158,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequen
     heading(left, "Largest probability")
     tidy(left, "y")
     shares = [min(measure.value / measure.shifted, 3.0) for measure in found]
-    colours = [WRONG if measure.level == "shifted" else RIGHT for measure in found]
-    right.barh(range(len(found)), shares, 0.5, color=colours)
+    right.barh(range(len(found)), shares, 0.5, color=[levels[measure.level] for measure in found])
     right.axvline(1, color=INK, linewidth=1)
     right.set_yticks(range(len(found)), [measure.name for measure in found])
     right.invert_yaxis()

@@ -16,15 +16,19 @@ import tensorflow as tf
 from sklearn.datasets import load_sample_images
 
 from tests.e2e.running import ROOT, SMALL, run, start, without_timing
+from tests.e2e.workers import start_workers
+from tests.storage.emulator import running
 from trainer.config import ExportFormat
 from trainer.export import open_images
 from trainer.exporting.loading import load_export
 from trainer.finished_runs import find_checkpoint, find_run, open_classifier, open_data
 from trainer.imaging import decode_image
 from trainer.models.explanations import explain
+from trainer.storage.places import place
 from trainer.training.checkpoints import packed
 
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
+LAST = ("report", "export")  # folders that a run publishes at its end
 NEAR = {"tflite_float16": 0.02, "tflite_dynamic": 0.1, "tflite_int8": 0.2}
 TRAINED = (  # well enough that 8 bits have something to lose
     "experiment=quickstart", "debug.max_examples=300", "~phases.fine_tune", "phases.head.epochs=12",
@@ -147,14 +151,19 @@ def move_logits(checkpoint: Path, by: float) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_file_that_lost_its_accuracy_ends_the_run_with_2_and_the_rest_stays(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def spoilt(trained: Path, out: Path) -> Path:
+    """The run once more, before its end and with logits that 8 bits cannot hold."""
     shutil.copytree(trained, out)
     (out / "DONE").unlink()
     for checkpoint in (out / "checkpoints").glob("step-*"):
         move_logits(checkpoint, 5000)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_file_that_lost_its_accuracy_ends_the_run_with_2_and_the_rest_stays(trained: Path, tmp_path: Path) -> None:
+    out = spoilt(trained, tmp_path / "run")
     again = (*TRAINED, "export.formats=[tflite_int8,tflite]", f"output_dir={out}")
     result = run(*again)
     assert result.returncode == 2, result.stderr
@@ -173,6 +182,34 @@ def test_a_file_that_lost_its_accuracy_ends_the_run_with_2_and_the_rest_stays(tr
     assert raised.returncode == 0, raised.stderr
     assert (out / "export" / "model_int8.tflite").exists()
     assert (out / "DONE").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_workers_with_a_bucket_end_with_2_and_publish_the_rest(trained: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "objects"):
+        there, out = place("gs://bucket/runs/1"), spoilt(trained, tmp_path / "run")
+        for file in out.rglob("*"):
+            if file.is_file() and not file.name.startswith(".") and file.relative_to(out).parts[0] not in LAST:
+                place(f"{there}/{file.relative_to(out)}").upload(file)
+        steps = sorted((folder.name for folder in (out / "checkpoints").glob("step-*")), reverse=True)
+        (out / "LATEST").write_text("\n".join(steps) + "\n")  # a bucket's names all that count
+        (there / "checkpoints" / "LATEST").upload(out / "LATEST")
+
+        again = (*TRAINED, "export.formats=[tflite_int8,tflite]", f"output_dir={there}")
+        own = {i: [f"runtime.cache_dir={tmp_path}/cache-{i}"] for i in range(2)}
+        workers = start_workers(tmp_path / "workers", 2, *again, own=own)
+        assert workers.wait() == [2, 2], workers.said(0) + workers.said(1)
+        assert "error: too much accuracy is lost in tflite_int8 (0." in workers.said(0)
+        assert "too much accuracy is lost in tflite_int8 (0." in workers.said(1)
+        held = {str(entry.place).removeprefix(f"{there}/") for entry in there.list()}
+        assert {"export/model.tflite", "export/model_card.md", "report/index.html", "report/report.json"} <= held
+        assert not {"export/model_int8.tflite", "DONE"} & held
+
+        raised = start_workers(tmp_path / "raised", 1, *again, "export.max_accuracy_drop=1", own=own)
+        assert raised.wait() == [0], raised.said(0)
+        assert (there / "export" / "model_int8.tflite").exists()
+        assert (there / "DONE").exists()
 
 
 def crops_of_photos(count: int, size: int) -> np.ndarray:

@@ -81,8 +81,9 @@ def test_it_fits_every_screen_and_asks_for_nothing(
     assert shot.std() > 10
 
 
-def test_no_table_is_cut_off_on_a_laptop(tab: Tab, page: Path) -> None:
-    tab.open(page, 1280, 800)
+@pytest.mark.parametrize("width", [1366, 820])
+def test_no_table_is_cut_off_on_a_laptop_or_a_tablet(tab: Tab, page: Path, width: int) -> None:
+    tab.open(page, width, 900)
     cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
     assert tab.run(cut) == []
 

@@ -148,6 +148,7 @@ def test_what_is_refused_is_said_and_the_next_request_is_answered(served: Served
     answer = served.client.post(PREDICT, **how)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
     assert words in answer.json()["error"]
+    assert "raph" not in answer.json()["error"]
     assert served.client.post(PREDICT, files={"file": photo()}).status_code == 200
 
 

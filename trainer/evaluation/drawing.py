@@ -16,7 +16,7 @@ DPI = 110
 WIDTH = 8.0  # inches; 880 pixels
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
-RIGHT, WRONG = "#15803d", "#b91c1c"
+RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
 
 
 def canvas(height: float, width: float = WIDTH) -> Figure:

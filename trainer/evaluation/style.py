@@ -47,6 +47,8 @@ th { font-weight: 600; color: var(--soft); font-size: .82rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--rule); vertical-align: baseline; }
 td:first-child { overflow-wrap: break-word; min-width: 7rem; }
 .number { text-align: right; white-space: nowrap; }
+th.number { white-space: normal; }
+thead th { vertical-align: bottom; }
 .none { color: var(--soft); opacity: .7; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: .3rem 0; cursor: pointer;
   white-space: nowrap; }

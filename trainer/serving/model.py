@@ -130,7 +130,12 @@ def _check_operations(export: Export) -> None:
         )
 
 
+# What TensorFlow puts around the sentence of an operation that fails inside a function.
+_OF_THE_GRAPH = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
+
+
 def _reason(error: tf.errors.OpError) -> str:
-    """The first sentence, without the graph's own names."""
-    text = (error.message or "").splitlines()[0] if error.message else ""
+    """The first sentence that speaks of the image, without the graph's own names."""
+    lines = (line.strip() for line in (error.message or "").splitlines())
+    text = next((line for line in lines if line and not line.startswith(_OF_THE_GRAPH)), "")
     return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels cannot be decoded"
