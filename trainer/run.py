@@ -74,7 +74,7 @@ class Run:
         if split not in self.opened:
             cache, why = self.config.data.cache, "as asked"
             if split == "train" and cache == "auto" and not self.images_again:
-                cache, why = "none", "they are read once, for features"
+                cache, why = "none", "training reads them once, for features"
             size, resize = self.classifier.image_size, self.config.model.resize
             self.opened[split] = self.pixels_at(split, size, resize, cache, why)
         return self.opened[split]

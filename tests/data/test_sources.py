@@ -384,7 +384,7 @@ def test_imbalance_tiny_splits_and_copies_are_noted(tmp_path: Path) -> None:
             "training.class_weights=balanced may help",
             "validation has only 4 examples: each is 25.0 points of accuracy",
             "validation has no example of owl",
-            "1 of the 4 files of validation also lie byte for byte in train, the first: "
+            "1 of the 4 files of validation also lies byte for byte in train, the first: "
             f"{root}/validation/cat/00.jpg = {root}/train/cat/03.jpg",
         ]
     )

@@ -162,8 +162,9 @@ def _copies(found: Found) -> list[str]:
             if digest(path) == digest(other)
         ]
         if pairs:
+            lie = "lies" if len(pairs) == 1 else "lie"
             remarks.append(
-                f"{len(pairs)} of the {split.count} files of {name} also lie byte for byte in train, the first: "
+                f"{len(pairs)} of the {split.count} files of {name} also {lie} byte for byte in train, the first: "
                 f"{pairs[0][0]} = {pairs[0][1]}"
             )
     return remarks
