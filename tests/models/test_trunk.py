@@ -61,6 +61,7 @@ def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tup
     ],
 )
 def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: str, shape: tuple[int, ...]) -> None:
+    keras.utils.clear_session()  # which counts the layers that Keras has to name itself
     classifier = build(name, size)
     plan, cut = cut_of(classifier, thaw)
     assert cut is not None
