@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.config import RunConfig, Runtime
 from trainer.config_faults import nearest
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
 from trainer.watching import lines, termination
+from trainer.watching.chatter import without
 from trainer.watching.signs import signs
 
 
@@ -154,22 +154,10 @@ def quiet_start() -> Iterator[None]:
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without one, CUDA's errors mean nothing
-    with tempfile.TemporaryFile() as heard:
-        sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(heard.fileno(), 2)
-        try:
-            with _hidden(_NEEDLESS):
-                importlib.import_module("keras")
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            heard.seek(0)
-            for line in heard.read().decode(errors="replace").splitlines():
-                if not _CHATTER.search(line):
-                    print(line, file=sys.stderr)
+    with without(_CHATTER):
+        with _hidden(_NEEDLESS):
+            importlib.import_module("keras")
+        yield
 
 
 def speak_early(arguments: list[str]) -> None:

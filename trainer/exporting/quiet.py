@@ -1,32 +1,16 @@
-"""Libraries in C++ talk on stderr past every logger of Python."""
+"""LiteRT without what it says of every model."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-# What LiteRT's converter and interpreter say of every model.
+from trainer.watching.chatter import without
+
+# Of its converter and its interpreter.
 _CHATTER = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what is said every time; every other line reaches stderr afterwards, also where it fails."""
-    with tempfile.TemporaryFile() as heard:
-        sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(heard.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            heard.seek(0)
-            for line in heard.read().decode(errors="replace").splitlines():
-                if not _CHATTER.search(line):
-                    print(line, file=sys.stderr)
+def quiet() -> AbstractContextManager[None]:
+    """Around a conversion or the making of an interpreter; every other line still reaches stderr."""
+    return without(_CHATTER)
