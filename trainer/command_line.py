@@ -168,13 +168,22 @@ def speak_early(arguments: list[str]) -> None:
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
         return
     given = {m[1]: m[2] for a in arguments if (m := re.match(r"\+*([\w.]+)=(.*)", a))}
-    preset = conf_folder() / "runtime" / f"{given.get('runtime', 'default')}.yaml"
-    settings = yaml.safe_load(preset.read_text()) if preset.is_file() else {}
+    settings = _preset(given.get("runtime", "default"))
     if given.get("runtime.log_format", settings.get("log_format")) == "json":
         lines.as_json()
     file = given.get("runtime.termination_log", settings.get("termination_log"))
     if file and file != "null" and "$" not in file:
         termination.leave_in(file.strip("'\""))
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """What a file of the group `runtime` says, over those it builds on; nothing where there is no such file."""
+    file = conf_folder() / "runtime" / f"{name}.yaml"
+    own = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    settings: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        settings |= own if base == "_self_" else _preset(base)
+    return settings | own
 
 
 def be_seen(config: RunConfig, worker: int, workers: int) -> None:

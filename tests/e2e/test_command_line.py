@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -95,3 +96,13 @@ def test_a_signal_is_heard_before_anything_large_is_imported(module: str, tmp_pa
     assert child.returncode == 75
     assert out == ""
     assert err == "interrupted: SIGTERM; nothing is lost. Start the same command again to go on\n"
+
+
+@pytest.mark.parametrize("preset", ["pod", "gpu_pod"])
+def test_a_fault_of_the_configuration_of_a_pod_is_in_its_log_and_its_last_message(preset: str, tmp_path: Path) -> None:
+    file = tmp_path / "last-message"
+    result = run(f"runtime={preset}", f"runtime.termination_log={file}", "seed=-1", cwd=tmp_path)
+    assert result.returncode == 2
+    said = [json.loads(line) for line in (result.stdout + result.stderr).splitlines()]
+    assert any("seed" in line["message"] for line in said)
+    assert "seed" in file.read_text()
