@@ -104,8 +104,9 @@ def open_inputs(job: Run, name: str) -> Inputs | None:
 
 
 def _fall_back(job: Run, name: str) -> None:
+    if job.reads[name] == "cached":
+        job.opened.pop("train", None)  # it may now be worth it to keep the images
     job.reads[name] = "live"
-    job.opened.pop("train", None)  # it may now be worth it to keep the images
     if job.peers.is_chief:
         note_facts(job.folder, {"features": job.reads})
 
