@@ -271,3 +271,50 @@ def test_under_op_determinism_the_bits_are_the_same_and_nothing_becomes_serial(t
     np.testing.assert_array_equal(np.load(out), np.concatenate([batch["image"] for batch in expected]))
     assert "Rewriting node" not in ran.stderr
     assert "Will rewrite" not in ran.stderr
+
+
+MANY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+import tensorflow as tf
+from tests.data.splits_on_disk import file_split, opened
+from trainer.config import Augmentation
+from trainer.data.features import Features
+from trainer.data.order import Order
+from trainer.data.pipeline import evaluation_batches, training_batches
+tf.config.experimental.enable_op_determinism()
+many, side, folder = 6000, 160, Path(sys.argv[1])
+
+def own_mb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1024
+
+def mapped(name, dtype, shape):
+    with open(folder / name, "wb") as file:  # a hole: no block of the disk
+        file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return np.memmap(folder / name, dtype, "c", shape=shape)
+
+pixels = opened(file_split(folder / "few"), "memory", folder)
+split = replace(pixels.split, labels=np.arange(many, dtype=np.int32) % 3, files=("x",) * many)
+pixels = replace(pixels, split=split, size=side, array=mapped("images", np.uint8, (many + 1, side, side, 3)))
+features = Features(split, (5, 5, 512), "float32", 1, np.arange(many), "disk", 2, print)
+features.array = mapped("features", np.float32, (many + 1, 5, 5, 512))
+before, running = own_mb(), []
+for kept in (pixels, features):
+    assert kept.array.nbytes > 300e6
+    running.append(iter(training_batches(kept, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation())))
+    running.append(iter(evaluation_batches(kept, batch_size=32, replicas=1)[0]))
+for batches in running:
+    next(batches)
+print(own_mb() - before)
+"""
+
+
+def test_no_pipeline_takes_the_memory_of_its_images_again(tmp_path: Path) -> None:
+    """Four pipelines over 460 MB of images and 307 MB of features, kept in mapped files."""
+    ran = subprocess.run(
+        [sys.executable, "-c", MANY, str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert float(ran.stdout.split()[-1]) < 150

@@ -22,7 +22,11 @@ Kept = Pixels | Features  # what batches are made of
 
 def _kept_batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Batches out of an array: one gather each."""
-    content, blank = pixels.tensor(), pixels.split.count
+    # When an iterator is made TensorFlow feeds each tensor that a function has captured with another one of its shape,
+    # to optimize the pipeline, and keeps that memory: as much again as all images. An Optional around it has no shape.
+    with tf.device("CPU:0"):
+        content = tf.experimental.Optional.from_value(pixels.tensor())
+    blank = pixels.split.count
     bad = tf.constant(sorted(pixels.bad), tf.int64)
 
     def rows(fields: Block) -> Row:
@@ -33,7 +37,7 @@ def _kept_batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int 
         if pixels.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        image = pixels.rows_of(content, tf.where(weight > 0, rows["index"], blank), rows["epoch"])
+        image = pixels.rows_of(content.get_value(), tf.where(weight > 0, rows["index"], blank), rows["epoch"])
         return {**rows, "weight": weight, "image": image}
 
     blocks = block_dataset(block, count)
