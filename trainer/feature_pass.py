@@ -125,7 +125,8 @@ class FeaturePass:
             for images, weights in stream:
                 outcome = compute(images, weights)
                 signs.moved()
-                yield [_joined([part.numpy() for part in local(one)]) for one in outcome]
+                # Not copied, as numpy() would.
+                yield [_joined([np.asarray(part) for part in local(one)]) for one in outcome]
 
     def _live(
         self, pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int

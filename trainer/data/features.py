@@ -7,7 +7,6 @@ grow, so a start takes over what any earlier one has finished: rows that are mis
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import tensorflow as tf
 
 from trainer.contracts import Split
 from trainer.data.ahead import Gate, Read
+from trainer.data.machine import fresh_array
 from trainer.errors import DataError
 
 # How numpy holds them; it has no bfloat16, whose bits are kept as they are.
@@ -115,11 +115,10 @@ class Features:
             assert self.array is not None
             self.array[start : start + count] = rows
         if self.file:
-            content = rows.tobytes()
-            piece = {"view": view, "first": first, "count": count, "crc32c": _checksum(content),
+            piece = {"view": view, "first": first, "count": count, "crc32c": _checksum(rows),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
-                _write_at(self.file.with_suffix(".rows"), start * self.row_bytes, content)
+                _write_at(self.file.with_suffix(".rows"), start * self.row_bytes, rows.data.cast("B"))
                 with open(self.file.with_suffix(".list"), "a") as listed:
                     listed.write(json.dumps(piece) + "\n")
             except OSError as error:
@@ -140,11 +139,11 @@ class Features:
             self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
 
 
-def _checksum(content: bytes) -> str:
+def _checksum(content: bytes | np.ndarray) -> str:
     return f"{google_crc32c.value(content):08x}"
 
 
-def _write_at(path: Path, offset: int, content: bytes) -> None:
+def _write_at(path: Path, offset: int, content: memoryview) -> None:
     # Plain writes: a full disk under a mapped file would kill the process.
     handle = os.open(path, os.O_WRONLY)
     try:
@@ -193,9 +192,7 @@ def open_features(
     rows = views * (split.count + 1)
     features.known = np.zeros((views, split.count), bool)
     if in_memory:
-        # Fresh pages: zero, aligned as DLPack wants them, and counted against the process only once they are written.
-        content = mmap.mmap(-1, rows * features.row_bytes)
-        features.array = np.frombuffer(content, STORED[dtype]).reshape(rows, *shape)
+        features.array = fresh_array((rows, *shape), STORED[dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -23,8 +22,8 @@ from trainer.contracts import Split
 from trainer.data.ahead import Gate, LocalShards, Read, rows_ahead, sequence_reads
 from trainer.data.decode import block_dataset, decoded_rows, decoder, plain
 from trainer.data.features import Features
+from trainer.data.machine import fresh_array, usable_cpus
 from trainer.data.machine import memory_budget_default as memory_budget_default
-from trainer.data.machine import usable_cpus
 from trainer.data.order import Block, sequence_blocks
 from trainer.errors import DataError
 from trainer.imaging import Resize
@@ -223,8 +222,7 @@ def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
 
 
 def _fill_memory(pixels: Pixels, shape: tuple[int, ...]) -> None:
-    # Fresh pages: zero, aligned as DLPack wants them, and counted against the process only once they are written.
-    array = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
+    array = fresh_array(shape, np.dtype(np.uint8))
     done = 0
     for images in _decoded(pixels):
         array[done : done + len(images)] = images
