@@ -26,6 +26,7 @@ _SPLIT_NAMES = {
 }
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _ENDS = 64  # bytes of each end of a file that its fingerprint covers
+_AT_ONCE = 32  # files that a thread looks at before it is given others: to hand over one costs more than to look at it
 LAYOUT = "expected are ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ beside train/"
 
 
@@ -199,7 +200,6 @@ def _inspect(pictures: list[_Picture]) -> tuple[dict[str, str], dict[str, str]]:
     """Facts of every file for the fingerprint, and the files that cannot be pictures with the reason."""
 
     def look(picture: _Picture) -> tuple[str, str | None]:
-        signs.moved()
         try:
             size, head, ends = ends_of(picture.path, _ENDS)
         except OSError as error:
@@ -212,8 +212,12 @@ def _inspect(pictures: list[_Picture]) -> tuple[dict[str, str], dict[str, str]]:
             fault = f"does not begin like a JPEG, PNG, BMP or GIF{kind}"
         return f"{picture.below} {size} {ends}", fault and f"{picture.path}: {fault}"
 
+    def look_at_some(first: int) -> list[tuple[str, str | None]]:
+        signs.moved()
+        return [look(picture) for picture in pictures[first : first + _AT_ONCE]]
+
     with ThreadPoolExecutor(16) as pool:  # on a network disk each look costs a round trip
-        looks = list(pool.map(look, pictures, chunksize=64))
+        looks = [found for some in pool.map(look_at_some, range(0, len(pictures), _AT_ONCE)) for found in some]
     facts = {picture.path: fact for picture, (fact, _) in zip(pictures, looks, strict=True)}
     return facts, {picture.path: fault for picture, (_, fault) in zip(pictures, looks, strict=True) if fault}
 

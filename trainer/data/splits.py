@@ -30,11 +30,13 @@ class Found:
 
 def ends_of(path: str | Path, length: int) -> tuple[int, bytes, str]:
     """Size in bytes, the first `length` bytes, and a hash of the first and the last `length` bytes of a file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(length)
-        file.seek(max(len(head), size - length))
-        tail = file.read(length)
+    handle = os.open(path, os.O_RDONLY)  # a Python file would take twice the time of all the rest
+    try:
+        size = os.fstat(handle).st_size
+        head = os.pread(handle, length, 0)
+        tail = os.pread(handle, length, max(len(head), size - length))
+    finally:
+        os.close(handle)
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
 
 
