@@ -13,15 +13,16 @@ from trainer.evaluation.names import printable
 from trainer.storage.files import write_whole
 
 DPI = 110
+COMPRESSION = 2  # of 9: photos take half the time of the usual 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
 
 
-def canvas(height: float, width: float = WIDTH) -> Figure:
-    """An empty white figure; sizes in inches."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+def canvas(height: float, width: float = WIDTH, laid_out: bool = True) -> Figure:
+    """An empty white figure; sizes in inches. Laid out, it finds room for its labels, which takes a second drawing."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if laid_out else None, facecolor="white")
 
 
 def label(name: str, longest: int = 24) -> str:
@@ -54,6 +55,6 @@ def save(figure: Figure, path: Path) -> Path:
     with warnings.catch_warnings():
         # A name in a script that matplotlib's font lacks is drawn as boxes; the page and the CSV show it right.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(content, format="png", dpi=DPI)
+        figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": COMPRESSION})
     write_whole(path, content.getvalue())
     return path

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from trainer.contracts import EvaluationResult
-from trainer.evaluation.drawing import INK, MUTED, RIGHT, RULE, WRONG, canvas, label, save
+from trainer.evaluation.drawing import INK, MUTED, RIGHT, RULE, WIDTH, WRONG, canvas, label, save
 
 # Fetches pictures of the evaluated split by example index: uint8 [k, S, S, 3].
 Images = Callable[[Sequence[int]], np.ndarray]
 
 MOST_WRONG = 12
+TOP = 0.36  # inches that the title takes
 
 
 def _draw_grid(
@@ -25,28 +27,32 @@ def _draw_grid(
     columns: int,
     colours: Sequence[str] | None = None,
 ) -> Path:
-    """Pictures uint8 [k, S, S, 3] in rows, each with a caption of a few lines above it and a coloured frame."""
+    """Pictures uint8 [k, S, S, 3] in rows, each with a caption of a few lines above it and a coloured frame.
+
+    All in one pair of axes, in inches from the upper left corner: a pair a picture, which matplotlib lays out itself,
+    takes three times as long.
+    """
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    side = 8.0 / max(columns, 3)
-    lines = max(caption.count("\n") + 1 for caption in captions)
-    figure = canvas(height=0.45 + rows * (side - 0.1 + 0.16 * lines), width=max(side * columns, 5.0))
-    cells = figure.subplots(rows, columns, squeeze=False).flat
-    size = 9 if columns <= 4 else 8
-    for axes in list(cells):
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-    for axes, picture, caption, colour in zip(
-        figure.axes, pictures, captions, colours or [RULE] * len(pictures), strict=False
-    ):
+    cell = WIDTH / max(columns, 3)
+    above = 0.06 + 0.16 * max(caption.count("\n") + 1 for caption in captions)
+    side, width = cell - 0.14, max(cell * columns, 5.0)
+    height = TOP + rows * (side + above + 0.1)
+    figure = canvas(height, width, laid_out=False)
+    axes = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = (number % columns) * cell + (width - columns * cell + 0.14) / 2
+        top = TOP + (number // columns) * (side + above + 0.1) + above
+        colour = colours[number] if colours else RULE
         # A picture smaller than its cell keeps its pixels sharp; a larger one is averaged down.
-        axes.imshow(picture, interpolation="nearest" if len(picture) <= 64 else "antialiased")
-        axes.set_title(caption, fontsize=size, color=colour if colours else INK, pad=4, linespacing=1.2)
-        axes.spines[:].set_visible(True)
-        axes.spines[:].set_color(colour)
-        axes.spines[:].set_linewidth(2.5 if colours else 0.8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+        sharp = "nearest" if len(picture) <= 64 else "antialiased"
+        axes.imshow(picture, interpolation=sharp, extent=(left, left + side, top + side, top), aspect="auto")
+        frame = Rectangle((left, top), side, side, fill=False, color=colour, linewidth=2.5 if colours else 0.8)
+        axes.add_patch(frame)
+        axes.text(left + side / 2, top - 0.06, caption, fontsize=9 if columns <= 4 else 8, linespacing=1.2,
+                  color=colour if colours else INK, ha="center", va="bottom")  # fmt: skip
+    axes.text(0.08, 0.08, title, fontsize=11, fontweight="bold", color=INK, va="top")
+    axes.set(xlim=(0, width), ylim=(height, 0))
     return save(figure, path)
 
 
