@@ -13,6 +13,7 @@ from trainer.contracts import Dataset, Split
 from trainer.data.pixels import Pixels
 from trainer.export import READ_AT_ONCE, score_all
 from trainer.models.classifier import build_classifier
+from trainer.models.explanations import looker
 from trainer.subjects import EXAMPLES, Scored, write_exports
 
 COUNT = EXAMPLES + 100
@@ -35,7 +36,7 @@ def test_the_reference_is_of_all_examples_and_the_files_are_tried_on_a_thousand(
         asked.append((split, indices))
         return rng.integers(0, 256, (len(indices), 32, 32, 3), dtype=np.uint8)
 
-    facts = write_exports(tmp_path, TOLD, classifier, dataset, scored, pictures)
+    facts = write_exports(tmp_path, TOLD, classifier, dataset, scored, pictures, looker(classifier))
     reference = json.loads((tmp_path / "reference.json").read_text())
     assert (facts["keras"]["examples"], reference["embedding"]["n"], reference["n"]) == (EXAMPLES, EXAMPLES, COUNT)
     np.testing.assert_allclose(reference["class_frequencies"], np.bincount(labels) / COUNT)
@@ -52,7 +53,7 @@ def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path) -> None:
     files[7].write_bytes(b"no picture")
     split = Split("test", rng.integers(0, 3, len(files)).astype(np.int32), files=tuple(map(str, files)))
     said: list[str] = []
-    scored = score_all(classifier, Pixels(split, 32, "stretch", "skip", 2, said.append))
+    scored = score_all(looker(classifier), Pixels(split, 32, "stretch", "skip", 2, said.append))
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
     assert len(said) == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))

@@ -40,7 +40,7 @@ from trainer.watching.lines import say
 if TYPE_CHECKING:
     from trainer.contracts import Dataset
     from trainer.data.pixels import Pixels
-    from trainer.models.classifier import Classifier
+    from trainer.models.explanations import Look
     from trainer.subjects import Scored
 
 READ_AT_ONCE = 256  # images
@@ -109,24 +109,24 @@ def open_images(run: FinishedRun, dataset: Dataset, split: str, size: int) -> Pi
     )
 
 
-def score_all(classifier: Classifier, pixels: Pixels) -> Scored:
+def score_all(look: Look, pixels: Pixels) -> Scored:
     """Every example of a split that can be decoded."""
     import numpy as np
-    import tensorflow as tf
 
-    from trainer.subjects import BATCH, Scored
+    from trainer.subjects import Scored
 
-    split, answer = pixels.split, tf.function(classifier.probabilities, reduce_retracing=True)
-    parts = []
-    for start in range(0, split.count, READ_AT_ONCE):
-        images = pixels.rows(np.arange(start, min(start + READ_AT_ONCE, split.count)))
-        parts += [answer(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)]
+    split = pixels.split
+    parts = [
+        look(pixels.rows(np.arange(start, min(start + READ_AT_ONCE, split.count))))["probabilities"]
+        for start in range(0, split.count, READ_AT_ONCE)
+    ]
     good = np.setdiff1d(np.arange(split.count), list(pixels.bad))
     return Scored(split.name, good, split.labels[good], np.concatenate(parts)[good])
 
 
 def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
     """Write the formats that the configuration names below `home`; facts by format."""
+    from trainer.models.explanations import looker
     from trainer.subjects import write_exports
 
     dataset = open_data(run)
@@ -136,8 +136,11 @@ def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
     say(f"exporting {folder.name} of {run.address}, after it has answered for {dataset.splits[split].count:,} {split} "
         "examples")  # fmt: skip
     opened = {name: open_images(run, dataset, name, classifier.image_size) for name in (split, "train")}
-    scored = score_all(classifier, opened[split])
-    return write_exports(home, run.config, classifier, dataset, scored, lambda name, some: opened[name].rows(some))
+    look = looker(classifier)
+    scored = score_all(look, opened[split])
+    return write_exports(
+        home, run.config, classifier, dataset, scored, lambda name, some: opened[name].rows(some), look
+    )
 
 
 def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:

@@ -19,14 +19,13 @@ from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.picture_section import MEMBERS_SHOWN, SHOWN
 from trainer.evaluation.report import Repeats, Samples, describe_data, write_report
-from trainer.models.explanations import explain
+from trainer.models.explanations import Look
 from trainer.run import Run, say
 from trainer.training.run_folder import versions
 from trainer.watching.signs import signs
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 64  # images
-EXPLAINED_AT_ONCE = 16  # images
 
 
 def evaluated(
@@ -52,6 +51,7 @@ def report_on(
     indices: np.ndarray,
     facts: Mapping[str, Any],
     splits: Sequence[str],
+    look: Look,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write the report on `result`, whose rows are the examples `indices` of its split.
@@ -59,6 +59,7 @@ def report_on(
     Args:
         facts: what else `write_report` may say of a run: title, export, timing, note, history, phases.
         splits: duplicates are looked for in these.
+        look: `trainer.models.explanations.looker` of the classifier.
         check: called while images are read; may raise to leave.
     """
     split = result.split
@@ -77,7 +78,7 @@ def report_on(
         },
         images=lambda wanted: pictures(job, split, indices[list(wanted)]),
         samples=samples(job) if "train" in splits else None,
-        explain=lambda wanted: heatmaps(job, pictures(job, split, indices[list(wanted)])),
+        explain=lambda wanted: look(pictures(job, split, indices[list(wanted)]))["heatmap"],
         repeats=found,
     )
 
@@ -85,12 +86,6 @@ def report_on(
 def pictures(job: Run, split: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """uint8 [k, S, S, 3]: decoded images of a split by example index."""
     return job.pixels(split).rows(np.asarray(indices, np.int64))
-
-
-def heatmaps(job: Run, images: np.ndarray) -> np.ndarray:
-    """Where the model looked for its answer to uint8 [k, S, S, 3]: float32 [k, h, w] in 0..1."""
-    parts = [images[start : start + EXPLAINED_AT_ONCE] for start in range(0, len(images), EXPLAINED_AT_ONCE)]
-    return np.concatenate([explain(job.classifier, tf.constant(part))["heatmap"].numpy() for part in parts])
 
 
 def samples(job: Run) -> Samples:

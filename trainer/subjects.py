@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from trainer.config import RunConfig
 from trainer.contracts import Dataset
@@ -17,11 +16,10 @@ from trainer.exporting.formats import export_formats
 from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.exporting.subject import HeldOut, Subject
 from trainer.models.classifier import Classifier
-from trainer.models.explanations import explain
+from trainer.models.explanations import Look, explain
 
 EXAMPLES = 1000  # of the scored split are sent through every exported file
 REPRESENTATIVE = 200  # of the training split tell an int8 file its ranges
-BATCH = 32
 
 Pictures = Callable[[str, np.ndarray], np.ndarray]  # a split and example indices -> uint8 [k, S, S, 3]
 
@@ -48,6 +46,7 @@ def write_exports(
     dataset: Dataset,
     scored: Scored,
     pictures: Pictures,
+    look: Look,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out
@@ -65,7 +64,7 @@ def write_exports(
             scored.split,
             dataset.class_names,
             scored.probabilities,
-            _embeddings(classifier, images),
+            look(images)["embedding"],
             classifier.image_size,
             config.model.resize,
         ),
@@ -75,9 +74,3 @@ def write_exports(
     write_reference(home / "reference.json", subject.reference)
     held_out = HeldOut(images, scored.labels[chosen], scored.probabilities[chosen])
     return export_formats(home, config.export.formats, subject, held_out, config.export.max_accuracy_drop, check)
-
-
-def _embeddings(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """uint8 [m, S, S, 3] -> float32 [m, C]: the pooled features."""
-    embed = tf.function(lambda batch: classifier.pooled(classifier.features(batch)), reduce_retracing=True)
-    return np.concatenate([embed(tf.constant(images[at : at + BATCH])).numpy() for at in range(0, len(images), BATCH)])

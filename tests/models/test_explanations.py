@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer import config
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.explanations import explain
+from trainer.models.explanations import AT_ONCE, explain, looker
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "glyphs", "image_size": 96}
 
@@ -72,3 +72,19 @@ def test_nothing_for_a_class_is_a_map_of_zeros() -> None:
     heatmap = explain(classifier, images, tf.constant([3]))["heatmap"].numpy()
     assert np.isfinite(heatmap).all()
     assert not heatmap.any()
+
+
+def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
+    classifier, images = build(), some_images(AT_ONCE + 5)
+    traced = []
+    features = classifier.features
+    object.__setattr__(classifier, "features", lambda some: traced.append(some.shape) or features(some))
+    look = looker(classifier)
+    many, few = look(images), look(images[:3])
+    assert len(traced) == 1
+    assert many.keys() == few.keys() == {"probabilities", "embedding", "heatmap"}
+    expected = explain(classifier, images[-4:])
+    for name, values in many.items():
+        assert (len(values), values.dtype) == (len(images), np.float32)
+        np.testing.assert_allclose(values[-4:], expected[name], atol=2e-5)
+        np.testing.assert_allclose(few[name], values[:3], atol=2e-5)
