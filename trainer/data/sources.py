@@ -125,8 +125,6 @@ def _remarks(found: Found, limited: bool) -> list[str]:
             f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold ({listed}"
             f"{'; the rarest and commonest five' * (len(order) > 10)}): training.class_weights=balanced may help"
         )
-    if "validation" not in found.splits:
-        remarks.append("there is no validation split: nothing measures a phase or chooses its best epoch")
     for name, split in found.splits.items():
         if split.count < TINY and name != "train" and not limited:
             remarks.append(
