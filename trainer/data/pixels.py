@@ -107,16 +107,10 @@ class Pixels:
         if self.array is not None:
             return np.array(self.array[indices])
         chosen, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        count, block = sequence_blocks(self.split, chosen, 1)
-        gate = self.gate("rows", sequence_reads(self.split, chosen, 1), rows_ahead(1, self.threads, 0))
-        rows, images = iter(live_rows(self, block, count)), []
+        none = np.zeros((0, self.size, self.size, 3), np.uint8)
         with data_errors(self):
-            for _ in chosen:
-                gate.before(1)
-                images.append(next(rows)["image"].numpy())
-        del rows
-        gate.close()
-        return np.stack(images)[place] if images else np.zeros((0, self.size, self.size, 3), np.uint8)
+            # Few shards may be there at a time, and neighbours here can lie in many.
+            return np.concatenate([none, *_decoded(self, chosen, "rows", 1 if self.shards else _BATCH)])[place]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,7 +153,7 @@ def _first_unreadable(pixels: Pixels, start: int) -> int | None:
         pixels.check,
         shards=pixels.shards,
     )
-    for _ in _decoded(probe, start):
+    for _ in _all_from(probe, start):
         if probe.bad:
             return min(probe.bad)
     return None
@@ -203,28 +197,31 @@ def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | 
     return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.threads, failures=failures)
 
 
-def _decoded(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
-    """Every image from index `start` on in the order of indices, uint8 [<= 64, S, S, 3] at a time."""
-    chosen = np.arange(start, pixels.split.count, dtype=np.int64)
+def _decoded(pixels: Pixels, chosen: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
+    """The images of these examples, increasing indices, uint8 [<= rows, S, S, 3] at a time."""
     count, block = sequence_blocks(pixels.split, chosen, 1)
-    reads = sequence_reads(pixels.split, chosen, 1)
-    gate = pixels.gate("filling", reads, rows_ahead(_BATCH, pixels.threads, 2))
-    batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(_BATCH).prefetch(2))
-    for _ in range(0, len(chosen), _BATCH):
-        gate.before(_BATCH)
-        images = next(batches).numpy()
-        yield images
+    gate = pixels.gate(reader, sequence_reads(pixels.split, chosen, 1), rows_ahead(rows, pixels.threads, 2))
+    batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(rows).prefetch(2))
+    for _ in range(0, len(chosen), rows):
+        gate.before(rows)
+        yield next(batches).numpy()
         pixels.check()
-        pixels.filled += len(images)
         pixels.take_note()
     del batches
     gate.close()
 
 
+def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
+    """Every image from index `start` on, to be kept."""
+    for images in _decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
+        yield images
+        pixels.filled += len(images)
+
+
 def _fill_memory(pixels: Pixels, shape: tuple[int, ...]) -> None:
     array = fresh_array(shape, np.dtype(np.uint8))
     done = 0
-    for images in _decoded(pixels):
+    for images in _all_from(pixels):
         array[done : done + len(images)] = images
         done += len(images)
     pixels.array, pixels.kept = array, "memory"
@@ -248,7 +245,7 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
 def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write beside, rename when complete; the small file that speaks of the bad ones comes last and means done."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for name, write in ((".u8", _decoded(pixels)), (".json", None)):
+    for name, write in ((".u8", _all_from(pixels)), (".json", None)):
         handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
         try:
             with os.fdopen(
