@@ -60,9 +60,10 @@ def fetched(there: Place, to: Path, prepared: Path) -> Path:
     for entry in there.list():
         entry.place.download(to / str(entry.place).removeprefix(f"{there}/"))
     by_step(to)
-    predictions = to / "report" / "predictions.csv"
-    assert DATA in predictions.read_text()
-    predictions.write_text(predictions.read_text().replace(DATA, str(prepared)))
+    assert DATA in (to / "report" / "predictions.csv").read_text()
+    for name in ("predictions.csv", "report.json"):  # the second names examples where a label may be wrong
+        file = to / "report" / name
+        file.write_text(file.read_text().replace(DATA, str(prepared)))
     return to
 
 
