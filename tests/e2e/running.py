@@ -71,6 +71,14 @@ def by_step(folder: Path) -> Path:
     return folder
 
 
+def with_data_at(folder: Path, was: str, now: str) -> None:
+    """Rename the data in what the report of a run says of examples."""
+    report = folder / "report"
+    assert was in (report / "predictions.csv").read_text()
+    for file in (report / "predictions.csv", report / "report.json"):  # the second names those that may be mislabelled
+        file.write_text(file.read_text().replace(was, now))
+
+
 def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:
     """The variables of the checkpoint that LATEST or BEST names: weights, optimizer state, averages."""
     name = (folder / "checkpoints" / pointer).read_text().strip()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step
+from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step, with_data_at
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
@@ -60,10 +60,7 @@ def fetched(there: Place, to: Path, prepared: Path) -> Path:
     for entry in there.list():
         entry.place.download(to / str(entry.place).removeprefix(f"{there}/"))
     by_step(to)
-    assert DATA in (to / "report" / "predictions.csv").read_text()
-    for name in ("predictions.csv", "report.json"):  # the second names examples where a label may be wrong
-        file = to / "report" / name
-        file.write_text(file.read_text().replace(DATA, str(prepared)))
+    with_data_at(to, DATA, str(prepared))
     return to
 
 

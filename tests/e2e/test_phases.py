@@ -43,7 +43,7 @@ def test_rates_of_their_own_outlive_kill_9(tmp_path: Path) -> None:
     said = ""
     for line in child.stdout or ():
         said += line
-        if "phase fine_tune:" in said and "step 1" in line:  # steps 12 to 19: within the second phase
+        if "\nphase fine_tune:" in said and "step 1" in line:  # steps 12 to 19: within the second phase
             break
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
@@ -98,7 +98,7 @@ def test_what_auto_chose_is_the_run(tmp_path: Path) -> None:
     said = ""
     for line in child.stdout or ():
         said += line
-        if "phase fine_tune:" in line:
+        if line.startswith("phase fine_tune:"):
             break
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()

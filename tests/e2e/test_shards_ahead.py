@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import SMALL, assert_same_run
+from tests.e2e.running import SMALL, assert_same_run, with_data_at
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, running
 from trainer.errors import INTERRUPTED, WRONG_INPUT
@@ -59,9 +59,7 @@ def test_half_of_the_disk_gives_the_bits_of_a_local_run(prepared: Path, tmp_path
     second = start(tmp_path / "there", DATA, tmp_path / "c2", half)
     assert second.wait(400) == [0], second.said(0)
     assert f" of {len(shards)} shards are in {folder}, fetched before" in second.said(0)
-    predictions = tmp_path / "there" / "run" / "report" / "predictions.csv"
-    assert DATA in predictions.read_text()
-    predictions.write_text(predictions.read_text().replace(DATA, str(prepared)))
+    with_data_at(tmp_path / "there" / "run", DATA, str(prepared))
     assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
 
 
@@ -86,8 +84,7 @@ def test_workers_that_share_by_file_fetch_their_own_shards(prepared: Path, tmp_p
         held.append({file.name for file in home.rglob("*-train.tfrecord*")})
     assert len(held[1]) == 15  # of 30; the chief fetches also those whose images the report shows
     assert held[0] | held[1] == {file.name for file in prepared.glob("*-train.tfrecord*")}
-    predictions = tmp_path / "there" / "run" / "report" / "predictions.csv"
-    predictions.write_text(predictions.read_text().replace(DATA, str(prepared)))
+    with_data_at(tmp_path / "there" / "run", DATA, str(prepared))
     assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
 
 
