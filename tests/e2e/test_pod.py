@@ -188,7 +188,7 @@ def test_a_step_that_hangs_is_noticed_and_sigterm_ends_it_at_once(tmp_path: Path
     said = entries(run.said(0))
     (found,) = [entry for entry in said if "the main thread is at" in entry["message"]]
     assert found["severity"] == "ERROR"
-    assert re.search(r"in (train_epoch|predict)\n", found["message"])
+    assert re.search(r"in (train_epoch|probabilities)\n", found["message"])
     why = message(tmp_path / "pod")
     assert re.match(r"exit code 75 \(interrupted\): SIGTERM while stuck: nothing has moved for \d+ s", why)
     assert why.endswith(f"Start the same command again with output_dir={tmp_path}/run to go on")
