@@ -26,6 +26,7 @@ from trainer.watching.signs import signs
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 64  # images
+FETCHED_AT_ONCE = 512  # images, where their shards come from a bucket: all shards of so many have to be here together
 
 
 def evaluated(
@@ -150,6 +151,9 @@ def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]
     """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not kept, the next ones are
     decoded meanwhile.
     """
+    if pixels.shards and len(wanted) > FETCHED_AT_ONCE:
+        parts = [wanted[at : at + FETCHED_AT_ONCE] for at in range(0, len(wanted), FETCHED_AT_ONCE)]
+        return np.concatenate([small_pictures(pixels, part, check) for part in parts])
     batches = iter(chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1, threads=pixels.threads))
     gate = chosen_gate(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
     small = np.zeros((len(wanted) + READ_AT_ONCE, SIDE, SIDE, 3), np.uint8)  # room for the padding of the last batch
