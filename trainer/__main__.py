@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from trainer.cluster.preemption import StopFlag, end_at_once
+from trainer.cluster.preemption import StopFlag, end_at_once, take_no_signal
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
@@ -94,7 +94,9 @@ def _train(arguments: list[str]) -> None:
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
     speak_early(sys.argv[1:])
-    sys.exit(exit_code_of(_train, sys.argv[1:]))
+    code = exit_code_of(_train, sys.argv[1:])
+    take_no_signal()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

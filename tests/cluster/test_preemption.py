@@ -83,3 +83,21 @@ def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
     out, _ = child.communicate(timeout=20)
     assert out == "told SIGTERM\nSIGTERM on worker 1\n"
     assert child.returncode == 0
+
+
+LATE = """
+import os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):  # when Python takes down the modules
+        kill(process, number)
+late = Late()
+sys.argv = ["trainer", "modle=3"]
+from trainer.__main__ import main
+main()
+"""
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code() -> None:
+    ran = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2, ran.stderr
+    assert "there is no such key" in ran.stderr

@@ -28,6 +28,13 @@ def end_at_once() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
+def take_no_signal() -> None:
+    """From here on the exit code stands. Python gives its handlers back before it takes down TensorFlow, and SIGTERM in
+    that second would make a failure of a run that is done.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class StopFlag:
     """Set by a signal, or by another worker's.
 
