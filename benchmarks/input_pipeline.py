@@ -54,9 +54,9 @@ WORDS = {
 HOW = """One process a side and round, in turns, on the same cores: open the folder, read one epoch, then {later} more
 (their median), and do nothing with the batches; imports come before. {data}, linked {times} times, to {size} x {size}
 pixels in batches of {batch}; the files are in the page cache. Ours is the pipeline of a run, op determinism included.
-"{directory}" is `image_dataset_from_directory` and `prefetch`, with and without `cache()`; "{bare}" is `tf.io.read_file`,
-`decode_jpeg`, `tf.image.resize` to uint8 in one parallel `map`; "{keras}" is `RandomFlip`, `RandomRotation(0.2)` and
-`RandomZoom(0.2)` on batches in a parallel `map` behind `cache()`."""
+"{directory}" is `image_dataset_from_directory` and `prefetch`, with and without `cache()`; "{bare}" is
+`tf.io.read_file`, `decode_jpeg`, `tf.image.resize` to uint8 in one parallel `map`; "{keras}" is `RandomFlip`,
+`RandomRotation(0.2)` and `RandomZoom(0.2)` on batches in a parallel `map` behind `cache()`."""
 
 
 def passes(name: str, folder: Path) -> Callable[[], Iterator[Any]]:
