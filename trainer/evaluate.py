@@ -162,7 +162,6 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
 
 def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[str, Any]:
     """Score and report; returns what report.json holds."""
-    from trainer.models.explanations import looker
     from trainer.reporting import evaluated, report_on
     from trainer.run import score
 
@@ -195,8 +194,7 @@ def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[
     splits = list(job.dataset.splits) if own_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
         local = Path(str(home)) if home.is_local else Path(beside)
-        look = looker(job.classifier)
-        report = report_on(job, local, result, answers[2], facts, splits, look, lambda: stop.check(DURING))
+        report = report_on(job, local, result, answers[2], facts, splits, lambda: stop.check(DURING))
         if not home.is_local:
             for file in sorted(local.iterdir()):
                 (home / file.name).upload(file)

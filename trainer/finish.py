@@ -14,7 +14,6 @@ from trainer.contracts import EvaluationResult
 from trainer.errors import INTERRUPTED
 from trainer.exporting.card import write_model_card
 from trainer.exporting.formats import refuse
-from trainer.models.explanations import Look, looker
 from trainer.reporting import evaluated, pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
 from trainer.subjects import Scored, write_exports
@@ -50,11 +49,11 @@ def finish(job: Run) -> None:
         job.peers.from_chief("done")
         return
     job.peers.go_on_alone()
-    result, indices, look = evaluated(job, split, *answers), answers[2], looker(job.classifier)
+    result, indices = evaluated(job, split, *answers), answers[2]
 
     say("exporting")
     signs.at("export")
-    exports = export(job, result, indices, look)
+    exports = export(job, result, indices)
     job.stop.check(AFTER)
     job.ledger.mark("finish")
 
@@ -72,8 +71,7 @@ def finish(job: Run) -> None:
             "export": exports,
             "timing": timing(job),
         },
-        list(job.dataset.splits),
-        look,
+        splits=list(job.dataset.splits),
         check=lambda: job.stop.check(AFTER),
     )
     show_in_tensorboard(job.folder / "report", job.folder / "logs" / "report", report, job.state.step)
@@ -112,7 +110,7 @@ def command(job: Run) -> str:
     return shlex.join(read_facts(job.folder)["attempts"][-1]["command"])
 
 
-def export(job: Run, result: EvaluationResult, indices: np.ndarray, look: Look) -> dict[str, Any]:
+def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str, Any]:
     """Write each format asked for, and try each on held-out examples."""
     home, scored = job.folder / "export", Scored(result.split, indices, result.labels, result.probabilities)
     shutil.rmtree(home, ignore_errors=True)
@@ -121,7 +119,8 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray, look: Look) 
         signs.moved()
         job.stop.check(AFTER)
 
-    outcomes = write_exports(home, job.config, job.classifier, job.dataset, scored, partial(pictures, job), look, check)
+    images = partial(pictures, job)
+    outcomes = write_exports(home, job.config, job.classifier, job.dataset, scored, images, job.look, check)
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 

@@ -19,7 +19,6 @@ from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.picture_section import MEMBERS_SHOWN, SHOWN
 from trainer.evaluation.report import Repeats, Samples, describe_data, write_report
-from trainer.models.explanations import Look
 from trainer.run import Run, say
 from trainer.training.run_folder import versions
 from trainer.watching.signs import signs
@@ -52,7 +51,6 @@ def report_on(
     indices: np.ndarray,
     facts: Mapping[str, Any],
     splits: Sequence[str],
-    look: Look,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write the report on `result`, whose rows are the examples `indices` of its split.
@@ -60,7 +58,6 @@ def report_on(
     Args:
         facts: what else `write_report` may say of a run: title, export, timing, note, history, phases.
         splits: duplicates are looked for in these.
-        look: `trainer.models.explanations.looker` of the classifier.
         check: called while images are read; may raise to leave.
     """
     split = result.split
@@ -79,7 +76,7 @@ def report_on(
         },
         images=lambda wanted: pictures(job, split, indices[list(wanted)]),
         samples=samples(job) if "train" in splits else None,
-        explain=lambda wanted: look(pictures(job, split, indices[list(wanted)]))["heatmap"],
+        explain=lambda wanted: job.look(pictures(job, split, indices[list(wanted)]))["heatmap"],
         repeats=found,
     )
 

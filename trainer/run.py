@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.feature_choice import Division, Reads, images_again
 from trainer.imaging import Resize
 from trainer.models.classifier import Classifier
 from trainer.models.distillation import Teacher
+from trainer.models.explanations import Look, looker
 from trainer.storage.publisher import Publisher
 from trainer.storage.shard_cache import ShardCache
 from trainer.training.attempts import STOPPED, Attempts
@@ -78,6 +80,11 @@ class Run:
             size, resize = self.classifier.image_size, self.config.model.resize
             self.opened[split] = self.pixels_at(split, size, resize, cache, why)
         return self.opened[split]
+
+    @cached_property
+    def look(self) -> Look:
+        """What the classifier says of images, and where it looked; compiled once for exports and report."""
+        return looker(self.classifier)
 
     @property
     def images_again(self) -> bool:

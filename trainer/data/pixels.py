@@ -39,7 +39,7 @@ _NOT_DATA = (
     tf.errors.AbortedError,
 )
 _NOTES = 20  # skipped images that are named one by one
-_BATCH = 64  # images written to a cache at once
+_BATCH = 64  # images decoded at once, and written to a cache
 _FORMAT = 2  # of the cache on disk; counts up when decoding changes
 
 
