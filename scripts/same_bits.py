@@ -1,0 +1,255 @@
+"""Hold a refactoring to the bits: run the same small jobs on two commits and compare everything they compute.
+
+    python scripts/same_bits.py BASE [HEAD] [--only CASE,...] [--folder FOLDER] [--jobs N]
+
+BASE and HEAD are commits; HEAD is the working tree where it is left out. Every case runs as a user would start it, in a
+process of its own, from a copy of the commit, in the environment of this interpreter. What a commit made is kept below
+FOLDER and used again. Compared are, without what depends on the machine and the moment: every checkpoint (variables and
+state), metrics.jsonl, predictions.csv, report.json, config.yaml, and the exported files that are a function of the
+weights. Prints "same bits" and exits with 0, or lists what differs and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 1800  # seconds of one process
+IGNORED = {"timing", "seconds", "bytes", "train_seconds", "validation_seconds", "starts"}  # machine and moment
+
+TINY = (
+    "experiment=quickstart", "debug.max_examples=90", "training.batch_size=16", "phases.head.epochs=2",
+    "phases.fine_tune.epochs=2", "phases.fine_tune.thaw=from_block:block_13", "runtime.checkpoint_every='4 steps'",
+    "runtime.log_every='4 steps'", "runtime.steps_per_call=3", "runtime.keep_checkpoints=9",
+    "export.formats=[saved_model,tflite]", "runtime.cache_dir=cache",
+)  # fmt: skip
+LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
+
+# Each case is the commands that make it, one after the other; {workers: 2} commands run as two processes of one run.
+# A case may use what the cases named in NEEDS have made.
+Command = tuple[str, ...]
+CASES: dict[str, list[Command]] = {
+    "quickstart": [("trainer", "output_dir=runs/quickstart", "runtime.cache_dir=cache")],
+    "features": [("trainer", *TINY, "augmentation=none", "model.dropout=0.2", "output_dir=runs/features")],
+    "live": [("trainer", *TINY, *LIVE, "augmentation=standard", "augmentation.mixup=0.2", "training.ema=0.9",
+              "training.clip_norm=1", "training.class_weights=balanced", "training.loss=focal",
+              "phases.fine_tune.batch_norm=train", "phases.fine_tune.layer_decay=0.9", "output_dir=runs/live")],
+    "views": [("trainer", *TINY, "augmentation=light", "phases.head.augmented_views=2", "phases.head.epochs=3",
+               "phases.fine_tune.early_stopping.patience=1", "data.cache=disk", "output_dir=runs/views")],
+    "taught": [("trainer", *TINY, "augmentation=none", "distillation.teacher=runs/features",
+                "distillation.temperature=2", "training.accumulate=2", "output_dir=runs/taught")],
+    "taught_live": [("trainer", *TINY, *LIVE, "augmentation=light", "training.keep=last", "debug.max_steps=4",
+                     "distillation.teacher=runs/features/export/saved_model/1", "output_dir=runs/taught_live")],
+    "warm": [("trainer", *TINY, "warm_start=runs/features", "debug.max_steps=3", "output_dir=runs/warm")],
+    "overfit": [("trainer", *TINY, "debug.overfit=true", "output_dir=runs/overfit")],
+    "workers": [("2", *TINY, "training.batch_size=12", "augmentation=light", "training.ema=0.9",
+                 "output_dir=runs/workers")],
+    "workers_features": [("2", *TINY, "training.batch_size=12", "augmentation=none",
+                          "output_dir=runs/workers_features")],
+    "shards": [
+        ("trainer.prepare", "data=digits", "output=prepared", "data.shards=6", "runtime.cache_dir=cache"),
+        ("2", *TINY, *LIVE, "data=tfds", "data.root=prepared", "data.cache=none", "training.batch_size=12",
+         "data.shuffle_window=32", "training.validation_share=0.5", "output_dir=runs/shards"),
+    ],
+    "evaluate": [
+        ("trainer.evaluate", "run=runs/features", "output=runs/evaluate/test", "runtime.cache_dir=cache"),
+        ("trainer.evaluate", "run=runs/live", "checkpoint=last", "split=train", "output=runs/evaluate/train"),
+    ],
+    "export": [("trainer.export", "run=runs/features", "formats=[saved_model,keras,tflite,tflite_int8]",
+                "output=runs/export/export")],
+}  # fmt: skip
+NEEDS = {"taught": ["features"], "taught_live": ["features"], "warm": ["features"], "evaluate": ["features", "live"],
+         "export": ["features"]}  # fmt: skip
+
+
+def unpack(commit: str | None, target: Path) -> None:
+    """Write the tracked files of a commit, or of the working tree, into `target`."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    if commit is not None:
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "x"], cwd=target, input=archive, check=True)
+        return
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def run_command(place: Path, command: Command, log: Path) -> None:
+    """Run one command of a case in `place`, whose `checkout` holds the code."""
+    environment = {**os.environ, "PYTHONPATH": str(place / "checkout"), "PYTHONHASHSEED": "0"}
+    verb, *arguments = command
+    if not verb.isdigit():
+        programs = [([sys.executable, "-m", verb, *arguments], environment)]
+    else:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(int(verb))]
+        programs = []
+        for index in range(int(verb)):
+            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            own = [f"runtime.cache_dir=cache-{index}"] if index else []
+            programs.append(([sys.executable, "-m", "trainer", *arguments, *own],
+                             environment | {"TF_CONFIG": json.dumps(task)}))  # fmt: skip
+    with open(log, "a") as said:
+        started = [
+            subprocess.Popen(program, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            for program, env in programs
+        ]
+        codes = [process.wait(TIMEOUT) for process in started]
+    if any(codes):
+        raise SystemExit(
+            f"{' '.join(command)} ended with {codes} in {place}; the end of {log}:\n{log.read_text()[-3000:]}"
+        )
+
+
+def make(place: Path, cases: Sequence[str], jobs: int) -> None:
+    """Run those cases that `place` does not hold yet, `jobs` side by side, each after what it needs."""
+
+    def one(case: str) -> None:
+        done, log = place / f"{case}.done", place / f"{case}.log"
+        if done.exists():
+            return
+        for path in (place / "runs" / case, log):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        began = time.monotonic()
+        for command in CASES[case]:
+            run_command(place, command, log)
+        done.touch()
+        print(f"  {place.name[:12]}  {case}: {time.monotonic() - began:.0f} s", flush=True)
+
+    for wave in ([c for c in cases if c not in NEEDS], [c for c in cases if c in NEEDS]):
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(one, wave))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def lasting(value: Any) -> Any:
+    """A JSON value without what depends on the machine and the moment."""
+    if isinstance(value, dict):
+        return {k: lasting(v) for k, v in value.items() if k not in IGNORED}
+    return [lasting(v) for v in value] if isinstance(value, list) else value
+
+
+def read_npz(path: Path) -> dict[str, bytes]:
+    with np.load(path) as arrays:
+        return {
+            name: f"{arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes() for name in arrays
+        }
+
+
+def read_json(path: Path) -> Any:
+    return lasting(json.loads(path.read_text()))
+
+
+def read_lines(path: Path) -> Any:
+    return [lasting(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "checkpoints/*/variables.npz": read_npz,
+    "checkpoints/*/state.json": read_json,
+    "checkpoints/LATEST": Path.read_bytes,
+    "checkpoints/BEST": Path.read_bytes,
+    "config.yaml": Path.read_bytes,
+    "metrics.jsonl": read_lines,
+    "**/predictions.csv": Path.read_bytes,
+    "**/report.json": read_json,
+    "**/export.json": read_json,
+    "**/reference.json": read_json,
+    "**/labels.txt": Path.read_bytes,
+    "**/*.tflite": Path.read_bytes,
+}
+
+
+def differences(one: Any, other: Any, where: str) -> list[str]:
+    """The places in which two values differ, and how."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{where}: {key} is only in one" for key in sorted(one.keys() ^ other.keys())]
+        return found + [
+            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{where}: {key}")
+        ]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{where}[{i}]")]
+    shown = [repr(value)[:60] for value in (one, other)]
+    return [] if one == other else [f"{where}: {shown[0]} and {shown[1]}"]
+
+
+def compare(base: Path, head: Path, case: str) -> tuple[int, list[str]]:
+    """How many files of a case were compared, and what differs in them."""
+    count, found = 0, []
+    for pattern, read in READERS.items():
+        names = [
+            {p.relative_to(place).as_posix() for p in (place / "runs" / case).glob(pattern)} for place in (base, head)
+        ]
+        found += [f"{name} is only in one of the two" for name in sorted(names[0] ^ names[1])]
+        for name in sorted(names[0] & names[1]):
+            count += 1
+            found += differences(read(base / name), read(head / name), name)
+    return count, found if count else [f"runs/{case}: there is nothing to compare"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("head", nargs="?")
+    parser.add_argument("--only", help=f"cases, comma between them: {', '.join(CASES)}", default=",".join(CASES))
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "same_bits")
+    parser.add_argument("--jobs", type=int, default=2)
+    told = parser.parse_args()
+    wanted = told.only.split(",")
+    if strange := [case for case in wanted if case not in CASES]:
+        parser.error(f"no case is called {strange[0]}; there are {', '.join(CASES)}")
+    cases = [case for case in CASES if case in wanted or any(case in NEEDS.get(w, ()) for w in wanted)]
+    places = []
+    for name in (told.base, told.head):
+        commit = None
+        if name is not None:
+            asked = ["git", "rev-parse", "--verify", f"{name}^{{commit}}"]
+            commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        place = told.folder.resolve() / (commit or "working-tree")
+        if commit is None:
+            shutil.rmtree(place, ignore_errors=True)
+        if not (place / "checkout").is_dir():
+            unpack(commit, place / "checkout")
+        make(place, cases, told.jobs)
+        places.append(place)
+    total, faults = 0, 0
+    for case in cases:
+        count, found = compare(*places, case)
+        total, faults = total + count, faults + len(found)
+        print(f"{case}: {count} files, {'same bits' if not found else f'{len(found)} differences'}")
+        for line in found[:20]:
+            print(f"  {line}")
+    print(f"same bits: {total} files of {len(cases)} cases" if not faults else f"not the same: {faults} differences")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
