@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.photos import count_of, photos_of, write_photos
-from trainer.config import Augmentation, Data
+from trainer.config.schema import Augmentation, Data
 
 SIZE, BATCH = 160, 32  # of the recipe
 # Of the recipe too; rotation in degrees

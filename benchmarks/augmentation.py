@@ -20,7 +20,7 @@ import yaml
 from benchmarks.asking import all_to_train
 from benchmarks.photos import write_photos
 from benchmarks.pipelines import open_training, stream
-from trainer.config import Augmentation
+from trainer.config.schema import Augmentation
 
 GROUPS = Path(__file__).parent.parent / "conf" / "augmentation"
 SINGLE: dict[str, dict[str, object]] = {

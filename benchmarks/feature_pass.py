@@ -17,19 +17,19 @@ import tensorflow as tf
 
 from benchmarks.asking import arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
 from benchmarks.results import Comparison, Result, keep
+from trainer.cli.compose import compose
+from trainer.cluster.control import Peers
 from trainer.cluster.discovery import discover
-from trainer.cluster.peers import Peers
-from trainer.cluster.preemption import StopFlag
-from trainer.command_line import compose
-from trainer.config import Augmentation, load
-from trainer.data.features import open_features
-from trainer.data.machine import usable_cpus
-from trainer.feature_choice import divisions
-from trainer.feature_pass import FeaturePass, Wanted, rows_at_once
-from trainer.models.trunk import Cut, Trunk
+from trainer.cluster.signals import StopFlag
+from trainer.config.schema import Augmentation, load
+from trainer.data.host import usable_cpus
+from trainer.features.compute import FeaturePass, Wanted, rows_at_once
+from trainer.features.cut import Cut, Trunk
+from trainer.features.plan import divisions
+from trainer.features.store import open_features
 from trainer.run import GIGABYTE, Run
+from trainer.runs.folder import open_run_folder
 from trainer.start import open_run
-from trainer.training.run_folder import open_run_folder
 
 PHASES = {"head": "the whole backbone, pooled", "fine_tune": "up to layer 97 (thawed from 100)"}
 HOW = """One process; the training images are decoded and in memory on both sides. Ours is the pass of a run: it reads

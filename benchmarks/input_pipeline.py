@@ -96,7 +96,7 @@ def our_batches(name: str, folder: Path) -> Callable[[], Iterator[Any]]:
     import tensorflow as tf
 
     from benchmarks.pipelines import open_training, stream
-    from trainer.config import Augmentation
+    from trainer.config.schema import Augmentation
 
     tf.config.experimental.enable_op_determinism()
     dataset, pixels = open_training(all_to_train(folder), SIZE, "none" if name == LIVE else "memory")

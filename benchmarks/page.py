@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
-from trainer.evaluation.drawing import INK, MUTED, RULE, VALIDATION, canvas, save, tidy
+from trainer.report.figures import INK, MUTED, RULE, VALIDATION, canvas, save, tidy
 
 PAGE, CHART = Path("docs", "performance.md"), Path("docs", "pictures", "performance.png")
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name

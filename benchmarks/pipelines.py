@@ -7,12 +7,12 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.config import Augmentation, Data
-from trainer.contracts import Dataset
+from trainer.config.schema import Augmentation, Data
+from trainer.data.images import Cache, Pixels, memory_budget_default, open_pixels
+from trainer.data.open import open_dataset
 from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
-from trainer.data.pixels import Cache, Pixels, memory_budget_default, open_pixels
-from trainer.data.sources import open_dataset
+from trainer.types import Dataset
 
 
 def open_training(source: Data, size: int, kept: Cache) -> tuple[Dataset, Pixels]:

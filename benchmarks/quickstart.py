@@ -29,12 +29,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from trainer.command_line import quiet_start
-from trainer.config import Data
-from trainer.contracts import Dataset, Split
+from trainer.cli.compose import quiet_start
+from trainer.config.schema import Data
+from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard, read_image
-from trainer.data.sources import open_dataset
 from trainer.evaluation.intervals import wilson
+from trainer.types import Dataset, Split
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quickstart.md"

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from trainer.data.machine import usable_cpus
+from trainer.data.host import usable_cpus
 
 Unit = Literal["s", "images/s", "MB"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from trainer.config import Model
+from trainer.config.schema import Model
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
 

@@ -33,8 +33,8 @@ from benchmarks.asking import (
 from benchmarks.pipelines import open_training, stream
 from benchmarks.plain_keras import FROM_LAYER, build
 from benchmarks.results import Comparison, Result, keep
-from trainer.config import Augmentation, Model
-from trainer.config_phases import Optimizer, Schedule
+from trainer.config.phases import Optimizer, Schedule
+from trainer.config.schema import Augmentation, Model
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.storage.emulator import environment, running
 from tests.storage.faulty import faults
-from trainer.storage.places import place
+from trainer.storage.path import place
 
 RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fine_tune.epochs=6", "export.formats=[]",
        "runtime.checkpoint_every='10 steps'", "runtime.progress=lines")  # fmt: skip
@@ -30,7 +30,7 @@ RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fin
 
 TRAINER = ["-m", "trainer"]
 WAITS = ["-c", """
-from trainer.storage.publisher import Publisher
+from trainer.runs.publisher import Publisher
 from trainer.__main__ import main
 begin = Publisher.checkpoint
 Publisher.checkpoint = lambda self: (begin(self), self.wait())

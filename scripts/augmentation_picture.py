@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from trainer.config import Augmentation
-from trainer.data.augment import augment
-from trainer.data.mixing import mixed
+from trainer.config.schema import Augmentation
+from trainer.data.augment.apply import augment
+from trainer.data.augment.mixing import mixed
 
 ROOT = Path(__file__).parent.parent
 SIDE, VIEWS = 112, 7

@@ -12,14 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from trainer import config
-from trainer.config_faults import without_none
-from trainer.config_parts import Duration
+from trainer.config import schema as config
+from trainer.config.base import Duration, without_none
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Made by `python scripts/configuration_page.py` from `trainer/config.py` and its parts; a test fails when it is stale.
+Made by `python scripts/configuration_page.py` from `trainer/config/`; a test fails when it is stale.
 
 Hydra composes the files under `conf/`, the command line has the last word, and the result is checked before TensorFlow
 is imported: every fault is listed at once, an unknown key with the nearest known one. An experiment chooses its data,

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from trainer import drift
-from trainer.command_line import exit_code_of
-from trainer.drift_statistics import Measure, Window
-from trainer.evaluation import drawing
+from trainer.cli.compose import exit_code_of
+from trainer.evaluation.drift import Measure, Window
 from trainer.exporting.reference import reference_distribution
+from trainer.report import figures as drawing
 
 NAMES = ("cat", "dog", "bird $x$")
 MEAN, COVARIANCE = np.arange(5.0), np.diag([1.0, 2.0, 3.0, 0.5, 0.1])

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer.config import load
-from trainer.contracts import Dataset, Split
+from trainer.config.schema import load
 from trainer.errors import DataError
 from trainer.evaluate import Checkpoint, check_classes
-from trainer.finished_runs import FinishedRun
 from trainer.models.classifier import build_classifier
-from trainer.storage.places import place
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.reader import FinishedRun
+from trainer.storage.path import place
 from trainer.training import variables
-from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
+from trainer.types import Dataset, Split
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [str(digit) for digit in range(10)]
@@ -29,9 +29,9 @@ CLASSES = [str(digit) for digit in range(10)]
 PROGRAM = """
 import sys, time
 import keras, numpy as np
-from trainer.cluster.preemption import StopFlag
+from trainer.cluster.signals import StopFlag
 from trainer.evaluate import open_job, read_state
-from trainer.finished_runs import find_run
+from trainer.runs.reader import find_run
 folder, images, seen = sys.argv[1:]
 job = open_job(read_state(find_run(folder), "last"), StopFlag(), time.time())
 backbone = job.classifier.backbone

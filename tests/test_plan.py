@@ -17,14 +17,14 @@ from PIL import Image
 from tests.data.pictures import fill_folder
 from tests.storage.emulator import BUCKET, running
 from trainer import plan
-from trainer.command_line import compose, exit_code_of
-from trainer.config import load
-from trainer.data.dataset_folder import LABELS
+from trainer.cli.compose import compose, exit_code_of
+from trainer.config.schema import load
 from trainer.data.digits import digits_folder
+from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
-from trainer.storage.places import place
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.storage.path import place
 from trainer.training import variables
-from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
 
 Planned = Callable[..., tuple[int, str, str]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trainer.command_line import compose
-from trainer.config import RunConfig, load
+from trainer.cli.compose import compose
+from trainer.config.schema import RunConfig, load
 from trainer.training.optimizers import build_schedule
 
 ROOT = Path(__file__).parent.parent

@@ -14,19 +14,19 @@ import keras
 import numpy as np
 import pytest
 
+from trainer.cli.compose import _hidden
+from trainer.cluster.control import Peers
 from trainer.cluster.discovery import discover
-from trainer.cluster.peers import Peers
-from trainer.command_line import _hidden
-from trainer.config import load
-from trainer.contracts import Shard, Split
+from trainer.config.schema import load
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import settle_input
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.clock import Ledger
+from trainer.runs.restarts import Attempts
 from trainer.start import _own_shards, resume, take_weights
 from trainer.training import variables
-from trainer.training.attempts import Attempts
-from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.ledger import Ledger
 from trainer.training.state import RunState
+from trainer.types import Shard, Split
 
 ROOT = Path(__file__).parents[1]
 WHOLE = tuple(Shard(f"{name}.tfrecord", 10, 0, 10) for name in "abcd")
@@ -69,7 +69,7 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
 def test_what_only_the_report_needs_is_imported_with_the_report() -> None:
     program = """
 import sys
-from trainer.command_line import quiet_start
+from trainer.cli.compose import quiet_start
 with quiet_start():
     from trainer import train
 print(sorted({"sklearn", "scipy.stats", "matplotlib"} & set(sys.modules)))

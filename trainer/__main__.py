@@ -7,22 +7,22 @@ import sys
 import time
 from collections.abc import Callable
 
-from trainer.cluster.preemption import StopFlag, end_at_once, take_no_signal
+from trainer.cluster.signals import StopFlag, end_at_once, take_no_signal
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
+from trainer.cli.compose import be_seen, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
-from trainer.cluster.preflight import meet
-from trainer.command_line import be_seen, exit_code_of, quiet_start, speak_as, speak_early
-from trainer.config import RunConfig, load, without_regularisation
-from trainer.config_differences import in_common
+from trainer.cluster.rendezvous import meet
+from trainer.config.diff import in_common
+from trainer.config.schema import RunConfig, load, without_regularisation
 from trainer.errors import INTERRUPTED, ConfigError
-from trainer.sweep import compose_or_sweep
-from trainer.training.run_folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
-from trainer.watching import termination
-from trainer.watching.lines import say
-from trainer.watching.signs import signs
+from trainer.monitoring import termination
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import say
+from trainer.runs.folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 
 LOOK_SECONDS = 15.0  # between two looks at the output folder while others are waited for
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.command_line import exit_code_of
+from trainer.cli.compose import exit_code_of
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.comparison import (
+from trainer.monitoring.log import say
+from trainer.report.compare import (
     Comparison,
     Scored,
     compare_runs,
@@ -30,8 +31,7 @@ from trainer.evaluation.comparison import (
     verdict,
     write_comparison,
 )
-from trainer.storage.places import Place, place
-from trainer.watching.lines import say
+from trainer.storage.path import Place, place
 
 
 def read_scored(address: str, name: str) -> Scored:

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.command_line import exit_code_of
-from trainer.drift_statistics import BINS, Measure, Window, measures, verdict
+from trainer.cli.compose import exit_code_of
 from trainer.errors import ConfigError, DataError, Drifted
-from trainer.storage.places import place
-from trainer.watching.lines import say
+from trainer.evaluation.drift import BINS, Measure, Window, measures, verdict
+from trainer.monitoring.log import say
+from trainer.storage.path import place
 
 KEYS = ("reference", "log", "hours", "output")
 SHOWN = 15  # classes in the figure, those that moved most
@@ -131,8 +131,8 @@ def read_log(address: str, reference: Mapping[str, Any], since: datetime | None)
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequence[Measure]) -> None:
     """The figure: predicted classes, confidence, and each measure beside its limit."""
-    from trainer.evaluation import drawing
-    from trainer.evaluation.drawing import INK, TRAINING, VALIDATION, canvas, heading, label, save, tidy
+    from trainer.report import figures as drawing
+    from trainer.report.figures import INK, TRAINING, VALIDATION, canvas, heading, label, save, tidy
 
     levels = {"stable": drawing.RIGHT, "moderate": drawing.DOUBTFUL, "shifted": drawing.WRONG}
     before = np.asarray(reference["class_frequencies"])

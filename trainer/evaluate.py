@@ -20,25 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.cluster.preemption import StopFlag, end_at_once
+from trainer.cluster.signals import StopFlag, end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import numpy as np
 
+from trainer.cli.compose import compose, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.cluster.control import Peers
 from trainer.cluster.discovery import discover
-from trainer.cluster.peers import Peers
-from trainer.command_line import compose, exit_code_of, quiet_start, speak_as, speak_early
-from trainer.config import RunConfig, load
-from trainer.contracts import Dataset
+from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError
-from trainer.finished_runs import FinishedRun, exported_checkpoint, find_checkpoint, read_run
-from trainer.storage.places import Place, place
-from trainer.training.checkpoints import CheckpointFolder, read_checkpoint, weights_of
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import say
+from trainer.runs.checkpoints import CheckpointFolder, read_checkpoint, weights_of
+from trainer.runs.reader import FinishedRun, exported_checkpoint, find_checkpoint, read_run
+from trainer.storage.path import Place, place
 from trainer.training.state import RunState
-from trainer.watching.lines import say
-from trainer.watching.signs import signs
+from trainer.types import Dataset
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -162,7 +162,7 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
 
 def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[str, Any]:
     """Score and report; returns what report.json holds."""
-    from trainer.reporting import evaluated, report_on
+    from trainer.report.build import evaluated, report_on
     from trainer.run import score
 
     stop, config = StopFlag(), checkpoint.run.config
@@ -215,17 +215,17 @@ def target(output: str | None, checkpoint: Checkpoint, data: str, split: str) ->
 
 def open_job(checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
     """All that scoring needs of a run, with nothing that would write to its folder."""
-    from trainer.cluster.strategy import build_strategy
-    from trainer.data.machine import usable_cpus
-    from trainer.data.sources import open_dataset
-    from trainer.local_copies import copies_ahead
+    from trainer.cluster.devices import build_strategy
+    from trainer.data.host import usable_cpus
+    from trainer.data.open import open_dataset
+    from trainer.data.remote import copies_ahead
+    from trainer.evaluation.scoring import EvaluationPass
     from trainer.rebuilding import rebuild_classifier
     from trainer.run import Run
-    from trainer.storage.publisher import Publisher
-    from trainer.training.attempts import Attempts
-    from trainer.training.ledger import Ledger
-    from trainer.training.scoring import EvaluationPass
-    from trainer.training.telemetry import Telemetry
+    from trainer.runs.clock import Ledger
+    from trainer.runs.metrics import Telemetry
+    from trainer.runs.publisher import Publisher
+    from trainer.runs.restarts import Attempts
 
     config = checkpoint.run.config
     peers, cache = Peers(discover({}), {}), Path(config.runtime.cache_dir).expanduser()
@@ -283,7 +283,7 @@ def _run(arguments: list[str]) -> None:
     checkpoint = read_state(run, own.get("checkpoint"))
     signs.enter("evaluate")
     with quiet_start():
-        import trainer.reporting  # noqa: F401  TensorFlow is imported only now: mistakes must answer at once
+        import trainer.report.build  # noqa: F401  TensorFlow is imported only now: mistakes must answer at once
     evaluate(own, checkpoint, began)
 
 

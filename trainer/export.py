@@ -17,31 +17,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.cluster.preemption import end_at_once
+from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import yaml
 
-from trainer.command_line import exit_code_of, quiet_start
+from trainer.cli.compose import exit_code_of, quiet_start
 from trainer.errors import ConfigError, ModelError
-from trainer.finished_runs import (
-    FinishedRun,
-    exported_checkpoint,
-    find_checkpoint,
-    find_run,
-    open_classifier,
-    open_data,
-)
-from trainer.storage.files import write_json
-from trainer.watching.lines import say
+from trainer.monitoring.log import say
+from trainer.runs.reader import FinishedRun, exported_checkpoint, find_checkpoint, find_run, open_classifier, open_data
+from trainer.storage.local import write_json
 
 if TYPE_CHECKING:
-    from trainer.contracts import Dataset
-    from trainer.data.pixels import Pixels
-    from trainer.models.explanations import Look
-    from trainer.subjects import Scored
+    from trainer.data.images import Pixels
+    from trainer.exporting.export import Scored
+    from trainer.models.grad_cam import Look
+    from trainer.types import Dataset
 
 READ_AT_ONCE = 256  # images
 OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
@@ -92,7 +85,7 @@ def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
 
 def open_images(run: FinishedRun, dataset: Dataset, split: str, size: int) -> Pixels:
     """The images of a split at a size in pixels, decoded when they are read."""
-    from trainer.data.pixels import open_pixels
+    from trainer.data.images import open_pixels
 
     return open_pixels(
         dataset.splits[split],
@@ -113,7 +106,7 @@ def score_all(look: Look, pixels: Pixels) -> Scored:
     """Every example of a split that can be decoded."""
     import numpy as np
 
-    from trainer.subjects import Scored
+    from trainer.exporting.export import Scored
 
     split = pixels.split
     parts = [
@@ -126,8 +119,8 @@ def score_all(look: Look, pixels: Pixels) -> Scored:
 
 def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
     """Write the formats that the configuration names below `home`; facts by format."""
-    from trainer.models.explanations import looker
-    from trainer.subjects import write_exports
+    from trainer.exporting.export import write_exports
+    from trainer.models.grad_cam import looker
 
     dataset = open_data(run)
     folder = find_checkpoint(run, checkpoint)
@@ -145,7 +138,7 @@ def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
 
 def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
     """Write what was measured: into the report and the card of the run, or as export.json beside the files."""
-    from trainer.exporting.card import write_model_card
+    from trainer.exporting.model_card import write_model_card
 
     report = home.parent / "report" / "report.json"
     if not is_own or not report.exists():

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.contracts import EvaluationResult
 from trainer.errors import INTERRUPTED
-from trainer.exporting.card import write_model_card
+from trainer.exporting.export import Scored, write_exports
 from trainer.exporting.formats import refuse
-from trainer.reporting import evaluated, pictures, report_on, show_in_tensorboard
+from trainer.exporting.model_card import write_model_card
+from trainer.monitoring import termination
+from trainer.monitoring.health import FINISH, signs
+from trainer.report.build import evaluated, pictures, report_on, show_in_tensorboard
 from trainer.run import Run, say, score
-from trainer.subjects import Scored, write_exports
-from trainer.training.run_folder import read_facts
-from trainer.training.telemetry import clock
-from trainer.watching import termination
-from trainer.watching.signs import FINISH, signs
+from trainer.runs.folder import read_facts
+from trainer.runs.metrics import clock
+from trainer.types import EvaluationResult
 
 AFTER = "after training had ended"
 

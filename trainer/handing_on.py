@@ -8,7 +8,7 @@ from trainer.errors import DataError
 from trainer.models.freezing import ThawPlan
 from trainer.run import Run, from_chief, say
 from trainer.training import variables
-from trainer.training.stopping import best_step
+from trainer.training.early_stopping import best_step
 
 
 def hand_on(job: Run, name: str, plan: ThawPlan) -> None:

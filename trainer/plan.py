@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from trainer.cluster.preemption import end_at_once
+from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
@@ -20,11 +20,10 @@ if __name__ == "__main__":
 import numpy as np
 from rich.console import Console
 
-from trainer.advice import advise
+from trainer.cli.compose import asks_for_sweep, compose, exit_code_of, quiet_start
 from trainer.cluster.discovery import discover
-from trainer.command_line import asks_for_sweep, compose, exit_code_of, quiet_start
-from trainer.config import Data, RunConfig, load, without_regularisation
-from trainer.contracts import Dataset
+from trainer.config.auto import advise
+from trainer.config.schema import Data, RunConfig, load, without_regularisation
 from trainer.errors import ConfigError, DataError
 from trainer.planning.sections import (
     WIDTH,
@@ -38,19 +37,20 @@ from trainer.planning.sections import (
     show_phases,
     show_storage,
 )
-from trainer.storage.deadline import within
+from trainer.storage.base import within
 from trainer.storage.staging import is_remote, prepared_folder
+from trainer.types import Dataset
 
 if TYPE_CHECKING:
-    from trainer.planning.sizes import PhasePlan
+    from trainer.planning.estimates import PhasePlan
 
 PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
 
 
 def find_data(plan: Plan) -> Rows:
     """Open the data where that takes no download; what would be staged is only listed."""
-    from trainer.local_copies import coming, prepared_at
-    from trainer.planning import rehearsal
+    from trainer.data.remote import coming, prepared_at
+    from trainer.planning import checks as rehearsal
     from trainer.run import GIGABYTE
 
     config, data = plan.config, plan.config.data
@@ -87,8 +87,8 @@ def find_data(plan: Plan) -> Rows:
 
 def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
     """Open what is on this machine, as a run would; False where the run would download it first."""
-    from trainer.data.sources import open_dataset
-    from trainer.planning import rehearsal
+    from trainer.data.open import open_dataset
+    from trainer.planning import checks as rehearsal
     from trainer.run import weights_of_classes
 
     config = plan.config
@@ -119,7 +119,7 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
 
 def advised(plan: Plan, found: Dataset) -> RunConfig:
     """The configuration with what is `auto` chosen as the run would choose it."""
-    from trainer.planning import rehearsal
+    from trainer.planning import checks as rehearsal
 
     if plan.config.auto:
         plan.config, plan.reasons = advise(plan.config, found.splits["train"].count, len(found.class_names))
@@ -133,7 +133,9 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
     """Data, storage, phases, network, memory and bytes; all that needs the network."""
     from trainer.models.backbones import find_backbone
     from trainer.models.classifier import build_classifier
-    from trainer.planning import picture, sizes, teachers
+    from trainer.planning import estimates as sizes
+    from trainer.planning import network_plot as picture
+    from trainer.planning import teacher as teachers
 
     rows: Rows = []
     before = len(plan.faults)
@@ -205,7 +207,7 @@ def _run(arguments: list[str]) -> None:
     cluster = discover(os.environ)
     with quiet_start():
         from trainer.exporting.formats import check_formats
-        from trainer.planning import rehearsal
+        from trainer.planning import checks as rehearsal
         from trainer.planning.trouble import look_for_trouble
     devices, replicas = rehearsal.devices(config, cluster)
     terminal = sys.stdout.isatty()

@@ -15,26 +15,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.cluster.preemption import end_at_once
+from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import numpy as np
 
-from trainer.command_line import be_seen, compose, exit_code_of, speak_as, speak_early
-from trainer.config import RunConfig, load
-from trainer.contracts import Dataset, Split
-from trainer.data.machine import usable_cpus
+from trainer.cli.compose import be_seen, compose, exit_code_of, speak_as, speak_early
+from trainer.config.schema import RunConfig, load
+from trainer.data.host import usable_cpus
+from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard
-from trainer.data.sources import open_dataset
-from trainer.data.writing import Groups, ImageSource, write_dataset
+from trainer.data.remote import local_copies
+from trainer.data.tfds_writer import Groups, ImageSource, write_dataset
 from trainer.errors import INTERRUPTED, ConfigError
-from trainer.local_copies import local_copies
-from trainer.storage.places import place
-from trainer.watching import termination
-from trainer.watching.lines import last_words, say
-from trainer.watching.signs import signs
+from trainer.monitoring import termination
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import last_words, say
+from trainer.storage.path import place
+from trainer.types import Dataset, Split
 
 Progress = Callable[[int, int], None]
 

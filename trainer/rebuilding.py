@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from trainer import config
+from trainer.config import schema as config
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.weights import settle_input
 from trainer.training import variables

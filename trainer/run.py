@@ -10,32 +10,32 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.cluster.peers import Peers
-from trainer.cluster.preemption import StopFlag
-from trainer.config import Augmentation, Phase, RunConfig
-from trainer.contracts import Dataset
-from trainer.data.ahead import Gate
-from trainer.data.decode import plain
+from trainer.cluster.control import Peers
+from trainer.cluster.signals import StopFlag
+from trainer.config.schema import Augmentation, Phase, RunConfig
+from trainer.data.decoding import Resize, plain
+from trainer.data.host import memory_budget_default
+from trainer.data.images import Cache, Pixels, data_errors, open_pixels
 from trainer.data.order import ALONE, Order, Share
 from trainer.data.pipeline import Kept, evaluation_batches, evaluation_gate, training_batches, training_gate
-from trainer.data.pixels import Cache, Pixels, data_errors, memory_budget_default, open_pixels
+from trainer.data.shard_gate import Gate
+from trainer.distillation.teacher import Teacher
 from trainer.errors import INTERRUPTED, DataError, ToldToStop
-from trainer.feature_choice import Division, Reads, images_again
-from trainer.imaging import Resize
+from trainer.evaluation.scoring import EvaluationPass, by_index
+from trainer.features.plan import Division, Reads, images_again
 from trainer.models.classifier import Classifier
-from trainer.models.distillation import Teacher
-from trainer.models.explanations import Look, looker
-from trainer.storage.publisher import Publisher
+from trainer.models.grad_cam import Look, looker
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import say
+from trainer.runs.checkpoints import CheckpointFolder, packed, unpacked
+from trainer.runs.clock import Ledger
+from trainer.runs.metrics import Telemetry
+from trainer.runs.publisher import Publisher
+from trainer.runs.restarts import STOPPED, Attempts
 from trainer.storage.shard_cache import ShardCache
-from trainer.training.attempts import STOPPED, Attempts
-from trainer.training.checkpoints import CheckpointFolder, packed, unpacked
-from trainer.training.ledger import Ledger
-from trainer.training.scoring import EvaluationPass, by_index
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings
-from trainer.training.telemetry import Telemetry
-from trainer.watching.lines import say
-from trainer.watching.signs import signs
+from trainer.types import Dataset
 
 GIGABYTE = 1024**3
 

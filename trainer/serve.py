@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.cluster.preemption import end_at_once
+from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.command_line import exit_code_of, quiet_start
+from trainer.cli.compose import exit_code_of, quiet_start
 from trainer.errors import ConfigError
-from trainer.serving.exports import Export, find_export
+from trainer.monitoring.log import say
+from trainer.serving.export_files import Export, find_export
 from trainer.serving.settings import Settings, read_settings
-from trainer.watching.lines import say
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel

@@ -7,34 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from trainer.advice import adopted, advise, choice_of, settled
-from trainer.cluster.peers import Peers
-from trainer.cluster.preemption import StopFlag
-from trainer.cluster.strategy import build_strategy
-from trainer.config import RunConfig
-from trainer.contracts import Dataset, Split
-from trainer.data.machine import usable_cpus
+from trainer.cluster.control import Peers
+from trainer.cluster.devices import build_strategy
+from trainer.cluster.signals import StopFlag
+from trainer.config.auto import adopted, advise, choice_of, settled
+from trainer.config.schema import RunConfig
+from trainer.data.host import usable_cpus
+from trainer.data.open import open_dataset
 from trainer.data.order import Share, shards_of_workers, sizes_of_shards, steps_per_epoch
-from trainer.data.sources import open_dataset
+from trainer.data.remote import copies_ahead
 from trainer.errors import ConfigError, DataError
+from trainer.evaluation.scoring import EvaluationPass
 from trainer.exporting.formats import check_formats
-from trainer.feature_choice import divisions
-from trainer.local_copies import copies_ahead
+from trainer.features.plan import divisions
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import settle_input
+from trainer.monitoring.health import signs
 from trainer.run import Run, from_chief, say, steps_of
-from trainer.storage.places import place
-from trainer.storage.publisher import Publisher
+from trainer.runs.checkpoints import CheckpointFolder, weights_of
+from trainer.runs.clock import Ledger
+from trainer.runs.folder import RunFolder
+from trainer.runs.metrics import Telemetry, cut_back
+from trainer.runs.publisher import Publisher
+from trainer.runs.restarts import Attempts
+from trainer.storage.path import place
 from trainer.storage.staging import is_remote
 from trainer.training import variables
-from trainer.training.attempts import Attempts
-from trainer.training.checkpoints import CheckpointFolder, weights_of
-from trainer.training.ledger import Ledger
-from trainer.training.run_folder import RunFolder
-from trainer.training.scoring import EvaluationPass
 from trainer.training.state import RunState
-from trainer.training.telemetry import Telemetry, cut_back
-from trainer.watching.signs import signs
+from trainer.types import Dataset, Split
 
 
 def open_run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> Run:

@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer import config
-from trainer.models.distillation import Teacher, classifier_as_teacher, saved_model_as_teacher
-from trainer.rebuilding import rebuild_classifier
-from trainer.run import Run, from_chief, say, score
-from trainer.storage.files import write_whole
-from trainer.teacher_files import (
+from trainer.config import schema as config
+from trainer.distillation.source import (
     ROWS,
     SAVED_MODEL,
     TeacherFiles,
@@ -24,9 +20,13 @@ from trainer.teacher_files import (
     read_teacher,
     write_saved_model,
 )
-from trainer.training.checkpoints import packed, unpacked
-from trainer.training.scoring import EvaluationPass
-from trainer.watching.signs import signs
+from trainer.distillation.teacher import Teacher, classifier_as_teacher, saved_model_as_teacher
+from trainer.evaluation.scoring import EvaluationPass
+from trainer.monitoring.health import signs
+from trainer.rebuilding import rebuild_classifier
+from trainer.run import Run, from_chief, say, score
+from trainer.runs.checkpoints import packed, unpacked
+from trainer.storage.local import write_whole
 
 _FORMAT = 1  # of the kept answers; counts up when they change
 

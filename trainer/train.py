@@ -10,25 +10,25 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow as tf
 
-from trainer.cluster.peers import BEAT_SECONDS, SILENCE_SECONDS, Peers
-from trainer.cluster.preemption import StopFlag
-from trainer.config import Phase, RunConfig
-from trainer.data.ahead import Gate
-from trainer.data.pixels import data_errors
+from trainer.cluster.control import BEAT_SECONDS, SILENCE_SECONDS, Peers
+from trainer.cluster.signals import StopFlag
+from trainer.config.schema import Phase, RunConfig
+from trainer.data.images import data_errors
+from trainer.data.shard_gate import Gate
 from trainer.errors import BUG, Diverged, Interrupted, ToldToStop, TrainerError
+from trainer.evaluation.scoring import validation_scores
+from trainer.features.cache import Inputs, choose_features, open_inputs
 from trainer.handing_on import hand_on
-from trainer.inputs import Inputs, choose_features, open_inputs
 from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.monitoring.health import signs
 from trainer.run import Run, again, say, score, step_settings, steps_of, training_stream
+from trainer.runs.folder import RunFolder
 from trainer.start import open_run, resume, share_data
 from trainer.teaching import find_teacher
 from trainer.training import variables
+from trainer.training.early_stopping import best_step, exhausted, judge
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.training.run_folder import RunFolder
-from trainer.training.scoring import validation_scores
 from trainer.training.step import TrainingStep
-from trainer.training.stopping import best_step, exhausted, judge
-from trainer.watching.signs import signs
 
 
 def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Augmentation
-from trainer.data.augment import augment
-from trainer.data.draws import LEVELS, levels
-from trainer.randomness import AUGMENTATION, uniform
+from trainer.config.schema import Augmentation
+from trainer.data.augment.apply import augment
+from trainer.data.augment.draws import LEVELS, levels
+from trainer.stateless_random import AUGMENTATION, uniform
 
 SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
 INDEX = np.arange(100, 100 + COUNT)

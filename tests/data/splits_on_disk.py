@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from trainer.contracts import Shard, Split
-from trainer.data.pixels import Pixels, open_pixels
+from trainer.data.images import Pixels, open_pixels
+from trainer.types import Shard, Split
 
 COUNT, SIDE = 37, 10
 

@@ -14,9 +14,9 @@ from PIL import Image, ImageEnhance
 from scipy import ndimage
 
 from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, augmented, drawn, value
-from trainer.config import Augmentation, load
-from trainer.data import draws
-from trainer.data.augment import augment
+from trainer.config.schema import Augmentation, load
+from trainer.data.augment import draws
+from trainer.data.augment.apply import augment
 
 AFFINE = Augmentation(
     flip_horizontal=True, flip_vertical=True, rotation=30, shift=0.2, shear=10, zoom=0.3, contrast=0.4, brightness=0.2

@@ -8,11 +8,11 @@ import tensorflow as tf
 from scipy import stats
 
 from tests.data.augmented import IMAGES, SIDE, assert_rounded, augmented, drawn, level
-from trainer.config import Augmentation
-from trainer.data import draws
-from trainer.data.augment import augment
-from trainer.data.draws import Draws
-from trainer.data.warps import aspects, windows
+from trainer.config.schema import Augmentation
+from trainer.data.augment import draws
+from trainer.data.augment.affine import aspects, windows
+from trainer.data.augment.apply import augment
+from trainer.data.augment.draws import Draws
 
 
 def boxes(least: float) -> np.ndarray:

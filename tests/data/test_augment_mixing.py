@@ -10,9 +10,9 @@ import tensorflow as tf
 from scipy import stats
 
 from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, drawn, level
-from trainer.config import Augmentation
-from trainer.data import draws
-from trainer.data.mixing import mixed, shares
+from trainer.config.schema import Augmentation
+from trainer.data.augment import draws
+from trainer.data.augment.mixing import mixed, shares
 
 LABELS, WEIGHTS = np.arange(COUNT, dtype=np.int32) * 10, np.ones(COUNT, np.float32)
 OTHER = np.arange(COUNT) ^ 1

@@ -11,10 +11,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from tests.data.augmented import COUNT, EPOCH, INDEX, SEED, augmented, drawn
-from trainer.config import Augmentation
-from trainer.data.augment import augment
-from trainer.data.draws import RANDAUGMENT
-from trainer.data.randaugment import OPERATIONS
+from trainer.config.schema import Augmentation
+from trainer.data.augment.apply import augment
+from trainer.data.augment.draws import RANDAUGMENT
+from trainer.data.augment.randaugment import OPERATIONS
 
 SIDE, STRENGTH = 40, 0.5  # magnitude 15
 # Smooth pictures with some noise: of noise alone every interpolation would be far from every other.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.contracts import Shard, Split
 from trainer.data.order import Order, epoch_order, sequence_blocks, share_of, steps_per_epoch, training_blocks
+from trainer.types import Shard, Split
 
 
 def files(count: int) -> Split:

@@ -14,11 +14,11 @@ import pytest
 import tensorflow as tf
 
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
-from trainer.config import Augmentation
-from trainer.contracts import Split
+from trainer.config.schema import Augmentation
+from trainer.data.images import Pixels
 from trainer.data.order import Order, Share, epoch_order, shards_of_workers, steps_per_epoch
 from trainer.data.pipeline import evaluation_batches, training_batches
-from trainer.data.pixels import Pixels
+from trainer.types import Split
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
@@ -280,8 +280,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from tests.data.splits_on_disk import file_split, opened
-from trainer.config import Augmentation
-from trainer.data.features import Features
+from trainer.config.schema import Augmentation
+from trainer.features.store import Features
 from trainer.data.order import Order
 from trainer.data.pipeline import evaluation_batches, training_batches
 tf.config.experimental.enable_op_determinism()

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.data.pictures import fill_folder, picture
 from trainer.data.records import RecordAt, count_records, frame, index_shard, read_image, read_labels, serialize
-from trainer.data.writing import MANIFEST, write_dataset
+from trainer.data.tfds_folder import MANIFEST
+from trainer.data.tfds_writer import write_dataset
 from trainer.errors import DataError
 
 CLASSES = ("cat", "dog")

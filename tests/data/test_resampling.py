@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data.augmented import COUNT, IMAGES, SIDE, assert_rounded
-from trainer.data.resampling import resampled
+from trainer.data.augment.affine import resampled
 
 
 def maps() -> np.ndarray:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.config import Data
-from trainer.contracts import Dataset
-from trainer.data.dataset_folder import LABELS, MANIFEST, known_shards
-from trainer.data.sources import open_dataset
-from trainer.data.writing import write_dataset
+from trainer.config.schema import Data
+from trainer.data.open import open_dataset
+from trainer.data.tfds_folder import LABELS, MANIFEST, known_shards
+from trainer.data.tfds_writer import write_dataset
 from trainer.errors import DataError
+from trainer.types import Dataset
 
 CLASSES = ("cat", "dog", "owl")
 

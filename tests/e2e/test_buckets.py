@@ -20,7 +20,7 @@ from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
 from trainer.errors import INTERRUPTED, WRONG_INPUT
-from trainer.storage.places import Place, place
+from trainer.storage.path import Place, place
 
 WEIGHTS = ROOT / "trainer" / "models" / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
 DATA, SHARDS = "gs://bucket/digits", 4

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from tests.e2e.running import ROOT, run
 from trainer.compare import read_scored
-from trainer.evaluation.comparison import compare_runs
+from trainer.report.compare import compare_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

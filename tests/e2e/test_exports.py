@@ -18,14 +18,14 @@ from sklearn.datasets import load_sample_images
 from tests.e2e.running import ROOT, SMALL, run, start, without_timing
 from tests.e2e.workers import start_workers
 from tests.storage.emulator import running
-from trainer.config import ExportFormat
+from trainer.config.schema import ExportFormat
+from trainer.data.decoding import decode_image
 from trainer.export import open_images
-from trainer.exporting.loading import load_export
-from trainer.finished_runs import find_checkpoint, find_run, open_classifier, open_data
-from trainer.imaging import decode_image
-from trainer.models.explanations import explain
-from trainer.storage.places import place
-from trainer.training.checkpoints import packed
+from trainer.exporting.verify import load_export
+from trainer.models.grad_cam import explain
+from trainer.runs.checkpoints import packed
+from trainer.runs.reader import find_checkpoint, find_run, open_classifier, open_data
+from trainer.storage.path import place
 
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
 LAST = ("report", "export")  # folders that a run publishes at its end

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_groups import write_dataset_with_groups
+from tests.data.test_subgroups import write_dataset_with_groups
 from tests.e2e.running import run
 
 

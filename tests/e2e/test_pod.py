@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.e2e.running import ROOT, SMALL
 from tests.e2e.workers import SHARED, Workers, free_ports, start_workers
-from tests.watching.test_server import get, metrics
+from tests.monitoring.test_http import get, metrics
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
 # Two epochs of six steps.

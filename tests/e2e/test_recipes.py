@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.e2e.running import run, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, TABLE
-from trainer.data.writing import write_dataset
+from trainer.data.tfds_writer import write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
 HANDS = ("rock", "paper", "scissors")

@@ -13,7 +13,7 @@ from tests.e2e.running import SMALL, assert_same_run, with_data_at
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, running
 from trainer.errors import INTERRUPTED, WRONG_INPUT
-from trainer.storage.places import place
+from trainer.storage.path import place
 
 DATA, SHARDS = "gs://bucket/digits", 30
 # All 1,257 training digits in 30 shards, nothing of them kept; two windows are a sixth of them.

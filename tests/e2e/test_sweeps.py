@@ -15,7 +15,7 @@ import yaml
 from tests.e2e.running import ROOT, run, start
 from tests.storage.emulator import running
 from tests.tensorboard import answer
-from trainer.storage.places import place
+from trainer.storage.path import place
 
 TINY = ("debug=fast", "phases=head_only", "phases.head.epochs=1", "export.formats=[]")
 RATE = "phases.head.optimizer.learning_rate"

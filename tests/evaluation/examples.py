@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.contracts import EvaluationResult
 from trainer.evaluation.metrics import evaluate_arrays
+from trainer.types import EvaluationResult
 
 HOSTILE = '<b>"x"'
 

@@ -10,11 +10,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 from tests.evaluation.examples import HOSTILE, make_result
-from tests.evaluation.test_report import Fetch, Page, write
+from tests.report.test_write import Fetch, Page, write
 from trainer.errors import DataError
-from trainer.evaluation.groups import score_groups
 from trainer.evaluation.intervals import wilson
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import evaluate_arrays, score_groups
 
 LABELS = np.array([0, 1, 0, 1, 2, 0], np.int32)
 ANSWERS = np.array([0, 0, 0, 1, 2, 0], np.int32)

@@ -8,10 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.exporting.loading import load_export
+from trainer.exporting.bundle import HeldOut, Subject
 from trainer.exporting.reference import reference_distribution
-from trainer.exporting.scoring import score
-from trainer.exporting.subject import HeldOut, Subject
+from trainer.exporting.verify import load_export, score
 
 NAMES = ("daisy", "löwenzahn", "rose\nred")
 SIZE = 32

@@ -12,11 +12,10 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
 from tests.exporting.subjects import NAMES, SIZE, largest_difference, said_by, small_model, some_images, subject_for
-from trainer.drift_statistics import Window, measures, verdict
-from trainer.exporting.card import write_labels
-from trainer.exporting.saved_model import export_saved_model
-from trainer.exporting.warmup import WARMUP
-from trainer.imaging import decode_image
+from trainer.data.decoding import decode_image
+from trainer.evaluation.drift import Window, measures, verdict
+from trainer.exporting.model_card import write_labels
+from trainer.exporting.saved_model import WARMUP, export_saved_model
 
 
 @pytest.fixture(scope="module")

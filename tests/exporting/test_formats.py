@@ -26,16 +26,14 @@ from tests.exporting.subjects import (
     some_images,
     subject_for,
 )
-from trainer import config
-from trainer.config import ExportFormat
+from trainer.config import schema as config
+from trainer.config.schema import ExportFormat
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.formats import FORMATS, check_formats, export_formats, refuse
-from trainer.exporting.keras_file import export_keras
-from trainer.exporting.loading import load_export
-from trainer.exporting.scoring import drops_too_far
-from trainer.exporting.subject import plain
+from trainer.exporting.bundle import plain
+from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, refuse
 from trainer.exporting.tflite import export_tflite
-from trainer.models.normalization import ExampleNormalization
+from trainer.exporting.verify import drops_too_far, load_export
+from trainer.models.batch_norm import ExampleNormalization
 
 # How far a probability may be off: rounding alone, or what the format's precision costs.
 NEAR = {"tflite_float16": 0.01, "tflite_dynamic": 0.05, "tflite_int8": 0.1}

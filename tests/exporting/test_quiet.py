@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trainer.exporting.quiet import quiet
+from trainer.exporting.tflite import quiet
 
 
 def test_only_what_is_said_every_time_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ import yaml
 from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, the
 from tests.k8s.test_pods import gibibytes
 from trainer import errors
+from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
-from trainer.command_line import compose
-from trainer.config import RunConfig, load
+from trainer.config.schema import RunConfig, load
 from trainer.prepare import _part
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def test_kubernetes_waits_longer_than_the_trainer_needs_to_answer(pods: Pods) ->
 
 
 def test_alerts_and_dashboards_name_metrics_that_are_served() -> None:
-    server = importlib.import_module("trainer.watching.server")
+    server = importlib.import_module("trainer.monitoring.http")
     source = Path(server.__file__ or "").read_text()
     served = {f"kubetune_{name}" for name in server.GAUGES} | set(re.findall(r'"(kubetune_\w+)"', source))
     rules = [

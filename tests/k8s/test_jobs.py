@@ -20,7 +20,7 @@ from tests.k8s.controller import Verdict
 from tests.k8s.rendered import here
 from tests.storage.emulator import Emulator, environment
 from trainer.errors import DONE, INTERRUPTED
-from trainer.storage.places import place
+from trainer.storage.path import place
 
 pytestmark = needs_root
 

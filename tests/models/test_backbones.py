@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from trainer import config
-from trainer.command_line import compose, conf_folder
-from trainer.config import load
+from trainer.cli.compose import compose, conf_folder
+from trainer.config import schema as config
+from trainer.config.schema import load
 from trainer.errors import ModelError
 from trainer.models.backbones import backbones, find_backbone
 from trainer.models.classifier import build_classifier

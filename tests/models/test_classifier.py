@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import config
+from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import config
+from trainer.config import schema as config
 from trainer.errors import ModelError
+from trainer.models.batch_norm import ExampleNormalization, counting
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.normalization import ExampleNormalization, counting
 
 NORM = keras.layers.BatchNormalization
 

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tests.exporting.subjects import SIZE, small_model, subject_for
+from trainer.data.decoding import decode_image
 from trainer.exporting.saved_model import export_saved_model
-from trainer.imaging import decode_image
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.serving.batching import Batcher, Full
-from trainer.serving.images import Picture
+from trainer.serving.requests import Picture
 
 Ask = Callable[[list[bytes]], list[Any]]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.serving import pictures
 from tests.serving.pictures import photo
-from trainer.serving.images import FORMATS, Refused, examined
+from trainer.serving.requests import FORMATS, Refused, examined
 
 MOST = 1_000_000
 

@@ -12,9 +12,8 @@ import tensorflow as tf
 from tests.serving import pictures
 from tests.serving.pictures import photo
 from trainer.errors import DataError
-from trainer.serving.answers import Answer, Unreadable
-from trainer.serving.exports import Export, find_export
-from trainer.serving.model import ServedModel
+from trainer.serving.export_files import Export, find_export
+from trainer.serving.model import Answer, ServedModel, Unreadable
 
 if TYPE_CHECKING:
     from tests.serving.exported import Exported

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.storage.emulator import BUCKET, Emulator, running
-from trainer.storage import retrying
-from trainer.storage.places import Place, place
+from trainer.storage import gcs_client as retrying
+from trainer.storage.path import Place, place
 
 
 @pytest.fixture(scope="module")

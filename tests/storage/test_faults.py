@@ -15,9 +15,10 @@ import pytest
 from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from trainer.errors import Interrupted
-from trainer.storage import bucket, retrying
-from trainer.storage.deadline import within
-from trainer.storage.places import Conflict, Place, place
+from trainer.storage import gcs as bucket
+from trainer.storage import gcs_client as retrying
+from trainer.storage.base import within
+from trainer.storage.path import Conflict, Place, place
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import faults
 from trainer.errors import ConfigError, Interrupted
 from trainer.storage import lease as leases
-from trainer.storage.deadline import within
+from trainer.storage.base import within
 from trainer.storage.lease import Lease, take
-from trainer.storage.places import Place, place
+from trainer.storage.path import Place, place
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1.5
@@ -30,7 +30,7 @@ HOLDER = """
 import sys
 from trainer.errors import TrainerError
 from trainer.storage import lease as leases
-from trainer.storage.places import place
+from trainer.storage.path import place
 leases.LEASE_SECONDS = float(sys.argv[4])
 def say(text): print(text, flush=True)
 try:

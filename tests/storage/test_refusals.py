@@ -17,8 +17,8 @@ from google.auth.exceptions import DefaultCredentialsError
 
 from tests.storage.emulator import free_port
 from trainer.errors import DataError
-from trainer.storage import client
-from trainer.storage.places import Place, place
+from trainer.storage import gcs_client as client
+from trainer.storage.path import Place, place
 
 POOL = "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/pool/providers/cluster"
 HOW = (

@@ -13,8 +13,9 @@ import pytest
 
 from tests.storage.emulator import Emulator
 from trainer.errors import DataError, Interrupted
-from trainer.storage import retrying, shard_cache
-from trainer.storage.places import Place
+from trainer.storage import gcs_client as retrying
+from trainer.storage import shard_cache
+from trainer.storage.path import Place
 from trainer.storage.shard_cache import OwnFolder, ShardCache
 
 SIZE = 10_000

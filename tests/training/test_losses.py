@@ -9,15 +9,7 @@ import tensorflow as tf
 
 from tests.training.small_network import CLASSES, SmallNetwork, arrays, stream
 from trainer.training import variables
-from trainer.training.losses import (
-    LossSettings,
-    cross_entropy,
-    divergence,
-    focal,
-    hits,
-    logarithms,
-    weighted_losses,
-)
+from trainer.training.losses import LossSettings, cross_entropy, divergence, focal, hits, logarithms, weighted_losses
 from trainer.training.step import StepSettings, TrainingStep
 
 RNG = np.random.default_rng(3)

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from tests.training.small_network import SmallNetwork, arrays, stream
-from trainer.config_phases import Optimizer, Schedule
+from trainer.config.phases import Optimizer, Schedule
 from trainer.training import variables
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep

@@ -194,7 +194,7 @@ if replicas > 1:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 from tests.training.small_network import SmallNetwork, stream
 from trainer.training import variables
-from trainer.training.scoring import EvaluationPass
+from trainer.evaluation.scoring import EvaluationPass
 from trainer.training.step import StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
             else tf.distribute.get_strategy())

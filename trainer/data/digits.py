@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.writing import write_dataset
+from trainer.data.tfds_writer import write_dataset
 
 CLASS_NAMES = tuple("0123456789")
 TEST, VALIDATION, SPLIT_SEED = 360, 180, 42  # the rest, 1,257, trains

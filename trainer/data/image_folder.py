@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config import Data
-from trainer.contracts import Split
+from trainer.config.schema import Data
 from trainer.data.splits import PARTS, Found, ends_of, part_sizes
 from trainer.errors import DataError
-from trainer.watching.signs import signs
+from trainer.monitoring.health import signs
+from trainer.types import Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SPLIT_NAMES = {

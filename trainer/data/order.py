@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from trainer.contracts import Split
-from trainer.randomness import ORDER, SHARDS, SHARE, bits
+from trainer.stateless_random import ORDER, SHARDS, SHARE, bits
+from trainer.types import Split
 
 STRETCH = 1024  # records that are read together where no shuffling asks for more
 ROWS_PER_WORKER = 1 << 40  # far more than any worker has: keeps the random numbers of workers apart

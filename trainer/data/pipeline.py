@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Augmentation
-from trainer.contracts import Split
-from trainer.data.ahead import Gate, rows_ahead, sequence_reads, training_reads
-from trainer.data.augment import augment
-from trainer.data.decode import COLUMNS, Row, block_dataset, plain
-from trainer.data.features import Features
-from trainer.data.mixing import mixed
+from trainer.config.schema import Augmentation
+from trainer.data.augment.apply import augment
+from trainer.data.augment.mixing import mixed
+from trainer.data.decoding import COLUMNS, Row, block_dataset, plain
+from trainer.data.images import Pixels, live_rows
 from trainer.data.order import ALONE, Block, Order, Share, sequence_blocks, share_of, training_blocks
-from trainer.data.pixels import Pixels, live_rows
+from trainer.data.shard_gate import Gate, rows_ahead, sequence_reads, training_reads
+from trainer.features.store import Features
+from trainer.types import Split
 
 Kept = Pixels | Features  # what batches are made of
 
@@ -81,7 +81,7 @@ def training_batches(
     """The endless stream of training batches in this order.
 
     Each epoch is `order.steps_per_epoch` global batches, the last one padded with weight 0. An element is what one
-    replica gets, a `trainer.contracts.Batch` of batch_size / workers / replicas rows; `replicas` of them in a row make
+    replica gets, a `trainer.types.Batch` of batch_size / workers / replicas rows; `replicas` of them in a row make
     this worker's part of a global batch. Iterate within `pixels.data_errors`.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.contracts import EvaluationResult
+from trainer.types import EvaluationResult
 
 LISTED = 100  # in a report
 

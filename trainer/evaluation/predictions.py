@@ -1,4 +1,4 @@
-"""predictions.csv: what the model answered for every example."""
+"""predictions.csv: what the model answered for every example; names as a report can show them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import csv
 import io
 from pathlib import Path
 
-from trainer.contracts import EvaluationResult
-from trainer.evaluation.names import printable
-from trainer.storage.files import write_whole
+from trainer.storage.local import write_whole
+from trainer.types import EvaluationResult
+
+
+def printable(text: str) -> str:
+    """The text without what cannot be encoded or shown on one line (file names may hold any bytes)."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# predictions.csv: what the model answered for every example
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 

@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.keras_file import export_keras
-from trainer.exporting.loading import load_export
-from trainer.exporting.onnx_file import export_onnx
+from trainer.exporting.bundle import HeldOut, Subject, plain
+from trainer.exporting.model_card import label_lines
 from trainer.exporting.saved_model import export_saved_model
-from trainer.exporting.scoring import drops_too_far, score
-from trainer.exporting.subject import HeldOut, Subject
 from trainer.exporting.tflite import export_tflite
+from trainer.exporting.verify import drops_too_far, load_export, score
+from trainer.storage.local import write_whole
+
+
+def export_keras(subject: Subject, path: Path) -> None:
+    """Write `path` whole or not at all: float32 [n, S, S, 3] RGB in 0..255 -> probabilities, in float32.
+
+    `keras.saving.load_model(path)` reads it in its safe mode, without a line of this package.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".keras-", dir=path.parent) as beside, plain(subject.model):
+        subject.model.save(f"{beside}/{path.name}")
+        os.replace(f"{beside}/{path.name}", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The ONNX file, for ONNX Runtime, TensorRT and OpenVINO: float32, no decoding inside. Needs the extra `onnx`
+
+OPSET = 18  # of ONNX 1.13, 2022: what TensorRT 10 reads
+
+
+def export_onnx(subject: Subject, path: Path) -> None:
+    """Write `path` whole or not at all: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
+
+    The class names are its metadata `labels`, one a line.
+    """
+    import onnx
+    import tf2onnx
+
+    logging.getLogger("tf2onnx").setLevel(logging.WARNING)
+    size = subject.image_size
+    given = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
+    with plain(subject.model):
+        answer = tf.function(
+            lambda images: {"probabilities": subject.model(images, training=False)}, input_signature=given
+        )
+        made, _ = tf2onnx.convert.from_function(answer, input_signature=given, opset=OPSET)
+    onnx.helper.set_model_props(made, {"labels": label_lines(subject.class_names)})
+    write_whole(path, made.SerializeToString())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All formats by name: each is written, loaded back by the library that it is for, scored, and kept or not
 
 Write = Callable[[Subject, Path], None]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.drift_statistics import BINS, Window
-from trainer.storage.files import write_whole
+from trainer.evaluation.drift import BINS, Window
+from trainer.storage.local import write_whole
 
 WIDEST = 16  # numbers of an embedding that are compared: the covariance of 64 takes more examples than most splits have
 SEED = 8

@@ -4,19 +4,111 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import flatbuffers
 import numpy as np
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 
-from trainer.exporting.quiet import quiet
-from trainer.exporting.subject import Subject, plain
-from trainer.exporting.tflite_metadata import with_metadata
-from trainer.storage.files import write_whole
+from trainer.exporting.bundle import Subject, plain
+from trainer.exporting.model_card import label_lines
+from trainer.monitoring.log import without
+from trainer.storage.local import write_whole
+
+# Of its converter and its interpreter.
+_CHATTER = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Around a conversion or the making of an interpreter; every other line still reaches stderr."""
+    return without(_CHATTER)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metadata of a LiteRT file: what its input is, and its class names, which travel inside as a zip at the end
+
+NAME, IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
+LABELS = "labels.txt"
+_AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1  # of the enumerations and unions of the schema
+_UNCHANGED = ((0.0,), (1.0,))  # mean and deviation: the file itself normalises
+
+
+def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
+    """The same model, its images described and its class names added."""
+    tree = schema.ModelT.InitFromPackedBuf(model, 0)
+    tree.metadata = [entry for entry in tree.metadata or [] if entry.name != NAME]
+    buffer, entry = schema.BufferT(), schema.MetadataT()
+    buffer.data = list(_described())
+    entry.name, entry.buffer = NAME, len(tree.buffers)
+    tree.buffers.append(buffer)
+    tree.metadata.append(entry)
+    builder = flatbuffers.Builder(len(model) + 4096)
+    builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
+    whole = io.BytesIO()
+    whole.write(bytes(builder.Output()))
+    with zipfile.ZipFile(whole, "a") as archive:  # its own date: equal models are equal files
+        archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), label_lines(class_names))
+    return whole.getvalue()
+
+
+def _described() -> bytes:
+    """A ModelMetadata table: one image in, one probability a class out."""
+    builder = flatbuffers.Builder(1024)
+
+    def table(*fields: tuple[str, int, int], slots: int) -> int:
+        builder.StartObject(slots)
+        for kind, slot, value in fields:
+            if kind == "offset":
+                builder.PrependUOffsetTRelativeSlot(slot, value, 0)
+            else:
+                builder.PrependInt8Slot(slot, value, 0)
+        return builder.EndObject()
+
+    def tables(*offsets: int) -> int:
+        builder.StartVector(4, len(offsets), 4)
+        for offset in reversed(offsets):
+            builder.PrependUOffsetTRelative(offset)
+        return builder.EndVector()
+
+    def numbers(values: Sequence[float]) -> int:
+        builder.StartVector(4, len(values), 4)
+        for value in reversed(values):
+            builder.PrependFloat32(value)
+        return builder.EndVector()
+
+    def text(slot: int, value: str) -> tuple[str, int, int]:
+        return "offset", slot, builder.CreateString(value)
+
+    mean, deviation = (numbers(values) for values in _UNCHANGED)
+    normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
+    unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
+    colours = table(("byte", 0, _RGB), slots=2)
+    content = table(("byte", 0, _IMAGE), ("offset", 1, colours), slots=3)
+    units = tables(unit)
+    named = [text(0, "image"), text(1, "RGB in 0..255, resized as in training; the model normalises it itself")]
+    image = table(*named, ("offset", 3, content), ("offset", 4, units), slots=7)
+    named = [text(0, LABELS), text(1, "class names, one a line")]
+    labels = tables(table(*named, ("byte", 2, _AXIS_LABELS), slots=5))
+    named = [text(0, "probability"), text(1, "of each class, summing to 1")]
+    answer = table(*named, ("offset", 6, labels), slots=7)
+    inputs, outputs = tables(image), tables(answer)
+    graphs = tables(table(("offset", 2, inputs), ("offset", 3, outputs), slots=8))
+    named = [text(0, "image classifier"), text(7, "1.0.0")]
+    root = table(*named, ("offset", 3, graphs), slots=8)
+    builder.Finish(root, IDENTIFIER)
+    return bytes(builder.Output())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LiteRT (TFLite) files, for phones and small machines, in four precisions; no decoding inside
 
 Precision = Literal["float32", "float16", "dynamic", "int8"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer import config
+from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models.backbones import Backbone, find_backbone
-from trainer.models.folding import computed
-from trainer.models.normalization import counting
+from trainer.models.batch_norm import counting
+from trainer.models.bn_folding import computed
 from trainer.models.weights import build_with_weights
-from trainer.randomness import DROPOUT, uniform
+from trainer.stateless_random import DROPOUT, uniform
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import keras
 import tensorflow as tf
 
 from trainer.errors import ModelError
+from trainer.models.batch_norm import NORM, ExampleNormalization
 from trainer.models.classifier import Classifier
-from trainer.models.normalization import NORM, ExampleNormalization
 
 
 @dataclass(frozen=True)

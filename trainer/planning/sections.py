@@ -13,19 +13,19 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trainer.advice import adopted
+from trainer.cli.compose import compose, conf_folder
 from trainer.cluster.discovery import Cluster
-from trainer.command_line import compose, conf_folder
-from trainer.config import RunConfig, load
-from trainer.config_differences import flat
-from trainer.contracts import Dataset
+from trainer.config.auto import adopted
+from trainer.config.diff import flat
+from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, TrainerError
-from trainer.storage.places import Entry, place
+from trainer.runs.folder import is_finished
+from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote
-from trainer.training.run_folder import is_finished
+from trainer.types import Dataset
 
 if TYPE_CHECKING:
-    from trainer.planning.sizes import Kept, PhasePlan
+    from trainer.planning.estimates import Kept, PhasePlan
 
 WIDTH = 100  # columns where the output is no terminal
 FEW = 5  # names that are listed
@@ -97,7 +97,7 @@ def size(count: float) -> str:
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
     """What was asked for, what of it differs from the chosen groups, and what is in output_dir."""
-    from trainer.planning import rehearsal
+    from trainer.planning import checks as rehearsal
 
     config, output = plan.config, plan.config.output_dir
     groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
@@ -145,7 +145,7 @@ def show_cluster(plan: Plan, devices: str) -> None:
 
 def show_data(plan: Plan, rows: Rows, kept: dict[str, Kept]) -> None:
     """Names, counts, bytes, balance, and where decoded images would live."""
-    from trainer.planning.sizes import bytes_of_split
+    from trainer.planning.estimates import bytes_of_split
 
     found = plan.dataset
     assert found
@@ -174,7 +174,7 @@ def show_data(plan: Plan, rows: Rows, kept: dict[str, Kept]) -> None:
 
 def show_storage(plan: Plan, problem: str) -> None:
     """Can it read, can it write, is there what it starts from? `problem`: why the data could not be opened."""
-    from trainer.planning import rehearsal
+    from trainer.planning import checks as rehearsal
 
     config, found = plan.config, plan.dataset
 
@@ -229,7 +229,7 @@ def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by:
 
 def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
     """An estimate beside the machine's limit."""
-    from trainer.data.machine import memory_limit
+    from trainer.data.host import memory_limit
 
     limit, total = memory_limit(), sum(count for _, count in rows)
     shown = [*rows, ("all together", total), ("limit of this machine", limit)]
@@ -243,7 +243,7 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], kept: dict[str, Kept], checkpoint: int, model: int) -> None:
     """Read and written by the whole run."""
-    from trainer.planning.sizes import bytes_of_split
+    from trainer.planning.estimates import bytes_of_split
 
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from trainer.planning.estimates import PhasePlan
 from trainer.planning.sections import Plan
-from trainer.planning.sizes import PhasePlan
 
 
 def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:

@@ -22,14 +22,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trainer.serving.answers import Answer, Unreadable
+from trainer.monitoring.log import say_traceback
 from trainer.serving.batching import Batcher, Full
-from trainer.serving.bodies import TOGETHER, Asked, Room, busy, read_body, read_instances, read_predict
-from trainer.serving.exports import Export
-from trainer.serving.images import Refused
-from trainer.serving.observed import Observed
+from trainer.serving.export_files import Export
+from trainer.serving.metrics import Observed
+from trainer.serving.model import Answer, Unreadable
+from trainer.serving.requests import TOGETHER, Asked, Refused, Room, busy, read_body, read_instances, read_predict
 from trainer.serving.settings import Settings
-from trainer.watching.lines import say_traceback
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.serving.images import Picture
+from trainer.serving.requests import Picture
 
 
 class Full(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,33 @@ import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from trainer.errors import DataError
-from trainer.serving.answers import Answer, Unreadable
-from trainer.serving.exports import GRAPH, Export
+from trainer.serving.export_files import GRAPH, Export
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says of one image.
+
+    Attributes:
+        probabilities: float32 [classes].
+        embedding: float32 [C], the pooled features; None where the export does not give them.
+        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None where it was not asked for.
+    """
+
+    probabilities: np.ndarray
+    embedding: np.ndarray | None = None
+    heatmap: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image whose header looked well, and whose pixels could not be decoded."""
+
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The SavedModel as the server asks it
 
 # What `saved_model_cli scan` warns of, and calls into Python: no classifier needs them.
 FORBIDDEN = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}

@@ -16,10 +16,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainer.errors import INTERRUPTED, ConfigError, Interrupted
+from trainer.monitoring.log import last_words, say
 from trainer.serving.app import Service
-from trainer.serving.exports import Export
+from trainer.serving.export_files import Export
 from trainer.serving.settings import Settings
-from trainer.watching.lines import last_words, say
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config_faults import describe_faults
-from trainer.config_parts import Section
+from trainer.config.base import Section, describe_faults
 from trainer.errors import ConfigError
 
 MEGABYTE = 1024**2

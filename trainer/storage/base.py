@@ -1,9 +1,12 @@
-"""What a place is: a local path or an address in a bucket, with the same operations and the same promises."""
+"""Another deadline for a while; apart from `retrying`, whose clients of a bucket take long to import."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -150,3 +153,24 @@ class Place(ABC):
 
     @abstractmethod
     def _absent(self) -> TrainerError: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Another deadline for a while; apart from `retrying`, whose clients of a bucket take long to import
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Another deadline than `retrying.DEADLINE` for the operations inside the block (in this thread)."""
+    token = _deadline.set(seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def chosen() -> float | None:
+    """Seconds; None outside of `within`."""
+    return _deadline.get()

@@ -29,8 +29,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.storage.base import Conflict, Place
-from trainer.storage.deadline import within
+from trainer.storage.base import Conflict, Place, within
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from trainer.errors import DataError
 from trainer.storage.base import Entry, on_its_way
-from trainer.storage.files import write_json
-from trainer.storage.places import place
+from trainer.storage.local import write_json
+from trainer.storage.path import place
 
 TRANSFERS = 16  # files on their way at once
 REPORT_SECONDS = 5.0

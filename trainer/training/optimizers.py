@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from trainer.config_phases import Optimizer, Schedule
+from trainer.config.phases import Optimizer, Schedule
 
 schedules = keras.optimizers.schedules
 

@@ -16,9 +16,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.contracts import Batch
 from trainer.training import variables as by_name
 from trainer.training.losses import LossSettings, hits, logarithms, weighted_losses
+from trainer.types import Batch
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
@@ -44,7 +44,7 @@ class Network(Protocol):
 
 
 class Teacher(Protocol):
-    """What a step needs of a teacher (`trainer/models/distillation.py`)."""
+    """What a step needs of a teacher (`trainer/distillation/teacher.py`)."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
         """Float32 [b, classes], no gradient, for images in 0..255, [b, S, S, 3]."""

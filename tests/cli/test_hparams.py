@@ -1,0 +1,47 @@
+"""The event files of a sweep, read back by TensorBoard's own HParams page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tensorboard import answer
+from trainer.cli import sweep as hparams
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two jobs that were told two things each; the second one failed."""
+    names = ["phases.head.optimizer.learning_rate", "augmentation"]
+    (tmp_path / hparams.FILE).write_bytes(hparams.columns(names))
+    jobs: list[tuple[list[Any], dict[str, float]]] = [
+        ([0.01, "light"], {"val_accuracy": 0.75, "test_accuracy": 0.5}),
+        ([1e38, "none"], {}),
+    ]
+    for number, (values, scores) in enumerate(jobs):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        row = hparams.row(str(number), dict(zip(names, values, strict=True)), scores, bool(scores))
+        (folder / hparams.FILE).write_bytes(row)
+    return tmp_path
+
+
+def test_the_page_names_the_columns(sweep: Path) -> None:
+    page = answer(sweep, "hparams/experiment", {"experimentName": ""})
+    assert {h["name"] for h in page["hparamInfos"]} == {"phases.head.optimizer.learning_rate", "augmentation"}
+    assert [m["name"]["tag"] for m in page["metricInfos"]] == ["val_accuracy", "test_accuracy"]
+
+
+def test_the_page_has_a_row_for_each_job(sweep: Path) -> None:
+    statuses = ["STATUS_SUCCESS", "STATUS_FAILURE"]
+    asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
+    page = answer(sweep, "hparams/session_groups", asked)
+    first, second = sorted(page["sessionGroups"], key=lambda group: group["name"])
+    assert first["name"] == "0"
+    assert first["hparams"] == {"phases.head.optimizer.learning_rate": 0.01, "augmentation": "light"}
+    assert {m["name"]["tag"]: m["value"] for m in first["metricValues"]} == {"val_accuracy": 0.75, "test_accuracy": 0.5}
+    assert second["hparams"]["phases.head.optimizer.learning_rate"] == 1e38
+    assert "metricValues" not in second or second["metricValues"] == []
+    assert [group["sessions"][0]["status"] for group in (first, second)] == statuses

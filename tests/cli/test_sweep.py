@@ -1,0 +1,96 @@
+"""Where the jobs of a sweep go, what the page beside them is told, and how a sweep ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.cli.compose import asks_for_sweep
+from trainer.cli.sweep import Job, Sweep, _in_one_folder, _is_free, _searches_nothing, _value
+from trainer.errors import TrainerError
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "folder"),
+    [
+        (["-m", "seed=1,2"], ["-m", "seed=1,2"], None),
+        (["-m", "output_dir=out/a"], ["-m", "hydra.sweep.dir='out/a'"], "out/a"),
+        (["-m", "output_dir='out/a b'"], ["-m", "hydra.sweep.dir='out/a b'"], "out/a b"),
+        (["-m", "output_dir=~/a"], ["-m", f"hydra.sweep.dir='{Path.home()}/a'"], f"{Path.home()}/a"),
+        (["-m", "output_dir=gs://bucket/a", "seed=1,2"], ["-m", "seed=1,2"], "gs://bucket/a"),
+        (["-m", "output_dir=a,b"], ["-m", "output_dir=a,b"], None),
+        (["-m", "output_dir=runs/${seed}"], ["-m", "output_dir=runs/${seed}"], None),
+    ],
+)
+def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: list[str], folder: str | None) -> None:
+    assert _in_one_folder(given) == (arguments, folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [(["-m"], True), (["--multirun"], True), (["sweep=learning_rates"], True), (["hydra/sweeper=optuna"], True),
+     (["sweep=null"], False), (["seed=1"], False), ([], False)],
+)  # fmt: skip
+def test_a_sweep_is_recognised(arguments: list[str], asked: bool) -> None:
+    assert asks_for_sweep(arguments) is asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nothing"),
+    [(["-m", "hydra/sweeper=optuna", "experiment=quickstart"], True), (["sweep=optuna", "seed=1"], True),
+     (["hydra/sweeper=optuna", "seed=choice(1,2)"], False), (["hydra/sweeper=optuna", "seed=1,2"], False),
+     (["hydra/sweeper=optuna", "sweep=learning_rates"], False), (["-m", "seed=1"], False),
+     (["hydra/sweeper=optuna", "--cfg", "job"], False), (["hydra/sweeper=optuna", "seed=[1"], False)],
+)  # fmt: skip
+def test_a_search_of_nothing_is_recognised(arguments: list[str], nothing: bool) -> None:
+    assert _searches_nothing(arguments) is nothing
+
+
+def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
+    tree = {"training": {"batch_size": 8, "loss": "focal"}, "augmentation": {"flip": True}}
+    assert _value(tree, "training.batch_size", "8") == 8
+    assert _value(tree, "training.loss", "'focal'") == "focal"
+    assert _value(tree, "augmentation", "light") == "light"
+    assert [_is_free(key) for key in ("runtime.progress", "export.formats", "runtime.precision", "seed")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def job(name: str, score: float | None, code: int = 0) -> Job:
+    scores = {} if score is None else {"val_accuracy": score}
+    return Job(name, f"out/{name}", [f"++seed={name}", "debug=fast"], {"seed": name, "debug": "fast"}, code, scores)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_the_last_lines_name_the_best_job(search: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    Sweep("out", [job("0", 0.5), job("1", 0.75), job("2", 0.75)], search=search).close()
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "job   0  val_accuracy 0.5000  seed=0",
+        "job   1  val_accuracy 0.7500  seed=1",
+        "job   2  val_accuracy 0.7500  seed=2",
+        "best: job 1, val_accuracy 0.7500, out/1",
+        "  again    python -m trainer seed=1 debug=fast output_dir=out/1",
+        "next:  tensorboard --logdir out    (HPARAMS shows the jobs side by side)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("search", "jobs", "code"),
+    [
+        (False, [job("0", None, 3), job("1", 0.5), job("2", None, 2)], 3),
+        (True, [job("0", None, 2), job("1", 0.5)], None),
+        (True, [job("0", None, 2), job("1", None, 1)], 2),
+    ],
+)
+def test_a_grid_is_whole_or_not_and_a_search_needs_one_score(search: bool, jobs: list[Job], code: int | None) -> None:
+    sweep = Sweep("out", jobs, search=search)
+    if code is None:
+        return sweep.close()
+    with pytest.raises(TrainerError, match=rf"of {len(jobs)} jobs failed \(0, ") as failed:
+        sweep.close()
+    assert failed.value.exit_code == code

@@ -1,0 +1,35 @@
+"""TensorFlow's pools follow the quota of a container."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import sys, time
+from pathlib import Path
+import tensorflow as tf
+from trainer.cluster.devices import use_processors
+from trainer.data.host import usable_cpus
+
+use_processors(usable_cpus(Path(sys.argv[1])))
+numbers = tf.random.stateless_normal([1000, 1000], [1, 2])
+for _ in range(2):
+    began, used = time.perf_counter(), time.process_time()
+    for _ in range(10):
+        numbers = tf.linalg.l2_normalize(numbers @ numbers)
+    numbers.numpy()
+print((time.process_time() - used) / (time.perf_counter() - began))
+"""
+
+
+@pytest.mark.slow
+def test_a_quota_of_one_processor_keeps_one_busy(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    ran = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert float(ran.stdout) < 1.2

@@ -1,0 +1,103 @@
+"""Signals reach the flag while the main thread is inside TensorFlow, also after TensorFlow took them away."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import signal, sys, time
+from trainer.cluster.signals import StopFlag
+from trainer.errors import ToldToStop
+stop = StopFlag()
+stop.on_signal = lambda reason: print("told", reason, flush=True)
+print("ready", flush=True)
+{body}
+"""
+BUSY = """
+import hashlib, threading
+def watch():
+    while not stop.reason: time.sleep(0.01)
+    print("seen", flush=True)
+threading.Thread(target=watch).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C, where no Python handler can run
+print("main thread is back", flush=True)
+try:
+    stop.check("here")
+except ToldToStop as error:
+    print(error)
+"""
+WAITING = "time.sleep(30)"
+PEER = """
+stop.told("SIGTERM on worker 1")
+print("told by a peer", flush=True)
+[time.sleep(0.1) for _ in range(30)]
+print(stop.reason)
+"""
+
+
+def started(body: str) -> subprocess.Popen[str]:
+    program = textwrap.dedent(PROGRAM).format(body=textwrap.dedent(body))
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=-1, stderr=-1)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -> None:
+    child = started(BUSY)
+    time.sleep(0.2)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    name = number.name
+    *order, last, message = out.splitlines()
+    assert sorted(order) == ["seen", f"told {name}"]
+    assert (last, message) == (
+        "main thread is back", f"{name} here; nothing is lost. Start the same command again to go on",
+    )  # fmt: skip
+    assert f"{name}: saving at the next step, then stopping (again to stop at once)" in err
+
+
+def test_a_second_signal_ends_at_once_with_75() -> None:
+    child = started(WAITING)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert child.wait(10) == 75
+
+
+def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
+    child = started(PEER)
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=20)
+    assert out == "told SIGTERM\nSIGTERM on worker 1\n"
+    assert child.returncode == 0
+
+
+LATE = """
+import os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):  # when Python takes down the modules
+        kill(process, number)
+late = Late()
+sys.argv = ["trainer", "modle=3"]
+from trainer.__main__ import main
+main()
+"""
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code() -> None:
+    ran = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2, ran.stderr
+    assert "there is no such key" in ran.stderr

@@ -1,0 +1,290 @@
+"""Where decoded images are kept, and what is said about those that cannot be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, record, shard_split
+from trainer.config.schema import Augmentation
+from trainer.data.decoding import decode_image
+from trainer.data.host import memory_budget_default, memory_limit, usable_cpus
+from trainer.data.images import Pixels, data_errors
+from trainer.data.order import Order
+from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.errors import DataError
+
+NEEDED = (COUNT + 1) * SIDE * SIDE * 3
+
+
+def expected() -> np.ndarray:
+    return np.stack([decode_image(tf.constant(jpeg(i)), SIDE, "stretch") for i in range(COUNT)])
+
+
+@pytest.mark.parametrize("make", [file_split, shard_split])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_the_cache_holds_every_image_in_index_order(make: object, cache: str, tmp_path: Path) -> None:
+    pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
+    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    assert not pixels.array[COUNT].any()
+    assert pixels.kept == cache
+    assert pixels.memory_bytes == (NEEDED if cache == "memory" else 0)
+    np.testing.assert_array_equal(pixels.tensor(), pixels.array)
+
+
+@pytest.mark.parametrize("make", [file_split, shard_split])
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_rows_are_the_images_asked_for(make: object, cache: str, tmp_path: Path) -> None:
+    pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
+    wanted = np.array([30, 2, 30, 11])
+    np.testing.assert_array_equal(pixels.rows(wanted), expected()[wanted])
+    assert pixels.rows(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
+
+
+def test_the_tensor_shares_the_memory_of_the_array(tmp_path: Path) -> None:
+    pixels = opened(file_split(tmp_path), "memory", tmp_path)
+    tensor = pixels.tensor()
+    pixels.array[5, 0, 0, 0] ^= 1
+    assert int(tensor[5, 0, 0, 0]) == int(pixels.array[5, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "kept", "said"),
+    [
+        (NEEDED, NEEDED, "memory", "kept in memory (memory budget 0.0 MB, disk budget 0.0 MB)"),
+        (NEEDED - 1, NEEDED, "disk", "kept in "),
+        (NEEDED - 1, NEEDED - 1, "none", "not kept, decoded whenever they are read (they fit neither memory budget"),
+    ],
+)
+def test_auto_takes_what_fits_and_says_why(memory: int, disk: int, kept: str, said: str, tmp_path: Path) -> None:
+    notes: list[str] = []
+    pixels = opened(file_split(tmp_path), "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
+    assert pixels.kept == kept
+    assert len(notes) == 1
+    assert notes[0].startswith("decoded train images (37 at 10 px, 0.0 MB): ")
+    assert said in notes[0]
+
+
+def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    first = opened(split, "disk", tmp_path, notes)
+    for file in split.files:
+        os.unlink(file)
+    second = opened(split, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(first.array, second.array)
+    assert "made by an earlier run" in notes[1]
+
+
+@pytest.mark.parametrize("change", [{"size": 11}, {"resize": "crop"}, {"fingerprint": "other"}])
+def test_other_pixels_have_another_cache(change: dict[str, object], tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    opened(split, "disk", tmp_path, notes)
+    opened(split, "disk", tmp_path, notes, **change)
+    assert not any("earlier run" in note for note in notes)
+
+
+def test_a_fill_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    opened(split, "disk", tmp_path, notes)
+    (about,) = (tmp_path / "cache").glob("*.json")
+    about.unlink()  # as after a kill between the two renames
+    (data,) = (tmp_path / "cache").glob("*.u8")
+    data.write_bytes(b"\7" * 100)
+    pixels = opened(split, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    assert not any("earlier run" in note for note in notes)
+
+
+def test_a_disk_that_takes_no_more_means_live_decoding(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        pixels = opened(split, "disk", tmp_path, notes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert pixels.kept == "none"
+    assert "cannot be kept in" in notes[-1]
+    assert "File too large" in notes[-1]
+    assert list((tmp_path / "cache").iterdir()) == []
+    np.testing.assert_array_equal(pixels.rows(np.arange(COUNT)), expected())
+
+
+def test_a_cache_folder_that_cannot_be_made_means_live_decoding(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    notes: list[str] = []
+    assert opened(file_split(tmp_path), "disk", tmp_path, notes).kept == "none"
+    assert "cannot be kept in" in notes[-1]
+
+
+# What cannot be read
+
+
+def damage(split: object, index: int) -> None:
+    """Cut an image file short, or write a record of half an image."""
+    if split.files:  # type: ignore[attr-defined]
+        Path(split.files[index]).write_bytes(jpeg(index)[:300])  # type: ignore[attr-defined]
+        return
+    path, _, number = split.name_of(index).rpartition("#")  # type: ignore[attr-defined]
+    records = [r.numpy() for r in tf.data.TFRecordDataset(path)]
+    records[int(number)] = record(jpeg(index)[:300])
+    with tf.io.TFRecordWriter(path) as writer:
+        for one in records:
+            writer.write(one)
+
+
+@pytest.mark.parametrize("make", [file_split, shard_split])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_damaged_image_is_named_while_the_cache_fills(make: object, cache: str, tmp_path: Path) -> None:
+    split = make(tmp_path / "data")  # type: ignore[operator]
+    damage(split, 12)
+    with pytest.raises(DataError) as caught:
+        opened(split, cache, tmp_path)
+    assert str(caught.value) == (
+        f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300; "
+        "repair or remove it, or set data.on_error=skip"
+    )
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("make", "training"), [(file_split, True), (shard_split, False), (shard_split, True)])
+def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool, tmp_path: Path) -> None:
+    split = make(tmp_path / "data")  # type: ignore[operator]
+    damage(split, 12)
+    pixels = opened(split, "none", tmp_path)
+    with pytest.raises(DataError, match=r"cannot decode .*: Invalid JPEG data"), data_errors(pixels):
+        for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1)[0]:
+            pass
+
+
+def first_epoch(pixels: Pixels) -> tf.data.Dataset:
+    batches = training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
+    return batches.take(2 * 5)
+
+
+SKIPPING = [(file_split, "memory"), (shard_split, "disk"), (file_split, "none"), (shard_split, "none")]
+
+
+@pytest.mark.parametrize(("make", "cache"), SKIPPING)
+def test_a_skipped_image_has_no_weight_and_is_black(make: object, cache: str, tmp_path: Path) -> None:
+    split, notes = make(tmp_path / "data"), []  # type: ignore[operator]
+    damage(split, 12)
+    damage(split, 33)
+    pixels = opened(split, cache, tmp_path, notes, on_error="skip")
+    batches = list(first_epoch(pixels))
+    weight = np.concatenate([b["weight"] for b in batches])
+    index = np.concatenate([b["index"] for b in batches])
+    image = np.concatenate([b["image"] for b in batches])
+    assert sorted(index[weight > 0]) == [i for i in range(COUNT) if i not in (12, 33)]
+    assert not image[weight == 0].any()
+    np.testing.assert_array_equal(image[weight > 0], expected()[index[weight > 0]])
+    reason = "Invalid JPEG data, size 300"
+    assert pixels.bad == {12: reason, 33: reason}
+    assert [n for n in notes if n.startswith("skipped")].count(f"skipped {split.name_of(12)}: {reason}") == 1
+
+
+def test_what_was_skipped_is_remembered_with_the_disk_cache(tmp_path: Path) -> None:
+    split = file_split(tmp_path)
+    damage(split, 12)
+    first = opened(split, "disk", tmp_path, on_error="skip")
+    assert opened(split, "disk", tmp_path, on_error="skip").bad == first.bad
+    with pytest.raises(DataError, match=r"12\.jpg"):
+        opened(split, "disk", tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    split = file_split(tmp_path)
+    os.unlink(split.files[3])
+    with pytest.raises(DataError, match=r"cannot decode .*03\.jpg: .*No such file or directory"):
+        opened(split, "memory", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept_bytes", "lost", "reason"),
+    [
+        (-30, [36], "truncated record at .*"),
+        (0, list(range(20, 37)), "the shard breaks off before this record"),
+    ],
+)
+def test_a_truncated_shard_is_named(kept_bytes: int, lost: list[int], reason: str, tmp_path: Path) -> None:
+    split = shard_split(tmp_path)
+    path = Path(split.shards[3].path)
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(DataError, match=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}; repair"):
+        opened(split, "memory", tmp_path)
+    pixels = opened(split, "none", tmp_path)
+    with pytest.raises(DataError, match=r"3\.tfrec#"), data_errors(pixels):
+        list(first_epoch(pixels))
+    skipping = opened(split, "memory", tmp_path, on_error="skip")
+    assert list(skipping.bad) == lost
+    assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
+
+
+def test_nothing_readable_at_all_ends_too(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    for file in split.files:
+        os.unlink(file)
+    with pytest.raises(DataError, match=r"cannot decode .*\.jpg: .*No such file"):
+        opened(split, "memory", tmp_path)
+    pixels = opened(split, "none", tmp_path, notes, on_error="skip")
+    batches = list(first_epoch(pixels))
+    assert not np.concatenate([b["weight"] for b in batches]).any()
+    index = np.concatenate([b["index"] for b in batches])[:COUNT]
+    assert sorted(index) == list(range(COUNT))
+    assert sorted(pixels.bad) == list(range(COUNT))
+    assert len([n for n in notes if n.startswith("skipped")]) == 20
+    assert notes[-1] == "further skipped images are only counted"
+
+
+def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    damage(split, 30)
+    pixels = opened(split, "none", tmp_path, notes)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    batches = iter(strategy.distribute_datasets_from_function(lambda _: first_epoch(pixels)))
+
+    @tf.function
+    def several() -> tf.Tensor:
+        total = tf.zeros([])
+        for _ in tf.range(10):
+            total += tf.reduce_sum(strategy.experimental_local_results(next(batches)["weight"])[0])
+        return total
+
+    with pytest.raises(DataError, match=r"cannot decode .*30\.jpg: Invalid JPEG data"), data_errors(pixels):
+        several()  # one call holds a whole epoch
+    assert notes[-1] == "an image of train cannot be read; looking for it"
+
+
+def test_errors_of_others_pass_through(tmp_path: Path) -> None:
+    pixels = opened(file_split(tmp_path), "none", tmp_path)
+    with pytest.raises(tf.errors.InvalidArgumentError), data_errors(pixels):
+        tf.ensure_shape(tf.zeros([2]), [3])
+
+
+# What the machine allows
+
+
+def test_limits_of_a_container_count(tmp_path: Path) -> None:
+    machine = memory_limit(tmp_path)
+    assert memory_budget_default(tmp_path) == machine // 4
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit(tmp_path) == machine
+    (tmp_path / "memory.max").write_text("400000000\n")
+    assert memory_budget_default(tmp_path) == 100_000_000
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("40000000\n")
+    assert memory_budget_default(tmp_path) == 10_000_000
+
+
+def test_processor_quota_of_a_container_counts(tmp_path: Path) -> None:
+    all_of_them = usable_cpus(tmp_path)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cpus(tmp_path) == all_of_them
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert usable_cpus(tmp_path) == 1

@@ -1,0 +1,278 @@
+"""Every shard that a pipeline opens was asked for before, and the batches are those of local shards, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from tests.data.splits_on_disk import COUNT, opened, record, shard_split
+from trainer.config.schema import Augmentation
+from trainer.data import shard_gate as ahead
+from trainer.data.images import Pixels
+from trainer.data.order import ALONE, Order, Share, sequence_blocks, steps_per_epoch, training_blocks
+from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
+from trainer.data.shard_gate import sequence_reads, training_reads
+from trainer.errors import DataError
+from trainer.storage.path import place
+from trainer.storage.shard_cache import OwnFolder, ShardCache
+from trainer.types import Shard, Split
+
+SHARDS, RECORDS, SIDE = 50, 1990, 4
+PLAIN, AUGMENTED = Augmentation(), Augmentation(flip_horizontal=True)
+Batches = list[dict[str, np.ndarray]]
+
+
+def png(number: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Fifty shards of 26 to 54 records; of some the split leaves out the ends, one is in it in two pieces."""
+    folder = tmp_path_factory.mktemp("there") / "data"
+    folder.mkdir()
+    shards, left, at = [], RECORDS, 0
+    for number in range(SHARDS):
+        count = 26 + number * 7 % 29 if number < SHARDS - 1 else left
+        path = folder / f"x-{number:02d}.tfrecord"
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for _ in range(count):
+                writer.write(record(png(at)))
+                at += 1
+        start, stop = (number % 3, count - number % 2) if number < SHARDS - 1 else (0, count)
+        if number == 5:
+            shards += [Shard(str(path), count, 0, 9), Shard(str(path), count, 12, count)]
+        else:
+            shards.append(Shard(str(path), count, start, stop))
+        left -= count
+    assert left == 0
+    used = sum(shard.stop - shard.start for shard in shards)
+    return Split("train", (np.arange(used) % 3).astype(np.int32), shards=tuple(shards))
+
+
+class Strict(ShardCache):
+    """Holds nothing but what is required at this moment. In the place of every other shard stands an empty file: what a
+    pipeline then reads is lost, and noted.
+    """
+
+    largest = 0
+
+    def nothing_else(self, pinned: set[str]) -> None:
+        for name in self.entries.keys() - pinned:
+            self._here.pop(name, None)
+            (self.folder / "empty").touch()
+            (self.folder / "empty").rename(self.folder / name)  # who has the shard open goes on reading it
+
+    def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
+        names = tuple(names)
+        assert not set(names) & set(then)
+        waited = super().require(reader, names)
+        with self._changed:
+            pinned = {name for some in self._pinned.values() for name in some}
+            self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
+            self.nothing_else(pinned)
+        return waited
+
+
+def arriving(
+    split: Split, folder: Path, part: float = 1.0, kind: type[ShardCache] = Strict, **changes: object
+) -> Pixels:
+    """The same split with an empty folder, a cache that fills it, and room for `part` of the bytes."""
+    home = Path(split.shards[0].path).parent
+    entries = {entry.place.name: entry for entry in place(home).list()}
+    budget = int(part * sum(entry.size for entry in entries.values()))
+    cache = kind(str(home), entries, OwnFolder(folder, str(home)), budget, print, lambda: None)
+    assert not list(cache.folder.iterdir())
+    if isinstance(cache, Strict):
+        cache.nothing_else(set())
+    shards = tuple(Shard(str(cache.folder / Path(s.path).name), s.count, s.start, s.stop) for s in split.shards)
+    there = Split("train", split.labels, shards=shards)
+    return opened(there, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
+
+
+def taken(
+    pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
+) -> Batches:
+    """Training batches, `call` steps between two gates, as the loop of a run takes them."""
+    gate = training_gate(pixels, order, replicas=replicas, augmentation=augmentation)
+    stream = iter(training_batches(pixels, order, replicas=replicas, augmentation=augmentation))
+    batches: Batches = []
+    for first in range(0, steps, call):
+        now = min(call, steps - first)
+        gate.before(now * order.rows)
+        batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
+    time.sleep(0.05)  # reading ahead goes on: what it cannot read would be noted
+    del stream
+    gate.close()
+    return batches
+
+
+def assert_same(first: Batches, second: Batches) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+ORDER = Order(batch_size=8, seed=5, window=100)
+
+
+@pytest.mark.parametrize(
+    ("order", "call", "part", "augmentation", "replicas"),
+    [
+        (replace(ORDER, first_step=200), 1, 0.4, PLAIN, 1),
+        (ORDER, 7, 0.4, PLAIN, 1),
+        (replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
+        (replace(ORDER, batch_size=20, window=60), 2, 0.5, AUGMENTED, 2),
+        (replace(ORDER, shuffle=False, first_step=200), 4, 1.0, PLAIN, 1),
+        (replace(ORDER, share=Share(1, 2), window=3, first_step=200), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(0, 2), window=90), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
+        (replace(ORDER, share=Share(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
+    ],
+)
+def test_a_pipeline_opens_only_what_was_required(
+    split: Split, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation, replicas: int
+) -> None:
+    steps = steps_per_epoch(split, order.batch_size, order.share)
+    if call == 7:
+        steps = 3 * steps - 5
+    else:  # across the end of an epoch
+        order, steps = replace(order, first_step=order.first_step or steps - 60), 120
+    strict = arriving(split, tmp_path, part)
+    there = taken(strict, order, steps, call, augmentation, replicas)
+    assert strict.bad == {}
+    here = opened(split, "none", tmp_path, size=SIDE)
+    assert_same(there, taken(here, order, steps, call, augmentation, replicas))
+    assert isinstance(strict.shards, Strict)
+    assert strict.shards.largest <= strict.shards.budget
+
+
+def test_with_one_block_less_a_shard_would_be_missing(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That nothing was missing above proves something: the bound is no larger than it has to be."""
+    monkeypatch.setattr(ahead, "BLOCKS_AHEAD", 0)
+    monkeypatch.setattr("trainer.data.pipeline.rows_ahead", lambda *_: 0)
+    strict = arriving(split, tmp_path)
+    taken(strict, ORDER, 100, 10)
+    assert len(Path(strict.failures.name).read_text().splitlines()) > 50
+
+
+@pytest.mark.parametrize(("part", "share"), [(1.0, ALONE), (0.3, ALONE), (1.0, Share(1, 3))])
+def test_an_evaluation_opens_only_what_was_required(
+    split: Split, tmp_path: Path, part: float, share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
+    monkeypatch.setattr(ahead, "STRETCH", 64)
+    options = {"batch_size": 12, "replicas": 2, "part": part, "share": share}
+
+    def scored(pixels: Pixels) -> Batches:
+        batches, count = evaluation_batches(pixels, **options)  # type: ignore[arg-type]
+        gate, stream, seen = evaluation_gate(pixels, **options), iter(batches), []  # type: ignore[arg-type]
+        for _ in range(count):
+            gate.before(12 // share.workers)
+            seen += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(2)]
+        time.sleep(0.05)
+        del stream
+        gate.close()
+        return seen
+
+    strict = arriving(split, tmp_path, 0.4)
+    assert_same(scored(strict), scored(opened(split, "none", tmp_path, size=SIDE)))
+    assert strict.bad == {}
+
+
+def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
+    monkeypatch.setattr(ahead, "STRETCH", 64)
+    strict, here = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
+    indices = np.random.default_rng(1).integers(0, split.count, 60)
+    np.testing.assert_array_equal(strict.rows(indices), here.rows(indices))
+    assert strict.bad == {}
+
+
+def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
+    pixels = opened(shard_split(tmp_path), "none", tmp_path, on_error="skip")
+    order = Order(batch_size=4, seed=1, window=8)
+    taken(pixels, order, 9, augmentation=AUGMENTED)
+    (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
+    Path(gone).unlink()
+    with pytest.raises(DataError, match=f"{gone}: No such file or directory, though it was there when the run began; "):
+        taken(pixels, order, 9, augmentation=AUGMENTED)
+    with pytest.raises(DataError, match="put it back and run the same command again to go on"):
+        pixels.rows(np.arange(COUNT))
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_kept_pixels_are_filled_from_shards_that_come_and_go(
+    split: Split, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
+    monkeypatch.setattr(ahead, "STRETCH", 64)
+    strict = arriving(split, tmp_path / "there", 0.5)
+    kept = opened(strict.split, cache, tmp_path / "there", size=SIDE, on_error="fail", shards=strict.shards)
+    here = opened(split, cache, tmp_path / "here", size=SIDE)
+    assert kept.array is not None
+    np.testing.assert_array_equal(kept.array, here.array)
+
+
+def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk(split: Split, tmp_path: Path) -> None:
+    pixels = arriving(split, tmp_path, 1.0, ShardCache)
+    taken(pixels, ORDER, 1)
+    cache = pixels.shards
+    assert cache
+    deadline = time.monotonic() + 20
+    while len(cache._here) < SHARDS:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    shutil.move(Path(split.shards[0].path).parent, tmp_path / "gone")
+    try:
+        steps = steps_per_epoch(split, 8)
+        assert len(taken(pixels, ORDER, 2 * steps, 10)) == 2 * steps
+    finally:
+        shutil.move(tmp_path / "gone", Path(split.shards[0].path).parent)
+    assert pixels.bad == {}
+
+
+@pytest.mark.parametrize(("window", "batch"), [(1, 6), (13, 60), (400, 6), (9999, 60)])
+@pytest.mark.parametrize("share", [ALONE, Share(0, 2), Share(2, 3), Share(1, 2, "file"), Share(2, 3, "file")], ids=str)
+def test_the_blocks_are_those_of_the_pipeline(split: Split, window: int, batch: int, share: Share) -> None:
+    steps = steps_per_epoch(split, batch, share)
+    firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
+    for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
+        order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, share=share)
+        block, number = training_blocks(split, order), 0
+        for rows, shards in itertools.islice(training_reads(split, order), 6):
+            made = block(tf.constant(number, tf.int64))
+            while not len(made["index"]):
+                number += 1
+                made = block(tf.constant(number, tf.int64))
+            assert rows == len(made["index"])
+            np.testing.assert_array_equal(shards, made["pieces"][:, 0])
+            number += 1
+
+
+def test_the_blocks_of_a_sequence_are_those_of_the_pipeline(split: Split) -> None:
+    for chosen in (np.arange(split.count), np.arange(7, split.count, 31), np.array([3]), np.arange(0)):
+        count, block = sequence_blocks(split, chosen, 16)
+        reads = list(sequence_reads(split, chosen, 16))
+        assert len(reads) == count
+        for number, (rows, shards) in enumerate(reads):
+            made = block(tf.constant(number))
+            assert rows == len(made["index"])
+            np.testing.assert_array_equal(shards, made["pieces"][:, 0])

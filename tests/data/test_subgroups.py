@@ -1,0 +1,177 @@
+"""Groups of examples, read from one more field of their records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from tests.data.pictures import picture
+from tests.data.test_open import CLASSES, opened, refusal, write_records
+from trainer.config.schema import Data, load
+from trainer.data.open import open_dataset
+from trainer.data.subgroups import read_groups
+from trainer.errors import ConfigError
+from trainer.prepare import prepare
+from trainer.types import Shard, Split
+
+SITES = ("north", "south")
+ANY = {"model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}  # of no matter here
+
+
+def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 2) -> Path:
+    """A TFDS folder as TFDS itself would prepare it: image, label, a text, a number, a named number and a share.
+
+    Example k (counted over the splits) has label k % 3, camera "a", "b" or "a b", ward k % 4, site k % 2.
+    """
+    root.mkdir(parents=True)
+    template = tfds.core.ShardedFileTemplate(data_dir=root, dataset_name="clinic", filetype_suffix="tfrecord")
+    infos, k = [], 0
+    for split, count in counts.items():
+        lengths = [len(part) for part in np.array_split(np.arange(count), shards)]
+        for number, length in enumerate(lengths):
+            name = f"clinic-{split}.tfrecord-{number:05d}-of-{shards:05d}"
+            with tf.io.TFRecordWriter(str(root / name)) as writer:
+                for _ in range(length):
+                    writer.write(_record(k))
+                    k += 1
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=1,
+                                         filename_template=template.replace(split=split)))  # fmt: skip
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=list(CLASSES)),
+        "camera": tfds.features.Text(),
+        "ward": tfds.features.Scalar(np.int64),
+        "site": tfds.features.ClassLabel(names=list(SITES)),
+        "share": tfds.features.Scalar(np.float32),
+    }
+    tfds.folder_dataset.write_metadata(
+        data_dir=root, features=features, split_infos=infos, filename_template=template, version="1.0.0",
+        check_data=False,
+    )  # fmt: skip
+    return root
+
+
+def camera(k: int) -> str:
+    return ("a", "b", "ä b")[k % 5 % 3]
+
+
+def _record(k: int) -> bytes:
+    def text(value: bytes) -> tf.train.Feature:
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    def number(value: int) -> tf.train.Feature:
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+    feature = {
+        "image": text(picture(k)), "label": number(k % 3), "camera": text(camera(k).encode()), "ward": number(k % 4),
+        "site": number(k % 2), "share": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5])),
+    }  # fmt: skip
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset_with_groups(tmp_path_factory.mktemp("data") / "clinic", {"train": 30, "test": 11})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("camera", camera), ("ward", lambda k: str(k % 4)), ("site", lambda k: SITES[k % 2])],
+)
+def test_a_field_of_text_numbers_or_names_gives_each_test_example_its_group(
+    tmp_path: Path, clinic: Path, field: str, value: Any
+) -> None:
+    dataset = opened(tmp_path, source="tfds", root=str(clinic), group_field=field)
+    assert dataset.splits["test"].groups == tuple(value(k) for k in range(30, 41))
+    assert dataset.splits["train"].groups is None
+    assert dataset.splits["validation"].groups is None
+    plain = opened(tmp_path, source="tfds", root=str(clinic))
+    assert plain.splits["test"].groups is None
+    assert plain.fingerprint == dataset.fingerprint
+
+
+def test_the_groups_of_validation_where_there_is_no_test_split_and_of_what_is_left(
+    tmp_path: Path, clinic: Path
+) -> None:
+    dataset = opened(tmp_path, source="tfds", root=str(clinic), group_field="ward", test_split="train[:0%]+train[20:]",
+                     train_split="train[:10]", validation_split="train[10:20]", max_examples=6)  # fmt: skip
+    split = dataset.splits["test"]
+    numbers = [shard.start + 15 * ("00001-of" in shard.path) for shard in split.shards for _ in (0,)]
+    assert split.count == 6
+    assert split.groups is not None
+    assert len(split.groups) == 6
+    assert split.groups[0] == str(numbers[0] % 4)
+
+
+def test_tfrecord_patterns_have_groups_too(tmp_path: Path, clinic: Path) -> None:
+    dataset = opened(
+        tmp_path, source="tfrecords", pattern=f"{clinic}/clinic-train*", class_names=CLASSES, group_field="camera",
+        validation_fraction=0.5,
+    )  # fmt: skip
+    assert dataset.splits["validation"].groups == tuple(camera(k) for k in range(15))
+
+
+def test_what_is_no_group_is_named(tmp_path: Path, clinic: Path) -> None:
+    data: dict[str, Any] = {"source": "tfds", "root": str(clinic)}
+    assert refusal(tmp_path, **data, group_field="sites") == (
+        "clinic has no feature 'sites' for data.group_field (it has camera, image, label, share, site, ward; "
+        "python -m trainer.prepare keeps image and label, and a group field that it is told of). Did you mean site?"
+    )
+    assert refusal(tmp_path, **data, group_field="share") == (
+        f"data.group_field=share: record 0 of shard {clinic}/clinic-test.tfrecord-00000-of-00002 has not one text or "
+        "whole number there; it has camera (bytes), image (bytes), label (int64), share (float), site (int64), "
+        "ward (int64)"
+    )
+    patterns: dict[str, Any] = {"source": "tfrecords", "pattern": f"{clinic}/*.tfrecord*", "class_names": CLASSES}
+    assert "has not one text or whole number there" in refusal(tmp_path, **patterns, group_field="nothing")
+    prepared = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10})
+    assert "(it has image, label; python -m trainer.prepare keeps image and label, and a group field" in refusal(
+        tmp_path, source="tfds", root=str(prepared), group_field="site"
+    )
+
+
+@pytest.mark.parametrize("field", ["camera", "ward", "site", "label"])
+def test_a_prepared_dataset_keeps_the_field_in_every_split(tmp_path: Path, clinic: Path, field: str) -> None:
+    data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
+    runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
+    prepare(load({**ANY, "data": data, "runtime": runtime}), str(tmp_path / "out"))
+    before = open_dataset(Data(**data), seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
+    again = Data(source="tfds", root=str(tmp_path / "out"), group_field=field)
+    after = open_dataset(again, seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
+    assert set(after.splits) == {"train", "validation", "test"}
+    for name, split in after.splits.items():
+        assert split.groups is not None
+        pairs = Counter(zip(split.groups, split.labels.tolist(), strict=True))
+        source = before.splits[name]
+        assert pairs == Counter(zip(source.groups or (), source.labels.tolist(), strict=True))
+    scored = opened(tmp_path, source="tfds", root=str(tmp_path / "out"), group_field=field)
+    assert scored.splits["test"].groups == after.splits["test"].groups
+    assert scored.splits["train"].groups is None
+
+
+def test_a_field_that_prepared_records_need_is_refused(tmp_path: Path, clinic: Path) -> None:
+    data = {"source": "tfrecords", "pattern": f"{clinic}/*", "class_names": ["a", "b", "c"], "label_field": "ward",
+            "group_field": "label"}  # fmt: skip
+    with pytest.raises(ConfigError, match="group_field=label: prepared records call the image image and the class"):
+        prepare(load({**ANY, "data": data}), str(tmp_path / "out"))
+
+
+def test_a_field_with_a_value_an_example_is_no_group(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.tfrec")
+    with tf.io.TFRecordWriter(path) as writer:
+        for k in range(120):
+            value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[f"patient {k:03d}".encode()]))
+            writer.write(tf.train.Example(features=tf.train.Features(feature={"who": value})).SerializeToString())
+    split = Split("test", np.zeros(120, np.int32), shards=(Shard(path, 120, 0, 120),))
+    with pytest.raises(
+        Exception, match="who has 120 different values among the 120 test examples, such as 'patient 000'"
+    ):
+        read_groups(split, "who")
+    few = Split("test", np.zeros(3, np.int32), shards=(Shard(path, 120, 5, 7), Shard(path, 120, 9, 10)))
+    assert read_groups(few, "who") == ("patient 005", "patient 006", "patient 009")

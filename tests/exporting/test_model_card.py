@@ -1,0 +1,121 @@
+"""The model card says what it was trained on, how good it is, and how to call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.config import schema as config
+from trainer.exporting.model_card import write_model_card
+
+SCORED: dict[str, Any] = {
+    "examples": 512, "accuracy": 0.91, "trainer_accuracy": 0.912, "lost": 2, "gained": 1,
+    "timing": {"milliseconds_per_image": 12.34}, "refused": False,
+}  # fmt: skip
+
+REPORT: dict[str, Any] = {
+    "title": "flowers",
+    "seed": 7,
+    "test": {
+        "split": "validation",
+        "note": "These are the validation examples.",
+        "n": 1234,
+        "accuracy": 0.91234,
+        "interval": [0.9, 0.925],
+        "macro_f1": 0.9,
+        "majority": 0.25,
+        "loss": 0.3,
+        "per_class": [
+            {"name": "daisy", "f1": 0.95, "support": 900},
+            {"name": "rose|red", "f1": 0.8, "support": 334},
+            {"name": "unseen", "f1": 0.0, "support": 0},
+        ],
+    },
+    "phases": {
+        "head": {"val_accuracy": 0.85, "val_interval": [0.83, 0.87]},
+        "middle": {"val_accuracy": 0.85, "kept_from": "head", "own_val_accuracy": 0.8},
+        "fine_tune": {"val_accuracy": None},
+    },
+    "data": {
+        "name": "tf_flowers",
+        "fingerprint": "abc",
+        "class_names": ["daisy", "rose|red", "unseen"],
+        "counts": {"train": 2936, "validation": 1234},
+        "notes": ["daisy is 3 times as frequent as rose|red"],
+        "skipped": ["x.jpg: truncated"],
+    },
+    "export": {
+        "saved_model": {"path": "export/saved_model/1", "bytes": 14_200_000, **SCORED, "largest_difference": 2.4e-7},
+        "tflite": {"path": "export/model.tflite", "bytes": 9_000_000, **SCORED, "largest_difference": 3.1e-6},
+    },
+    "versions": {"tensorflow": "2.21.0"},
+}
+
+
+def a_config() -> dict[str, Any]:
+    return config.load(
+        {
+            "data": {"source": "digits"},
+            "model": {"backbone": "MobileNetV2", "weights": "imagenet", "alpha": 0.35, "resize": "crop"},
+            "phases": {
+                "head": {"thaw": "none", "epochs": 3},
+                "fine_tune": {"thaw": "from_layer:100", "steps": 500, "optimizer": {"learning_rate": 1e-5}},
+            },
+            "augmentation": {"rotation": 10},
+        }
+    ).model_dump(mode="json")
+
+
+def test_a_card_says_what_a_stranger_needs(tmp_path: Path) -> None:
+    write_model_card(tmp_path / "model_card.md", REPORT, a_config())
+    text = (tmp_path / "model_card.md").read_text("utf-8")
+    for line in (
+        "# flowers",
+        "An image classifier with 3 classes: MobileNetV2 (alpha 0.35), first weights `imagenet`, ",
+        "fine-tuned on tf_flowers.",
+        "On 1,234 examples of the validation split.",
+        "| accuracy | 0.9123 (95 % interval 0.9000 to 0.9250) |",
+        "| accuracy of always answering the commonest class | 0.2500 |",
+        "| validation accuracy after `head` | 0.8500 (95 % interval 0.8300 to 0.8700) |",
+        "| validation accuracy after `middle`, which kept the weights of `head` | 0.8500 |",
+        "| validation accuracy after `fine_tune` | not measured |",
+        "These are the validation examples.",
+        "tf_flowers: 2,936 train, 1,234 validation. Fingerprint `abc`.",
+        "Classes, in the order of the probabilities: `daisy`, `rose|red`, `unseen`.",
+        "1 files could not be read and were left out.",
+        "| head | none | frozen | 3 epochs | adam, 0.001 | constant |",
+        "| fine_tune | from_layer:100 | frozen | 500 steps | adam, 1e-05 | constant |",
+        "batch size 32; dropout 0; precision float32; seed 7; augmentation: rotation 10.0.",
+        "Made with tensorflow 2.21.0.",
+        'answer = served.signatures["image_bytes"](',
+        "resizes them as in the evaluation (`crop`)",
+        "| `saved_model` | 14.20 MB | 0.9100 (0.9120) | 512 | 2.4e-07 | 12.3 |",
+        "load them with `ai_edge_litert.interpreter.Interpreter`",
+        "- Weakest class: `rose|red` (F1 0.800 over 334 examples).",
+        "- There was no test split: the scores lean to the good side.",
+    ):
+        assert line in text, line
+
+
+def test_a_card_says_what_was_not_kept_and_not_how_to_use_it(tmp_path: Path) -> None:
+    facts = REPORT["export"]["tflite"] | {"refused": True, "accuracy": 0.5}
+    write_model_card(tmp_path / "model_card.md", REPORT | {"export": {"tflite_int8": facts}}, a_config())
+    text = (tmp_path / "model_card.md").read_text("utf-8")
+    assert "| `tflite_int8` | not kept: it lost too much accuracy | 0.5000 (0.9120) | 512 |" in text
+    assert "model_int8.tflite" not in text
+
+
+def test_a_card_of_what_was_not_exported_does_not_speak_of_it(tmp_path: Path) -> None:
+    write_model_card(tmp_path / "model_card.md", REPORT | {"export": {}}, a_config())
+    text = (tmp_path / "model_card.md").read_text("utf-8")
+    assert "tf.saved_model.load" not in text
+    assert "tflite" not in text
+
+
+def test_a_card_of_many_classes_stays_short(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(1000)]
+    report = REPORT | {"data": REPORT["data"] | {"class_names": names}}
+    write_model_card(tmp_path / "model_card.md", report, a_config())
+    text = (tmp_path / "model_card.md").read_text("utf-8")
+    assert "`class 49` and 950 more (`labels.txt` has all)" in text
+    assert "class 50`" not in text

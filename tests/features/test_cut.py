@@ -1,0 +1,198 @@
+"""Where a classifier is cut, and that its tail learns from features what the whole learns from images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import schema as config
+from trainer.features.cut import Cut, Tail, Trunk, find_cut
+from trainer.models.batch_norm import NORM
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.training import variables
+from trainer.training.step import Network, StepSettings, TrainingStep
+
+CLASSES, COUNT, BATCH, STEPS = 3, 22, 8, 5
+
+
+def build(name: str = "MobileNetV2", size: int = 32, **changes: Any) -> Classifier:
+    options: dict[str, Any] = {"backbone": name, "weights": "none", "image_size": size, "dropout": 0.3, "l2": 1e-3}
+    if name.startswith("MobileNetV2"):
+        options |= {"alpha": 0.35, "weights": "glyphs", "image_size": 48}
+    return build_classifier(config.Model(**(options | changes)), CLASSES, 1)
+
+
+def photos(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    rng, size = np.random.default_rng(3), classifier.image_size
+    labels = rng.integers(0, CLASSES, COUNT).astype(np.int32)
+    images = rng.integers(0, 120, (COUNT, size, size, 3)) + labels[:, None, None, None] * 60
+    return images.astype(np.uint8), labels
+
+
+def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tuple[ThawPlan, Cut | None]:
+    plan = apply_thaw(classifier, thaw, batch_norm)
+    return plan, find_cut(classifier)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "thaw", "number", "layer", "shape"),
+    [
+        ("MobileNetV2", 48, "none", 153, "out_relu", (1280,)),
+        ("MobileNetV2", 48, "from_layer:100", 97, "block_10_project_BN", (3, 3, 32)),
+        ("MobileNetV2", 48, "last_blocks:2", 133, "block_14_add", (2, 2, 56)),
+        ("MobileNetV2", 48, "pattern:block_1_", 8, "expanded_conv_project_BN", (24, 24, 8)),
+        ("VGG16", 32, "from_block:block5", 14, "block4_pool", (2, 2, 512)),
+        ("MobileNet", 32, "percent:18", 69, "conv_dw_11_relu", (2, 2, 512)),
+        pytest.param(
+            "EfficientNetB0", 32, "percent:23", 175, "block6a_project_bn", (1, 1, 192), marks=pytest.mark.slow
+        ),
+        pytest.param("ResNet50", 32, "percent:22", 132, "conv4_block5_out", (2, 2, 1024), marks=pytest.mark.slow),
+        pytest.param("InceptionV3", 75, "percent:9", 279, "mixed9", (1, 1, 2048), marks=pytest.mark.slow),
+        pytest.param("Xception", 71, "percent:20", 105, "add_9", (5, 5, 728), marks=pytest.mark.slow),
+        pytest.param("DenseNet121", 32, "percent:18", 347, "conv5_block5_concat", (1, 1, 672), marks=pytest.mark.slow),
+        pytest.param("ConvNeXtTiny", 32, "last_blocks:2", 117, "add_15", (1, 1, 768), marks=pytest.mark.slow),
+        pytest.param("NASNetMobile", 32, "percent:18", 2, "stem_bn1", (15, 15, 32), marks=pytest.mark.slow),
+    ],
+)
+def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: str, shape: tuple[int, ...]) -> None:
+    keras.utils.clear_session()  # which counts the layers that Keras has to name itself
+    classifier = build(name, size)
+    plan, cut = cut_of(classifier, thaw)
+    assert cut is not None
+    assert (cut.number, cut.layer, cut.shape) == (number, layer, shape)
+    assert cut.pooled == (thaw == "none")
+    names = [one.name for one in classifier.backbone.layers]
+    assert names[cut.number] == layer or layer not in names  # ConvNeXt adds without a layer
+    assert not cut.variables.keys() & plan.trainable.keys()
+    images, _ = photos(classifier)
+    (features,) = Trunk(classifier, [cut]).features(images)
+    assert features.shape[1:] == shape
+    np.testing.assert_allclose(Tail(classifier, cut).logits(features), classifier.logits(images), atol=1e-5)
+
+
+def test_batch_norm_that_trains_lies_above_the_cut() -> None:
+    classifier = build()
+    _, frozen = cut_of(classifier, "pattern:^block_1[34]_.*(BN|expand)$")
+    _, trains = cut_of(classifier, "pattern:^block_1[34]_.*(BN|expand)$", "train")
+    _, alone = cut_of(classifier, "pattern:^block_9_project_BN$", "train")
+    assert frozen is not None
+    assert trains is not None
+    assert alone is not None
+    assert (frozen.layer, trains.layer, alone.layer) == ("block_12_add", "block_12_add", "block_8_add")
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
+def test_where_everything_trains_there_is_no_cut(name: str) -> None:
+    assert cut_of(build(name), "all")[1] is None
+
+
+def test_the_fingerprint_is_that_of_what_lies_below() -> None:
+    classifier = build()
+    _, cut = cut_of(classifier, "from_layer:100")
+    assert cut is not None
+    before = cut.fingerprint()
+    classifier.output.bias.assign_add([1.0, 0.0, 0.0])
+    classifier.variables["backbone/block_11_depthwise/kernel"].assign_add(
+        tf.ones_like(classifier.variables["backbone/block_11_depthwise/kernel"].value)
+    )
+    assert cut.fingerprint() == before
+    kernel = classifier.variables["backbone/Conv1/kernel"]
+    kernel.assign(kernel.value * 1.01)
+    assert cut.fingerprint() != before
+
+
+def calibrate(classifier: Classifier, images: np.ndarray) -> None:
+    """Averages of BatchNormalization as if it had been trained: else nothing of random layers reaches the end."""
+    apply_thaw(classifier, "all", "train")
+    norms = [layer for layer in classifier.backbone.layers if isinstance(layer, NORM)]
+    for layer in norms:
+        layer.momentum, layer.usual = 0.0, layer.momentum
+    classifier.features(images, batch_norm_training=True)
+    for layer in norms:
+        layer.momentum = layer.usual
+
+
+def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Tensor]]:
+    """Epochs in index order; the last batch of each is padded with weight 0."""
+    data = tf.data.Dataset.from_tensor_slices(
+        {"image": images, "label": labels, "weight": np.ones(len(labels), np.float32), "index": np.arange(len(labels))}
+    )
+    padding = data.take(-len(labels) % BATCH).map(lambda row: {**row, "weight": 0.0})
+    with_position = data.concatenate(padding).repeat().batch(BATCH, drop_remainder=True)
+    return iter(with_position.map(lambda rows: {**rows, "position": tf.range(BATCH, dtype=tf.int64)}))
+
+
+def features_of(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndarray:
+    """As many at once as a live step computes: random deep networks make much of how convolutions of other sizes round."""
+    compute = tf.function(Trunk(classifier, [cut]).features)
+    padded = np.pad(images, [(0, -COUNT % BATCH), (0, 0), (0, 0), (0, 0)])
+    return np.concatenate([compute(part)[0] for part in np.split(padded, len(padded) // BATCH)])[:COUNT]
+
+
+def train(plan: ThawPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Losses of a few steps; the weights stay in the classifier."""
+    settings = StepSettings(seed=3, batch_norm_training=plan.batch_norm_training, label_smoothing=0.1)
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    step = TrainingStep(tf.distribute.get_strategy(), network, plan.trainable, optimizer, settings)
+    rows, _, _ = step.run(batches(images, labels), STEPS, 0, 0)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "thaw", "batch_norm"),
+    [
+        ("MobileNetV2", 48, "none", "frozen"),
+        ("MobileNetV2", 48, "percent:20", "frozen"),
+        ("MobileNetV2", 48, "last_blocks:2", "train"),
+        pytest.param("MobileNetV2", 48, "from_layer:100", "frozen", marks=pytest.mark.slow),
+        pytest.param("MobileNetV2", 48, "last_layers:30", "train", marks=pytest.mark.slow),
+        pytest.param("MobileNetV2", 48, "from_block:block_14", "train", marks=pytest.mark.slow),
+        pytest.param("MobileNetV2", 48, "pattern:block_(9|15)_project$", "frozen", marks=pytest.mark.slow),
+        pytest.param("EfficientNetB0", 32, "last_blocks:2", "train", marks=pytest.mark.slow),
+        pytest.param("ResNet50", 32, "percent:12", "frozen", marks=pytest.mark.slow),
+        pytest.param("InceptionV3", 75, "percent:9", "frozen", marks=pytest.mark.slow),
+        pytest.param("Xception", 71, "last_blocks:1", "train", marks=pytest.mark.slow),
+        pytest.param("VGG16", 32, "from_block:block5", "frozen", marks=pytest.mark.slow),
+        pytest.param("DenseNet121", 32, "percent:5", "train", marks=pytest.mark.slow),
+        pytest.param("MobileNetV3Small", 32, "percent:18", "frozen", marks=pytest.mark.slow),
+        pytest.param("ConvNeXtTiny", 32, "last_blocks:2", "frozen", marks=pytest.mark.slow),
+        pytest.param("EfficientNetV2B0", 32, "none", "frozen", marks=pytest.mark.slow),
+    ],
+)
+def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
+    name: str, size: int, thaw: str, batch_norm: str
+) -> None:
+    classifier = build(name, size, hidden=5)
+    images, labels = photos(classifier)
+    calibrate(classifier, images)
+    begin = variables.read(classifier.variables)
+    plan, cut = cut_of(classifier, thaw, batch_norm)
+    assert cut is not None
+    live = train(plan, classifier, images, labels)
+    expected = variables.read(classifier.variables)
+    variables.write(classifier.variables, begin, "the beginning")
+    cached = train(plan, Tail(classifier, cut), features_of(classifier, cut, images), labels)
+    found = variables.read(classifier.variables)
+    np.testing.assert_allclose(cached, live, rtol=1e-4, atol=1e-4)
+    moved = 0
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-5, err_msg=key)
+        moved += bool((expected[key] != begin[key]).any())
+        if key in cut.variables:
+            np.testing.assert_array_equal(found[key], begin[key])
+    assert moved >= len(plan.trainable) // 2
+
+
+def test_one_trunk_serves_several_cuts() -> None:
+    classifier = build()
+    images, _ = photos(classifier)
+    cuts = [cut for thaw in ("none", "from_layer:100") if (cut := cut_of(classifier, thaw)[1])]
+    together = Trunk(classifier, cuts).features(images)
+    for cut, features in zip(cuts, together, strict=True):
+        np.testing.assert_array_equal(features, Trunk(classifier, [cut]).features(images)[0])

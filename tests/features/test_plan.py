@@ -1,0 +1,135 @@
+"""Cached features or images: what is chosen for a phase, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.config.schema import RunConfig, load
+from trainer.errors import ConfigError, ModelError
+from trainer.features.cut import Cut
+from trainer.features.plan import choose, divisions, images_again, phase_epochs, stored_dtype
+from trainer.models.classifier import Classifier, build_classifier
+
+COUNT, BATCH = 100, 10
+MODEL = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return build_classifier(config().model, 3, 1)
+
+
+def config(**changes: Any) -> RunConfig:
+    phase = {"thaw": "none", "epochs": 3} | {k: v for k, v in changes.items() if k in PHASE}
+    more = {k: v for k, v in changes.items() if k not in PHASE}
+    training = {"batch_size": BATCH}
+    return load({"data": {"source": "digits"}, "model": MODEL, "phases": {"head": phase}, "training": training} | more)
+
+
+PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
+AUGMENTED = {"augmentation": {"zoom": 0.1}}
+
+
+def test_where_nothing_trains_the_images_themselves_are_read() -> None:
+    assert images_again(config(), {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "cached", "why"),
+    [
+        ({}, True, "1 view of 120 images at the backbone's end, pooled to 1280, 0.6 MB, computed once for 3 epochs"),
+        ({"features": "live"}, False, "as asked"),
+        ({"epochs": 1}, False, "1 view would be computed for 1 epoch"),
+        ({"epochs": 1, "features": "cached"}, True, "1 view of 120 images at the backbone's end"),
+        ({"epochs": 1.5}, True, "computed once for 2 epochs"),
+        ({"thaw": "from_layer:100"}, True, "1 view of 120 images at layer 97 (block_10_project_BN), 2 x 2 x 32, 0.1 MB"),
+        ({"thaw": "all"}, False, "no layers with weights stay frozen below all that thaw=all trains"),
+        (AUGMENTED, False, "augmentation makes other images in every epoch (augmented_views)"),
+        (AUGMENTED | {"augmented_views": 2}, True, "2 views of 120 images"),
+        (AUGMENTED | {"augmented_views": 3}, False, "3 views would be computed for 3 epochs"),
+        ({"augmentation": {"mixup": 0.2}, "augmented_views": 2}, False, "augmentation.mixup and cutmix mix other images"),
+        (AUGMENTED | {"augmented_views": 2, "distillation": {"teacher": "x"}}, False, "the teacher answers in every step"),
+        ({"distillation": {"teacher": "x"}}, True, "1 view of 120 images"),
+        ({"debug": {"max_steps": 10}}, False, "1 view would be computed for 1 epoch"),
+    ],
+)  # fmt: skip
+def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
+    told = config(**changes)
+    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
+    assert choice.cached == cached
+    assert why in choice.why
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads", "why"),
+    [
+        (
+            AUGMENTED,
+            "validation",
+            "; validation on features of 20 images at the backbone's end, pooled to 1280, 0.1 MB",
+        ),
+        (AUGMENTED | {"features": "live"}, "live", "as asked"),
+        (AUGMENTED | {"thaw": "all"}, "live", "augmentation makes other images in every epoch (augmented_views)"),
+        (AUGMENTED | {"epochs": 1}, "live", "augmentation makes other images in every epoch (augmented_views)"),
+        ({"epochs": 1}, "live", "1 view would be computed for 1 epoch"),
+    ],
+)
+def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
+    told = config(**changes)
+    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
+    assert choice.reads == reads
+    assert choice.why.endswith(why)
+    assert choice.line("head").startswith("features of phase head: live, ")
+
+
+def test_what_does_not_fit_is_live_or_refused(classifier: Classifier) -> None:
+    told = config()
+    parts, epochs = divisions(told, classifier), phase_epochs(told, COUNT)
+    choice = choose(told, parts, epochs, 120, 20, 120 * 1280 * 4 - 1)["head"]
+    assert not choice.cached
+    assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.why
+    choice = choose(told, parts, epochs, 120, 20, 20 * 1280 * 4 - 1)["head"]
+    assert choice.reads == "live"
+    assert choice.why.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
+    assert choose(told, parts, epochs, 120, 20, 120 * 1280 * 4)["head"].cached
+    half = config(features_dtype="float16", features="cached")
+    assert choose(half, parts, epochs, 120, 20, 120 * 1280 * 2)["head"].cached
+    with pytest.raises(ConfigError, match=r"phases.head.features=cached: 1 view .* fit neither .*; say features=auto"):
+        choose(half, parts, epochs, 120, 20, 1)
+
+
+def test_what_is_computed_in_few_bits_keeps_its_own() -> None:
+    def cut(dtype: str) -> Cut:
+        return Cut("x", 1, None, False, (2,), dtype, {})
+
+    phase = config(features_dtype="float16").phases["head"]
+    assert stored_dtype(phase, cut("float32")) == "float16"
+    assert stored_dtype(phase, cut("bfloat16")) == "bfloat16"
+
+
+def test_a_division_knows_what_moves(classifier: Classifier) -> None:
+    told = load({
+        "data": {"source": "digits"}, "model": MODEL,
+        "phases": {
+            "head": {"thaw": "none", "epochs": 1},
+            "norms": {"thaw": "last_blocks:1", "batch_norm": "train", "epochs": 1},
+            "all": {"thaw": "all", "epochs": 1},
+        },
+    })  # fmt: skip
+    parts = divisions(told, classifier)
+    assert parts["head"].moves == {"head/output/kernel", "head/output/bias"}
+    assert "backbone/block_16_project_BN/moving_mean" in parts["norms"].moves
+    assert parts["norms"].cut is not None
+    assert not parts["norms"].moves & parts["norms"].cut.variables.keys()
+    assert parts["all"].cut is None
+    assert images_again(told, {"head": "cached", "norms": "cached", "all": "live"})
+    assert not images_again(told, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
+
+
+def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:
+    phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
+    told = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
+    with pytest.raises(ModelError, match=r"^phases.second: thaw=last_blocks:99: "):
+        divisions(told, classifier)

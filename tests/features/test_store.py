@@ -1,0 +1,238 @@
+"""Features on disk and in memory: what is whole is taken over, what is not is missing, and nothing else is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.data import splits_on_disk
+from trainer.config.schema import Augmentation
+from trainer.data.augment.apply import augment
+from trainer.data.order import Order, epoch_order
+from trainer.data.pipeline import chosen_batches, training_batches
+from trainer.errors import DataError
+from trainer.features.store import Features, bytes_of, open_features
+from trainer.types import Split
+
+COUNT, SHAPE, VIEWS = 11, (2, 3), 2
+NEEDED = VIEWS * COUNT * 6 * 4
+SPLIT = Split("train", np.arange(COUNT, dtype=np.int32), files=tuple(f"{i}.jpg" for i in range(COUNT)))
+
+
+def values(view: int, index: np.ndarray | range) -> np.ndarray:
+    """Float32 [n, *SHAPE], others for each view and example."""
+    number = np.asarray(index)[:, None, None] * 10 + view * 1000
+    return (number + np.arange(6).reshape(SHAPE)).astype(np.float32)
+
+
+def opened(folder: Path, said: list[str] | None = None, **changes: Any) -> Features | None:
+    options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "own": np.arange(COUNT), "file": folder / "f" / "x",
+               "memory_budget": NEEDED, "disk_budget": 10 * NEEDED, "threads": 2}  # fmt: skip
+    return open_features(SPLIT, **(options | changes), note=(said if said is not None else []).append)  # type: ignore[arg-type]
+
+
+def filled(folder: Path, **changes: Any) -> Features:
+    features = opened(folder, **changes)
+    assert features is not None
+    for view in range(features.views):
+        index = np.flatnonzero(features.missing(view))
+        features.write(view, index, features.stored(values(view, index)), {})
+    return features
+
+
+@pytest.fixture
+def small_files() -> Iterator[Any]:
+    """Limits files to some bytes: writing more fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("memory", [NEEDED, NEEDED - 1])
+def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -> None:
+    features = filled(tmp_path, memory_budget=memory)
+    features.complete()
+    features.bad[3] = "damaged"
+    assert features.kept == ("memory" if memory == NEEDED else "disk")
+    batches = training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
+    stream = batches.as_numpy_iterator()
+    for epoch in range(3):
+        parts = [next(stream) for _ in range(3)]
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        np.testing.assert_array_equal(batch["index"][:COUNT], epoch_order(SPLIT, 5, epoch, COUNT))
+        np.testing.assert_array_equal(batch["label"][:COUNT], batch["index"][:COUNT])
+        np.testing.assert_array_equal(batch["weight"], [*(batch["index"][:COUNT] != 3), 0])
+        real = batch["weight"] > 0
+        np.testing.assert_array_equal(batch["image"][real], values(epoch % VIEWS, batch["index"][real]))
+        assert not batch["image"][~real].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> None:
+    features = filled(tmp_path, dtype=dtype, memory_budget=NEEDED // 2)
+    features.complete()
+    rows = features.rows_of(features.tensor(), tf.constant([4, 10], tf.int64), tf.constant([1, 0], tf.int64))
+    assert rows.dtype == dtype
+    np.testing.assert_array_equal(rows, tf.cast(np.stack([values(1, [4])[0], values(0, [10])[0]]), dtype))
+
+
+def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    features = opened(tmp_path, dtype="float16")
+    assert features is not None
+    with pytest.raises(DataError, match="features_dtype=float16 holds numbers up to 65,504"):
+        features.stored(np.full((1, *SHAPE), 7e4, np.float32))
+
+
+@pytest.mark.parametrize("memory", [NEEDED, 0])
+def test_a_later_start_takes_over_what_is_whole(tmp_path: Path, memory: int) -> None:
+    first = opened(tmp_path)
+    assert first is not None
+    first.write(0, np.array([0, 1, 2, 7]), values(0, [0, 1, 2, 7]), {2: "no JPEG"})
+    first.write(1, np.array([5]), values(1, [5]), {})
+    with open(tmp_path / "f" / "x.list", "a") as listed:
+        listed.write('{"view": 0, "first": 9, "cou')  # killed here
+    second = opened(tmp_path, memory_budget=memory)
+    assert second is not None
+    assert np.flatnonzero(~second.missing(0)).tolist() == [0, 1, 2, 7]
+    assert np.flatnonzero(~second.missing(1)).tolist() == [5]
+    assert second.bad == {2: "no JPEG"}
+    for view in range(VIEWS):
+        index = np.flatnonzero(second.missing(view))
+        second.write(view, index, values(view, index), {})
+    second.complete()
+    rows = np.asarray(second.tensor()).reshape(VIEWS, COUNT + 1, *SHAPE)
+    for view in range(VIEWS):
+        np.testing.assert_array_equal(rows[view, :COUNT], values(view, range(COUNT)))
+        assert not rows[view, COUNT].any()
+
+
+def test_damaged_rows_are_missing_and_only_they(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    assert first is not None
+    for part in (range(4), range(4, COUNT)):
+        first.write(0, np.asarray(part), values(0, part), {})
+    rows = tmp_path / "f" / "x.rows"
+    content = bytearray(rows.read_bytes())
+    content[5 * 24] ^= 1
+    rows.write_bytes(content)
+    said: list[str] = []
+    second = opened(tmp_path, said)
+    assert second is not None
+    assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
+    assert said == [f"1 pieces of {tmp_path}/f/x.rows are damaged; they are computed again"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
+def test_nothing_is_taken_from_a_file_that_is_not_whole(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path)
+    rows, listed = tmp_path / "f" / "x.rows", tmp_path / "f" / "x.list"
+    if damage == "truncated":
+        os.truncate(rows, 24)
+    elif damage == "gone":
+        rows.unlink()
+    else:
+        listed.write_text(
+            "".join(json.dumps(x) + "\n" for x in ([], {"view": 9}, {"view": 0, "first": -1, "count": 3}))
+        )
+    again = opened(tmp_path)
+    assert again is not None
+    assert again.missing(0).all()
+
+
+def test_a_worker_keeps_and_counts_its_own_alone(tmp_path: Path) -> None:
+    own = np.array([1, 2, 9])
+    features = filled(tmp_path, own=own, memory_budget=0)
+    assert features.bytes == VIEWS * 3 * 24 == bytes_of(SHAPE, "float32", VIEWS, 3)
+    features.complete()
+    assert not any(features.missing(view).any() for view in range(VIEWS))
+    everything = opened(tmp_path)
+    assert everything is not None
+    assert np.flatnonzero(~everything.missing(1)).tolist() == [1, 2, 9]
+
+
+def test_a_full_disk_leaves_them_in_memory(tmp_path: Path, small_files: Any) -> None:
+    said: list[str] = []
+    features = opened(tmp_path, said)
+    assert features is not None
+    small_files(3 * 24)
+    for view in range(VIEWS):
+        features.write(view, np.arange(COUNT), values(view, range(COUNT)), {})
+    assert said == [f"features cannot be kept in {tmp_path}/f (File too large); in memory alone, then"]
+    assert list((tmp_path / "f").iterdir()) == []
+    features.complete()
+    np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
+
+
+def test_a_full_disk_is_an_error_where_memory_does_not_hold_them(tmp_path: Path, small_files: Any) -> None:
+    features = opened(tmp_path, memory_budget=0)
+    assert features is not None
+    small_files(3 * 24)
+    with pytest.raises(OSError, match="File too large"):
+        features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "kept", "on_disk"),
+    [(NEEDED, NEEDED, "memory", True), (NEEDED, NEEDED - 1, "memory", False), (NEEDED - 1, NEEDED, "disk", True)],
+)
+def test_budgets_decide_where_they_are_kept(tmp_path: Path, memory: int, disk: int, kept: str, on_disk: bool) -> None:
+    features = opened(tmp_path, memory_budget=memory, disk_budget=disk)
+    assert features is not None
+    assert (features.kept, (tmp_path / "f" / "x.rows").exists()) == (kept, on_disk)
+
+
+def test_without_room_there_are_none(tmp_path: Path, small_files: Any) -> None:
+    assert opened(tmp_path, memory_budget=NEEDED - 1, disk_budget=NEEDED - 1) is None
+    said: list[str] = []
+    small_files(3)
+    assert opened(tmp_path, said, memory_budget=NEEDED - 1) is None
+    assert said == [f"features cannot be kept in {tmp_path}/f (File too large)"]
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    big = (64, 64)  # some pages of a file
+    size = bytes_of(big, "float32", 1, COUNT)
+
+    def keep(name: str, budget: int) -> Features | None:
+        return opened(tmp_path, shape=big, views=1, file=tmp_path / "f" / name, memory_budget=0, disk_budget=budget)
+
+    for age, name in enumerate(("old", "used", "new")):
+        features = keep(name, 4 * size)
+        assert features is not None
+        features.write(0, np.arange(COUNT), np.ones((COUNT, *big), np.float32), {})
+        os.utime(tmp_path / "f" / f"{name}.list", (age, age))
+    assert keep("used", 4 * size) is not None  # which is now the newest
+    assert keep("more", 3 * size + 3 * 8192) is not None
+    assert sorted(path.stem for path in (tmp_path / "f").glob("*.list")) == ["more", "new", "used"]
+
+
+def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: Path) -> None:
+    """In the pass and in live training alike."""
+    pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
+    augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
+    chosen = np.array([2, 3, 11, 30])
+    options: dict[str, Any] = {"rows": 4, "replicas": 1, "augmentation": augmentation, "seed": 5}
+    seen = []
+    for view in (0, 1):
+        (batch,) = chosen_batches(pixels, chosen, view=view, **options).take(1).as_numpy_iterator()
+        epochs = np.full(4, view)
+        np.testing.assert_array_equal(batch["image"], augment(pixels.rows(chosen), augmentation, 5, epochs, chosen))
+        np.testing.assert_array_equal(batch["index"], chosen)
+        seen.append(batch["image"])
+    assert (seen[0] != seen[1]).any()
+    count = splits_on_disk.COUNT
+    order = Order(count, seed=5, window=count, first_epoch=2)
+    batches = training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
+    third, fourth = batches.take(2).as_numpy_iterator()
+    for view, batch in enumerate((third, fourth)):
+        at = np.argsort(batch["index"])[chosen]
+        np.testing.assert_array_equal(batch["image"][at], seen[view])
+    assert (third["index"] != fourth["index"]).any()

@@ -1,0 +1,115 @@
+"""Frozen BatchNormalization as part of the convolutions before it: the same answers and gradients, fewer operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.config import schema as config
+from trainer.models.batch_norm import NORM
+from trainer.models.bn_folding import computed, folded, pairs
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.freezing import apply_thaw
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return build_classifier(config.Model(backbone="MobileNetV2", alpha=0.35, weights="glyphs", image_size=48), 4, 1)
+
+
+@pytest.fixture
+def pixels() -> tf.Tensor:
+    return tf.constant(np.random.default_rng(3).uniform(-1, 1, (3, 48, 48, 3)), tf.float32)
+
+
+def every_kind(bias: bool = True) -> keras.Model:
+    """A network with each kind of convolution, each with a layer that normalizes, whose averages are not 0 and 1."""
+    inputs = x = keras.Input((9, 9, 4))
+    for number, layer in enumerate([
+        keras.layers.Conv2D(6, 3, strides=2, padding="same", use_bias=bias),
+        keras.layers.DepthwiseConv2D(3, padding="valid", depth_multiplier=2, use_bias=bias),
+        keras.layers.SeparableConv2D(5, 3, padding="same", use_bias=bias),
+        keras.layers.Conv2D(8, 1, dilation_rate=1, groups=1, use_bias=bias),
+    ]):  # fmt: skip
+        x = NORM(scale=number != 1, center=number != 2, epsilon=1e-3)(layer(x))
+        x = keras.layers.ReLU()(x)
+    network = keras.Model(inputs, x)
+    rng = np.random.default_rng(1)
+    network.set_weights([rng.uniform(0.2, 1.5, w.shape) for w in network.get_weights()])
+    return network
+
+
+def operations(function: Any, *arguments: Any) -> set[str]:
+    graph = tf.function(function).get_concrete_function(*arguments).graph
+    return {operation.type for operation in graph.get_operations()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_kind_of_convolution_answers_as_before(bias: bool) -> None:
+    network, maps = every_kind(bias), tf.random.stateless_uniform([2, 9, 9, 4], [1, 2])
+    assert len(pairs(network)) == 4
+    expected = network(maps, training=False)
+    np.testing.assert_allclose(computed(network, maps), expected, rtol=1e-5)
+    np.testing.assert_array_equal(computed(network, maps, weights=folded(network)), computed(network, maps))
+
+
+def test_nothing_normalizes_any_more(classifier: Classifier, pixels: tf.Tensor) -> None:
+    backbone = classifier.backbone
+    assert len(pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
+    assert "Rsqrt" in operations(lambda x: backbone(x, training=False), pixels)
+    weights = folded(backbone)
+    left = operations(lambda x: computed(backbone, x, weights=weights), pixels)
+    assert not {"Rsqrt", "Mul", "Sub"} & left
+    assert "BiasAdd" in left
+
+
+def test_the_gradients_are_those_of_the_layers(classifier: Classifier, pixels: tf.Tensor) -> None:
+    plan = apply_thaw(classifier, "from_layer:100", "frozen")
+    trained = [variable.value for name, variable in plan.trainable.items() if name.startswith("backbone/")]
+
+    def gradients(forward: Any) -> list[np.ndarray]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(forward(pixels)))
+        return [gradient.numpy() for gradient in tape.gradient(loss, trained)]
+
+    expected = gradients(lambda x: classifier.backbone(x, training=False))
+    for mine, theirs in zip(gradients(lambda x: computed(classifier.backbone, x)), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_what_trains_normalizes_with_its_batch_and_moves_its_averages() -> None:
+    networks = [every_kind(), every_kind()]
+    maps = tf.random.stateless_uniform([4, 9, 9, 4], [1, 2])
+    for network in networks:
+        network.layers[2].trainable = False  # the first that normalizes stands still
+    expected, found = networks[0](maps, training=True), computed(networks[1], maps, batch_norm_training=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(networks[0].get_weights(), networks[1].get_weights(), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    before = every_kind()
+    moved = [not np.allclose(a, b) for a, b in zip(before.get_weights(), networks[1].get_weights(), strict=True)]
+    assert sum(moved) == 6  # means and variances of the other three
+
+
+def test_a_map_that_others_read_stays_what_it_is() -> None:
+    inputs = keras.Input((5, 5, 2))
+    read_twice = keras.layers.Conv2D(3, 3, padding="same")(inputs)
+    joined = keras.layers.Add()([NORM()(read_twice), read_twice])
+    put_out = keras.layers.Conv2D(3, 1)(joined)
+    curved = NORM()(keras.layers.Conv2D(3, 1, activation="relu")(put_out))
+    network = keras.Model(inputs, [put_out, NORM()(put_out), curved])
+    rng = np.random.default_rng(1)
+    network.set_weights([rng.uniform(0.2, 1.5, w.shape) for w in network.get_weights()])
+    assert pairs(network) == []
+    maps = tf.random.stateless_uniform([2, 5, 5, 2], [1, 2])
+    for mine, theirs in zip(computed(network, maps), network(maps, training=False), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+def test_a_model_to_be_kept_has_the_layers_of_keras(classifier: Classifier) -> None:
+    (backbone,) = (layer for layer in classifier.keras_model().layers if isinstance(layer, keras.Model))
+    assert sum(isinstance(layer, NORM) for layer in backbone.layers) == 52

@@ -1,0 +1,166 @@
+"""`/healthz` and `/metrics` as a kubelet and a Prometheus ask for them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.workers import free_ports
+from trainer.errors import WRONG_INPUT, ConfigError
+from trainer.monitoring.health import LifeSigns
+from trainer.monitoring.http import serve
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def signs() -> LifeSigns:
+    return LifeSigns()
+
+
+@pytest.fixture
+def port(signs: LifeSigns) -> Iterator[int]:
+    (port,) = free_ports(1)
+    server = serve(port, signs, "gs://bucket/run")
+    yield port
+    server.shutdown()
+    server.server_close()
+
+
+def get(port: int, path: str, seconds: float = 10, host: str = "127.0.0.1") -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=seconds) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def metrics(port: int) -> dict[str, float]:
+    """Name -> value, as Prometheus reads it."""
+    code, text = get(port, "/metrics")
+    assert code == 200
+    return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+
+
+def test_healthy_says_what_it_is_at(signs: LifeSigns, port: int) -> None:
+    signs.at("opening the data")
+    assert get(port, "/healthz") == (200, "opening the data\n")
+    assert get(port, "/healthz?verbose=1")[0] == 200
+    assert get(port, "/readyz") == (404, "here are /healthz and /metrics\n")
+
+
+def test_stuck_is_503_with_the_reason_until_it_moves_again(
+    signs: LifeSigns, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signs.stuck_after = 0.1
+    signs.at("validation")
+    time.sleep(0.2)
+    for _ in range(3):
+        code, text = get(port, "/healthz")
+        assert code == 503
+        assert text.startswith("stuck: nothing has moved for 0 s (runtime.stuck_after=0.1) in: validation")
+    said = capsys.readouterr().err
+    assert said.count("stuck: nothing has moved") == 1  # in the log once, with where the main thread is
+    assert "in test_stuck_is_503_with_the_reason_until_it_moves_again" in said
+    signs.stuck_after = 100
+    assert get(port, "/healthz")[0] == 200
+
+
+def test_metrics_are_there_once_they_are_known(signs: LifeSigns, port: int) -> None:
+    first = metrics(port)
+    assert first["kubetune_info"] == 1
+    assert first["kubetune_last_progress_age_seconds"] < 5
+    assert first["process_resident_memory_bytes"] > 1e6
+    assert not {"kubetune_step", "kubetune_loss", "kubetune_last_step_age_seconds"} & first.keys()
+    assert "kubetune_checkpoint_age_seconds" not in first
+    signs.enter("head")
+    signs.stepped(12, 2)
+    signs.saved(seconds_ago=60)
+    signs.tell(loss=0.5, images_per_second=100, goodput_ratio=0.7, data_wait_ratio=0.1, workers=4)
+    then = metrics(port)
+    assert {k: v for k, v in then.items() if k.startswith("kubetune_") and not k.endswith("_age_seconds")} == {
+        "kubetune_info": 1, "kubetune_step": 12, "kubetune_epoch": 2, "kubetune_loss": 0.5,
+        "kubetune_images_per_second": 100, "kubetune_goodput_ratio": 0.7, "kubetune_data_wait_ratio": 0.1,
+        "kubetune_workers": 4,
+    }  # fmt: skip
+    assert 0 <= then["kubetune_last_step_age_seconds"] < 5
+    assert 60 <= then["kubetune_checkpoint_age_seconds"] < 65
+    time.sleep(0.1)
+    assert metrics(port)["kubetune_last_step_age_seconds"] > then["kubetune_last_step_age_seconds"]
+    assert 'kubetune_info{phase="head",run="gs://bucket/run",version="' in get(port, "/metrics")[1]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_ipv6_too(port: int) -> None:
+    assert get(port, "/healthz", host="[::1]")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
+def test_a_port_in_use_is_one_sentence(signs: LifeSigns, host: str) -> None:
+    with socket.create_server((host, 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            serve(taken, signs, "")
+    assert str(caught.value) == (
+        f"runtime.http_port={taken} cannot be served (Address already in use); end what holds the port, give another "
+        "one, or null to serve nothing"
+    )
+
+
+def test_a_port_in_use_ends_a_run_with_2_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        command = [
+            sys.executable,
+            "-m",
+            "trainer",
+            f"runtime.http_port={other.getsockname()[1]}",
+            f"output_dir={tmp_path}/run",
+        ]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == WRONG_INPUT
+    assert result.stderr.startswith("error: runtime.http_port=")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+HANGING = """
+import ctypes, sys, time
+from trainer.monitoring.http import serve
+from trainer.monitoring.health import signs
+signs.stuck_after = 2
+serve(int(sys.argv[1]), signs, "")
+print("ready", flush=True)
+{library}(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize("keeps_the_lock", [False, True])
+def test_a_main_thread_that_hangs_in_c_is_noticed(keeps_the_lock: bool) -> None:
+    """`ctypes.CDLL` lets go of Python's lock as TensorFlow does; with `PyDLL`, which keeps it, nothing answers."""
+    (port,) = free_ports(1)
+    program = HANGING.format(library="ctypes.PyDLL" if keeps_the_lock else "ctypes.CDLL")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(port)], cwd=ROOT, text=True, stdout=-1, stderr=-1
+    ) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            if keeps_the_lock:
+                with pytest.raises(TimeoutError):
+                    get(port, "/healthz", seconds=2)
+            else:
+                assert get(port, "/healthz")[0] == 200
+                time.sleep(2)
+                assert get(port, "/healthz")[0] == 503
+        finally:
+            child.kill()

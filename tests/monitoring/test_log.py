@@ -1,0 +1,110 @@
+"""With `runtime.log_format=json` whatever Python writes is one JSON object a line, with Cloud Logging's field names."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def told(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a process said on stdout and on stderr; every line must be a JSON object."""
+    head = "from trainer.watching import lines\nfrom trainer.monitoring.log import say\n"
+    command = [sys.executable, "-c", head + program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == code, result.stderr
+    out, err = ([json.loads(line) for line in text.splitlines()] for text in (result.stdout, result.stderr))
+    return out, err
+
+
+def test_a_line_has_the_fields_of_cloud_logging_and_its_numbers() -> None:
+    program = (
+        "from trainer.monitoring.health import signs\nlines.as_json(worker='1')\nsigns.enter('head')\nsigns.stepped(7, 1)\n"
+        "say('\\ntwo\\nlines ü', loss=0.5, rate=float('inf'))"
+    )
+    (entry,), err = told(program)
+    assert err == []
+    when = datetime.datetime.fromisoformat(entry.pop("time"))
+    assert abs(datetime.datetime.now(datetime.UTC) - when) < datetime.timedelta(minutes=1)
+    assert entry == {
+        "severity": "INFO", "message": "two\nlines ü", "phase": "head", "step": 7, "loss": 0.5, "rate": "inf",
+        "logging.googleapis.com/labels": {"worker": "1"},
+    }  # fmt: skip
+
+
+def test_text_stays_as_it_was() -> None:
+    program = "from trainer.watching import lines\nlines.say('one', loss=3)\nlines.say('two', 'ERROR')\nprint('three')"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("one\nthree\n", "two\n")
+
+
+def test_prints_warnings_and_library_logs_are_objects() -> None:
+    program = """
+lines.as_json()
+import logging, sys, warnings
+print("a\\nb")
+print("no end", end="")
+sys.stdout.write(" of line\\n\\n")
+print("10 %\\r20 %\\r30 %", file=sys.stderr)
+warnings.warn("old")
+logging.getLogger("some.library").error("it failed")
+logging.getLogger("some.library").info("not worth a word")
+print("cut off", end="")
+"""
+    out, err = told(program)
+    assert [(e["severity"], e["message"]) for e in out] == [
+        ("INFO", "a"), ("INFO", "b"), ("INFO", "no end of line"), ("INFO", "cut off"),
+    ]  # fmt: skip
+    assert [(e["severity"], e["message"]) for e in (err[0], err[2])] == [("WARNING", "30 %"), ("ERROR", "it failed")]
+    assert (err[1]["severity"], err[1]["logger"]) == ("WARNING", "py.warnings")
+    assert "UserWarning: old" in err[1]["message"]
+    assert err[2]["logger"] == "some.library"
+    assert len(err) == 3
+
+
+def test_a_traceback_is_one_entry_of_severity_error() -> None:
+    program = "lines.as_json()\ndef broken():\n    raise ValueError('no')\nbroken()"
+    out, (entry,) = told(program, code=1)
+    assert out == []
+    assert entry["severity"] == "ERROR"
+    assert entry["message"].startswith("Traceback (most recent call last):\n")
+    assert entry["message"].endswith("in broken\nValueError: no")
+
+
+def test_a_traceback_of_a_thread_too() -> None:
+    program = "lines.as_json()\nimport threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()"
+    _, (entry,) = told(program)
+    assert entry["severity"] == "ERROR"
+    assert "ZeroDivisionError" in entry["message"]
+
+
+def test_lines_of_many_threads_do_not_mix() -> None:
+    program = """
+lines.as_json()
+import threading
+def talk(n):
+    for i in range(200):
+        say(f"{n} {i} " + "x" * 5000)
+threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+"""
+    out, _ = told(program)
+    assert len({e["message"].split(" x")[0] for e in out}) == len(out) == 1600
+
+
+def test_what_multiprocessing_leaves_behind_is_not_told() -> None:
+    program = (
+        "lines.as_json()\nimport multiprocessing, os\nkept = multiprocessing.get_context('spawn').Lock()\nos._exit(75)"
+    )
+    assert told(program, code=75) == ([], [])
+
+
+def test_last_words_before_the_end() -> None:
+    _, (entry,) = told("lines.as_json()\nimport os\nlines.last_words('\\nSIGTERM: so long')\nos._exit(75)", code=75)
+    assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")

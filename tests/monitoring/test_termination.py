@@ -1,0 +1,76 @@
+"""The termination message: on every way out, short enough, and never in the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.monitoring.termination import LIMIT, shortened
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from trainer.cli.compose import exit_code_of
+from trainer.errors import GaveUp, Interrupted
+from trainer.watching import termination
+termination.leave_in(sys.argv[1])
+def action(_arguments):
+{body}
+sys.exit(exit_code_of(action, []))
+"""
+
+
+def ended(body: str, file: Path) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.format(body="".join(f"    {line}\n" for line in body.splitlines()))
+    command = [sys.executable, "-c", program, str(file)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("termination.outcome('accuracy 0.9')", 0, "exit code 0 (done): accuracy 0.9"),
+        ("pass", 0, "exit code 0 (done)"),
+        ("raise GaveUp('5 restarts')", 3, "exit code 3 (gave up): 5 restarts"),
+        ("raise Interrupted('SIGTERM')", 75, "exit code 75 (interrupted): SIGTERM"),
+        ("raise KeyboardInterrupt", 75, "exit code 75 (interrupted): interrupted before anything was trained"),
+        ("{}['x']", 1, "exit code 1 (a bug): KeyError: 'x'; the log has the traceback"),
+        ("termination.outcome('fine')\nraise ValueError('no')", 1, "exit code 1 (a bug): ValueError: no; the log has the traceback"),
+    ],
+)  # fmt: skip
+def test_each_way_out_leaves_its_reason(tmp_path: Path, body: str, code: int, message: str) -> None:
+    file = tmp_path / "termination-log"
+    file.write_text("what stood there before, which was longer than what comes now" * 3)
+    assert ended(body, file).returncode == code
+    assert file.read_text() == message
+
+
+def test_a_bug_still_prints_its_traceback(tmp_path: Path) -> None:
+    err = ended("{}['x']", tmp_path / "log").stderr
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.endswith("KeyError: 'x'\n")
+
+
+def test_a_file_that_cannot_be_written_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "no" / "log"
+    result = ended("raise Interrupted('SIGTERM')", file)
+    assert result.returncode == 75
+    assert result.stderr == (
+        f"interrupted: SIGTERM\nruntime.termination_log={file} cannot be written (No such file or directory); "
+        "it is left out\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "ä" * 3000, "𝄞" * 1500, "x" + "€" * 2000])
+def test_kubernetes_reads_4096_bytes(text: str) -> None:
+    data = shortened(text)
+    assert LIMIT - 6 <= len(data) <= LIMIT
+    assert data.decode().endswith(text[-1] + "…")
+
+
+def test_what_fits_stays_whole() -> None:
+    assert shortened("ä" * 2048) == ("ä" * 2048).encode()
+    assert shortened("\ud800") == b"\\ud800"

@@ -1,0 +1,177 @@
+"""The page in a real browser: nothing asked of a network, no complaint in the console, and what a finger can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.evaluation.browser import Tab, chromium
+from tests.evaluation.examples import HOSTILE, make_history, make_phases, make_result
+from tests.report.test_write import write
+from trainer.report.write import Repeats
+
+pytestmark = pytest.mark.browser
+
+SCREENS = {"laptop": (1280, 800, False), "tablet": (768, 1024, False), "phone": (390, 844, True)}
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with everything on it."""
+    return write_whole_page(tmp_path_factory.mktemp("page"), 7, 60)
+
+
+def fetch(indices: Sequence[int]) -> np.ndarray:
+    return np.stack([np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in indices])
+
+
+def write_whole_page(folder: Path, classes: int, n: int) -> Path:
+    members = [
+        {"split": split, "index": 0, "file": f"{split}/a very long name of a folder {'x' * 90} <i>.jpg", "label": label}
+        for split, label in (("train", HOSTILE), ("test", "other"))
+    ]
+    group = {"count": 2, "across_splits": True, "labels": [HOSTILE, "other"], "members": members}
+    found = {
+        "compared": {"train": 7, "test": n},
+        "across_splits": 1,
+        "different_labels": 1,
+        "within_one_split_and_class": 3,
+        "groups": [group],
+    }
+
+    def explain(indices: Sequence[int]) -> np.ndarray:
+        return np.stack([np.random.default_rng(i).random((4, 4)).astype(np.float32) for i in indices])
+
+    write(folder, make_result(classes, n), fetch, explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))]))
+    return folder / "index.html"
+
+
+def column(tab: Tab, number: int, table: str = "#classes table.sorts") -> list[Any]:
+    cells = f"[...document.querySelectorAll('{table} tbody tr')].map(r => r.cells[{number}])"
+    return list(tab.run(f"{cells}.map(c => c.dataset.value === undefined ? c.textContent : +c.dataset.value)"))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_it_fits_every_screen_and_asks_for_nothing(
+    tab: Tab, tmp_path: Path, page: Path, screen: str, dark: bool
+) -> None:
+    width, height, phone = SCREENS[screen]
+    tab.errors.clear()
+    tab.requests.clear()
+    tab.open(page, width, height, phone, dark)
+    assert tab.run("document.documentElement.scrollWidth") == width
+    small = "[...document.querySelectorAll('main *')].filter(e => e.getClientRects().length && e.textContent.trim())"
+    assert tab.run(f"Math.min(...{small}.map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 11
+    assert tab.errors == []
+    assert [address for address in tab.requests if not address.startswith("data:")] == [page.as_uri()]
+    shot = np.asarray(Image.open(tab.screenshot(tmp_path / "page.png", whole=False)).convert("L"))
+    assert (shot.mean() < 60) if dark else (shot.mean() > 180)
+    assert shot.std() > 10
+
+
+@pytest.mark.parametrize("width", [1366, 820])
+def test_no_table_is_cut_off_on_a_laptop_or_a_tablet(tab: Tab, page: Path, width: int) -> None:
+    tab.open(page, width, 900)
+    cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+    assert tab.run(cut) == []
+
+
+def test_a_click_sorts_the_classes(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    assert column(tab, 1) == sorted(column(tab, 1))  # the weakest first
+    tab.click("#classes th:nth-child(4) button")
+    assert column(tab, 3) == sorted(column(tab, 3))
+    assert tab.run("document.querySelector('#classes th[aria-sort]').textContent") == "recall"
+    tab.click("#classes th:nth-child(4) button")
+    assert column(tab, 3) == sorted(column(tab, 3), reverse=True)
+    tab.click("#classes table.sorts th:nth-child(1) button")
+    assert column(tab, 0)[-1] == "class 6"
+    assert HOSTILE in column(tab, 0)
+
+
+def test_many_classes_can_be_searched(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_whole_page(tmp_path, 120, 240))
+    tab.click("input.filter")
+    tab.call("Input.insertText", text="CLASS 11")
+    shown = tab.run("[...document.querySelectorAll('#classes table.sorts tbody tr')].filter(r => !r.hidden).length")
+    assert shown == 11  # class 11, class 110 to class 119
+
+
+def opacity(tab: Tab) -> float:
+    tab.run("new Promise(done => setTimeout(done, 300))")  # the overlay fades in
+    return float(tab.run("getComputedStyle(document.querySelector('#tab-most_wrong .heat')).opacity"))
+
+
+def test_the_overlay_shows_under_the_mouse(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    tab.point_at("h1")
+    assert opacity(tab) == 0
+    tab.point_at("#tab-most_wrong .picture")
+    assert opacity(tab) == 1
+    tab.point_at("h1")
+    assert opacity(tab) == 0
+
+
+def test_the_overlay_shows_at_a_tap_and_goes_at_the_next(tab: Tab, page: Path) -> None:
+    tab.open(page, *SCREENS["phone"])
+    assert opacity(tab) == 0
+    tab.tap("#tab-most_wrong .picture")
+    assert opacity(tab) == 1
+    tab.tap("#tab-most_wrong .picture")
+    tab.run("document.activeElement.blur()")
+    assert opacity(tab) == 0
+
+
+def test_tabs_show_one_gallery_at_a_time(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    shown = "[...document.querySelectorAll('#gallery [id]')].filter(e => !e.hidden).map(e => e.id)"
+    assert tab.run(shown) == ["tab-most_wrong"]
+    tab.click('[data-shows="tab-least_sure"]')
+    assert tab.run(shown) == ["tab-least_sure"]
+    assert tab.run("document.querySelectorAll('#tab-least_sure .shot').length") == 24
+    loaded = "[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)"
+    tab.until(loaded)
+
+
+def test_no_script_but_its_own_runs(tab: Tab, page: Path) -> None:
+    """The policy in the page stops what escaping would have to miss first."""
+    tab.open(page)
+    tab.errors.clear()
+    tab.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.odd = 1'}))")
+    tab.run("new Promise(done => { const i = new Image(); i.onerror = done; i.src = 'http://127.0.0.1:9/x.png'; })")
+    assert tab.run("window.odd") is None
+    assert len([error for error in tab.errors if "Content Security Policy" in error]) == 2
+    tab.errors.clear()
+
+
+def test_without_the_script_everything_is_there(tab: Tab, page: Path) -> None:
+    tab.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        tab.call("Page.navigate", url=page.as_uri())
+        tab.until("document.readyState === 'complete'")
+        assert tab.run("[...document.querySelectorAll('#gallery [id]')].every(e => e.offsetHeight > 0)")
+        assert tab.run("document.querySelector('.tabs').offsetHeight") == 0
+    finally:
+        tab.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_phases_and_history_are_in_the_charts(tab: Tab, tmp_path: Path) -> None:
+    history = make_history(4, 6)
+    write(tmp_path, make_result(3, 30), fetch, history=history, phases=make_phases(history))
+    tab.open(tmp_path / "index.html")
+    charts = tab.run("[...document.querySelectorAll('#training .chart')].map(c => c.querySelectorAll('.dot').length)")
+    assert charts == [20, 20, 10]  # training and validation; training and validation; the learning rate
+    assert tab.run("document.querySelectorAll('#training .ring').length") == 5  # two in two charts, and the legend's
+    assert tab.run("[...document.querySelectorAll('#training .chart .mark')].length") == 6

@@ -1,0 +1,58 @@
+"""What a run says: each line once, cut back on resume, nothing of it in the way of a killed file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event
+
+from trainer.runs.metrics import Telemetry, clock, cut_back
+
+
+def entry(step: int) -> dict[str, object]:
+    return {"phase": "head", "epoch": 1, "step": step, "loss": 1 / step, "accuracy": 0.5, "learning_rate": 0.1}
+
+
+def written(folder: Path, *steps: int) -> None:
+    telemetry = Telemetry(folder, "lines", batch_size=4)
+    telemetry.expect(10)
+    for step in steps:
+        telemetry.interval(entry(step), examples=8.0, goodput=0.5)
+    last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}
+    telemetry.epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
+    telemetry.close()
+
+
+def logged_steps(folder: Path) -> list[int]:
+    steps = set()
+    for file in (folder / "logs" / "head").glob("events*"):
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+            event = Event.FromString(record)
+            steps |= {event.step for value in event.summary.value if value.tag == "train/loss"}
+    return sorted(steps)
+
+
+def test_an_interval_is_one_json_line_and_one_step_in_tensorboard(tmp_path: Path) -> None:
+    written(tmp_path, 2, 4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 2), ("train", 4), ("epoch", 4)]
+    assert lines[0]["loss"] == 0.5
+    assert lines[0]["timing"]["images_per_second"] > 0
+    assert logged_steps(tmp_path) == [2, 4]
+
+
+def test_what_came_after_the_restored_step_is_forgotten(tmp_path: Path) -> None:
+    written(tmp_path, 2, 4, 6)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"kind": "train", "st')  # killed in the middle of a line
+    events = next((tmp_path / "logs" / "head").glob("events*"))
+    events.write_bytes(events.read_bytes()[:-5])  # and of a record
+    cut_back(file, tmp_path / "logs", 4)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
+    assert logged_steps(tmp_path) == [2, 4]
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]

@@ -1,0 +1,66 @@
+"""What moves to and from a bucket is a sign of life, and a checkpoint counts once it is committed there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.monitoring.health import LifeSigns
+from trainer.runs import publisher
+from trainer.runs.publisher import Publisher
+from trainer.storage import gcs as bucket
+from trainer.storage.base import Place
+from trainer.storage.lease import take
+
+
+@pytest.fixture
+def signs(monkeypatch: pytest.MonkeyPatch) -> LifeSigns:
+    fresh = LifeSigns()
+    monkeypatch.setattr(bucket, "signs", fresh)
+    monkeypatch.setattr(publisher, "signs", fresh)
+    return fresh
+
+
+def checkpoint_in(folder: Path) -> None:
+    step = folder / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    for name in ("variables.npz", "state.json", "manifest.json"):
+        (step / name).write_bytes(b"x" * 1000)
+
+
+def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_committed(
+    in_bucket: Place, tmp_path: Path, signs: LifeSigns
+) -> None:
+    checkpoint_in(tmp_path)
+    lease = take(in_bucket, "a test", None)
+    publishing = Publisher(tmp_path, in_bucket, lease)
+    began = time.monotonic()
+    publishing.checkpoint()
+    written = time.monotonic()
+    publishing.wait()
+    assert (in_bucket / "checkpoints" / "LATEST").exists()
+    now = time.monotonic()
+    assert signs.checkpoint_age is not None
+    assert now - written <= signs.checkpoint_age + 1e-3
+    assert signs.checkpoint_age <= time.monotonic() - began
+    publishing.close()
+
+
+def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, signs: LifeSigns) -> None:
+    assert signs.checkpoint_age is None
+    Publisher(tmp_path, None, None).checkpoint()
+    assert signs.checkpoint_age is not None
+
+
+def test_parts_of_a_large_file_are_signs_of_life(in_bucket: Place, tmp_path: Path, signs: LifeSigns) -> None:
+    whole = tmp_path / "large"
+    whole.write_bytes(bytes(40 << 20))
+    moments: list[float] = []
+    signs.moved = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
+    (in_bucket / "large").upload(whole)
+    sent = len(moments)
+    (in_bucket / "large").download(tmp_path / "again")
+    assert sent == 5  # parts of 8 MB
+    assert len(moments) - sent == 3  # chunks of 16 MB

@@ -1,0 +1,1 @@
+"""What every `python -m trainer...` shares."""

@@ -1,0 +1,304 @@
+"""A sweep: many runs of one command line, each in a process of its own, and what they came to.
+
+Hydra chooses the values (every combination, or a search by Optuna) and calls `Sweep.run` for each job.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from trainer.cli.compose import asks_for_sweep, compose, resolved
+from trainer.config.diff import FREE
+from trainer.config.schema import RunConfig, load, without_regularisation
+from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
+from trainer.monitoring import log as lines
+from trainer.monitoring import termination
+from trainer.runs.folder import is_finished, of_one_run
+from trainer.storage.path import place
+from trainer.storage.staging import is_remote
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+
+METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
+FILE = "events.out.tfevents.hparams"  # TensorBoard looks for "tfevents" in a name
+Value = bool | int | float | str
+
+
+def columns(names: list[str]) -> bytes:
+    """The event file of the whole sweep: the columns are these hyperparameters, and `METRICS`."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    hparams = [summary_v2.HParam(name) for name in names]
+    metrics = [summary_v2.Metric(tag, display_name=name) for tag, name in METRICS.items()]
+    return _events([summary_v2.hparams_config_pb(hparams, metrics)])
+
+
+def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
+    """The event file of one job; `scores` by the keys of `METRICS`, none of a job that failed."""
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+    status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
+    now = time.time()
+    ended = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
+    end = summary_v2._summary_pb(
+        metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=ended)
+    )
+    start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
+    return _events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
+
+
+def _events(summaries: list[Summary]) -> bytes:
+    """An event file, written without TensorFlow, which takes seconds to import."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file, now = io.BytesIO(), time.time()
+    writer = RecordWriter(file)
+    for event in [Event(file_version="brain.Event:2"), *(Event(summary=summary) for summary in summaries)]:
+        event.wall_time = now
+        writer.write(event.SerializeToString())
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A sweep: many runs of one command line, each in a process of its own, and what they came to
+
+OBJECTIVE = "val_accuracy"
+
+
+class Ended(BaseException):
+    """The whole sweep ends: no `Exception`, which Hydra would take for the failure of one job."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@dataclass
+class Job:
+    """One run of a sweep; `arguments` without its folder, `overrides` what they say: {"seed": "1", ...}."""
+
+    name: str
+    folder: str
+    arguments: list[str]
+    overrides: dict[str, str]
+    code: int = DONE
+    scores: dict[str, float] = field(default_factory=dict)  # of METRICS
+
+    @property
+    def again(self) -> str:
+        """The command that is this job."""
+        told = [a.lstrip("+") for a in self.arguments]
+        return shlex.join(["python", "-m", "trainer", *told, f"output_dir={self.folder}"])
+
+
+@dataclass
+class Sweep:
+    """`folder`: where output_dir says, a folder a job inside it; None: where Hydra puts the jobs."""
+
+    folder: str | None
+    jobs: list[Job] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)  # what any job was told, in order
+    told: str | None = None  # the signal that asked to stop
+    search: bool = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
+        """Run one job (TensorFlow cannot start twice in a process), unless it is finished already.
+
+        Returns:
+            The validation accuracy of the last phase, for a sweeper; None of a job that failed.
+
+        Raises:
+            Ended: it was told to stop, or the configuration is wrong.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._pass_on)
+        self.folder = self.folder or str(settings.sweep.dir)
+        self.search = not settings.sweeper._target_.endswith(".BasicSweeper")
+        try:
+            job = self._finish(resolved(tree), overrides, str(settings.sweep.subdir))
+        except Exception as error:
+            raise Ended(error) from None
+        return job.scores.get(OBJECTIVE)
+
+    def _finish(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
+        """Train, or go on, or find it done; then read its scores."""
+        self._stop_here()
+        arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+        target = str(tree["output_dir"] or f"{self.folder}/{name}")
+        config = load(tree | {"output_dir": target})
+        config = without_regularisation(config) if config.debug.overfit else config
+        finished = is_finished(config)
+        if not finished:
+            _refuse_another(config)
+        told = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
+        job = Job(name, target, arguments, told)
+        lines.say(f"sweep: job {name}: {self._differing(job)} -> {target}{' is finished already' * finished}")
+        job.code = DONE if finished else self._process([*arguments, f"output_dir={target}"])
+        if job.code == INTERRUPTED or job.code < 0:
+            self._stop_here()
+            why = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
+            raise Interrupted(f"job {name} of the sweep ended {why}; {self._go_on()}")
+        self.jobs.append(job)
+        if job.code == DONE:
+            report = json.loads((place(target) / "report" / "report.json").read_text())
+            job.scores[OBJECTIVE] = float(list(report["phases"].values())[-1]["val_accuracy"])
+            if report["test"]["split"] == "test":
+                job.scores["test_accuracy"] = float(report["test"]["accuracy"])
+        self._show_on_tensorboard(job, tree)
+        return job
+
+    def _process(self, arguments: list[str]) -> int:
+        # In a process group of its own: Ctrl-C must reach it once, from here, for the second one ends it at once.
+        self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
+        if self.told:
+            self.child.terminate()
+        code = self.child.wait()
+        self.child = None
+        return code
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self.told = signal.Signals(number).name
+        if self.child:
+            self.child.send_signal(signal.SIGTERM)
+
+    def _stop_here(self) -> None:
+        if self.told:
+            raise Interrupted(f"{self.told}: the sweep has stopped, nothing is lost; {self._go_on()}")
+
+    def _go_on(self) -> str:
+        return f"start the same command again with output_dir={self.folder} to go on"
+
+    def _show_on_tensorboard(self, job: Job, tree: dict[str, Any]) -> None:
+        values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not _is_free(key)}
+        before, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
+        if not (place(job.folder) / "config.yaml").exists():  # it failed so early that its folder must stay empty
+            return
+        (place(job.folder) / FILE).write(row(job.name, values, job.scores, job.code == DONE))
+        if len(self.columns) > before:
+            (place(self.folder or "") / FILE).write(columns(list(self.columns)))
+
+    def _differing(self, job: Job) -> str:
+        """What this job was told and not all were; all of it where there is one job."""
+        others = [other.overrides for other in self.jobs if other is not job]
+        told = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
+        return " ".join(told) or ("as the others" if others else "as it is")
+
+    def close(self) -> None:
+        """The last lines: every job and its score, the best one, and what failed.
+
+        Raises:
+            TrainerError: with the exit code of the first job that failed, if that fails the sweep: a grid is whole or
+                not, a search has failed where all of it did.
+        """
+        scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
+        told = [""]
+        for job in self.jobs:
+            score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
+            told.append(f"job {job.name:>3}  {score}  {self._differing(job)}")
+        if scored:
+            best = max(scored, key=lambda job: job.scores[OBJECTIVE])
+            told += [
+                f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
+                f"  again    {best.again}",
+                f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
+            ]
+            termination.outcome(told[-3])
+        lines.say("\n".join(told))
+        if failed and (not self.search or not scored):
+            names = ", ".join(job.name for job in failed)
+            error = TrainerError(f"{len(failed)} of {len(self.jobs)} jobs failed ({names}); their messages are above")
+            error.exit_code = failed[0].code
+            raise error
+
+
+def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
+    """The configuration that the arguments ask for; None where Hydra answered, or a sweep ran to its end.
+
+    Raises:
+        TrainerError: as `compose`; a sweep that was stopped or failed.
+    """
+    if not asks_for_sweep(arguments):
+        return compose(arguments)
+    if _searches_nothing(arguments):
+        raise ConfigError(
+            "a search needs something to search: KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or "
+            "a file of the group sweep: sweep=learning_rates"
+        )
+    arguments, folder = _in_one_folder(arguments)
+    logging.disable(logging.INFO)  # Optuna tells of its study
+    sweep = Sweep(folder)
+    try:
+        compose(arguments, run_job=sweep.run)
+    except Ended as ended:
+        raise ended.error from None
+    except ValueError:  # of Optuna, which finds no best job where all have failed
+        if not sweep.jobs or any(job.scores for job in sweep.jobs):
+            raise
+    if sweep.jobs:
+        sweep.close()
+    return None
+
+
+def _searches_nothing(arguments: list[str]) -> bool:
+    """Whether Optuna would run the same job again and again."""
+    chosen = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
+    if not chosen or {"--cfg", "-c", "--help"} & set(arguments):
+        return False
+    if set(chosen) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
+        return False
+    parser = OverridesParser.create()
+    try:
+        return not any(parser.parse_override(a).is_sweep_override() for a in arguments if not a.startswith("-"))
+    except HydraException:  # composing says what is wrong
+        return False
+
+
+def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
+    """`output_dir=FOLDER` names the folder of the sweep, unless it names one for each job; a local one Hydra makes."""
+    given = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
+    if not given:
+        return arguments, None
+    folder = given[-1].split("=", 1)[1].strip("'\"")
+    if is_remote(folder):
+        return [a for a in arguments if a not in given], folder
+    folder = str(Path(folder).expanduser())
+    return [f"hydra.sweep.dir='{folder}'" if a is given[-1] else a for a in arguments if a not in given[:-1]], folder
+
+
+def _refuse_another(config: RunConfig) -> None:
+    """A job that finds another run in its folder is no failure of the job: the sweep is another one."""
+    record = place(config.output_dir or "") / "config.yaml"
+    if record.exists():
+        of_one_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in FREE)
+
+
+def _value(tree: Any, key: str, text: str) -> Value:
+    """The value of a key in the configuration; of a group, the choice as it was typed."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, bool | int | float | str) else text

@@ -1,0 +1,307 @@
+"""The other workers of a run: exchanging small things, noticing who is gone, failing together.
+
+Beside TensorFlow's collectives every worker keeps one TCP connection to worker 0, the chief. Training never waits for
+it; it carries scores, checkpoints on resume and the order to stop, and a beat every two seconds. A collective that
+waits for a dead or frozen peer may wait for ever; the silence on this connection is what ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trainer.cluster.discovery import Cluster
+from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
+from trainer.monitoring import termination
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import last_words
+
+MAGIC = b"kubetune"  # whatever else answers on the port (TensorFlow's own server, a web server) is told apart by it
+HEADER = struct.Struct("!8sIQ")  # magic, bytes of JSON, bytes of payload
+LONGEST_HEADER = 1 << 20
+CHUNK = 1 << 20
+
+
+class Stranger(ConnectionError):
+    """What answers is not a worker that waits for its peers."""
+
+
+class Wire:
+    """One connection to a peer. `send` may be called from any thread, `receive` from one.
+
+    Attributes:
+        heard: time.monotonic() of the last bytes that arrived.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.heard = time.monotonic()
+        self._sending = threading.Lock()
+
+    def send(self, kind: str, payload: bytes = b"", **facts: Any) -> None:
+        """Send one message.
+
+        Raises:
+            OSError: the connection is gone.
+        """
+        header = json.dumps({"kind": kind, **facts}).encode()
+        with self._sending:
+            self.connection.sendall(HEADER.pack(MAGIC, len(header), len(payload)) + header)
+            if payload:
+                self.connection.sendall(payload)
+
+    def receive(self) -> tuple[dict[str, Any], bytes]:
+        """Wait for one message: its header and its payload.
+
+        Raises:
+            Stranger: the other side speaks something else.
+            OSError: the connection is gone, or its timeout has passed.
+        """
+        magic, length, payload = HEADER.unpack(self._exactly(HEADER.size))
+        if magic != MAGIC or length > LONGEST_HEADER:
+            raise Stranger("something else answers there")
+        return json.loads(self._exactly(length)), self._exactly(payload)
+
+    def _exactly(self, count: int) -> bytes:
+        parts, left = [], count
+        while left:
+            part = self.connection.recv(min(left, CHUNK))
+            if not part:
+                raise ConnectionError("closed")
+            self.heard = time.monotonic()
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the connection; the peer sees its end at once."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The other workers of a run: exchanging small things, noticing who is gone, failing together
+
+BEAT_SECONDS = 2.0
+SILENCE_SECONDS = 20.0
+COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost peer ends the process
+
+
+class Peers:
+    """What worker `cluster.index` shares with the others; with one worker everything here is immediate.
+
+    `gather`, `from_chief`, `told`, `agree`, `any` and `barrier` must be called by all workers in the same order.
+
+    Attributes:
+        on_stop: called with the reason when another worker was told to stop.
+        on_end: called with (exit code, reason) before a lost or failed peer ends this process.
+    """
+
+    def __init__(self, cluster: Cluster, wires: dict[int, Wire]) -> None:
+        self.cluster, self.wires = cluster, wires
+        self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
+        self.on_stop: Callable[[str], None] = lambda _reason: None
+        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None
+        self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in wires}
+        self._left: set[int] = set()
+        self._leaving = False
+        self._alone = False
+        self._ending = threading.Lock()
+        self._committing = threading.Lock()
+        for peer, wire in wires.items():
+            wire.connection.settimeout(None)
+            wire.heard = time.monotonic()
+            threading.Thread(target=self._listen, args=(peer, wire), name=f"peer-{peer}", daemon=True).start()
+        if wires:
+            threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    # --- exchanging ---------------------------------------------------------------------------------------------
+
+    def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
+        """Every worker's bytes, by index, on the chief; None on the others."""
+        if not self.is_chief:
+            self._send(0, "value", payload, topic=topic)
+            return None
+        return [payload, *(self._next(peer, topic) for peer in sorted(self.wires))]
+
+    def from_chief(self, topic: str, payload: bytes = b"") -> bytes:
+        """The chief's bytes on every worker."""
+        if not self.is_chief:
+            return self._next(0, topic)
+        for peer in sorted(self.wires):
+            self._send(peer, "value", payload, topic=topic)
+        return payload
+
+    def told(self, topic: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the chief (it is called there only), on every worker; plain JSON values."""
+        if self.size == 1:
+            return make()
+        return json.loads(self.from_chief(topic, json.dumps(make()).encode() if self.is_chief else b""))
+
+    def agree(self, topic: str, facts: dict[str, Any]) -> None:
+        """Check that all workers hold the same facts, {"name": plain JSON value}.
+
+        Raises:
+            ConfigError: they do not; names each difference and the workers.
+        """
+        everyone = self.gather(topic, json.dumps(facts).encode())
+        found = differences([json.loads(one) for one in everyone]) if everyone else []
+        found = self.told(topic, lambda: found)
+        if found:
+            raise ConfigError(
+                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n"
+                + "\n".join(f"  {line}" for line in found)
+            )
+
+    def any(self, topic: str, here: bool) -> bool:
+        """Whether it is so on any worker."""
+        everyone = self.gather(topic, b"1" if here else b"")
+        return bool(self.told(topic, lambda: any(everyone or ())))
+
+    def barrier(self, topic: str) -> None:
+        """Wait until every worker is here."""
+        self.gather(topic, b"")
+        self.from_chief(topic)
+
+    def _send(self, peer: int, kind: str, payload: bytes = b"", **facts: Any) -> None:
+        try:
+            self.wires[peer].send(kind, payload, **facts)
+        except OSError as error:
+            self._lost(peer, f"its connection broke ({error})")
+
+    def _next(self, peer: int, topic: str) -> bytes:
+        with signs.waiting(f"worker {peer}"):
+            found, payload = self._inbox[peer].get()
+        assert found == topic, f"worker {peer} is at {found!r}, worker {self.index} at {topic!r}"
+        return payload
+
+    # --- stopping and failing -----------------------------------------------------------------------------------
+
+    def tell_stop(self, reason: str) -> None:
+        """Pass on that this worker was told to stop."""
+        self._spread("stop", reason=reason)
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Around a write that should be finished, if it takes seconds, even when a peer is lost meanwhile."""
+        with self._committing:
+            yield
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around all of a worker's work: a failure of one ends all of them, with its exit code and its message."""
+        try:
+            yield
+        except TrainerError as error:
+            self._fail(error.exit_code, str(error))
+            raise
+        except BaseException as error:
+            self._fail(BUG, f"{type(error).__name__}: {error}")
+            raise
+
+    def leave(self) -> None:
+        """Say goodbye: that this worker ends from here on is no loss."""
+        self._leaving = True
+        self._spread("left")
+
+    def go_on_alone(self) -> None:
+        """On the chief, when it needs nothing more of the others: what becomes of them no longer matters to it."""
+        self._alone = True
+
+    def _fail(self, code: int, message: str) -> None:
+        if self.wires and not self._leaving:
+            self._leaving = True
+            self._spread("failed", code=code, message=message, worker=self.index)
+
+    def _spread(self, kind: str, **facts: Any) -> None:
+        for peer, wire in self.wires.items():
+            if peer not in self._left:
+                try:
+                    wire.send(kind, **facts)
+                except OSError:
+                    continue  # its own silence is noticed where it is listened to
+
+    def _listen(self, peer: int, wire: Wire) -> None:
+        while True:
+            try:
+                header, payload = wire.receive()
+            except (OSError, ValueError):
+                self._lost(peer, "it ended without a word")
+                return
+            if header["kind"] == "value":
+                self._inbox[peer].put((header["topic"], payload))
+            elif header["kind"] == "stop":
+                if self.is_chief and not self._alone:
+                    self._spread("stop", reason=header["reason"])
+                if not self._alone:
+                    self.on_stop(header["reason"])
+            elif header["kind"] == "left":
+                self._left.add(peer)
+            elif header["kind"] == "failed":
+                self._left.add(peer)
+                self._failed(header["code"], header["message"], header["worker"], passed_on=header["worker"] != peer)
+
+    def _beat(self) -> None:
+        while not self._leaving:
+            time.sleep(BEAT_SECONDS)
+            self._spread("beat")
+            for peer, wire in self.wires.items():
+                silence = time.monotonic() - wire.heard
+                if silence > SILENCE_SECONDS:
+                    self._lost(peer, f"no word for {silence:.0f} s")
+
+    def _lost(self, peer: int, how: str) -> None:
+        if peer in self._left or self._leaving or self._alone:
+            return
+        self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {how}")
+
+    def _failed(self, code: int, message: str, worker: int, passed_on: bool) -> None:
+        """A peer told why it ends. Its bug is not ours: started again, the run may well go on."""
+        if self._alone:
+            return
+        if code == BUG:
+            code, message = INTERRUPTED, f"worker {worker} ended with a bug ({message}); its log has the traceback"
+        elif not passed_on:
+            message = f"worker {worker}: {message}"
+        self.end(code, message, worker)
+
+    def end(self, code: int, message: str, worker: int | None = None) -> None:
+        """End this process, and tell the others, from any thread: the main one may hang in a collective for ever."""
+        with self._ending:
+            if self._leaving:
+                return
+            self._leaving = True
+            self._spread("failed", code=code, message=message, worker=self.index if worker is None else worker)
+            self._committing.acquire(timeout=COMMIT_SECONDS)
+            word = "interrupted" if code == INTERRUPTED else "error"
+            try:
+                last_words(f"{word}: {message}")
+                termination.leave(code, message)  # first: what follows writes to the run's disk, which may hang
+                self.on_end(code, message)
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+
+
+def differences(everyone: list[dict[str, Any]]) -> list[str]:
+    """What the workers' facts differ in, one "name: value on worker 0, value on worker 1" a line."""
+    lines = []
+    for name in sorted({key for facts in everyone for key in facts}):
+        values = [json.dumps(facts.get(name)) for facts in everyone]
+        for worker, value in enumerate(values):
+            if value != values[0]:
+                lines.append(f"{name}: {values[0]} on worker 0, {value} on worker {worker}")
+                break
+    return lines

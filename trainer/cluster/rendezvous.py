@@ -1,0 +1,286 @@
+"""Before TensorFlow starts: every worker finds every other one, or says which it cannot find.
+
+TensorFlow's own start waits for absent peers for ever and says nothing. Here each worker listens on its port; all
+others connect to the chief, worker 0, and keep that connection (`Peers`). When all are there, each tries the port of
+each other, since the collectives will need every one of these ways. Then the port is free for TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer.cluster.control import Peers, Stranger, Wire
+from trainer.cluster.discovery import Cluster
+from trainer.errors import ConfigError, Interrupted
+
+REPORT_SECONDS = 5.0  # between two lines that say who is missing
+ANSWER_SECONDS = 5.0  # for a connection and a first answer
+REACH_SECONDS = 30.0  # for trying the ports of all others
+
+Note = Callable[[str], None]
+
+
+def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> Peers:
+    """Find all other workers.
+
+    Args:
+        timeout: seconds until giving up.
+        note: told every few seconds who is missing, and why.
+        check: called often; raises to leave (a signal came).
+
+    Raises:
+        Interrupted: somebody is missing after `timeout`, or cannot be reached by somebody; trying again may help.
+        ConfigError: a peer belongs to another job.
+    """
+    if cluster.size == 1:
+        return Peers(cluster, {})
+    note(f"workers: this is {cluster.index} of {cluster.size} ({cluster.source}); waiting for the others")
+    deadline = time.monotonic() + timeout
+    with _Listener(cluster, deadline, note, check) as listener:
+        wires = listener.await_all(note, check) if cluster.is_chief else _join(cluster, deadline, note, check)
+        peers = Peers(cluster, wires)
+        with peers.together():
+            _reach_all(cluster, peers)
+    note(f"workers: all {cluster.size} are there")
+    return peers
+
+
+class _Listener:
+    """This worker's port before TensorFlow takes it: says who is here, and on the chief takes the others in."""
+
+    def __init__(self, cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> None:
+        self.cluster, self.deadline = cluster, deadline
+        self.wires: dict[int, Wire] = {}
+        self._changed = threading.Condition()
+        port = int(cluster.addresses[cluster.index].rpartition(":")[2])
+        self._socket = self._bind(port, note, check)
+        threading.Thread(target=self._accept, name="listener", daemon=True).start()
+
+    def __enter__(self) -> _Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # wakes the accepting thread
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _bind(self, port: int, note: Note, check: Callable[[], None]) -> socket.socket:
+        told = False
+        while True:
+            try:
+                if socket.has_dualstack_ipv6():
+                    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+                return socket.create_server(("", port), backlog=1024)
+            except OSError as error:
+                check()
+                if time.monotonic() > self.deadline:
+                    raise Interrupted(
+                        f"port {port} of this worker is still taken by another process ({error.strerror}); "
+                        "end that process, or give another WORKER_PORT"
+                    ) from None
+                if not told:
+                    note(f"workers: port {port} is taken by another process here; waiting until it is free")
+                told = True
+                time.sleep(0.5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed: TensorFlow's turn
+                return
+            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        wire = Wire(connection)
+        connection.settimeout(ANSWER_SECONDS)
+        try:
+            header, _ = wire.receive()
+            if header["kind"] != "join":
+                wire.send("here", job=self.cluster.job, index=self.cluster.index)
+                wire.close()
+                return
+            refusal = self._refusal(header)
+            if refusal:
+                wire.send("refused", reason=refusal)
+                wire.close()
+                return
+        except (OSError, ValueError, KeyError):
+            connection.close()
+            return
+        connection.setblocking(False)  # from now on it is only looked at
+        with self._changed:
+            old = self.wires.pop(header["index"], None)
+            if old:  # the same worker again: its first connection broke, or its process was replaced
+                old.close()
+            self.wires[header["index"]] = wire
+            self._changed.notify_all()
+
+    def _refusal(self, header: dict[str, Any]) -> str | None:
+        mine = self.cluster
+        if not mine.is_chief:
+            return f"worker {mine.index} answers where worker 0 should; the workers have different lists of addresses"
+        if (header["job"], header["size"]) != (mine.job, mine.size):
+            return f"it belongs to {mine.job} with {mine.size} workers, not to {header['job']} with {header['size']}"
+        if not 0 < header["index"] < mine.size:
+            return f"worker {header['index']} is none of 1..{mine.size - 1}"
+        return None
+
+    def await_all(self, note: Note, check: Callable[[], None]) -> dict[int, Wire]:
+        """The connections of all other workers, once they are there."""
+        everyone, next_report = range(1, self.cluster.size), time.monotonic() + REPORT_SECONDS / 2
+        while True:
+            with self._changed:
+                self._forget_the_dead()
+                missing = [i for i in everyone if i not in self.wires]
+                if not missing:
+                    break
+                self._changed.wait(0.2)
+            check()
+            now = time.monotonic()
+            if now > next_report or now > self.deadline:
+                who = "; ".join(_state(self.cluster.addresses[i], i) for i in missing[:5])
+                who += f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
+                text = f"{len(missing)} of {self.cluster.size} workers are missing: {who}"
+                if now > self.deadline:
+                    for wire in self.wires.values():
+                        with contextlib.suppress(OSError):
+                            wire.send("waiting", text=text, over=True)
+                    raise Interrupted(f"{text}. Waited for runtime.start_timeout; start all workers again to go on")
+                note(f"workers: {text}")
+                for wire in self.wires.values():
+                    with contextlib.suppress(OSError):
+                        wire.send("waiting", text=text, over=False)
+                next_report = now + REPORT_SECONDS
+        for wire in self.wires.values():
+            with contextlib.suppress(OSError):  # `Peers` will notice
+                wire.send("go")
+        return dict(self.wires)
+
+    def _forget_the_dead(self) -> None:
+        for index, wire in list(self.wires.items()):
+            try:
+                ended = wire.connection.recv(1, socket.MSG_PEEK) == b""
+            except BlockingIOError:
+                ended = False
+            except OSError:
+                ended = True
+            if ended:
+                wire.close()
+                del self.wires[index]
+
+
+def _state(address: str, index: int) -> str:
+    """Why a worker may be missing, as far as can be told from here."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError:
+        return f"worker {index} ({address}: the name does not resolve yet)"
+    return f"worker {index} ({address}: has not called)"
+
+
+def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> dict[int, Wire]:
+    """Connect to the chief, and wait until all others have."""
+    next_report, why = time.monotonic() + REPORT_SECONDS / 2, ""
+    address = cluster.addresses[0]
+    while True:
+        check()
+        try:
+            with _closed_on_failure(_ask(address)) as wire:
+                wire.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
+                return {0: _await_start(wire, deadline, note, check)}
+        except Stranger:
+            why = "something answers there that is no waiting worker; perhaps it is training already, without this one"
+        except socket.gaierror:
+            why = "the name does not resolve yet"
+        except OSError as error:
+            why = f"no answer ({error.strerror or error})"
+        now = time.monotonic()
+        if now > deadline:
+            raise Interrupted(
+                f"worker 0 ({address}) is missing: {why}. Waited for runtime.start_timeout; "
+                "start all workers again to go on"
+            )
+        if now > next_report:
+            note(f"workers: worker 0 ({address}) is missing: {why}")
+            next_report = now + REPORT_SECONDS
+        time.sleep(0.3)
+
+
+def _await_start(wire: Wire, deadline: float, note: Note, check: Callable[[], None]) -> Wire:
+    """The chief speaks first when everybody is there; until then it tells who is missing."""
+    wire.connection.settimeout(0.5)
+    while True:
+        check()
+        try:  # only look: what comes after belongs to `Peers`
+            first = wire.connection.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            if time.monotonic() > deadline + ANSWER_SECONDS:
+                raise Interrupted("worker 0 went silent while the others were waited for") from None
+            continue
+        if not first:
+            raise ConnectionError("worker 0 closed the connection")
+        wire.connection.settimeout(ANSWER_SECONDS)
+        header, _ = wire.receive()
+        wire.connection.settimeout(0.5)
+        if header["kind"] == "waiting":
+            if header["over"]:
+                raise Interrupted(f"{header['text']}. Waited for runtime.start_timeout")
+            note(f"workers: {header['text']}")
+        elif header["kind"] == "refused":
+            raise ConfigError(f"worker 0 refuses this worker: {header['reason']}")
+        elif header["kind"] == "go":
+            return wire
+
+
+def _ask(address: str) -> Wire:
+    host, _, port = address.rpartition(":")
+    return Wire(socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS))
+
+
+@contextlib.contextmanager
+def _closed_on_failure(wire: Wire) -> Iterator[Wire]:
+    try:
+        yield wire
+    except BaseException:
+        wire.close()
+        raise
+
+
+def _reach_all(cluster: Cluster, peers: Peers) -> None:
+    """Try every other worker's port.
+
+    Raises:
+        Interrupted: some way is closed; names it on every worker.
+    """
+    faults = [
+        f for i, address in enumerate(cluster.addresses) if i != cluster.index for f in _reach(cluster, i, address)
+    ]
+    everyone = peers.gather("reach", json.dumps(faults).encode())
+    found = peers.told("reach", lambda: [fault for one in everyone or () for fault in json.loads(one)])
+    if found:
+        raise Interrupted("the workers cannot all reach each other (a network policy?): " + "; ".join(found[:5]))
+
+
+def _reach(cluster: Cluster, index: int, address: str) -> list[str]:
+    deadline = time.monotonic() + REACH_SECONDS
+    while True:
+        try:
+            with _closed_on_failure(_ask(address)) as wire:
+                wire.send("who")
+                header, _ = wire.receive()
+            wire.close()
+            if (header["job"], header["index"]) != (cluster.job, index):
+                return [f"{address} is worker {header['index']} of {header['job']}, not worker {index}"]
+            return []
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return [f"worker {cluster.index} cannot reach worker {index} at {address} ({error.strerror or error})"]
+            time.sleep(0.3)

@@ -1,0 +1,56 @@
+"""Two configurations side by side: what may differ between the halves of a run, and between its workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config.schema import RunConfig, Runtime
+
+# What may differ between the two halves of one run: nothing here reaches the weights.
+FREE = (
+    "output_dir",
+    "resume",
+    "export",
+    "experiment_name",
+    "debug.profile_steps",
+    *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
+)
+
+
+# What each worker of one run may have for itself.
+_OWN = ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress", "http_port", "log_format")
+OWN = tuple(f"runtime.{key}" for key in (*_OWN, "termination_log"))
+
+
+def in_common(config: RunConfig) -> dict[str, Any]:
+    """Every value that all workers of a run must share, {"training.batch_size": 32, ...}."""
+    auto = {"auto": config.auto.model_dump(mode="json")} if config.auto else {}  # which no dump of the whole holds
+    return {key: value for key, value in flat(config.model_dump(mode="json") | auto).items() if key not in OWN}
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """What differs in a way that makes it another run, one "key: before -> now" a line.
+
+    The last phase may be made longer (a finished run can be extended); everything in `FREE` may change.
+    """
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    last = list(now.phases)[-1]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        was, is_now = old.get(key), new.get(key)
+        free = any(key == name or key.startswith(name + ".") for name in FREE)
+        longer = (
+            key in {f"phases.{last}.{unit}" for unit in ("epochs", "steps", "examples")} | {"debug.max_steps"}
+            and was is not None
+            and (is_now is None or is_now >= was)
+        )
+        if was != is_now and not free and not longer:
+            found.append(f"{key}: {was} -> {is_now}")
+    return found

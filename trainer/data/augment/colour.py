@@ -1,0 +1,81 @@
+"""Changes of colour: contrast, brightness, saturation, hue; images stay within 0..255."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from trainer.config.schema import Augmentation
+from trainer.data.augment.affine import apart, in_one_loop, packed
+from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, levels
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
+
+Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
+
+
+def recoloured(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+    """Contrast and brightness in one pass, then saturation, then hue; rounded at the end. Uint8 [b, S, S, 3] both."""
+    changed = _recoloured(
+        images,
+        draws.of(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
+        draws.of(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
+        draws.of(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
+        draws.of(HUE, levels(-a.hue, a.hue)) if a.hue else None,
+    )
+    return apart(changed, images.shape)
+
+
+@in_one_loop
+def _recoloured(
+    images: tf.Tensor,
+    contrast: tf.Tensor | None,
+    brightness: tf.Tensor | None,
+    saturation: tf.Tensor | None,
+    hue: tf.Tensor | None,
+) -> tf.Tensor:
+    """Factors, summands and turns, float32 [b] each, None where it is off; pixels packed, int32 [b, S, S]."""
+    planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
+    plus = tf.zeros([]) if brightness is None else brightness[:, None, None]
+    if contrast is not None:  # (x - mean) * factor + mean
+        factor = contrast[:, None, None]
+        plus += _mean(images) * (1 - factor)
+        planes = [plane * factor for plane in planes]
+    if contrast is not None or brightness is not None:
+        planes = [_limited(plane + plus) for plane in planes]
+    if saturation is not None:  # (x - grey) * factor + grey
+        factor = saturation[:, None, None]
+        grey = planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]
+        planes = [_limited(plane * factor + grey * (1 - factor)) for plane in planes]
+    if hue is not None:
+        planes = _turned(planes, hue[:, None, None])
+    return packed([tf.cast(plane + 0.5, tf.int32) for plane in planes])
+
+
+def _limited(plane: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(plane, 0.0, 255.0)
+
+
+def _mean(images: tf.Tensor) -> tf.Tensor:
+    """Mean of each uint8 image, float32 [b, 1, 1]; summed in integers, where the order of adding is all the same."""
+    columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
+    total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
+    return tf.cast(total / (3 * images.shape[1] * images.shape[2]), tf.float32)[:, None, None]
+
+
+def _turned(planes: Planes, turns: tf.Tensor) -> Planes:
+    """The hue of HSV moved by a share of a turn; value and saturation stay."""
+    red, green, blue = planes
+    most = tf.maximum(tf.maximum(red, green), blue)
+    span = most - tf.minimum(tf.minimum(red, green), blue)
+    unit = 1 / tf.where(span > 0, span, 1.0)  # without any colour every hue is the same
+    sixths = tf.where(
+        most == red,
+        (green - blue) * unit,
+        tf.where(most == green, (blue - red) * unit + 2.0, (red - green) * unit + 4.0),
+    )
+    turned = []
+    for start in (5.0, 3.0, 1.0):  # of Smith's hexcone, unrolled: how far each colour is from the one that leads
+        place = (sixths + start) / 6.0 + turns
+        place = (place - tf.floor(place)) * 6.0
+        turned.append(most - span * tf.clip_by_value(tf.minimum(place, 4.0 - place), 0.0, 1.0))
+    return turned

@@ -1,0 +1,107 @@
+"""Holes in images, and images made of two: cutout, mixup, cutmix.
+
+The partner of the example at `position` in the global batch is the one at `position ^ 1`: neighbours, so that every
+even part of a batch (a worker's, a replica's) holds both, and the pairs are those of one replica alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config.schema import Augmentation
+from trainer.data.augment.affine import in_one_loop
+from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_KIND, Draws
+
+GREY = 128  # in the middle of what a pixel can be, and so near zero for every backbone
+
+
+def with_hole(images: tf.Tensor, share: float, draws: Draws) -> tf.Tensor:
+    """Cutout (DeVries and Taylor 2017): a grey square of side `share` * S, its centre anywhere, so that it may hang
+    over the edge. Images [b, S, S, 3] of any type.
+    """
+    side = tf.fill([tf.shape(images)[0]], max(round(share * images.shape[1]), 1))
+    hole, _ = _box(side, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
+    return tf.reshape(tf.where(hole, tf.constant(GREY, images.dtype), _flat(images)), tf.shape(images))
+
+
+def _box(side: tf.Tensor, draws: Draws, what: tuple[int, int], size: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """A square of `side` pixels, int32 [b], about a centre anywhere in an image of `size` pixels a side.
+
+    Returns:
+        bool [b, S, 3 S], true inside; and how many pixels of the image that are, int32 [b].
+    """
+    inside, lengths = [], []
+    for number in what:
+        first = tf.cast(draws.share(number) * size, tf.int32) - side // 2
+        first, last = tf.maximum(first, 0), tf.minimum(first + side, size)
+        at = tf.range(size)
+        inside.append((at >= first[:, None]) & (at < last[:, None]))
+        lengths.append(last - first)
+    across, down = inside
+    return down[:, :, None] & tf.repeat(across, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
+
+
+def _flat(images: tf.Tensor) -> tf.Tensor:
+    """[b, S, 3 S]: a mask without the colours in its last axis, spread over them, takes three times as long."""
+    return tf.reshape(images, [-1, images.shape[1], 3 * images.shape[1]])
+
+
+def shares(alpha: float) -> np.ndarray:
+    """What the share of an image's own can be: float64 [LEVELS], equally likely values of Beta(alpha, alpha)."""
+    from scipy import stats  # takes half a second or more, and few runs mix
+
+    return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
+
+
+def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Mix each image with its partner's, as its own random numbers say; the share is each example's own.
+
+    Mixup (Zhang et al. 2018) adds up share * own + (1 - share) * other. Cutmix (Yun et al. 2019) lets a rectangle of
+    the other image cover (1 - share) of the own one, with its centre anywhere; the share is what is left to be seen.
+    Where both are on, half of the examples get the one and half the other. Nothing is mixed into padding, nor padding
+    into anything.
+
+    Args:
+        batch: image uint8 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]; b is even, and its
+            first row is at an even position of the global batch.
+        epoch: int64 [b].
+
+    Returns:
+        image as above, `other_label` int32 [b] and `mix` float32 [b], the share of `label`: 1 where nothing is mixed.
+    """
+    images = _flat(batch["image"])
+    size, others, draws = images.shape[1], _partners(images), Draws(seed, epoch, batch["index"])
+    real = (batch["weight"] > 0) & (_partners(batch["weight"]) > 0)
+    is_cut = real if a.cutmix else tf.zeros_like(real)
+    if a.mixup and a.cutmix:
+        is_cut &= draws.coin(MIX_KIND)
+    mixture, share = images, tf.ones_like(batch["weight"])
+    if a.mixup:
+        share = tf.where(real & ~is_cut, draws.of(MIX, shares(a.mixup)), 1.0)
+        mixture = _blended(images, others, share)
+    if a.cutmix:
+        sides = tf.cast(draws.of(MIX, np.rint(np.sqrt(1 - shares(a.cutmix)) * size)), tf.int32)
+        box, covered = _box(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
+        mixture = tf.raw_ops.Select(condition=box & is_cut[:, None, None], x=others, y=mixture)
+        share = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), share)
+    mixture = tf.reshape(mixture, tf.shape(batch["image"]))
+    return {
+        "image": tf.ensure_shape(mixture, batch["image"].shape),
+        "other_label": _partners(batch["label"]),
+        "mix": share,
+    }
+
+
+@in_one_loop
+def _blended(images: tf.Tensor, others: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """share * images + (1 - share) * others, rounded: uint8 [b, S, 3 S]; share float32 [b]."""
+    share = share[:, None, None]
+    mixture = tf.cast(images, tf.float32) * share + tf.cast(others, tf.float32) * (1.0 - share)
+    return tf.cast(mixture + 0.5, tf.uint8)
+
+
+def _partners(rows: tf.Tensor) -> tf.Tensor:
+    """The rows [b, ...] with neighbours exchanged."""
+    pairs = tf.reshape(rows, [-1, 2, *rows.shape[1:]])
+    return tf.reshape(tf.reverse(pairs, [1]), tf.shape(rows))

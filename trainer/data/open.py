@@ -1,0 +1,168 @@
+"""From `data.*` to a `Dataset`: class names, splits, counts and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config.schema import Data
+from trainer.data.digits import CLASS_NAMES, digits_folder
+from trainer.data.image_folder import open_image_folder
+from trainer.data.splits import Found, at_most, fingerprint, per_class
+from trainer.data.subgroups import read_groups
+from trainer.data.tfds import open_tfds
+from trainer.data.tfrecord_files import open_tfrecords
+from trainer.errors import DataError
+from trainer.types import Dataset
+
+TINY = 30  # examples: below this one example moves a score by more than 3 points
+IMBALANCE = 3  # most over fewest training examples of a class
+
+
+def open_dataset(
+    data: Data,
+    *,
+    seed: int,
+    cache_dir: Path,
+    max_examples: int | None,
+    note: Callable[[str], None],
+    arriving: bool = False,
+    all_groups: bool = False,
+) -> Dataset:
+    """Open the named source.
+
+    Args:
+        seed: draws the examples that data.labels_per_class and max_examples keep.
+        cache_dir: where the digits and the labels of record shards are kept between runs.
+        max_examples: of each split, with the classes taking turns.
+        arriving: data.root has manifest and labels, and its shards come from a bucket while they are used.
+        all_groups: read data.group_field of every split, not only of the one that is scored at the end.
+        note: called with one line before slow work, and with every note that also stands in `Dataset.notes`.
+
+    Raises:
+        DataError: the data is missing, damaged, or contradicts the configuration; says where and what to do.
+    """
+    cache_dir = Path(cache_dir).expanduser()
+    found = _find(data, cache_dir, note, arriving)
+    _check_classes(found)
+    train = found.splits["train"]
+    if data.labels_per_class:
+        few = [found.class_names[i] for i, n in enumerate(np.bincount(train.labels)) if n < data.labels_per_class]
+        if few:
+            found.notes.append(f"data.labels_per_class={data.labels_per_class}: all there are of {_listed(few)}")
+        found.splits["train"] = per_class(train, data.labels_per_class, seed)
+    if max_examples:
+        found.splits = {name: at_most(split, max_examples, seed) for name, split in found.splits.items()}
+    if data.group_field:
+        scored = "test" if "test" in found.splits else "validation"
+        for name in found.splits if all_groups else {scored} & found.splits.keys():
+            split = found.splits[name]
+            groups = read_groups(split, data.group_field, found.group_names)
+            found.splits[name] = replace(split, groups=groups)
+    found.notes += _remarks(found, limited=max_examples is not None)
+    for line in found.notes:
+        note(line)
+    return Dataset(
+        found.name, found.class_names, found.splits, fingerprint(found), tuple(found.skipped), tuple(found.notes)
+    )
+
+
+def _find(data: Data, cache_dir: Path, note: Callable[[str], None], arriving: bool) -> Found:
+    if data.source == "image_folder":
+        return open_image_folder(data)
+    if data.source == "tfrecords":
+        return open_tfrecords(data, cache_dir, note)
+    if data.source == "digits":
+        try:
+            root = str(digits_folder(cache_dir))
+        except OSError as error:
+            raise DataError(
+                f"the digits cannot be written below {cache_dir} ({error.strerror}): set runtime.cache_dir"
+            ) from None
+        whole = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
+        found = open_tfds(whole, cache_dir, note)
+        assert found.class_names == CLASS_NAMES
+        return found
+    return open_tfds(data, cache_dir, note, arriving)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_classes(found: Found) -> None:
+    """Every class needs a training example, or the model could never answer it."""
+    if len(found.class_names) < 2:
+        raise DataError(
+            f"{found.name} has the classes {_listed(list(found.class_names))}; telling classes apart takes two"
+        )
+    if len(set(found.class_names)) < len(found.class_names):
+        raise DataError(f"{found.name} has a class name twice: {', '.join(found.class_names)}")
+    counts = np.bincount(found.splits["train"].labels, minlength=len(found.class_names))
+    without = [found.class_names[i] for i in np.flatnonzero(counts == 0)]
+    if without:
+        skipped = f" ({len(found.skipped)} unreadable ones were skipped)" if found.skipped else ""
+        raise DataError(
+            f"no training example of {_listed(without)}{skipped}: "
+            "add some, leave the class out, or choose another split"
+        )
+
+
+def _remarks(found: Found, limited: bool) -> list[str]:
+    """What is worth printing about the splits."""
+    remarks = []
+    train = found.splits["train"]
+    counts = np.bincount(train.labels, minlength=len(found.class_names))
+    if counts.max() > IMBALANCE * counts.min():
+        order = np.argsort(counts, kind="stable")
+        shown = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
+        listed = ", ".join(f"{found.class_names[i]} {counts[i]}" for i in shown)
+        remarks.append(
+            f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold ({listed}"
+            f"{'; the rarest and commonest five' * (len(order) > 10)}): training.class_weights=balanced may help"
+        )
+    for name, split in found.splits.items():
+        if split.count < TINY and name != "train" and not limited:
+            remarks.append(
+                f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy"
+            )
+        absent = sorted(set(range(len(found.class_names))) - set(split.labels.tolist()))
+        if absent and not limited:
+            remarks.append(f"{name} has no example of {_listed([found.class_names[i] for i in absent])}")
+    if found.skipped:
+        remarks.append(f"{len(found.skipped)} skipped (data.on_error=skip), the first: {found.skipped[0]}")
+    return remarks + _copies(found)
+
+
+def _copies(found: Found) -> list[str]:
+    """Files that training shares byte for byte with another split; only files alike in size and ends are read."""
+    ends = {path: found.facts[path].rsplit(" ", 2)[1:] for split in found.splits.values() for path in split.files}
+    trained_on: dict[tuple[str, ...], list[str]] = {}
+    for path in found.splits["train"].files:
+        trained_on.setdefault(tuple(ends[path]), []).append(path)
+
+    def digest(path: str) -> bytes:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    remarks = []
+    for name, split in found.splits.items():
+        if name == "train":
+            continue
+        pairs = [
+            (path, other)
+            for path in split.files
+            for other in trained_on.get(tuple(ends[path]), ())
+            if digest(path) == digest(other)
+        ]
+        if pairs:
+            lie = "lies" if len(pairs) == 1 else "lie"
+            remarks.append(
+                f"{len(pairs)} of the {split.count} files of {name} also {lie} byte for byte in train, the first: "
+                f"{pairs[0][0]} = {pairs[0][1]}"
+            )
+    return remarks

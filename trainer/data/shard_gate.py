@@ -1,0 +1,189 @@
+"""Shards are here before the pipeline opens them.
+
+A pipeline cannot wait for a file: no Python may stand in it (`trainer.data.order`), and a file that is not there would
+count as lost records. So the host waits, at a gate before each batch or device call, for every shard that the pipeline
+can open until the next gate. Which ones those are is known from the order alone; this module repeats the arithmetic of
+`order.training_blocks` and `order.sequence_blocks` in numpy, without the shuffling inside a window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainer.data.order import STRETCH, Order, shard_order, shards_of_workers, sizes_of_shards, steps_per_epoch
+from trainer.errors import DataError
+from trainer.storage.shard_cache import ShardCache
+from trainer.types import Split
+
+# Blocks behind the one of the last row that was pulled whose shards may be open. Blocks are read by one thread, into
+# the `prefetch(1)` of `decode._with_records`: while rows of block b are pulled, b + 1 is read and then lies there, and
+# b + 2 is not begun before b + 1 is taken out, which is when the first row behind b is pulled.
+BLOCKS_AHEAD = 1
+
+Read = tuple[int, np.ndarray]  # a block: how many rows of this worker it has, the numbers of its shards
+
+
+def rows_ahead(size: int, threads: int, elements: int) -> int:
+    """How many rows a pipeline may have pulled beyond those that were taken from it.
+
+    Args:
+        size: rows of an element.
+        threads: that decode in parallel, a row each.
+        elements: that fit the buffers behind `batch`; one more is on its way into each of the stages.
+    """
+    # Where TensorFlow fuses map and batch it works on ceil(threads / size) batches at once, and one is being taken.
+    return (elements + 4) * size + 2 * threads
+
+
+def training_reads(split: Split, order: Order) -> Iterator[Read]:
+    """The blocks of `order.training_blocks`, endless, without those that have no row of this worker."""
+    share, rows, by_file = order.share, order.rows, order.by_file
+    chosen = shards_of_workers(split, share.workers)[share.worker] if by_file else np.arange(len(split.shards))
+    all_sizes, steps = sizes_of_shards(split), steps_per_epoch(split, order.batch_size, share)
+    total, shuffle = int(all_sizes[chosen].sum()), order.shuffle or by_file
+    batch, stretch = rows if by_file else order.batch_size, order.window if shuffle else STRETCH
+    epoch, row = order.first_epoch, order.first_step * batch
+    if not by_file:
+        epoch, row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
+
+    def own(stop: int) -> int:
+        """How many of the rows before `stop` are this worker's."""
+        if by_file:
+            return stop
+        return stop // batch * rows + min(max(stop % batch - share.worker * rows, 0), rows)
+
+    while True:
+        shards = shard_order(chosen, order.seed, epoch) if shuffle else chosen
+        ends = np.cumsum(all_sizes[shards])
+        begins = ends - all_sizes[shards]
+        for start in range(min(row // stretch, -(-total // stretch) - 1) * stretch, total, stretch):
+            stop = min(start + stretch, total)
+            padded = steps * batch if stop == total else stop
+            if (count := own(padded) - own(max(start, row))) > 0:
+                yield count, shards[(ends > start) & (begins < stop) & (ends > begins)]
+        epoch, row = epoch + 1, 0
+
+
+def sequence_reads(split: Split, chosen: np.ndarray, batch_size: int) -> Iterator[Read]:
+    """The blocks of `order.sequence_blocks`, once."""
+    ends = np.cumsum(sizes_of_shards(split))
+    begins = np.concatenate([[0], ends[:-1]])
+    edges = np.unique(np.searchsorted(chosen, np.arange(0, split.count + STRETCH, STRETCH)))
+    for first, last in itertools.pairwise(edges.tolist()):
+        start, stop = chosen[first], chosen[last - 1] + 1
+        padding = -len(chosen) % batch_size if last == len(chosen) else 0
+        yield int(last - first) + padding, np.flatnonzero((ends > start) & (begins < stop) & (ends > begins))
+
+
+class LocalShards:
+    """Shards, by path, that nobody has to fetch. They must still be there: a pipeline that skips what it cannot read
+    tries for ever to open a file that is gone.
+    """
+
+    budget = 0  # nothing is fetched ahead
+
+    def require(self, reader: str, paths: list[str], then: list[str]) -> float:  # noqa: ARG002 - as `ShardCache.require`
+        """Raises DataError for a shard that cannot be opened; returns 0 seconds of waiting."""
+        for path in paths:
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                raise DataError(
+                    f"{path}: {error.strerror}, though it was there when the run began; put it back and run the same "
+                    "command again to go on"
+                ) from None
+        return 0.0
+
+    def release(self, reader: str) -> None:
+        """Nothing was held."""
+
+
+class Gate:
+    """Stands before one pipeline over a split; where there is nothing to wait for it is open."""
+
+    def __init__(
+        self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
+    ) -> None:
+        """`reader`: who this is to the cache; `reads`: the blocks of the pipeline; `ahead`: see `rows_ahead`."""
+        self.shards, self.reader, self.split, self.ahead = shards, reader, split, ahead
+        self._reads = reads
+        fetched = isinstance(shards, ShardCache)
+        self._names = [os.path.basename(shard.path) if fetched else shard.path for shard in split.shards]
+        self._blocks: deque[tuple[int, list[str]]] = deque()  # row behind the block, its shards
+        self._number = 0  # of the first of them
+        self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks so far
+        self._open = (-1, -1)  # numbers of the first and last block that the gate is open for
+
+    def before(self, rows: int) -> float:
+        """The next `rows` rows are about to be taken: wait until all that the pipeline can open meanwhile is here.
+
+        Returns:
+            seconds waited.
+
+        Raises:
+            As `ShardCache.require`.
+        """
+        if self.shards is None:
+            return 0.0
+        while self._blocks and self._blocks[0][0] <= self._taken:
+            self._blocks.popleft()
+            self._number += 1
+        self._taken += rows
+        last = self._blocks_until(self._taken + self.ahead) + BLOCKS_AHEAD
+        if (self._number, self._number + last) == self._open:
+            return 0.0
+        names, then = self._shards_until(last)
+        waited = self.shards.require(self.reader, names, then)
+        self._open = (self._number, self._number + last)
+        return waited
+
+    def close(self) -> None:
+        """The pipeline is gone."""
+        if self.shards is not None:
+            self.shards.release(self.reader)
+
+    def _blocks_until(self, row: int) -> int:
+        """How many blocks lie before the one that holds a row."""
+        number = 0
+        while number < len(self._blocks) or self._next_block():
+            if self._blocks[number][0] > row:
+                break
+            number += 1
+        return number
+
+    def _next_block(self) -> bool:
+        """Look one block further; whether there is one."""
+        read = next(self._reads, None)
+        if read is None:
+            return False
+        self._rows += read[0]
+        self._blocks.append((self._rows, [self._names[shard] for shard in read[1]]))
+        return True
+
+    def _shards_until(self, last: int) -> tuple[list[str], list[str]]:
+        """The shards of the blocks up to number `last`, and what comes after them: as much as the cache can hold, or
+        one epoch."""
+        assert self.shards is not None
+        while last >= len(self._blocks) and self._next_block():
+            pass
+        now = dict.fromkeys(name for _, names in list(self._blocks)[: last + 1] for name in names)
+        seen, size, number = dict(now), 0, last + 1
+        while size < self.shards.budget and self._rows_since(last, number) < self.split.count:
+            if number >= len(self._blocks) and not self._next_block():
+                break
+            assert isinstance(self.shards, ShardCache)  # the others have no budget
+            for name in self._blocks[number][1]:
+                size += 0 if name in seen else self.shards.entries[name].size
+                seen[name] = None
+            number += 1
+        return list(now), [name for name in seen if name not in now]
+
+    def _rows_since(self, last: int, number: int) -> int:
+        if number <= last + 1 or not self._blocks:
+            return 0
+        return self._blocks[number - 1][0] - self._blocks[min(last, len(self._blocks) - 1)][0]

@@ -1,0 +1,158 @@
+"""What a teacher is made of, found in the folder that `distillation.teacher` names, here or in a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import yaml
+
+from trainer.config import schema as config
+from trainer.errors import ConfigError, DataError
+from trainer.exporting.model_card import label_lines
+from trainer.runs.checkpoints import read_checkpoint, weights_of
+from trainer.storage.path import Place, place
+
+SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
+ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
+_GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """Where a teacher lies and what it knows.
+
+    Attributes:
+        files: of the folder `home`, by name below it; size in bytes.
+        fingerprint: of its weights; another one for other weights.
+    """
+
+    address: str  # as the user gave it
+    kind: str  # SavedModel | checkpoint
+    home: Place
+    classes: tuple[str, ...]
+    fingerprint: str
+    files: dict[str, int] = field(default_factory=dict)
+    model: config.Model | None = None  # of a checkpoint: what to build
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
+        return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
+
+
+def look_for_teacher(address: str) -> TeacherFiles:
+    """Find a teacher; of its weights only sizes and checksums are read.
+
+    Args:
+        address: output_dir of an earlier run (the checkpoint whose weights it exported), or of a SavedModel that
+            kubetune exported.
+
+    Raises:
+        DataError: there is neither.
+        ConfigError: the run's config.yaml is of another version.
+    """
+    home = place(address)
+    if (home / _GRAPH).exists():
+        return _saved_model(address, home)
+    if (home / "config.yaml").exists():
+        return _checkpoint(address, home)
+    raise DataError(
+        f"distillation.teacher={address} is neither the output_dir of a run (no config.yaml in it) nor the folder of a "
+        f"SavedModel (no {_GRAPH} in it)"
+    )
+
+
+def _saved_model(address: str, home: Place) -> TeacherFiles:
+    if not (home / _LABELS).exists():
+        raise DataError(f"distillation.teacher={address} is a SavedModel without {_LABELS}: kubetune did not export it")
+    entries = {str(e.place).removeprefix(f"{home}/"): e for e in home.list()}
+    digest = hashlib.sha256()
+    for name, entry in sorted(entries.items()):
+        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else _crc(entry.place.read())
+        digest.update(f"{name} {entry.size} {known}\n".encode())
+    classes = tuple((home / _LABELS).read_text().splitlines())
+    sizes = {name: entry.size for name, entry in entries.items()}
+    return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
+
+
+def _crc(content: bytes) -> str:
+    return f"{google_crc32c.value(content):08x}"
+
+
+def _checkpoint(address: str, home: Place) -> TeacherFiles:
+    try:
+        told = config.load(yaml.safe_load((home / "config.yaml").read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"distillation.teacher={address}: its config.yaml cannot be used; {error}") from None
+    pointer = home / "checkpoints" / ("BEST" if told.training.keep == "best" else "LATEST")
+    names = pointer.read_text().split() if pointer.exists() else []
+    if not names:
+        raise DataError(f"distillation.teacher={address}: that run has no checkpoint yet; let it end first")
+    folder = home / "checkpoints" / names[0]
+    try:
+        manifest = json.loads((folder / "manifest.json").read())["variables.npz"]
+        classes = tuple(json.loads((home / "run.json").read())["classes"])
+    except (ValueError, KeyError):
+        raise DataError(f"distillation.teacher={address}: {folder} or run.json is damaged") from None
+    fingerprint = hashlib.sha256(json.dumps([manifest, told.model.model_dump()], sort_keys=True).encode()).hexdigest()
+    sizes = {"variables.npz": int(manifest["bytes"])}
+    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint[:16], sizes, told.model)
+
+
+def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """Raise a DataError unless a teacher knows the classes of the data, in the same order."""
+    wanted = tuple(label_lines(wanted).splitlines())  # as labels.txt has them
+    known = tuple(label_lines(known).splitlines())
+    if known == wanted:
+        return
+    only = [(f"it alone has {_listed(known, wanted)}", set(known) - set(wanted)),
+            (f"the data alone has {_listed(wanted, known)}", set(wanted) - set(known))]  # fmt: skip
+    how = " and ".join(words for words, names in only if names)
+    how = how or f"they are the same in another order ({', '.join(known[:5])}; {', '.join(wanted[:5])})"
+    raise DataError(
+        f"distillation.teacher={address} knows {len(known)} classes, the data has {len(wanted)}: {how}; give a teacher "
+        "that was trained on these classes"
+    )
+
+
+def check_same(run: str, before: str | None, now: str) -> None:
+    """Raise a DataError where the run of this address began with a teacher of another fingerprint."""
+    if before not in (None, now):
+        raise DataError(
+            f"{run} learned from another teacher (fingerprint {before}, now {now}); give the one it began with, or "
+            "another output_dir"
+        )
+
+
+def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    rest = [name for name in names if name not in others]
+    return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
+
+
+def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:
+    """The variables of a checkpoint by name, averaged where that run had EMA on; or the files of a SavedModel by name,
+    uint8 [bytes].
+
+    Raises:
+        DataError: something is missing or does not match its checksum.
+    """
+    if found.kind == SAVED_MODEL:
+        return {name: np.frombuffer((found.home / name).read(), np.uint8) for name in found.files}
+    try:
+        return weights_of(read_checkpoint(found.home)[1])
+    except DataError as error:
+        raise DataError(f"distillation.teacher={found.address}: {error}") from None
+
+
+def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
+    """The reverse of `read_teacher` for a SavedModel."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.tobytes())

@@ -1,0 +1,67 @@
+"""What is exported, and the examples that every exported file is tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.decoding import Resize
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model with all that its files tell of it; S is the side of its images, pixels."""
+
+    model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
+    explain: Callable[[Any], dict[str, Any]]  # the same images -> `trainer.models.grad_cam`
+    class_names: tuple[str, ...]  # in the order of the probabilities
+    image_size: int
+    resize: Resize
+    reference: Mapping[str, Any]  # `trainer.exporting.reference`
+    examples: Callable[[], np.ndarray]  # uint8 [k, S, S, 3] of the training split, for int8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples that the model did not learn from, and what the trainer itself says of them."""
+
+    images: np.ndarray  # uint8 [n, S, S, 3]
+    labels: np.ndarray  # int [n]
+    probabilities: np.ndarray  # float32 [n, classes]
+
+
+@contextmanager
+def plain(model: keras.Model) -> Iterator[None]:
+    """While this holds, `model` computes in float32, whatever precision it trained in, and has Keras' own layers only.
+
+    LiteRT and ONNX have few kernels for half precision, and a file of our layers would load nowhere without us. What a
+    Normalization computes with is no tensor meanwhile, which tf2onnx would take for one more input.
+    """
+
+    def layers(of: Any) -> list[Any]:
+        return [of, *(inner for layer in getattr(of, "layers", ()) for inner in layers(layer))]
+
+    before = [(layer, layer.dtype_policy, type(layer)) for layer in layers(model)]
+    norms = [(layer, layer.mean, layer.variance) for layer, _, kind in before if kind.__name__ == "Normalization"]
+    try:
+        for layer, mean, variance in norms:
+            layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
+        for layer, _, kind in before:
+            layer.dtype_policy = "float32"
+            if kind.__module__.startswith("trainer."):  # BatchNormalization that trained
+                layer.__class__ = kind.__mro__[1]
+        yield
+    finally:
+        for layer, mean, variance in norms:
+            layer.mean, layer.variance = mean, variance
+        for layer, policy, kind in before:
+            layer.dtype_policy = policy
+            if type(layer) is not kind:
+                layer.__class__ = kind

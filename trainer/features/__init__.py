@@ -1,0 +1,1 @@
+"""Cached features of frozen layers: when, where the network is cut, the pass, the store."""

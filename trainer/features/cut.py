@@ -1,0 +1,140 @@
+"""The frozen part of a classifier: where a phase can be cut in two, and the two parts.
+
+Below the cut nothing trains, so what it makes of an image is the same in every step: it can be computed once. What is
+above learns from that what it would learn from images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer.models.batch_norm import NORM, counting
+from trainer.models.bn_folding import computed, folded
+from trainer.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor of the backbone that everything above it is computed from, and below which nothing trains."""
+
+    layer: str  # that puts it out
+    number: int  # of that layer in `backbone.layers`
+    tensor: Any  # KerasTensor [None, ...] of the backbone
+    pooled: bool  # the backbone's end: what leaves the trunk is pooled, float32 [b, C]
+    shape: tuple[int, ...]  # of what leaves the trunk, one example
+    dtype: str  # the same: float32, or the compute dtype of a lower precision
+    variables: dict[str, keras.Variable]  # of the trunk, as `Classifier.variables` names them
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights below the cut."""
+        digest = hashlib.sha256()
+        for name, variable in self.variables.items():
+            value = tf.distribute.get_strategy().experimental_local_results(variable.value)[0]
+            digest.update(name.encode() + b"\0" + value.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __str__(self) -> str:
+        where = f"layer {self.number} ({self.layer})"
+        shape = " x ".join(map(str, self.shape))
+        return f"the backbone's end, pooled to {shape}" if self.pooled else f"{where}, {shape}"
+
+
+def is_moving(layer: keras.Layer) -> bool:
+    """Whether its averages move in training, be there something to learn in it or not."""
+    return isinstance(layer, NORM) and layer.trainable
+
+
+def find_cut(classifier: Classifier) -> Cut | None:
+    """The deepest cut of a classifier as `apply_thaw` left it; None where no layer with weights lies below any."""
+    backbone = classifier.backbone
+    operations = backbone.operations
+    last_use = {
+        id(tensor): number
+        for number, operation in enumerate(operations)
+        for tensor in (keras.tree.flatten(operation.input) if number else [])
+    }
+    (end,) = backbone.outputs
+    last_use[id(end)] = len(operations)
+    crossing: dict[int, tuple[int, Any]] = {}
+    found, has_weights = None, False
+    for number, operation in enumerate(operations):
+        is_layer = isinstance(operation, keras.Layer)  # else a bare function, such as the addition of two tensors
+        if is_layer and (operation.trainable_weights or is_moving(operation)):
+            break
+        has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
+        for tensor in keras.tree.flatten(operation.output):
+            crossing[id(tensor)] = (number, tensor)
+        crossing = {key: value for key, value in crossing.items() if last_use.get(key, -1) > number}
+        if len(crossing) == 1 and has_weights:
+            found = (number, *next(iter(crossing.values())))
+    if found is None:
+        return None
+    below, number, tensor = found
+    layers = [operation for operation in operations[: below + 1] if isinstance(operation, keras.Layer)]
+    own = {id(variable) for layer in layers for variable in layer.weights}
+    pooled = tensor is end
+    return Cut(
+        layer=operations[number].name,
+        number=sum(isinstance(operation, keras.Layer) for operation in operations[: number + 1]) - 1,
+        tensor=tensor,
+        pooled=pooled,
+        shape=(tensor.shape[-1],) if pooled else tuple(tensor.shape[1:]),
+        dtype="float32" if pooled else tensor.dtype,
+        variables={name: variable for name, variable in classifier.variables.items() if id(variable) in own},
+    )
+
+
+class Trunk:
+    """What lies below some cuts of one classifier, for inference alone, with the weights that it has now."""
+
+    def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
+        self.classifier, self.cuts = classifier, tuple(cuts)
+        self._front = keras.Model(classifier.backbone.inputs, [cut.tensor for cut in cuts])
+        self._weights = folded(self._front)
+
+    def features(self, images: Any) -> tuple[Any, ...]:
+        """uint8 or float32 [b, S, S, 3] in 0..255 -> for each cut [b, *shape] of its dtype."""
+        pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
+        maps = keras.tree.flatten(computed(self._front, pixels, weights=self._weights))
+        return tuple(
+            self.classifier.pooled(made) if cut.pooled else made for cut, made in zip(self.cuts, maps, strict=True)
+        )
+
+
+class Tail:
+    """What lies above a cut: to a training step and to scoring it is a classifier of what leaves the trunk."""
+
+    def __init__(self, classifier: Classifier, cut: Cut) -> None:
+        self.classifier, self.cut = classifier, cut
+        self._back = None if cut.pooled else keras.Model(cut.tensor, classifier.backbone.outputs[0])
+
+    def logits(
+        self,
+        images: Any,
+        *,
+        training: bool = False,
+        batch_norm_training: bool = False,
+        seed: int = 0,
+        step: Any = 0,
+        position: Any = None,
+        weight: Any = None,
+    ) -> Any:
+        """What left the trunk, [b, *shape], stored as any floating type -> float32 logits [b, classes].
+
+        The other arguments are those of `Classifier.logits`, and so is the answer.
+        """
+        maps = keras.ops.cast(images, self.cut.dtype)
+        if self._back is not None:
+            with counting(weight if batch_norm_training else None):
+                maps = computed(self._back, maps, batch_norm_training)
+        return self.classifier.head_logits(maps, training, seed, step, position)
+
+    def l2_loss(self) -> tf.Tensor:
+        """As `Classifier.l2_loss`."""
+        return self.classifier.l2_loss()

@@ -1,0 +1,248 @@
+"""The run's own code, led up to the point where it would begin to do something: its checks, words and errors."""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.cluster.devices import described, devices_of
+from trainer.cluster.discovery import Cluster
+from trainer.config.schema import RunConfig
+from trainer.data.remote import Prepared
+from trainer.data.splits import part_sizes
+from trainer.distillation.source import check_classes, look_for_teacher
+from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.folder import open_run_folder
+from trainer.storage.path import Entry, Place, place
+from trainer.storage.staging import is_remote, missing_from, planned_copy
+from trainer.types import Dataset, Shard, Split
+
+
+def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
+    """What `build_strategy` says before it starts anything, and the number of replicas of one worker.
+
+    Raises:
+        ConfigError: as a run would, the batch cannot be shared or there are too few devices.
+    """
+    kind, wanted = devices_of(config.runtime, cluster.size)
+    return described(kind, wanted, cluster, config), wanted
+
+
+@contextmanager
+def metadata(found: Prepared, address: str) -> Iterator[str]:
+    """A folder with all that a prepared folder in a bucket says of its shards, and none of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
+        folder.mkdir()
+        for name, entry in found.beside.items():
+            entry.place.download(folder / name, expected=entry)
+        yield str(folder)
+
+
+def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
+    """A TFDS folder in a bucket from its few kilobytes of metadata: names and counts are right, labels are all 0.
+
+    Raises:
+        DataError: it is no TFDS folder, or lacks a split that was asked for.
+    """
+    import tensorflow_datasets as tfds
+
+    data = config.data
+    entries = place(root).list(recursive=False)
+    small = [e for e in entries if str(e.place).endswith((".json", ".txt"))]
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in small:
+            entry.place.download(Path(folder) / entry.place.name, expected=entry)
+        try:
+            info = tfds.builder_from_directory(folder).info
+            names = data.class_names or tuple(info.features[data.label_field].names)
+            specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
+            specs = {name: spec or (name if name in info.splits else None) for name, spec in specs.items()}
+            pieces = {n: info.splits[spec].file_instructions for n, spec in specs.items() if spec}
+        except Exception as error:  # TFDS raises what its JSON readers raise
+            raise DataError(f"{root} is no TFDS folder that can be read: {str(error).splitlines()[0]}") from None
+    shards = {
+        name: tuple(Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in found if i.take)
+        for name, found in pieces.items()
+    }
+    counts = {name: sum(s.stop - s.start for s in found) for name, found in shards.items()}
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    fractions = {name: fraction for name, fraction in fractions.items() if name not in counts and fraction > 0}
+    carved = part_sizes(counts["train"], fractions)
+    counts |= carved | {"train": counts["train"] - sum(carved.get(name, 0) for name in fractions)}
+    if config.debug.max_examples:
+        counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
+    splits = {n: Split(n, np.zeros(c, np.int32), shards=shards.get(n, shards["train"])) for n, c in counts.items()}
+    return Dataset(info.name, names, splits, fingerprint="")
+
+
+def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str]:
+    """The local path of what `stage` fetched before, None where it would have to fetch something; and its words.
+
+    Raises:
+        DataError: as `stage`: nothing is there, it cannot be read, or it does not fit the budget.
+    """
+    copy = planned_copy(address, cache, budget)
+    missing = missing_from(copy.folder, copy.entries)
+    if not missing:
+        return copy.path, f"{address}: lies in {copy.folder}, fetched before"
+    size = sum(entry.size for entry in missing.values())
+    return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}"
+
+
+def listed(address: str) -> list[Entry]:
+    """The files that a folder or a pattern in a bucket names; nothing is fetched."""
+    folder = re.split(r"[*?\[]", address)[0]
+    if folder == address:
+        return place(address.rstrip("/")).list()
+    return [e for e in place(folder.rpartition("/")[0]).list() if fnmatch.fnmatch(str(e.place), address)]
+
+
+def output_place(config: RunConfig) -> Place:
+    """Where output_dir is."""
+    return place(config.output_dir or "")
+
+
+def _stand_in(config: RunConfig, folder: Path, contents: tuple[str, ...]) -> None:
+    """Make `folder` look like output_dir: names of all it holds, contents of the small files that decide."""
+    there = output_place(config)
+    folder.mkdir()
+    for child in [*(entry.place for entry in there.list(recursive=False)), *there.folders()]:
+        # Of a bucket the run fetches neither markers nor what is made at the end.
+        if child.name.startswith(".") or (not there.is_local and child.name in ("DONE", "report", "export")):
+            continue
+        (folder / child.name).write_bytes(child.read() if child.name in contents else b"")
+
+
+def take_folder(config: RunConfig, fingerprint: str | None = None) -> RunConfig | None:
+    """Take a stand-in of output_dir as a run takes output_dir; nothing is written there.
+
+    Args:
+        fingerprint: of the data, which must be the data that the run began with; None where it is not known yet.
+
+    Returns:
+        The configuration with which the run would go on; None where it would begin.
+
+    Raises:
+        ConfigError, DataError: what the run would end with.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        _stand_in(config, folder, ("config.yaml", "run.json"))
+        try:
+            home = open_run_folder(config.model_copy(update={"output_dir": str(folder)}))
+            assert home.lock is not None
+            home.lock.close()
+            if fingerprint:
+                home.note_start({}, fingerprint, {})
+        except TrainerError as error:
+            raise type(error)(str(error).replace(str(folder), str(config.output_dir))) from None
+        return home.config if home.resuming else None
+
+
+def newest_state(config: RunConfig) -> dict[str, Any] | None:
+    """The state of the newest checkpoint in output_dir that can be read; None where there is none."""
+    there = output_place(config)
+    if there.is_local:
+        checkpoints = CheckpointFolder(Path(str(there)) / "checkpoints", 1, lambda _: None)
+        for step in reversed(checkpoints.steps()):
+            with suppress(DataError):
+                return checkpoints.read(step)[0]
+        return None
+    committed = (there / "checkpoints" / "LATEST").fetch()
+    names = committed[0].decode().split() if committed else []
+    return json.loads((there / "checkpoints" / names[0] / "state.json").read()) if names else None
+
+
+def holder(config: RunConfig) -> str | None:
+    """Who is training into output_dir, as far as its lock or lease tells."""
+    there = output_place(config)
+    if there.is_local:
+        try:
+            with open(Path(str(there)) / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+        except BlockingIOError:
+            return (Path(str(there)) / ".lock").read_text().strip() or "another process"
+        except OSError:
+            pass
+        return None
+    found = (there / ".lease").fetch()
+    with suppress(ValueError, AttributeError):
+        lease = json.loads(found[0]) if found else {}
+        if lease.get("holder") and lease.get("uid") != (os.environ.get("JOB_UID") or ""):
+            return f"{lease['holder']}, last renewed at {lease.get('renewed')}"
+    return None
+
+
+def probe_output(config: RunConfig) -> str:
+    """Write and delete a small file where the run would write; the words for it.
+
+    Raises:
+        ConfigError, DataError, Interrupted: it cannot be written.
+    """
+    name = f".probe-{uuid.uuid4().hex[:12]}"
+    address = config.output_dir or "outputs"
+    if is_remote(address):
+        probe = place(address) / name
+        try:
+            probe.write("probe", only_if=None)
+            probe.delete()
+        except TrainerError as error:
+            raise type(error)(str(error).replace(str(probe), address)) from None
+        return f"{address}: a probe was written and deleted"
+    folder = Path(address).expanduser()
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".probe-", dir=there) as file:
+            file.write(b"probe")
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
+    free = shutil.disk_usage(there).free
+    where = "" if there == folder else f" in {there.resolve()}, since the folder is not there yet"
+    return f"{folder}: a probe was written and deleted{where}; {free / 1e9:,.1f} GB free"
+
+
+def find_warm_start(source: str) -> str:
+    """The words for a warm start that is there.
+
+    Raises:
+        DataError: there is no checkpoint.
+    """
+    absent = DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
+    if is_remote(source):
+        if not (place(source) / "checkpoints" / "LATEST").exists():
+            raise absent
+        return f"{source}: has a committed checkpoint"
+    folder = Path(source).expanduser()
+    home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
+    steps = CheckpointFolder(home / "checkpoints", 1, lambda _: None).steps()
+    if not steps:
+        raise absent
+    return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+
+
+def find_teacher(address: str, classes: tuple[str, ...] | None) -> str:
+    """The words for a teacher that is there.
+
+    Raises:
+        DataError, ConfigError: there is none, or it does not know these classes.
+    """
+    found = look_for_teacher(address)
+    if classes is not None:
+        check_classes(address, found.classes, classes)
+    return found.words

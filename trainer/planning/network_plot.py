@@ -1,0 +1,149 @@
+"""The network in a drawing: its stages, and which phase trains them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from trainer.models.classifier import Classifier
+from trainer.planning.estimates import PhasePlan, parameters
+from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
+
+FROZEN, PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # how a stage is drawn
+MOST_ROWS = 36  # of the drawing; more blocks than that are drawn by resolution
+MIDDLE, OUTPUT, LAYERS, PARAMETERS, FIRST_PHASE, STEP = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5  # columns; a row is 1 high
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers `first` to `last` of the backbone, drawn as one."""
+
+    name: str
+    first: int
+    last: int
+    shape: tuple[int, ...]  # of what comes out, without the batch
+    parameters: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+
+Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output, layers, parameters, what it is
+
+
+def stages(classifier: Classifier) -> list[Stage]:
+    """Stem, blocks and top; blocks of one resolution together where they are too many to draw."""
+    layers = classifier.backbone.layers
+    names = [layer.name for layer in layers]
+    starts = classifier.kind.block_starts(names)
+    edges = list(starts.items())
+    if edges and edges[0][1] > 0:
+        edges.insert(0, ("stem", 0))
+    last_block = edges[-1][0] if edges else None
+    end = max((i for i, n in enumerate(names) if classifier.kind.block_of(n) == last_block), default=len(names) - 1)
+    if edges and end + 1 < len(names):
+        edges.append(("top", end + 1))
+    edges = edges or [(classifier.kind.name, 0)]
+    borders = [first for _, first in edges[1:]] + [len(names)]
+    found = [_stage(classifier, n, first, after - 1) for (n, first), after in zip(edges, borders, strict=True)]
+    if len(found) <= MOST_ROWS:
+        return found
+    groups: list[list[Stage]] = []
+    for stage in found:
+        if groups and groups[-1][0].shape[:2] == stage.shape[:2]:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return [
+        _stage(classifier, g[0].name if len(g) == 1 else f"{g[0].name} to {g[-1].name}", g[0].first, g[-1].last)
+        for g in groups
+    ]
+
+
+def _stage(classifier: Classifier, name: str, first: int, last: int) -> Stage:
+    layers = classifier.backbone.layers
+    count = sum(math.prod(v.shape) for layer in layers[first : last + 1] for v in layer.weights)
+    return Stage(name, first, last, tuple(layers[last].output.shape[1:]), count)
+
+
+def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
+    """The network from images to probabilities as a PNG: one row a stage, as wide as its feature maps, coloured by
+    what trains in the last phase, with a column for every phase.
+    """
+    size, found = classifier.image_size, stages(classifier)
+    head = sum(math.prod(v.shape) for v in classifier.head_variables.values())
+    hidden = f"hidden {classifier.hidden.units}, " if classifier.hidden is not None else ""
+    rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
+    rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in found]
+    rows.append((f"{classifier.pooling} pooling", (found[-1].shape[-1],), 0, 0, None))
+    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + bool(hidden), head, "head"))
+
+    width = FIRST_PHASE + STEP * len(phases)
+    figure = canvas(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))
+    axes = figure.subplots()
+    axes.set_xlim(-0.2, width)
+    axes.set_ylim(len(rows) + 0.9, -2.15)
+    axes.axis("off")
+    title = f"{classifier.kind.name}, {parameters(classifier):,} parameters"
+    axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
+    axes.plot([0, width - 0.1], [-1.15, -1.15], color=RULE, linewidth=0.8)
+    columns = [(OUTPUT, "output", "left"), (LAYERS, "layers", "right"), (PARAMETERS, "parameters", "right")]
+    columns += [(FIRST_PHASE + STEP * (n + 0.5), label(p.name, 12), "center") for n, p in enumerate(phases)]
+    for x, name, align in columns:
+        axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
+    for y, row in enumerate(rows):
+        _draw_row(axes, y, row, [_colour(classifier, phase, row[-1]) for phase in phases], size)
+        if y + 1 < len(rows):
+            arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+            axes.annotate("", (MIDDLE, y + 0.7), (MIDDLE, y + 0.3), arrowprops=arrow)
+    for number, (colour, name) in enumerate(((TRAINS, "trains"), (PARTLY, "trains in part"), (FROZEN, "frozen"))):
+        x = 0.2 + 2.4 * number
+        _box(axes, x, len(rows) + 0.35, 0.36, 0.36, colour)
+        axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
+    return save(figure, path)
+
+
+def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int) -> None:
+    name, shape, layers, count, _ = row
+    # The side of the feature maps on a scale of logarithms: 48 -> 24 -> 12 narrows by the same amount each time.
+    side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
+    wide, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
+    _box(axes, MIDDLE - wide / 2, y, wide, 0.6, colours[-1])
+    axes.text(MIDDLE, y, label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    axes.text(OUTPUT, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
+    for x, number in ((LAYERS, layers), (PARAMETERS, count)):
+        axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
+    for column, colour in enumerate(colours):
+        if colour:
+            _box(axes, FIRST_PHASE + STEP * column + 0.1, y, STEP - 0.2, 0.6, colour)
+
+
+def _box(axes: Axes, left: float, middle: float, width: float, height: float, colour: str | None) -> None:
+    """A filled box, or an empty one with an edge where there is no colour."""
+    axes.add_patch(
+        FancyBboxPatch(
+            (left, middle - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.11",
+            facecolor=colour or "white",
+            edgecolor="none" if colour else MUTED,
+            linewidth=0.8,
+        )
+    )
+
+
+def _colour(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
+    """By the share of its layers with weights that train; frozen batch norm does not make a stage a partial one."""
+    if stage is None or isinstance(stage, str):
+        return TRAINS if stage else None
+    norm = keras.layers.BatchNormalization
+    able = {i for i in stage.layers if (layer := classifier.backbone.layers[i]).weights and not isinstance(layer, norm)}
+    trains = able & phase.trains
+    return TRAINS if able and trains == able else PARTLY if trains or phase.trains & set(stage.layers) else FROZEN

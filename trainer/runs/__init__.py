@@ -1,0 +1,1 @@
+"""Everything in the output_dir of a run."""

@@ -1,0 +1,148 @@
+"""Checkpoints: written beside, verified, made visible by one rename.
+
+A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by name, exact), `state.json` and
+`manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from trainer.errors import DataError
+from trainer.storage.local import sync, write_whole
+from trainer.storage.path import Place, place
+
+PREFIX = "step-"
+
+
+def _checksum(content: bytes) -> str:
+    return f"{google_crc32c.value(content):08x}"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by the name of its folder, `step-00000420`, in a bucket `step-00000420-1a2b3c4d`."""
+    return int(name[len(PREFIX) :].partition("-")[0])
+
+
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Named arrays as bytes, exact."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def unpacked(content: bytes) -> dict[str, np.ndarray]:
+    """The reverse of `packed`."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """State and variables of the checkpoint in a folder, here or in a bucket.
+
+    Raises:
+        DataError: it is missing or damaged.
+        Interrupted: the bucket does not answer.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read())
+        contents = {name: (folder / name).read() for name in manifest}
+        damaged = [name for name, content in contents.items() if _checksum(content) != manifest[name]["crc32c"]]
+        if not damaged:
+            return json.loads(contents["state.json"]), unpacked(contents["variables.npz"])
+    except (DataError, ValueError, KeyError) as error:
+        raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
+    raise DataError(f"{folder / damaged[0]} does not match its checksum")
+
+
+def weights_of(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values of the model among the variables of a checkpoint, averaged where its run had EMA on."""
+    values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
+    return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int, note: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.note = folder, keep, note
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(step_of(p.name) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
+
+    def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
+        """Commit one checkpoint and delete those that nothing refers to any more.
+
+        Raises:
+            OSError: the disk is full or gone; the checkpoints that were there are untouched.
+        """
+        final = self.path(state["step"])
+        beside = self.folder / f".writing-{final.name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            contents = {"variables.npz": packed(variables), "state.json": json.dumps(state).encode()}
+            manifest = {n: {"bytes": len(c), "crc32c": _checksum(c)} for n, c in contents.items()}
+            for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
+                write_whole(beside / name, content)
+            if final.exists():  # the same step again, by a run that was killed before it could say so
+                shutil.rmtree(final)
+            beside.rename(final)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync(self.folder)
+        write_whole(self.folder / "LATEST", final.name + "\n")
+        if best_step is not None:
+            write_whole(self.folder / "BEST", self.path(best_step).name + "\n")
+        self._prune()
+        return final
+
+    def _prune(self) -> None:
+        """Keep the newest `keep`, and every best that one of them refers to."""
+        steps = self.steps()
+        newest = steps[-self.keep :]
+        needed = set(newest)
+        for step in newest:
+            with contextlib.suppress(OSError, ValueError):  # a damaged one refers to nothing; `newest` will say so
+                state = json.loads((self.path(step) / "state.json").read_text())
+                needed |= {state["best"]["step"]} if state["best"] else set()
+                needed |= {state["carried"]} if state.get("carried") else set()
+        for step in set(steps) - needed:
+            shutil.rmtree(self.path(step))
+
+    def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """State and variables of a checkpoint.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        return read_checkpoint(place(self.path(step)))
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """The newest checkpoint that can be read; damaged ones are set aside with a message."""
+        for unfinished in self.folder.glob(".writing-*"):  # by a process that was killed
+            shutil.rmtree(unfinished)
+        for step in reversed(self.steps()):
+            try:
+                return self.read(step)
+            except DataError as error:
+                aside = self.folder / f"damaged-{self.path(step).name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(step).rename(aside)
+                self.note(f"{error}; set aside as {aside.name}, going back to the one before")
+        return None

@@ -1,0 +1,243 @@
+"""The folder that names a run: new, to be continued, or finished."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+import trainer
+from trainer.config.auto import adopted
+from trainer.config.diff import differences
+from trainer.config.schema import RunConfig, load
+from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.runs.publisher import Publisher
+from trainer.storage.lease import Lease
+from trainer.storage.lease import take as take_lease
+from trainer.storage.local import write_json, write_whole
+from trainer.storage.path import Place, place
+from trainer.storage.staging import is_remote
+
+
+@dataclass
+class RunFolder:
+    """An output folder held by this process.
+
+    `path` is where the run writes; where `output_dir` is in a bucket, that is a folder of the cache, and `publisher`
+    copies it to `address`.
+    """
+
+    path: Path
+    address: str  # as the user gave it
+    resuming: bool  # a run was here before
+    lock: TextIO | None  # None on a worker that is not the chief
+    publisher: Publisher
+    config: RunConfig  # of the run; where it was begun before, with what it chose then for what is `auto`
+
+    def record(self, config: RunConfig) -> None:
+        """Write config.yaml: from now on the folder holds this run."""
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+    def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
+        """Write run.json: what first started the run stays, every attempt is added.
+
+        Raises:
+            DataError: the data is not what the run began with.
+        """
+        run = read_facts(self.path)
+        before = run.get("data_fingerprint", fingerprint)
+        if before != fingerprint:
+            raise DataError(
+                f"{self.address} was trained on other data (fingerprint {before}, now {fingerprint}); "
+                "give another output_dir, or the data it began with"
+            )
+        attempts = [*run.get("attempts", []), attempt() | workers]
+        note_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": attempts})
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json of a run's folder says; nothing where there is none yet."""
+    file = folder / "run.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def note_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `facts` into run.json, for the starts to come; what else it says stays."""
+    write_json(folder / "run.json", read_facts(folder) | facts)
+
+
+def attempt() -> dict[str, Any]:
+    """This process: when, where and with which versions."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "command": ["python", "-m", "trainer", *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("tensorflow", "keras", "numpy")}
+        | {"kubetune": trainer.__version__},
+        "git": _git_commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bits of a run."""
+    return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
+
+
+def source_digest() -> str:
+    """16 hex digits over the package's own Python files: two images of one version may still differ."""
+    digest, package = hashlib.sha256(), Path(trainer.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _git_commit() -> str | None:
+    if built_from := os.environ.get("KUBETUNE_REVISION"):  # an image holds no .git
+        return built_from
+    here = Path(trainer.__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _fresh_folder(name: str | None) -> Path:
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{name}" if name else "")
+    for i in range(1, 1000):
+        folder = Path("outputs") / (stamp if i == 1 else f"{stamp}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot create {folder}: {error.strerror}; give output_dir=FOLDER") from None
+    raise ConfigError("outputs/ holds a thousand runs of this second; give output_dir=FOLDER")
+
+
+def _hold(folder: Path, workers: int) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115  held until the process ends
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        kind = Interrupted if workers > 1 else ConfigError
+        raise kind(
+            f"output_dir={folder}: another process ({lock.read().strip() or 'unknown'}) is training into it; "
+            "give another output_dir or wait until it ends"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
+    """Take the folder that `config.output_dir` names, or a new one under outputs/.
+
+    Raises:
+        ConfigError: it belongs to another run, to another process, to no run at all, or `resume` forbids it.
+        Interrupted: one of several workers finds another process there: most likely its own predecessor on a node
+            that hangs, which is not for long.
+    """
+    address = config.output_dir or str(_fresh_folder(config.experiment_name))
+    remote = place(address) if is_remote(address) else None
+    path = _scratch(config, address) if remote else Path(address).expanduser()
+    lock = _hold(path, workers)
+    publisher = Publisher(path, remote, _lease(remote) if remote else None)
+    try:
+        publisher.fetch()
+        return _take(config, path, address, lock, publisher)
+    except BaseException:
+        publisher.close(publish=False)
+        raise
+
+
+def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: Publisher) -> RunFolder:
+    record = path / "config.yaml"
+    others = [p.name for p in path.iterdir() if p.name not in (".lock", "config.yaml")]
+    if not record.exists():
+        if config.resume == "must":
+            raise ConfigError(f"resume=must, but output_dir={address} holds no run")
+        if others:
+            raise ConfigError(
+                f"output_dir={address} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
+            )
+        home = RunFolder(path, address, False, lock, publisher, config)
+        if config.auto is None:  # else there is no run before `start` has chosen: a kill until then leaves nothing open
+            home.record(config)
+        return home
+    if config.resume == "never":
+        raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
+    before = load(yaml.safe_load(record.read_text()))
+    config = of_one_run(config, before, address)
+    (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
+    home = RunFolder(path, address, True, lock, publisher, config)
+    home.record(config)
+    return home
+
+
+def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
+    """`config`, with what the run that began as `before` chose for what is `auto`.
+
+    Raises:
+        ConfigError: it is another run.
+    """
+    config, _ = adopted(config, before)
+    changed = differences(before, config)
+    if changed:
+        raise ConfigError(
+            f"output_dir={address} holds a run with another configuration; give another one, or the same values:\n"
+            + "\n".join(f"  {line}" for line in changed)
+        )
+    return config
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run that `config.output_dir` holds is this one, and nothing of it is left to do. Only reads."""
+    if not config.output_dir or config.resume == "never":
+        return False
+    folder = place(config.output_dir)
+    if not (folder / "DONE").exists():
+        return False
+    before = load(yaml.safe_load((folder / "config.yaml").read_text()))
+    config, _ = adopted(config, before)
+    same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
+    return same_length and not differences(before, config)
+
+
+def follow_run_folder(config: RunConfig) -> RunFolder:
+    """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
+    address = config.output_dir or ""
+    path = _scratch(config, address) if is_remote(address) else Path(address).expanduser()
+    return RunFolder(path, address, False, None, Publisher(path, None, None), config)
+
+
+def _scratch(config: RunConfig, address: str) -> Path:
+    """Where a run whose output_dir is in a bucket writes first."""
+    digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
+    return Path(config.runtime.cache_dir).expanduser() / "runs" / digest
+
+
+def _lease(remote: Place) -> Lease:
+    """Hold the bucket's folder. The same Kubernetes Job (JOB_UID) takes it over at once from a pod that is gone."""
+    pod = os.environ.get("HOSTNAME") or platform.node()
+    return take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)

@@ -1,0 +1,200 @@
+"""What a run says while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from tensorboard.compat.proto.event_pb2 import Event
+
+from trainer.monitoring import log as lines
+from trainer.monitoring.health import signs
+from trainer.storage.local import write_whole
+
+VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # what TensorBoard shows of an epoch
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def cut_back(metrics: Path, logs: Path, step: int) -> None:
+    """Forget what was written after `step`: the run goes on from there and will write it again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+        write_whole(metrics, "".join(line + "\n" for line in lines))
+    for file in logs.glob("*/events.out.tfevents.*"):
+        kept = []
+        try:
+            for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+                if Event.FromString(record).step <= step:
+                    kept.append(record)
+        except tf.errors.DataLossError:  # the kill came in the middle of a record
+            pass
+        with tf.io.TFRecordWriter(str(file) + ".cut") as writer:
+            for record in kept:
+                writer.write(record)
+        Path(str(file) + ".cut").replace(file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # half a line at the end of a killed run
+        return float("inf")
+
+
+class Telemetry:
+    """Writes the story of the run; nothing here feeds back into training.
+
+    Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"); what depends on the
+    machine and the moment is under "timing", everything else is the same for the same run.
+    """
+
+    def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
+        """`folder`: None on a worker that is not the chief, which neither writes nor tells."""
+        self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
+        self.bar: Progress | None = None
+        self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._since = time.monotonic()
+        self._waited = 0.0
+        self._profiling = False
+
+    def expect(self, total_steps: int) -> None:
+        """Steps of the whole run; a progress bar begins here."""
+        self.total_steps = total_steps
+        if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
+                console=Console(highlight=False),
+            )
+            self._task = self.bar.add_task("", total=total_steps, line="")
+            self.bar.start()
+
+    def say(self, text: str, **facts: Any) -> None:
+        """Print a line, above the bar if there is one; `facts` are its numbers, for a log of JSON."""
+        if self.bar:
+            self.bar.console.print(text, markup=False, soft_wrap=True)
+        elif self.folder:
+            lines.say(text, **facts)
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which the device had no data."""
+        self._waited += seconds
+
+    def restart_clock(self) -> None:
+        """What happened since the last interval (an evaluation, a checkpoint) is not training time."""
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def interval(self, entry: dict[str, Any], examples: float, goodput: float) -> None:
+        """One logging interval: phase, epoch, step, loss, accuracy, learning_rate; the examples it took; and the
+        ledger's goodput.
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate, wait = examples / seconds, min(self._waited / seconds, 1.0)
+        left = (self.total_steps - entry["step"]) * self.batch_size / rate
+        self.restart_clock()
+        timing = {
+            "images_per_second": round(rate, 1),
+            "data_wait": round(wait, 4),
+            "goodput": round(goodput, 4),
+            "time": time.time(),
+        }
+        self._write({"kind": "train", **entry, "timing": timing})
+        signs.tell(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
+        self._scalars(
+            entry["phase"],
+            entry["step"],
+            {
+                "train/loss": entry["loss"],
+                "train/accuracy": entry["accuracy"],
+                "train/learning_rate": entry["learning_rate"],
+                "speed/images_per_second": rate,
+                "speed/data_wait": wait,
+                "speed/goodput": goodput,
+            },
+        )
+        line = (
+            f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {clock(left)}"
+        )
+        if self.bar:
+            self.bar.update(
+                self._task, completed=entry["step"], description=f"{entry['phase']} epoch {entry['epoch']}", line=line
+            )
+        else:
+            step, share = entry["step"], entry["step"] / self.total_steps
+            facts = entry | {key: value for key, value in timing.items() if key != "time"}
+            self.say(
+                f"{entry['phase']}  epoch {entry['epoch']}  step {step}/{self.total_steps} ({share:.0%})  {line}",
+                **facts,
+            )
+
+    def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
+        """One finished epoch with its validation scores."""
+        self._write({"kind": "epoch", **entry, "timing": timing})
+        self._scalars(
+            entry["phase"],
+            entry["step"],
+            {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry},
+        )
+        self.flush()
+        self.say(
+            f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
+            f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
+            f"val_accuracy {entry['val_accuracy']:.4f}"
+            + (f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else "")
+            + ("  (best)" if best else ""),
+            **entry,
+            **timing,
+        )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+        if self.folder is None:
+            return
+        if phase not in self._writers:
+            self._writers[phase] = tf.summary.create_file_writer(str(self.folder / "logs" / phase))
+        with self._writers[phase].as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def profile(self, step: int, window: tuple[int, int] | None) -> None:
+        """To be called with the run's step between calls to the device: traces [first, last) for TensorBoard."""
+        if self.folder is None:
+            return
+        if window and not self._profiling and window[0] <= step < window[1]:
+            tf.profiler.experimental.start(str(self.folder / "logs"))
+            self._profiling = True
+        elif self._profiling and not (window and step < window[1]):
+            tf.profiler.experimental.stop()
+            self._profiling = False
+
+    def close(self) -> None:
+        """Stop the bar and the profiler, and close the files."""
+        self.profile(0, None)
+        if self.bar:
+            self.bar.stop()
+        for writer in self._writers.values():
+            writer.close()

@@ -1,0 +1,83 @@
+"""How the starts of a run ended, kept beside its checkpoints: a run that never gets anywhere must not retry for ever.
+
+Exit code 75 asks for another start, and a Kubernetes Job grants it for free. Starts that make no progress are counted
+here, and after enough of them in a row the run gives up with exit code 3.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import BUG, INTERRUPTED, GaveUp
+from trainer.storage.local import write_json
+
+KEPT = 100  # attempts in the file
+STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
+
+
+class Attempts:
+    """The attempts of one run, the last one being this process.
+
+    One entry is {"step", "started", "kind", "reason"}: the step it went on from, and how it ended. Kind and reason are
+    None as long as it runs, and remain so where it was killed.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        """`file`: None on a worker that is not the chief, which keeps no account."""
+        self.file, self._ours = file, False
+        try:
+            self.entries: list[dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else []
+        except ValueError:  # damaged: counting begins anew
+            self.entries = []
+
+    def begin(self, step: int, most_fruitless: int) -> None:
+        """Enter this attempt, which goes on from `step`.
+
+        Raises:
+            GaveUp: the last `most_fruitless` restarts ended without a signal and without a step of progress.
+        """
+        fruitless = self._fruitless(step)
+        if len(fruitless) >= most_fruitless:
+            reasons = "\n".join(f"  {e['started']}: {_reason(e)}" for e in fruitless[-3:])
+            raise GaveUp(
+                f"{len(fruitless)} restarts in a row made no step of progress beyond step {step}; mend the cause, then "
+                f"delete {self.file} or raise runtime.max_fruitless_restarts. The last ones ended so:\n{reasons}"
+            )
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._ours = True
+        self.entries.append({"step": step, "started": now, "kind": None, "reason": None})
+        self._write()
+
+    def _fruitless(self, step: int) -> list[dict[str, Any]]:
+        """Restarts since the last progress that count, oldest first."""
+        found: list[dict[str, Any]] = []
+        for number in range(len(self.entries) - 1, 0, -1):  # the first entry is a start, not a restart
+            entry = self.entries[number]
+            if step > entry["step"]:
+                break
+            if entry["kind"] not in (STOPPED, REFUSED):
+                found.insert(0, entry)
+        return found
+
+    def end(self, kind: str, reason: str) -> None:
+        """Say how this attempt ends."""
+        if self._ours and self.entries[-1]["kind"] is None:
+            self.entries[-1] |= {"kind": kind, "reason": reason}
+            self._write()
+
+    def failed(self, code: int, reason: str) -> None:
+        """Say with which exit code, and why, this attempt ends."""
+        self.end(FAILED if code in (INTERRUPTED, BUG) else REFUSED, reason)
+
+    def _write(self) -> None:
+        # The first entry of all stays first: it is the one start that is no restart.
+        kept = self.entries if len(self.entries) <= KEPT else [self.entries[0], *self.entries[-KEPT + 1 :]]
+        if self.file:
+            write_json(self.file, kept)
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    return entry["reason"] or "ended without a word (killed; out of memory?)"
