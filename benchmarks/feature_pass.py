@@ -18,7 +18,7 @@ import tensorflow as tf
 from benchmarks.asking import arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
 from benchmarks.results import Comparison, Result, keep
 from trainer.cli.compose import compose
-from trainer.cluster.control import Peers
+from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.config.schema import Augmentation, load
@@ -46,7 +46,7 @@ def open_job(root: Path, asked: argparse.Namespace, scratch: Path) -> Run:
     ])  # fmt: skip
     assert tree is not None
     config = load(tree)
-    return open_run(config, open_run_folder(config, 1), Peers(discover(os.environ), {}), StopFlag(), time.time())
+    return open_run(config, open_run_folder(config, 1), ControlChannel(discover(os.environ), {}), StopFlag(), time.time())
 
 
 def our_pass(job: Run, cut: Cut, scratch: Path) -> Callable[[], float]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from trainer.cli.compose import _hidden
-from trainer.cluster.control import Peers
+from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
 from trainer.models.classifier import build_classifier
@@ -55,7 +55,7 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
     settle_input(one.backbone)
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", 1, print)
     checkpoints.save(RunState(step=1).to_json(), variables.read(one.variables), None)
-    job = SimpleNamespace(config=told, classifier=other, peers=Peers(discover({}), {}), checkpoints=checkpoints,
+    job = SimpleNamespace(config=told, classifier=other, peers=ControlChannel(discover({}), {}), checkpoints=checkpoints,
                           folder=tmp_path, ledger=Ledger(None, 0), attempts=Attempts(None))  # fmt: skip
     if resumed:
         resume(cast(Any, job), cast(Any, SimpleNamespace(resuming=True)))

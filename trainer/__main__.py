@@ -20,7 +20,7 @@ from trainer.config.diff import in_common
 from trainer.config.schema import RunConfig, load, without_regularisation
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import say
 from trainer.runs.folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
 
@@ -67,28 +67,28 @@ def _train(arguments: list[str]) -> None:
         return _say_finished(config)
     if cluster.size > 1 and not config.output_dir:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
-    signs.at("meeting the other workers")
+    health.set_activity("meeting the other workers")
     try:
         peers = meet(cluster, config.runtime.start_timeout, say, _look_around(config, stop))
     except _FinishedMeanwhile:
         return _say_finished(config)
     peers.on_stop = stop.told
-    stop.on_signal = lambda name: peers.tell_stop(f"{name} on worker {peers.index}")
+    stop.on_signal = lambda name: peers.broadcast_stop(f"{name} on worker {peers.index}")
     # Until the run can be saved there is nothing to save: importing TensorFlow takes longer than some grace periods.
     stop.on_told = lambda reason: peers.end(
         INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
     )
     stop.check("before training began")
-    with peers.together():
-        peers.agree("configuration", in_common(config))
-        peers.agree("code", versions() | {"source": source_digest()})
+    with peers.propagate_failures():
+        peers.require_equal("configuration", in_common(config))
+        peers.require_equal("code", versions() | {"source": source_digest()})
         home = open_run_folder(config, cluster.size) if peers.is_chief else follow_run_folder(config)
-        signs.at("importing TensorFlow")
+        health.set_activity("importing TensorFlow")
         with quiet_start():
             from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
 
         train.run(config, home, peers, stop, began)
-    peers.leave()
+    peers.disconnect()
 
 
 def main() -> None:

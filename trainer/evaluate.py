@@ -28,11 +28,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from trainer.cli.compose import compose, exit_code_of, quiet_start, speak_as, speak_early
-from trainer.cluster.control import Peers
+from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import say
 from trainer.runs.checkpoints import CheckpointFolder, read_checkpoint, weights_of
 from trainer.runs.reader import FinishedRun, exported_checkpoint, find_checkpoint, read_run
@@ -228,7 +228,7 @@ def open_job(checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
     from trainer.runs.restarts import Attempts
 
     config = checkpoint.run.config
-    peers, cache = Peers(discover({}), {}), Path(config.runtime.cache_dir).expanduser()
+    peers, cache = ControlChannel(discover({}), {}), Path(config.runtime.cache_dir).expanduser()
     model = config.model.model_copy(update={"weights": "none"})  # all of them come from the checkpoint
     bare = config.model_copy(update={"model": model})
     local, where, shards = copies_ahead(bare, cache, say, lambda address: stop.check(f"while {address} was fetched"))
@@ -281,7 +281,7 @@ def _run(arguments: list[str]) -> None:
     speak_as(config.runtime)
     run = FinishedRun(own["run"], home, config, tuple(facts["classes"]), facts["data_fingerprint"])
     checkpoint = read_state(run, own.get("checkpoint"))
-    signs.enter("evaluate")
+    health.enter_phase("evaluate")
     with quiet_start():
         import trainer.report.build  # noqa: F401  TensorFlow is imported only now: mistakes must answer at once
     evaluate(own, checkpoint, began)

@@ -31,7 +31,7 @@ from trainer.data.remote import local_copies
 from trainer.data.tfds_writer import Groups, ImageSource, write_dataset
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words, say
 from trainer.storage.path import place
 from trainer.types import Dataset, Split
@@ -52,7 +52,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
-        local_copies(config, cache, say, lambda _address: signs.moved())[0].data,
+        local_copies(config, cache, say, lambda _address: health.progress())[0].data,
         seed=config.seed,
         cache_dir=cache,
         max_examples=config.debug.max_examples,
@@ -99,7 +99,7 @@ def _noted(show: Progress) -> Progress:
         nonlocal before
         if done != before:
             before = done
-            signs.moved()
+            health.progress()
         show(done, total)
 
     return progress
@@ -171,7 +171,7 @@ def _run(arguments: list[str]) -> None:
     part = _part(os.environ)
     be_seen(config, *part)
     signal.signal(signal.SIGTERM, _end)
-    signs.enter("prepare")
+    health.enter_phase("prepare")
     prepare(config, outputs[0], part)
 
 

@@ -1,38 +1,60 @@
-"""One run, from a configuration to a report and a model that serves. Read it top to bottom."""
+"""One run, from a configuration to a report and a model that serves. Read it top to bottom.
+
+set up -> restore -> plan -> for each phase: thaw, inputs, epochs of steps and validation -> finish
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.cluster.control import BEAT_SECONDS, SILENCE_SECONDS, Peers
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.devices import build_strategy
 from trainer.cluster.signals import StopFlag
+from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
-from trainer.data.images import data_errors
-from trainer.data.shard_gate import Gate
-from trainer.errors import BUG, Diverged, Interrupted, ToldToStop, TrainerError
-from trainer.evaluation.scoring import validation_scores
-from trainer.features.cache import Inputs, choose_features, open_inputs
-from trainer.handing_on import hand_on
+from trainer.context import RunContext, RunPlan, failures_recorded
+from trainer.data.decoding import plain
+from trainer.data.host import usable_cpus
+from trainer.data.images import ImageStore, data_errors
+from trainer.data.open import open_run_data, require_validation
+from trainer.data.order import Order
+from trainer.data.pipeline import training_batches
+from trainer.data.shard_gate import ShardGate
+from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
+from trainer.distillation.teacher import open_teacher
+from trainer.errors import INTERRUPTED, Interrupted, ToldToStop
+from trainer.evaluation.scoring import Scorer, validation_scores
+from trainer.exporting.formats import check_formats
+from trainer.features.inputs import Inputs, go_live, open_inputs
+from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
+from trainer.models.classifier import build_classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.monitoring.health import signs
-from trainer.run import Run, again, say, score, step_settings, steps_of, training_stream
-from trainer.runs.folder import RunFolder
-from trainer.start import open_run, resume, share_data
-from trainer.teaching import find_teacher
+from trainer.models.weights import settle_input
+from trainer.monitoring.health import FINISH, health
+from trainer.monitoring.log import say
+from trainer.runs.clock import Clock
+from trainer.runs.folder import RunFolder, note_facts, resolve_auto, started_with
+from trainer.runs.metrics import MetricsWriter, cut_back
+from trainer.runs.saver import Saver
+from trainer.runs.warm_start import take_weights
 from trainer.training import variables
-from trainer.training.early_stopping import best_step, exhausted, judge
+from trainer.training.early_stopping import best_step, exhausted, judge, select_phase_weights, summarise_phase
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.training.step import TrainingStep
+from trainer.training.state import RunState
+from trainer.training.step import StepSettings, TrainingStep, require_finite
+
+AFTER = "after training had ended"
 
 
-def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began: float) -> None:
-    """Train, evaluate, report and export, or go on where `home` was left. All workers run this, in step.
+def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float) -> None:
+    """Train, evaluate, export and report, or go on where `folder` was left. All workers run this, in step.
 
     Args:
         began: time.time() at which the process started, for the account of where the time went.
@@ -40,54 +62,128 @@ def run(config: RunConfig, home: RunFolder, peers: Peers, stop: StopFlag, began:
     Raises:
         TrainerError: with a message for the user and the exit code of the process.
     """
-    job = open_run(config, home, peers, stop, began)
-    with failures_noted(job):
-        resume(job, home)
-        choose_features(job)
-        share_data(job)
-        find_teacher(job)
-        job.state.starts += 1
-        job.ledger.mark("start")
-        names = list(job.config.phases)
-        while job.state.phase < len(names):
-            if job.told_to_stop("before a phase"):  # to compile it may take longer than the time there is to stop
-                leave(job, "between phases")
-            train_phase(job, names[job.state.phase])
-        job.ledger.mark("train")
-        from trainer.finish import finish  # scikit-learn and matplotlib: seconds that the first step need not wait for
-
-        finish(job)
+    run, divisions = set_up(config, folder, control, stop, began)
+    with failures_recorded(run):
+        restored = restore(run, folder)
+        run.plan = make_plan(run, divisions)
+        names = list(run.config.phases)
+        with run.clock.span("train"):
+            while run.state.phase < len(names):
+                if run.worker.should_stop("before a phase"):  # to compile it may take longer than the grace period
+                    leave(run, "between phases")
+                train_phase(run, names[run.state.phase], restored)
+                restored = {}
+        with run.clock.span("finish"):
+            finish(run)
 
 
-@contextmanager
-def failures_noted(job: Run) -> Iterator[None]:
-    """Around the run: however it ends, the account is closed and beside the checkpoints stands why."""
+# ---------------------------------------------------------------------------------------------------------------
+# Set up
+# ---------------------------------------------------------------------------------------------------------------
 
-    def ended(code: int, reason: str) -> None:
-        job.attempts.failed(code, reason)
-        job.ledger.write()
 
-    job.peers.on_end = ended
-    job.stop.on_told = job.note_stop
-    try:
-        yield
-    except OSError as error:
-        text = f"{job.address}: {error.strerror or error}; what was saved before is intact. {again(job)}"
-        ended(Interrupted.exit_code, text)
-        raise Interrupted(text) from error
-    except tf.errors.OpError as error:
-        if job.peers.size > 1:  # a collective that failed: the peers' own connections soon say whose fault it is
-            time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
-        ended(BUG, str(error))
-        raise
-    except TrainerError as error:
-        ended(error.exit_code, str(error))
-        raise
-    finally:
-        job.telemetry.close()
-        job.publisher.close()
-        if job.shards:
-            job.shards.close()
+def set_up(
+    config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+) -> tuple[RunContext, dict[str, Division]]:
+    """Open data, devices and model, and divide the model for each phase; devices come before the first tensor."""
+    say(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
+    check_formats(config.export.formats, config.model.backbone)
+    health.set_activity("opening the data")
+    data = open_run_data(config, say, lambda address: stop.check(f"while {address} was fetched"))
+    dataset = data.dataset
+    require_validation(dataset)
+    counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
+    say(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
+    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
+                          | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
+
+    config, reasons = resolve_auto(config, folder, control, dataset)
+    stop.check("before training began")
+    health.set_activity("building the model")
+    worker = Worker(control, build_strategy(config, control, say, usable_cpus()), stop)
+    stop.install()  # again: TensorFlow's coordination service takes the handlers away
+    with worker.strategy.scope():
+        model = config.model.model_copy(update={"weights": data.weights})
+        classifier = build_classifier(model, len(dataset.class_names), config.seed)
+    divisions = divide(config, classifier)  # before anything is written: a mistake in the last phase costs no other
+    say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
+    workers = {"workers": control.size, "found_by": control.cluster.source}
+    facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
+    control.broadcast("run", lambda: folder.note_start(facts, dataset.fingerprint, workers))
+    chief_folder = folder.path if control.is_chief else None
+    run = RunContext(
+        config=config,
+        worker=worker,
+        images=ImageStore(data, config, classifier.image_size, stop.check),
+        classifier=classifier,
+        state=RunState(),
+        saver=Saver(folder, control, config.runtime.keep_checkpoints),
+        clock=Clock(chief_folder and chief_folder / "ledger.json", began),
+        metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
+    )
+    return run, divisions
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Restore, and plan what is left
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
+    """Load order: this run's newest checkpoint > warm start > what the backbone was built with.
+
+    Returns:
+        the variables of this run's checkpoint by name, for the optimizer of the phase that goes on; else none.
+    """
+    control, config, classifier = run.worker.control, run.config, run.classifier
+    state, restored = run.saver.newest(folder.resuming)
+    if state:
+        run.state = RunState.from_json(state)
+        variables.write(classifier.variables, restored, f"checkpoint step {run.state.step}")
+        settle_input(classifier.backbone)
+        say(f"weights: this run's checkpoint at step {run.state.step}")
+    elif config.warm_start:
+        where, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)
+        say(f"weights: warm start from {where}, {count} of {len(classifier.variables)} variables")
+    else:
+        say(f"weights: backbone {config.model.weights}, head from the seed")
+    step = run.state.step
+    health.set_gauges(step=step, epoch=run.state.epoch + 1)
+    if control.is_chief:
+        health.checkpoint_saved()
+        run.clock.resumed(run.state.train_seconds)
+        cut_back(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
+    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_fruitless_restarts))
+    run.state.starts += 1
+    return restored
+
+
+def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
+    """Decide what each phase reads and how the workers share the data, and open the teacher."""
+    worker, config, state, images = run.worker, run.config, run.state, run.images
+    control, split = worker.control, images.dataset.splits["train"]
+    reads = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
+    features = FeaturePlan(divisions, reads)
+    images.train_once = train_images_read_once(config, features.reads, state.phase)
+    health.set_activity("opening the training images")
+    # Every worker decodes at the same time, whatever the answer will be.
+    kept = "features" if images.train_once else images.split("train").kept
+
+    shared = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, kept, state.sharding)
+    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(shared)))
+    check_resumable(sharding, state.sharding, state.epoch_step)
+    state.sharding = sharding.facts
+    if worker.size > 1:
+        say(sharding.describe(split, worker.index))
+    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)
+    run.metrics.expect(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
+
+    teacher = None
+    if config.distillation and state.phase < len(config.phases):
+        health.set_activity("opening the teacher")
+        teacher = open_teacher(worker, images, run.scorer.sharding, run.saver.address, state.teacher)
+        state.teacher = teacher.fingerprint
+    return RunPlan(features, sharding, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -95,220 +191,358 @@ def failures_noted(job: Run) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def train_phase(job: Run, name: str) -> None:
-    """Thaw what the phase names, train it to its end, and hand its weights on."""
-    phase, state, config = job.config.phases[name], job.state, job.config
-    total = steps_of(phase, config, job.steps_per_epoch)
-    signs.enter(name)
-    plan = apply_thaw(job.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-    say(f"phase {name}: {total} steps ({total / job.steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
+@dataclass
+class PhaseRun:
+    """What the epochs of one phase share; batches are read from `stream`, whose shards `gate` waits for."""
+
+    name: str
+    phase: Phase
+    total: int  # optimizer steps at most
+    step: TrainingStep
+    rate: Any  # learning rate as a function of the phase's step
+    inputs: Inputs
+    stream: Any
+    gate: ShardGate
+    saved: dict[str, Any]  # every variable that a checkpoint holds, by name
+
+
+def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
+    """Thaw what the phase names, train it to its end, and choose the weights that the next one begins with."""
+    phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
+    total = run.config.phase_steps(phase, steps_per_epoch)
+    health.enter_phase(name)
+    thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    say(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
-    for line in plan.lines():
+    for line in thaw.lines():
         say(f"  {line}")
+    run.images.train_once = train_images_read_once(run.config, run.plan.features.reads, state.phase)
+
+    def over() -> bool:
+        return state.phase_step >= total or exhausted(state, phase.early_stopping)
+
     validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
-    if not (validated and (state.phase_step >= total or exhausted(state, phase.early_stopping))):
-        train_epochs(job, name, plan, total)
-    job.loaded = {}
-    hand_on(job, name, plan)
+    if not (validated and over()):
+        with run.clock.span("compile"):
+            part = open_phase(run, name, thaw, total)
+            if restored:
+                variables.write(part.step.checkpointed(), restored, f"checkpoint step {state.step}")
+        while True:
+            train_epoch(run, part)
+            entry, best = validate(run, part)
+            state.history.append(entry)
+            state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
+            if best or over() or due(run):
+                save(run, part)
+            if over() and state.phase_step < total:
+                rule = phase.early_stopping
+                say(f"phase {name}: no better {rule.metric} in {rule.patience} epochs, stopping early")
+            if run.worker.should_stop("after an epoch"):
+                save_and_leave(run, part)
+            if over():
+                break
+        part.stream = None  # from here on nothing reads ahead
+        part.gate.close()
+    end_phase(run, name, thaw)
 
 
-def train_epochs(job: Run, name: str, plan: ThawPlan, total: int) -> None:
-    """What is left of a phase: epoch after epoch, each with its validation."""
-    phase, state = job.config.phases[name], job.state
-    inputs = open_inputs(job, name)
-    if inputs is None:
-        leave(job, "while features were computed")
-    step, rate = compile_step(job, phase, plan, inputs, total)
-    if job.loaded:
-        variables.write(step.checkpointed(), job.loaded, f"checkpoint step {state.step}")
-        job.loaded = {}
-    everything = job.classifier.variables | step.checkpointed()
-
-    stream, shards = training_stream(job, inputs.training, inputs.augmentation, inputs.views)
-    batches = iter(stream)
-    job.telemetry.restart_clock()
-    over = False
-    while not over:
-        with data_errors(inputs.training):
-            train_epoch(job, name, step, rate, batches, shards, total, everything)
-        entry, best = validate(job, name, step, inputs, everything, float(rate(state.phase_step)))
-        state.history.append(entry)
-        state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
-        over = state.phase_step >= total or exhausted(state, phase.early_stopping)
-        if best or over or due(job):
-            save(job, everything)
-        if over and state.phase_step < total:
-            patience = phase.early_stopping.patience
-            say(f"phase {name}: no better {phase.early_stopping.metric} in {patience} epochs, stopping early")
-        if job.told_to_stop("after an epoch"):
-            save_and_leave(job, everything)
-    del batches  # from here on nothing reads ahead
-    shards.close()
-
-
-def compile_step(job: Run, phase: Phase, plan: ThawPlan, inputs: Inputs, total: int) -> tuple[TrainingStep, Any]:
-    """The phase's step on the device, and its learning rate as a function of the phase's step."""
+def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
+    """Open what the phase reads and put its step on the device."""
+    config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
+    inputs = inputs_of(run, name)
     rate = build_schedule(
         phase.schedule,
         phase.optimizer.learning_rate,
         total_steps=total,
-        steps_per_epoch=job.steps_per_epoch,
-        batch_size=job.config.training.batch_size,
+        steps_per_epoch=run.plan.sharding.steps_per_epoch,
+        batch_size=config.training.batch_size,
     )
-    with job.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate, plan.shares)
+    with worker.strategy.scope():
+        optimizer = build_optimizer(phase.optimizer, rate, thaw.shares)
+    teacher = run.plan.teacher.network if run.plan.teacher else None
+    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
     step = TrainingStep(
-        job.strategy,
+        worker.strategy,
         inputs.network,
-        plan.trainable,
+        thaw.trainable,
         optimizer,
-        step_settings(job, plan.batch_norm_training),
-        workers=job.peers.size,
-        stop=job.wishes_to_stop,
-        teacher=job.teacher,
+        settings,
+        workers=worker.size,
+        stop=lambda: _wants_to_stop(worker.stop),
+        teacher=teacher,
     )
-    return step, rate
+    order = Order(
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        first_epoch=state.epoch,
+        first_step=state.epoch_step,
+        sharding=run.scorer.sharding,
+    )
+    batches = training_batches(
+        inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
+    )
+    dataset = batches.dataset
+    if run.plan.teacher and run.plan.teacher.answers is not None:
+        answers = tf.constant(run.plan.teacher.answers)
+        dataset = dataset.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
+    stream = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
+    saved = run.classifier.variables | step.checkpointed()
+    return PhaseRun(name, phase, total, step, rate, inputs, stream, batches.gate(), saved)
 
 
-def train_epoch(
-    job: Run,
-    name: str,
-    step: TrainingStep,
-    rate: Any,
-    batches: Any,
-    shards: Gate,
-    total: int,
-    everything: dict[str, Any],
-) -> None:
-    """The steps of one epoch, in calls of several; a call ends early, on all workers, when one was told to stop."""
-    state, runtime = job.state, job.config.runtime
-    left = min(job.steps_per_epoch - state.epoch_step, total - state.phase_step)
-    log_every = runtime.log_every.steps(job.steps_per_epoch, job.config.training.batch_size)
-    window = job.config.debug.profile_steps
+def inputs_of(run: RunContext, name: str) -> Inputs:
+    """Open what a phase reads, features or images; one that finds no room for its features goes on with images."""
+    opened = (run.worker, run.images, run.classifier, run.plan.features, run.scorer)
+    category = "compile" if run.plan.features.reads[name] == "live" else "features"
+    with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
+        inputs = open_inputs(name, *opened)
+    if inputs is not None:
+        return inputs
+    if run.worker.should_stop("while features were computed"):
+        leave(run, "while features were computed")
+    if run.state.phase_step:
+        raise Interrupted(
+            f"phase {name} began with cached features, and there is no room for them: give it with "
+            f"runtime.disk_budget_gb, runtime.memory_budget_gb or runtime.cache_dir. {run.saver.resume_hint}"
+        )
+    say(f"features of phase {name}: live after all, there is no room for them")
+    go_live(name, run.images, run.plan.features)
+    if run.worker.is_chief:
+        note_facts(run.saver.path, {"features": run.plan.features.reads})
+    live = open_inputs(name, *opened)
+    assert live is not None, "images need no room"
+    return live
+
+
+def _wants_to_stop(stop: StopFlag) -> bool:
+    """Whether this worker was told to stop. The compiled step asks at each step, which so is progress."""
+    health.progress()
+    return stop.reason is not None
+
+
+def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
+    """Give the next phase, or the export, the weights that `training.keep` names: averaged ones where EMA is on."""
+    state, training = run.state, run.config.training
+    assert state.best is not None
+    step = select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
+    step, weights = run.saver.read_weights(step, state.step, list(run.classifier.variables))
+    variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
+    trainable = sum(int(np.prod(v.shape)) for v in thaw.trainable.values())
+    summary, kept = summarise_phase(state, name, step)
+    state.finished[name] = summary | {"trainable_parameters": trainable}
+    epoch = f"epoch {kept['epoch']}{', averaged' if training.ema else ''}"
+    if "kept_from" in summary:
+        say(f"phase {name}: val_accuracy {summary['own_val_accuracy']:.4f} at best, it began with "
+            f"{kept['val_accuracy']:.4f}: the weights of {kept['phase']} ({epoch}) go on")  # fmt: skip
+    else:
+        say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {training.keep} weights ({epoch}) go on")
+    state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
+    state.carried = step if training.keep == "best" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One epoch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(run: RunContext, part: PhaseRun) -> None:
+    """Take the steps of an epoch, several per device call; a call ends early, on all workers, when one was told to stop.
+
+    Raises:
+        DataError: an example cannot be read.
+        Diverged: the loss is not finite.
+        ToldToStop: everything is saved.
+    """
+    state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
+    steps_per_epoch = run.plan.sharding.steps_per_epoch
+    left = min(steps_per_epoch - state.epoch_step, part.total - state.phase_step)
+    log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
+    window = run.config.debug.profile_steps
+    began, waited = time.monotonic(), 0.0
     while left > 0:
-        job.telemetry.profile(state.step, window)
-        traced = step.traced
-        wanted = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
-        late = wait_for_shards(job, shards, wanted, everything)
-        signs.at("training" if traced else "compiling the first step")
-        rows, waited, stopped = step.run(batches, wanted, state.step, state.phase_step)
-        waited += late
-        job.ledger.mark("train" if traced else "compile", waited)
-        count = len(rows)
-        left -= count
-        state.step += count
-        state.phase_step += count
-        state.epoch_step += count
-        signs.stepped(state.step, state.epoch + 1)
-        if not np.isfinite(rows).all():
-            first = state.step - count + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
-            raise Diverged(
-                f"the loss is not finite at step {first} (phase {name}, epoch {state.epoch + 1}, between the steps "
-                f"{state.step - count + 1} and {state.step}); lower phases.{name}.optimizer.learning_rate, "
-                "or set training.clip_norm=1"
-            )
+        run.metrics.profile(state.step, window)
+        traced = part.step.traced
+        count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
+        activity = ("train", "training") if traced else ("compile", "compiling the first step")
+        with run.clock.span(*activity), data_errors(part.inputs.training):
+            late = wait_for_shards(run, part, count * batch_size // run.worker.size)
+            rows, idle, stopped = part.step.run(part.stream, count, state.step, state.phase_step)
+            run.clock.waited(idle + late)
+        waited += idle + late
+        left -= len(rows)
+        state.step, state.phase_step, state.epoch_step = (
+            before + len(rows) for before in (state.step, state.phase_step, state.epoch_step)
+        )
+        health.steps_taken(state.step, state.epoch + 1)
+        require_finite(rows, state.step, f"phase {part.name}, epoch {state.epoch + 1}", part.name)
         for row in rows.astype(np.float64):
             state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
             state.interval = [a + float(b) for a, b in zip(state.interval, row, strict=True)]
         state.images += float(rows[:, 2].sum())
-        job.telemetry.waited(waited)
         if state.step % log_every == 0 or left == 0:
-            loss, right, seen = state.interval
-            entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
-                     "accuracy": right / seen, "learning_rate": float(rate(state.phase_step - 1))}  # fmt: skip
-            job.telemetry.interval(entry, seen, job.ledger.goodput)
+            loss, correct, seen = state.interval
+            entry = {"phase": part.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
+                     "accuracy": correct / seen, "learning_rate": float(part.rate(state.phase_step - 1))}  # fmt: skip
+            run.metrics.interval(entry, seen, time.monotonic() - began, waited, run.clock.goodput)
             state.interval = [0.0, 0.0, 0.0]
-            job.publisher.check()
-            if left and due(job) and not stopped:
-                save(job, everything)
+            run.saver.publisher.check()
+            if left and due(run) and not stopped:
+                save(run, part)
+            began, waited = time.monotonic(), 0.0
         if stopped:
-            save_and_leave(job, everything)
-    job.telemetry.profile(state.step, window)
+            save_and_leave(run, part)
+    run.metrics.profile(state.step, window)
 
 
-def wait_for_shards(job: Run, shards: Gate, steps: int, everything: dict[str, Any]) -> float:
-    """Until all that the next steps can read is on disk: seconds. Told to stop meanwhile, a worker alone saves first;
+def wait_for_shards(run: RunContext, part: PhaseRun, rows: int) -> float:
+    """Wait until all that the next rows need is on disk: seconds. Told to stop meanwhile, a worker alone saves first;
     one of several ends as it is, for the others may be inside a step that needs it.
     """
     try:
-        return shards.before(steps * job.config.training.batch_size // job.share.workers)
+        return part.gate.wait_for(rows)
     except ToldToStop:
-        if job.peers.size > 1:
+        if run.worker.size > 1:
             raise
-        save_and_leave(job, everything)
+        save_and_leave(run, part)
 
 
-def validate(
-    job: Run, name: str, step: TrainingStep, inputs: Inputs, everything: dict[str, Any], rate: float
-) -> tuple[dict[str, Any], bool]:
+def validate(run: RunContext, part: PhaseRun) -> tuple[dict[str, Any], bool]:
     """Score the validation split; returns the epoch's entry of the history, and whether it is the phase's best."""
-    state, began = job.state, time.monotonic()
-    job.ledger.mark("train")
-    signs.at("validation")
-    if step.averages:
-        step.averages.swap()
-    try:
-        batch_size, part = job.config.training.batch_size, job.config.training.validation_share
-        probabilities, labels, _ = score(job, inputs.evaluator, inputs.validation, batch_size, "validation", part)
-    finally:
-        if step.averages:
-            step.averages.swap()
-    if job.told_to_stop("in validation"):
-        save_and_leave(job, everything)
-    scores = job.peers.told("validation", lambda: validation_scores(probabilities, labels))
-    entry = {"phase": name, "epoch": state.epoch + 1, "step": state.step, "loss": state.sums[0] / state.sums[2],
-             "accuracy": state.sums[1] / state.sums[2], **scores, "learning_rate": rate}  # fmt: skip
-    best = judge(state, entry, job.config.phases[name].early_stopping)
-    seconds = time.monotonic() - began
-    job.ledger.mark("evaluation")
-    spent = job.ledger.seconds["train"] - sum(e["seconds"] for e in state.history)
-    job.telemetry.epoch(entry, {"seconds": spent, "validation_seconds": seconds}, best)
-    job.telemetry.restart_clock()
+    state, training, inputs, averages = run.state, run.config.training, part.inputs, part.step.averages
+    began = time.monotonic()
+    with run.clock.span("evaluation", "validation"):
+        if averages:
+            averages.swap()
+        try:
+            scored = inputs.scorer.score(
+                inputs.validation, training.batch_size, "validation", training.validation_share
+            )
+        finally:
+            if averages:
+                averages.swap()
+        if run.worker.should_stop("in validation"):
+            save_and_leave(run, part)
+        scores = run.worker.control.broadcast(
+            "validation", lambda: validation_scores(scored.probabilities, scored.labels)
+        )
+    loss, correct, seen = state.sums
+    entry = {"phase": part.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
+             "accuracy": correct / seen, **scores, "learning_rate": float(part.rate(state.phase_step))}  # fmt: skip
+    best = judge(state, entry, part.phase.early_stopping)
+    spent = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
+    run.metrics.epoch(entry, {"seconds": spent, "validation_seconds": time.monotonic() - began}, best)
     return {**entry, "seconds": spent}, best
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Saving and stopping
+# Save and stop
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def due(job: Run) -> bool:
+def due(run: RunContext) -> bool:
     """Whether it is time for a checkpoint."""
-    every = job.config.runtime.checkpoint_every.steps(job.steps_per_epoch, job.config.training.batch_size)
-    return job.state.step - job.saved_step >= max(every, 1)
+    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
+    return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
-def save(job: Run, everything: dict[str, Any]) -> None:
+def save(run: RunContext, part: PhaseRun) -> None:
     """Commit a checkpoint of where the run stands now. The chief alone writes; the others need not wait for it."""
-    state = job.state
-    job.saved_step = state.step
-    if not job.peers.is_chief:
-        return
-    job.ledger.mark("train")
-    signs.at("saving a checkpoint")
-    state.train_seconds = job.ledger.seconds["train"]
-    job.telemetry.flush()
-    job.publisher.wait()  # at most one checkpoint is behind
-    with job.peers.committing():
-        rule = list(job.config.phases.values())[state.phase].early_stopping
-        best = best_step(state, rule)
-        job.checkpoints.save(state.to_json(), variables.read(everything), best)
-    job.publisher.checkpoint()
-    job.ledger.mark("checkpoint")
-    job.telemetry.restart_clock()
+    state = run.state
+    with run.clock.span("checkpoint", "saving a checkpoint"):
+        state.train_seconds = run.clock.seconds["train"]
+        run.metrics.flush()
+        run.saver.save(state.to_json(), part.saved, best_step(state, part.phase.early_stopping))
 
 
-def save_and_leave(job: Run, everything: dict[str, Any]) -> NoReturn:
+def save_and_leave(run: RunContext, part: PhaseRun) -> NoReturn:
     """After a signal, on all workers: save, then end with the code that means "start me again"."""
-    if job.saved_step != job.state.step:
-        save(job, everything)
-    job.publisher.wait()
-    job.peers.barrier("saved")
-    leave(job, f"at step {job.state.step}")
+    if run.saver.saved_step != run.state.step:
+        save(run, part)
+    run.saver.publisher.wait()
+    run.worker.control.barrier("saved")
+    leave(run, f"at step {run.state.step}")
 
 
-def leave(job: Run, where: str) -> NoReturn:
+def leave(run: RunContext, where: str) -> NoReturn:
     """All workers at the same point: each ends for itself, with everything saved."""
-    job.peers.leave()
-    reason = job.stop.reason or "told to stop by another worker"
-    raise ToldToStop(f"{reason} {where}; everything is saved. {again(job)}")
+    run.worker.control.disconnect()
+    reason = run.worker.stop.reason or "told to stop by another worker"
+    raise ToldToStop(f"{reason} {where}; everything is saved. {run.saver.resume_hint}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finish
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def finish(run: RunContext) -> None:
+    """Score the test split, export, check the exports, report, and write DONE; after a kill it gives the same files.
+
+    All workers score; the chief alone exports and writes, while the others wait for it.
+
+    Raises:
+        ToldToStop: the next start begins here again.
+        ModelError: an export lost too much accuracy; all else is written, but not DONE.
+    """
+    # scikit-learn and matplotlib: seconds that the first step need not wait for
+    from trainer.exporting.export import export_classifier
+    from trainer.exporting.formats import refuse
+    from trainer.exporting.model_card import write_model_card
+    from trainer.models.grad_cam import make_explainer
+    from trainer.report.build import build_report, show_in_tensorboard
+    from trainer.report.summary import summarise
+
+    images, config, clock, saver = run.images, run.config, run.clock, run.saver
+    control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
+
+    def check() -> None:
+        health.progress()
+        stop.check(AFTER)
+
+    health.enter_phase(FINISH)
+    images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
+    with clock.span("evaluation", "evaluation"):
+        split = "test" if "test" in dataset.splits else "validation"
+        say(f"evaluating {dataset.splits[split].count:,} {split} examples")
+        scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
+        if run.worker.should_stop("after scoring"):
+            stop.told("stopped by another worker")
+        check()
+    if not control.is_chief:
+        stop.on_told = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER}; nothing is lost")
+        control.broadcast_bytes("done")
+        return
+    control.detach_workers()
+    explain = make_explainer(run.classifier)
+    with clock.span("finish", "export"):
+        shutil.rmtree(saver.path / "export", ignore_errors=True)
+        say("exporting")
+        exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check)
+        exports = {name: facts | {"path": f"export/{facts['path']}"} for name, facts in exports.items()}
+        check()
+        clock.lap()
+        say("writing the report")
+        health.set_activity("report")
+        facts = {
+            "title": config.experiment_name or dataset.name,
+            "history": run.state.history,
+            "phases": run.state.finished,
+            "export": exports,
+            "timing": clock.report(run.state.images)
+            | {"starts": run.state.starts, "workers": run.worker.size, "command": started_with(saver.path)},
+        }
+        report = build_report(saver.path / "report", scored, images, explain, facts, list(dataset.splits), check)
+        show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
+        write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
+        check()
+    clock.write()
+    run.metrics.flush()
+    health.set_activity("publishing")
+    if any(facts["refused"] for facts in exports.values()):
+        saver.publisher.results()
+        summarise(report, saver.address)
+        refuse(exports, config.export.max_accuracy_drop)
+    saver.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": run.state.step}) + "\n")
+    control.broadcast_bytes("done")
+    summarise(report, saver.address)

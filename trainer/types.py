@@ -75,6 +75,16 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a classifier answers for examples of a split, ordered by example index."""
+
+    split: str
+    indices: np.ndarray  # int64 [n]: of the examples
+    labels: np.ndarray  # int32 [n]
+    probabilities: np.ndarray  # float32 [n, classes]
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """The scores of one pass over one split, and what they were computed from."""
 

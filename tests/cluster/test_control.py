@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.workers import free_ports
-from trainer.cluster.control import Peers, Stranger, Wire, differences
+from trainer.cluster.control import ControlChannel, ProtocolError, Connection, differences
 from trainer.cluster.discovery import Cluster, discover
 from trainer.cluster.rendezvous import meet
 from trainer.errors import ConfigError, Interrupted
@@ -30,9 +30,9 @@ def clusters(count: int) -> list[Cluster]:
     return [discover({"TF_CONFIG": json.dumps(one)}) for one in config]
 
 
-def everyone(count: int, seconds: float = 20) -> list[Peers]:
+def everyone(count: int, seconds: float = 20) -> list[ControlChannel]:
     """All workers of a job as threads of this process: enough where none of them ends."""
-    found: dict[int, Peers] = {}
+    found: dict[int, ControlChannel] = {}
     threads = [
         threading.Thread(target=lambda c=c: found.update({c.index: meet(c, seconds, lambda _: None, lambda: None)}))
         for c in clusters(count)
@@ -44,11 +44,11 @@ def everyone(count: int, seconds: float = 20) -> list[Peers]:
     return [found[i] for i in range(count)]
 
 
-def on_all(peers: list[Peers], action: object) -> list[object]:
+def on_all(peers: list[ControlChannel], action: object) -> list[object]:
     """What `action(peers)` returns, or raises, on each worker, all of them at the same time."""
     results: list[object] = [None] * len(peers)
 
-    def act(one: Peers) -> None:
+    def act(one: ControlChannel) -> None:
         try:
             results[one.index] = action(one)  # type: ignore[operator]
         except Exception as error:
@@ -66,12 +66,12 @@ def test_one_worker_needs_nobody() -> None:
     peers = meet(discover({}), 1, pytest.fail, lambda: None)
     assert (peers.index, peers.size, peers.is_chief) == (0, 1, True)
     assert peers.gather("a", b"x") == [b"x"]
-    assert peers.told("b", lambda: {"c": 1.5}) == {"c": 1.5}
-    assert peers.any("d", True)
-    assert not peers.any("d", False)
-    peers.agree("data", {"fingerprint": "f"})
+    assert peers.broadcast("b", lambda: {"c": 1.5}) == {"c": 1.5}
+    assert peers.any_worker("d", True)
+    assert not peers.any_worker("d", False)
+    peers.require_equal("data", {"fingerprint": "f"})
     peers.barrier("e")
-    peers.leave()
+    peers.disconnect()
 
 
 def test_workers_exchange_what_they_have() -> None:
@@ -79,11 +79,11 @@ def test_workers_exchange_what_they_have() -> None:
     assert on_all(peers, lambda p: p.gather("a", bytes([p.index]) * 300_000)) == [
         [bytes([i]) * 300_000 for i in range(3)], None, None,
     ]  # fmt: skip
-    assert on_all(peers, lambda p: p.told("b", lambda: [0.1, p.index])) == [[0.1, 0]] * 3
-    assert on_all(peers, lambda p: p.any("c", p.index == 2)) == [True] * 3
-    assert on_all(peers, lambda p: p.any("c", False)) == [False] * 3
-    assert on_all(peers, lambda p: p.agree("data", {"fingerprint": "f"})) == [None] * 3
-    refused = on_all(peers, lambda p: p.agree("data", {"fingerprint": "f" if p.index < 2 else "g", "classes": ["a"]}))
+    assert on_all(peers, lambda p: p.broadcast("b", lambda: [0.1, p.index])) == [[0.1, 0]] * 3
+    assert on_all(peers, lambda p: p.any_worker("c", p.index == 2)) == [True] * 3
+    assert on_all(peers, lambda p: p.any_worker("c", False)) == [False] * 3
+    assert on_all(peers, lambda p: p.require_equal("data", {"fingerprint": "f"})) == [None] * 3
+    refused = on_all(peers, lambda p: p.require_equal("data", {"fingerprint": "f" if p.index < 2 else "g", "classes": ["a"]}))
     for error in refused:
         assert isinstance(error, ConfigError)
         assert str(error) == (
@@ -93,10 +93,10 @@ def test_workers_exchange_what_they_have() -> None:
     told: list[tuple[int, str]] = []
     for one in peers:
         one.on_stop = lambda reason, i=one.index: told.append((i, reason))
-    peers[2].tell_stop("SIGTERM on worker 2")
+    peers[2].broadcast_stop("SIGTERM on worker 2")
     time.sleep(0.5)
     assert sorted(told) == [(i, "SIGTERM on worker 2") for i in range(3)]
-    on_all(peers, lambda p: (p.barrier("done"), p.leave()))
+    on_all(peers, lambda p: (p.barrier("done"), p.disconnect()))
 
 
 def test_differences_name_each_fact_once() -> None:
@@ -194,8 +194,8 @@ def test_garbage_on_the_wire_is_no_message() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as there:
         here, _ = server.accept()
         there.sendall(b"x" * 100)
-        with pytest.raises(Stranger):
-            Wire(here).receive()
+        with pytest.raises(ProtocolError):
+            Connection(here).receive()
 
 
 WORKER = """
@@ -208,7 +208,7 @@ from trainer.errors import ConfigError
 def work(arguments):
     peers = meet(discover(os.environ), 20, lambda text: print(text, flush=True), lambda: None)
     peers.on_end = lambda code, reason: print("ended", code, reason, flush=True)
-    with peers.together():
+    with peers.propagate_failures():
         print("ready", flush=True)
         if arguments[0] == "wrong" and peers.index == 1:
             raise ConfigError("this one is wrong")

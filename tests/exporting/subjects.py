@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.exporting.bundle import HeldOut, Subject
+from trainer.exporting.bundle import ParityExamples, ExportBundle
 from trainer.exporting.reference import reference_distribution
 from trainer.exporting.verify import load_export, score
 
@@ -34,7 +34,7 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
     return levels.repeat(SIZE // 2, axis=1).repeat(SIZE // 2, axis=2)
 
 
-def subject_for(model: keras.Model, resize: str = "stretch") -> Subject:
+def subject_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
     """What is exported of a network without a classifier around it; its "heatmap" is how red an image is."""
 
     def explain(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -46,15 +46,15 @@ def subject_for(model: keras.Model, resize: str = "stretch") -> Subject:
 
     images = some_images(40)
     reference = reference_distribution("test", NAMES, said_by(model, images), images.mean((1, 2)), SIZE, resize)
-    return Subject(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
+    return ExportBundle(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
 
 
 def said_by(model: keras.Model, images: np.ndarray) -> np.ndarray:
     return model.predict(images.astype("float32"), verbose=0)
 
 
-def held_out(probabilities: np.ndarray, images: np.ndarray) -> HeldOut:
-    return HeldOut(images, probabilities.argmax(-1), probabilities)
+def held_out(probabilities: np.ndarray, images: np.ndarray) -> ParityExamples:
+    return ParityExamples(images, probabilities.argmax(-1), probabilities)
 
 
 def largest_difference(path: Path, probabilities: np.ndarray, images: np.ndarray) -> float:

@@ -4,53 +4,53 @@ from __future__ import annotations
 
 import time
 
-from trainer.monitoring.health import LifeSigns
+from trainer.monitoring.health import Health
 
 
-def patient(seconds: float) -> LifeSigns:
-    signs = LifeSigns()
-    signs.stuck_after = seconds
-    return signs
+def patient(seconds: float) -> Health:
+    health = Health()
+    health.stuck_after = seconds
+    return health
 
 
 def test_silence_beyond_the_limit_is_one_sentence_that_says_where() -> None:
-    signs = patient(0.2)
-    signs.enter("head")
-    signs.stepped(40, 2)
-    signs.at("training")
-    assert signs.stuck() is None
+    health = patient(0.2)
+    health.enter_phase("head")
+    health.steps_taken(40, 2)
+    health.set_activity("training")
+    assert health.stall_reason() is None
     time.sleep(0.3)
-    assert signs.stuck() == "stuck: nothing has moved for 0 s (runtime.stuck_after=0.2) in: training after step 40"
-    signs.moved()
-    assert signs.stuck() is None
+    assert health.stall_reason() == "stuck: nothing has moved for 0 s (runtime.stuck_after=0.2) in: training after step 40"
+    health.progress()
+    assert health.stall_reason() is None
 
 
 def test_without_a_limit_nothing_is_stuck() -> None:
-    signs = LifeSigns()
+    health = Health()
     time.sleep(0.05)
-    assert signs.stuck() is None
+    assert health.stall_reason() is None
 
 
 def test_who_waits_for_another_worker_is_not_stuck_and_begins_anew_after_it() -> None:
-    signs = patient(0.2)
-    with signs.waiting("worker 1"):
+    health = patient(0.2)
+    with health.waiting_for("worker 1"):
         time.sleep(0.3)
-        assert signs.stuck() is None
-        assert signs.now() == "starting, waiting for worker 1"
-    assert signs.stuck() is None
-    assert signs.now() == "starting"
+        assert health.stall_reason() is None
+        assert health.describe() == "starting, waiting for worker 1"
+    assert health.stall_reason() is None
+    assert health.describe() == "starting"
     time.sleep(0.3)
-    assert signs.stuck() is not None
+    assert health.stall_reason() is not None
 
 
 def test_ages() -> None:
-    signs = LifeSigns()
-    assert signs.step_age is None
-    assert signs.checkpoint_age is None
-    signs.stepped(1, 1)
-    signs.saved(seconds_ago=5)
+    health = Health()
+    assert health.step_age is None
+    assert health.checkpoint_age is None
+    health.steps_taken(1, 1)
+    health.checkpoint_saved(seconds_ago=5)
     time.sleep(0.05)
-    assert signs.step_age is not None
-    assert 0.05 <= signs.step_age < 1
-    assert signs.checkpoint_age is not None
-    assert 5.05 <= signs.checkpoint_age < 6
+    assert health.step_age is not None
+    assert 0.05 <= health.step_age < 1
+    assert health.checkpoint_age is not None
+    assert 5.05 <= health.checkpoint_age < 6

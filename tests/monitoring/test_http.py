@@ -16,21 +16,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.workers import free_ports
 from trainer.errors import WRONG_INPUT, ConfigError
-from trainer.monitoring.health import LifeSigns
+from trainer.monitoring.health import Health
 from trainer.monitoring.http import serve
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def signs() -> LifeSigns:
-    return LifeSigns()
+def health() -> Health:
+    return Health()
 
 
 @pytest.fixture
-def port(signs: LifeSigns) -> Iterator[int]:
+def port(health: Health) -> Iterator[int]:
     (port,) = free_ports(1)
-    server = serve(port, signs, "gs://bucket/run")
+    server = serve(port, health, "gs://bucket/run")
     yield port
     server.shutdown()
     server.server_close()
@@ -51,18 +51,18 @@ def metrics(port: int) -> dict[str, float]:
     return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
 
 
-def test_healthy_says_what_it_is_at(signs: LifeSigns, port: int) -> None:
-    signs.at("opening the data")
+def test_healthy_says_what_it_is_at(health: Health, port: int) -> None:
+    health.set_activity("opening the data")
     assert get(port, "/healthz") == (200, "opening the data\n")
     assert get(port, "/healthz?verbose=1")[0] == 200
     assert get(port, "/readyz") == (404, "here are /healthz and /metrics\n")
 
 
 def test_stuck_is_503_with_the_reason_until_it_moves_again(
-    signs: LifeSigns, port: int, capsys: pytest.CaptureFixture[str]
+    health: Health, port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    signs.stuck_after = 0.1
-    signs.at("validation")
+    health.stuck_after = 0.1
+    health.set_activity("validation")
     time.sleep(0.2)
     for _ in range(3):
         code, text = get(port, "/healthz")
@@ -71,21 +71,21 @@ def test_stuck_is_503_with_the_reason_until_it_moves_again(
     said = capsys.readouterr().err
     assert said.count("stuck: nothing has moved") == 1  # in the log once, with where the main thread is
     assert "in test_stuck_is_503_with_the_reason_until_it_moves_again" in said
-    signs.stuck_after = 100
+    health.stuck_after = 100
     assert get(port, "/healthz")[0] == 200
 
 
-def test_metrics_are_there_once_they_are_known(signs: LifeSigns, port: int) -> None:
+def test_metrics_are_there_once_they_are_known(health: Health, port: int) -> None:
     first = metrics(port)
     assert first["kubetune_info"] == 1
     assert first["kubetune_last_progress_age_seconds"] < 5
     assert first["process_resident_memory_bytes"] > 1e6
     assert not {"kubetune_step", "kubetune_loss", "kubetune_last_step_age_seconds"} & first.keys()
     assert "kubetune_checkpoint_age_seconds" not in first
-    signs.enter("head")
-    signs.stepped(12, 2)
-    signs.saved(seconds_ago=60)
-    signs.tell(loss=0.5, images_per_second=100, goodput_ratio=0.7, data_wait_ratio=0.1, workers=4)
+    health.enter_phase("head")
+    health.steps_taken(12, 2)
+    health.checkpoint_saved(seconds_ago=60)
+    health.set_gauges(loss=0.5, images_per_second=100, goodput_ratio=0.7, data_wait_ratio=0.1, workers=4)
     then = metrics(port)
     assert {k: v for k, v in then.items() if k.startswith("kubetune_") and not k.endswith("_age_seconds")} == {
         "kubetune_info": 1, "kubetune_step": 12, "kubetune_epoch": 2, "kubetune_loss": 0.5,
@@ -105,11 +105,11 @@ def test_ipv6_too(port: int) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
-def test_a_port_in_use_is_one_sentence(signs: LifeSigns, host: str) -> None:
+def test_a_port_in_use_is_one_sentence(health: Health, host: str) -> None:
     with socket.create_server((host, 0)) as other:
         taken = other.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
-            serve(taken, signs, "")
+            serve(taken, health, "")
     assert str(caught.value) == (
         f"runtime.http_port={taken} cannot be served (Address already in use); end what holds the port, give another "
         "one, or null to serve nothing"
@@ -135,9 +135,9 @@ def test_a_port_in_use_ends_a_run_with_2_at_once(tmp_path: Path) -> None:
 HANGING = """
 import ctypes, sys, time
 from trainer.monitoring.http import serve
-from trainer.monitoring.health import signs
-signs.stuck_after = 2
-serve(int(sys.argv[1]), signs, "")
+from trainer.monitoring.health import health
+health.stuck_after = 2
+serve(int(sys.argv[1]), health, "")
 print("ready", flush=True)
 {library}(None).sleep(60)
 """

@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 from trainer.cli.compose import exit_code_of
 from trainer.errors import GaveUp, Interrupted
-from trainer.watching import termination
+from trainer.monitoring import termination
 termination.leave_in(sys.argv[1])
 def action(_arguments):
 {body}

@@ -1,40 +1,59 @@
-"""Every second of a run is in one place of the ledger, across restarts."""
+"""Every second of a run is in one category of its clock, across restarts."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
-from trainer.runs.clock import PLACES, Ledger
+from trainer.monitoring.health import health
+from trainer.runs.clock import CATEGORIES, Clock
 
 
-def test_places_add_up_to_the_wall_time(tmp_path: Path) -> None:
+def test_categories_add_up_to_the_wall_time(tmp_path: Path) -> None:
     began = time.time() - 2
-    ledger = Ledger(tmp_path / "ledger.json", began)
-    ledger.mark("start")
-    time.sleep(0.2)
-    ledger.mark("train", waited=0.05)
-    time.sleep(0.1)
-    ledger.mark("checkpoint")
-    assert sum(ledger.seconds.values()) == pytest.approx(time.time() - began, abs=0.02)
-    assert ledger.seconds["start"] == pytest.approx(2, abs=0.05)
-    assert ledger.seconds["train"] == pytest.approx(0.15, abs=0.05)
-    assert ledger.seconds["wait"] == 0.05
-    assert ledger.goodput == pytest.approx(0.15 / 2.3, abs=0.03)
+    clock = Clock(tmp_path / "ledger.json", began)
+    with clock.span("train", "training"):
+        assert health.activity == "training"
+        time.sleep(0.2)
+        clock.waited(0.05)
+        with clock.span("checkpoint"):
+            time.sleep(0.1)
+        time.sleep(0.05)
+    clock.write()
+    assert sum(clock.seconds.values()) == pytest.approx(time.time() - began, abs=0.02)
+    assert clock.seconds["start"] == pytest.approx(2, abs=0.05)
+    assert clock.seconds["train"] == pytest.approx(0.2, abs=0.05)
+    assert clock.seconds["checkpoint"] == pytest.approx(0.1, abs=0.05)
+    assert clock.seconds["wait"] == pytest.approx(0.05)
+    assert clock.goodput == pytest.approx(0.2 / 2.35, abs=0.03)
+    assert json.loads((tmp_path / "ledger.json").read_text())["seconds"]["wait"] == 0.05
+
+
+def test_a_span_that_fails_is_counted_and_gives_back_what_was_before(tmp_path: Path) -> None:
+    clock = Clock(None, time.time())
+    with clock.span("train", "training"):
+        with pytest.raises(ValueError, match="no"), clock.span("evaluation", "validation"):
+            time.sleep(0.05)
+            raise ValueError("no")
+        assert health.activity == "training"
+        time.sleep(0.05)
+    assert clock.seconds["evaluation"] == pytest.approx(0.05, abs=0.03)
+    assert clock.seconds["train"] == pytest.approx(0.05, abs=0.03)
 
 
 def test_a_restart_knows_what_was_lost_and_how_long_nobody_was_there(tmp_path: Path) -> None:
     file, now = tmp_path / "ledger.json", time.time()
-    first = Ledger(file, now - 100)
+    first = Clock(file, now - 100)
     first._last = now - 40
     first.seconds |= {"start": 10.0, "train": 50.0}
     first.write()
-    second = Ledger(file, now - 5)  # 35 seconds later
-    second.mark("start")
+    second = Clock(file, now - 5)  # 35 seconds later
+    second.lap()
     second.resumed(kept=30.0)
-    assert {place: round(second.seconds[place]) for place in PLACES if second.seconds[place]} == {
+    assert {name: round(second.seconds[name]) for name in CATEGORIES if second.seconds[name]} == {
         "start": 15, "train": 30, "lost": 20, "down": 35,
     }  # fmt: skip
     assert sum(second.seconds.values()) == pytest.approx(100, abs=1)
@@ -44,4 +63,4 @@ def test_a_restart_knows_what_was_lost_and_how_long_nobody_was_there(tmp_path: P
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": {}}'])
 def test_a_damaged_account_begins_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / "ledger.json").write_text(content)
-    assert sum(Ledger(tmp_path / "ledger.json", time.time()).seconds.values()) == 0
+    assert sum(Clock(tmp_path / "ledger.json", time.time()).seconds.values()) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.runs.metrics import Telemetry, clock, cut_back
+from trainer.runs.metrics import MetricsWriter, clock, cut_back
 
 
 def entry(step: int) -> dict[str, object]:
@@ -16,13 +16,13 @@ def entry(step: int) -> dict[str, object]:
 
 
 def written(folder: Path, *steps: int) -> None:
-    telemetry = Telemetry(folder, "lines", batch_size=4)
-    telemetry.expect(10)
+    metrics = MetricsWriter(folder, "lines", batch_size=4)
+    metrics.expect(10)
     for step in steps:
-        telemetry.interval(entry(step), examples=8.0, goodput=0.5)
+        metrics.interval(entry(step), examples=8.0, seconds=2.0, waited=0.5, goodput=0.5)
     last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}
-    telemetry.epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
-    telemetry.close()
+    metrics.epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
+    metrics.close()
 
 
 def logged_steps(folder: Path) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.health import LifeSigns
+from trainer.monitoring.health import Health
 from trainer.runs import publisher
 from trainer.runs.publisher import Publisher
 from trainer.storage import gcs as bucket
@@ -16,10 +16,10 @@ from trainer.storage.lease import take
 
 
 @pytest.fixture
-def signs(monkeypatch: pytest.MonkeyPatch) -> LifeSigns:
-    fresh = LifeSigns()
-    monkeypatch.setattr(bucket, "signs", fresh)
-    monkeypatch.setattr(publisher, "signs", fresh)
+def health(monkeypatch: pytest.MonkeyPatch) -> Health:
+    fresh = Health()
+    monkeypatch.setattr(bucket, "health", fresh)
+    monkeypatch.setattr(publisher, "health", fresh)
     return fresh
 
 
@@ -31,7 +31,7 @@ def checkpoint_in(folder: Path) -> None:
 
 
 def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_committed(
-    in_bucket: Place, tmp_path: Path, signs: LifeSigns
+    in_bucket: Place, tmp_path: Path, health: Health
 ) -> None:
     checkpoint_in(tmp_path)
     lease = take(in_bucket, "a test", None)
@@ -42,23 +42,23 @@ def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_com
     publishing.wait()
     assert (in_bucket / "checkpoints" / "LATEST").exists()
     now = time.monotonic()
-    assert signs.checkpoint_age is not None
-    assert now - written <= signs.checkpoint_age + 1e-3
-    assert signs.checkpoint_age <= time.monotonic() - began
+    assert health.checkpoint_age is not None
+    assert now - written <= health.checkpoint_age + 1e-3
+    assert health.checkpoint_age <= time.monotonic() - began
     publishing.close()
 
 
-def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, signs: LifeSigns) -> None:
-    assert signs.checkpoint_age is None
+def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, health: Health) -> None:
+    assert health.checkpoint_age is None
     Publisher(tmp_path, None, None).checkpoint()
-    assert signs.checkpoint_age is not None
+    assert health.checkpoint_age is not None
 
 
-def test_parts_of_a_large_file_are_signs_of_life(in_bucket: Place, tmp_path: Path, signs: LifeSigns) -> None:
+def test_parts_of_a_large_file_are_signs_of_life(in_bucket: Place, tmp_path: Path, health: Health) -> None:
     whole = tmp_path / "large"
     whole.write_bytes(bytes(40 << 20))
     moments: list[float] = []
-    signs.moved = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
+    health.progress = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
     (in_bucket / "large").upload(whole)
     sent = len(moments)
     (in_bucket / "large").download(tmp_path / "again")

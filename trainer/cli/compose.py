@@ -25,7 +25,7 @@ from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import log as lines
 from trainer.monitoring import termination
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import without
 
 
@@ -194,16 +194,16 @@ def be_seen(config: RunConfig, worker: int, workers: int) -> None:
         ConfigError: the port cannot be had.
     """
     speak_as(config.runtime, worker=str(worker), **({"run": config.output_dir} if config.output_dir else {}))
-    signs.tell(workers=workers)
+    health.set_gauges(workers=workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
 
-        serve(config.runtime.http_port, signs, config.output_dir or config.experiment_name or "")
+        serve(config.runtime.http_port, health, config.output_dir or config.experiment_name or "")
 
 
 def speak_as(runtime: Runtime, **labels: str) -> None:
     """The form of the log and the termination message, as configured."""
-    signs.stuck_after = runtime.stuck_after
+    health.stuck_after = runtime.stuck_after
     termination.leave_in(runtime.termination_log)
     if runtime.log_format == "json":
         lines.as_json(**labels)

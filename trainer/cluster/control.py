@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
+from trainer.arrays import pack, unpack
 from trainer.cluster.discovery import Cluster
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
 MAGIC = b"kubetune"  # whatever else answers on the port (TensorFlow's own server, a web server) is told apart by it
@@ -32,20 +35,20 @@ LONGEST_HEADER = 1 << 20
 CHUNK = 1 << 20
 
 
-class Stranger(ConnectionError):
+class ProtocolError(ConnectionError):
     """What answers is not a worker that waits for its peers."""
 
 
-class Wire:
+class Connection:
     """One connection to a peer. `send` may be called from any thread, `receive` from one.
 
     Attributes:
         heard: time.monotonic() of the last bytes that arrived.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.heard = time.monotonic()
         self._sending = threading.Lock()
 
@@ -57,26 +60,26 @@ class Wire:
         """
         header = json.dumps({"kind": kind, **facts}).encode()
         with self._sending:
-            self.connection.sendall(HEADER.pack(MAGIC, len(header), len(payload)) + header)
+            self.socket.sendall(HEADER.pack(MAGIC, len(header), len(payload)) + header)
             if payload:
-                self.connection.sendall(payload)
+                self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for one message: its header and its payload.
 
         Raises:
-            Stranger: the other side speaks something else.
+            ProtocolError: the other side speaks something else.
             OSError: the connection is gone, or its timeout has passed.
         """
         magic, length, payload = HEADER.unpack(self._exactly(HEADER.size))
         if magic != MAGIC or length > LONGEST_HEADER:
-            raise Stranger("something else answers there")
+            raise ProtocolError("something else answers there")
         return json.loads(self._exactly(length)), self._exactly(payload)
 
     def _exactly(self, count: int) -> bytes:
         parts, left = [], count
         while left:
-            part = self.connection.recv(min(left, CHUNK))
+            part = self.socket.recv(min(left, CHUNK))
             if not part:
                 raise ConnectionError("closed")
             self.heard = time.monotonic()
@@ -87,44 +90,44 @@ class Wire:
     def close(self) -> None:
         """Close the connection; the peer sees its end at once."""
         with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The other workers of a run: exchanging small things, noticing who is gone, failing together
 
-BEAT_SECONDS = 2.0
-SILENCE_SECONDS = 20.0
+HEARTBEAT_INTERVAL = 2.0
+HEARTBEAT_TIMEOUT = 20.0
 COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost peer ends the process
 
 
-class Peers:
+class ControlChannel:
     """What worker `cluster.index` shares with the others; with one worker everything here is immediate.
 
-    `gather`, `from_chief`, `told`, `agree`, `any` and `barrier` must be called by all workers in the same order.
+    `gather`, `broadcast_bytes`, `broadcast`, `require_equal`, `any_worker` and `barrier` must be called by all workers in the same order.
 
     Attributes:
         on_stop: called with the reason when another worker was told to stop.
         on_end: called with (exit code, reason) before a lost or failed peer ends this process.
     """
 
-    def __init__(self, cluster: Cluster, wires: dict[int, Wire]) -> None:
-        self.cluster, self.wires = cluster, wires
+    def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
+        self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
         self.on_stop: Callable[[str], None] = lambda _reason: None
         self.on_end: Callable[[int, str], None] = lambda _code, _reason: None
-        self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in wires}
+        self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}
         self._left: set[int] = set()
         self._leaving = False
         self._alone = False
         self._ending = threading.Lock()
         self._committing = threading.Lock()
-        for peer, wire in wires.items():
-            wire.connection.settimeout(None)
-            wire.heard = time.monotonic()
-            threading.Thread(target=self._listen, args=(peer, wire), name=f"peer-{peer}", daemon=True).start()
-        if wires:
+        for peer, connection in connections.items():
+            connection.socket.settimeout(None)
+            connection.heard = time.monotonic()
+            threading.Thread(target=self._listen, args=(peer, connection), name=f"peer-{peer}", daemon=True).start()
+        if connections:
             threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     # --- exchanging ---------------------------------------------------------------------------------------------
@@ -134,23 +137,34 @@ class Peers:
         if not self.is_chief:
             self._send(0, "value", payload, topic=topic)
             return None
-        return [payload, *(self._next(peer, topic) for peer in sorted(self.wires))]
+        return [payload, *(self._next(peer, topic) for peer in sorted(self.connections))]
 
-    def from_chief(self, topic: str, payload: bytes = b"") -> bytes:
+    def broadcast_bytes(self, topic: str, payload: bytes = b"") -> bytes:
         """The chief's bytes on every worker."""
         if not self.is_chief:
             return self._next(0, topic)
-        for peer in sorted(self.wires):
+        for peer in sorted(self.connections):
             self._send(peer, "value", payload, topic=topic)
         return payload
 
-    def told(self, topic: str, make: Callable[[], Any]) -> Any:
+    def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
         """What `make` returns on the chief (it is called there only), on every worker; plain JSON values."""
         if self.size == 1:
             return make()
-        return json.loads(self.from_chief(topic, json.dumps(make()).encode() if self.is_chief else b""))
+        return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
-    def agree(self, topic: str, facts: dict[str, Any]) -> None:
+    def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The chief's arrays, by name, on every worker."""
+        if self.size == 1:
+            return arrays
+        return unpack(self.broadcast_bytes(topic, pack(arrays) if self.is_chief else b""))
+
+    def gather_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
+        """Every worker's arrays, by name, on the chief in the order of the workers; None on the others."""
+        everyone = self.gather(topic, pack(arrays))
+        return None if everyone is None else [unpack(content) for content in everyone]
+
+    def require_equal(self, topic: str, facts: dict[str, Any]) -> None:
         """Check that all workers hold the same facts, {"name": plain JSON value}.
 
         Raises:
@@ -158,38 +172,38 @@ class Peers:
         """
         everyone = self.gather(topic, json.dumps(facts).encode())
         found = differences([json.loads(one) for one in everyone]) if everyone else []
-        found = self.told(topic, lambda: found)
+        found = self.broadcast(topic, lambda: found)
         if found:
             raise ConfigError(
                 f"the workers do not have the same {topic}; give all of them the same image and arguments:\n"
                 + "\n".join(f"  {line}" for line in found)
             )
 
-    def any(self, topic: str, here: bool) -> bool:
+    def any_worker(self, topic: str, here: bool) -> bool:
         """Whether it is so on any worker."""
         everyone = self.gather(topic, b"1" if here else b"")
-        return bool(self.told(topic, lambda: any(everyone or ())))
+        return bool(self.broadcast(topic, lambda: any(everyone or ())))
 
     def barrier(self, topic: str) -> None:
         """Wait until every worker is here."""
         self.gather(topic, b"")
-        self.from_chief(topic)
+        self.broadcast_bytes(topic)
 
     def _send(self, peer: int, kind: str, payload: bytes = b"", **facts: Any) -> None:
         try:
-            self.wires[peer].send(kind, payload, **facts)
+            self.connections[peer].send(kind, payload, **facts)
         except OSError as error:
             self._lost(peer, f"its connection broke ({error})")
 
     def _next(self, peer: int, topic: str) -> bytes:
-        with signs.waiting(f"worker {peer}"):
+        with health.waiting_for(f"worker {peer}"):
             found, payload = self._inbox[peer].get()
         assert found == topic, f"worker {peer} is at {found!r}, worker {self.index} at {topic!r}"
         return payload
 
     # --- stopping and failing -----------------------------------------------------------------------------------
 
-    def tell_stop(self, reason: str) -> None:
+    def broadcast_stop(self, reason: str) -> None:
         """Pass on that this worker was told to stop."""
         self._spread("stop", reason=reason)
 
@@ -200,7 +214,7 @@ class Peers:
             yield
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def propagate_failures(self) -> Iterator[None]:
         """Around all of a worker's work: a failure of one ends all of them, with its exit code and its message."""
         try:
             yield
@@ -211,32 +225,32 @@ class Peers:
             self._fail(BUG, f"{type(error).__name__}: {error}")
             raise
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Say goodbye: that this worker ends from here on is no loss."""
         self._leaving = True
         self._spread("left")
 
-    def go_on_alone(self) -> None:
+    def detach_workers(self) -> None:
         """On the chief, when it needs nothing more of the others: what becomes of them no longer matters to it."""
         self._alone = True
 
     def _fail(self, code: int, message: str) -> None:
-        if self.wires and not self._leaving:
+        if self.connections and not self._leaving:
             self._leaving = True
             self._spread("failed", code=code, message=message, worker=self.index)
 
     def _spread(self, kind: str, **facts: Any) -> None:
-        for peer, wire in self.wires.items():
+        for peer, connection in self.connections.items():
             if peer not in self._left:
                 try:
-                    wire.send(kind, **facts)
+                    connection.send(kind, **facts)
                 except OSError:
                     continue  # its own silence is noticed where it is listened to
 
-    def _listen(self, peer: int, wire: Wire) -> None:
+    def _listen(self, peer: int, connection: Connection) -> None:
         while True:
             try:
-                header, payload = wire.receive()
+                header, payload = connection.receive()
             except (OSError, ValueError):
                 self._lost(peer, "it ended without a word")
                 return
@@ -255,11 +269,11 @@ class Peers:
 
     def _beat(self) -> None:
         while not self._leaving:
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_INTERVAL)
             self._spread("beat")
-            for peer, wire in self.wires.items():
-                silence = time.monotonic() - wire.heard
-                if silence > SILENCE_SECONDS:
+            for peer, connection in self.connections.items():
+                silence = time.monotonic() - connection.heard
+                if silence > HEARTBEAT_TIMEOUT:
                     self._lost(peer, f"no word for {silence:.0f} s")
 
     def _lost(self, peer: int, how: str) -> None:

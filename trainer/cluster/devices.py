@@ -9,7 +9,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from trainer.cluster.control import Peers
+from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
@@ -19,7 +19,7 @@ MEGABYTE = 1024**2
 
 
 def build_strategy(
-    config: RunConfig, peers: Peers, note: Callable[[str], None], processors: int
+    config: RunConfig, peers: ControlChannel, note: Callable[[str], None], processors: int
 ) -> tf.distribute.Strategy:
     """Choose the devices and the strategy over them; must run before any tensor exists.
 
@@ -44,7 +44,7 @@ def build_strategy(
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     kind, wanted = devices_of(runtime, peers.size)
-    peers.agree("devices", {"kind": kind, "replicas": wanted})
+    peers.require_equal("devices", {"kind": kind, "replicas": wanted})
     note(described(kind, wanted, peers.cluster, config))
     if peers.size > 1:
         tf.config.set_visible_devices(gpus[:wanted], "GPU")
@@ -130,7 +130,7 @@ def _count(number: int, kind: str) -> str:
     return f"{number} {kind}{'s' if number > 1 else ''}"
 
 
-def _several_workers(runtime: Runtime, peers: Peers, note: Callable[[str], None]) -> tf.distribute.Strategy:
+def _several_workers(runtime: Runtime, peers: ControlChannel, note: Callable[[str], None]) -> tf.distribute.Strategy:
     """All workers meet in TensorFlow's own server here, which has no deadline of its own: ours ends the process."""
     os.environ["TF_CONFIG"] = peers.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]

@@ -1,7 +1,7 @@
 """Before TensorFlow starts: every worker finds every other one, or says which it cannot find.
 
 TensorFlow's own start waits for absent peers for ever and says nothing. Here each worker listens on its port; all
-others connect to the chief, worker 0, and keep that connection (`Peers`). When all are there, each tries the port of
+others connect to the chief, worker 0, and keep that connection (`ControlChannel`). When all are there, each tries the port of
 each other, since the collectives will need every one of these ways. Then the port is free for TensorFlow.
 """
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.cluster.control import Peers, Stranger, Wire
+from trainer.cluster.control import Connection, ControlChannel, ProtocolError
 from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
 
@@ -26,7 +26,7 @@ REACH_SECONDS = 30.0  # for trying the ports of all others
 Note = Callable[[str], None]
 
 
-def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> Peers:
+def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> ControlChannel:
     """Find all other workers.
 
     Args:
@@ -39,13 +39,13 @@ def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]
         ConfigError: a peer belongs to another job.
     """
     if cluster.size == 1:
-        return Peers(cluster, {})
+        return ControlChannel(cluster, {})
     note(f"workers: this is {cluster.index} of {cluster.size} ({cluster.source}); waiting for the others")
     deadline = time.monotonic() + timeout
     with _Listener(cluster, deadline, note, check) as listener:
-        wires = listener.await_all(note, check) if cluster.is_chief else _join(cluster, deadline, note, check)
-        peers = Peers(cluster, wires)
-        with peers.together():
+        connections = listener.await_all(note, check) if cluster.is_chief else _join(cluster, deadline, note, check)
+        peers = ControlChannel(cluster, connections)
+        with peers.propagate_failures():
             _reach_all(cluster, peers)
     note(f"workers: all {cluster.size} are there")
     return peers
@@ -56,7 +56,7 @@ class _Listener:
 
     def __init__(self, cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> None:
         self.cluster, self.deadline = cluster, deadline
-        self.wires: dict[int, Wire] = {}
+        self.connections: dict[int, Connection] = {}
         self._changed = threading.Condition()
         port = int(cluster.addresses[cluster.index].rpartition(":")[2])
         self._socket = self._bind(port, note, check)
@@ -98,28 +98,28 @@ class _Listener:
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def _greet(self, connection: socket.socket) -> None:
-        wire = Wire(connection)
+        connected = Connection(connection)
         connection.settimeout(ANSWER_SECONDS)
         try:
-            header, _ = wire.receive()
+            header, _ = connected.receive()
             if header["kind"] != "join":
-                wire.send("here", job=self.cluster.job, index=self.cluster.index)
-                wire.close()
+                connected.send("here", job=self.cluster.job, index=self.cluster.index)
+                connected.close()
                 return
             refusal = self._refusal(header)
             if refusal:
-                wire.send("refused", reason=refusal)
-                wire.close()
+                connected.send("refused", reason=refusal)
+                connected.close()
                 return
         except (OSError, ValueError, KeyError):
             connection.close()
             return
         connection.setblocking(False)  # from now on it is only looked at
         with self._changed:
-            old = self.wires.pop(header["index"], None)
+            old = self.connections.pop(header["index"], None)
             if old:  # the same worker again: its first connection broke, or its process was replaced
                 old.close()
-            self.wires[header["index"]] = wire
+            self.connections[header["index"]] = connected
             self._changed.notify_all()
 
     def _refusal(self, header: dict[str, Any]) -> str | None:
@@ -132,13 +132,13 @@ class _Listener:
             return f"worker {header['index']} is none of 1..{mine.size - 1}"
         return None
 
-    def await_all(self, note: Note, check: Callable[[], None]) -> dict[int, Wire]:
+    def await_all(self, note: Note, check: Callable[[], None]) -> dict[int, Connection]:
         """The connections of all other workers, once they are there."""
         everyone, next_report = range(1, self.cluster.size), time.monotonic() + REPORT_SECONDS / 2
         while True:
             with self._changed:
                 self._forget_the_dead()
-                missing = [i for i in everyone if i not in self.wires]
+                missing = [i for i in everyone if i not in self.connections]
                 if not missing:
                     break
                 self._changed.wait(0.2)
@@ -149,31 +149,31 @@ class _Listener:
                 who += f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
                 text = f"{len(missing)} of {self.cluster.size} workers are missing: {who}"
                 if now > self.deadline:
-                    for wire in self.wires.values():
+                    for connected in self.connections.values():
                         with contextlib.suppress(OSError):
-                            wire.send("waiting", text=text, over=True)
+                            connected.send("waiting", text=text, over=True)
                     raise Interrupted(f"{text}. Waited for runtime.start_timeout; start all workers again to go on")
                 note(f"workers: {text}")
-                for wire in self.wires.values():
+                for connected in self.connections.values():
                     with contextlib.suppress(OSError):
-                        wire.send("waiting", text=text, over=False)
+                        connected.send("waiting", text=text, over=False)
                 next_report = now + REPORT_SECONDS
-        for wire in self.wires.values():
-            with contextlib.suppress(OSError):  # `Peers` will notice
-                wire.send("go")
-        return dict(self.wires)
+        for connected in self.connections.values():
+            with contextlib.suppress(OSError):  # `ControlChannel` will notice
+                connected.send("go")
+        return dict(self.connections)
 
     def _forget_the_dead(self) -> None:
-        for index, wire in list(self.wires.items()):
+        for index, connected in list(self.connections.items()):
             try:
-                ended = wire.connection.recv(1, socket.MSG_PEEK) == b""
+                ended = connected.socket.recv(1, socket.MSG_PEEK) == b""
             except BlockingIOError:
                 ended = False
             except OSError:
                 ended = True
             if ended:
-                wire.close()
-                del self.wires[index]
+                connected.close()
+                del self.connections[index]
 
 
 def _state(address: str, index: int) -> str:
@@ -186,17 +186,17 @@ def _state(address: str, index: int) -> str:
     return f"worker {index} ({address}: has not called)"
 
 
-def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> dict[int, Wire]:
+def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> dict[int, Connection]:
     """Connect to the chief, and wait until all others have."""
     next_report, why = time.monotonic() + REPORT_SECONDS / 2, ""
     address = cluster.addresses[0]
     while True:
         check()
         try:
-            with _closed_on_failure(_ask(address)) as wire:
-                wire.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
-                return {0: _await_start(wire, deadline, note, check)}
-        except Stranger:
+            with _closed_on_failure(_ask(address)) as connected:
+                connected.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
+                return {0: _await_start(connected, deadline, note, check)}
+        except ProtocolError:
             why = "something answers there that is no waiting worker; perhaps it is training already, without this one"
         except socket.gaierror:
             why = "the name does not resolve yet"
@@ -214,22 +214,22 @@ def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], Non
         time.sleep(0.3)
 
 
-def _await_start(wire: Wire, deadline: float, note: Note, check: Callable[[], None]) -> Wire:
+def _await_start(connected: Connection, deadline: float, note: Note, check: Callable[[], None]) -> Connection:
     """The chief speaks first when everybody is there; until then it tells who is missing."""
-    wire.connection.settimeout(0.5)
+    connected.socket.settimeout(0.5)
     while True:
         check()
-        try:  # only look: what comes after belongs to `Peers`
-            first = wire.connection.recv(1, socket.MSG_PEEK)
+        try:  # only look: what comes after belongs to `ControlChannel`
+            first = connected.socket.recv(1, socket.MSG_PEEK)
         except TimeoutError:
             if time.monotonic() > deadline + ANSWER_SECONDS:
                 raise Interrupted("worker 0 went silent while the others were waited for") from None
             continue
         if not first:
             raise ConnectionError("worker 0 closed the connection")
-        wire.connection.settimeout(ANSWER_SECONDS)
-        header, _ = wire.receive()
-        wire.connection.settimeout(0.5)
+        connected.socket.settimeout(ANSWER_SECONDS)
+        header, _ = connected.receive()
+        connected.socket.settimeout(0.5)
         if header["kind"] == "waiting":
             if header["over"]:
                 raise Interrupted(f"{header['text']}. Waited for runtime.start_timeout")
@@ -237,24 +237,24 @@ def _await_start(wire: Wire, deadline: float, note: Note, check: Callable[[], No
         elif header["kind"] == "refused":
             raise ConfigError(f"worker 0 refuses this worker: {header['reason']}")
         elif header["kind"] == "go":
-            return wire
+            return connected
 
 
-def _ask(address: str) -> Wire:
+def _ask(address: str) -> Connection:
     host, _, port = address.rpartition(":")
-    return Wire(socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS))
+    return Connection(socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS))
 
 
 @contextlib.contextmanager
-def _closed_on_failure(wire: Wire) -> Iterator[Wire]:
+def _closed_on_failure(connected: Connection) -> Iterator[Connection]:
     try:
-        yield wire
+        yield connected
     except BaseException:
-        wire.close()
+        connected.close()
         raise
 
 
-def _reach_all(cluster: Cluster, peers: Peers) -> None:
+def _reach_all(cluster: Cluster, peers: ControlChannel) -> None:
     """Try every other worker's port.
 
     Raises:
@@ -264,7 +264,7 @@ def _reach_all(cluster: Cluster, peers: Peers) -> None:
         f for i, address in enumerate(cluster.addresses) if i != cluster.index for f in _reach(cluster, i, address)
     ]
     everyone = peers.gather("reach", json.dumps(faults).encode())
-    found = peers.told("reach", lambda: [fault for one in everyone or () for fault in json.loads(one)])
+    found = peers.broadcast("reach", lambda: [fault for one in everyone or () for fault in json.loads(one)])
     if found:
         raise Interrupted("the workers cannot all reach each other (a network policy?): " + "; ".join(found[:5]))
 
@@ -273,10 +273,10 @@ def _reach(cluster: Cluster, index: int, address: str) -> list[str]:
     deadline = time.monotonic() + REACH_SECONDS
     while True:
         try:
-            with _closed_on_failure(_ask(address)) as wire:
-                wire.send("who")
-                header, _ = wire.receive()
-            wire.close()
+            with _closed_on_failure(_ask(address)) as connected:
+                connected.send("who")
+                header, _ = connected.receive()
+            connected.close()
             if (header["job"], header["index"]) != (cluster.job, index):
                 return [f"{address} is worker {header['index']} of {header['job']}, not worker {index}"]
             return []

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from trainer.errors import INTERRUPTED, ToldToStop
 from trainer.monitoring import termination
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
 
@@ -76,7 +76,7 @@ class StopFlag:
         Raises:
             ToldToStop: told to stop.
         """
-        signs.moved()
+        health.progress()
         if self.reason:
             raise ToldToStop(f"{self.reason} {where}; nothing is lost. Start the same command again to go on")
 

@@ -6,6 +6,7 @@ every fault, each with its key, its value and what would be right. Nothing here 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -159,6 +160,9 @@ class Distillation(Section):
     temperature: float = Field(1.0, gt=0)  # softens both answers
 
 
+GIGABYTE = 1024**3
+
+
 class Runtime(Section):
     """How the machine is used. Nothing here changes what is learned, but precision, xla and deterministic."""
 
@@ -189,6 +193,21 @@ class Runtime(Section):
         if self.log_format == "json" and self.progress == "bar":
             raise ValueError("a progress bar is no JSON: set runtime.progress=lines or runtime.log_format=text")
         return self
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir` with `~` expanded."""
+        return Path(self.cache_dir).expanduser()
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of memory that decoded images and features may take; None: the default of the machine."""
+        return int(self.memory_budget_gb * GIGABYTE) if self.memory_budget_gb else None
+
+    @property
+    def disk_budget(self) -> int:
+        """Bytes of `cache_folder` that each cache may take."""
+        return int(self.disk_budget_gb * GIGABYTE)
 
 
 ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tflite_dynamic", "tflite_int8", "onnx"]
@@ -231,12 +250,26 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _features_fit(self) -> RunConfig:
-        faults = [f"phases.{name}.{fault}" for name, phase in self.phases.items() if (fault := self.misfit(phase))]
+        faults = [
+            f"phases.{name}.{fault}"
+            for name, phase in self.phases.items()
+            if (fault := self.feature_config_error(phase))
+        ]
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
-    def never_cached(self, phase: Phase) -> str | None:
+    @property
+    def example_limit(self) -> int | None:
+        """Examples of each split that are used at most: one batch with debug.overfit; None: all."""
+        return self.training.batch_size if self.debug.overfit else self.debug.max_examples
+
+    def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
+        """Optimizer steps that a phase takes at most."""
+        steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
+        return min(steps, self.debug.max_steps or steps)
+
+    def why_not_cacheable(self, phase: Phase) -> str | None:
         """Why no phase like this can compute the features of its frozen layers once; None where it can."""
         if not self.augmentation.active:
             return None
@@ -246,12 +279,12 @@ class RunConfig(Section):
             return "the teacher answers in every step, for what augmentation made of the images"
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
-    def misfit(self, phase: Phase) -> str | None:
+    def feature_config_error(self, phase: Phase) -> str | None:
         """What a phase says of features that cannot be."""
         views, active = phase.augmented_views, self.augmentation.active
         if views and views > 1 and not active:
             return f"augmented_views={views}: nothing augments, every view would be the same; leave it null"
-        why = self.never_cached(phase)
+        why = self.why_not_cacheable(phase)
         if phase.features != "cached" or why is None:
             return None
         if active and not views and not self.augmentation.mixes and not self.distillation:

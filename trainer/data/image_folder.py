@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.schema import Data
 from trainer.data.splits import PARTS, Found, ends_of, part_sizes
 from trainer.errors import DataError
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.types import Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
@@ -213,7 +213,7 @@ def _inspect(pictures: list[_Picture]) -> tuple[dict[str, str], dict[str, str]]:
         return f"{picture.below} {size} {ends}", fault and f"{picture.path}: {fault}"
 
     def look_at_some(first: int) -> list[tuple[str, str | None]]:
-        signs.moved()
+        health.progress()
         return [look(picture) for picture in pictures[first : first + _AT_ONCE]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each look costs a round trip

@@ -8,22 +8,24 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 import numpy as np
 import tensorflow as tf
 
+from trainer.config.schema import RunConfig
 from trainer.data.decoding import Resize, block_dataset, decoded_rows, decoder, plain
-from trainer.data.host import fresh_array, usable_cpus
-from trainer.data.order import Block, sequence_blocks
-from trainer.data.shard_gate import Gate, LocalShards, Read, rows_ahead, sequence_reads
+from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
+from trainer.data.open import OpenedData
+from trainer.data.order import Block, Read, block_reads, sequence_blocks
+from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
 from trainer.errors import DataError
-from trainer.features.store import Features
+from trainer.monitoring.log import say
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
@@ -41,6 +43,30 @@ _BATCH = 64  # images decoded at once, and written to a cache
 _FORMAT = 2  # of the cache on disk; counts up when decoding changes
 
 
+class BatchSource(Protocol):
+    """What batches are made of: decoded images (`Pixels`), or what frozen layers made of them (`features.store`)."""
+
+    split: Split
+    threads: int | None
+
+    @property
+    def parallel(self) -> int:
+        """Examples that are worked on at the same time."""
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Index -> reason of the examples that could not be read; they count nowhere (weight 0)."""
+
+    def tensor(self) -> tf.Tensor:
+        """All rows, over the memory that holds them."""
+
+    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        """In a pipeline: rows out of `tensor()` for int64 [b]; `split.count` stands for padding."""
+
+    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
+        """What a pipeline has to wait at."""
+
+
 @dataclass
 class Pixels:
     """Where the pixels of a split come from. Batches are the same bits whichever way that is."""
@@ -49,8 +75,10 @@ class Pixels:
     size: int  # side of an image, pixels
     resize: Resize
     on_error: Literal["fail", "skip"]
-    threads: int
-    note: Note
+    threads: int | None = (
+        None  # that decode, in a pool of their own; None: as many as there are CPUs, in the shared one
+    )
+    note: Note = lambda _: None
     check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to leave
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     kept: Literal["memory", "disk", "none"] = "none"
@@ -77,6 +105,11 @@ class Pixels:
                     self.note("further skipped images are only counted")
 
     @property
+    def parallel(self) -> int:
+        """Images that are decoded at the same time."""
+        return self.threads or usable_cpus()
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of memory this takes: what is left of a budget for the next split."""
         return self.array.nbytes if self.array is not None and self.kept == "memory" else 0
@@ -91,10 +124,10 @@ class Pixels:
         """In a pipeline: the images [b, S, S, 3] out of `tensor()` for int64 [b]; `split.count` stands for padding."""
         return tf.gather(tensor, index)
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> Gate:
-        """What a pipeline over these images has to wait at; the arguments are those of `Gate`."""
+    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
+        """What a pipeline over these images has to wait at; the arguments are those of `ShardGate`."""
         shards = self.shards or (LocalShards() if self.split.shards else None)
-        return Gate(None if self.array is not None else shards, self.split, reader, reads, ahead)
+        return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The images of these examples, uint8 [k, S, S, 3]; one that cannot be decoded is black.
@@ -142,14 +175,7 @@ def reason_for(pixels: Pixels, index: int) -> str:
 def _first_unreadable(pixels: Pixels, start: int) -> int | None:
     """The first example from index `start` on that cannot be read; tries them all, in parallel."""
     probe = Pixels(
-        pixels.split,
-        pixels.size,
-        pixels.resize,
-        "skip",
-        pixels.threads,
-        lambda _: None,
-        pixels.check,
-        shards=pixels.shards,
+        pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, check=pixels.check, shards=pixels.shards
     )
     for _ in _all_from(probe, start):
         if probe.bad:
@@ -158,7 +184,7 @@ def _first_unreadable(pixels: Pixels, start: int) -> int | None:
 
 
 @contextmanager
-def data_errors(pixels: Pixels | Features) -> Iterator[None]:
+def data_errors(pixels: BatchSource) -> Iterator[None]:
     """Around every loop over batches of `pixels`: what TensorFlow raises for damaged data becomes a `DataError`.
 
     TensorFlow does not say which example it was. So the split is searched for it, which can take as long as an epoch;
@@ -170,7 +196,7 @@ def data_errors(pixels: Pixels | Features) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        if isinstance(pixels, Features):
+        if not isinstance(pixels, Pixels):
             raise
         from_pipeline = pixels.array is None and re.search("Iterator|Dataset", str(error.message))
         if not from_pipeline or isinstance(error, _NOT_DATA):
@@ -192,16 +218,16 @@ def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | 
     """The rows of blocks 0, 1, ... decoded as they are read; see `decoded_rows`."""
     failures = pixels.failures.name if pixels.on_error == "skip" else None
     blocks = block_dataset(block, count)
-    return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.threads, failures=failures)
+    return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
 def _decoded(pixels: Pixels, chosen: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
     """The images of these examples, increasing indices, uint8 [<= rows, S, S, 3] at a time."""
     count, block = sequence_blocks(pixels.split, chosen, 1)
-    gate = pixels.gate(reader, sequence_reads(pixels.split, chosen, 1), rows_ahead(rows, pixels.threads, 2))
+    gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
     batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(rows).prefetch(2))
     for _ in range(0, len(chosen), rows):
-        gate.before(rows)
+        gate.wait_for(rows)
         yield next(batches).numpy()
         pixels.check()
         pixels.take_note()
@@ -275,58 +301,161 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
-def open_pixels(
-    split: Split,
-    *,
-    size: int,
-    resize: Resize,
-    cache: Cache,
-    cache_dir: Path,
-    fingerprint: str,
-    memory_budget: int,
-    disk_budget: int,
-    threads: int | None,
-    on_error: Literal["fail", "skip"],
-    note: Note,
-    check: Callable[[], None] = lambda: None,
-    shards: ShardCache | None = None,
-    why_none: str = "as asked",
-) -> Pixels:
-    """Decide where the decoded images of a split live, and put them there.
+@dataclass(frozen=True)
+class CachePlan:
+    """Where the decoded images of a split are kept, how many bytes they take, and why."""
 
-    `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept. A budget is in bytes
-    and does not bind `memory` or `disk` asked for by name. The cache on disk serves later runs; a fill that was killed
-    is done again. Where the disk cannot be written, images are decoded when they are read. `note` is told what was
-    chosen and why, and each image that is skipped; `check` is called between batches and may raise to leave. Record
-    shards come from `shards` while they are read; None: they are local.
+    where: Literal["memory", "disk", "none"]
+    bytes: int
+    reason: str
+
+
+def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int) -> CachePlan:
+    """Choose where decoded images are kept.
+
+    `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept. A budget does not bind
+    `memory` or `disk` asked for by name.
+
+    Args:
+        cache: `data.cache`.
+        needed: bytes of the decoded images.
+        memory_budget: bytes that are left of it.
+        disk_budget: bytes.
+    """
+    budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
+    if cache != "auto":
+        return CachePlan(cache, needed, "as asked")
+    if needed <= memory_budget:
+        return CachePlan("memory", needed, budgets)
+    if needed <= disk_budget:
+        return CachePlan("disk", needed, budgets)
+    return CachePlan("none", needed, f"they fit neither {budgets.replace(', ', ' nor ')}")
+
+
+def image_bytes(split: Split, size: int) -> int:
+    """Bytes of the decoded images of a split, and of the black one that stands for padding."""
+    return (split.count + 1) * size * size * 3
+
+
+def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
+    """Put decoded images where `plan` says, and say so.
+
+    The cache on disk serves later runs; a fill that was killed is done again. Where the disk cannot be written, images
+    are decoded when they are read. `pixels.check` is called between batches and may raise to leave.
+
+    Args:
+        folder: of the caches on disk.
+        fingerprint: of the dataset.
 
     Raises:
         DataError: `on_error` is "fail" and an image cannot be decoded, or a shard is damaged.
     """
-    pixels = Pixels(split, size, resize, on_error, threads or usable_cpus(), note, check, shards=shards)
-    shape = (split.count + 1, size, size, 3)
-    needed, stem = int(np.prod(shape)), cache_dir / cache_name(split, size, resize, fingerprint)
-    what = f"decoded {split.name} images ({split.count:,} at {size} px, {megabytes(needed)})"
-    fits_memory, fits_disk = needed <= memory_budget, needed <= disk_budget
-    budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
+    split, note = pixels.split, pixels.note
+    shape = (split.count + 1, pixels.size, pixels.size, 3)
+    what = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {megabytes(plan.bytes)})"
+    why = "" if plan.reason == "as asked" else f" ({plan.reason})"
+    stem = folder / cache_name(split, pixels.size, pixels.resize, fingerprint)
     with data_errors(pixels):
-        if cache == "memory" or (cache == "auto" and fits_memory):
-            note(f"{what}: kept in memory" + (f" ({budgets})" if cache == "auto" else ""))
+        if plan.where == "memory":
+            note(f"{what}: kept in memory{why}")
             _fill_memory(pixels, shape)
-        elif cache == "disk" or (cache == "auto" and fits_disk):
-            if _open_stored(pixels, stem, shape):
-                note(f"{what}: taken from {stem}.u8, made by an earlier run")
-                return pixels
-            note(f"{what}: kept in {stem}.u8" + (f" ({budgets})" if cache == "auto" else ""))
+        elif plan.where == "none":
+            note(f"{what}: not kept, decoded whenever they are read ({plan.reason})")
+        elif _open_stored(pixels, stem, shape):
+            note(f"{what}: taken from {stem}.u8, made by an earlier run")
+        else:
+            note(f"{what}: kept in {stem}.u8{why}")
             try:
                 _fill_disk(pixels, stem, shape)
             except OSError as error:
                 pixels.filled = 0
-                free = shutil.disk_usage(Path(cache_dir).anchor or "/").free
-                note(f"{what}: cannot be kept in {cache_dir} ({error.strerror}, {megabytes(free)} free); decoding anew")
-                return pixels
-            _open_stored(pixels, stem, shape)
-        else:
-            why = why_none if cache == "none" else f"they fit neither {budgets.replace(', ', ' nor ')}"
-            note(f"{what}: not kept, decoded whenever they are read ({why})")
-    return pixels
+                free = shutil.disk_usage(Path(folder).anchor or "/").free
+                note(f"{what}: cannot be kept in {folder} ({error.strerror}, {megabytes(free)} free); decoding anew")
+            else:
+                _open_stored(pixels, stem, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All splits of a run
+
+
+class ImageStore:
+    """The decoded images of a run: each split is opened once, all of them under one memory budget.
+
+    Attributes:
+        train_once: the training images are read once from now on, so that `data.cache=auto` does not keep them.
+    """
+
+    def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
+        """`size`: side of the images, pixels; `check(where)`: called while images are decoded, may raise to leave."""
+        self.dataset, self.config, self.size = data.dataset, config, size
+        self.train_once = False
+        self._data, self._check, self._opened = data, check, dict[str, Pixels]()
+
+    def split(self, name: str) -> Pixels:
+        """The images of a split; the first call may fill a cache."""
+        if name not in self._opened:
+            self._opened[name] = pixels = self._pixels(name, self.size, self.config.model.resize)
+            self._fill(pixels, self.config.data.cache, once=name == "train" and self.train_once)
+        return self._opened[name]
+
+    def at(self, name: str, size: int, resize: Resize) -> Pixels:
+        """The images of a split at another size; they are not kept."""
+        pixels = self._pixels(name, size, resize)
+        self._fill(pixels, "none")
+        return pixels
+
+    def _pixels(self, name: str, size: int, resize: Resize) -> Pixels:
+        return Pixels(
+            self.dataset.splits[name],
+            size,
+            resize,
+            self.config.data.on_error,
+            self.config.runtime.data_threads,
+            note=say,
+            check=lambda: self._check(f"while the {name} images were decoded"),
+            shards=self._data.shards,
+        )
+
+    def _fill(self, pixels: Pixels, cache: Cache, once: bool = False) -> None:
+        runtime = self.config.runtime
+        needed = image_bytes(pixels.split, pixels.size)
+        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget)
+        if once and cache == "auto":
+            plan = CachePlan("none", needed, "training reads them once, for features")
+        fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
+
+    def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 [k, S, S, 3]: the images of these examples of a split."""
+        return self.split(name).rows(np.asarray(indices, np.int64))
+
+    def close(self) -> None:
+        """End the fetching of shards."""
+        if self._data.shards:
+            self._data.shards.close()
+
+    def forget(self, name: str) -> None:
+        """Open a split anew when it is asked for again: it may now be worth it to keep its images."""
+        self._opened.pop(name, None)
+
+    @property
+    def memory_left(self) -> int:
+        """Bytes of the memory budget that decoded images have not taken."""
+        budget = self.config.runtime.memory_budget or memory_budget_default()
+        return budget - sum(pixels.memory_bytes for pixels in self._opened.values())
+
+    def name_of(self, split: str, index: int) -> str:
+        """The file or record of an example, as the user knows it."""
+        name = self.dataset.splits[split].name_of(index)
+        for path, address in self._data.addresses.items():
+            if name.startswith(f"{path}/"):
+                return address + name[len(path) :]
+        return name
+
+    def undecodable(self) -> list[str]:
+        """Examples that counted for nothing (data.on_error=skip), with the reason."""
+        return [
+            f"{self.name_of(name, index)}: {reason}"
+            for name, opened in sorted(self._opened.items())
+            for index, reason in sorted(opened.bad.items())
+        ]

@@ -4,23 +4,87 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from trainer.config.schema import Data
+from trainer.config.schema import Data, RunConfig
 from trainer.data.digits import CLASS_NAMES, digits_folder
 from trainer.data.image_folder import open_image_folder
+from trainer.data.remote import copies_ahead, local_copies
 from trainer.data.splits import Found, at_most, fingerprint, per_class
 from trainer.data.subgroups import read_groups
 from trainer.data.tfds import open_tfds
 from trainer.data.tfrecord_files import open_tfrecords
 from trainer.errors import DataError
+from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset
 
 TINY = 30  # examples: below this one example moves a score by more than 3 points
 IMBALANCE = 3  # most over fewest training examples of a class
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """The dataset of a run, with all that is read from buckets on this machine's disk.
+
+    Attributes:
+        addresses: local path -> the address that it was fetched from.
+        shards: where record shards come from while they are read; None: all that is read is here.
+        weights: `model.weights`, or the local copy of it.
+    """
+
+    dataset: Dataset
+    addresses: dict[str, str]
+    shards: ShardCache | None
+    weights: str
+
+
+def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
+    """Open the data of a run, fetched where it is in a bucket.
+
+    Args:
+        note: called with one line before slow work, and with what is worth saying of the data.
+        check: called with an address while it is fetched; may raise to leave.
+        stream: the shards of a prepared dataset are fetched while they are used, not before.
+
+    Raises:
+        DataError: as `open_dataset`, or as `trainer.storage.staging.stage`.
+        Interrupted: as `stage`.
+    """
+    local, addresses, shards = (
+        copies_ahead(config, note, check) if stream else (*local_copies(config, note, check), None)
+    )
+    dataset = open_run_dataset(config, local.data, note, arriving=shards is not None)
+    return OpenedData(dataset, addresses, shards, local.model.weights)
+
+
+def open_run_dataset(config: RunConfig, data: Data, note: Note, arriving: bool = False) -> Dataset:
+    """The dataset of a run as it trains on it: with debug.overfit one batch, which is scored as well.
+
+    Args:
+        data: `config.data` with local paths.
+    """
+    dataset = open_dataset(
+        data,
+        seed=config.seed,
+        cache_dir=config.runtime.cache_folder,
+        max_examples=config.example_limit,
+        note=note,
+        arriving=arriving,
+    )
+    if config.debug.overfit:
+        batch = dataset.splits["train"]
+        dataset = Dataset(dataset.name, dataset.class_names, {"train": batch, "validation": batch}, dataset.fingerprint)
+    return dataset
+
+
+def require_validation(dataset: Dataset) -> None:
+    """Raise a DataError where a run would have nothing to validate on."""
+    if "validation" not in dataset.splits:
+        raise DataError("there is nothing to validate on: set data.validation_fraction or data.validation_split")
 
 
 def open_dataset(
@@ -29,7 +93,7 @@ def open_dataset(
     seed: int,
     cache_dir: Path,
     max_examples: int | None,
-    note: Callable[[str], None],
+    note: Note,
     arriving: bool = False,
     all_groups: bool = False,
 ) -> Dataset:

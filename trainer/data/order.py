@@ -7,35 +7,19 @@ know what a stateful op does (grappler's make_deterministic).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
+from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
 from trainer.stateless_random import ORDER, SHARDS, SHARE, bits
 from trainer.types import Split
 
 STRETCH = 1024  # records that are read together where no shuffling asks for more
 ROWS_PER_WORKER = 1 << 40  # far more than any worker has: keeps the random numbers of workers apart
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of several workers reads of the training split.
-
-    By record: the global batches are those of one worker alone, and each worker takes its rows of each of them. By
-    file: each worker has shards of its own, the same ones in every epoch, and fills its part of each global batch from
-    them; nobody reads what another one trains on, but records meet only records of the same worker's shards.
-    """
-
-    worker: int = 0
-    workers: int = 1
-    by: Literal["record", "file"] = "record"
-
-
-ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -48,17 +32,12 @@ class Order:
     first_epoch: int = 0
     first_step: int = 0  # of that epoch
     shuffle: bool = True  # False keeps the order of the indices
-    share: Share = ALONE
+    sharding: Sharding = UNSHARDED
 
     @property
     def rows(self) -> int:
-        """Of a global batch, those of this worker."""
-        return self.batch_size // self.share.workers
-
-    @property
-    def by_file(self) -> bool:
-        """Whether this worker has shards of its own."""
-        return self.share.by == "file" and self.share.workers > 1
+        """Rows of a global batch that are this worker's."""
+        return self.batch_size // self.sharding.workers
 
 
 # A stretch of an epoch: r rows in order, and the records that have to be read for them.
@@ -76,11 +55,6 @@ def _shuffle(keys: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
-def shard_order(chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order in which the shards `chosen`, int64 [c], are read in a shuffled epoch."""
-    return chosen[_shuffle(bits(seed, SHARDS, epoch, tf.constant(chosen, tf.int64))).numpy()]
-
-
 class _Records:
     """Where the examples of a split lie in its shards, laid end to end in some order."""
 
@@ -88,7 +62,7 @@ class _Records:
         """`chosen`: int64 [c], the shards to count with; all of them when None."""
         self.chosen = np.arange(len(split.shards)) if chosen is None else chosen
         starts = np.array([shard.start for shard in split.shards], np.int64)
-        sizes = sizes_of_shards(split)
+        sizes = shard_sizes(split)
         self.starts, self.sizes, self.first_index = starts, sizes, np.cumsum(sizes) - sizes
         self.total = int(sizes[self.chosen].sum())
 
@@ -168,33 +142,6 @@ def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def sizes_of_shards(split: Split) -> np.ndarray:
-    """Records of each shard that the split uses, int64 [shards]."""
-    return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
-
-
-def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
-    """Which shards each worker has, as equal in records as may be: the largest first, each to who has least so far.
-
-    Returns:
-        for each worker int64 shard numbers, increasing. (Longest-processing-time rule: Graham 1969.)
-    """
-    sizes = sizes_of_shards(split)
-    loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
-    for shard in np.argsort(-sizes, kind="stable"):
-        owner[shard] = np.argmin(loads)
-        loads[owner[shard]] += sizes[shard]
-    return [np.flatnonzero(owner == worker) for worker in range(workers)]
-
-
-def steps_per_epoch(split: Split, batch_size: int, share: Share = ALONE) -> int:
-    """Global batches of an epoch; the last one may be padded. By file, the worker with most records decides."""
-    if share.by == "file" and share.workers > 1:
-        sizes, rows = sizes_of_shards(split), batch_size // share.workers
-        return max(-(-int(sizes[own].sum()) // rows) for own in shards_of_workers(split, share.workers))
-    return -(-split.count // batch_size)
-
-
 def _block(
     pieces: tf.Tensor,
     place: tf.Tensor,
@@ -225,9 +172,9 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     What lies before is jumped over by arithmetic: of the first block only the records of its own window are read. Of
     several workers each gets the rows that are its own; a block may then be empty.
     """
-    if order.by_file:
+    if order.sharding.own_files:
         return _blocks_of_own_shards(split, order)
-    batch_size, share = order.batch_size, order.share
+    batch_size, sharding = order.batch_size, order.sharding
     total, steps = split.count, steps_per_epoch(split, batch_size)
     stretch = (order.window if order.shuffle else STRETCH) if split.shards else total
     per_epoch, part = _shuffled(split, order.seed, order.window) if order.shuffle else _in_order(split)
@@ -240,9 +187,9 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
         pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
         whole = _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
-        if share.workers == 1:
+        if sharding.workers == 1:
             return whole
-        own = tf.equal(whole["position"] // order.rows, share.worker)
+        own = tf.equal(whole["position"] // order.rows, sharding.worker)
         return {name: value if name == "pieces" else tf.boolean_mask(value, own) for name, value in whole.items()}
 
     return block
@@ -250,11 +197,11 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
 
 def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """`training_blocks` by file. A worker with fewer records than the others ends its epoch with padding alone."""
-    share, window, rows = order.share, order.window, order.rows
-    chosen = shards_of_workers(split, share.workers)[share.worker]
-    steps = steps_per_epoch(split, order.batch_size, share)
-    total, first_row = int(sizes_of_shards(split)[chosen].sum()), order.first_step * rows
-    per_epoch, part = _shuffled(split, order.seed, window, chosen, share.worker)
+    sharding, window, rows = order.sharding, order.window, order.rows
+    chosen = shards_of_workers(split, sharding.workers)[sharding.worker]
+    steps = steps_per_epoch(split, order.batch_size, sharding)
+    total, first_row = int(shard_sizes(split)[chosen].sum()), order.first_step * rows
+    per_epoch, part = _shuffled(split, order.seed, window, chosen, sharding.worker)
     # A first step that lies in the padding begins with the last window, of which only padding is left.
     first_number = min(first_row // window, per_epoch - 1)
 
@@ -266,7 +213,7 @@ def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], B
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
         whole = _block(pieces, place, index, start, total, rows, epoch, padding_at_end=steps * rows - total)
         whole = {name: value if name == "pieces" else value[done:] for name, value in whole.items()}
-        return {**whole, "position": whole["position"] + share.worker * rows}
+        return {**whole, "position": whole["position"] + sharding.worker * rows}
 
     return block
 
@@ -287,6 +234,26 @@ def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[
         return _block(pieces, place, index, first, len(chosen), batch_size, zero)
 
     return len(edges) - 1 if len(chosen) else 0, block
+
+
+Read = tuple[int, np.ndarray]  # a block as the host sees it: rows of this worker, int64 numbers of its shards
+
+
+def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[Read]:
+    """The reads of blocks 0, 1, ... (endless without a count) on the host, by the very function that the pipeline maps;
+    blocks without a row of this worker are left out, as the pipeline leaves them out.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
+    def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        made = block(number)
+        return tf.size(made["index"]), made["pieces"][:, 0]
+
+    for number in itertools.count() if count is None else range(count):
+        with tf.device("CPU:0"):
+            rows, shards = read(tf.constant(number, tf.int64))
+        if int(rows):
+            yield int(rows), shards.numpy()
 
 
 def share_of(split: Split, batch_size: int, share: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
@@ -11,33 +12,33 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
 from trainer.data.decoding import COLUMNS, Row, block_dataset, plain
-from trainer.data.images import Pixels, live_rows
-from trainer.data.order import ALONE, Block, Order, Share, sequence_blocks, share_of, training_blocks
-from trainer.data.shard_gate import Gate, rows_ahead, sequence_reads, training_reads
-from trainer.features.store import Features
+from trainer.data.images import BatchSource, Pixels, live_rows
+from trainer.data.order import Block, Order, block_reads, sequence_blocks, share_of, training_blocks
+from trainer.data.shard_gate import ShardGate, rows_ahead
+from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.types import Split
 
-Kept = Pixels | Features  # what batches are made of
 
-
-def _kept_batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _kept_batches(
+    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int
+) -> tf.data.Dataset:
     """Batches out of an array: one gather each."""
     # When an iterator is made TensorFlow feeds each tensor that a function has captured with another one of its shape,
     # to optimize the pipeline, and keeps that memory: as much again as all images. An Optional around it has no shape.
     with tf.device("CPU:0"):
-        content = tf.experimental.Optional.from_value(pixels.tensor())
-    blank = pixels.split.count
-    bad = tf.constant(sorted(pixels.bad), tf.int64)
+        content = tf.experimental.Optional.from_value(source.tensor())
+    blank = source.split.count
+    bad = tf.constant(sorted(source.bad), tf.int64)
 
     def rows(fields: Block) -> Row:
         return {k: fields[k] for k in COLUMNS}
 
     def pick(rows: Row) -> Row:
         weight = rows["weight"]
-        if pixels.bad:
+        if source.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        image = pixels.rows_of(content.get_value(), tf.where(weight > 0, rows["index"], blank), rows["epoch"])
+        image = source.rows_of(content.get_value(), tf.where(weight > 0, rows["index"], blank), rows["epoch"])
         return {**rows, "weight": weight, "image": image}
 
     blocks = block_dataset(block, count)
@@ -49,13 +50,13 @@ def _live_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: in
     return live_rows(pixels, block, count).batch(size, drop_remainder=True)
 
 
-def _batches(pixels: Kept, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
+def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
     """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
-    if isinstance(pixels, Pixels) and pixels.array is None:
-        batches = _live_batches(pixels, block, count, size)
+    if isinstance(source, Pixels) and source.array is None:
+        batches = _live_batches(source, block, count, size)
     else:
-        batches = _kept_batches(pixels, block, count, size)
-    labels = tf.constant(pixels.split.labels, tf.int32)
+        batches = _kept_batches(source, block, count, size)
+    labels = tf.constant(source.split.labels, tf.int32)
     return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
@@ -69,26 +70,43 @@ def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.d
     return batches.prefetch(ahead).with_options(options)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """A dataset of batches, and what waits for the shards that it opens.
+
+    Attributes:
+        dataset: an element is what one replica gets, a `trainer.types.Batch`; without end.
+        count: of this worker's parts of a global batch until only padding comes; None: of training, endless.
+        gate: makes the gate of one iteration over `dataset`: call its `wait_for` before rows are taken.
+    """
+
+    dataset: tf.data.Dataset
+    count: int | None
+    gate: Callable[[], ShardGate]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a pass over chosen examples augments their images: as epoch `number` of training does."""
+
+    augmentation: Augmentation
+    seed: int
+    number: int
+
+
 def training_batches(
-    pixels: Kept,
-    order: Order,
-    *,
-    replicas: int,
-    augmentation: Augmentation,
-    views: int | None = None,
-    threads: int | None = None,
-) -> tf.data.Dataset:
+    source: BatchSource, order: Order, *, replicas: int, augmentation: Augmentation, views: int | None = None
+) -> Batches:
     """The endless stream of training batches in this order.
 
-    Each epoch is `order.steps_per_epoch` global batches, the last one padded with weight 0. An element is what one
-    replica gets, a `trainer.types.Batch` of batch_size / workers / replicas rows; `replicas` of them in a row make
-    this worker's part of a global batch. Iterate within `pixels.data_errors`.
+    Each epoch is `steps_per_epoch` global batches, the last one padded with weight 0. An element has batch_size /
+    workers / replicas rows; `replicas` of them in a row make this worker's part of a global batch. Iterate within
+    `images.data_errors`.
 
     Args:
         replicas: of this worker; their number divides the worker's rows of a global batch.
         augmentation: where it mixes, elements hold `other_label` and `mix` too, and have an even number of rows.
         views: epoch e changes images as epoch e % views; None: each epoch in its own way.
-        threads: of a pool of its own; None shares TensorFlow's.
     """
 
     @plain
@@ -101,103 +119,78 @@ def training_batches(
             batch |= mixed(batch, augmentation, order.seed, epoch)
         return batch
 
-    batches = _batches(pixels, training_blocks(pixels.split, order), None, order.rows // replicas)
-    parallel = pixels.threads if augmentation.active else None
+    block, rows = training_blocks(source.split, order), order.rows // replicas
+    parallel = source.parallel if augmentation.active else None
     # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return _finished(batches.map(change, num_parallel_calls=parallel).apply(endless), threads, _ahead(replicas))
+    dataset = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
+    ahead = rows_ahead(rows, source.parallel, _buffered(replicas) + (parallel or 0))
+    return Batches(
+        _finished(dataset, source.threads, _prefetched(replicas)),
+        None,
+        lambda: source.gate("training", block_reads(block, None), ahead),
+    )
 
 
 def evaluation_batches(
-    pixels: Kept,
-    *,
-    batch_size: int,
-    replicas: int,
-    part: float = 1.0,
-    threads: int | None = None,
-    share: Share = ALONE,
-) -> tuple[tf.data.Dataset, int]:
+    source: BatchSource, *, batch_size: int, replicas: int, part: float = 1.0, sharding: Sharding = UNSHARDED
+) -> Batches:
     """Each example of a split once over all workers, in the order of the indices, in batches of uint8 images.
 
     Elements are as in `training_batches`. A `part` below 1 takes that part of the batches, filled with the examples
     that one fixed shuffle puts first: every class is in it, and always the same examples. Of several workers each has
-    a run of neighbouring examples.
-
-    Returns:
-        the batches, and padding without end after the last one, so that no strategy looks for it; and how many of this
-        worker's part of a global batch they are; 0 where there are fewer examples than workers.
+    a run of neighbouring examples; the count is 0 where there are fewer examples than workers.
     """
-    mine = to_score(pixels.split, batch_size, part, share)
-    rows = batch_size // share.workers
-    return chosen_batches(pixels, mine, rows=rows, replicas=replicas, threads=threads), -(-len(mine) // rows)
+    own = examples_to_score(source.split, batch_size, part, sharding)
+    return chosen_batches(source, own, rows=batch_size // sharding.workers, replicas=replicas)
 
 
 def chosen_batches(
-    pixels: Kept,
+    source: BatchSource,
     chosen: np.ndarray,
     *,
     rows: int,
     replicas: int,
-    threads: int | None = None,
-    augmentation: Augmentation | None = None,
-    seed: int = 0,
-    view: int = 0,
-    ahead: int | None = None,
-) -> tf.data.Dataset:
+    view: View | None = None,
+    prefetched: int | None = None,
+) -> Batches:
     """The examples `chosen`, increasing indices, in their order, and then padding without end, `rows` at a time.
 
-    With an `augmentation` images are changed as epoch `view` of training does. `ahead`: elements that are made before
-    they are wanted.
+    With a `view` images are augmented. `prefetched`: elements that are made before they are wanted.
     """
-    count, block = sequence_blocks(pixels.split, chosen, rows)
+    count, block = sequence_blocks(source.split, chosen, rows)
 
     @plain
     def change(batch: Row) -> Row:
         del batch["epoch"]
-        if augmentation is not None:
-            views = tf.fill(tf.shape(batch["index"]), tf.constant(view, tf.int64))
-            batch["image"] = augment(batch["image"], augmentation, seed, views, batch["index"])
+        if view is not None:
+            views = tf.fill(tf.shape(batch["index"]), tf.constant(view.number, tf.int64))
+            batch["image"] = augment(batch["image"], view.augmentation, view.seed, views, batch["index"])
         return batch
 
-    parallel = pixels.threads if augmentation is not None and augmentation.active else None
-    batches = _batches(pixels, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
+    parallel = source.parallel if view is not None and view.augmentation.active else None
+    batches = _batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
+    # Without end, so that no strategy polls for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    return _finished(endless, threads, ahead or _ahead(replicas))
+    ahead = rows_ahead(rows // replicas, source.parallel, _buffered(replicas, prefetched) + (parallel or 0))
+    return Batches(
+        _finished(endless, source.threads, prefetched or _prefetched(replicas)),
+        -(-len(chosen) // rows),
+        lambda: source.gate("evaluation", block_reads(block, count), ahead),
+    )
 
 
-def training_gate(pixels: Kept, order: Order, *, replicas: int, augmentation: Augmentation) -> Gate:
-    """What waits, before each device call, for the shards that `training_batches` of the same arguments opens."""
-    buffered = _buffered(replicas) + (pixels.threads if augmentation.active else 0)
-    ahead = rows_ahead(order.rows // replicas, pixels.threads, buffered)
-    return pixels.gate("training", training_reads(pixels.split, order), ahead)
-
-
-def evaluation_gate(pixels: Kept, *, batch_size: int, replicas: int, part: float = 1.0, share: Share = ALONE) -> Gate:
-    """What waits, before each batch, for the shards that `evaluation_batches` of the same arguments opens."""
-    mine = to_score(pixels.split, batch_size, part, share)
-    return chosen_gate(pixels, mine, rows=batch_size // share.workers, replicas=replicas)
-
-
-def chosen_gate(
-    pixels: Kept, chosen: np.ndarray, *, rows: int, replicas: int, augmented: bool = False, ahead: int | None = None
-) -> Gate:
-    """What waits, before each batch, for the shards that `chosen_batches` of the same arguments opens."""
-    buffered = _buffered(replicas, ahead) + (pixels.threads if augmented else 0)
-    reads = sequence_reads(pixels.split, chosen, rows)
-    return pixels.gate("evaluation", reads, rows_ahead(rows // replicas, pixels.threads, buffered))
-
-
-def to_score(split: Split, batch_size: int, part: float, share: Share) -> np.ndarray:
+def examples_to_score(split: Split, batch_size: int, part: float, sharding: Sharding) -> np.ndarray:
     """Increasing indices of the examples that this worker scores."""
-    return np.array_split(share_of(split, batch_size, part), share.workers)[share.worker]
+    return np.array_split(share_of(split, batch_size, part), sharding.workers)[sharding.worker]
 
 
-def _ahead(replicas: int) -> int:
+def _prefetched(replicas: int) -> int:
     """Elements that our `prefetch` holds: two for each replica."""
     return 2 * replicas
 
 
-def _buffered(replicas: int, ahead: int | None = None) -> int:
+def _buffered(replicas: int, prefetched: int | None = None) -> int:
     """Elements that wait: those of our `prefetch`, and two for each replica in the buffers of a strategy's devices."""
-    return (ahead or _ahead(replicas)) + 2 * replicas
+    return (prefetched or _prefetched(replicas)) + 2 * replicas

@@ -14,12 +14,10 @@ from trainer.storage.path import place
 from trainer.storage.shard_cache import OwnFolder, ShardCache
 from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
 
-GIGABYTE = 1024**3
+Note = Callable[[str], None]
 
 
-def local_copies(
-    config: RunConfig, cache_dir: Path, note: Callable[[str], None], check: Callable[[str], None]
-) -> tuple[RunConfig, dict[str, str]]:
+def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) -> tuple[RunConfig, dict[str, str]]:
     """The same configuration with local paths for the data and the weights; `check(address)` may raise to leave.
 
     Returns:
@@ -28,13 +26,13 @@ def local_copies(
     Raises:
         DataError, Interrupted: as `trainer.storage.staging.stage`.
     """
-    budget = int(config.runtime.disk_budget_gb * GIGABYTE)
+    runtime = config.runtime
     where: dict[str, str] = {}
 
     def local(address: str | None) -> str | None:
         if not address or not is_remote(address):
             return address
-        path = stage(address, cache_dir, budget, note, lambda: check(address))
+        path = stage(address, runtime.cache_folder, runtime.disk_budget, note, lambda: check(address))
         where[path] = address.rstrip("/")
         return path
 
@@ -49,7 +47,7 @@ def local_copies(
 
 
 def copies_ahead(
-    config: RunConfig, cache_dir: Path, note: Callable[[str], None], check: Callable[[str], None]
+    config: RunConfig, note: Note, check: Callable[[str], None]
 ) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
     """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket, except
     where groups are read: they stand in the records alone.
@@ -64,11 +62,11 @@ def copies_ahead(
     address, shards = _dataset(config), None
     if is_remote(address) and not config.data.group_field:
         address = str(address).rstrip("/")
-        shards = _open_shards(address, cache_dir, int(config.runtime.disk_budget_gb * GIGABYTE), note, check)
+        shards = _open_shards(address, config.runtime.cache_folder, config.runtime.disk_budget, note, check)
     if shards:
         here = {"root": str(shards.folder), "data_dir": None}
         config = config.model_copy(update={"data": config.data.model_copy(update=here)})
-    local, where = local_copies(config, cache_dir, note, check)
+    local, where = local_copies(config, note, check)
     return local, where | ({str(shards.folder): address or ""} if shards else {}), shards
 
 
@@ -105,7 +103,7 @@ def prepared_at(address: str) -> Prepared | None:
 
 
 def _open_shards(
-    address: str, cache_dir: Path, budget: int, note: Callable[[str], None], check: Callable[[str], None]
+    address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[str], None]
 ) -> ShardCache | None:
     """A cache of the shards in a prepared folder, with its metadata beside them; None where it has no labels file."""
     found = prepared_at(address)

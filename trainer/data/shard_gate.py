@@ -2,30 +2,25 @@
 
 A pipeline cannot wait for a file: no Python may stand in it (`trainer.data.order`), and a file that is not there would
 count as lost records. So the host waits, at a gate before each batch or device call, for every shard that the pipeline
-can open until the next gate. Which ones those are is known from the order alone; this module repeats the arithmetic of
-`order.training_blocks` and `order.sequence_blocks` in numpy, without the shuffling inside a window.
+can open until the next gate. Which ones those are is known from the order alone: `order.block_reads` evaluates on the
+host the function from which the pipeline makes its blocks.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
-
-from trainer.data.order import STRETCH, Order, shard_order, shards_of_workers, sizes_of_shards, steps_per_epoch
+from trainer.data.order import Read
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
 # Blocks behind the one of the last row that was pulled whose shards may be open. Blocks are read by one thread, into
-# the `prefetch(1)` of `decode._with_records`: while rows of block b are pulled, b + 1 is read and then lies there, and
+# the `prefetch(1)` of `decoding._with_records`: while rows of block b are pulled, b + 1 is read and then lies there, and
 # b + 2 is not begun before b + 1 is taken out, which is when the first row behind b is pulled.
 BLOCKS_AHEAD = 1
-
-Read = tuple[int, np.ndarray]  # a block: how many rows of this worker it has, the numbers of its shards
 
 
 def rows_ahead(size: int, threads: int, elements: int) -> int:
@@ -38,46 +33,6 @@ def rows_ahead(size: int, threads: int, elements: int) -> int:
     """
     # Where TensorFlow fuses map and batch it works on ceil(threads / size) batches at once, and one is being taken.
     return (elements + 4) * size + 2 * threads
-
-
-def training_reads(split: Split, order: Order) -> Iterator[Read]:
-    """The blocks of `order.training_blocks`, endless, without those that have no row of this worker."""
-    share, rows, by_file = order.share, order.rows, order.by_file
-    chosen = shards_of_workers(split, share.workers)[share.worker] if by_file else np.arange(len(split.shards))
-    all_sizes, steps = sizes_of_shards(split), steps_per_epoch(split, order.batch_size, share)
-    total, shuffle = int(all_sizes[chosen].sum()), order.shuffle or by_file
-    batch, stretch = rows if by_file else order.batch_size, order.window if shuffle else STRETCH
-    epoch, row = order.first_epoch, order.first_step * batch
-    if not by_file:
-        epoch, row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
-
-    def own(stop: int) -> int:
-        """How many of the rows before `stop` are this worker's."""
-        if by_file:
-            return stop
-        return stop // batch * rows + min(max(stop % batch - share.worker * rows, 0), rows)
-
-    while True:
-        shards = shard_order(chosen, order.seed, epoch) if shuffle else chosen
-        ends = np.cumsum(all_sizes[shards])
-        begins = ends - all_sizes[shards]
-        for start in range(min(row // stretch, -(-total // stretch) - 1) * stretch, total, stretch):
-            stop = min(start + stretch, total)
-            padded = steps * batch if stop == total else stop
-            if (count := own(padded) - own(max(start, row))) > 0:
-                yield count, shards[(ends > start) & (begins < stop) & (ends > begins)]
-        epoch, row = epoch + 1, 0
-
-
-def sequence_reads(split: Split, chosen: np.ndarray, batch_size: int) -> Iterator[Read]:
-    """The blocks of `order.sequence_blocks`, once."""
-    ends = np.cumsum(sizes_of_shards(split))
-    begins = np.concatenate([[0], ends[:-1]])
-    edges = np.unique(np.searchsorted(chosen, np.arange(0, split.count + STRETCH, STRETCH)))
-    for first, last in itertools.pairwise(edges.tolist()):
-        start, stop = chosen[first], chosen[last - 1] + 1
-        padding = -len(chosen) % batch_size if last == len(chosen) else 0
-        yield int(last - first) + padding, np.flatnonzero((ends > start) & (begins < stop) & (ends > begins))
 
 
 class LocalShards:
@@ -103,7 +58,7 @@ class LocalShards:
         """Nothing was held."""
 
 
-class Gate:
+class ShardGate:
     """Stands before one pipeline over a split; where there is nothing to wait for it is open."""
 
     def __init__(
@@ -119,7 +74,7 @@ class Gate:
         self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks so far
         self._open = (-1, -1)  # numbers of the first and last block that the gate is open for
 
-    def before(self, rows: int) -> float:
+    def wait_for(self, rows: int) -> float:
         """The next `rows` rows are about to be taken: wait until all that the pipeline can open meanwhile is here.
 
         Returns:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.records import index_shard, read_labels
 from trainer.data.tfds_folder import known_shards
 from trainer.errors import DataError
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.types import Shard, Split
 
 PARTS = ("train", "validation", "test")
@@ -169,7 +169,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     skipped: list[str] = []
     known = {folder: known_shards(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
     for number, path in enumerate(paths):
-        signs.moved()
+        health.progress()
         name, (entries, known_labels) = os.path.basename(path), known[os.path.dirname(path)]
         if source.arriving:
             if name not in entries:

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.schema import Data
 from trainer.data.splits import Found, Note, RecordSource, overlap, part_sizes, read_shards, split_of, take, turns
 from trainer.errors import DataError
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.types import Shard, Split
 
 
@@ -99,7 +99,7 @@ def _named(data: Data) -> Any:
                 "set data.download=true to download it, or data.data_dir to where it lies"
             )
         try:
-            with signs.waiting(f"TFDS, which downloads and prepares {data.name}"):  # it says nothing for hours
+            with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it says nothing for hours
                 builder.download_and_prepare(file_format="tfrecord")
         except Exception as error:  # network, checksum, missing extra packages, disk: all end here
             raise DataError(f"TFDS cannot download and prepare {data.name}: {_first_line(error)}") from None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -44,6 +45,13 @@ class TeacherFiles:
         """What it is, for people."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the other workers need to know of it, in plain values."""
+        model = self.model.model_dump(mode="json") if self.model else None
+        return {"kind": self.kind, "classes": self.classes, "fingerprint": self.fingerprint, "words": self.words,
+                "model": model}  # fmt: skip
 
 
 def look_for_teacher(address: str) -> TeacherFiles:

@@ -1,16 +1,40 @@
-"""Teachers: trained networks that answer beside the labels (Hinton et al. 2015)."""
+"""The teacher of a run that distils (Hinton et al. 2015): opened, checked against the data, and asked once where that
+is enough.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from trainer.arrays import pack, unpack
+from trainer.cluster.worker import Worker
+from trainer.config.schema import Model
+from trainer.data.images import ImageStore
+from trainer.data.sharding import Sharding
+from trainer.distillation.source import (
+    ROWS,
+    SAVED_MODEL,
+    check_classes,
+    check_same,
+    look_for_teacher,
+    read_teacher,
+    write_saved_model,
+)
 from trainer.errors import DataError
+from trainer.evaluation.scoring import Scorer
 from trainer.models.classifier import Classifier
+from trainer.monitoring.health import health
+from trainer.monitoring.log import say
+from trainer.runs.reader import rebuild_classifier
+from trainer.storage.local import write_whole
 
 _TINY = 1.2e-38  # probabilities are floored here before the logarithm
 
@@ -63,3 +87,119 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
         return tf.math.log(tf.maximum(signature(images=images)["probabilities"], _TINY))
 
     return Teacher(int(given.shape[1]), answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The teacher of a run
+
+_FORMAT = 1  # of the cached answers; counts up when they change
+
+
+@dataclass(frozen=True)
+class OpenedTeacher:
+    """The teacher of a run: it answers in every step (`network`), or has answered for every training example.
+
+    Attributes:
+        fingerprint: of its weights.
+        answers: its probabilities, float32 [count, classes], by example index; None where it answers in every step, and
+            where the run was told to stop meanwhile.
+    """
+
+    fingerprint: str
+    network: Teacher | None = None
+    answers: np.ndarray | None = None
+
+
+def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: str, before: str | None) -> OpenedTeacher:
+    """Open the teacher that a configuration names, on all workers; the chief alone reads it.
+
+    Where every epoch shows the same images, it answers for each of them now, and batches hold its answers from then on;
+    else it answers in every step. Ask `Worker.should_stop` after it.
+
+    Args:
+        run: the output_dir of the student, for messages.
+        before: fingerprint of the teacher that this run began with; None: it begins now.
+
+    Raises:
+        DataError: there is no teacher, it knows other classes, or it is not the one that this run began with.
+    """
+    config = images.config
+    assert config.distillation
+    address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
+    found = look_for_teacher(address) if worker.is_chief else None
+    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: found.facts if found else None)
+    check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
+    check_same(run, before, facts["fingerprint"])
+    say(f"teacher: {facts['words']}; loss = {alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
+        + (f" at temperature {temperature:g}" if temperature != 1 else ""))  # fmt: skip
+
+    def build() -> Teacher:
+        arrays = worker.control.broadcast_arrays("teacher's weights", read_teacher(found) if found else {})
+        return _build(worker.strategy, images, address, facts, arrays)
+
+    if config.augmentation.active:
+        network = build()
+        say("  it answers in every step, for what augmentation made of the images")
+        return OpenedTeacher(facts["fingerprint"], network=network)
+    return OpenedTeacher(facts["fingerprint"], answers=_answers(worker, images, sharding, facts, build))
+
+
+def _build(
+    strategy: tf.distribute.Strategy,
+    images: ImageStore,
+    address: str,
+    facts: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> Teacher:
+    if facts["kind"] == SAVED_MODEL:
+        with strategy.scope(), tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
+            write_saved_model(arrays, Path(folder))
+            return saved_model_as_teacher(Path(folder), address)
+    model, source = Model(**facts["model"]), f"distillation.teacher={address}"
+    with strategy.scope():
+        classifier = rebuild_classifier(model, len(images.dataset.class_names), images.config.seed, arrays, source)
+    return classifier_as_teacher(classifier)
+
+
+def _answers(
+    worker: Worker, images: ImageStore, sharding: Sharding, facts: dict[str, Any], build: Callable[[], Teacher]
+) -> np.ndarray | None:
+    """The teacher's answers for all training examples, from the cache where an earlier start left them; None where the
+    run was told to stop meanwhile. It sees the images at its own size, and at its own `resize` where that is known.
+    """
+    control, dataset, config = worker.control, images.dataset, images.config
+    split, classes = dataset.splits["train"], len(dataset.class_names)
+    resize = facts["model"]["resize"] if facts["model"] else config.model.resize
+    key = (_FORMAT, facts["fingerprint"], dataset.fingerprint, split.count, resize, config.runtime.precision)
+    digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
+    file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
+    cached = _read_answers(file, (split.count, classes)) if worker.is_chief else None
+    if control.broadcast("teacher's answers cached", lambda: cached is not None):
+        say(f"  its answers: taken from {file}, made by an earlier start")
+        return control.broadcast_arrays("teacher's answers", {} if cached is None else {"answers": cached})["answers"]
+    teacher = build()
+    health.set_activity("the teacher's answers")
+    say(f"  it answers for {split.count:,} training images at {teacher.image_size} px, once; kept in {file}")
+    same = (teacher.image_size, resize) == (images.size, config.model.resize)
+    pixels = images.split("train") if same else images.at("train", teacher.image_size, resize)
+    batch_size = ROWS * worker.replicas * worker.size
+    scored = Scorer(worker, teacher, sharding).score(pixels, batch_size, "teacher's answers")
+    if worker.should_stop("while the teacher answered"):
+        return None
+    answers = np.full((split.count, classes), 1 / classes, np.float32)  # of what cannot be decoded: it counts nowhere
+    answers[scored.indices] = scored.probabilities
+    answers = control.broadcast_arrays("teacher's answers", {"answers": answers})["answers"]
+    if worker.is_chief:
+        try:
+            write_whole(file, pack({"answers": answers}))
+        except OSError as error:
+            say(f"  they cannot be kept in {file.parent} ({error.strerror}); another start will ask again")
+    return answers
+
+
+def _read_answers(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    try:
+        answers = unpack(file.read_bytes())["answers"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return answers if answers.shape == shape and answers.dtype == np.float32 else None

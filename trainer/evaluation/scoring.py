@@ -8,63 +8,112 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from trainer.types import Batch
+from trainer.cluster.worker import Worker
+from trainer.data.images import BatchSource, data_errors
+from trainer.data.pipeline import Batches, evaluation_batches
+from trainer.data.shard_gate import ShardGate
+from trainer.data.sharding import UNSHARDED, Sharding
+from trainer.errors import ToldToStop
+from trainer.monitoring.health import health
+from trainer.types import Batch, Scored
 
 TOP = 5  # what top-k counts; shown only where there are more classes
 
 
-class Answers(Protocol):
-    """What scoring needs of a classifier or a teacher."""
+class Network(Protocol):
+    """What scoring needs of a classifier, the tail of one, or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
+        """Float32 [b, classes] for images in 0..255, [b, S, S, 3], or what left the trunk."""
 
 
-class EvaluationPass:
-    """Scores the examples of this worker's batches, each exactly once; workers do not wait for each other."""
+class Scorer:
+    """Scores examples with a network, each exactly once over all workers; workers do not wait for each other."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, network: Answers) -> None:
-        self.strategy, self.network = strategy, network
+    def __init__(
+        self,
+        worker: Worker,
+        network: Network,
+        sharding: Sharding = UNSHARDED,
+        waited: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """`waited`: called with the seconds that this worker waited for shards."""
+        self.worker, self.network, self.sharding, self.waited = worker, network, sharding, waited
         self._predict = tf.function(self._run, autograph=False)
-        self._streams: list[tuple[Any, Any, Any]] = []
+        self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
     def _run(self, batch: Batch) -> tuple[Any, Any]:
-        return self.strategy.run(self._replica, args=(batch,))
+        return self.worker.strategy.run(self._replica, args=(batch,))
 
     def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
-    def opened(self, source: Any, how: Any, batches: Callable[[], Any]) -> Any:
-        """What `batches()` is, the same for the same object `source`, read in the same way: it is built once, and not
-        for each epoch.
+    def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
+        """The network's answers for every example of `source`, or for the `part` of them that validation takes.
+
+        Each worker scores examples of its own. The chief gets all of them, the other workers their own part; so does
+        everyone where a worker is told to stop meanwhile: ask `Worker.should_stop` after it.
+
+        Args:
+            batch_size: of the global batch.
+            topic: names the exchange between the workers.
+
+        Raises:
+            DataError: an example cannot be read.
         """
-        for known, way, stream in self._streams:
+        batches, stream = self._open(source, batch_size, part)
+        gate, rows, parts = batches.gate(), batch_size // self.sharding.workers, list[tuple[np.ndarray, ...]]()
+        with data_errors(source):
+            elements = iter(stream)
+            for _ in range(batches.count or 0):
+                if not self._ready(gate, rows):
+                    break
+                parts += self._score_batch(next(elements))
+            del elements
+        gate.close()
+        own = by_index(parts)
+        if self.worker.size > 1:
+            names = ("probabilities", "labels", "indices")
+            everyone = self.worker.control.gather_arrays(topic, dict(zip(names, own, strict=True)))
+            if everyone:
+                own = by_index([tuple(one[name] for name in names) for one in everyone if len(one["labels"])])
+        probabilities, labels, indices = own
+        return Scored(source.split.name, indices, labels, probabilities)
+
+    def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
+        """The batches of a source; built once and not for each epoch."""
+        how = (batch_size, part)
+        for known, way, batches, stream in self._opened:
             if known is source and way == how:
-                return stream
-        self._streams.append((source, how, batches()))
-        return self._streams[-1][-1]
+                return batches, stream
+        batches = evaluation_batches(
+            source, batch_size=batch_size, replicas=self.worker.replicas, part=part, sharding=self.sharding
+        )
+        stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
+        self._opened.append((source, how, batches, stream))
+        return batches, stream
 
-    def probabilities(
-        self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
-        left out.
+    def _ready(self, gate: ShardGate, rows: int) -> bool:
+        """Wait for the shards of the next batch; False where this worker was told to stop."""
+        try:
+            seconds = gate.wait_for(rows)
+        except ToldToStop:
+            return False
+        if seconds > 0:
+            self.waited(seconds)
+        health.progress()
+        return self.worker.stop.reason is None
 
-        `ready()` is asked before each batch; once it is false, what has been scored so far.
-        """
+    def _score_batch(self, batch: Any) -> list[tuple[np.ndarray, ...]]:
+        """(probabilities, labels, indices) of each replica's examples, padding left out."""
+        outcome, seen = self._predict(batch)
+        local = self.worker.strategy.experimental_local_results
         parts: list[tuple[np.ndarray, ...]] = []
-        stream = iter(batches)
-        for _ in range(count):
-            if not ready():
-                break
-            outcome, seen = self._predict(next(stream))
-            local = self.strategy.experimental_local_results
-            keys = ("label", "index", "weight")
-            for p, *rest in zip(local(outcome), *(local(seen[k]) for k in keys), strict=True):
-                label, index, weight = (r.numpy() for r in rest)
-                real = weight > 0
-                parts.append((p.numpy()[real], label[real], index[real]))
-        return by_index(parts)
+        for p, *rest in zip(local(outcome), *(local(seen[k]) for k in ("label", "index", "weight")), strict=True):
+            label, index, weight = (r.numpy() for r in rest)
+            real = weight > 0
+            parts.append((p.numpy()[real], label[real], index[real]))
+        return parts
 
 
 def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

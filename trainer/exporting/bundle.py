@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportBundle:
     """A trained model with all that its files tell of it; S is the side of its images, pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
@@ -29,7 +29,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ParityExamples:
     """Examples that the model did not learn from, and what the trainer itself says of them."""
 
     images: np.ndarray  # uint8 [n, S, S, 3]

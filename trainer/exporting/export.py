@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import RunConfig
-from trainer.exporting.bundle import HeldOut, Subject
+from trainer.data.images import ImageStore
+from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
 from trainer.exporting.model_card import write_labels
 from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
-from trainer.models.grad_cam import Look, explain
-from trainer.types import Dataset
+from trainer.models.grad_cam import Explainer, explain
+from trainer.types import Scored
 
 EXAMPLES = 1000  # of the scored split are sent through every exported file
 REPRESENTATIVE = 200  # of the training split tell an int8 file its ranges
-
-Pictures = Callable[[str, np.ndarray], np.ndarray]  # a split and example indices -> uint8 [k, S, S, 3]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a classifier says of all examples of a split that it did not learn from."""
-
-    split: str
-    indices: np.ndarray  # int64 [n]: of the examples, ascending
-    labels: np.ndarray  # int32 [n]
-    probabilities: np.ndarray  # float32 [n, classes]
 
 
 def chosen_examples(count: int, most: int) -> np.ndarray:
@@ -39,22 +26,28 @@ def chosen_examples(count: int, most: int) -> np.ndarray:
     return np.sort(np.random.default_rng(count).permutation(count)[:most]).astype(np.int64)
 
 
-def write_exports(
+def export_classifier(
     home: Path,
-    config: RunConfig,
     classifier: Classifier,
-    dataset: Dataset,
+    images: ImageStore,
     scored: Scored,
-    pictures: Pictures,
-    look: Look,
+    explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out
-    examples; facts by format, as `export_formats`, whose `check` it is.
+    """Write labels.txt, reference.json and the formats of the configuration below `home`; each file is tried on held-out
+    examples. A run does this at its end, `python -m trainer.export` later.
+
+    Args:
+        scored: what the classifier answers for all examples of a split that it did not learn from.
+        check: as in `export_formats`.
+
+    Returns:
+        facts by format, as `export_formats`.
     """
+    config, dataset = images.config, images.dataset
     chosen = chosen_examples(len(scored.indices), EXAMPLES)
-    images = pictures(scored.split, scored.indices[chosen])
-    subject = Subject(
+    examples = images.rows(scored.split, scored.indices[chosen])
+    bundle = ExportBundle(
         model=classifier.keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
         class_names=dataset.class_names,
@@ -64,13 +57,13 @@ def write_exports(
             scored.split,
             dataset.class_names,
             scored.probabilities,
-            look(images)["embedding"],
+            explainer(examples)["embedding"],
             classifier.image_size,
             config.model.resize,
         ),
-        examples=lambda: pictures("train", chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)),
+        examples=lambda: images.rows("train", chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)),
     )
-    write_labels(home / "labels.txt", subject.class_names)
-    write_reference(home / "reference.json", subject.reference)
-    held_out = HeldOut(images, scored.labels[chosen], scored.probabilities[chosen])
-    return export_formats(home, config.export.formats, subject, held_out, config.export.max_accuracy_drop, check)
+    write_labels(home / "labels.txt", bundle.class_names)
+    write_reference(home / "reference.json", bundle.reference)
+    held_out = ParityExamples(examples, scored.labels[chosen], scored.probabilities[chosen])
+    return export_formats(home, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)

@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.bundle import HeldOut, Subject, plain
+from trainer.exporting.bundle import ExportBundle, ParityExamples, plain
 from trainer.exporting.model_card import label_lines
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
@@ -24,7 +24,7 @@ from trainer.exporting.verify import drops_too_far, load_export, score
 from trainer.storage.local import write_whole
 
 
-def export_keras(subject: Subject, path: Path) -> None:
+def export_keras(subject: ExportBundle, path: Path) -> None:
     """Write `path` whole or not at all: float32 [n, S, S, 3] RGB in 0..255 -> probabilities, in float32.
 
     `keras.saving.load_model(path)` reads it in its safe mode, without a line of this package.
@@ -41,7 +41,7 @@ def export_keras(subject: Subject, path: Path) -> None:
 OPSET = 18  # of ONNX 1.13, 2022: what TensorRT 10 reads
 
 
-def export_onnx(subject: Subject, path: Path) -> None:
+def export_onnx(subject: ExportBundle, path: Path) -> None:
     """Write `path` whole or not at all: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
 
     The class names are its metadata `labels`, one a line.
@@ -64,7 +64,7 @@ def export_onnx(subject: Subject, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # All formats by name: each is written, loaded back by the library that it is for, scored, and kept or not
 
-Write = Callable[[Subject, Path], None]
+Write = Callable[[ExportBundle, Path], None]
 
 # Name -> (file below export/, what writes it)
 FORMATS: dict[str, tuple[str, Write]] = {
@@ -101,8 +101,8 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
 def export_formats(
     home: Path,
     formats: Iterable[str],
-    subject: Subject,
-    held_out: HeldOut,
+    subject: ExportBundle,
+    held_out: ParityExamples,
     max_accuracy_drop: float,
     check: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
 from trainer.data.decoding import decode_image
-from trainer.exporting.bundle import Subject
+from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import write_labels
 from trainer.exporting.reference import write_reference
 
@@ -56,7 +56,7 @@ DECODED_AT_ONCE = 32  # images of one request
 class _Served(tf.Module):
     """What is saved: three signatures over one model, and what belongs to it as assets."""
 
-    def __init__(self, subject: Subject, labels: Path, reference: Path) -> None:
+    def __init__(self, subject: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
         self.model, self.explained = subject.model, subject.explain
         self.labels = tf.saved_model.Asset(str(labels))
@@ -87,7 +87,7 @@ class _Served(tf.Module):
         return tf.cast(pixels, tf.float32)
 
 
-def export_saved_model(subject: Subject, folder: Path) -> None:
+def export_saved_model(subject: ExportBundle, folder: Path) -> None:
     """Write `folder` whole or not at all; what was there is replaced.
 
     Signatures:

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
-from trainer.exporting.bundle import Subject, plain
+from trainer.exporting.bundle import ExportBundle, plain
 from trainer.exporting.model_card import label_lines
 from trainer.monitoring.log import without
 from trainer.storage.local import write_whole
@@ -113,7 +113,7 @@ def _described() -> bytes:
 Precision = Literal["float32", "float16", "dynamic", "int8"]
 
 
-def export_tflite(subject: Subject, path: Path, precision: Precision) -> None:
+def export_tflite(subject: ExportBundle, path: Path, precision: Precision) -> None:
     """Write `path` whole or not at all: one input, images [n, S, S, 3] RGB in 0..255, one output, probabilities.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import ModelError
-from trainer.exporting.bundle import HeldOut
+from trainer.exporting.bundle import ParityExamples
 from trainer.exporting.tflite import quiet
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
@@ -83,7 +83,7 @@ UNTIMED = 3  # before them: the first ones allocate
 SURE = 1.645  # standard deviations: 1 in 20, on one side
 
 
-def score(classify: Classify, held_out: HeldOut, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Send the examples through an export; `check` is called before each batch and may raise to leave.
 
     Returns:

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import Pixels, data_errors
-from trainer.data.pipeline import chosen_batches, chosen_gate
+from trainer.data.images import ImageStore, Pixels, data_errors
+from trainer.data.pipeline import View, chosen_batches
 from trainer.errors import ToldToStop
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
-from trainer.monitoring.health import signs
-from trainer.run import Run, say
-from trainer.runs.checkpoints import packed, unpacked
+from trainer.models.classifier import Classifier
+from trainer.monitoring.health import health
+from trainer.monitoring.log import say
 
 # A replica computes this many at once, whatever the batch: so workers and batch size change no bit.
 ROWS = {"CPU": 32, "GPU": 128}
@@ -33,8 +34,8 @@ def rows_at_once() -> int:
 
 
 @dataclass
-class Wanted:
-    """What is to be computed at one cut."""
+class FeatureRequest:
+    """Features that a pass is to compute at one cut."""
 
     cut: Cut
     features: Features
@@ -43,20 +44,20 @@ class Wanted:
 
 
 class FeaturePass:
-    """Over the images of one split after the other; what cuts they have in common is compiled once."""
+    """Computes features of one split after the other; what cuts they have in common is compiled once."""
 
-    def __init__(self, job: Run) -> None:
-        self.job = job
-        self.rows = rows_at_once() * job.replicas
+    def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
+        self.worker, self.images, self.classifier = worker, images, classifier
+        self.rows = rows_at_once() * worker.replicas
         self._compiled: dict[tuple[str, ...], Any] = {}
 
-    def fill(self, wanted: Sequence[Wanted], augmentation: Augmentation, exchanged: bool) -> bool:
+    def fill(self, wanted: Sequence[FeatureRequest], augmentation: Augmentation, exchanged: bool) -> bool:
         """Compute what is missing of the features of one split.
 
         Each worker computes what it reads itself; where all read the same, it computes its part and they exchange.
 
         Returns:
-            False where the run was told to stop meanwhile. See `Wanted.failed`, too, which is of this worker alone.
+            False where the run was told to stop meanwhile. See `FeatureRequest.failed`, too, which is of this worker alone.
 
         Raises:
             DataError: an image cannot be read.
@@ -73,79 +74,78 @@ class FeaturePass:
         count = sum(int(one.sum()) for one in of_view)
         say(f"  features of {split.name}: {count:,} images to compute; kept in "
             + " and ".join(one.features.where for one in some))  # fmt: skip
-        pixels = self.job.pixels(split.name)
+        pixels = self.images.split(split.name)
         with data_errors(pixels):
             for view, chosen in enumerate(of_view):
                 if chosen.any() and not self._fill_view(some, pixels, augmentation, exchanged, view, chosen):
                     return False
         return True
 
-    def _missing(self, wanted: Wanted, view: int, exchanged: bool) -> np.ndarray:
+    def _missing(self, wanted: FeatureRequest, view: int, exchanged: bool) -> np.ndarray:
         """What this worker, or any of those that read the same, has not got: bool [count]."""
-        missing, peers = wanted.features.missing(view), self.job.peers
+        missing, control = wanted.features.missing(view), self.worker.control
         if not exchanged:
             return missing
-        everyone = peers.gather("missing features", np.packbits(missing).tobytes())
+        everyone = control.gather("missing features", np.packbits(missing).tobytes())
         union = np.zeros(0, np.uint8)
         if everyone:
             union = np.bitwise_or.reduce([np.frombuffer(one, np.uint8) for one in everyone])
-        union = np.frombuffer(peers.from_chief("missing features", union.tobytes()), np.uint8)
+        union = np.frombuffer(control.broadcast_bytes("missing features", union.tobytes()), np.uint8)
         return np.unpackbits(union, count=len(missing)).astype(bool)
 
     def _fill_view(
         self,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[FeatureRequest],
         pixels: Pixels,
         augmentation: Augmentation,
         exchanged: bool,
         view: int,
         chosen: np.ndarray,
     ) -> bool:
-        job, peers = self.job, self.job.peers
-        parts = np.array_split(np.flatnonzero(chosen), peers.size if exchanged else 1)
-        mine = parts[peers.index if exchanged else 0]
+        worker = self.worker
+        parts = np.array_split(np.flatnonzero(chosen), worker.size if exchanged else 1)
+        mine = parts[worker.index if exchanged else 0]
         calls = max(min(PIECE // (self.rows * max(w.features.row_bytes for w in wanted)), CALLS), 1)
         with closing(self._batches([one.cut for one in wanted], pixels, mine, augmentation, view)) as batches:
             for first in range(0, len(parts[0]), calls * self.rows):  # nobody has more than the first
                 index = mine[first : first + calls * self.rows]
                 made = [made for _, made in zip(range(0, len(index), self.rows), batches, strict=False)]
-                if job.told_to_stop("between features") if exchanged else job.stop.reason is not None:
+                if worker.should_stop("between features") if exchanged else worker.stop.reason is not None:
                     return False
-                self._take_in(wanted, pixels, view, index, made, exchanged)
+                self._store_block(wanted, pixels, view, index, made, exchanged)
         return True
 
     def _batches(
         self, cuts: Sequence[Cut], pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
         """Weights float32 [rows], 0 for no example, then the rows at each cut; ends early where the run should stop."""
-        compute, local = self._compute(cuts), self.job.strategy.experimental_local_results
+        compute, local = self._compute(cuts), self.worker.strategy.experimental_local_results
         in_memory = pixels.array is not None and not augmentation.active
         source = self._kept(pixels, mine) if in_memory else self._live(pixels, mine, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outcome = compute(images, weights)
-                signs.moved()
+                health.progress()
                 # Not copied, as numpy() would.
                 yield [_joined([np.asarray(part) for part in local(one)]) for one in outcome]
 
     def _live(
         self, pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
-        """Images and weights a call, out of the pipeline that training has."""
-        job, config = self.job, self.job.config
-        options = dict[str, Any](rows=self.rows, replicas=job.replicas, ahead=self._ahead(pixels, len(mine)))
-        stream = iter(
-            job.strategy.distribute_datasets_from_function(
-                lambda _: chosen_batches(
-                    pixels, mine, **options, threads=config.runtime.data_threads, augmentation=augmentation,
-                    seed=config.seed, view=view,
-                )
-            )
-        )  # fmt: skip
-        gate = chosen_gate(pixels, mine, **options, augmented=augmentation.active)
+        """Images and weights of each call, out of the pipeline that training has."""
+        batches = chosen_batches(
+            pixels,
+            mine,
+            rows=self.rows,
+            replicas=self.worker.replicas,
+            view=View(augmentation, self.images.config.seed, view),
+            prefetched=self._ahead(pixels, len(mine)),
+        )
+        stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
+        gate = batches.gate()
         try:
-            while job.stop.reason is None:
-                gate.before(self.rows)
+            while self.worker.stop.reason is None:
+                gate.wait_for(self.rows)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
         except ToldToStop:  # while it waited for a shard
@@ -155,10 +155,10 @@ class FeaturePass:
 
     def _kept(self, pixels: Pixels, mine: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """The same, straight out of the array: neighbours are not even copied."""
-        content, blank, each = pixels.tensor(), pixels.split.count, self.rows // self.job.replicas
+        content, blank, each = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad = list(pixels.bad)
         for first in range(0, len(mine), self.rows):
-            if self.job.stop.reason is not None:
+            if self.worker.stop.reason is not None:
                 return
             index = np.full(self.rows, blank)
             chosen = mine[first : first + self.rows]
@@ -166,18 +166,18 @@ class FeaturePass:
             weights = ((index < blank) & ~np.isin(index, bad)).astype(np.float32)
 
             def part(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
-                start = context.replica_id_in_sync_group % self.job.replicas * each
+                start = context.replica_id_in_sync_group % self.worker.replicas * each
                 own = index[start : start + each]
                 is_run = own[-1] - own[0] == each - 1 and own[-1] < blank
                 images = content[own[0] : own[0] + each] if is_run else tf.gather(content, own)
                 return images, tf.constant(weights[start : start + each])
 
-            yield self.job.strategy.experimental_distribute_values_from_function(part)
+            yield self.worker.strategy.experimental_distribute_values_from_function(part)
 
     def _ahead(self, pixels: Pixels, count: int) -> int | None:
         """Batches of one replica to be decoded while the trunk is compiled; None where shards have to be fetched."""
-        replicas = self.job.replicas
-        image_bytes = self.job.classifier.image_size**2 * 3
+        replicas = self.worker.replicas
+        image_bytes = self.classifier.image_size**2 * 3
         most = DECODED_AHEAD // (self.rows // replicas * image_bytes)
         return None if pixels.shards else max(2 * replicas, min(most, -(-count // self.rows) * replicas))
 
@@ -185,7 +185,7 @@ class FeaturePass:
         """The compiled trunk; its answers are typed as they are stored."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
-            trunk, strategy = Trunk(self.job.classifier, cuts), self.job.strategy
+            trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
 
             def replica(images: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
                 return [weights, *trunk.features(images)]
@@ -195,17 +195,16 @@ class FeaturePass:
             )
         return self._compiled[key]
 
-    def _take_in(
+    def _store_block(
         self,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[FeatureRequest],
         pixels: Pixels,
         view: int,
         index: np.ndarray,
         made: Sequence[Sequence[np.ndarray]],
         exchanged: bool,
     ) -> None:
-        """Keep a piece, this worker's or everyone's."""
-        peers = self.job.peers
+        """Keep a block of rows, this worker's or everyone's."""
         columns = [_joined(column)[: len(index)] for column in zip(*made, strict=True)]
         lost = index[columns[0] == 0] if columns else index
         why = np.array([pixels.bad.get(int(i), "") for i in lost] if len(lost) else [], str)
@@ -213,9 +212,9 @@ class FeaturePass:
         piece = {"index": index, "lost": lost, "why": why}
         piece |= {f"rows{n}": one.features.stored(part) for n, (one, part) in enumerate(zip(wanted, rows, strict=True))}
         if exchanged:
-            everyone = [unpacked(one) for one in peers.gather("features", packed(piece)) or ()]
+            everyone = self.worker.control.gather_arrays("features", piece)
             joined = {key: np.concatenate([part[key] for part in everyone]) for key in piece} if everyone else {}
-            piece = unpacked(peers.from_chief("features", packed(joined) if everyone else b""))
+            piece = self.worker.control.broadcast_arrays("features", joined)
         bad = {int(i): str(words) for i, words in zip(piece["lost"], piece["why"], strict=True)}
         for number, one in enumerate(wanted):
             try:

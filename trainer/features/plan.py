@@ -5,35 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
-from trainer.data.images import megabytes
+from trainer.data.images import ImageStore, megabytes
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut, is_moving
 from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
+from trainer.monitoring.log import say
+from trainer.runs.folder import note_facts, read_facts
+from trainer.types import Dataset
 
 # What a phase reads: features; images; images to train on, and features of those that validate.
 Reads = Literal["cached", "live", "validation"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """For one phase."""
+class FeatureChoice:
+    """What one phase reads, and why."""
 
     reads: Reads
-    why: str
+    reason: str
 
-    @property
-    def cached(self) -> bool:
-        """Whether it trains on features."""
-        return self.reads == "cached"
+    def describe(self, name: str) -> str:
+        """One line for the log on phase `name`."""
+        return f"features of phase {name}: {'cached' if self.reads == 'cached' else 'live'}, {self.reason}"
 
-    def line(self, name: str) -> str:
-        """For people."""
-        return f"features of phase {name}: {'cached' if self.cached else 'live'}, {self.why}"
+
+@dataclass(frozen=True)
+class Division:
+    """How a phase divides the classifier: where it can be cut, and the names of the variables that it updates."""
+
+    cut: Cut | None
+    updated: frozenset[str]
+
+
+@dataclass
+class FeaturePlan:
+    """What each phase of a run reads; a phase that finds no room for its features goes on `live`."""
+
+    divisions: Mapping[str, Division]
+    reads: dict[str, Reads]
+
+    def cut(self, phase: str) -> Cut:
+        """Where the classifier is cut for a phase that reads features."""
+        cut = self.divisions[phase].cut
+        assert cut is not None, "a phase reads features where there is a cut"
+        return cut
 
 
 def stored_dtype(phase: Phase, cut: Cut) -> str:
@@ -41,16 +63,8 @@ def stored_dtype(phase: Phase, cut: Cut) -> str:
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
-@dataclass(frozen=True)
-class Division:
-    """How a phase divides the classifier."""
-
-    cut: Cut | None
-    moves: frozenset[str]  # the variables that it changes
-
-
-def divisions(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Of each phase; the classifier is left as the last phase has it.
+def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
+    """The division of each phase; the classifier is left as the last phase has it.
 
     Raises:
         ModelError: a rule of freezing matches nothing; names the phase.
@@ -61,80 +75,98 @@ def divisions(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
             plan = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         except ModelError as error:
             raise ModelError(f"phases.{name}: {error}") from None
-        moves = set(plan.trainable)
+        updated = set(plan.trainable)
         if plan.batch_norm_training:
             moving = {id(v) for layer in classifier.backbone.layers if is_moving(layer) for v in layer.weights}
-            moves |= {n for n, v in classifier.variables.items() if id(v) in moving}
-        found[name] = Division(find_cut(classifier), frozenset(moves))
+            updated |= {n for n, v in classifier.variables.items() if id(v) in moving}
+        found[name] = Division(find_cut(classifier), frozenset(updated))
     return found
 
 
-def phase_epochs(config: RunConfig, examples: int) -> dict[str, float]:
-    """The most epochs of each phase, for so many training examples."""
-    batch = config.training.batch_size
-    steps = -(-examples // batch)
-    most = config.debug.max_steps
-    return {n: min(p.duration.steps(steps, batch), most or math.inf) / steps for n, p in config.phases.items()}
-
-
-def images_again(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
-    """Whether the training images are read more than once by the phases from number `first` on: not so where all of
-    them train on cached features, which are computed in one pass. Where nothing trains (`reads` is empty) the images
-    themselves are what is asked for.
+def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
+    """Whether the phases from number `first` on read the training images once: where all of them train on cached
+    features, which are computed in one pass. Where nothing trains (`reads` is empty) the images are what is asked for.
     """
     several = config.augmentation.active or config.distillation is not None
-    return several or any(reads.get(name) != "cached" for name in list(config.phases)[first:])
+    return not several and all(reads.get(name) == "cached" for name in list(config.phases)[first:])
 
 
-def choose(
-    config: RunConfig,
-    parts: Mapping[str, Division],
-    epochs: Mapping[str, float],
-    examples: int,
-    scored: int,
-    budget: int,
-) -> dict[str, Choice]:
-    """Cached or live, a phase.
+def plan_features(
+    config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
+) -> dict[str, FeatureChoice]:
+    """Choose for each phase whether it trains on cached features or on images.
 
     Args:
-        epochs: of each phase.
-        examples: of training and validation together.
-        scored: of validation.
         budget: bytes that features may take, in memory or on disk.
 
     Raises:
         ConfigError: a phase says `features=cached`, and that cannot be.
     """
+    count = dataset.splits["train"].count
+    scored = dataset.splits["validation"].count if "validation" in dataset.splits else 0
+    steps = -(-count // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if misfit := config.misfit(phase):  # of phases that the advice table chose
-            raise ConfigError(f"phases.{name}.{misfit}")
-        cut = parts[name].cut
-        choice = _choose(config, phase, cut, epochs[name], examples, budget)
-        if phase.features == "cached" and not choice.cached:
-            raise ConfigError(f"phases.{name}.features=cached: {choice.why}; say features=auto or live")
-        if cut and not choice.cached and phase.features == "auto" and epochs[name] > 1:
+        if error := config.feature_config_error(phase):  # of phases that the advice table chose
+            raise ConfigError(f"phases.{name}.{error}")
+        cut, epochs = divisions[name].cut, config.phase_steps(phase, steps) / steps
+        choice = _choose(config, phase, cut, epochs, count + scored, budget)
+        if phase.features == "cached" and choice.reads != "cached":
+            raise ConfigError(f"phases.{name}.features=cached: {choice.reason}; say features=auto or live")
+        if cut and choice.reads != "cached" and phase.features == "auto" and epochs > 1:
             needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, scored)
             if needed <= budget:
                 what = f"validation on features of {scored:,} images at {cut}, {megabytes(needed)}"
-                choice = Choice("validation", f"{choice.why}; {what}")
+                choice = FeatureChoice("validation", f"{choice.reason}; {what}")
         choices[name] = choice
     return choices
 
 
-def _choose(config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int) -> Choice:
+def choose_features(
+    control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
+) -> dict[str, Reads]:
+    """What each phase reads: as this run chose when it began, or chosen and recorded now; the chief chooses for all.
+
+    Args:
+        folder: of the run, whose run.json holds the choice.
+        begun: the run has taken a step.
+    """
+    config = images.config
+
+    def choose() -> tuple[dict[str, Reads], list[str]]:
+        before = read_facts(folder).get("features")
+        if before is None and begun:
+            before = dict.fromkeys(config.phases, "live")  # by a version that had no others
+        if before is not None:
+            return {name: before.get(name, "live") for name in config.phases}, []
+        choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
+        chosen = {name: choice.reads for name, choice in choices.items()}
+        note_facts(folder, {"features": chosen})
+        return chosen, [choice.describe(name) for name, choice in choices.items()]
+
+    reads, lines = control.broadcast("features", choose)
+    for line in lines:
+        say(line)
+    return reads
+
+
+def _choose(
+    config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int
+) -> FeatureChoice:
     if phase.features == "live":
-        return Choice("live", "as asked")
-    if why := config.never_cached(phase):
-        return Choice("live", why)
+        return FeatureChoice("live", "as asked")
+    if why := config.why_not_cacheable(phase):
+        return FeatureChoice("live", why)
     if cut is None:
-        return Choice("live", f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
+        return FeatureChoice("live", f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
     needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
     what = f"{views} view{'s' * (views > 1)} of {examples:,} images at {cut}, {megabytes(needed)}"
     if needed > budget:
-        return Choice("live", f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
+        return FeatureChoice("live", f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     whole = math.ceil(epochs)
     if phase.features == "auto" and views >= whole:
-        return Choice("live", f"{views} view{'s' * (views > 1)} would be computed for {whole} epoch{'s' * (whole > 1)}")
-    return Choice("cached", f"{what}, computed once for {whole} epoch{'s' * (whole > 1)}")
+        return FeatureChoice(
+            "live", f"{views} view{'s' * (views > 1)} would be computed for {whole} epoch{'s' * (whole > 1)}"
+        )
+    return FeatureChoice("cached", f"{what}, computed once for {whole} epoch{'s' * (whole > 1)}")

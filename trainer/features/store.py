@@ -17,8 +17,9 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.host import fresh_array
-from trainer.data.shard_gate import Gate, Read
+from trainer.data.host import fresh_array, usable_cpus
+from trainer.data.order import Read
+from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.types import Split
 
@@ -38,13 +39,18 @@ class Features:
     dtype: str  # float32 | float16 | bfloat16
     views: int  # of each example; epoch e reads view e % views
     own: np.ndarray  # int64 increasing: the examples that this worker reads
-    kept: Literal["memory", "disk"]
-    threads: int
-    note: Callable[[str], None]
+    threads: int | None = None  # of a pool of their own for pipelines over them; None: TensorFlow's
+    note: Callable[[str], None] = lambda _: None
+    kept: Literal["memory", "disk"] = "memory"
     array: np.ndarray | None = None  # [views * (count + 1), *shape], the last row of each view is 0
     file: Path | None = None  # the rows on disk; None: nothing is written
     known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]
     bad: dict[int, str] = field(default_factory=dict)  # index -> why its image could not be read; it counts nowhere
+
+    @property
+    def parallel(self) -> int:
+        """As `Pixels.parallel`."""
+        return self.threads or usable_cpus()
 
     @property
     def row_bytes(self) -> int:
@@ -71,9 +77,9 @@ class Features:
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> Gate:
+    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
         """As `Pixels.gate`: there is nothing to wait for."""
-        return Gate(None, self.split, reader, reads, ahead)
+        return ShardGate(None, self.split, reader, reads, ahead)
 
     def missing(self, view: int) -> np.ndarray:
         """Bool [count]: what this worker reads and has not got."""
@@ -165,45 +171,39 @@ def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> i
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
-def open_features(
-    split: Split,
-    *,
-    shape: tuple[int, ...],
-    dtype: str,
-    views: int,
-    own: np.ndarray,
-    file: Path,
-    memory_budget: int,
-    disk_budget: int,
-    threads: int,
-    note: Callable[[str], None],
-) -> Features | None:
-    """What earlier starts left under the name `file`, ready to be completed; None where there is no room for it.
+def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
+    """Take over what earlier starts left under the name `file`, ready to be completed.
 
-    In memory if they fit its budget, with a copy on disk for the next start if they fit that one; else on disk. Budgets
-    are in bytes; to keep to that of the disk, features that were not used for longest are deleted.
+    In memory if they fit its budget, with a copy on disk for the next start if they fit that one; else on disk. To keep
+    to the budget of the disk, features that were not used for longest are deleted.
+
+    Args:
+        features: as constructed, without rows.
+        memory_budget: bytes.
+        disk_budget: bytes.
+
+    Returns:
+        None where there is no room.
     """
-    needed = bytes_of(shape, dtype, views, len(own))
-    in_memory, on_disk = needed <= memory_budget, needed <= disk_budget
+    in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
-    kept: Literal["memory", "disk"] = "memory" if in_memory else "disk"
-    features = Features(split, shape, dtype, views, own, kept, threads, note)
-    rows = views * (split.count + 1)
-    features.known = np.zeros((views, split.count), bool)
+    features.kept = "memory" if in_memory else "disk"
+    rows = features.views * (features.split.count + 1)
+    features.known = np.zeros((features.views, features.split.count), bool)
     if in_memory:
-        features.array = fresh_array((rows, *shape), STORED[dtype])
+        features.array = fresh_array((rows, *features.shape), STORED[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _make_room(file, needed, disk_budget)
+            _make_room(file, features.bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as whole:
                 whole.truncate(rows * features.row_bytes)  # a hole, where nothing was written yet
             file.with_suffix(".list").touch()
             features.file = file
             _take_over(features)
         except OSError as error:
-            note(f"features cannot be kept in {file.parent} ({error.strerror})")
+            features.note(f"features cannot be kept in {file.parent} ({error.strerror})")
             if not in_memory:
                 return None
             features.file = None

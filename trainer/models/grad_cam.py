@@ -10,20 +10,20 @@ import tensorflow as tf
 from trainer.models.classifier import Classifier
 
 AT_ONCE = 32  # images
-Look = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> what `explain` says of them
+Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> what `explain` says of them
 
 
-def looker(classifier: Classifier) -> Look:
+def make_explainer(classifier: Classifier) -> Explainer:
     """`explain` as a function of any number of images, compiled at its first use and only then."""
     side = classifier.image_size
     images = tf.TensorSpec([None, side, side, 3], tf.uint8)  # without one, the rest of a split would be traced apart
     compiled = tf.function(lambda some: explain(classifier, some), input_signature=[images], autograph=False)
 
-    def look(images: np.ndarray) -> dict[str, np.ndarray]:
+    def explainer(images: np.ndarray) -> dict[str, np.ndarray]:
         parts = [compiled(tf.constant(images[at : at + AT_ONCE])) for at in range(0, len(images), AT_ONCE)]
         return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
-    return look
+    return explainer
 
 
 def explain(classifier: Classifier, images: tf.Tensor, chosen: tf.Tensor | None = None) -> dict[str, tf.Tensor]:

@@ -12,54 +12,54 @@ from contextlib import contextmanager
 START, FINISH = "start", "finish"
 
 
-class LifeSigns:
+class Health:
     """Of one process.
 
     Attributes:
         phase: START, the name of a phase of training, or FINISH.
-        doing: what the main thread is at, in a few words.
+        activity: what the main thread is at, in a few words.
         stuck_after: seconds without progress that are too many (`runtime.stuck_after`).
         values: gauges by name, as far as they are known: step, epoch, loss, ...
     """
 
     def __init__(self) -> None:
-        self.phase, self.doing, self.stuck_after = START, "starting", float("inf")
+        self.phase, self.activity, self.stuck_after = START, "starting", float("inf")
         self.values: dict[str, float] = {}
         self._moved = time.monotonic()
         self._stepped: float | None = None
         self._saved: float | None = None
         self._waiting_for: str | None = None
 
-    def enter(self, phase: str) -> None:
+    def enter_phase(self, phase: str) -> None:
         """Another part of the run begins."""
         self.phase = phase
-        self.at(phase)
+        self.set_activity(phase)
 
-    def at(self, doing: str) -> None:
+    def set_activity(self, activity: str) -> None:
         """The main thread begins something else."""
-        self.doing = doing
-        self.moved()
+        self.activity = activity
+        self.progress()
 
-    def moved(self) -> None:
+    def progress(self) -> None:
         """Something got on: a step, a batch, a part of a file, or a loop with a time limit of its own went round."""
         self._moved = time.monotonic()
 
-    def stepped(self, step: int, epoch: int) -> None:
+    def steps_taken(self, step: int, epoch: int) -> None:
         """The optimizer has taken steps; `step` is the run's, `epoch` counts from 1."""
-        self.moved()
+        self.progress()
         self._stepped = self._moved
-        self.tell(step=step, epoch=epoch)
+        self.set_gauges(step=step, epoch=epoch)
 
-    def saved(self, seconds_ago: float = 0.0) -> None:
+    def checkpoint_saved(self, seconds_ago: float = 0.0) -> None:
         """A checkpoint of how things stood `seconds_ago` is committed; or training begins with nothing to lose."""
         self._saved = time.monotonic() - seconds_ago
 
-    def tell(self, **values: float) -> None:
+    def set_gauges(self, **values: float) -> None:
         """Set gauges."""
         self.values |= values
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting_for(self, what: str) -> Iterator[None]:
         """While progress is made elsewhere and watched there: another worker has signs of its own, and its silence
         ends all of them within seconds.
         """
@@ -68,10 +68,10 @@ class LifeSigns:
             yield
         finally:
             self._waiting_for = None
-            self.moved()
+            self.progress()
 
     @property
-    def silence(self) -> float:
+    def seconds_since_progress(self) -> float:
         """Seconds since something got on; 0 while that is not to be expected."""
         return 0.0 if self._waiting_for else time.monotonic() - self._moved
 
@@ -85,20 +85,20 @@ class LifeSigns:
         """Seconds of work that would be lost now; None where somebody else saves."""
         return None if self._saved is None else time.monotonic() - self._saved
 
-    def now(self) -> str:
+    def describe(self) -> str:
         """What the process is at, in a few words."""
-        return f"{self.doing}, waiting for {self._waiting_for}" if self._waiting_for else self.doing
+        return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
-    def stuck(self) -> str | None:
+    def stall_reason(self) -> str | None:
         """Why this process must be taken for stuck, in one sentence; None as long as it gets on."""
-        silence = self.silence
+        silence = self.seconds_since_progress
         if silence <= self.stuck_after:
             return None
         step = f" after step {self.values['step']:.0f}" if "step" in self.values else ""
         return (
             f"stuck: nothing has moved for {silence:.0f} s (runtime.stuck_after={self.stuck_after:g}) "
-            f"in: {self.doing}{step}"
+            f"in: {self.activity}{step}"
         )
 
 
-signs = LifeSigns()  # of this process
+health = Health()  # of this process

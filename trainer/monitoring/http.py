@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 import trainer
 from trainer.errors import ConfigError
-from trainer.monitoring.health import LifeSigns
+from trainer.monitoring.health import Health
 from trainer.monitoring.log import say
 
 GAUGES = {
@@ -37,31 +37,33 @@ SECONDS = 10.0  # for a client to say what it wants
 
 
 class Vitals(Collector):
-    """The life signs as Prometheus metrics; what is not known yet is left out."""
+    """The life health as Prometheus metrics; what is not known yet is left out."""
 
-    def __init__(self, signs: LifeSigns, run: str) -> None:
-        self.signs, self.run = signs, run
+    def __init__(self, health: Health, run: str) -> None:
+        self.health, self.run = health, run
 
     def collect(self) -> Iterator[Metric]:
         """Asked at each scrape: ages grow between them."""
-        signs = self.signs
-        facts = {"run": self.run, "phase": signs.phase, "version": trainer.__version__}
+        health = self.health
+        facts = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
         yield InfoMetricFamily("kubetune", "The run, the phase it is in, and the version of kubetune", facts)
         for name, text in GAUGES.items():
-            if name in signs.values:
-                yield GaugeMetricFamily(f"kubetune_{name}", text, signs.values[name])
-        if signs.step_age is not None:
+            if name in health.values:
+                yield GaugeMetricFamily(f"kubetune_{name}", text, health.values[name])
+        if health.step_age is not None:
             yield GaugeMetricFamily(
-                "kubetune_last_step_age_seconds", "Seconds since this worker took its last step", signs.step_age
+                "kubetune_last_step_age_seconds", "Seconds since this worker took its last step", health.step_age
             )
         yield GaugeMetricFamily(
-            "kubetune_last_progress_age_seconds", "Seconds since anything got on, as /healthz judges it", signs.silence
+            "kubetune_last_progress_age_seconds",
+            "Seconds since anything got on, as /healthz judges it",
+            health.seconds_since_progress,
         )
-        if signs.checkpoint_age is not None:
+        if health.checkpoint_age is not None:
             yield GaugeMetricFamily(
                 "kubetune_checkpoint_age_seconds",
                 "Seconds between the state that is saved (at first: the start of training) and now",
-                signs.checkpoint_age,
+                health.checkpoint_age,
             )
 
 
@@ -83,14 +85,14 @@ class _Server(ThreadingHTTPServer):
         """A client that went away is nobody's concern."""
 
 
-def serve(port: int, signs: LifeSigns, run: str) -> ThreadingHTTPServer:
+def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
     """Answer on `port` from now on, on all addresses.
 
     Raises:
         ConfigError: the port cannot be had.
     """
     registry = CollectorRegistry()
-    registry.register(Vitals(signs, run))
+    registry.register(Vitals(health, run))
     ProcessCollector(registry=registry)
     told = threading.Event()
 
@@ -100,9 +102,11 @@ def serve(port: int, signs: LifeSigns, run: str) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/healthz":
-                reason = signs.stuck()
+                reason = health.stall_reason()
                 _tell_once(reason, told)
-                self._answer(503 if reason else 200, "text/plain; charset=utf-8", f"{reason or signs.now()}\n".encode())
+                self._answer(
+                    503 if reason else 200, "text/plain; charset=utf-8", f"{reason or health.describe()}\n".encode()
+                )
             elif path == "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept") or "")
                 self._answer(200, kind, encode(registry))

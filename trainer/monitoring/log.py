@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 
 Severity = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 LABELS = "logging.googleapis.com/labels"
@@ -87,7 +87,7 @@ def _of_thread(ended: threading.ExceptHookArgs) -> None:
 
 def _line(text: str, severity: str, facts: dict[str, Any]) -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    where = {"phase": signs.phase} | {k: int(v) for k, v in signs.values.items() if k == "step"}
+    where = {"phase": health.phase} | {k: int(v) for k, v in health.values.items() if k == "step"}
     entry = {"severity": severity, "time": now, "message": text.strip("\n")} | where | facts
     if _labels:
         entry[LABELS] = _labels

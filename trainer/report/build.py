@@ -10,97 +10,91 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
-from trainer.data.images import Pixels, data_errors
-from trainer.data.pipeline import chosen_batches, chosen_gate
+from trainer.data.images import ImageStore, Pixels, data_errors
+from trainer.data.pipeline import chosen_batches
 from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find_duplicates, shrink
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.monitoring.health import signs
+from trainer.models.grad_cam import Explainer
+from trainer.monitoring.health import health
+from trainer.monitoring.log import say
 from trainer.report.sections import MEMBERS_SHOWN, SHOWN
 from trainer.report.write import Repeats, Samples, describe_data, write_report
-from trainer.run import Run, say
 from trainer.runs.folder import versions
-from trainer.types import EvaluationResult, Split
+from trainer.types import EvaluationResult, Scored, Split
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 64  # images
 FETCHED_AT_ONCE = 512  # images, where their shards come from a bucket: all shards of so many have to be here together
 
 
-def evaluated(
-    job: Run, split: str, probabilities: np.ndarray, labels: np.ndarray, indices: np.ndarray
-) -> EvaluationResult:
-    """The scores of what `trainer.run.score` answers for a split, by group where the data has groups."""
-    groups = job.dataset.splits[split].groups
+def evaluate_scored(scored: Scored, images: ImageStore) -> EvaluationResult:
+    """The scores of what a classifier answers for a split, by group where the data has groups."""
+    split = images.dataset.splits[scored.split]
     return evaluate_arrays(
-        split,
-        job.dataset.class_names,
-        labels,
-        probabilities,
-        tuple(job.name_of(split, int(i)) for i in indices),
-        [groups[int(i)] for i in indices] if groups else None,
-        job.config.data.group_field or "",
+        scored.split,
+        images.dataset.class_names,
+        scored.labels,
+        scored.probabilities,
+        tuple(images.name_of(scored.split, int(i)) for i in scored.indices),
+        [split.groups[int(i)] for i in scored.indices] if split.groups else None,
+        images.config.data.group_field or "",
     )
 
 
-def report_on(
-    job: Run,
+def build_report(
     folder: Path,
-    result: EvaluationResult,
-    indices: np.ndarray,
+    scored: Scored,
+    images: ImageStore,
+    explain: Explainer,
     facts: Mapping[str, Any],
     splits: Sequence[str],
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
-    """Write the report on `result`, whose rows are the examples `indices` of its split.
+    """Write the report on what a classifier answers for a split; returns what report.json holds.
 
     Args:
         facts: what else `write_report` may say of a run: title, export, timing, note, history, phases.
         splits: duplicates are looked for in these.
         check: called while images are read; may raise to leave.
     """
-    split = result.split
-    found = repeats(job, splits, check)  # reads more images, so that more may be known of those that are damaged
+    split, indices, config = scored.split, scored.indices, images.config
+    repeated = repeats(images, splits, check)  # reads more images, so that more may be known of those that are damaged
     return write_report(
         folder,
-        result=result,
+        result=evaluate_scored(scored, images),
         history=facts.get("history", []),
         phases=facts.get("phases", {}),
         run={
-            "seed": job.config.seed,
-            "data": describe_data(job.dataset) | {"undecodable": undecodable(job)},
-            "config": job.config.model_dump(mode="json"),
+            "seed": config.seed,
+            "data": describe_data(images.dataset) | {"undecodable": images.undecodable()},
+            "config": config.model_dump(mode="json"),
             "versions": versions(),
             **facts,
         },
-        images=lambda wanted: pictures(job, split, indices[list(wanted)]),
-        samples=samples(job) if "train" in splits else None,
-        explain=lambda wanted: job.look(pictures(job, split, indices[list(wanted)]))["heatmap"],
-        repeats=found,
+        images=lambda wanted: images.rows(split, indices[list(wanted)]),
+        samples=samples(images) if "train" in splits else None,
+        explain=lambda wanted: explain(images.rows(split, indices[list(wanted)]))["heatmap"],
+        repeats=repeated,
     )
 
 
-def pictures(job: Run, split: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """uint8 [k, S, S, 3]: decoded images of a split by example index."""
-    return job.pixels(split).rows(np.asarray(indices, np.int64))
-
-
-def samples(job: Run) -> Samples:
+def samples(images: ImageStore) -> Samples:
     """A dozen training pictures, and the first of them as eight epochs see it."""
-    split = job.dataset.splits["train"]
-    chosen = np.sort(np.random.default_rng(job.config.seed).permutation(split.count)[:12])
-    shown = pictures(job, "train", chosen)
-    augmented = views(job, shown, chosen) if job.config.augmentation.active else None
-    return Samples(shown, [job.dataset.class_names[i] for i in split.labels[chosen]], augmented)
+    split, config = images.dataset.splits["train"], images.config
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:12])
+    shown = images.rows("train", chosen)
+    augmented = views(config.augmentation, config.seed, shown, chosen) if config.augmentation.active else None
+    return Samples(shown, [images.dataset.class_names[i] for i in split.labels[chosen]], augmented)
 
 
-def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def views(augmentation: Augmentation, seed: int, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """uint8 [8, S, S, 3]: the first of the training pictures `shown`, of the examples `chosen`, as eight epochs see it.
 
     Where examples are mixed, the others of `shown` are mixed in.
     """
-    augmentation, seed = job.config.augmentation, job.config.seed
     each = 2 if augmentation.mixes else 1  # a pair is mixed, and its first is shown
     epochs, which = np.repeat(np.arange(8), each), np.zeros(8 * each, np.int64)
     if augmentation.mixes:
@@ -112,15 +106,6 @@ def views(job: Run, shown: np.ndarray, chosen: np.ndarray) -> np.ndarray:
             batch = {"image": images, "label": labels, "weight": weight, "index": chosen[which]}
             images = mixed(batch, augmentation, seed, epochs)["image"]
     return np.asarray(images[::each])
-
-
-def undecodable(job: Run) -> list[str]:
-    """Examples that counted for nothing (data.on_error=skip), with the reason."""
-    return [
-        f"{job.name_of(name, index)}: {reason}"
-        for name, opened in sorted(job.opened.items())
-        for index, reason in sorted(opened.bad.items())
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,35 +136,35 @@ def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]
     if pixels.shards and len(wanted) > FETCHED_AT_ONCE:
         parts = [wanted[at : at + FETCHED_AT_ONCE] for at in range(0, len(wanted), FETCHED_AT_ONCE)]
         return np.concatenate([small_pictures(pixels, part, check) for part in parts])
-    batches = iter(chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1, threads=pixels.threads))
-    gate = chosen_gate(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
+    batches = chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
+    stream, gate = iter(batches.dataset), batches.gate()
     small = np.zeros((len(wanted) + READ_AT_ONCE, SIDE, SIDE, 3), np.uint8)  # room for the padding of the last batch
     with data_errors(pixels):
         for start in range(0, len(wanted), READ_AT_ONCE):
-            gate.before(READ_AT_ONCE)
-            small[start : start + READ_AT_ONCE] = shrink(next(batches)["image"].numpy())
-            signs.moved()
+            gate.wait_for(READ_AT_ONCE)
+            small[start : start + READ_AT_ONCE] = shrink(next(stream)["image"].numpy())
+            health.progress()
             check()
-    del batches
+    del stream
     gate.close()
     return small[: len(wanted)]
 
 
-def repeats(job: Run, splits: Sequence[str], check: Callable[[], None]) -> Repeats:
+def repeats(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> Repeats:
     """Look for pictures that occur more than once among at most 100,000, which bounds time and memory (77 MB)."""
-    thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    taken = shares({name: job.dataset.splits[name].count for name in splits})
+    dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
+    taken = shares({name: dataset.splits[name].count for name in splits})
     for name in splits:
-        wanted = chosen_of(job.dataset.splits[name], taken[name])
-        small = small_pictures(job.pixels(name), wanted, check)
-        good = ~np.isin(wanted, list(job.pixels(name).bad))
+        wanted = chosen_of(dataset.splits[name], taken[name])
+        small = small_pictures(images.split(name), wanted, check)
+        good = ~np.isin(wanted, list(images.split(name).bad))
         thumbnails[name] = wanted[good], small[good]
-    found = find_duplicates(thumbnails, {name: job.dataset.splits[name].labels for name in splits})
+    found = find_duplicates(thumbnails, {name: dataset.splits[name].labels for name in splits})
     groups = [
-        [Member(s, i, job.name_of(s, i), job.dataset.class_names[job.dataset.splits[s].labels[i]]) for s, i in group]
+        [Member(s, i, images.name_of(s, i), dataset.class_names[dataset.splits[s].labels[i]]) for s, i in group]
         for group in (whole[:MEMBERS] for whole in found.groups)
     ]
-    shown = [[pictures(job, m.split, [m.index])[0] for m in group[:MEMBERS_SHOWN]] for group in groups[:SHOWN]]
+    shown = [[images.rows(m.split, [m.index])[0] for m in group[:MEMBERS_SHOWN]] for group in groups[:SHOWN]]
     return Repeats(described(found, groups), shown)
 
 

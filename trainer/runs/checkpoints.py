@@ -7,7 +7,6 @@ A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from trainer.arrays import pack, unpack
 from trainer.errors import DataError
 from trainer.storage.local import sync, write_whole
 from trainer.storage.path import Place, place
@@ -33,19 +33,6 @@ def step_of(name: str) -> int:
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
-def packed(arrays: dict[str, np.ndarray]) -> bytes:
-    """Named arrays as bytes, exact."""
-    out = io.BytesIO()
-    np.savez(out, **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
-
-
-def unpacked(content: bytes) -> dict[str, np.ndarray]:
-    """The reverse of `packed`."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
 def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """State and variables of the checkpoint in a folder, here or in a bucket.
 
@@ -58,7 +45,7 @@ def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray
         contents = {name: (folder / name).read() for name in manifest}
         damaged = [name for name, content in contents.items() if _checksum(content) != manifest[name]["crc32c"]]
         if not damaged:
-            return json.loads(contents["state.json"]), unpacked(contents["variables.npz"])
+            return json.loads(contents["state.json"]), unpack(contents["variables.npz"])
     except (DataError, ValueError, KeyError) as error:
         raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
     raise DataError(f"{folder / damaged[0]} does not match its checksum")
@@ -95,7 +82,7 @@ class CheckpointFolder:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            contents = {"variables.npz": packed(variables), "state.json": json.dumps(state).encode()}
+            contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
             manifest = {n: {"bytes": len(c), "crc32c": _checksum(c)} for n, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
                 write_whole(beside / name, content)

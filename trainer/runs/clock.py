@@ -1,55 +1,85 @@
-"""Where the time of a run went, since its first start: every second of it is in one place."""
+"""The clock of a run: where its time went since its first start, and what it is at now."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from trainer.monitoring.health import health
 from trainer.storage.local import write_json
 
-PLACES = (
-    "train",  # steps whose result is kept: a good place
+CATEGORIES = (
+    "train",  # steps whose result is kept: productive
     "wait",  # the device had no data
-    "compile",  # the first call of a phase
-    "start",  # from the start of the process to the first call
-    "features",  # the other good place: what frozen layers make of the images, once
+    "compile",  # setting a phase up, and its first call
+    "start",  # from the start of the process to the first phase
+    "features",  # productive too: what frozen layers make of the images, once
     "checkpoint",
     "evaluation",
     "finish",  # export and report
     "lost",  # steps that were taken, then lost with the process, and taken again
     "down",  # no process was there
 )
-WRITE_SECONDS = 5.0  # between two writes: what a kill can hide from the ledger
+WRITE_SECONDS = 5.0  # between two writes: what a kill can hide from the account
 
 
-class Ledger:
-    """Seconds by place. One clock runs; `mark` says where the time since the last mark went.
+class Clock:
+    """Seconds by category; every second since the first start is in exactly one.
+
+    Time goes to the innermost span that is open, to `start` outside of all. A span also tells `/healthz` what the
+    process is at.
 
     Attributes:
-        seconds: place -> seconds since the first start of the run.
+        seconds: category -> seconds since the first start of the run.
     """
 
     def __init__(self, file: Path | None, began: float) -> None:
-        """`file`: where it is kept, None keeps nothing. `began`: time.time() at which this process started."""
+        """`file`: where the account is kept, None: nowhere. `began`: time.time() at which this process started."""
         self.file, self._last, self._written = file, began, 0.0
-        self.seconds = dict.fromkeys(PLACES, 0.0)
+        self._category, self._waited = "start", 0.0
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         if file and file.exists():
             try:
                 before = json.loads(file.read_text())
-                self.seconds |= {place: float(spent) for place, spent in before["seconds"].items()}
+                self.seconds |= {category: float(spent) for category, spent in before["seconds"].items()}
                 self.seconds["down"] += max(began - before["as_of"], 0.0)
-            except (ValueError, KeyError, TypeError):  # damaged: only accounting is lost
-                self.seconds = dict.fromkeys(PLACES, 0.0)
+            except (ValueError, KeyError, TypeError):  # damaged: only the account is lost
+                self.seconds = dict.fromkeys(CATEGORIES, 0.0)
 
-    def mark(self, place: str, waited: float = 0.0) -> None:
-        """The time since the last mark went to `place`, but for `waited` seconds of waiting for data."""
+    @contextmanager
+    def span(self, category: str, activity: str = "") -> Iterator[None]:
+        """Count the time within to `category`; `activity` says in a few words what the process is at."""
+        outer, was = self._category, health.activity
+        self._attribute(category)
+        if activity:
+            health.set_activity(activity)
+        try:
+            yield
+        finally:
+            self._attribute(outer)
+            if activity:
+                health.set_activity(was)
+
+    def waited(self, seconds: float) -> None:
+        """Count so many seconds of the open span as waiting for data."""
+        self._waited += seconds
+
+    def lap(self) -> None:
+        """Count the time so far to the open category."""
+        self._attribute(self._category)
+
+    def _attribute(self, following: str) -> None:
+        """Close the account of the open category and go on with the following one."""
         now = time.time()
         spent = max(now - self._last, 0.0)
-        waited = min(waited, spent)
-        self.seconds[place] += spent - waited
+        waited = min(self._waited, spent)
+        self.seconds[self._category] += spent - waited
         self.seconds["wait"] += waited
-        self._last = now
+        self._last, self._category, self._waited = now, following, 0.0
         if now - self._written > WRITE_SECONDS:
             self.write()
 
@@ -64,8 +94,18 @@ class Ledger:
         """Share of the time since the first start in which steps were taken, or features computed, that are kept."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
+    def report(self, images: float) -> dict[str, Any]:
+        """The account for people: seconds by category, goodput, and the rate at which `images` were trained on."""
+        self.lap()
+        return {
+            "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
+            "goodput": round(self.goodput, 4),
+            "images": int(images),
+            "images_per_second": round(images / max(self.seconds["train"], 1e-9), 1),
+        }
+
     def write(self) -> None:
-        """Keep the account."""
+        """Keep the account; from any thread."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

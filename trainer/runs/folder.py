@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,16 +19,19 @@ from typing import Any, TextIO
 import yaml
 
 import trainer
-from trainer.config.auto import adopted
+from trainer.cluster.control import ControlChannel
+from trainer.config.auto import adopted, advise, choice_of, settled
 from trainer.config.diff import differences
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.monitoring.log import say
 from trainer.runs.publisher import Publisher
 from trainer.storage.lease import Lease
 from trainer.storage.lease import take as take_lease
 from trainer.storage.local import write_json, write_whole
 from trainer.storage.path import Place, place
 from trainer.storage.staging import is_remote
+from trainer.types import Dataset
 
 
 @dataclass
@@ -70,6 +74,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What run.json of a run's folder says; nothing where there is none yet."""
     file = folder / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def started_with(folder: Path) -> str:
+    """The command of the last start of a run, as one types it."""
+    return shlex.join(read_facts(folder)["attempts"][-1]["command"])
 
 
 def note_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -241,3 +250,22 @@ def _lease(remote: Place) -> Lease:
     """Hold the bucket's folder. The same Kubernetes Job (JOB_UID) takes it over at once from a pod that is gone."""
     pod = os.environ.get("HOSTNAME") or platform.node()
     return take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
+
+
+def resolve_auto(
+    config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
+) -> tuple[RunConfig, list[str]]:
+    """Choose what is `auto`, as this run did when it began, or now by the advice table; and why, one line per choice."""
+
+    def choose() -> tuple[dict[str, Any], list[str]]:
+        if folder.resuming:
+            chosen, reasons = adopted(config, folder.config)
+        else:
+            chosen, reasons = advise(config, dataset.splits["train"].count, len(dataset.class_names))
+            folder.record(chosen)
+        return choice_of(chosen), reasons
+
+    choice, reasons = control.broadcast("advice", choose) if config.auto else ({}, [])
+    for reason in reasons:
+        say(reason)
+    return settled(config, choice), reasons

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.event_pb2 import Event
 
 from trainer.monitoring import log as lines
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.storage.local import write_whole
 
 VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # what TensorBoard shows of an epoch
@@ -53,7 +53,7 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class Telemetry:
+class MetricsWriter:
     """Writes the story of the run; nothing here feeds back into training.
 
     Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"); what depends on the
@@ -65,8 +65,6 @@ class Telemetry:
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.bar: Progress | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
-        self._since = time.monotonic()
-        self._waited = 0.0
         self._profiling = False
 
     def expect(self, total_steps: int) -> None:
@@ -89,22 +87,18 @@ class Telemetry:
         elif self.folder:
             lines.say(text, **facts)
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which the device had no data."""
-        self._waited += seconds
+    def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
+        """Log an interval of training.
 
-    def restart_clock(self) -> None:
-        """What happened since the last interval (an evaluation, a checkpoint) is not training time."""
-        self._since, self._waited = time.monotonic(), 0.0
-
-    def interval(self, entry: dict[str, Any], examples: float, goodput: float) -> None:
-        """One logging interval: phase, epoch, step, loss, accuracy, learning_rate; the examples it took; and the
-        ledger's goodput.
+        Args:
+            entry: phase, epoch, step, loss, accuracy, learning_rate.
+            examples: that the interval took.
+            seconds: of it, and how many of them the device `waited` for data.
+            goodput: of the run so far, in 0..1.
         """
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        rate, wait = examples / seconds, min(self._waited / seconds, 1.0)
+        seconds = max(seconds, 1e-9)
+        rate, wait = examples / seconds, min(waited / seconds, 1.0)
         left = (self.total_steps - entry["step"]) * self.batch_size / rate
-        self.restart_clock()
         timing = {
             "images_per_second": round(rate, 1),
             "data_wait": round(wait, 4),
@@ -112,7 +106,7 @@ class Telemetry:
             "time": time.time(),
         }
         self._write({"kind": "train", **entry, "timing": timing})
-        signs.tell(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
+        health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
         self._scalars(
             entry["phase"],
             entry["step"],

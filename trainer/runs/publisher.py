@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.storage.base import Place
 from trainer.storage.lease import Lease
 
@@ -79,7 +79,7 @@ class Publisher:
     def checkpoint(self) -> None:
         """Begin to publish the checkpoints that are here now; call `wait` before the next one is written."""
         if not self.remote:
-            signs.saved()
+            health.checkpoint_saved()
         self._submit(partial(self._publish_checkpoints, time.monotonic()))
 
     def wait(self) -> None:
@@ -156,12 +156,12 @@ class Publisher:
                 files = sorted((f for f in folder.iterdir()), key=lambda f: f.name == "manifest.json")  # that last
                 for file in files:
                     (self.remote / f"checkpoints/{there}/{file.name}").upload(file)
-                    signs.moved()
+                    health.progress()
                 self._names[name] = there
         self._names = {name: there for name, there in self._names.items() if name in here}
         self._publish_files()  # first: a restart can cut metrics back to the checkpoint, not add to them
         self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in here))
-        signs.saved(time.monotonic() - written)
+        health.checkpoint_saved(time.monotonic() - written)
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (self.remote / BEST).write(self._names[name] + "\n")
@@ -185,7 +185,7 @@ class Publisher:
             now = (facts.st_size, facts.st_mtime_ns)
             if self._sent.get(name) != now:
                 (self.remote / name).write(file.read_bytes())
-                signs.moved()
+                health.progress()
                 self._sent[name] = now
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import Model, RunConfig, load
 from trainer.errors import ConfigError, DataError
-from trainer.monitoring.log import say
 from trainer.runs.checkpoints import PREFIX, read_checkpoint, step_of, weights_of
 from trainer.storage.path import Place, place
 from trainer.types import Dataset
@@ -116,35 +115,90 @@ def _names_in(pointer: Place) -> list[str]:
     return found[0].decode().split() if found else []
 
 
-def open_classifier(run: FinishedRun, checkpoint: Place) -> Classifier:
-    """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
-    import keras
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint of a run as an evaluation needs it.
 
-    from trainer.rebuilding import rebuild_classifier
+    Attributes:
+        name: best, last or step-420.
+        history: one entry per epoch until then.
+        phases: how the phases that had ended by then have ended; of the last checkpoint, as the run's report has them.
+        values: of the model's variables by name, averaged where EMA is on.
+    """
 
-    precision = run.config.runtime.precision
-    keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
-    values, source = weights_of(read_checkpoint(checkpoint)[1]), f"checkpoint {checkpoint.name}"
-    return rebuild_classifier(run.config.model, len(run.class_names), run.config.seed, values, source)
+    name: str
+    step: int
+    history: list[dict[str, Any]]
+    phases: dict[str, Any]
+    values: dict[str, np.ndarray]
 
 
-def open_data(run: FinishedRun) -> Dataset:
-    """The data of a run, fetched where it is in a bucket.
+def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
+    """Read a checkpoint; `which` is best, last, a step, or None: what the run exported.
 
     Raises:
-        DataError: it cannot be read, or has other classes than the run.
+        ConfigError: it is none of these.
+        DataError: it is missing or damaged.
     """
-    from trainer.data.open import open_dataset
-    from trainer.data.remote import local_copies
+    kept = which or exported_checkpoint(run)
+    state, values = read_checkpoint(find_checkpoint(run, kept))
+    report = (run.home / "report" / "report.json").fetch()
+    phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
+    if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
+        phases = state.get("finished", {})
+    name = kept if kept in ("best", "last") else f"step-{state['step']}"
+    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, weights_of(values))
 
-    cache = Path(run.config.runtime.cache_dir).expanduser()
-    bare = run.config.model_copy(update={"model": run.config.model.model_copy(update={"weights": "none"})})
-    local, _ = local_copies(bare, cache, say, lambda _: None)
-    limit = run.config.training.batch_size if run.config.debug.overfit else run.config.debug.max_examples
-    dataset = open_dataset(local.data, seed=run.config.seed, cache_dir=cache, max_examples=limit, note=say)
-    if dataset.class_names != run.class_names:
-        raise DataError(
-            f"the data has the classes {', '.join(dataset.class_names[:5])}, run={run.address} was trained on "
-            f"{', '.join(run.class_names[:5])}; give data of the same classes"
-        )
-    return dataset
+
+def check_classes(run: FinishedRun, dataset: Dataset) -> None:
+    """Raise a DataError unless the data has the classes of the run, in the same order."""
+    mine, theirs = run.class_names, dataset.class_names
+    if mine == theirs:
+        return
+    unknown = [repr(name) for name in theirs if name not in mine]
+    missing = [repr(name) for name in mine if name not in theirs]
+    parts = [f"{_some(unknown)} unknown to it"] if unknown else []
+    parts += [f"{_some(missing)} missing in the data"] if missing else []
+    if not parts:
+        wanted, name = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+        parts = [f"the same in another order, {name!r} where it has {wanted!r}"]
+    raise DataError(
+        f"run={run.address} knows {len(mine)} classes and the data has {len(theirs)}: {'; '.join(parts)}; "
+        "give data with the same classes in the same order"
+    )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """ "'a' is", "'a', 'b' are", "'a', 'b', 'c' and 7 more are"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def without_weights(model: Model) -> Model:
+    """The model for one whose every value comes from a checkpoint."""
+    return model.model_copy(update={"weights": "none"})
+
+
+def rebuild_classifier(
+    model: Model, class_count: int, seed: int, values: dict[str, np.ndarray], source: str
+) -> Classifier:
+    """The classifier that was trained, computing what it computed then.
+
+    Call it under the strategy's scope and after the global Keras precision policy was set.
+
+    Args:
+        values: of each of its variables, by name; others are ignored.
+        source: where they come from, for messages.
+
+    Raises:
+        ModelError: the backbone cannot be had.
+        DataError: a value is missing or has another shape.
+    """
+    from trainer.models.classifier import build_classifier  # mistakes must answer before TensorFlow is imported
+    from trainer.models.weights import settle_input
+    from trainer.training import variables
+
+    classifier = build_classifier(without_weights(model), class_count, seed)
+    variables.write(classifier.variables, values, source)
+    settle_input(classifier.backbone)
+    return classifier

@@ -18,7 +18,7 @@ KEPT = 100  # attempts in the file
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
 
 
-class Attempts:
+class RestartHistory:
     """The attempts of one run, the last one being this process.
 
     One entry is {"step", "started", "kind", "reason"}: the step it went on from, and how it ended. Kind and reason are

@@ -18,7 +18,7 @@ import google_crc32c
 from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.monitoring.health import signs
+from trainer.monitoring.health import health
 from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way, within
 from trainer.storage.gcs_client import Damaged, Limits, client, persist, refused
 from trainer.storage.local import LocalPlace
@@ -299,7 +299,7 @@ class BucketPlace(Place):
             length = min(CHUNK, entry.size - start)
             data = self._do("storage.objects.get", lambda limits: self._slice(entry, start, length, limits))
             write_at(file.fileno(), data, start)
-            signs.moved()
+            health.progress()
 
         with open(to, "wb") as file:
             if entry.size <= LARGE:
@@ -353,7 +353,7 @@ class BucketPlace(Place):
 
         def send(index: int) -> int:
             sent = names[index]._send(content(starts[index], min(length, size - starts[index])), ANY)
-            signs.moved()
+            health.progress()
             return sent
 
         def join(limits: Limits) -> Entry:

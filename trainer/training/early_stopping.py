@@ -43,6 +43,36 @@ def best_step(state: RunState, rule: EarlyStopping) -> int | None:
     return state.carried if rank(state.carried) > rank(own) else own
 
 
+def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int:
+    """The step whose weights go on after a phase: its best one's, or its last one's where `training.keep` is last.
+
+    A phase that never beat what it began with has no best of its own (`best_step`).
+    """
+    best = best_step(state, rule)
+    return best if keep == "best" and best is not None else state.step
+
+
+def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is recorded of a finished phase whose weights are those of `step`, and that step's entry of the history.
+
+    Where these are the weights of an earlier phase, `kept_from` names it beside the best accuracy of the phase itself.
+    """
+    assert state.best is not None
+    own = [entry for entry in state.history if entry["phase"] == name]
+    kept = next(entry for entry in state.history if entry["step"] == step)
+    best_own = next(entry for entry in own if entry["step"] == state.best["step"])
+    summary = {
+        **{key: value for key, value in kept.items() if key.startswith("val_")},
+        "epochs": len(own),
+        "best_epoch": state.best["epoch"],
+        "kept_step": step,
+        "seconds": sum(entry["seconds"] for entry in own),
+    }
+    if kept["phase"] != name:
+        summary |= {"kept_from": kept["phase"], "own_val_accuracy": best_own["val_accuracy"]}
+    return summary, kept
+
+
 def exhausted(state: RunState, rule: EarlyStopping) -> bool:
     """Whether patience has run out."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience

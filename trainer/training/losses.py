@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import tensorflow as tf
+
+from trainer.errors import DataError
 
 _SMALLEST = 1e-7  # 1 - p is floored here: the slope of (1 - p)^gamma is infinite at 0 where gamma < 1
 _TINY = 1.2e-38  # the smallest normal float32; probabilities are floored here before the logarithm
@@ -20,6 +24,31 @@ class LossSettings:
     class_weights: tuple[float, ...] | None = None  # one a class
     alpha: float = 1.0  # share of the label's part where a teacher answers, too
     temperature: float = 1.0  # both answers are softened by, where a teacher answers
+
+
+def class_weights(
+    given: Literal["none", "balanced"] | dict[str, float], class_names: Sequence[str], labels: np.ndarray
+) -> tuple[float, ...] | None:
+    """One loss weight per class; "balanced" is n / (classes * count), as scikit-learn has it.
+
+    Args:
+        given: `training.class_weights`.
+        class_names: of the data.
+        labels: int32 [n], of the training examples.
+
+    Raises:
+        DataError: a weight names a class that the data has not.
+    """
+    if given == "none":
+        return None
+    if given == "balanced":
+        counts = np.bincount(labels, minlength=len(class_names))
+        return tuple(float(w) for w in counts.sum() / (len(class_names) * np.maximum(counts, 1)))
+    assert isinstance(given, dict)
+    unknown = sorted(set(given) - set(class_names))
+    if unknown:
+        raise DataError(f"training.class_weights names {', '.join(unknown)}; the classes are {', '.join(class_names)}")
+    return tuple(float(given.get(name, 1.0)) for name in class_names)
 
 
 def _targets(labels: tf.Tensor, classes: int, smoothing: float) -> tf.Tensor:

@@ -16,9 +16,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.config.schema import RunConfig
+from trainer.errors import Diverged
 from trainer.training import variables as by_name
-from trainer.training.losses import LossSettings, hits, logarithms, weighted_losses
-from trainer.types import Batch
+from trainer.training.losses import LossSettings, class_weights, hits, logarithms, weighted_losses
+from trainer.types import Batch, Dataset
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
@@ -61,6 +63,36 @@ class StepSettings(LossSettings):
     batch_norm_training: bool = False
     loss_scaling: bool = False  # float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
+
+    @classmethod
+    def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool) -> StepSettings:
+        """What a configuration says of a step over a dataset."""
+        training, runtime, distillation = config.training, config.runtime, config.distillation
+        teaching = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
+        return cls(
+            seed=config.seed,
+            label_smoothing=training.label_smoothing,
+            focal_gamma=training.focal_gamma if training.loss == "focal" else None,
+            class_weights=class_weights(training.class_weights, dataset.class_names, dataset.splits["train"].labels),
+            clip_norm=training.clip_norm,
+            accumulate=training.accumulate,
+            ema=training.ema,
+            batch_norm_training=batch_norm_training,
+            loss_scaling=runtime.precision == "float16",
+            xla=runtime.xla,
+            **teaching,
+        )
+
+
+def require_finite(rows: np.ndarray, step: int, where: str, phase: str) -> None:
+    """Raise `Diverged` where the loss of one of the steps up to `step`, float32 [steps, 3] of them, is not finite."""
+    if np.isfinite(rows).all():
+        return
+    first = step - len(rows) + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
+    raise Diverged(
+        f"the loss is not finite at step {first} ({where}, between the steps {step - len(rows) + 1} and {step}); lower "
+        f"phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
+    )
 
 
 @dataclass

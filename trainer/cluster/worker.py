@@ -1,0 +1,43 @@
+"""This process as one of the workers of a run: its control channel, its devices, and whether it should stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker of a run; the chief, worker 0, alone writes into the run's folder."""
+
+    control: ControlChannel
+    strategy: tf.distribute.Strategy
+    stop: StopFlag
+
+    @property
+    def index(self) -> int:
+        """Number of this worker, from 0."""
+        return self.control.index
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return self.control.size
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is worker 0."""
+        return self.control.is_chief
+
+    @property
+    def replicas(self) -> int:
+        """Replicas on this worker."""
+        return self.strategy.num_replicas_in_sync // self.size
+
+    def should_stop(self, where: str) -> bool:
+        """Whether any worker was told to stop: the same answer on all of them, asked at the same point by all."""
+        return self.control.any_worker(f"stop {where}", self.stop.reason is not None)

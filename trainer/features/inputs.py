@@ -1,0 +1,69 @@
+"""What a phase trains and validates on: images, or cached features of its frozen layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.cluster.worker import Worker
+from trainer.config.schema import Augmentation
+from trainer.data.images import BatchSource, ImageStore
+from trainer.evaluation.scoring import Scorer
+from trainer.features.cache import FeatureCache
+from trainer.features.cut import Tail
+from trainer.features.plan import FeaturePlan
+from trainer.models.classifier import Classifier
+from trainer.training.step import Network
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features.
+
+    Attributes:
+        augmentation: still to be done to what `training` reads.
+        views: augmentations of each example; None: another one in each epoch.
+    """
+
+    network: Network
+    scorer: Scorer
+    training: BatchSource
+    validation: BatchSource
+    augmentation: Augmentation
+    views: int | None
+
+
+def open_inputs(
+    name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
+) -> Inputs | None:
+    """Open what phase `name` reads, once `apply_thaw` has set what trains in it. May compute features, on all workers.
+
+    Args:
+        scorer: of the whole classifier.
+
+    Returns:
+        None where a worker has no room for features, or was told to stop meanwhile.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    augmentation, reads = images.config.augmentation, plan.reads[name]
+    views = images.config.phases[name].augmented_views if augmentation.active else None
+    if reads == "live":
+        return Inputs(classifier, scorer, images.split("train"), images.split("validation"), augmentation, views)
+    cache = FeatureCache(worker, images, classifier, plan, scorer.sharding)
+    features = cache.open(name, ("train", "validation") if reads == "cached" else ("validation",))
+    if features is None:
+        return None
+    tail = Tail(classifier, plan.cut(name))
+    tail_scorer = Scorer(worker, tail, scorer.sharding, scorer.waited)
+    if reads == "cached":
+        return Inputs(tail, tail_scorer, features[0], features[1], Augmentation(), None)
+    return Inputs(classifier, tail_scorer, images.split("train"), features[0], augmentation, views)
+
+
+def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
+    """Let a phase that finds no room for features read images."""
+    if plan.reads[name] == "cached":
+        images.forget("train")
+    plan.reads[name] = "live"
+    images.train_once = False

@@ -1,0 +1,57 @@
+"""The last lines of a run on the terminal: how good, where, and what to type next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.monitoring import termination
+from trainer.monitoring.log import say
+from trainer.runs.metrics import clock
+
+
+def summarise(report: dict[str, Any], address: str) -> None:
+    """Say what a run came to, and leave it as the termination message.
+
+    Args:
+        report: what report.json holds.
+        address: the output_dir as the user gave it.
+    """
+    test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
+    low, high = test["interval"]
+    lines = [
+        "",
+        f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
+        + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
+        *_groups_apart(test),
+        *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
+          + (f" (the weights of {phase['kept_from']}; its own {phase['own_val_accuracy']:.4f} at best)"
+             if "kept_from" in phase else "") for name, phase in report["phases"].items()),
+        f"trained {timing['images']:,} images in {clock(timing['seconds']['train'])} "
+        f"({timing['images_per_second']:,.0f} images/s; goodput {timing['goodput']:.0%})",
+        f"  report   {folder}/report/index.html",
+        *(f"  export   {folder}/{facts['path']}  ({facts['bytes'] / 1e6:,.2f} MB; {_describe_export(facts)})"
+          for facts in report["export"].values()),
+        f"next:  tensorboard --logdir {folder}/logs",
+    ]  # fmt: skip
+    say("\n".join(lines))
+    termination.outcome(f"{lines[1]}; {folder}/report/index.html")
+
+
+def _groups_apart(test: dict[str, Any]) -> list[str]:
+    """A line on how far the groups lie apart, where there are some."""
+    gap = test.get("groups", {}).get("gap")
+    if not gap:
+        return []
+    sure = "their 95 % intervals overlap" if gap["overlap"] else "their 95 % intervals do not overlap"
+    between = f"between {gap['highest']} and {gap['lowest']}"
+    return [f"  by {test['groups']['field']}: at most {gap['accuracy']:.4f} apart, {between} ({sure})"]
+
+
+def _describe_export(facts: dict[str, Any]) -> str:
+    """How an exported file does beside the trainer, in a few words."""
+    accuracy = f"{facts['accuracy']:.4f}"
+    if facts["refused"]:
+        return f"not kept: accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
+    same = facts["lost"] == facts["gained"] == 0
+    worth = "answers as the trainer" if same else f"accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
+    return f"{worth}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"

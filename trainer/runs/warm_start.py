@@ -1,0 +1,58 @@
+"""Warm start: the weights of another run as the first ones of this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer.cluster.control import ControlChannel
+from trainer.errors import DataError
+from trainer.models.classifier import Classifier
+from trainer.models.weights import settle_input
+from trainer.monitoring.log import say
+from trainer.runs.checkpoints import CheckpointFolder, weights_of
+from trainer.runs.publisher import Publisher
+from trainer.storage.path import place
+from trainer.storage.staging import is_remote
+from trainer.training import variables
+
+
+def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:
+    """Assign every variable of the same name and shape from another run's best (or newest) checkpoint, averaged where
+    that run had EMA on, on every worker; the chief reads.
+
+    Args:
+        source: output_dir of the other run, or one of its checkpoints; local or gs://.
+
+    Returns:
+        the checkpoint, and how many variables were assigned.
+
+    Raises:
+        DataError: there is no checkpoint, or none of its variables fits.
+    """
+    where, values = _read(source, cache_folder) if control.is_chief else ("", {})
+    where = control.broadcast("warm start", lambda: where)
+    values = weights_of(control.broadcast_arrays("weights", values))
+    own = classifier.variables
+    fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
+    if not fit:
+        raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
+    variables.write(fit, values, source)
+    settle_input(classifier.backbone)
+    return where, len(fit)
+
+
+def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    folder = Path(source).expanduser()
+    if is_remote(source):
+        folder = cache_folder / "warm_start"
+        Publisher(folder, place(source), None).fetch()
+    home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
+    there = CheckpointFolder(home / "checkpoints", 1, say)
+    pointer = there.folder / "BEST"
+    name = folder.name if home != folder else pointer.read_text().strip() if pointer.exists() else ""
+    steps = [step for step in there.steps() if there.path(step).name == name] or there.steps()[-1:]
+    if not steps:
+        raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
+    return str(there.path(steps[0])), there.read(steps[0])[1]
