@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 
-from trainer.cluster.signals import StopFlag, end_at_once, take_no_signal
+from trainer.cluster.signals import StopFlag, end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.compose import be_seen, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.cli.process import be_seen, exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import meet
@@ -93,10 +93,9 @@ def _train(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
-    speak_early(sys.argv[1:])
-    code = exit_code_of(_train, sys.argv[1:])
-    take_no_signal()
-    sys.exit(code)
+    with exit_with_code():
+        speak_early(sys.argv[1:])
+        _train(sys.argv[1:])
 
 
 if __name__ == "__main__":

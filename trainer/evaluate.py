@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from trainer.cli.compose import compose, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.cli.compose import compose
+from trainer.cli.process import exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cluster.control import Peers
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, load
@@ -289,8 +290,9 @@ def _run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
-    speak_early(sys.argv[1:])
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        speak_early(sys.argv[1:])
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from trainer.cli.compose import exit_code_of, quiet_start
+from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
 from trainer.runs.reader import FinishedRun, exported_checkpoint, find_checkpoint, find_run, open_classifier, open_data
@@ -179,7 +179,8 @@ def _run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ if __name__ == "__main__":
 import numpy as np
 from rich.console import Console
 
-from trainer.cli.compose import asks_for_sweep, compose, exit_code_of, quiet_start
+from trainer.cli.compose import asks_for_sweep, compose
+from trainer.cli.process import exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
 from trainer.config.auto import advise
 from trainer.config.schema import Data, RunConfig, load, without_regularisation
@@ -231,7 +232,8 @@ def _run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.plan`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

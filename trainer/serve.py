@@ -16,7 +16,7 @@ from trainer.cluster.signals import end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.compose import exit_code_of, quiet_start
+from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import say
 from trainer.serving.export_files import Export, find_export
@@ -64,7 +64,8 @@ def _help() -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def told(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a process said on stdout and on stderr; every line must be a JSON object."""
-    head = "from trainer.watching import lines\nfrom trainer.monitoring.log import say\n"
+    head = "from trainer.monitoring import log as lines\nfrom trainer.monitoring.log import say\n"
     command = [sys.executable, "-c", head + program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == code, result.stderr
@@ -38,7 +38,7 @@ def test_a_line_has_the_fields_of_cloud_logging_and_its_numbers() -> None:
 
 
 def test_text_stays_as_it_was() -> None:
-    program = "from trainer.watching import lines\nlines.say('one', loss=3)\nlines.say('two', 'ERROR')\nprint('three')"
+    program = "from trainer.monitoring import log as lines\nlines.say('one', loss=3)\nlines.say('two', 'ERROR')\nprint('three')"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("one\nthree\n", "two\n")
 
