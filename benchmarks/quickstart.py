@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from trainer.cli.compose import quiet_start
+from trainer.cli.process import quiet_start
 from trainer.config.schema import Data
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard, read_image

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.verbs import exit_code_of
 from trainer import drift
-from trainer.cli.compose import exit_code_of
 from trainer.evaluation.drift import Measure, Window
 from trainer.exporting.reference import reference_distribution
 from trainer.report import figures as drawing
@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: str) -> int:
-    return exit_code_of(drift._run, list(arguments))
+    return exit_code_of(drift.main, *arguments)
 
 
 def test_what_is_as_it_was_is_stable_and_exits_with_0(

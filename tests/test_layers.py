@@ -14,8 +14,9 @@ MAX_AT_THE_TOP = 16  # modules of trainer/ itself
 
 # Imported by every command line before the configuration is known to be right.
 LIGHT = (
-    "errors", "types", "config.schema", "config.diff", "config.auto", "cli.compose", "cli.sweep", "monitoring.log",
-    "cluster.rendezvous", "runs.folder", "runs.reader", "__main__", "evaluate", "export", "compare", "drift", "serve",
+    "errors", "types", "config.schema", "config.diff", "config.auto", "cli.compose", "cli.process", "cli.arguments", "cli.sweep",
+    "monitoring.log",
+    "cluster.rendezvous", "runs.folder", "runs.reader", "__main__", "evaluate", "export", "plan", "prepare", "compare", "drift", "serve",
 )  # fmt: skip
 
 

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.cli.verbs import exit_code_of
 from tests.data.pictures import fill_folder
 from tests.storage.emulator import BUCKET, running
 from trainer import plan
-from trainer.cli.compose import compose, exit_code_of
+from trainer.cli.compose import compose
 from trainer.config.schema import load
 from trainer.data.digits import digits_folder
 from trainer.data.tfds_folder import LABELS
@@ -39,7 +40,7 @@ def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = exit_code_of(plan._run, [*arguments, *HERE])
+        code = exit_code_of(plan.main, *arguments, *HERE)
         out, err = capsys.readouterr()
         return code, " ".join(out.split()), err
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 
-from trainer.cli.compose import _hidden
+from trainer.cli.process import _hidden
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
@@ -69,7 +69,7 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
 def test_what_only_the_report_needs_is_imported_with_the_report() -> None:
     program = """
 import sys
-from trainer.cli.compose import quiet_start
+from trainer.cli.process import quiet_start
 with quiet_start():
     from trainer import train
 print(sorted({"sklearn", "scipy.stats", "matplotlib"} & set(sys.modules)))

@@ -1,102 +1,90 @@
-"""The command line: Hydra composes, `config.load` validates, `train.run` trains."""
+"""`python -m trainer`: train the run that the command line asks for, or go on where it stopped.
+
+Hydra composes, `config.schema.load` validates, `train.train_run` trains.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable
 
-from trainer.cluster.signals import StopFlag, end_at_once, take_no_signal
+from trainer.cluster.signals import StopFlag, end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.compose import be_seen, exit_code_of, quiet_start, speak_as, speak_early
+from trainer.cli.process import be_seen, exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import meet
 from trainer.config.diff import in_common
-from trainer.config.schema import RunConfig, load, without_regularisation
-from trainer.errors import INTERRUPTED, ConfigError
+from trainer.config.schema import load, without_regularisation
+from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import say
-from trainer.runs.folder import follow_run_folder, is_finished, open_run_folder, source_digest, versions
+from trainer.runs.folder import (
+    Finished,
+    follow_run_folder,
+    open_run_folder,
+    require_output_dir,
+    require_unfinished,
+    source_digest,
+    versions,
+)
 
-LOOK_SECONDS = 15.0  # between two looks at the output folder while others are waited for
-
-
-class _FinishedMeanwhile(Exception):
-    """The others have ended well: nobody will come."""
-
-
-def _look_around(config: RunConfig, stop: StopFlag) -> Callable[[], None]:
-    """What a worker that waits for the others looks for: a signal, and that the run is finished."""
-    looked = time.monotonic()
-
-    def look() -> None:
-        nonlocal looked
-        stop.check("while waiting for the other workers")
-        if time.monotonic() - looked > LOOK_SECONDS:
-            looked = time.monotonic()
-            if is_finished(config):
-                raise _FinishedMeanwhile
-
-    return look
-
-
-def _say_finished(config: RunConfig) -> None:
-    folder = config.output_dir
-    say(text := f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
-    termination.outcome(text)
-
-
-def _train(arguments: list[str]) -> None:
-    began = time.time()
-    composed = compose_or_sweep(arguments)
-    if composed is None:  # --help, --cfg or a finished sweep
-        return
-    config = load(composed)
-    config = without_regularisation(config) if config.debug.overfit else config
-    speak_as(config.runtime)
-    cluster = discover(os.environ)
-    be_seen(config, cluster.index, cluster.size)
-    stop = StopFlag()
-    if is_finished(config):
-        return _say_finished(config)
-    if cluster.size > 1 and not config.output_dir:
-        raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
-    health.set_activity("meeting the other workers")
-    try:
-        peers = meet(cluster, config.runtime.start_timeout, say, _look_around(config, stop))
-    except _FinishedMeanwhile:
-        return _say_finished(config)
-    peers.on_stop = stop.told
-    stop.on_signal = lambda name: peers.broadcast_stop(f"{name} on worker {peers.index}")
-    # Until the run can be saved there is nothing to save: importing TensorFlow takes longer than some grace periods.
-    stop.on_told = lambda reason: peers.end(
-        INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
-    )
-    stop.check("before training began")
-    with peers.propagate_failures():
-        peers.require_equal("configuration", in_common(config))
-        peers.require_equal("code", versions() | {"source": source_digest()})
-        home = open_run_folder(config, cluster.size) if peers.is_chief else follow_run_folder(config)
-        health.set_activity("importing TensorFlow")
-        with quiet_start():
-            from trainer import train  # TensorFlow is imported only now: help and mistakes must answer at once
-
-        train.run(config, home, peers, stop, began)
-    peers.disconnect()
+LOOK_SECONDS = 15.0  # between two looks at the output folder while the other workers are waited for
 
 
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
-    speak_early(sys.argv[1:])
-    code = exit_code_of(_train, sys.argv[1:])
-    take_no_signal()
-    sys.exit(code)
+    with exit_with_code():
+        speak_early(sys.argv[1:])
+        began = time.time()
+        composed = compose_or_sweep(sys.argv[1:])
+        if composed is None:  # --help, --cfg or a finished sweep
+            return
+        config = load(composed)
+        config = without_regularisation(config) if config.debug.overfit else config
+        speak_as(config.runtime)
+        cluster = discover(os.environ)
+        be_seen(config, cluster.index, cluster.size)
+        stop, looked = StopFlag(), time.monotonic()
+
+        def check() -> None:
+            """Called while the other workers are waited for; raises where that is in vain."""
+            nonlocal looked
+            stop.check("while waiting for the other workers")
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                require_unfinished(config)
+
+        try:
+            require_unfinished(config)
+            require_output_dir(config, cluster.size)
+            health.set_activity("meeting the other workers")
+            control = meet(cluster, config.runtime.start_timeout, say, check)
+        except Finished as finished:
+            say(str(finished))
+            return termination.outcome(str(finished))
+        control.on_stop = stop.told
+        stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
+        # Until then there is nothing to save, and importing TensorFlow takes longer than some grace periods.
+        stop.on_told = lambda reason: control.end(
+            INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
+        )
+        stop.check("before training began")
+        with control.propagate_failures():
+            control.require_equal("configuration", in_common(config))
+            control.require_equal("code", versions() | {"source": source_digest()})
+            folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
+            health.set_activity("importing TensorFlow")
+            with quiet_start():
+                from trainer.train import train_run  # only now: help and mistakes must answer at once
+
+            train_run(config, folder, control, stop, began)
+        control.disconnect()
 
 
 if __name__ == "__main__":

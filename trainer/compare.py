@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.cli.compose import exit_code_of
+from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import say
 from trainer.report.compare import (
@@ -124,7 +124,8 @@ def _run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.compare`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

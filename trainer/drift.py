@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.cli.compose import exit_code_of
+from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, DataError, Drifted
 from trainer.evaluation.drift import BINS, Measure, Window, measures, verdict
 from trainer.monitoring.log import say
@@ -205,7 +205,8 @@ def _run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

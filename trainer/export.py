@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.cluster.signals import end_at_once
 
@@ -24,17 +24,20 @@ if __name__ == "__main__":
 
 import yaml
 
-from trainer.cli.compose import exit_code_of, quiet_start
+from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
-from trainer.runs.reader import FinishedRun, exported_checkpoint, find_checkpoint, find_run, open_classifier, open_data
+from trainer.runs.reader import (
+    FinishedRun,
+    LoadedCheckpoint,
+    check_classes,
+    exported_checkpoint,
+    find_run,
+    load_checkpoint,
+    rebuild_classifier,
+    without_weights,
+)
 from trainer.storage.local import write_json
-
-if TYPE_CHECKING:
-    from trainer.data.images import Pixels
-    from trainer.exporting.export import Scored
-    from trainer.models.grad_cam import Look
-    from trainer.types import Dataset
 
 READ_AT_ONCE = 256  # images
 OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
@@ -83,57 +86,37 @@ def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
     return Path(str(run.home)) / "export", True
 
 
-def open_images(run: FinishedRun, dataset: Dataset, split: str, size: int) -> Pixels:
-    """The images of a split at a size in pixels, decoded when they are read."""
-    from trainer.data.images import open_pixels
-
-    return open_pixels(
-        dataset.splits[split],
-        size=size,
-        resize=run.config.model.resize,
-        cache="none",
-        cache_dir=Path(run.config.runtime.cache_dir).expanduser(),
-        fingerprint=dataset.fingerprint,
-        memory_budget=0,
-        disk_budget=0,
-        threads=run.config.runtime.data_threads,
-        on_error=run.config.data.on_error,
-        note=lambda _: None,
-    )
-
-
-def score_all(look: Look, pixels: Pixels) -> Scored:
-    """Every example of a split that can be decoded."""
+def export(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+    """Write the formats that the configuration names below `home`; facts by format."""
+    import keras
     import numpy as np
 
-    from trainer.exporting.export import Scored
+    from trainer.data.images import ImageStore
+    from trainer.data.open import open_run_data
+    from trainer.exporting.export import export_classifier
+    from trainer.models.grad_cam import make_explainer
+    from trainer.types import Scored
 
-    split = pixels.split
+    config, precision = run.config, run.config.runtime.precision
+    keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
+    bare = config.model_copy(update={"model": without_weights(config.model)})
+    data = open_run_data(bare, say, lambda _: None, stream=False)
+    check_classes(run, data.dataset)
+    classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
+    classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.values, source)
+    split = data.dataset.splits["test" if "test" in data.dataset.splits else "validation"]
+    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
+        f"{split.count:,} {split.name} examples")  # fmt: skip
+    unkept = config.model_copy(update={"data": config.data.model_copy(update={"cache": "none"})})
+    images = ImageStore(data, unkept, classifier.image_size, lambda _: None)
+    explainer = make_explainer(classifier)
     parts = [
-        look(pixels.rows(np.arange(start, min(start + READ_AT_ONCE, split.count))))["probabilities"]
+        explainer(images.rows(split.name, np.arange(start, min(start + READ_AT_ONCE, split.count))))["probabilities"]
         for start in range(0, split.count, READ_AT_ONCE)
     ]
-    good = np.setdiff1d(np.arange(split.count), list(pixels.bad))
-    return Scored(split.name, good, split.labels[good], np.concatenate(parts)[good])
-
-
-def export(run: FinishedRun, home: Path, checkpoint: str) -> dict[str, Any]:
-    """Write the formats that the configuration names below `home`; facts by format."""
-    from trainer.exporting.export import write_exports
-    from trainer.models.grad_cam import looker
-
-    dataset = open_data(run)
-    folder = find_checkpoint(run, checkpoint)
-    classifier = open_classifier(run, folder)
-    split = "test" if "test" in dataset.splits else "validation"
-    say(f"exporting {folder.name} of {run.address}, after it has answered for {dataset.splits[split].count:,} {split} "
-        "examples")  # fmt: skip
-    opened = {name: open_images(run, dataset, name, classifier.image_size) for name in (split, "train")}
-    look = looker(classifier)
-    scored = score_all(look, opened[split])
-    return write_exports(
-        home, run.config, classifier, dataset, scored, lambda name, some: opened[name].rows(some), look
-    )
+    good = np.setdiff1d(np.arange(split.count), list(images.split(split.name).bad))
+    scored = Scored(split.name, good, split.labels[good], np.concatenate(parts)[good])
+    return export_classifier(home, classifier, images, scored, explainer)
 
 
 def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
@@ -150,36 +133,33 @@ def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any])
     write_model_card(home / "model_card.md", told, run.config.model_dump(mode="json"))
 
 
-def _run(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    own, changes = read_arguments(arguments)
-    run = find_run(own["run"], changes)
-    home, is_own = target(run, own)
-    checkpoint = own.get("checkpoint") or exported_checkpoint(run)
-    find_checkpoint(run, checkpoint)  # mistakes answer before TensorFlow is imported
-    with quiet_start():
-        from trainer.exporting.formats import check_formats, refuse
-    check_formats(run.config.export.formats, run.config.model.backbone)
-    outcomes = export(run, home, checkpoint)
-    record(run, home, is_own, outcomes)
-    for name, facts in outcomes.items():
-        say(
-            f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
-            f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
-            f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  "
-            + ("not kept" if facts["refused"] else str(home / facts["path"]))
-        )
-    try:
-        refuse(outcomes, run.config.export.max_accuracy_drop)
-    except ModelError as error:
-        raise ModelError(str(error).replace("export.formats", "formats").replace("export.max", "max")) from None
-
-
 def main() -> None:
     """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        arguments = sys.argv[1:]
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(__doc__)
+            return
+        own, changes = read_arguments(arguments)
+        run = find_run(own["run"], changes)
+        home, is_own = target(run, own)
+        checkpoint = load_checkpoint(run, own.get("checkpoint"))  # mistakes answer before TensorFlow is imported
+        with quiet_start():
+            from trainer.exporting.formats import check_formats, refuse
+        check_formats(run.config.export.formats, run.config.model.backbone)
+        outcomes = export(run, home, checkpoint)
+        record(run, home, is_own, outcomes)
+        for name, facts in outcomes.items():
+            say(
+                f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
+                f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
+                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  "
+                + ("not kept" if facts["refused"] else str(home / facts["path"]))
+            )
+        try:
+            refuse(outcomes, run.config.export.max_accuracy_drop)
+        except ModelError as error:
+            raise ModelError(str(error).replace("export.formats", "formats").replace("export.max", "max")) from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from trainer.cli.compose import be_seen, compose, exit_code_of, speak_as, speak_early
+from trainer.cli.compose import compose
+from trainer.cli.process import be_seen, exit_with_code, speak_as, speak_early
 from trainer.config.schema import RunConfig, load
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
@@ -52,7 +53,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
     cache = Path(config.runtime.cache_dir).expanduser()
     dataset = open_dataset(
-        local_copies(config, cache, say, lambda _address: health.progress())[0].data,
+        local_copies(config, say, lambda _address: health.progress())[0].data,
         seed=config.seed,
         cache_dir=cache,
         max_examples=config.debug.max_examples,
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
 
 
 def _noted(show: Progress) -> Progress:
-    """The same; images that are done are signs of life."""
+    """The same; images that are done are health of life."""
     before = -1
 
     def progress(done: int, total: int) -> None:
@@ -204,8 +205,9 @@ def _say_at_the_end(text: str) -> None:
 
 def main() -> None:
     """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
-    speak_early(sys.argv[1:])
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        speak_early(sys.argv[1:])
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

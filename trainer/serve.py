@@ -1,4 +1,4 @@
-"""`python -m trainer.serve model=outputs/flowers`: answer over HTTP with the model that a run exported.
+"""`python -m trainer.serve model=OUTPUT_DIR`, of a run, or its export: answer over HTTP with the model exported there.
 
 Arguments are `key=value` of `trainer.serving.settings.Settings`; docs/serving.md has them with the routes. Exit code 0:
 told to stop, and everything that was taken is answered.
@@ -16,7 +16,8 @@ from trainer.cluster.signals import end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.compose import exit_code_of, quiet_start
+from trainer.cli.arguments import ALL, read_arguments
+from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import say
 from trainer.serving.export_files import Export, find_export
@@ -35,9 +36,11 @@ def _load(export: Export) -> ServedModel:
 
 
 def _run(arguments: list[str]) -> None:
-    if {"--help", "-h"} & set(arguments):
-        return _help()
-    settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
+    fields = Settings.model_fields
+    doc = "\n".join([f"{__doc__}", *(f"  {k}" if f.is_required() else f"  {k}={f.default}" for k, f in fields.items())])
+    keys = dict.fromkeys(fields, "") | {"model": "say what to serve"}
+    told, _ = read_arguments(arguments, doc, keys, more=ALL)  # what is unknown is told beside what else is wrong
+    settings = read_settings(told, os.environ.get("KUBETUNE_CACHE"))
     try:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
@@ -56,15 +59,10 @@ def _run(arguments: list[str]) -> None:
     serve(settings, export, _load)
 
 
-def _help() -> None:
-    print(__doc__)
-    for name, field in Settings.model_fields.items():
-        print(f"  {name}" if field.is_required() else f"  {name}={field.default}")
-
-
 def main() -> None:
     """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
-    sys.exit(exit_code_of(_run, sys.argv[1:]))
+    with exit_with_code():
+        _run(sys.argv[1:])
 
 
 if __name__ == "__main__":

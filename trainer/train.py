@@ -347,7 +347,7 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 
 
 def train_epoch(run: RunContext, part: PhaseRun) -> None:
-    """Take the steps of an epoch, several per device call; a call ends early, on all workers, when one was told to stop.
+    """Take the steps of an epoch, several per device call; a call ends early, on all workers, if one was told to stop.
 
     Raises:
         DataError: an example cannot be read.

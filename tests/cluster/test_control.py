@@ -202,7 +202,7 @@ WORKER = """
 import json, os, sys, time
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import meet
-from trainer.cli.compose import exit_code_of
+from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 
 def work(arguments):
@@ -218,7 +218,8 @@ def work(arguments):
             peers.barrier("never")
         time.sleep(60)
 
-sys.exit(exit_code_of(work, sys.argv[1:]))
+with exit_with_code():
+    work(sys.argv[1:])
 """
 
 

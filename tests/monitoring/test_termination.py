@@ -13,13 +13,12 @@ from trainer.monitoring.termination import LIMIT, shortened
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from trainer.cli.compose import exit_code_of
+from trainer.cli.process import exit_with_code
 from trainer.errors import GaveUp, Interrupted
 from trainer.monitoring import termination
 termination.leave_in(sys.argv[1])
-def action(_arguments):
+with exit_with_code():
 {body}
-sys.exit(exit_code_of(action, []))
 """
 
 

@@ -15,7 +15,7 @@ from tests.serving.pictures import mutated, photo
 from trainer.serving.requests import Asked, Refused, Room, read_instances, read_predict
 from trainer.serving.settings import read_settings
 
-SETTINGS = read_settings(["model=any", "max_images=3", "max_pixels=5000"])
+SETTINGS = read_settings({"model": "any", "max_images": "3", "max_pixels": "5000"})
 B64 = base64.b64encode(photo()).decode()
 
 

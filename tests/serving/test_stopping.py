@@ -145,6 +145,8 @@ def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedPr
     ("arguments", "message"),
     [
         ([], "error: say what to serve: python -m trainer.serve model=OUTPUT_DIR, of a run, or its export\n"),
+        (["outputs/a"], "error: outputs/a: arguments are key=value; known: model, host, port"),
+        (["model=a", "port=0", "port=1"], "error: port is given twice. Write python -m trainer.serve model=OUTPUT_DIR"),
         (
             ["model=gone"],
             "error: model=gone does not exist (seen from {cwd}); give the output_dir of a run, or its export\n",
@@ -157,7 +159,8 @@ def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedPr
 )
 def test_mistakes_end_with_2_and_a_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
     done = run(*arguments, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (WRONG_INPUT, message.replace("{cwd}", str(tmp_path)))
+    assert done.returncode == WRONG_INPUT
+    assert done.stderr.startswith(message.replace("{cwd}", str(tmp_path)))
 
 
 def test_help_lists_the_arguments(tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
-"""What every `python -m trainer...` shares: composing the configuration, sweeps, and exit codes."""
+"""Composing the configuration that the arguments of a command ask for."""
 
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -21,12 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.base import nearest
-from trainer.config.schema import RunConfig, Runtime
-from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
-from trainer.monitoring import log as lines
-from trainer.monitoring import termination
-from trainer.monitoring.health import health
-from trainer.monitoring.log import without
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError
 
 
 def conf_folder() -> Path:
@@ -124,113 +117,3 @@ def _one_sentence(error: Exception) -> str:
         groups = [p.name for p in conf_folder().iterdir() if p.is_dir()]
         return f"{strange[1]}: there is no such key.{nearest(strange[1], [*groups, *RunConfig.model_fields])}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
-
-
-# What TensorFlow says on every machine without a GPU, before its log level counts.
-_CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-
-
-# Keras imports them for wrappers and plots that nothing here uses, which takes seconds.
-_NEEDLESS = ("sklearn", "matplotlib")
-
-
-@contextmanager
-def _hidden(names: Iterable[str]) -> Iterator[None]:
-    """As if these packages were not installed; those that are imported already stay, and all can be imported after."""
-    absent = [name for name in names if name not in sys.modules]
-    for name in absent:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-
-
-@contextmanager
-def quiet_start() -> Iterator[None]:
-    """Around what imports TensorFlow: its greetings are left out, every other line still reaches stderr.
-
-    Keras is imported first, without scikit-learn and matplotlib; its own use of both stays off in this process.
-    """
-    has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without one, CUDA's errors mean nothing
-    with without(_CHATTER):
-        with _hidden(_NEEDLESS):
-            importlib.import_module("keras")
-        yield
-
-
-def speak_early(arguments: list[str]) -> None:
-    """Until the configuration is known: the form of the log and the termination message, as far as the arguments tell.
-
-    So what is wrong with the configuration is said where it is looked for. `--help` and `--cfg` are read by people.
-    """
-    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
-        return
-    given = {m[1]: m[2] for a in arguments if (m := re.match(r"\+*([\w.]+)=(.*)", a))}
-    settings = _preset(given.get("runtime", "default"))
-    if given.get("runtime.log_format", settings.get("log_format")) == "json":
-        lines.as_json()
-    file = given.get("runtime.termination_log", settings.get("termination_log"))
-    if file and file != "null" and "$" not in file:
-        termination.leave_in(file.strip("'\""))
-
-
-def _preset(name: str) -> dict[str, Any]:
-    """What a file of the group `runtime` says, over those it builds on; nothing where there is no such file."""
-    file = conf_folder() / "runtime" / f"{name}.yaml"
-    own = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    settings: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        settings |= own if base == "_self_" else _preset(base)
-    return settings | own
-
-
-def be_seen(config: RunConfig, worker: int, workers: int) -> None:
-    """From here on the process can be watched as `runtime` says: log lines, a port, a last message.
-
-    Raises:
-        ConfigError: the port cannot be had.
-    """
-    speak_as(config.runtime, worker=str(worker), **({"run": config.output_dir} if config.output_dir else {}))
-    health.set_gauges(workers=workers)
-    if config.runtime.http_port:
-        from trainer.monitoring.http import serve
-
-        serve(config.runtime.http_port, health, config.output_dir or config.experiment_name or "")
-
-
-def speak_as(runtime: Runtime, **labels: str) -> None:
-    """The form of the log and the termination message, as configured."""
-    health.stuck_after = runtime.stuck_after
-    termination.leave_in(runtime.termination_log)
-    if runtime.log_format == "json":
-        lines.as_json(**labels)
-
-
-def exit_code_of(action: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a command; failures we can explain become one message on stderr and their exit code."""
-    code, reason = _end_of(action, arguments)
-    termination.leave(code, reason)
-    return code
-
-
-def _end_of(action: Callable[[list[str]], None], arguments: list[str]) -> tuple[int, str]:
-    try:
-        action(arguments)
-    except TrainerError as error:
-        if error.exit_code == INTERRUPTED:
-            lines.say(f"interrupted: {error}", "WARNING", exit_code=INTERRUPTED)
-        else:
-            lines.say(f"error: {error}", "ERROR", exit_code=error.exit_code)
-        return error.exit_code, str(error)
-    except KeyboardInterrupt:
-        lines.say(text := "interrupted before anything was trained", "WARNING", exit_code=INTERRUPTED)
-        return INTERRUPTED, text
-    except SystemExit as stop:  # Hydra's --help and argparse
-        return stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE), ""
-    except Exception as error:
-        lines.say_traceback(error)
-        return BUG, f"{type(error).__name__}: {error}; the log has the traceback"
-    return DONE, ""

@@ -105,7 +105,7 @@ COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost pe
 class ControlChannel:
     """What worker `cluster.index` shares with the others; with one worker everything here is immediate.
 
-    `gather`, `broadcast_bytes`, `broadcast`, `require_equal`, `any_worker` and `barrier` must be called by all workers in the same order.
+    What gathers, broadcasts or compares must be called by all workers in the same order.
 
     Attributes:
         on_stop: called with the reason when another worker was told to stop.
@@ -113,7 +113,7 @@ class ControlChannel:
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
-        self.cluster, self.connections = cluster, connections
+        self.cluster, self.sockets = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
         self.on_stop: Callable[[str], None] = lambda _reason: None
         self.on_end: Callable[[int, str], None] = lambda _code, _reason: None
@@ -137,13 +137,13 @@ class ControlChannel:
         if not self.is_chief:
             self._send(0, "value", payload, topic=topic)
             return None
-        return [payload, *(self._next(peer, topic) for peer in sorted(self.connections))]
+        return [payload, *(self._next(peer, topic) for peer in sorted(self.sockets))]
 
     def broadcast_bytes(self, topic: str, payload: bytes = b"") -> bytes:
         """The chief's bytes on every worker."""
         if not self.is_chief:
             return self._next(0, topic)
-        for peer in sorted(self.connections):
+        for peer in sorted(self.sockets):
             self._send(peer, "value", payload, topic=topic)
         return payload
 
@@ -191,7 +191,7 @@ class ControlChannel:
 
     def _send(self, peer: int, kind: str, payload: bytes = b"", **facts: Any) -> None:
         try:
-            self.connections[peer].send(kind, payload, **facts)
+            self.sockets[peer].send(kind, payload, **facts)
         except OSError as error:
             self._lost(peer, f"its connection broke ({error})")
 
@@ -235,12 +235,12 @@ class ControlChannel:
         self._alone = True
 
     def _fail(self, code: int, message: str) -> None:
-        if self.connections and not self._leaving:
+        if self.sockets and not self._leaving:
             self._leaving = True
             self._spread("failed", code=code, message=message, worker=self.index)
 
     def _spread(self, kind: str, **facts: Any) -> None:
-        for peer, connection in self.connections.items():
+        for peer, connection in self.sockets.items():
             if peer not in self._left:
                 try:
                     connection.send(kind, **facts)
@@ -271,7 +271,7 @@ class ControlChannel:
         while not self._leaving:
             time.sleep(HEARTBEAT_INTERVAL)
             self._spread("beat")
-            for peer, connection in self.connections.items():
+            for peer, connection in self.sockets.items():
                 silence = time.monotonic() - connection.heard
                 if silence > HEARTBEAT_TIMEOUT:
                     self._lost(peer, f"no word for {silence:.0f} s")

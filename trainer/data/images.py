@@ -27,7 +27,7 @@ from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
 from trainer.errors import DataError
 from trainer.monitoring.log import say
 from trainer.storage.shard_cache import ShardCache
-from trainer.types import Split
+from trainer.types import Dataset, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
 Note = Callable[[str], None]
@@ -310,26 +310,47 @@ class CachePlan:
     reason: str
 
 
-def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int) -> CachePlan:
+def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
     """Choose where decoded images are kept.
 
-    `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept. A budget does not bind
-    `memory` or `disk` asked for by name.
+    `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept; nor is it where they
+    are read once. A budget does not bind `memory` or `disk` asked for by name.
 
     Args:
         cache: `data.cache`.
         needed: bytes of the decoded images.
         memory_budget: bytes that are left of it.
         disk_budget: bytes.
+        once: the images are read once, for features.
     """
     budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
     if cache != "auto":
         return CachePlan(cache, needed, "as asked")
+    if once:
+        return CachePlan("none", needed, "training reads them once, for features")
     if needed <= memory_budget:
         return CachePlan("memory", needed, budgets)
     if needed <= disk_budget:
         return CachePlan("disk", needed, budgets)
     return CachePlan("none", needed, f"they fit neither {budgets.replace(', ', ' nor ')}")
+
+
+def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once: bool) -> dict[str, CachePlan]:
+    """Where a run would keep the decoded images of each split, under one memory budget.
+
+    Args:
+        size: side of the images, pixels.
+        train_once: the training images are read once, for features.
+    """
+    plans: dict[str, CachePlan] = {}
+    memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
+    for name in ("train", "validation", "test"):
+        if name in dataset.splits:
+            needed = image_bytes(dataset.splits[name], size)
+            once = name == "train" and train_once
+            plans[name] = plan = plan_image_cache(config.data.cache, needed, memory, disk, once)
+            memory -= needed if plan.where == "memory" else 0
+    return plans
 
 
 def image_bytes(split: Split, size: int) -> int:
@@ -420,9 +441,7 @@ class ImageStore:
     def _fill(self, pixels: Pixels, cache: Cache, once: bool = False) -> None:
         runtime = self.config.runtime
         needed = image_bytes(pixels.split, pixels.size)
-        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget)
-        if once and cache == "auto":
-            plan = CachePlan("none", needed, "training reads them once, for features")
+        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
 
     def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
 # Blocks behind the one of the last row that was pulled whose shards may be open. Blocks are read by one thread, into
-# the `prefetch(1)` of `decoding._with_records`: while rows of block b are pulled, b + 1 is read and then lies there, and
-# b + 2 is not begun before b + 1 is taken out, which is when the first row behind b is pulled.
+# the `prefetch(1)` of `decoding._with_records`: while rows of block b are pulled, b + 1 is read and then lies there,
+# and b + 2 is not begun before b + 1 is taken out, which is when the first row behind b is pulled.
 BLOCKS_AHEAD = 1
 
 

@@ -111,11 +111,12 @@ def plan_sharding(
     """Choose how the workers share the training split.
 
     By file only where there are shards for all of them; `auto` takes it where images are decoded whenever they are
-    read, so that nobody reads a record in vain, and stays with what the run did `before` (`ShardingPlan.facts` of its checkpoint; empty: it has not trained yet).
+    read, so that nobody reads a record in vain, and stays with what the run did before.
 
     Args:
         asked: `data.shard_by`.
         images_kept: where decoded training images are kept: memory | disk | none; `features` where they are read once.
+        before: `ShardingPlan.facts` of the run's checkpoint; empty: it has not trained yet.
     """
     by: By = "record"
     if workers > 1 and len(split.shards) >= workers:

@@ -57,7 +57,7 @@ class FeaturePass:
         Each worker computes what it reads itself; where all read the same, it computes its part and they exchange.
 
         Returns:
-            False where the run was told to stop meanwhile. See `FeatureRequest.failed`, too, which is of this worker alone.
+            False where the run was told to stop meanwhile. See also `FeatureRequest.failed`, of this worker alone.
 
         Raises:
             DataError: an image cannot be read.

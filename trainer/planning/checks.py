@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ import numpy as np
 
 from trainer.cluster.devices import described, devices_of
 from trainer.cluster.discovery import Cluster
-from trainer.config.schema import RunConfig
+from trainer.config.schema import Model, RunConfig
 from trainer.data.remote import Prepared
 from trainer.data.splits import part_sizes
-from trainer.distillation.source import check_classes, look_for_teacher
+from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, look_for_teacher, read_teacher
+from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.models.classifier import build_classifier
+from trainer.planning.estimates import activation_bytes, bytes_of, parameters
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.folder import open_run_folder
+from trainer.runs.warm_start import local_checkpoints
 from trainer.storage.path import Entry, Place, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
+from trainer.training import variables
 from trainer.types import Dataset, Shard, Split
 
 
@@ -116,43 +121,6 @@ def output_place(config: RunConfig) -> Place:
     return place(config.output_dir or "")
 
 
-def _stand_in(config: RunConfig, folder: Path, contents: tuple[str, ...]) -> None:
-    """Make `folder` look like output_dir: names of all it holds, contents of the small files that decide."""
-    there = output_place(config)
-    folder.mkdir()
-    for child in [*(entry.place for entry in there.list(recursive=False)), *there.folders()]:
-        # Of a bucket the run fetches neither markers nor what is made at the end.
-        if child.name.startswith(".") or (not there.is_local and child.name in ("DONE", "report", "export")):
-            continue
-        (folder / child.name).write_bytes(child.read() if child.name in contents else b"")
-
-
-def take_folder(config: RunConfig, fingerprint: str | None = None) -> RunConfig | None:
-    """Take a stand-in of output_dir as a run takes output_dir; nothing is written there.
-
-    Args:
-        fingerprint: of the data, which must be the data that the run began with; None where it is not known yet.
-
-    Returns:
-        The configuration with which the run would go on; None where it would begin.
-
-    Raises:
-        ConfigError, DataError: what the run would end with.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "run"
-        _stand_in(config, folder, ("config.yaml", "run.json"))
-        try:
-            home = open_run_folder(config.model_copy(update={"output_dir": str(folder)}))
-            assert home.lock is not None
-            home.lock.close()
-            if fingerprint:
-                home.note_start({}, fingerprint, {})
-        except TrainerError as error:
-            raise type(error)(str(error).replace(str(folder), str(config.output_dir))) from None
-        return home.config if home.resuming else None
-
-
 def newest_state(config: RunConfig) -> dict[str, Any] | None:
     """The state of the newest checkpoint in output_dir that can be read; None where there is none."""
     there = output_place(config)
@@ -223,16 +191,11 @@ def find_warm_start(source: str) -> str:
     Raises:
         DataError: there is no checkpoint.
     """
-    absent = DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
     if is_remote(source):
         if not (place(source) / "checkpoints" / "LATEST").exists():
-            raise absent
+            raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
         return f"{source}: has a committed checkpoint"
-    folder = Path(source).expanduser()
-    home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-    steps = CheckpointFolder(home / "checkpoints", 1, lambda _: None).steps()
-    if not steps:
-        raise absent
+    steps = local_checkpoints(source, Path(source).expanduser()).steps()
     return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
@@ -246,3 +209,57 @@ def find_teacher(address: str, classes: tuple[str, ...] | None) -> str:
     if classes is not None:
         check_classes(address, found.classes, classes)
     return found.words
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher; sizes in bytes, activations of one replica (0 of a SavedModel: they are not known)."""
+
+    words: str
+    variables: int
+    activations: int
+    answers: int  # that a worker keeps; 0 where the teacher answers in every step
+
+    def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
+        """What it takes of memory, every replica of a worker counted."""
+        rows = [("the teacher's variables", self.variables * replicas)]
+        rows += [("its activations", self.activations * replicas)] if self.activations else []
+        return [*rows, ("its answers", self.answers)] if self.answers else rows
+
+
+def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
+    """Open the teacher as a run would, but for what lies in a bucket: of that no weights are read.
+
+    Args:
+        rows: training examples that a replica computes at once.
+
+    Raises:
+        DataError, ConfigError, ModelError: as a run would.
+    """
+    told = config.distillation
+    if told is None:
+        return None
+    found = look_for_teacher(told.teacher)
+    check_classes(told.teacher, found.classes, dataset.class_names)
+    begun = newest_state(config) if config.output_dir else None
+    check_same(str(config.output_dir), begun.get("teacher") if begun else None, found.fingerprint)
+    every_step, count = config.augmentation.active, dataset.splits["train"].count
+    answers = 0 if every_step else count * len(found.classes) * 4
+    how = "answers in every step" if every_step else f"answers once, for {count:,} training images"
+    if found.model is None:
+        size = _saved_model(told.teacher, found)
+        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {how}", size, 0, answers)
+    model = Model(**found.model.model_dump() | {"weights": "none"})  # each of its values is in the checkpoint
+    classifier = build_classifier(model, len(found.classes), config.seed)
+    if not is_remote(told.teacher):
+        variables.write(classifier.variables, read_teacher(found), f"distillation.teacher={told.teacher}")
+    words = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {how}"
+    activations = activation_bytes(classifier, None, rows if every_step else ROWS)
+    return TeacherPlan(words, bytes_of(classifier.variables.values()), activations, answers)
+
+
+def _saved_model(address: str, found: TeacherFiles) -> int:
+    """Bytes of its variables, after a look at its signature where it is here."""
+    if not is_remote(address):
+        saved_model_as_teacher(Path(str(found.home)), address)
+    return sum(size for name, size in found.files.items() if name.startswith("variables/"))

@@ -11,16 +11,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig
-from trainer.data.host import memory_budget_default
-from trainer.data.order import Share, steps_per_epoch
-from trainer.features.plan import choose, divisions, images_again, phase_epochs
+from trainer.data.images import CachePlan
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.run import GIGABYTE, steps_of
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.types import Dataset, Split
+from trainer.types import Split
 
 
 def bytes_of_split(split: Split) -> int:
@@ -34,71 +30,6 @@ def bytes_of_split(split: Split) -> int:
 
 
 COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else added up to 806 MB (TensorFlow 2.21)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where the decoded images of a split would live: `memory`, `disk` or `none`, as `open_pixels` decides; or `once`,
-    that is nowhere, since they are read but once.
-    """
-
-    where: str
-    bytes: int
-
-
-def kept_pixels(config: RunConfig, dataset: Dataset, size: int) -> dict[str, Kept]:
-    """The rule and the budgets of `open_pixels`, in the order in which a run opens the splits."""
-    runtime, cache = config.runtime, config.data.cache
-    kept: dict[str, Kept] = {}
-    memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
-    for name in ("train", "validation", "test"):
-        if name not in dataset.splits:
-            continue
-        needed = (dataset.splits[name].count + 1) * size * size * 3
-        if cache == "memory" or (cache == "auto" and needed <= memory):
-            kept[name], memory = Kept("memory", needed), memory - needed
-        elif cache == "disk" or (cache == "auto" and needed <= int(runtime.disk_budget_gb * GIGABYTE)):
-            kept[name] = Kept("disk", needed)
-        else:
-            kept[name] = Kept("none", needed)
-    return kept
-
-
-def choose_features(
-    config: RunConfig, dataset: Dataset, classifier: Classifier, kept: dict[str, Kept]
-) -> tuple[list[tuple[str, str]], dict[str, Kept]]:
-    """A line a phase on what it trains on, as a run chooses when it begins; and what images then are kept.
-
-    Raises:
-        ConfigError: as the run would.
-    """
-    runtime, count = config.runtime, dataset.splits["train"].count
-    memory = int(runtime.memory_budget_gb * GIGABYTE) if runtime.memory_budget_gb else memory_budget_default()
-    scored = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    choices = choose(
-        config,
-        divisions(config, classifier),
-        phase_epochs(config, count),
-        count + scored,
-        scored,
-        max(memory, int(runtime.disk_budget_gb * GIGABYTE)),
-    )
-    rows = [(name, f"{'cached' if choice.cached else 'live'}, {choice.why}") for name, choice in choices.items()]
-    if config.data.cache == "auto" and not images_again(config, {n: c.reads for n, c in choices.items()}):
-        rows.append(("", "the training images are read once, and not kept"))
-        kept = kept | {"train": Kept("once", kept["train"].bytes)}
-    return rows, kept
-
-
-def share_of_worker(config: RunConfig, split: Split, cluster: Cluster, kept: str) -> tuple[Share, int]:
-    """How the workers would share the training split (as `start.share_data`), and the steps of an epoch."""
-    by = config.data.shard_by
-    if cluster.size == 1 or len(split.shards) < cluster.size:
-        by = "record"
-    elif by == "auto":
-        by = "file" if kept == "none" else "record"
-    share = Share(cluster.index, cluster.size, by)
-    return share, steps_per_epoch(split, config.training.batch_size, share)
 
 
 @dataclass(frozen=True)
@@ -132,7 +63,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
     every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-        steps = steps_of(phase, config, epoch)
+        steps = config.phase_steps(phase, epoch)
         rate = build_schedule(phase.schedule, phase.optimizer.learning_rate, total_steps=steps,
                               steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
         optimizer = build_optimizer(phase.optimizer, rate, thaw.shares)
@@ -185,7 +116,7 @@ def resident() -> int:
 
 
 def memory_rows(
-    classifier: Classifier, phases: list[PhasePlan], kept: dict[str, Kept], replicas: int, before: int
+    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
     """What takes memory, and how much, in the phase that takes most; every replica of this worker counted.
 
@@ -200,7 +131,7 @@ def memory_rows(
         ("optimizer and averages", (most.optimizer + most.averages) * replicas),
         ("activations of one batch", most.activations * replicas),
         ("compiled steps and buffers, about", COMPILED),
-        ("decoded images kept in memory", sum(k.bytes for k in kept.values() if k.where == "memory")),
+        ("decoded images kept in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 

@@ -19,13 +19,14 @@ from trainer.config.auto import adopted
 from trainer.config.diff import flat
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, TrainerError
-from trainer.runs.folder import is_finished
+from trainer.runs.folder import inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
 if TYPE_CHECKING:
-    from trainer.planning.estimates import Kept, PhasePlan
+    from trainer.data.images import CachePlan
+    from trainer.planning.estimates import PhasePlan
 
 WIDTH = 100  # columns where the output is no terminal
 FEW = 5  # names that are listed
@@ -76,6 +77,15 @@ class Plan:
             if str(error) not in map(str, self.faults):
                 self.faults.append(error)
 
+    def conclude(self) -> None:
+        """Show the warnings, and raise what a run would end with."""
+        if self.warnings:
+            self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
+        if len(self.faults) == 1:
+            raise self.faults[0]
+        if self.faults:
+            raise ConfigError("\n".join(map(str, self.faults)))
+
     def tried(self, action: Callable[[], str]) -> str:
         """A tick and what was found, or a cross and why not."""
         words = ""
@@ -97,7 +107,7 @@ def size(count: float) -> str:
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
     """What was asked for, what of it differs from the chosen groups, and what is in output_dir."""
-    from trainer.planning import checks as rehearsal
+    from trainer.planning import checks
 
     config, output = plan.config, plan.config.output_dir
     groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
@@ -113,20 +123,19 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
         with plan.fault():
             if is_finished(config):
                 state = "finished already (it holds DONE): the run would end at once"
-            elif begun := rehearsal.take_folder(config):
+            elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = adopted(config, begun)
-                found = rehearsal.newest_state(config) or {"step": 0, "phase": 0}
+                found = checks.newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[found["phase"]]
                 state = f"holds this run: it would go on at step {found['step']:,}, phase {phase}"
-            if (by := rehearsal.holder(config)) and not state.startswith("finished"):
+            if (by := checks.holder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would be refused: {plan.faults[-1]}"
-    if not output and plan.cluster.size > 1:
-        plan.faults.append(
-            ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
-        )
-        state += "; refused for several workers"
+    before = len(plan.faults)
+    with plan.fault():
+        require_output_dir(config, plan.cluster.size)
+    state += "; refused for several workers" * (len(plan.faults) > before)
     plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
@@ -143,7 +152,7 @@ def show_cluster(plan: Plan, devices: str) -> None:
     plan.section("cluster", [*rows, ("devices", what), ("batch", f"{plan.config.training.batch_size} images{pieces}")])
 
 
-def show_data(plan: Plan, rows: Rows, kept: dict[str, Kept]) -> None:
+def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
     """Names, counts, bytes, balance, and where decoded images would live."""
     from trainer.planning.estimates import bytes_of_split
 
@@ -166,15 +175,15 @@ def show_data(plan: Plan, rows: Rows, kept: dict[str, Kept]) -> None:
             part = counts[most] / counts.sum()
             plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: always answering that is "
                                  f"right {part:.0%} of the time; training.class_weights=balanced may help")  # fmt: skip
-    for name, where in kept.items():
+    for name, cache in caches.items():
         words = {"memory": "kept in memory", "disk": f"kept in {plan.config.runtime.cache_dir}", "none": "not kept"}
-        shown.append(("decoded" if name == "train" else "", f"{name}: {size(where.bytes)}, {words[where.where]}"))
+        shown.append(("decoded" if name == "train" else "", f"{name}: {size(cache.bytes)}, {words[cache.where]}"))
     plan.section("data", [*shown, *rows, *(("note", note) for note in found.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
     """Can it read, can it write, is there what it starts from? `problem`: why the data could not be opened."""
-    from trainer.planning import checks as rehearsal
+    from trainer.planning import checks
 
     config, found = plan.config, plan.dataset
 
@@ -189,12 +198,12 @@ def show_storage(plan: Plan, problem: str) -> None:
 
     here = found is not None or plan.bytes_to_stage
     rows: Rows = [("read data", plan.tried(read) if here else problem or "not here yet")]
-    rows.append(("write output", plan.tried(lambda: rehearsal.probe_output(config))))
+    rows.append(("write output", plan.tried(lambda: checks.probe_output(config))))
     if config.warm_start:
-        rows.append(("warm start", plan.tried(lambda: rehearsal.find_warm_start(str(config.warm_start)))))
+        rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))
     if config.distillation:
         address, classes = config.distillation.teacher, found.class_names if found else None
-        rows.append(("teacher", plan.tried(lambda: rehearsal.find_teacher(address, classes))))
+        rows.append(("teacher", plan.tried(lambda: checks.find_teacher(address, classes))))
     weights = config.model.weights
     if is_remote(weights):
         rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))
@@ -241,13 +250,13 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
         )
 
 
-def show_bytes(plan: Plan, phases: list[PhasePlan], kept: dict[str, Kept], checkpoint: int, model: int) -> None:
+def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
     """Read and written by the whole run."""
     from trainer.planning.estimates import bytes_of_split
 
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
-    passes = {name: 1 if kept[name].where != "none" or name == "test" else epochs for name in kept}
+    passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
     read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
     staged = f"; {size(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, there = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
@@ -258,3 +267,34 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], kept: dict[str, Kept], check
         ("export", f"{', '.join(formats)}: about {size(model * len(formats))}" if formats else "nothing"),
     ]
     plan.section("bytes", rows)
+
+
+def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:
+    """What would run, but hardly as it was meant."""
+    config, warn, found = plan.config, plan.warnings.append, plan.dataset
+    frozen = [name for name, phase in config.phases.items() if phase.batch_norm == "frozen" and not config.auto]
+    if config.model.weights == "none" and not config.warm_start and frozen:
+        warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalisation stays as drawn, and the "
+             f"score near chance; set phases.{frozen[0]}.batch_norm=train and phases.{frozen[0]}.thaw=all")  # fmt: skip
+    limits = [f"debug.{key}={value}" for key, value in config.debug if value]
+    if limits:
+        warn(f"{', '.join(limits)}: this is a trial, not the real run")
+    if not phases or found is None:
+        return
+    epoch = max(phases[0].steps / phases[0].epochs, 1)
+    every = config.runtime.checkpoint_every.steps(round(epoch), config.training.batch_size)
+    short = [phase.name for phase in phases if every > phase.steps]
+    if short:
+        warn(
+            f"runtime.checkpoint_every={every:,} steps is longer than {', '.join(short)}: a stop costs up to all of it"
+        )
+    count = found.splits["train"].count
+    if config.training.batch_size > count:
+        warn(f"training.batch_size={config.training.batch_size} is more than the {count:,} training examples: "
+             "each batch is the whole split and padding")  # fmt: skip
+    if "test" not in found.splits and not config.debug.overfit:
+        warn("there is no test split: the score is of the split that chose the checkpoint; set data.test_fraction")
+    validation = found.splits["validation"].count if "validation" in found.splits else 0
+    told = any("validation has only" in note for note in found.notes)
+    if 0 < validation < 100 and not told:
+        warn(f"validation has only {validation:,} examples: each is {100 / validation:.1f} points of accuracy")

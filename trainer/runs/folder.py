@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,12 +61,7 @@ class RunFolder:
             DataError: the data is not what the run began with.
         """
         run = read_facts(self.path)
-        before = run.get("data_fingerprint", fingerprint)
-        if before != fingerprint:
-            raise DataError(
-                f"{self.address} was trained on other data (fingerprint {before}, now {fingerprint}); "
-                "give another output_dir, or the data it began with"
-            )
+        check_fingerprint(self.address, run, fingerprint)
         attempts = [*run.get("attempts", []), attempt() | workers]
         note_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": attempts})
 
@@ -182,26 +178,68 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
 
 def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: Publisher) -> RunFolder:
     record = path / "config.yaml"
-    others = [p.name for p in path.iterdir() if p.name not in (".lock", "config.yaml")]
-    if not record.exists():
+    begun = check_folder(
+        config, address, (p.name for p in path.iterdir()), record.read_text() if record.exists() else None
+    )
+    folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
+    if begun is not None:
+        (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
+    if begun is not None or config.auto is None:  # else there is no run before what is `auto` is chosen
+        folder.record(folder.config)
+    return folder
+
+
+def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
+    """Decide whether a run may have the folder that its output_dir names.
+
+    Args:
+        names: of what lies in the folder.
+        record: its config.yaml; None: there is none.
+
+    Returns:
+        the configuration with which the run goes on there; None where it begins.
+
+    Raises:
+        ConfigError: the folder belongs to another run, to none, or `resume` forbids it.
+    """
+    if record is None:
+        others = sorted(set(names) - {".lock", "config.yaml"})
         if config.resume == "must":
             raise ConfigError(f"resume=must, but output_dir={address} holds no run")
         if others:
-            raise ConfigError(
-                f"output_dir={address} is not empty and holds no run ({sorted(others)[0]}); give an empty folder"
-            )
-        home = RunFolder(path, address, False, lock, publisher, config)
-        if config.auto is None:  # else there is no run before `start` has chosen: a kill until then leaves nothing open
-            home.record(config)
-        return home
+            raise ConfigError(f"output_dir={address} is not empty and holds no run ({others[0]}); give an empty folder")
+        return None
     if config.resume == "never":
         raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
-    before = load(yaml.safe_load(record.read_text()))
-    config = of_one_run(config, before, address)
-    (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-    home = RunFolder(path, address, True, lock, publisher, config)
-    home.record(config)
-    return home
+    return of_one_run(config, load(yaml.safe_load(record)), address)
+
+
+def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]:
+    """What a start would find in output_dir, which is only read.
+
+    Returns:
+        as `check_folder`; and what run.json says, nothing where there is none.
+
+    Raises:
+        ConfigError: as `check_folder`.
+    """
+    there = place(config.output_dir or "")
+    names = {child.name for child in [*(entry.place for entry in there.list(recursive=False)), *there.folders()]}
+    if not there.is_local:  # markers, and what is made at the end, are not fetched
+        names = {n for n in names if not n.startswith(".") and n not in ("DONE", "report", "export")}
+    record, facts = (there / "config.yaml").fetch(), (there / "run.json").fetch()
+    begun = check_folder(config, str(config.output_dir), names, record[0].decode() if record else None)
+    return begun, json.loads(facts[0]) if facts else {}
+
+
+def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> None:
+    """Raise a DataError unless the data is what the run with this run.json began with."""
+    before = facts.get("data_fingerprint", fingerprint)
+    if before != fingerprint:
+        raise DataError(
+            f"{address} was trained on other data (fingerprint {before}, now {fingerprint}); "
+            "give another output_dir, or the data it began with"
+        )
 
 
 def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
@@ -233,6 +271,23 @@ def is_finished(config: RunConfig) -> bool:
     return same_length and not differences(before, config)
 
 
+class Finished(Exception):
+    """The run that was asked for has ended well; nothing of it is left to do."""
+
+
+def require_unfinished(config: RunConfig) -> None:
+    """Raise `Finished` where nothing of the run is left to do."""
+    if is_finished(config):
+        folder = config.output_dir
+        raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
+
+
+def require_output_dir(config: RunConfig, workers: int) -> None:
+    """Raise a ConfigError where several workers have no folder that names their run."""
+    if workers > 1 and not config.output_dir:
+        raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
+
+
 def follow_run_folder(config: RunConfig) -> RunFolder:
     """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
     address = config.output_dir or ""
@@ -255,7 +310,7 @@ def _lease(remote: Place) -> Lease:
 def resolve_auto(
     config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Choose what is `auto`, as this run did when it began, or now by the advice table; and why, one line per choice."""
+    """Choose what is `auto`, as this run did when it began, or now by the advice table; and why: a line per choice."""
 
     def choose() -> tuple[dict[str, Any], list[str]]:
         if folder.resuming:

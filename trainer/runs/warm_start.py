@@ -48,11 +48,21 @@ def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
     if is_remote(source):
         folder = cache_folder / "warm_start"
         Publisher(folder, place(source), None).fetch()
+    there = local_checkpoints(source, folder)
+    pointer = there.folder / "BEST"
+    name = folder.name if there.folder.parent != folder else pointer.read_text().strip() if pointer.exists() else ""
+    steps = [step for step in there.steps() if there.path(step).name == name] or there.steps()[-1:]
+    return str(there.path(steps[0])), there.read(steps[0])[1]
+
+
+def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
+    """The checkpoints of the run that `folder` is the output_dir, or one of the checkpoints, of.
+
+    Raises:
+        DataError: there is none.
+    """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     there = CheckpointFolder(home / "checkpoints", 1, say)
-    pointer = there.folder / "BEST"
-    name = folder.name if home != folder else pointer.read_text().strip() if pointer.exists() else ""
-    steps = [step for step in there.steps() if there.path(step).name == name] or there.steps()[-1:]
-    if not steps:
+    if not there.steps():
         raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
-    return str(there.path(steps[0])), there.read(steps[0])[1]
+    return there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -43,8 +43,8 @@ class Settings(Section):
         return self
 
 
-def read_settings(arguments: Sequence[str], cache_dir: str | None = None) -> Settings:
-    """Of `key=value` arguments, the last one of a key counts.
+def read_settings(told: Mapping[str, str], cache_dir: str | None = None) -> Settings:
+    """The settings that these values say.
 
     Args:
         cache_dir: where none is given.
@@ -52,13 +52,7 @@ def read_settings(arguments: Sequence[str], cache_dir: str | None = None) -> Set
     Raises:
         ConfigError: with every fault.
     """
-    strange = [a for a in arguments if "=" not in a]
-    if strange:
-        raise ConfigError(f"{strange[0]}: arguments are key=value; known: {', '.join(Settings.model_fields)}")
-    given = dict(a.split("=", 1) for a in arguments)
-    tree = ({"cache_dir": cache_dir} if cache_dir else {}) | given
-    if "model" not in tree:
-        raise ConfigError("say what to serve: python -m trainer.serve model=OUTPUT_DIR, of a run, or its export")
+    tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(told)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:

@@ -1,0 +1,23 @@
+"""The verbs of the command line in this process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import pytest
+
+
+def exit_code_of(main: Callable[[], None], *arguments: str) -> int:
+    """What a verb with these arguments ends with; the handler of SIGTERM, which it takes away, stays."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["trainer", *arguments])
+            with pytest.raises(SystemExit) as stop:
+                main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
