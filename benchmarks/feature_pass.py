@@ -19,17 +19,19 @@ from benchmarks.asking import arguments_of, command_of, data_in_words, folder_fo
 from benchmarks.results import Comparison, Result, keep
 from trainer.cli.compose import compose
 from trainer.cluster.control import ControlChannel
+from trainer.cluster.devices import build_strategy
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
-from trainer.config.schema import Augmentation, load
+from trainer.cluster.worker import Worker
+from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.host import usable_cpus
-from trainer.features.compute import FeaturePass, Wanted, rows_at_once
+from trainer.data.images import ImageStore
+from trainer.data.open import open_run_data
+from trainer.features.compute import FeaturePass, FeatureRequest, rows_at_once
 from trainer.features.cut import Cut, Trunk
-from trainer.features.plan import divisions
-from trainer.features.store import open_features
-from trainer.run import GIGABYTE, Run
-from trainer.runs.folder import open_run_folder
-from trainer.start import open_run
+from trainer.features.plan import divide
+from trainer.features.store import Features, open_features
+from trainer.models.classifier import Classifier, build_classifier
 
 PHASES = {"head": "the whole backbone, pooled", "fine_tune": "up to layer 97 (thawed from 100)"}
 HOW = """One process; the training images are decoded and in memory on both sides. Ours is the pass of a run: it reads
@@ -37,8 +39,8 @@ them in order, computes, and keeps the features in memory and in a file with che
 over the same images, {rows} at once as ours, whose answers are dropped. Each was traced before. {data}; {model}."""
 
 
-def open_job(root: Path, asked: argparse.Namespace, scratch: Path) -> Run:
-    """A run of the recipe as it stands before its first phase."""
+def open_recipe(root: Path, asked: argparse.Namespace, scratch: Path) -> tuple[Worker, ImageStore, Classifier]:
+    """The devices, images and classifier of the recipe as a run opens them."""
     tree = compose([
         "experiment=flowers_mobilenet_v2", "data=image_folder", f"data.root={root}", "data.cache=memory",
         "augmentation=none", f"model.weights={asked.weights}", f"model.alpha={asked.alpha}",
@@ -46,34 +48,37 @@ def open_job(root: Path, asked: argparse.Namespace, scratch: Path) -> Run:
     ])  # fmt: skip
     assert tree is not None
     config = load(tree)
-    return open_run(config, open_run_folder(config, 1), ControlChannel(discover(os.environ), {}), StopFlag(), time.time())
+    data, control = open_run_data(config, print, lambda _: None), ControlChannel(discover(os.environ), {})
+    worker = Worker(control, build_strategy(config, control, print, usable_cpus()), StopFlag())
+    classifier = build_classifier(config.model, len(data.dataset.class_names), config.seed)
+    return worker, ImageStore(data, config, classifier.image_size, lambda _: None), classifier
 
 
-def our_pass(job: Run, cut: Cut, scratch: Path) -> Callable[[], float]:
+def our_pass(
+    worker: Worker, images: ImageStore, classifier: Classifier, cut: Cut, scratch: Path
+) -> Callable[[], float]:
     """Each call computes all features anew: images/s."""
-    compute, split = FeaturePass(job), job.dataset.splits["train"]
+    compute, split = FeaturePass(worker, images, classifier), images.dataset.splits["train"]
 
     def once() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            features = open_features(
-                split, shape=cut.shape, dtype="float32", views=1, own=np.arange(split.count), file=Path(folder) / "f",
-                memory_budget=4 * GIGABYTE, disk_budget=4 * GIGABYTE, threads=usable_cpus(), note=lambda _: None,
-            )  # fmt: skip
+            unfilled = Features(split, cut.shape, "float32", 1, np.arange(split.count))
+            features = open_features(unfilled, Path(folder) / "f", 4 * GIGABYTE, 4 * GIGABYTE)
             assert features is not None
             began = time.perf_counter()
-            assert compute.fill([Wanted(cut, features, needed=True)], Augmentation(), exchanged=False)
+            assert compute.fill([FeatureRequest(cut, features, needed=True)], Augmentation(), exchanged=False)
             features.complete()
             return split.count / (time.perf_counter() - began)
 
     return once
 
 
-def bare_pass(job: Run, cut: Cut) -> Callable[[], float]:
+def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """Each call runs the layers below the cut over the same images: images/s."""
-    rows, images = rows_at_once(), job.pixels("train").tensor()
-    count = job.dataset.splits["train"].count
-    batches = [images[start : start + rows] for start in range(0, count, rows)]
-    trunk = Trunk(job.classifier, [cut])
+    rows, pixels = rows_at_once(), images.split("train").tensor()
+    count = images.dataset.splits["train"].count
+    batches = [pixels[start : start + rows] for start in range(0, count, rows)]
+    trunk = Trunk(classifier, [cut])
     forward = tf.function(trunk.features)
 
     def once() -> float:
@@ -90,12 +95,13 @@ def measure(asked: argparse.Namespace) -> Result:
     rounds, comparisons = asked.rounds or 7, []
     with photos(asked) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        job = open_job(root, asked, scratch)
-        parts = divisions(job.config, job.classifier)
+        worker, images, classifier = open_recipe(root, asked, scratch)
+        divisions = divide(images.config, classifier)
         for phase, words in PHASES.items():
-            cut = parts[phase].cut
+            cut = divisions[phase].cut
             assert cut is not None
-            sides = {"ours": our_pass(job, cut, scratch), "bare": bare_pass(job, cut)}
+            ours = our_pass(worker, images, classifier, cut, scratch)
+            sides = {"ours": ours, "bare": bare_pass(images, classifier, cut)}
             speeds: dict[str, list[float]] = {side: [] for side in sides}
             for turn in range(rounds + 1):
                 for side, once in sides.items():

@@ -8,7 +8,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation, Data
-from trainer.data.images import Cache, Pixels, memory_budget_default, open_pixels
+from trainer.data.host import memory_budget_default
+from trainer.data.images import Cache, Pixels, fill_cache, image_bytes, plan_image_cache
 from trainer.data.open import open_dataset
 from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
@@ -19,22 +20,12 @@ def open_training(source: Data, size: int, kept: Cache) -> tuple[Dataset, Pixels
     """A dataset, and its training images at `size` x `size` pixels, decoded images kept as `data.cache` would say."""
     cache = Path(tempfile.mkdtemp())
     dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
-    pixels = open_pixels(
-        dataset.splits["train"],
-        size=size,
-        resize="stretch",
-        cache=kept,
-        cache_dir=cache,
-        fingerprint=dataset.fingerprint,
-        memory_budget=memory_budget_default(),
-        disk_budget=0,
-        threads=None,
-        on_error="fail",
-        note=print,
-    )
+    pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", note=print)
+    plan = plan_image_cache(kept, image_bytes(pixels.split, size), memory_budget_default(), 0, once=False)
+    fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels
 
 
 def stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
     """Shuffled training batches of one replica, endless."""
-    return training_batches(pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation)
+    return training_batches(pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation).dataset

@@ -60,6 +60,6 @@ if ! cmp -s requirements.lock "$venv/requirements.lock" || ! "$venv/bin/python" 
 fi
 "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Compiles what a run imports, even where Python was told to write no bytecode: every start would do it again, for 5 s.
-env -u PYTHONDONTWRITEBYTECODE TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/python" -c "import trainer.finish, trainer.serve" 2>/dev/null || true
+env -u PYTHONDONTWRITEBYTECODE TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/python" -c "import trainer.train, trainer.report.build, trainer.serve" 2>/dev/null || true
 cp requirements.lock "$venv/requirements.lock"
 echo "setup: $venv is ready"

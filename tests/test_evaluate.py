@@ -14,10 +14,9 @@ import yaml
 
 from trainer.config.schema import load
 from trainer.errors import DataError
-from trainer.evaluate import Checkpoint, check_classes
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.reader import FinishedRun
+from trainer.runs.reader import FinishedRun, check_classes
 from trainer.storage.path import place
 from trainer.training import variables
 from trainer.training.state import RunState
@@ -27,14 +26,12 @@ ROOT = Path(__file__).parents[1]
 CLASSES = [str(digit) for digit in range(10)]
 # In a process of its own, since a strategy has to come before the first tensor.
 PROGRAM = """
-import sys, time
+import sys
 import keras, numpy as np
-from trainer.cluster.signals import StopFlag
-from trainer.evaluate import open_job, read_state
-from trainer.runs.reader import find_run
+from trainer.runs.reader import find_run, load_checkpoint, open_classifier
 folder, images, seen = sys.argv[1:]
-job = open_job(read_state(find_run(folder), "last"), StopFlag(), time.time())
-backbone = job.classifier.backbone
+run = find_run(folder)
+backbone = open_classifier(run, load_checkpoint(run, "last")).backbone
 np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
 """
 
@@ -55,7 +52,7 @@ def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], word
     run = FinishedRun("runs/1", place(str(tmp_path)), load(tree), ("daisy", "rose"), "")
     data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
     with pytest.raises(DataError) as refused:
-        check_classes(Checkpoint(run, "best", RunState(), {}, {}), data)
+        check_classes(run, data)
     assert f"run=runs/1 knows 2 classes and {words} the same classes in the same order" == str(refused.value)
 
 

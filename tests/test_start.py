@@ -7,8 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import keras
 import numpy as np
@@ -18,12 +16,11 @@ from trainer.cli.process import _hidden
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
+from trainer.data.sharding import count_own_shards
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import settle_input
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.clock import Ledger
-from trainer.runs.restarts import Attempts
-from trainer.start import _own_shards, resume, take_weights
+from trainer.runs.restore import assign_values, take_weights
 from trainer.training import variables
 from trainer.training.state import RunState
 from trainer.types import Shard, Split
@@ -39,7 +36,7 @@ PIECES = tuple(Shard(f"{name}.tfrecord", 10, at, at + 1) for name in "ab" for at
 )
 def test_shards_are_counted_by_file(shards: tuple[Shard, ...], expected: tuple[int, int, int, int]) -> None:
     records = sum(shard.stop - shard.start for shard in shards)
-    assert _own_shards(Split("train", np.zeros(records, np.int32), shards=shards), 2, 0) == expected
+    assert count_own_shards(Split("train", np.zeros(records, np.int32), shards=shards), 2, 0) == expected
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -53,14 +50,13 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
     norm.adapt_mean.assign([0.485, 0.456, 0.406])
     norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
     settle_input(one.backbone)
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints", 1, print)
-    checkpoints.save(RunState(step=1).to_json(), variables.read(one.variables), None)
-    job = SimpleNamespace(config=told, classifier=other, peers=ControlChannel(discover({}), {}), checkpoints=checkpoints,
-                          folder=tmp_path, ledger=Ledger(None, 0), attempts=Attempts(None))  # fmt: skip
+    values = variables.read(one.variables)
     if resumed:
-        resume(cast(Any, job), cast(Any, SimpleNamespace(resuming=True)))
+        assign_values(other, other.variables, values, "a checkpoint")
     else:
-        take_weights(cast(Any, job), str(tmp_path))
+        CheckpointFolder(tmp_path / "checkpoints", 1, print).save(RunState(step=1).to_json(), values, None)
+        _, count = take_weights(ControlChannel(discover({}), {}), other, str(tmp_path), tmp_path)
+        assert count == len(values)
     image = np.full((1, 32, 32, 3), 200, "float32")
     parts = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (one, other)]
     np.testing.assert_allclose(*(part(image) for part in parts), rtol=1e-5)
@@ -73,7 +69,7 @@ from trainer.cli.process import quiet_start
 with quiet_start():
     from trainer import train
 print(sorted({"sklearn", "scipy.stats", "matplotlib"} & set(sys.modules)))
-import matplotlib.pyplot, sklearn.metrics, trainer.finish
+import matplotlib.pyplot, sklearn.metrics, trainer.report.build
 print(matplotlib.pyplot.figure, sklearn.metrics.f1_score)
 """
     answer = subprocess.run(

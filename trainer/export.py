@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.cluster.signals import end_at_once
 
@@ -34,10 +34,15 @@ from trainer.runs.reader import (
     exported_checkpoint,
     find_run,
     load_checkpoint,
-    rebuild_classifier,
+    open_classifier,
     without_weights,
 )
 from trainer.storage.local import write_json
+
+if TYPE_CHECKING:
+    from trainer.data.images import ImageStore
+    from trainer.models.grad_cam import Explainer
+    from trainer.types import Scored
 
 READ_AT_ONCE = 256  # images
 OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
@@ -86,37 +91,44 @@ def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
     return Path(str(run.home)) / "export", True
 
 
-def export(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Write the formats that the configuration names below `home`; facts by format."""
-    import keras
-    import numpy as np
-
+def open_images(run: FinishedRun, size: int) -> ImageStore:
+    """The images of a run's data at a size in pixels, decoded when they are read."""
     from trainer.data.images import ImageStore
     from trainer.data.open import open_run_data
-    from trainer.exporting.export import export_classifier
-    from trainer.models.grad_cam import make_explainer
+
+    unkept = {"data": run.config.data.model_copy(update={"cache": "none"}), "model": without_weights(run.config.model)}
+    config = run.config.model_copy(update=unkept)
+    data = open_run_data(config, say, lambda _: None, stream=False)
+    check_classes(run, data.dataset)
+    return ImageStore(data, config, size, lambda _: None)
+
+
+def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
+    """Every example of a split that can be decoded."""
+    import numpy as np
+
     from trainer.types import Scored
 
-    config, precision = run.config, run.config.runtime.precision
-    keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
-    bare = config.model_copy(update={"model": without_weights(config.model)})
-    data = open_run_data(bare, say, lambda _: None, stream=False)
-    check_classes(run, data.dataset)
-    classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
-    classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.values, source)
-    split = data.dataset.splits["test" if "test" in data.dataset.splits else "validation"]
-    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
-        f"{split.count:,} {split.name} examples")  # fmt: skip
-    unkept = config.model_copy(update={"data": config.data.model_copy(update={"cache": "none"})})
-    images = ImageStore(data, unkept, classifier.image_size, lambda _: None)
-    explainer = make_explainer(classifier)
+    labels = images.dataset.splits[split].labels
     parts = [
-        explainer(images.rows(split.name, np.arange(start, min(start + READ_AT_ONCE, split.count))))["probabilities"]
-        for start in range(0, split.count, READ_AT_ONCE)
+        explainer(images.rows(split, np.arange(start, min(start + READ_AT_ONCE, len(labels)))))["probabilities"]
+        for start in range(0, len(labels), READ_AT_ONCE)
     ]
-    good = np.setdiff1d(np.arange(split.count), list(images.split(split.name).bad))
-    scored = Scored(split.name, good, split.labels[good], np.concatenate(parts)[good])
-    return export_classifier(home, classifier, images, scored, explainer)
+    good = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    return Scored(split, good, labels[good], np.concatenate(parts)[good])
+
+
+def export(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+    """Write the formats that the configuration names below `home`; facts by format."""
+    from trainer.exporting.export import export_classifier
+    from trainer.models.grad_cam import make_explainer
+
+    classifier = open_classifier(run, checkpoint)
+    images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
+    split = "test" if "test" in images.dataset.splits else "validation"
+    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
+        f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
+    return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
 
 
 def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:

@@ -36,14 +36,13 @@ from trainer.features.inputs import Inputs, go_live, open_inputs
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.models.weights import settle_input
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import say
 from trainer.runs.clock import Clock
 from trainer.runs.folder import RunFolder, note_facts, resolve_auto, started_with
 from trainer.runs.metrics import MetricsWriter, cut_back
+from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
-from trainer.runs.warm_start import take_weights
 from trainer.training import variables
 from trainer.training.early_stopping import best_step, exhausted, judge, select_phase_weights, summarise_phase
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -139,8 +138,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
     state, restored = run.saver.newest(folder.resuming)
     if state:
         run.state = RunState.from_json(state)
-        variables.write(classifier.variables, restored, f"checkpoint step {run.state.step}")
-        settle_input(classifier.backbone)
+        assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         say(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
         where, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)

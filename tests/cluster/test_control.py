@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.workers import free_ports
-from trainer.cluster.control import ControlChannel, ProtocolError, Connection, differences
+from trainer.cluster.control import Connection, ControlChannel, ProtocolError, differences
 from trainer.cluster.discovery import Cluster, discover
 from trainer.cluster.rendezvous import meet
 from trainer.errors import ConfigError, Interrupted
@@ -83,7 +83,9 @@ def test_workers_exchange_what_they_have() -> None:
     assert on_all(peers, lambda p: p.any_worker("c", p.index == 2)) == [True] * 3
     assert on_all(peers, lambda p: p.any_worker("c", False)) == [False] * 3
     assert on_all(peers, lambda p: p.require_equal("data", {"fingerprint": "f"})) == [None] * 3
-    refused = on_all(peers, lambda p: p.require_equal("data", {"fingerprint": "f" if p.index < 2 else "g", "classes": ["a"]}))
+    refused = on_all(
+        peers, lambda p: p.require_equal("data", {"fingerprint": "f" if p.index < 2 else "g", "classes": ["a"]})
+    )
     for error in refused:
         assert isinstance(error, ConfigError)
         assert str(error) == (

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.images import Pixels, open_pixels
+from trainer.data.images import Pixels, fill_cache, image_bytes, plan_image_cache
 from trainer.types import Shard, Split
 
 COUNT, SIDE = 37, 10
@@ -54,16 +54,20 @@ def shard_split(root: Path) -> Split:
     return Split("train", labels(), shards=tuple(shards))
 
 
-def opened(split: Split, cache: str, folder: Path, notes: list[str] | None = None, **changes: object) -> Pixels:
-    options = {
-        "size": SIDE,
-        "resize": "stretch",
-        "cache_dir": folder / "cache",
-        "fingerprint": "abc",
-        "memory_budget": 10**9,
-        "disk_budget": 10**9,
-        "threads": 2,
-        "on_error": "fail",
-        "note": (notes if notes is not None else []).append,
-    }
-    return open_pixels(split, cache=cache, **{**options, **changes})  # type: ignore[arg-type]
+def opened(
+    split: Split,
+    cache: str,
+    folder: Path,
+    notes: list[str] | None = None,
+    memory_budget: int = 10**9,
+    disk_budget: int = 10**9,
+    cache_dir: Path | None = None,
+    fingerprint: str = "abc",
+    **changes: object,
+) -> Pixels:
+    options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
+    pixels = Pixels(split, note=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
+    needed = image_bytes(split, pixels.size)
+    plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
+    fill_cache(pixels, plan, cache_dir or folder / "cache", fingerprint)
+    return pixels

@@ -16,8 +16,9 @@ import tensorflow as tf
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
-from trainer.data.order import Order, Share, epoch_order, shards_of_workers, steps_per_epoch
+from trainer.data.order import Order, epoch_order
 from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.sharding import Sharding, shards_of_workers, steps_per_epoch
 from trainer.types import Split
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,12 +38,11 @@ def take(
     step: int = 0,
     augmentation: Augmentation = PLAIN,
     replicas: int = 1,
-    threads: int | None = None,
     **changes: Any,
 ) -> list[dict[str, np.ndarray]]:
     order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
-    batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation, threads=threads)
-    return list(batches.take(count).as_numpy_iterator())
+    batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    return list(batches.dataset.take(count).as_numpy_iterator())
 
 
 def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
@@ -69,7 +69,7 @@ def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
     mixing = {"other_label": tf.TensorSpec([4], tf.int32), "mix": tf.TensorSpec([4], tf.float32)}
     for augmentation, more in ((Augmentation(), {}), (EVERYTHING, {}), (MIXING, mixing)):
         batches = training_batches(pixels, ORDER, replicas=2, augmentation=augmentation)
-        assert batches.element_spec == {
+        assert batches.dataset.element_spec == {
             "image": tf.TensorSpec([4, SIDE, SIDE, 3], tf.uint8),
             "label": tf.TensorSpec([4], tf.int32),
             "weight": tf.TensorSpec([4], tf.float32),
@@ -111,7 +111,9 @@ def test_who_is_mixed_with_whom_depends_on_nobody_elses_share(pixels: Pixels) ->
     assert_same(take(pixels, STEPS, 0, 3, augmentation=MIXING), whole[3 : STEPS + 3])
     for workers, replicas in ((1, 4), (2, 1)):
         parts = [
-            take(pixels, 2 * STEPS * replicas, augmentation=MIXING, replicas=replicas, share=Share(worker, workers))
+            take(
+                pixels, 2 * STEPS * replicas, augmentation=MIXING, replicas=replicas, sharding=Sharding(worker, workers)
+            )
             for worker in range(workers)
         ]
         rows = [parts[w][i * replicas + r] for i in range(len(whole)) for w in range(workers) for r in range(replicas)]
@@ -123,10 +125,11 @@ def test_who_is_mixed_with_whom_depends_on_nobody_elses_share(pixels: Pixels) ->
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_every_cache_gives_the_same_bits(kind: str, splits: dict[str, Split], tmp_path: Path) -> None:
     live, memory, disk = (opened(splits[kind], cache, tmp_path) for cache in ("none", "memory", "disk"))
+    alone = opened(splits[kind], "none", tmp_path, threads=1)
     expected = take(live, 2 * STEPS, augmentation=EVERYTHING)
     assert_same(take(memory, 2 * STEPS, augmentation=EVERYTHING), expected)
     assert_same(take(disk, 2 * STEPS, augmentation=EVERYTHING), expected)
-    assert_same(take(live, 2 * STEPS, augmentation=EVERYTHING, threads=1), expected)
+    assert_same(take(alone, 2 * STEPS, augmentation=EVERYTHING), expected)
 
 
 @pytest.mark.parametrize("replicas", [4])
@@ -160,7 +163,7 @@ def test_workers_by_record_share_the_same_global_batch(pixels: Pixels, workers: 
     parts = [
         take(
             pixels, 2 * STEPS * replicas, step=first, augmentation=EVERYTHING, replicas=replicas,
-            share=Share(worker, workers),
+            sharding=Sharding(worker, workers),
         )
         for worker in range(workers)
     ]  # fmt: skip
@@ -179,7 +182,7 @@ def test_a_worker_by_record_survives_windows_that_are_all_other_workers(
 ) -> None:
     pixels = opened(splits["shards"], "none", tmp_path, on_error="skip")
     whole = take(pixels, 2 * STEPS, window=1)
-    halves = [take(pixels, 2 * STEPS, window=1, share=Share(worker, 2)) for worker in range(2)]
+    halves = [take(pixels, 2 * STEPS, window=1, sharding=Sharding(worker, 2)) for worker in range(2)]
     for batch, *both in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(batch["index"], np.concatenate([part["index"] for part in both]))
 
@@ -189,14 +192,14 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
     split = splits["shards"]  # 9, 10, 1 and 17 records
     pixels = opened(split, "none", tmp_path)
     own = shards_of_workers(split, 2)
-    steps = steps_per_epoch(split, BATCH, Share(0, 2, "file"))
+    steps = steps_per_epoch(split, BATCH, Sharding(0, 2, "file"))
     assert [list(shards) for shards in own] == [[2, 3], [0, 1]]
     assert steps == 5  # 19 records in rows of 4
     for epoch in range(2):
         seen = []
         for worker in range(2):
-            share = Share(worker, 2, "file")
-            batches = take(pixels, steps, epoch=epoch, share=share)
+            share = Sharding(worker, 2, "file")
+            batches = take(pixels, steps, epoch=epoch, sharding=share)
             index, weight, position = (np.concatenate([b[k] for b in batches]) for k in ("index", "weight", "position"))
             assert set(np.repeat(range(4), [9, 10, 1, 17])[index[weight > 0]]) == set(own[worker])
             np.testing.assert_array_equal(position, np.tile(np.arange(4) + worker * 4, steps))
@@ -205,7 +208,7 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
                 image = np.where(batch["weight"][:, None, None, None] > 0, pixels.rows(batch["index"]), 0)
                 np.testing.assert_array_equal(batch["image"], image)
             for step in range(steps):
-                assert_same(take(pixels, 2, epoch=epoch, step=step, share=share)[:1], batches[step : step + 1])
+                assert_same(take(pixels, 2, epoch=epoch, step=step, sharding=share)[:1], batches[step : step + 1])
             seen += list(index[weight > 0])
         assert sorted(seen) == list(range(COUNT))
 
@@ -214,19 +217,20 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
 def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels, workers: int) -> None:
     seen = []
     for worker in range(workers):
-        batches, count = evaluation_batches(
-            pixels, batch_size=workers * 4, replicas=2, share=Share(worker, workers), part=1.0
+        batches = evaluation_batches(
+            pixels, batch_size=workers * 4, replicas=2, sharding=Sharding(worker, workers), part=1.0
         )
-        for batch in batches.take(count * 2).as_numpy_iterator():
+        assert batches.count is not None
+        for batch in batches.dataset.take(batches.count * 2).as_numpy_iterator():
             assert len(batch["index"]) == 2
             seen += list(batch["index"][batch["weight"] > 0])
     assert sorted(seen) == list(range(COUNT))
 
 
 def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
-    endless, count = evaluation_batches(pixels, batch_size=BATCH, replicas=2)
-    assert count == STEPS
-    batches = list(endless.take(count * 2).as_numpy_iterator())
+    scoring = evaluation_batches(pixels, batch_size=BATCH, replicas=2)
+    assert scoring.count == STEPS
+    batches = list(scoring.dataset.take(STEPS * 2).as_numpy_iterator())
     weight, index = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index"))
     np.testing.assert_array_equal(index[weight > 0], np.arange(COUNT))
     image = np.concatenate([b["image"] for b in batches])
@@ -236,15 +240,15 @@ def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
 
 
 def test_evaluation_of_a_share(pixels: Pixels) -> None:
-    endless, count = evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
-    assert count == 3
-    batches = list(endless.take(count).as_numpy_iterator())
+    scoring = evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
+    assert scoring.count == 3
+    batches = list(scoring.dataset.take(3).as_numpy_iterator())
     index = np.concatenate([b["index"] for b in batches])
     assert (np.diff(index) > 0).all()
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in batches]), pixels.rows(index))
 
 
-ALONE = """
+UNSHARDED = """
 import sys
 from pathlib import Path
 import numpy as np
@@ -266,7 +270,7 @@ def test_under_op_determinism_the_bits_are_the_same_and_nothing_becomes_serial(t
     expected = take(opened(file_split(tmp_path), "none", tmp_path), STEPS, augmentation=EVERYTHING)
     out = tmp_path / "images.npy"
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "make_deterministic=2"}
-    command = [sys.executable, "-c", ALONE, str(tmp_path), str(out)]
+    command = [sys.executable, "-c", UNSHARDED, str(tmp_path), str(out)]
     ran = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
     np.testing.assert_array_equal(np.load(out), np.concatenate([batch["image"] for batch in expected]))
     assert "Rewriting node" not in ran.stderr
@@ -299,13 +303,13 @@ def mapped(name, dtype, shape):
 pixels = opened(file_split(folder / "few"), "memory", folder)
 split = replace(pixels.split, labels=np.arange(many, dtype=np.int32) % 3, files=("x",) * many)
 pixels = replace(pixels, split=split, size=side, array=mapped("images", np.uint8, (many + 1, side, side, 3)))
-features = Features(split, (5, 5, 512), "float32", 1, np.arange(many), "disk", 2, print)
+features = Features(split, (5, 5, 512), "float32", 1, np.arange(many), 2, print, "disk")
 features.array = mapped("features", np.float32, (many + 1, 5, 5, 512))
 before, running = own_mb(), []
 for kept in (pixels, features):
     assert kept.array.nbytes > 300e6
-    running.append(iter(training_batches(kept, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation())))
-    running.append(iter(evaluation_batches(kept, batch_size=32, replicas=1)[0]))
+    running.append(iter(training_batches(kept, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
+    running.append(iter(evaluation_batches(kept, batch_size=32, replicas=1).dataset))
 for batches in running:
     next(batches)
 print(own_mb() - before)

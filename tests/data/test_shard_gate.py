@@ -19,9 +19,9 @@ from tests.data.splits_on_disk import COUNT, opened, record, shard_split
 from trainer.config.schema import Augmentation
 from trainer.data import shard_gate as ahead
 from trainer.data.images import Pixels
-from trainer.data.order import ALONE, Order, Share, sequence_blocks, steps_per_epoch, training_blocks
-from trainer.data.pipeline import evaluation_batches, evaluation_gate, training_batches, training_gate
-from trainer.data.shard_gate import sequence_reads, training_reads
+from trainer.data.order import Order, block_reads, sequence_blocks, training_blocks
+from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.sharding import UNSHARDED, Sharding, steps_per_epoch
 from trainer.errors import DataError
 from trainer.storage.path import place
 from trainer.storage.shard_cache import OwnFolder, ShardCache
@@ -106,12 +106,12 @@ def taken(
     pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
 ) -> Batches:
     """Training batches, `call` steps between two gates, as the loop of a run takes them."""
-    gate = training_gate(pixels, order, replicas=replicas, augmentation=augmentation)
-    stream = iter(training_batches(pixels, order, replicas=replicas, augmentation=augmentation))
+    training = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    gate, stream = training.gate(), iter(training.dataset)
     batches: Batches = []
     for first in range(0, steps, call):
         now = min(call, steps - first)
-        gate.before(now * order.rows)
+        gate.wait_for(now * order.rows)
         batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
     time.sleep(0.05)  # reading ahead goes on: what it cannot read would be noted
     del stream
@@ -139,10 +139,10 @@ ORDER = Order(batch_size=8, seed=5, window=100)
         (replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
         (replace(ORDER, batch_size=20, window=60), 2, 0.5, AUGMENTED, 2),
         (replace(ORDER, shuffle=False, first_step=200), 4, 1.0, PLAIN, 1),
-        (replace(ORDER, share=Share(1, 2), window=3, first_step=200), 3, 0.4, PLAIN, 1),
-        (replace(ORDER, share=Share(0, 2), window=90), 3, 0.4, PLAIN, 1),
-        (replace(ORDER, share=Share(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
-        (replace(ORDER, share=Share(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
+        (replace(ORDER, sharding=Sharding(1, 2), window=3, first_step=200), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, sharding=Sharding(0, 2), window=90), 3, 0.4, PLAIN, 1),
+        (replace(ORDER, sharding=Sharding(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
+        (replace(ORDER, sharding=Sharding(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
     ],
 )
 def test_a_pipeline_opens_only_what_was_required(
@@ -173,19 +173,18 @@ def test_with_one_block_less_a_shard_would_be_missing(
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
 
 
-@pytest.mark.parametrize(("part", "share"), [(1.0, ALONE), (0.3, ALONE), (1.0, Share(1, 3))])
+@pytest.mark.parametrize(("part", "share"), [(1.0, UNSHARDED), (0.3, UNSHARDED), (1.0, Sharding(1, 3))])
 def test_an_evaluation_opens_only_what_was_required(
-    split: Split, tmp_path: Path, part: float, share: Share, monkeypatch: pytest.MonkeyPatch
+    split: Split, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.order.STRETCH", 64)
-    monkeypatch.setattr(ahead, "STRETCH", 64)
-    options = {"batch_size": 12, "replicas": 2, "part": part, "share": share}
+    options = {"batch_size": 12, "replicas": 2, "part": part, "sharding": sharding}
 
     def scored(pixels: Pixels) -> Batches:
-        batches, count = evaluation_batches(pixels, **options)  # type: ignore[arg-type]
-        gate, stream, seen = evaluation_gate(pixels, **options), iter(batches), []  # type: ignore[arg-type]
-        for _ in range(count):
-            gate.before(12 // share.workers)
+        scoring = evaluation_batches(pixels, **options)  # type: ignore[arg-type]
+        gate, stream, seen = scoring.gate(), iter(scoring.dataset), []
+        for _ in range(scoring.count or 0):
+            gate.wait_for(12 // sharding.workers)
             seen += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(2)]
         time.sleep(0.05)
         del stream
@@ -199,7 +198,6 @@ def test_an_evaluation_opens_only_what_was_required(
 
 def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.order.STRETCH", 64)
-    monkeypatch.setattr(ahead, "STRETCH", 64)
     strict, here = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
     np.testing.assert_array_equal(strict.rows(indices), here.rows(indices))
@@ -223,7 +221,6 @@ def test_kept_pixels_are_filled_from_shards_that_come_and_go(
     split: Split, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.order.STRETCH", 64)
-    monkeypatch.setattr(ahead, "STRETCH", 64)
     strict = arriving(split, tmp_path / "there", 0.5)
     kept = opened(strict.split, cache, tmp_path / "there", size=SIDE, on_error="fail", shards=strict.shards)
     here = opened(split, cache, tmp_path / "here", size=SIDE)
@@ -250,14 +247,18 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
 
 
 @pytest.mark.parametrize(("window", "batch"), [(1, 6), (13, 60), (400, 6), (9999, 60)])
-@pytest.mark.parametrize("share", [ALONE, Share(0, 2), Share(2, 3), Share(1, 2, "file"), Share(2, 3, "file")], ids=str)
-def test_the_blocks_are_those_of_the_pipeline(split: Split, window: int, batch: int, share: Share) -> None:
-    steps = steps_per_epoch(split, batch, share)
+@pytest.mark.parametrize(
+    "sharding", [UNSHARDED, Sharding(0, 2), Sharding(2, 3), Sharding(1, 2, "file"), Sharding(2, 3, "file")], ids=str
+)
+def test_reads_are_those_of_the_blocks_that_have_rows(
+    split: Split, window: int, batch: int, sharding: Sharding
+) -> None:
+    steps = steps_per_epoch(split, batch, sharding)
     firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
     for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
-        order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, share=share)
+        order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, sharding=sharding)
         block, number = training_blocks(split, order), 0
-        for rows, shards in itertools.islice(training_reads(split, order), 6):
+        for rows, shards in itertools.islice(block_reads(block, None), 6):
             made = block(tf.constant(number, tf.int64))
             while not len(made["index"]):
                 number += 1
@@ -267,12 +268,9 @@ def test_the_blocks_are_those_of_the_pipeline(split: Split, window: int, batch: 
             number += 1
 
 
-def test_the_blocks_of_a_sequence_are_those_of_the_pipeline(split: Split) -> None:
+def test_reads_of_a_sequence_end_with_it(split: Split) -> None:
     for chosen in (np.arange(split.count), np.arange(7, split.count, 31), np.array([3]), np.arange(0)):
         count, block = sequence_blocks(split, chosen, 16)
-        reads = list(sequence_reads(split, chosen, 16))
+        reads = list(block_reads(block, count))
         assert len(reads) == count
-        for number, (rows, shards) in enumerate(reads):
-            made = block(tf.constant(number))
-            assert rows == len(made["index"])
-            np.testing.assert_array_equal(shards, made["pieces"][:, 0])
+        assert sum(rows for rows, _ in reads) == -(-len(chosen) // 16) * 16

@@ -17,7 +17,7 @@ from tests.exporting.subjects import SIZE, small_model, some_images, subject_for
 from trainer.config import schema as config
 from trainer.distillation.teacher import classifier_as_teacher, saved_model_as_teacher
 from trainer.errors import DataError
-from trainer.evaluation.scoring import EvaluationPass
+from trainer.evaluation.scoring import Predictor
 from trainer.exporting.saved_model import export_saved_model
 from trainer.models.classifier import build_classifier
 
@@ -79,7 +79,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from pathlib import Path
 from trainer.distillation.teacher import saved_model_as_teacher
-from trainer.evaluation.scoring import EvaluationPass
+from trainer.evaluation.scoring import Predictor
 images = np.load(sys.argv[2])
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
@@ -87,7 +87,7 @@ with strategy.scope():
 batch = {"image": images, "label": np.zeros(4, np.int32), "weight": np.ones(4, np.float32), "index": np.arange(4)}
 parts = tf.data.Dataset.from_tensor_slices(batch).batch(2)
 stream = strategy.distribute_datasets_from_function(lambda _: parts)
-print("RESULT" + json.dumps(EvaluationPass(strategy, teacher).probabilities(stream, 1)[0].tolist()))
+print("RESULT" + json.dumps(Predictor(strategy, teacher).probabilities(stream, 1)[0].tolist()))
 """
 
 
@@ -109,6 +109,6 @@ def test_scoring_takes_a_teacher(model: keras.Model, exported: Path) -> None:
     rows = {"image": images, "label": np.zeros(4, np.int32), "weight": np.array([1, 1, 0, 1], np.float32)}
     batches = tf.data.Dataset.from_tensor_slices(rows | {"index": np.array([3, 1, 0, 2])}).batch(2)
     teacher = saved_model_as_teacher(exported, "x")
-    found, _, indices = EvaluationPass(tf.distribute.get_strategy(), teacher).probabilities(batches, 2)
+    found, _, indices = Predictor(tf.distribute.get_strategy(), teacher).probabilities(batches, 2)
     assert indices.tolist() == [1, 2, 3]
     np.testing.assert_allclose(found, model.predict(images.astype("float32"), verbose=0)[[1, 3, 0]], atol=1e-5)

@@ -18,13 +18,13 @@ from sklearn.datasets import load_sample_images
 from tests.e2e.running import ROOT, SMALL, run, start, without_timing
 from tests.e2e.workers import start_workers
 from tests.storage.emulator import running
+from trainer.arrays import pack
 from trainer.config.schema import ExportFormat
 from trainer.data.decoding import decode_image
 from trainer.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
-from trainer.runs.checkpoints import packed
-from trainer.runs.reader import find_checkpoint, find_run, open_classifier, open_data
+from trainer.runs.reader import find_run, load_checkpoint, open_classifier
 from trainer.storage.path import place
 
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ def test_every_format_of_a_trained_run_is_scored(trained: Path) -> None:
 @pytest.mark.slow
 def test_explanations_are_the_same_inside_and_outside(trained: Path) -> None:
     run_ = find_run(str(trained))
-    classifier = open_classifier(run_, find_checkpoint(run_, "best"))
+    classifier = open_classifier(run_, load_checkpoint(run_, "best"))
     digits = np.random.default_rng(1).integers(0, 256, (4, 60, 40, 3)).astype("uint8")
     files = [tf.io.encode_png(image).numpy() for image in digits]
     size = classifier.image_size
@@ -144,7 +144,7 @@ def move_logits(checkpoint: Path, by: float) -> None:
     with np.load(checkpoint / "variables.npz") as arrays:
         values = {name: arrays[name] for name in arrays.files}
     values["head/output/bias"] = values["head/output/bias"] + np.float32(by)
-    content = packed(values)
+    content = pack(values)
     (checkpoint / "variables.npz").write_bytes(content)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["variables.npz"] = {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
@@ -228,7 +228,7 @@ def test_darker_digits_and_another_dataset_drift_and_held_out_digits_do_not(trai
     reference = json.loads((trained / "export" / "reference.json").read_text())
     projection = np.array(reference["embedding"]["projection"])
     told = find_run(str(trained))
-    images = open_images(told, open_data(told), "validation", reference["image_size"]).rows(np.arange(180))
+    images = open_images(told, reference["image_size"]).rows("validation", np.arange(180))
 
     def log(name: str, shown: np.ndarray) -> Path:
         path = tmp_path / f"{name}.jsonl"

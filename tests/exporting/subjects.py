@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.exporting.bundle import ParityExamples, ExportBundle
+from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.reference import reference_distribution
 from trainer.exporting.verify import load_export, score
 

@@ -4,58 +4,73 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from trainer.config.schema import load
-from trainer.data.images import Pixels
+from trainer.config.schema import RunConfig, load
+from trainer.data.images import ImageStore
+from trainer.data.open import OpenedData
+from trainer.errors import DataError
 from trainer.export import READ_AT_ONCE, score_all
-from trainer.exporting.export import EXAMPLES, Scored, write_exports
+from trainer.exporting.export import EXAMPLES, export_classifier
 from trainer.models.classifier import build_classifier
-from trainer.models.grad_cam import looker
-from trainer.types import Dataset, Split
-
-COUNT = EXAMPLES + 100
-TOLD = load({
-    "data": {"source": "digits"}, "model": {"backbone": "MobileNetV2", "alpha": 0.35, "image_size": 32, "weights": "none"},
-    "phases": {"head": {"thaw": "none", "epochs": 1}}, "export": {"formats": ["keras"]},
-})  # fmt: skip
+from trainer.models.grad_cam import make_explainer
+from trainer.types import Dataset, Scored, Split
 
 
-def test_the_reference_is_of_all_examples_and_the_files_are_tried_on_a_thousand(tmp_path: Path) -> None:
-    rng, classifier = np.random.default_rng(0), build_classifier(TOLD.model, 3, 1)
-    labels = rng.integers(0, 3, COUNT).astype(np.int32)
-    answers = np.full((COUNT, 3), 0.1, np.float32)
-    answers[np.arange(COUNT), labels] = 0.8
-    dataset = Dataset("x", ("a", "b", "c"), {"train": Split("train", labels), "test": Split("test", labels)}, "")
-    scored = Scored("test", np.arange(5, COUNT + 5), labels, answers)
-    asked = []
+def told(on_error: str = "fail") -> RunConfig:
+    return load({
+        "data": {"source": "digits", "cache": "none", "on_error": on_error},
+        "model": {"backbone": "MobileNetV2", "alpha": 0.35, "image_size": 32, "weights": "none"},
+        "phases": {"head": {"thaw": "none", "epochs": 1}}, "export": {"formats": ["keras"]},
+    })  # fmt: skip
 
-    def pictures(split: str, indices: np.ndarray) -> np.ndarray:
-        asked.append((split, indices))
-        return rng.integers(0, 256, (len(indices), 32, 32, 3), dtype=np.uint8)
 
-    facts = write_exports(tmp_path, TOLD, classifier, dataset, scored, pictures, looker(classifier))
-    reference = json.loads((tmp_path / "reference.json").read_text())
-    assert (facts["keras"]["examples"], reference["embedding"]["n"], reference["n"]) == (EXAMPLES, EXAMPLES, COUNT)
-    np.testing.assert_allclose(reference["class_frequencies"], np.bincount(labels) / COUNT)
+def stored(folder: Path, count: int, config: RunConfig) -> ImageStore:
+    """So many small pictures of three classes, as the train and the test split."""
+    rng, files = np.random.default_rng(0), [folder / f"{i:04}.png" for i in range(count)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    labels = rng.integers(0, 3, count).astype(np.int32)
+    splits = {name: Split(name, labels, files=tuple(map(str, files))) for name in ("train", "test")}
+    return ImageStore(
+        OpenedData(Dataset("x", ("a", "b", "c"), splits, ""), {}, None, "none"), config, 32, lambda _: None
+    )
+
+
+def test_the_reference_is_of_all_examples_and_the_files_are_tried_on_a_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, count = stored(tmp_path, EXAMPLES + 105, told()), EXAMPLES + 100
+    classifier, labels = build_classifier(told().model, 3, 1), images.dataset.splits["test"].labels[5:]
+    answers = np.full((count, 3), 0.1, np.float32)
+    answers[np.arange(count), labels] = 0.8
+    scored = Scored("test", np.arange(5, count + 5), labels, answers)
+    asked: list[tuple[str, Any]] = []
+    rows = images.rows
+    monkeypatch.setattr(images, "rows", lambda name, some: asked.append((name, some)) or rows(name, some))
+    facts = export_classifier(tmp_path / "export", classifier, images, scored, make_explainer(classifier))
+    reference = json.loads((tmp_path / "export" / "reference.json").read_text())
+    assert (facts["keras"]["examples"], reference["embedding"]["n"], reference["n"]) == (EXAMPLES, EXAMPLES, count)
+    np.testing.assert_allclose(reference["class_frequencies"], np.bincount(labels) / count)
     ((split, indices),) = asked  # by no other format than int8 are training images wanted
     assert (split, indices.min() >= 5, len(set(indices.tolist()))) == ("test", True, EXAMPLES)
-    assert (tmp_path / "labels.txt").read_text() == "a\nb\nc\n"
+    assert (tmp_path / "export" / "labels.txt").read_text() == "a\nb\nc\n"
 
 
-def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path) -> None:
-    classifier, rng = build_classifier(TOLD.model, 3, 1), np.random.default_rng(0)
-    files = [tmp_path / f"{i:03}.png" for i in range(READ_AT_ONCE + 4)]
-    for file in files:
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
-    files[7].write_bytes(b"no picture")
-    split = Split("test", rng.integers(0, 3, len(files)).astype(np.int32), files=tuple(map(str, files)))
-    said: list[str] = []
-    scored = score_all(looker(classifier), Pixels(split, 32, "stretch", "skip", 2, said.append))
+def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier, images = build_classifier(told().model, 3, 1), stored(tmp_path, READ_AT_ONCE + 4, told("skip"))
+    split = images.dataset.splits["test"]
+    Path(split.files[7]).write_bytes(b"no picture")
+    scored = score_all(make_explainer(classifier), images, "test")
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
-    assert len(said) == 1
+    assert capsys.readouterr().out.count("skipped ") == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))
-    some = Pixels(split, 32, "stretch", "fail", 2, print).rows(np.array([6, READ_AT_ONCE + 2]))
+    some = images.rows("test", [6, READ_AT_ONCE + 2])
     np.testing.assert_allclose(scored.probabilities[[6, READ_AT_ONCE + 1]], classifier.probabilities(some), atol=1e-6)
+    failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), told(), 32, lambda _: None)
+    with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
+        score_all(make_explainer(classifier), failing, "test")

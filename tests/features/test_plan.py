@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut
-from trainer.features.plan import choose, divisions, images_again, phase_epochs, stored_dtype
+from trainer.features.plan import FeatureChoice, divide, plan_features, stored_dtype, train_images_read_once
 from trainer.models.classifier import Classifier, build_classifier
+from trainer.types import Dataset, Split
 
-COUNT, BATCH = 100, 10
+COUNT, SCORED, BATCH = 100, 20, 10
 MODEL = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
 
 
@@ -32,8 +34,16 @@ PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
 AUGMENTED = {"augmentation": {"zoom": 0.1}}
 
 
+def planned(told: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
+    splits = {
+        "train": Split("train", np.zeros(COUNT, np.int32)),
+        "validation": Split("validation", np.zeros(SCORED, np.int32)),
+    }
+    return plan_features(told, divide(told, classifier), Dataset("x", ("a", "b"), splits, ""), budget)["head"]
+
+
 def test_where_nothing_trains_the_images_themselves_are_read() -> None:
-    assert images_again(config(), {})
+    assert not train_images_read_once(config(), {})
 
 
 @pytest.mark.parametrize(
@@ -57,9 +67,9 @@ def test_where_nothing_trains_the_images_themselves_are_read() -> None:
 )  # fmt: skip
 def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
     told = config(**changes)
-    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
-    assert choice.cached == cached
-    assert why in choice.why
+    choice = planned(told, classifier)
+    assert (choice.reads == "cached") == cached
+    assert why in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -78,26 +88,24 @@ def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any,
 )
 def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
     told = config(**changes)
-    choice = choose(told, divisions(told, classifier), phase_epochs(told, COUNT), 120, 20, 10**7)["head"]
+    choice = planned(told, classifier)
     assert choice.reads == reads
-    assert choice.why.endswith(why)
-    assert choice.line("head").startswith("features of phase head: live, ")
+    assert choice.reason.endswith(why)
+    assert choice.describe("head").startswith("features of phase head: live, ")
 
 
 def test_what_does_not_fit_is_live_or_refused(classifier: Classifier) -> None:
-    told = config()
-    parts, epochs = divisions(told, classifier), phase_epochs(told, COUNT)
-    choice = choose(told, parts, epochs, 120, 20, 120 * 1280 * 4 - 1)["head"]
-    assert not choice.cached
-    assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.why
-    choice = choose(told, parts, epochs, 120, 20, 20 * 1280 * 4 - 1)["head"]
+    choice = planned(config(), classifier, 120 * 1280 * 4 - 1)
+    assert choice.reads == "validation"
+    assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.reason
+    choice = planned(config(), classifier, 20 * 1280 * 4 - 1)
     assert choice.reads == "live"
-    assert choice.why.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    assert choose(told, parts, epochs, 120, 20, 120 * 1280 * 4)["head"].cached
+    assert choice.reason.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
+    assert planned(config(), classifier, 120 * 1280 * 4).reads == "cached"
     half = config(features_dtype="float16", features="cached")
-    assert choose(half, parts, epochs, 120, 20, 120 * 1280 * 2)["head"].cached
+    assert planned(half, classifier, 120 * 1280 * 2).reads == "cached"
     with pytest.raises(ConfigError, match=r"phases.head.features=cached: 1 view .* fit neither .*; say features=auto"):
-        choose(half, parts, epochs, 120, 20, 1)
+        planned(half, classifier, 1)
 
 
 def test_what_is_computed_in_few_bits_keeps_its_own() -> None:
@@ -118,18 +126,18 @@ def test_a_division_knows_what_moves(classifier: Classifier) -> None:
             "all": {"thaw": "all", "epochs": 1},
         },
     })  # fmt: skip
-    parts = divisions(told, classifier)
-    assert parts["head"].moves == {"head/output/kernel", "head/output/bias"}
-    assert "backbone/block_16_project_BN/moving_mean" in parts["norms"].moves
+    parts = divide(told, classifier)
+    assert parts["head"].updated == {"head/output/kernel", "head/output/bias"}
+    assert "backbone/block_16_project_BN/moving_mean" in parts["norms"].updated
     assert parts["norms"].cut is not None
-    assert not parts["norms"].moves & parts["norms"].cut.variables.keys()
+    assert not parts["norms"].updated & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
-    assert images_again(told, {"head": "cached", "norms": "cached", "all": "live"})
-    assert not images_again(told, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
+    assert not train_images_read_once(told, {"head": "cached", "norms": "cached", "all": "live"})
+    assert train_images_read_once(told, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
     told = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
     with pytest.raises(ModelError, match=r"^phases.second: thaw=last_blocks:99: "):
-        divisions(told, classifier)
+        divide(told, classifier)

@@ -17,7 +17,7 @@ from tests.data import splits_on_disk
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.order import Order, epoch_order
-from trainer.data.pipeline import chosen_batches, training_batches
+from trainer.data.pipeline import View, chosen_batches, training_batches
 from trainer.errors import DataError
 from trainer.features.store import Features, bytes_of, open_features
 from trainer.types import Split
@@ -34,9 +34,11 @@ def values(view: int, index: np.ndarray | range) -> np.ndarray:
 
 
 def opened(folder: Path, said: list[str] | None = None, **changes: Any) -> Features | None:
-    options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "own": np.arange(COUNT), "file": folder / "f" / "x",
-               "memory_budget": NEEDED, "disk_budget": 10 * NEEDED, "threads": 2}  # fmt: skip
-    return open_features(SPLIT, **(options | changes), note=(said if said is not None else []).append)  # type: ignore[arg-type]
+    options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "own": np.arange(COUNT), "threads": 2}
+    where = {"file": folder / "f" / "x", "memory_budget": NEEDED, "disk_budget": 10 * NEEDED}
+    where |= {name: changes.pop(name) for name in list(changes) if name in where}
+    features = Features(SPLIT, **(options | changes), note=(said if said is not None else []).append)  # type: ignore[arg-type]
+    return open_features(features, **where)  # type: ignore[arg-type]
 
 
 def filled(folder: Path, **changes: Any) -> Features:
@@ -63,7 +65,7 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
     features.bad[3] = "damaged"
     assert features.kept == ("memory" if memory == NEEDED else "disk")
     batches = training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
-    stream = batches.as_numpy_iterator()
+    stream = batches.dataset.as_numpy_iterator()
     for epoch in range(3):
         parts = [next(stream) for _ in range(3)]
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -219,10 +221,10 @@ def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: 
     pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
     augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
     chosen = np.array([2, 3, 11, 30])
-    options: dict[str, Any] = {"rows": 4, "replicas": 1, "augmentation": augmentation, "seed": 5}
     seen = []
     for view in (0, 1):
-        (batch,) = chosen_batches(pixels, chosen, view=view, **options).take(1).as_numpy_iterator()
+        batches = chosen_batches(pixels, chosen, rows=4, replicas=1, view=View(augmentation, 5, view))
+        (batch,) = batches.dataset.take(1).as_numpy_iterator()
         epochs = np.full(4, view)
         np.testing.assert_array_equal(batch["image"], augment(pixels.rows(chosen), augmentation, 5, epochs, chosen))
         np.testing.assert_array_equal(batch["index"], chosen)
@@ -231,7 +233,7 @@ def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: 
     count = splits_on_disk.COUNT
     order = Order(count, seed=5, window=count, first_epoch=2)
     batches = training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
-    third, fourth = batches.take(2).as_numpy_iterator()
+    third, fourth = batches.dataset.take(2).as_numpy_iterator()
     for view, batch in enumerate((third, fourth)):
         at = np.argsort(batch["index"])[chosen]
         np.testing.assert_array_equal(batch["image"][at], seen[view])

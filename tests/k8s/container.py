@@ -30,7 +30,7 @@ BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of
 MESSAGE_LIMIT, LOG_LIMIT, LOG_LINES = 4096, 2048, 80  # bytes, bytes and lines that the kubelet reads of the two
 DEVICES = ("full", "null", "random", "urandom", "zero")
 # The first child of the shell is process 1, and its end that of all others. `unshare --fork` does not tell a SIGKILL.
-ALONE = ("unshare", "--mount", "--pid", "--ipc", "sh", "-c", '(exec "$@" 2>&1); exit $?', "sh")
+UNSHARDED = ("unshare", "--mount", "--pid", "--ipc", "sh", "-c", '(exec "$@" 2>&1); exit $?', "sh")
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -117,7 +117,7 @@ def start(
     (folder / "mounts.sh").write_text("\n".join(["set -e", *_mounts(folder, pod, spec), _become(folder, pod, spec)]))
     with open(folder / "log", "w") as log:
         process = network.popen(
-            host, [*ALONE, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
+            host, [*UNSHARDED, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
             env={**given, "HOSTNAME": hostname, **environment}, cwd="/", stdout=log, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     return Container(spec, process, folder)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.grad_cam import AT_ONCE, explain, looker
+from trainer.models.grad_cam import AT_ONCE, explain, make_explainer
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "glyphs", "image_size": 96}
 
@@ -79,7 +79,7 @@ def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
     traced = []
     features = classifier.features
     object.__setattr__(classifier, "features", lambda some: traced.append(some.shape) or features(some))
-    look = looker(classifier)
+    look = make_explainer(classifier)
     many, few = look(images), look(images[:3])
     assert len(traced) == 1
     assert many.keys() == few.keys() == {"probabilities", "embedding", "heatmap"}

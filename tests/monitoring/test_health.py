@@ -20,7 +20,9 @@ def test_silence_beyond_the_limit_is_one_sentence_that_says_where() -> None:
     health.set_activity("training")
     assert health.stall_reason() is None
     time.sleep(0.3)
-    assert health.stall_reason() == "stuck: nothing has moved for 0 s (runtime.stuck_after=0.2) in: training after step 40"
+    assert (
+        health.stall_reason() == "stuck: nothing has moved for 0 s (runtime.stuck_after=0.2) in: training after step 40"
+    )
     health.progress()
     assert health.stall_reason() is None
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.splits_on_disk import opened
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
-from trainer.data.images import open_pixels
 from trainer.evaluation.duplicates import shrink
 from trainer.report import build as reporting
 from trainer.types import Split
@@ -24,8 +23,7 @@ CHANGED = Augmentation(flip_horizontal=True, rotation=30, contrast=0.2)
 
 
 def views_of(augmentation: Augmentation) -> np.ndarray:
-    job = SimpleNamespace(config=SimpleNamespace(seed=7, augmentation=augmentation))
-    return reporting.views(cast(Any, job), SHOWN, CHOSEN)
+    return reporting.views(augmentation, 7, SHOWN, CHOSEN)
 
 
 def test_the_first_picture_is_shown_as_eight_epochs_see_it_and_no_other_is_computed(
@@ -65,10 +63,7 @@ def test_pictures_are_made_small_whether_they_are_kept_or_decoded_anew(tmp_path:
         Image.fromarray(image).save(file)
     files[4].write_bytes(b"no picture")
     split = Split("train", np.zeros(count, np.int32), files=tuple(map(str, files)))
-    pixels = open_pixels(
-        split, size=32, resize="stretch", cache=kept, cache_dir=tmp_path, fingerprint="", memory_budget=0,
-        disk_budget=0, threads=2, on_error="skip", note=lambda _: None,
-    )  # fmt: skip
+    pixels = opened(split, kept, tmp_path, size=32, on_error="skip")
     checks: list[int] = []
     wanted = np.delete(np.arange(count), 1)
     small = reporting.small_pictures(pixels, wanted, lambda: checks.append(1))

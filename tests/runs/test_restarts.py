@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import GAVE_UP, GaveUp
-from trainer.runs.restarts import KEPT, STOPPED, Attempts
+from trainer.runs.restarts import KEPT, STOPPED, RestartHistory
 
 
 def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost worker 1", most: int = 3) -> None:
     """One start of the run; None: it was killed."""
-    attempts = Attempts(file)
+    attempts = RestartHistory(file)
     attempts.begin(step, most)
     if code is not None:
         attempts.failed(code, reason)
@@ -28,7 +28,7 @@ def test_after_enough_fruitless_restarts_the_run_gives_up_with_the_reasons(tmp_p
     before = file.read_text()
     with pytest.raises(GaveUp) as caught:
         attempt(file, 0)
-    given_up = Attempts(file)
+    given_up = RestartHistory(file)
     given_up.failed(3, "gave up")  # which is no attempt
     assert file.read_text() == before
     assert caught.value.exit_code == GAVE_UP == 3
@@ -53,7 +53,7 @@ def test_progress_begins_the_count_anew(tmp_path: Path) -> None:
 def test_stopped_and_refused_attempts_do_not_count(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
     for _ in range(10):
-        attempts = Attempts(file)
+        attempts = RestartHistory(file)
         attempts.begin(0, 2)
         attempts.end(STOPPED, "SIGTERM")
         attempts.failed(75, "later news changes nothing")

@@ -194,7 +194,7 @@ if replicas > 1:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 from tests.training.small_network import SmallNetwork, stream
 from trainer.training import variables
-from trainer.evaluation.scoring import EvaluationPass
+from trainer.evaluation.scoring import Predictor
 from trainer.training.step import StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
             else tf.distribute.get_strategy())
@@ -210,7 +210,7 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         rows, _, _ = step.run(batches, 7, 0, 0)
         values = variables.read(network.variables | step.checkpointed())
         again = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
-        p, labels, index = EvaluationPass(strategy, network).probabilities(again, 3)
+        p, labels, index = Predictor(strategy, network).probabilities(again, 3)
         out[f"{name}-{len(extra)}"] = [
             rows.tolist(), [v.ravel().tolist() for v in values.values()], p.tolist(), labels.tolist(), index.tolist()]
 print("RESULT" + json.dumps(out))

@@ -1,8 +1,8 @@
 """Before TensorFlow starts: every worker finds every other one, or says which it cannot find.
 
-TensorFlow's own start waits for absent peers for ever and says nothing. Here each worker listens on its port; all
-others connect to the chief, worker 0, and keep that connection (`ControlChannel`). When all are there, each tries the port
-of each other, since the collectives will need every one of these ways. Then the port is free for TensorFlow.
+TensorFlow's own start waits for absent peers for ever and says nothing. Here each worker listens on its port; the
+others connect to the chief, worker 0, and keep that connection (`ControlChannel`). When all are there, each tries the
+port of each other one: the collectives will need every one of these ways. Then the port is free for TensorFlow.
 """
 
 from __future__ import annotations

@@ -27,8 +27,42 @@ class Network(Protocol):
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3], or what left the trunk."""
 
 
+class Predictor:
+    """A network, compiled to answer for batches over the replicas of a strategy."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
+        self.strategy, self.network = strategy, network
+        self._predict = tf.function(self._run, autograph=False)
+
+    def _run(self, batch: Batch) -> tuple[Any, Any]:
+        return self.strategy.run(self._replica, args=(batch,))
+
+    def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
+        return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
+
+    def probabilities(
+        self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
+        left out.
+
+        `ready()` is asked before each batch; once it is false, what has been scored so far.
+        """
+        parts: list[tuple[np.ndarray, ...]] = []
+        stream, local = iter(batches), self.strategy.experimental_local_results
+        for _ in range(count):
+            if not ready():
+                break
+            outcome, seen = self._predict(next(stream))
+            for p, *rest in zip(local(outcome), *(local(seen[k]) for k in ("label", "index", "weight")), strict=True):
+                label, index, weight = (r.numpy() for r in rest)
+                real = weight > 0
+                parts.append((p.numpy()[real], label[real], index[real]))
+        return by_index(parts)
+
+
 class Scorer:
-    """Scores examples with a network, each exactly once over all workers; workers do not wait for each other."""
+    """Scores splits with a network, each example exactly once over all workers; workers do not wait for each other."""
 
     def __init__(
         self,
@@ -38,15 +72,9 @@ class Scorer:
         waited: Callable[[float], None] = lambda _: None,
     ) -> None:
         """`waited`: called with the seconds that this worker waited for shards."""
-        self.worker, self.network, self.sharding, self.waited = worker, network, sharding, waited
-        self._predict = tf.function(self._run, autograph=False)
+        self.worker, self.sharding, self.waited = worker, sharding, waited
+        self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
-
-    def _run(self, batch: Batch) -> tuple[Any, Any]:
-        return self.worker.strategy.run(self._replica, args=(batch,))
-
-    def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
-        return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
 
     def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
         """The network's answers for every example of `source`, or for the `part` of them that validation takes.
@@ -62,16 +90,10 @@ class Scorer:
             DataError: an example cannot be read.
         """
         batches, stream = self._open(source, batch_size, part)
-        gate, rows, parts = batches.gate(), batch_size // self.sharding.workers, list[tuple[np.ndarray, ...]]()
+        gate, rows = batches.gate(), batch_size // self.sharding.workers
         with data_errors(source):
-            elements = iter(stream)
-            for _ in range(batches.count or 0):
-                if not self._ready(gate, rows):
-                    break
-                parts += self._score_batch(next(elements))
-            del elements
+            own = self.predictor.probabilities(stream, batches.count or 0, lambda: self._ready(gate, rows))
         gate.close()
-        own = by_index(parts)
         if self.worker.size > 1:
             names = ("probabilities", "labels", "indices")
             everyone = self.worker.control.gather_arrays(topic, dict(zip(names, own, strict=True)))
@@ -103,17 +125,6 @@ class Scorer:
             self.waited(seconds)
         health.progress()
         return self.worker.stop.reason is None
-
-    def _score_batch(self, batch: Any) -> list[tuple[np.ndarray, ...]]:
-        """(probabilities, labels, indices) of each replica's examples, padding left out."""
-        outcome, seen = self._predict(batch)
-        local = self.worker.strategy.experimental_local_results
-        parts: list[tuple[np.ndarray, ...]] = []
-        for p, *rest in zip(local(outcome), *(local(seen[k]) for k in ("label", "index", "weight")), strict=True):
-            label, index, weight = (r.numpy() for r in rest)
-            real = weight > 0
-            parts.append((p.numpy()[real], label[real], index[real]))
-        return parts
 
 
 def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

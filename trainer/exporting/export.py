@@ -34,8 +34,8 @@ def export_classifier(
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out examples:
-    at the end of a run, and later for `python -m trainer.export`.
+    """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out
+    examples: at the end of a run, and later for `python -m trainer.export`.
 
     Args:
         scored: what the classifier answers for all examples of a split that it did not learn from.

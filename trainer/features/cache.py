@@ -68,7 +68,7 @@ class FeatureCache:
         return self.images.memory_left - sum(features.bytes for features in opened if features.kept == "memory")
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
-        """The phases after this one that read the same views of a split, in features that nothing changes until then."""
+        """The phases after this one that read the same views of a split, as features that stay what they are."""
         names, phases, reads = list(self.config.phases), self.config.phases, self.plan.reads
         updated: set[str] = set()
         later_phases, layers = [], {self.plan.cut(phase).layer}

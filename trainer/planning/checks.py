@@ -29,7 +29,7 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
 from trainer.planning.estimates import activation_bytes, bytes_of, parameters
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.warm_start import local_checkpoints
+from trainer.runs.restore import local_checkpoints
 from trainer.storage.path import Entry, Place, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training import variables

@@ -158,7 +158,8 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
     head = sum(int(np.prod(v.shape)) for v in classifier.head_variables.values())
     plan.section("model", [
         ("backbone", f"{kind.name}, weights {config.model.weights}, "
-                     f"{estimates.parameters(classifier) - head:,} parameters in {len(classifier.backbone.layers)} layers"),
+                     f"{estimates.parameters(classifier) - head:,} parameters "
+                     f"in {len(classifier.backbone.layers)} layers"),
         ("images", f"{pixels} x {pixels} pixels, {config.model.resize}"),
         ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters"), *taught, *drawn])  # fmt: skip
     if summary:

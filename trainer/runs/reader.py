@@ -150,6 +150,16 @@ def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, weights_of(values))
 
 
+def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
+    """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
+    import keras
+
+    precision = run.config.runtime.precision
+    keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
+    classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
+    return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
+
+
 def check_classes(run: FinishedRun, dataset: Dataset) -> None:
     """Raise a DataError unless the data has the classes of the run, in the same order."""
     mine, theirs = run.class_names, dataset.class_names
@@ -195,10 +205,8 @@ def rebuild_classifier(
         DataError: a value is missing or has another shape.
     """
     from trainer.models.classifier import build_classifier  # mistakes must answer before TensorFlow is imported
-    from trainer.models.weights import settle_input
-    from trainer.training import variables
+    from trainer.runs.restore import assign_values
 
     classifier = build_classifier(without_weights(model), class_count, seed)
-    variables.write(classifier.variables, values, source)
-    settle_input(classifier.backbone)
+    assign_values(classifier, classifier.variables, values, source)
     return classifier

@@ -1,8 +1,9 @@
-"""Warm start: the weights of another run as the first ones of this run."""
+"""Trained values into a classifier: those of its own checkpoint, or of another run (warm start)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from trainer.runs.publisher import Publisher
 from trainer.storage.path import place
 from trainer.storage.staging import is_remote
 from trainer.training import variables
+
+
+def assign_values(classifier: Classifier, chosen: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
+    """Assign trained values to the `chosen` ones of a classifier's variables, by name.
+
+    Raises:
+        DataError: a value is missing or has another shape; nothing has been assigned then.
+    """
+    variables.write(chosen, values, source)
+    settle_input(classifier.backbone)
 
 
 def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:
@@ -38,8 +49,7 @@ def take_weights(control: ControlChannel, classifier: Classifier, source: str, c
     fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
     if not fit:
         raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
-    variables.write(fit, values, source)
-    settle_input(classifier.backbone)
+    assign_values(classifier, fit, values, source)
     return where, len(fit)
 
 
