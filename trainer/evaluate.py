@@ -1,4 +1,5 @@
-"""`python -m trainer.evaluate run=OUTPUT_DIR [data=...]`: score a checkpoint of a run, and write the report on it.
+"""`python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] [split=test] [output=FOLDER] [data=...]`:
+score a checkpoint of a run, and write the report on it.
 
     checkpoint=best|last|STEP   which weights; what the run exported where it is left out
     split=train|validation|test which examples; test where the data has it, else validation, else train
@@ -27,6 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cluster.control import Peers
@@ -44,7 +46,7 @@ from trainer.types import Dataset
 if TYPE_CHECKING:
     from trainer.run import Run
 
-OWN = ("run", "checkpoint", "split", "output")
+OWN = {"run": "say once what to evaluate", "checkpoint": "", "split": "", "output": ""}
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
 UNDIVIDED_NOTE = (
@@ -63,22 +65,6 @@ class Checkpoint:
     state: RunState
     values: dict[str, np.ndarray]  # of the model's variables
     phases: dict[str, Any]  # how those that had ended by then have ended
-
-
-def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """What this command takes for itself, and what is left for Hydra.
-
-    Raises:
-        ConfigError: `run` is missing, or something was said twice.
-    """
-    pairs = [a.split("=", 1) for a in arguments if a.split("=", 1)[0] in OWN and "=" in a]
-    own = dict(pairs)
-    if not own.get("run") or len(own) != len(pairs) or not all(own.values()):
-        raise ConfigError(
-            "say once what to evaluate: python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] "
-            "[split=test] [output=FOLDER] [data=... data.root=...]"
-        )
-    return own, [a for a in arguments if a.split("=", 1)[0] not in OWN]
 
 
 def configuration(told: dict[str, Any], arguments: list[str]) -> RunConfig | None:
@@ -271,10 +257,7 @@ def open_job(checkpoint: Checkpoint, stop: StopFlag, began: float) -> Run:
 
 def _run(arguments: list[str]) -> None:
     began = time.time()
-    if any(a.startswith("-") for a in arguments):
-        print(__doc__)
-        return
-    own, rest = split_arguments(arguments)
+    own, rest = read_arguments(arguments, __doc__, OWN, rest=r"[^-~].*=(?s:.*)")
     home, told, facts = read_run(own["run"])
     config = configuration(told, rest)
     if config is None:
