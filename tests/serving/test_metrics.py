@@ -46,7 +46,9 @@ def reference() -> dict[str, Any]:
 
 def observed(*arguments: str, of: dict[str, Any] | None = None) -> Observed:
     export = Export("any", Path("any"), "1", CLASSES, of)
-    return Observed(read_settings({"model": "any"} | dict(a.split("=") for a in arguments)), export, lambda: 3, lambda: 4)
+    return Observed(
+        read_settings({"model": "any"} | dict(a.split("=") for a in arguments)), export, lambda: 3, lambda: 4
+    )
 
 
 def drift(seen: Observed) -> dict[str, float]:

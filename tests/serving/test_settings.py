@@ -9,7 +9,9 @@ from trainer.serving.settings import read_settings
 
 
 def test_values_are_read_as_what_they_are() -> None:
-    told = read_settings({"model": "outputs/a", "port": "8080", "window_ms": "0.5", "log_sample": "0.01", "name": "1"}, "/c")
+    told = read_settings(
+        {"model": "outputs/a", "port": "8080", "window_ms": "0.5", "log_sample": "0.01", "name": "1"}, "/c"
+    )
     assert (told.model, told.port, told.window_ms, told.log_sample) == ("outputs/a", 8080, 0.5, 0.01)
     assert told.name == "1"
     assert told.cache_dir == "/c"

@@ -1,0 +1,123 @@
+"""Any data that a run can read, written as sharded TFRecords in TFDS's folder format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config.schema import RunConfig
+from trainer.data.host import usable_cpus
+from trainer.data.open import open_dataset
+from trainer.data.records import RecordAt, index_shard
+from trainer.data.remote import local_copies
+from trainer.data.tfds_writer import Groups, ImageSource, write_dataset
+from trainer.errors import ConfigError
+from trainer.monitoring import termination
+from trainer.monitoring.health import signs
+from trainer.monitoring.log import say
+from trainer.monitoring.progress import written_images
+from trainer.storage.path import place
+from trainer.types import Dataset, Split
+
+
+def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
+    """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
+
+    Of `part` (i, n) only every n-th shard is written; who finds all shards there finishes the dataset.
+
+    Raises:
+        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
+    """
+    field = config.data.group_field
+    if field in ("image", "label") and field != config.data.label_field:
+        raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
+    cache = Path(config.runtime.cache_dir).expanduser()
+    dataset = open_dataset(
+        local_copies(config, cache, say, lambda _address: signs.moved())[0].data,
+        seed=config.seed,
+        cache_dir=cache,
+        max_examples=config.debug.max_examples,
+        note=say,
+        all_groups=field is not None,
+    )
+    orders = {name: _order(split, config.data.split_seed) for name, split in dataset.splits.items()}
+    groups = None
+    if field and field != "label":  # which every record has, and which can be grouped by
+        groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
+    target = place(output)
+    with written_images(config.runtime.progress) as progress:
+        entries = write_dataset(
+            target,
+            dataset.name,
+            dataset.class_names,
+            {name: _examples(split, orders[name]) for name, split in dataset.splits.items()},
+            groups=groups,
+            shards=config.data.shards,
+            workers=config.runtime.data_threads or usable_cpus(),
+            progress=progress,
+            on_error=config.data.on_error,
+            part=part,
+            scratch=cache / "prepared",
+        )
+    if entries is None:
+        _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
+        return
+    skipped = [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]
+    for fault in skipped:
+        say(f"skipped {fault}")
+    _say_at_the_end(
+        _summary(
+            dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), str(target)
+        )
+    )
+
+
+def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many pods this is: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
+    try:
+        pods = int(environment.get("WORKER_COUNT") or 1)
+        index = int(environment.get("JOB_COMPLETION_INDEX") or 0)
+    except ValueError:
+        raise ConfigError("JOB_COMPLETION_INDEX and WORKER_COUNT must be whole numbers") from None
+    if not 0 <= index < pods:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={index} is none of 0..{pods - 1}: set WORKER_COUNT to the Job's completions"
+        )
+    return index, pods
+
+
+def _summary(dataset: Dataset, shards: int, images: int, size: int, output: str) -> str:
+    return (
+        f"{output} holds {images} images of {len(dataset.class_names)} classes in {shards} shards "
+        f"({size / 2**20:.1f} MB); train on it: python -m trainer data=tfds data.root={output}"
+    )
+
+
+def _order(split: Split, seed: int) -> np.ndarray:
+    """In which the examples are written: shuffled, so that each shard holds every class."""
+    return np.random.default_rng([seed, split.count]).permutation(split.count)
+
+
+def _in(order: np.ndarray, groups: Sequence[str] | None) -> list[str]:
+    assert groups is not None
+    return [groups[i] for i in order]
+
+
+def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
+    """The examples in this order."""
+    sources: list[ImageSource] = list(split.files)
+    if not sources:
+        index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
+        sources = [
+            RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+            for s in split.shards
+            for n in range(s.start, s.stop)
+        ]
+    return [(sources[i], int(split.labels[i])) for i in order]
+
+
+def _say_at_the_end(text: str) -> None:
+    say(text)
+    termination.outcome(text)
