@@ -12,14 +12,14 @@ from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard
 from trainer.data.remote import local_copies
-from trainer.data.tfds_writer import Groups, ImageSource, write_dataset
+from trainer.data.tfds_writer import Groups, ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import signs
 from trainer.monitoring.log import say
 from trainer.monitoring.progress import written_images
 from trainer.storage.path import place
-from trainer.types import Dataset, Split
+from trainer.types import Split
 
 
 def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
@@ -46,31 +46,26 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     groups = None
     if field and field != "label":  # which every record has, and which can be grouped by
         groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
+    splits = {name: _examples(split, orders[name]) for name, split in dataset.splits.items()}
+    options = WriteOptions(
+        shards=config.data.shards,
+        workers=config.runtime.data_threads or usable_cpus(),
+        on_error=config.data.on_error,
+        scratch=cache / "prepared",
+    )
     target = place(output)
     with written_images(config.runtime.progress) as progress:
-        entries = write_dataset(
-            target,
-            dataset.name,
-            dataset.class_names,
-            {name: _examples(split, orders[name]) for name, split in dataset.splits.items()},
-            groups=groups,
-            shards=config.data.shards,
-            workers=config.runtime.data_threads or usable_cpus(),
-            progress=progress,
-            on_error=config.data.on_error,
-            part=part,
-            scratch=cache / "prepared",
-        )
+        images = LabelledImages(dataset.name, dataset.class_names, splits, groups)
+        entries = write_dataset(target, images, options, progress=progress, part=part)
     if entries is None:
         _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
         return
-    skipped = [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]
-    for fault in skipped:
+    for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
         say(f"skipped {fault}")
     _say_at_the_end(
-        _summary(
-            dataset, len(entries), sum(entry.count for entry in entries), sum(e.bytes for e in entries), str(target)
-        )
+        f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
+        f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: python -m trainer "
+        f"data=tfds data.root={target}"
     )
 
 
@@ -86,13 +81,6 @@ def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
             f"JOB_COMPLETION_INDEX={index} is none of 0..{pods - 1}: set WORKER_COUNT to the Job's completions"
         )
     return index, pods
-
-
-def _summary(dataset: Dataset, shards: int, images: int, size: int, output: str) -> str:
-    return (
-        f"{output} holds {images} images of {len(dataset.class_names)} classes in {shards} shards "
-        f"({size / 2**20:.1f} MB); train on it: python -m trainer data=tfds data.root={output}"
-    )
 
 
 def _order(split: Split, seed: int) -> np.ndarray:
