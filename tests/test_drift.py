@@ -18,6 +18,7 @@ from trainer import drift
 from trainer.evaluation.drift import Measure, Window
 from trainer.exporting.reference import reference_distribution
 from trainer.report import figures as drawing
+from trainer.report.drift import draw
 
 NAMES = ("cat", "dog", "bird $x$")
 MEAN, COVARIANCE = np.arange(5.0), np.diag([1.0, 2.0, 3.0, 0.5, 0.1])
@@ -89,7 +90,7 @@ def test_each_level_has_a_colour_of_its_own(run: Path, tmp_path: Path) -> None:
     window.add(0, 0.9, None)
     seen = {}
     for level, value in (("stable", 0.1), ("moderate", 0.2), ("shifted", 0.4)):
-        drift.draw(tmp_path / f"{level}.png", reference, window, [Measure("classes", value, 0.15, 0.3, 1)])
+        draw(tmp_path / f"{level}.png", reference, window, [Measure("classes", value, 0.15, 0.3, 1)])
         with Image.open(tmp_path / f"{level}.png") as image:
             pixels = {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in image.convert("RGB").getcolors(10**6) or ()}
         seen[level] = pixels & {drawing.RIGHT, drawing.DOUBTFUL, drawing.WRONG}
@@ -122,7 +123,7 @@ def test_a_folder_of_logs_is_read_and_old_predictions_are_left_out(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("log=x.jsonl",), "write python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]"),
+        (("log=x.jsonl",), "python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]"),
         (("reference=a", "log=b", "log=c"), "each once"),
         (("reference=a", "log=b", "hours=-1"), "hours=-1: must be a number above 0"),
         (("reference=a", "log=b", "output=x.jpg"), "output=x.jpg: must end in .png"),
@@ -167,8 +168,8 @@ def test_a_damaged_reference_is_one_sentence(text: str, tmp_path: Path, capsys: 
 def test_no_tensorflow_is_needed(run: Path, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(log_lines(*said(100, 2)))
     program = (
-        "import sys; from trainer import drift; drift._run(sys.argv[1:]); "
-        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+        "import sys; from trainer import drift\n"
+        "try:\n    drift.main()\nfinally:\n    assert not {'tensorflow', 'keras'} & set(sys.modules)"
     )
     arguments = (f"reference={run}", f"log={tmp_path}/log.jsonl", f"output={tmp_path}/d.png")
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)

@@ -113,7 +113,8 @@ def test_the_quickstart(tmp_path: Path) -> None:
         (("model.weights=gone.weights.h5",), "model.weights=gone.weights.h5 does not exist"),
         (("warm_start=gone",), "warm_start=gone: there is no checkpoint; give the output_dir of a run"),
         (("training.class_weights={eleven: 2.0}",), "training.class_weights names eleven; the classes are 0, 1"),
-        (("--plot=",), "say once where to draw the network: --plot=FILE.png"),
+        (("--plot=",), "--plot= is empty. Write python -m trainer.plan <what a run would be given> [--plot=FILE.png]"),
+        (("--plot=net.jpg",), "say once where to draw the network: --plot=FILE.png"),
         (("-m", "seed=1,2"), "a plan is of one run: leave --multirun and sweep=... out"),
     ],
 )

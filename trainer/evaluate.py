@@ -1,4 +1,5 @@
-"""`python -m trainer.evaluate run=OUTPUT_DIR [data=...]`: score a checkpoint of a run, and write the report on it.
+"""`python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] [split=test] [output=FOLDER] [data=...]`:
+score a checkpoint of a run, and write the report on it.
 
     checkpoint=best|last|STEP   which weights; what the run exported where it is left out
     split=train|validation|test which examples; test where the data has it, else validation, else train
@@ -22,6 +23,7 @@ from trainer.cluster.signals import StopFlag, end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
+from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cluster.control import ControlChannel
@@ -42,7 +44,7 @@ from trainer.runs.reader import (
 from trainer.storage.path import Place, place
 from trainer.types import Dataset
 
-OWN = ("run", "checkpoint", "split", "output")
+OWN = {"run": "say once what to evaluate", "checkpoint": "", "split": "", "output": ""}
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
 UNDIVIDED_NOTE = (
@@ -52,24 +54,8 @@ UNDIVIDED_NOTE = (
 DURING = "during the evaluation"
 
 
-def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """What this command takes for itself, and what is left for Hydra.
-
-    Raises:
-        ConfigError: `run` is missing, or something was said twice.
-    """
-    pairs = [a.split("=", 1) for a in arguments if a.split("=", 1)[0] in OWN and "=" in a]
-    own = dict(pairs)
-    if not own.get("run") or len(own) != len(pairs) or not all(own.values()):
-        raise ConfigError(
-            "say once what to evaluate: python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] "
-            "[split=test] [output=FOLDER] [data=... data.root=...]"
-        )
-    return own, [a for a in arguments if a.split("=", 1)[0] not in OWN]
-
-
-def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig | None:
-    """The run's configuration with what the arguments change of it; None where Hydra itself answered (--help).
+def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
+    """The run's configuration with what the arguments change of it.
 
     Raises:
         ConfigError: an argument would change the model, or is wrong.
@@ -82,8 +68,7 @@ def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig | Non
             "debug.max_examples can be changed"
         )
     composed = compose(arguments)
-    if composed is None:
-        return None
+    assert composed is not None, "no argument asks Hydra itself"
     if any(key.split(".")[0] == "data" for key in keys):
         tree["debug"]["overfit"] = False  # of the data that was overfitted
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group before the values in it
@@ -179,16 +164,10 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
 def main() -> None:
     """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        arguments = sys.argv[1:]
-        speak_early(arguments)
-        if any(a.startswith("-") for a in arguments):
-            print(__doc__)
-            return
-        own, rest = split_arguments(arguments)
+        speak_early(sys.argv[1:])
+        own, rest = read_arguments(sys.argv[1:], __doc__, OWN, rest=r"[^-~].*=(?s:.*)")
         home, tree, facts = read_run(own["run"])
         config = configuration(tree, rest)
-        if config is None:
-            return
         speak_as(config.runtime)
         run = FinishedRun(own["run"], home, config, tuple(facts["classes"]), facts["data_fingerprint"])
         checkpoint = load_checkpoint(run, own.get("checkpoint"))

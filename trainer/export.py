@@ -1,4 +1,5 @@
-"""`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]]`: the model of a run in other formats, or again.
+"""`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]`:
+the model of a run in other formats, or again.
 
     formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx; those that the
                                 run exported where it is left out
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if __name__ == "__main__":
 
 import yaml
 
+from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
@@ -45,35 +48,19 @@ if TYPE_CHECKING:
     from trainer.types import Scored
 
 READ_AT_ONCE = 256  # images
-OWN = ("run", "formats", "checkpoint", "output", "max_accuracy_drop")
-USAGE = "python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]"
+CHANGES = {"formats": "export.formats", "max_accuracy_drop": "export.max_accuracy_drop"}  # in the run's configuration
+OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
 
 
-def read_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What this command takes for itself, and what changes the configuration of the run.
-
-    Raises:
-        ConfigError: an argument is no KEY=VALUE, unknown, or given twice; `run` is missing.
-    """
-    own: dict[str, Any] = {}
-    changes: dict[str, Any] = {}
-    for argument in arguments:
-        key, sign, text = argument.partition("=")
-        if not sign or (key not in OWN and not key.startswith(("data.", "runtime."))):
-            raise ConfigError(f"{argument}: no argument of this command; write {USAGE}")
-        if key in own or key in changes:
-            raise ConfigError(f"{key} is given twice")
-        value = text if key in ("run", "output", "checkpoint") else yaml.safe_load(text)
-        (own if key in OWN else changes)[key] = value
-    if not own.get("run"):
-        raise ConfigError(f"say which run: {USAGE}")
-    for key, place_of in (("formats", "export.formats"), ("max_accuracy_drop", "export.max_accuracy_drop")):
-        if key in own:
-            changes[place_of] = [own[key]] if key == "formats" and isinstance(own[key], str) else own[key]
-    return own, changes
+def changes(told: Mapping[str, str]) -> dict[str, Any]:
+    """What the arguments change of the configuration of the run."""
+    values = {CHANGES.get(key, key): yaml.safe_load(text) for key, text in told.items() if key in CHANGES or "." in key}
+    if isinstance(one := values.get("export.formats"), str):
+        values["export.formats"] = [one]
+    return values
 
 
-def target(run: FinishedRun, own: dict[str, Any]) -> tuple[Path, bool]:
+def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
     """The folder to write into, and whether it is the run's own.
 
     Raises:
@@ -148,12 +135,8 @@ def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any])
 def main() -> None:
     """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        arguments = sys.argv[1:]
-        if not arguments or {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            return
-        own, changes = read_arguments(arguments)
-        run = find_run(own["run"], changes)
+        own, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, OWN, more=r"(data|runtime)\..+")
+        run = find_run(own["run"], changes(own))
         home, is_own = target(run, own)
         checkpoint = load_checkpoint(run, own.get("checkpoint"))  # mistakes answer before TensorFlow is imported
         with quiet_start():

@@ -1,4 +1,5 @@
-"""`python -m trainer.plan <what a run would be given>`: what that run would do, without doing it.
+"""`python -m trainer.plan <what a run would be given> [--plot=FILE.png] [--summary]`:
+what that run would do, without doing it.
 
 Exit code 0, or what the run would end with at its start, with the same message. Nothing is written to output_dir but a
 probe that is deleted again. `--plot=FILE.png` draws the network, `--summary` prints its layers.
@@ -17,6 +18,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
+from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import asks_for_sweep, compose
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
@@ -31,16 +33,16 @@ PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
 def main() -> None:
     """Entry point of `python -m trainer.plan`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        arguments = sys.argv[1:]
-        own = [a for a in arguments if a == "--summary" or a.startswith("--plot")]
-        plots = [a.removeprefix("--plot=") for a in own if a != "--summary"]
-        if len(plots) > 1 or not all(p.endswith(".png") for p in plots):
+        summary = "--summary" in sys.argv[1:]
+        arguments = [a for a in sys.argv[1:] if a != "--summary"]
+        own, rest = read_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
+        plot = Path(own["--plot"]).expanduser() if "--plot" in own else None
+        if plot and plot.suffix != ".png":
             raise ConfigError("say once where to draw the network: --plot=FILE.png")
         if asks_for_sweep(arguments):
             raise ConfigError("a plan is of one run: leave --multirun and sweep=... out")
-        rest = [a for a in arguments if a not in own]
         composed = compose(rest)
-        if composed is None:  # --help, --cfg
+        if composed is None:  # --cfg
             return
         config = load(composed)
         config = without_regularisation(config) if config.debug.overfit else config
@@ -58,8 +60,7 @@ def main() -> None:
             show_configuration(plan, rest)
             show_cluster(plan, described)
             with plan.fault():  # said at the end, beside what else was found
-                plot = Path(plots[0]).expanduser() if plots else None
-                phases = show_network(plan, replicas, plot, summary="--summary" in own)
+                phases = show_network(plan, replicas, plot, summary)
         look_for_trouble(plan, phases)
         plan.conclude()
 

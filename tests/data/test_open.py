@@ -18,7 +18,7 @@ from trainer.config.schema import Data
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.data.splits import at_most, part_sizes, per_class, take
-from trainer.data.tfds_writer import write_dataset
+from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset, Shard, Split
 
@@ -64,7 +64,7 @@ def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> 
     for name, values in labels.items():
         splits[name] = [(picture(first + k), label) for k, label in enumerate(values)]
         first += len(values)
-    write_dataset(root, "pets", CLASSES, splits, shards=shards)
+    write_dataset(root, LabelledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
     return root
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.data.pictures import fill_folder, picture
 from trainer.data.records import RecordAt, count_records, frame, index_shard, read_image, read_labels, serialize
 from trainer.data.tfds_folder import MANIFEST
-from trainer.data.tfds_writer import write_dataset
+from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 
 CLASSES = ("cat", "dog")
@@ -67,9 +67,8 @@ def test_tfds_reads_what_is_written(tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
     examples = small_set(tmp_path / "photos")
-    manifest = write_dataset(
-        tmp_path / "out", "My photos", CLASSES, {"train": examples[:10], "test": examples[10:]}, shards=2
-    )
+    photos = LabelledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
+    manifest = write_dataset(tmp_path / "out", photos, WriteOptions(shards=2))
     builder = tfds.builder_from_directory(tmp_path / "out")
     assert builder.info.name == "my_photos"
     assert builder.info.features["label"].names == list(CLASSES)
@@ -93,10 +92,10 @@ def test_tfds_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     examples, seen = small_set(tmp_path / "photos"), []
-    one = write_dataset(tmp_path / "one", "x", CLASSES, {"train": examples}, shards=3)
-    two = write_dataset(
-        tmp_path / "two", "x", CLASSES, {"train": examples}, shards=3, workers=2, progress=lambda *p: seen.append(p)
-    )
+    images = LabelledImages("x", CLASSES, {"train": examples})
+    one = write_dataset(tmp_path / "one", images, WriteOptions(shards=3))
+    options = WriteOptions(shards=3, workers=2)
+    two = write_dataset(tmp_path / "two", images, options, progress=lambda *p: seen.append(p))
     assert one == two
     assert seen[-1] == (12, 12)
     assert [e.file for e in one] == [f"x-train.tfrecord-0000{i}-of-00003" for i in range(3)]
@@ -104,14 +103,14 @@ def test_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
 
 def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
     examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    before = write_dataset(out, "x", CLASSES, {"train": examples}, shards=3)
+    before = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
     shards = [out / entry.file for entry in before]
     kept = [path.stat().st_mtime_ns for path in shards]
     damaged = bytearray(shards[1].read_bytes())
     damaged[100] ^= 1
     shards[1].write_bytes(bytes(damaged))  # as after a torn write: same size, another checksum
     (out / ".x-train.tfrecord-00002-of-00003.0a1b.tmp").write_bytes(b"half a shard")
-    assert write_dataset(out, "x", CLASSES, {"train": examples}, shards=3) == before
+    assert write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3)) == before
     assert [path.stat().st_mtime_ns == time for path, time in zip(shards, kept, strict=True)] == [True, False, True]
     assert google_crc32c.value(shards[1].read_bytes()) == int(before[1].crc32c, 16)
     assert not list(out.glob(".*"))
@@ -125,21 +124,23 @@ def test_a_run_that_dies_leaves_what_it_finished_and_no_dataset(tmp_path: Path) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(out, "x", CLASSES, {"train": examples}, shards=3, progress=die)
+        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), progress=die)
     assert not (out / "dataset_info.json").exists()
     first = out / "x-train.tfrecord-00000-of-00003"
     time = first.stat().st_mtime_ns
-    manifest = write_dataset(out, "x", CLASSES, {"train": examples}, shards=3)
+    manifest = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
     assert first.stat().st_mtime_ns == time
     assert (out / "dataset_info.json").exists()
-    assert manifest == write_dataset(tmp_path / "whole", "x", CLASSES, {"train": examples}, shards=3)
+    assert manifest == write_dataset(
+        tmp_path / "whole", LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3)
+    )
 
 
 def test_a_changed_label_is_written_again(tmp_path: Path) -> None:
     examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    before = write_dataset(out, "x", CLASSES, {"train": examples}, shards=3)
+    before = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
     examples[0] = (examples[0][0], 1)
-    after = write_dataset(out, "x", CLASSES, {"train": examples}, shards=3)
+    after = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True]
 
 
@@ -148,19 +149,19 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(DataError) as error:
-        write_dataset(out, "x", CLASSES, {"train": examples})
+        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}))
     assert str(error.value) == (
         f"{out} holds other files (thesis.txt); give an empty folder, or one where the same dataset was begun"
     )
     with pytest.raises(DataError) as error:
-        write_dataset(out / "thesis.txt", "x", CLASSES, {"train": examples})
+        write_dataset(out / "thesis.txt", LabelledImages("x", CLASSES, {"train": examples}))
     assert str(error.value) == f"{out}/thesis.txt cannot be written to: File exists; give an empty folder"
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")])
 def test_jpeg_and_png_bytes_are_kept(tmp_path: Path, kind: str, mode: str) -> None:
     image = picture(1, kind, mode)
-    (entry,) = write_dataset(tmp_path, "x", CLASSES, {"train": [(image, 0)]})
+    (entry,) = write_dataset(tmp_path, LabelledImages("x", CLASSES, {"train": [(image, 0)]}))
     path = str(tmp_path / entry.file)
     index = index_shard(path)
     assert read_image(RecordAt(path, 0, int(index.offsets[0]), int(index.lengths[0]), "image")) == image
@@ -169,7 +170,7 @@ def test_jpeg_and_png_bytes_are_kept(tmp_path: Path, kind: str, mode: str) -> No
 @pytest.mark.parametrize("kind", ["BMP", "GIF"])
 def test_other_formats_become_png_without_loss(tmp_path: Path, kind: str) -> None:
     image = picture(1, kind)
-    (entry,) = write_dataset(tmp_path, "x", CLASSES, {"train": [(image, 0)]})
+    (entry,) = write_dataset(tmp_path, LabelledImages("x", CLASSES, {"train": [(image, 0)]}))
     path = str(tmp_path / entry.file)
     index = index_shard(path)
     stored = Image.open(
@@ -184,22 +185,24 @@ def test_damaged_images_are_named_or_skipped(tmp_path: Path) -> None:
     for path, _ in (examples[1], examples[7]):
         path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError) as error:
-        write_dataset(out, "x", CLASSES, {"train": examples}, shards=2)
+        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2))
     lines = str(error.value).splitlines()
     assert lines[0] == "2 images cannot be decoded; repair or remove them, or set data.on_error=skip:"
     assert lines[1].startswith(f"  {examples[1][0]}: ")
     assert lines[2].startswith(f"  {examples[7][0]}: ")
     assert not (out / "dataset_info.json").exists()
-    manifest = write_dataset(out, "x", CLASSES, {"train": examples}, shards=2, on_error="skip")
+    manifest = write_dataset(
+        out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2, on_error="skip")
+    )
     assert [entry.count for entry in manifest] == [5, 5]
     assert str(examples[1][0]) in manifest[0].skipped[0]
     with pytest.raises(DataError, match="2 images cannot be decoded"):  # the finished shards do not hide them
-        write_dataset(out, "x", CLASSES, {"train": examples}, shards=2)
+        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2))
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        write_dataset(tmp_path / "out", "x", CLASSES, {"train": [(tmp_path / "gone.jpg", 0)]})
+        write_dataset(tmp_path / "out", LabelledImages("x", CLASSES, {"train": [(tmp_path / "gone.jpg", 0)]}))
     assert str(error.value) == f"{tmp_path}/gone.jpg cannot be read: No such file or directory"
 
 

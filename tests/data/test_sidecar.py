@@ -12,7 +12,7 @@ from PIL import Image
 from trainer.config.schema import Data
 from trainer.data.open import open_dataset
 from trainer.data.tfds_folder import LABELS, MANIFEST, known_shards
-from trainer.data.tfds_writer import write_dataset
+from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset
 
@@ -29,7 +29,7 @@ def png(number: int) -> bytes:
 def write(folder: Path, *, broken: int | None = None) -> Path:
     train = [(b"no image" if i == broken else png(i), i % 3) for i in range(40)]
     splits = {"train": train, "test": [(png(100 + i), i % 3) for i in range(12)]}
-    write_dataset(folder, "pets", CLASSES, splits, shards=4, on_error="skip")
+    write_dataset(folder, LabelledImages("pets", CLASSES, splits), WriteOptions(shards=4, on_error="skip"))
     return folder
 
 

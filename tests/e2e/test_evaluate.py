@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 
 from tests.e2e.running import ROOT, run
-from trainer.compare import read_scored
 from trainer.report.compare import compare_runs
+from trainer.report.compare_runs import read_scored
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

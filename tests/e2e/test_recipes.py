@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.e2e.running import run, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, TABLE
-from trainer.data.tfds_writer import write_dataset
+from trainer.data.tfds_writer import LabelledImages, write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
 HANDS = ("rock", "paper", "scissors")
@@ -72,7 +72,7 @@ def tfds_folder(root: Path, name: str) -> tuple[str, ...]:
         split: [(jpeg(100 * at + label), label) for at in range(each) for label in range(len(names))]
         for split, each in splits.items()
     }
-    write_dataset(root / "set", name, names, examples)
+    write_dataset(root / "set", LabelledImages(name, names, examples))
     return ("data.name=null", f"data.root={root / 'set'}")
 
 

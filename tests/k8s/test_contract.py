@@ -17,7 +17,7 @@ from trainer import errors
 from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RunConfig, load
-from trainer.prepare import _part
+from trainer.data.prepare import part_of_job
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|HOSTNAME|HOME")
@@ -122,7 +122,7 @@ def host_domain(pods: Pods) -> str:
 
 def test_every_pod_that_prepares_has_a_part_of_its_own() -> None:
     (pods,) = [pods for pods in JOBS if pods.overlay == "overlays/prepare"]
-    assert [_part(pods.environment(i)) for i in range(pods.count)] == [(i, pods.count) for i in range(pods.count)]
+    assert [part_of_job(pods.environment(i)) for i in range(pods.count)] == [(i, pods.count) for i in range(pods.count)]
 
 
 def configuration(pods: Pods) -> RunConfig:

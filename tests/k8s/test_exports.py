@@ -9,7 +9,8 @@ import yaml
 
 from tests.k8s.rendered import the
 from tests.k8s.test_schemas import VERSIONS, faults
-from trainer.drift import read_arguments
+from trainer import drift as verb
+from trainer.cli.arguments import read_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,7 @@ def test_the_night_begins_with_a_question_about_drift() -> None:
     shell, option, script, name = drift["command"]
     assert (shell, option, name) == ("sh", "-c", "drift")  # the name is $0, so that all arguments are in $@
     assert script.startswith('python -m trainer.drift "$@" ||')  # training follows in any case
-    told = read_arguments(drift["args"])
+    told, _ = read_arguments(drift["args"], verb.__doc__, verb.KEYS)
     assert all(told[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
     assert drift["image"] == pod["containers"][0]["image"]
 

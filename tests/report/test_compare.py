@@ -15,11 +15,11 @@ import yaml
 
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
-from trainer.compare import names_of, read_scored
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import compare_runs, configuration_differences, verdict, write_comparison
+from trainer.report.compare_runs import names_of, read_scored
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("<b>cat", "dog", "owl")

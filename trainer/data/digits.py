@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.tfds_writer import write_dataset
+from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 
 CLASS_NAMES = tuple("0123456789")
 TEST, VALIDATION, SPLIT_SEED = 360, 180, 42  # the rest, 1,257, trains
@@ -47,13 +47,8 @@ def digits_folder(cache_dir: Path) -> Path:
     train, validation = split_off(rest, VALIDATION)
     parts = {"train": train, "validation": validation, "test": test}
     temporary = cache_dir / f".digits-{uuid.uuid4().hex}"  # two runs may start at once: the first rename wins
-    write_dataset(
-        temporary,
-        "digits",
-        CLASS_NAMES,
-        {name: [(images[i], int(labels[i])) for i in indices] for name, indices in parts.items()},
-        verify=False,
-    )
+    splits = {name: [(images[i], int(labels[i])) for i in indices] for name, indices in parts.items()}
+    write_dataset(temporary, LabelledImages("digits", CLASS_NAMES, splits), WriteOptions(verify=False))
     try:
         os.rename(temporary, folder)
     except OSError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -50,6 +51,14 @@ class Order:
 Block = dict[str, tf.Tensor]
 
 
+class Part(NamedTuple):
+    """Some rows of an epoch in the order in which they are trained on; as in a block, without its padding."""
+
+    pieces: tf.Tensor
+    place: tf.Tensor
+    index: tf.Tensor
+
+
 def _shuffle(keys: tf.Tensor) -> tf.Tensor:
     """The permutation that sorts random bits, int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
@@ -85,48 +94,48 @@ def _nothing_to_read() -> tf.Tensor:
 
 def _shuffled(
     split: Split, seed: int, window: int, chosen: np.ndarray | None = None, worker: int = 0
-) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
+) -> tuple[int, Callable[..., Part]]:
     """How many windows an epoch has, and a function of (epoch, number) to the pieces, places and indices of one.
 
     Shards are permuted and laid end to end, then cut into windows of `window` records of which each is shuffled whole.
     Image files can be opened in any order at no cost (and lie sorted by class), so they are one window.
     """
 
-    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> Part:
         index = _shuffle(bits(seed, ORDER, epoch, tf.range(split.count, dtype=tf.int64)))
-        return _nothing_to_read(), tf.zeros_like(index) * number, index
+        return Part(_nothing_to_read(), tf.zeros_like(index) * number, index)
 
     if not split.shards:
         return 1, of_files
     records = _Records(split, chosen)
 
-    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> Part:
         numbers = tf.constant(records.chosen, tf.int64)
         shards = tf.gather(numbers, _shuffle(bits(seed, SHARDS, epoch, numbers)))
         start, stop = number * window, tf.minimum((number + 1) * window, records.total)
         pieces, index = records.stretch(shards, start, stop)
         place = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
-        return pieces, place, tf.gather(index, place)
+        return Part(pieces, place, tf.gather(index, place))
 
     return -(-records.total // window), of_records
 
 
-def _in_order(split: Split) -> tuple[int, Callable[..., tuple[tf.Tensor, ...]]]:
+def _in_order(split: Split) -> tuple[int, Callable[..., Part]]:
     """As `_shuffled`, but the examples come in the order of their indices, `STRETCH` records at a time."""
     total = split.count
 
-    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> Part:
         index = tf.range(total, dtype=tf.int64)
-        return _nothing_to_read(), tf.zeros_like(index) * epoch * number, index
+        return Part(_nothing_to_read(), tf.zeros_like(index) * epoch * number, index)
 
     if not split.shards:
         return 1, of_files
     records = _Records(split)
 
-    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> Part:
         start, stop = number * STRETCH, tf.minimum((number + 1) * STRETCH, total)
         pieces, index = records.stretch(tf.constant(records.chosen, tf.int64), start, stop)
-        return pieces, tf.zeros_like(index) * epoch + index - start, index
+        return Part(pieces, tf.zeros_like(index) * epoch + index - start, index)
 
     return -(-total // STRETCH), of_records
 
@@ -138,21 +147,15 @@ def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
         int64 [count], a permutation of the split's indices.
     """
     windows, shuffled = _shuffled(split, seed, window)
-    parts = [shuffled(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64))[2].numpy() for n in range(windows)]
+    parts = [shuffled(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64)).index.numpy() for n in range(windows)]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _block(
-    pieces: tf.Tensor,
-    place: tf.Tensor,
-    index: tf.Tensor,
-    start: tf.Tensor,
-    total: int,
-    batch: int,
-    epoch: tf.Tensor,
-    padding_at_end: int | None = None,
+    part: Part, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding_at_end: int | None = None
 ) -> Block:
     """A block whose first row is row `start` of the epoch; the one that ends it is padded, to whole global batches."""
+    pieces, place, index = part
     rows = tf.size(index, tf.int64)
     padding = tf.where(start + rows >= total, -total % batch if padding_at_end is None else padding_at_end, 0)
     behind = tf.stack([tf.constant(0, tf.int64), tf.cast(padding, tf.int64)])[None, :]
@@ -186,7 +189,7 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
         epoch, start = order.first_epoch + order.first_step // steps + since, number * stretch
         pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
-        whole = _block(pieces, place[done:], index[done:], start + done, total, batch_size, epoch)
+        whole = _block(Part(pieces, place[done:], index[done:]), start + done, total, batch_size, epoch)
         if sharding.workers == 1:
             return whole
         own = tf.equal(whole["position"] // order.rows, sharding.worker)
@@ -209,9 +212,8 @@ def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], B
         number = tf.cast(number, tf.int64) + first_number
         since, number = number // per_epoch, number % per_epoch
         epoch, start = order.first_epoch + since, number * window
-        pieces, place, index = part(epoch, number)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
-        whole = _block(pieces, place, index, start, total, rows, epoch, padding_at_end=steps * rows - total)
+        whole = _block(part(epoch, number), start, total, rows, epoch, padding_at_end=steps * rows - total)
         whole = {name: value if name == "pieces" else value[done:] for name, value in whole.items()}
         return {**whole, "position": whole["position"] + sharding.worker * rows}
 
@@ -231,7 +233,7 @@ def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[
         pieces, place = _nothing_to_read(), index - index[0]
         if split.shards:
             pieces, _ = records.stretch(tf.constant(records.chosen, tf.int64), index[0], index[-1] + 1)
-        return _block(pieces, place, index, first, len(chosen), batch_size, zero)
+        return _block(Part(pieces, place, index), first, len(chosen), batch_size, zero)
 
     return len(edges) - 1 if len(chosen) else 0, block
 

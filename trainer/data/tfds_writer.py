@@ -41,6 +41,38 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class LabelledImages:
+    """A dataset to write: for each split (image, label) pairs in the order of the records; empty ones are left out."""
+
+    name: str
+    class_names: Sequence[str]
+    splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
+    groups: Groups | None = None
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a dataset is written.
+
+    Attributes:
+        shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
+        workers: processes; 1 writes in this one.
+        verify: decode every image with Pillow first.
+        on_error: "fail", or "skip" to leave out images that cannot be decoded.
+        scratch: where shards for a bucket are written before they are copied.
+    """
+
+    shards: int | None = None
+    workers: int = 1
+    verify: bool = True
+    on_error: str = "fail"
+    scratch: Path | None = None
+
+
+USUAL = WriteOptions()
+
+
+@dataclass(frozen=True)
 class Job:
     """One shard to write."""
 
@@ -153,14 +185,8 @@ def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
     return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
-def _plan(
-    name: str,
-    class_names: Sequence[str],
-    splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
-    shards: int | None,
-    verify: bool,
-    groups: Groups | None,
-) -> dict[str, list[Job]]:
+def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -> dict[str, list[Job]]:
+    splits, groups = {split: examples for split, examples in images.splits.items() if len(examples)}, images.groups
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
     plan: dict[str, list[Job]] = {}
@@ -170,7 +196,8 @@ def _plan(
         plan[split] = []
         for number in range(count):
             part = list(examples[bounds[number] : bounds[number + 1]])
-            facts: list[Any] = [list(class_names), verify, [(_identity(source), int(label)) for source, label in part]]
+            known = [(_identity(source), int(label)) for source, label in part]
+            facts: list[Any] = [list(images.class_names), verify, known]
             texts: list[dict[str, str]] = [{}] * len(part)
             if groups:
                 texts = [{groups.field: value} for value in groups.values[split][bounds[number] : bounds[number + 1]]]
@@ -191,18 +218,11 @@ def _silent(_done: int, _total: int) -> None: ...
 
 def write_dataset(
     folder: str | Path | Place,
-    name: str,
-    class_names: Sequence[str],
-    splits: Mapping[str, Sequence[tuple[ImageSource, int]]],
+    images: LabelledImages,
+    options: WriteOptions = USUAL,
     *,
-    groups: Groups | None = None,
-    shards: int | None = None,
-    workers: int = 1,
     progress: Callable[[int, int], None] = _silent,
-    verify: bool = True,
-    on_error: str = "fail",
     part: tuple[int, int] = (0, 1),
-    scratch: Path | None = None,
 ) -> list[ShardEntry] | None:
     """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
 
@@ -212,15 +232,8 @@ def write_dataset(
 
     Args:
         folder: here or in a bucket.
-        splits: for each split (image, label) pairs in the order of the records; empty splits are left out.
-        groups: a field that the records get beside image and label.
-        shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
-        workers: processes; 1 writes in this one.
         progress: called with the images done and their total number.
-        verify: decode every image with Pillow first.
-        on_error: "fail", or "skip" to leave out images that cannot be decoded.
         part: (i, n): write every n-th shard from the i-th on. Who finds all shards there writes the metadata.
-        scratch: where shards for a bucket are written before they are copied.
 
     Returns:
         The manifest, in the order of the splits; None where shards of other parts are not there yet.
@@ -228,11 +241,11 @@ def write_dataset(
     Raises:
         DataError: the folder is taken or cannot be written; an image is missing or (on_error="fail") cannot be decoded.
     """
-    out = DatasetFolder(folder if isinstance(folder, Place) else place(folder), scratch)
-    name = re.sub(r"\W+", "_", name).strip("_").lower() or "images"
+    out = DatasetFolder(folder if isinstance(folder, Place) else place(folder), options.scratch)
+    name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:
-        plan = _plan(name, class_names, {k: v for k, v in splits.items() if len(v)}, shards, verify, groups)
+        plan = _plan(name, images, options.shards, options.verify)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     jobs = [job for parts in plan.values() for job in parts]
@@ -240,7 +253,7 @@ def write_dataset(
     before = out.entries()
 
     def fits(job: Job, entry: ShardEntry | None) -> bool:
-        if entry is None or entry.made_of != job.made_of or (entry.skipped and on_error == "fail"):
+        if entry is None or entry.made_of != job.made_of or (entry.skipped and options.on_error == "fail"):
             return False
         return entry.count + len(entry.missing) == len(job.examples) and out.holds(entry)
 
@@ -252,9 +265,9 @@ def write_dataset(
     total, ready = sum(len(job.examples) for job in mine), sum(len(j.examples) for j in mine if j.file in entries)
     faults: list[str] = []
     bad: list[str] = []  # shards that cannot be: a fault where none may be, or not one good image
-    for temporary, entry in _run(todo, out.scratch, workers, lambda done: progress(ready + done, total)):
+    for temporary, entry in _run(todo, out.scratch, options.workers, lambda done: progress(ready + done, total)):
         faults += entry.skipped
-        if entry.skipped and (on_error == "fail" or not entry.count):
+        if entry.skipped and (options.on_error == "fail" or not entry.count):
             bad.append(entry.file)
             temporary.unlink()
         else:
@@ -273,7 +286,7 @@ def write_dataset(
         return None
     manifest = {split: [entries[job.file] for job in parts] for split, parts in plan.items()}
     labels = {job.file: _labels(job, entries[job.file]) for job in jobs}
-    out.finish(name, class_names, manifest, labels, groups.field if groups else None)
+    out.finish(name, images.class_names, manifest, labels, images.groups.field if images.groups else None)
     return [entry for parts in manifest.values() for entry in parts]
 
 

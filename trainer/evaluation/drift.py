@@ -11,12 +11,17 @@ with a limit that chance alone does not reach:
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
+
+from trainer.errors import DataError
+from trainer.storage.path import place
 
 MODERATE, SHIFTED = 0.1, 0.25  # of a PSI, as is usual
 NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as shares of the reference's variance
@@ -24,6 +29,12 @@ CHANCE = 0.99  # of samples without any drift stay below a limit
 DRAWS = 200  # of the bootstrap
 BINS = 20  # of the largest probability, over 0..1
 LEAST_SHARE = 0.05  # of the reference in a bin; smaller neighbours are counted together
+
+WHAT = {
+    "classes": "population stability index of the predicted classes",
+    "confidence": "population stability index of the largest probability",
+    "embedding": "Frechet distance of the embeddings, as a share of the reference's variance",
+}
 
 Level = Literal["stable", "moderate", "shifted"]
 
@@ -64,17 +75,17 @@ class Window:
     def add(self, chosen: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
         """One prediction: the class, its probability, and the embedding [C'], projected, where there is one."""
         vector = None if embedding is None else np.asarray(embedding, np.float64)
-        place = confidence_bin(confidence)
-        self._count(chosen, place, vector, 1)
+        bin_ = confidence_bin(confidence)
+        self._count(chosen, bin_, vector, 1)
         if self.size is None:
             return
-        self._kept.append((chosen, place, vector))
+        self._kept.append((chosen, bin_, vector))
         if len(self._kept) > self.size:
             self._count(*self._kept.popleft(), -1)
 
-    def _count(self, chosen: int, place: int, vector: np.ndarray | None, sign: int) -> None:
+    def _count(self, chosen: int, bin_: int, vector: np.ndarray | None, sign: int) -> None:
         self.classes[chosen] += sign
-        self.confidences[place] += sign
+        self.confidences[bin_] += sign
         if vector is not None:
             self.embedded += sign
             self._sum = self._sum + sign * vector
@@ -118,10 +129,10 @@ def merged(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nd
     """Neighbouring bins counted together until each holds a share of the reference that can be compared."""
     least = LEAST_SHARE * reference.sum()
     edges, held = [0], 0.0
-    for place, count in enumerate(reference, start=1):
+    for edge, count in enumerate(reference, start=1):
         held += count
-        if held >= least and reference[place:].sum() >= least:
-            edges.append(place)
+        if held >= least and reference[edge:].sum() >= least:
+            edges.append(edge)
             held = 0.0
     return np.add.reduceat(reference, edges), np.add.reduceat(counts, edges)
 
@@ -203,3 +214,90 @@ def verdict(found: Sequence[Measure]) -> Level:
     """The worst of the levels."""
     levels: tuple[Level, ...] = ("stable", "moderate", "shifted")
     return max((measure.level for measure in found), key=levels.index)
+
+
+def read_reference(address: str) -> dict[str, Any]:
+    """What reference.json holds, of a run, an export, a SavedModel, or the file itself.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    home = place(address)
+    below = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
+    files = [home] if address.endswith(".json") else [home / name for name in below]
+    found = next((content for file in files if (content := file.fetch())), None)
+    if found is None:
+        raise DataError(
+            f"reference={address} holds no reference.json; give a run that was exported, or the file itself"
+        )
+    try:
+        reference: dict[str, Any] = json.loads(found[0])
+        assert len(reference["classes"]) == len(reference["class_frequencies"])
+        assert len(reference["confidence_histogram"]["counts"]) == BINS
+        assert reference["n"] > 0
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise DataError(f"reference={address}: its reference.json is damaged; export the run again") from None
+    return reference
+
+
+def lines_of(address: str) -> Iterator[str]:
+    """The lines of a log, or of all logs in a folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    home = place(address)
+    files = [home] if home.exists() else []
+    if not files:
+        files = [e.place for e in home.list(recursive=False) if e.place.name.endswith(".jsonl")]
+    if not files:
+        raise DataError(f"log={address}: there is no such file, and no folder with *.jsonl")
+    for file in sorted(files, key=str):
+        yield from file.read().decode("utf-8", "replace").splitlines()
+
+
+def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
+    """The predictions of a log, and how many of its lines say nothing (a server may be writing one).
+
+    Args:
+        hours: only those of the last so many; None: all of them.
+
+    Raises:
+        DataError: no prediction is there, or they are of another model.
+    """
+    since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
+    places = {name: at for at, name in enumerate(reference["classes"])}
+    width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
+    window, strange = Window(len(places)), 0
+    for line in lines_of(address):
+        try:
+            told = json.loads(line)
+            name, confidence, vector = told["class"], float(told["confidence"]), told.get("embedding")
+            if since and datetime.fromisoformat(told["time"]).astimezone(UTC) < since:
+                continue
+            if vector is not None and not np.isfinite(np.asarray(vector, np.float64)).all():
+                raise ValueError
+            if not 0 <= confidence <= 1.001:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            strange += 1
+            continue
+        if name not in places or (vector is not None and len(vector) != width):
+            what = f"the class {name}" if name not in places else f"embeddings of {len(vector)} numbers"
+            raise DataError(f"log={address} has {what}, which the reference does not know: it is of another model")
+        window.add(places[name], confidence, vector)
+    if not window.n:
+        raise DataError(f"log={address} holds no prediction" + (f" since {since:%Y-%m-%d %H:%M} UTC" if since else ""))
+    return window, strange
+
+
+def words(found: Sequence[Measure], strange: int) -> list[str]:
+    """What was measured, one line each."""
+    lines = [
+        f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
+        f"{m.n:,} predictions)  {WHAT[m.name]}"
+        for m in found
+    ]
+    if "embedding" not in {m.name for m in found}:
+        lines.append("  embedding  not measured: the log holds no embeddings")
+    return [*lines, *([f"  {strange:,} lines of the log could not be read"] if strange else [])]

@@ -1,0 +1,109 @@
+"""Any data that a run can read, written as sharded TFRecords in TFDS's folder format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from trainer.config.schema import RunConfig
+from trainer.data.host import usable_cpus
+from trainer.data.open import open_dataset
+from trainer.data.records import RecordAt, index_shard
+from trainer.data.remote import local_copies
+from trainer.data.tfds_writer import Groups, ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.errors import ConfigError
+from trainer.monitoring import termination
+from trainer.monitoring.health import health
+from trainer.monitoring.log import say
+from trainer.monitoring.progress import written_images
+from trainer.storage.path import place
+from trainer.types import Split
+
+
+def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
+    """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
+
+    Of `part` (i, n) only every n-th shard is written; who finds all shards there finishes the dataset.
+
+    Raises:
+        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
+    """
+    field = config.data.group_field
+    if field in ("image", "label") and field != config.data.label_field:
+        raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
+    dataset = open_dataset(
+        local_copies(config, say, lambda _address: health.progress())[0].data,
+        seed=config.seed,
+        cache_dir=config.runtime.cache_folder,
+        max_examples=config.debug.max_examples,
+        note=say,
+        all_groups=field is not None,
+    )
+    orders = {name: _order(split, config.data.split_seed) for name, split in dataset.splits.items()}
+    groups = None
+    if field and field != "label":  # which every record has, and which can be grouped by
+        groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
+    splits = {name: _examples(split, orders[name]) for name, split in dataset.splits.items()}
+    options = WriteOptions(
+        shards=config.data.shards,
+        workers=config.runtime.data_threads or usable_cpus(),
+        on_error=config.data.on_error,
+        scratch=config.runtime.cache_folder / "prepared",
+    )
+    target = place(output)
+    with written_images(config.runtime.progress) as progress:
+        images = LabelledImages(dataset.name, dataset.class_names, splits, groups)
+        entries = write_dataset(target, images, options, progress=progress, part=part)
+    if entries is None:
+        _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
+        return
+    for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
+        say(f"skipped {fault}")
+    _say_at_the_end(
+        f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
+        f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: python -m trainer "
+        f"data=tfds data.root={target}"
+    )
+
+
+def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many pods this is: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
+    try:
+        pods = int(environment.get("WORKER_COUNT") or 1)
+        index = int(environment.get("JOB_COMPLETION_INDEX") or 0)
+    except ValueError:
+        raise ConfigError("JOB_COMPLETION_INDEX and WORKER_COUNT must be whole numbers") from None
+    if not 0 <= index < pods:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={index} is none of 0..{pods - 1}: set WORKER_COUNT to the Job's completions"
+        )
+    return index, pods
+
+
+def _order(split: Split, seed: int) -> np.ndarray:
+    """In which the examples are written: shuffled, so that each shard holds every class."""
+    return np.random.default_rng([seed, split.count]).permutation(split.count)
+
+
+def _in(order: np.ndarray, groups: Sequence[str] | None) -> list[str]:
+    assert groups is not None
+    return [groups[i] for i in order]
+
+
+def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
+    """The examples in this order."""
+    sources: list[ImageSource] = list(split.files)
+    if not sources:
+        index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
+        sources = [
+            RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+            for s in split.shards
+            for n in range(s.start, s.stop)
+        ]
+    return [(sources[i], int(split.labels[i])) for i in order]
+
+
+def _say_at_the_end(text: str) -> None:
+    say(text)
+    termination.outcome(text)
