@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, ExampleNormalization
 from trainer.models.classifier import Classifier
+from trainer.private_api import swap_class
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def apply_thaw(
         layer.trainable = index in chosen and not (is_norm and frozen_norm)
         if is_norm:
             # Backbones come with Keras' layer; the class that computes is another one where it trains.
-            layer.__class__ = ExampleNormalization if layer.trainable else NORM
+            swap_class(layer, ExampleNormalization if layer.trainable else NORM)
     thawed = [index for index in sorted(chosen) if layers[index].trainable_weights]
     if chosen and not thawed:
         able = [i for i, layer in enumerate(layers) if layer.weights and not (isinstance(layer, NORM) and frozen_norm)]

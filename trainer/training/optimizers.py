@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.config.phases import Optimizer, Schedule
+from trainer.private_api import variable_index
 
 schedules = keras.optimizers.schedules
 
@@ -99,7 +100,7 @@ def _with_shares(kind: Any, shares: tuple[float, ...]) -> Any:
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-            share = shares[self._get_variable_index(variable)]
+            share = shares[variable_index(self, variable)]
             own = learning_rate if share == 1 else learning_rate * share
             if self.decay is not None:
                 self.assign_sub(variable, variable * self.decay * own)
