@@ -20,7 +20,7 @@ from trainer.data.order import ALONE, Order, Share
 from trainer.data.pipeline import Kept, evaluation_batches, evaluation_gate, training_batches, training_gate
 from trainer.data.shard_gate import Gate
 from trainer.distillation.teacher import Teacher
-from trainer.errors import INTERRUPTED, DataError, ToldToStop
+from trainer.errors import INTERRUPTED, ToldToStop
 from trainer.evaluation.scoring import EvaluationPass, by_index
 from trainer.features.plan import Division, Reads, images_again
 from trainer.models.classifier import Classifier
@@ -33,6 +33,7 @@ from trainer.runs.metrics import Telemetry
 from trainer.runs.publisher import Publisher
 from trainer.runs.restarts import STOPPED, Attempts
 from trainer.storage.shard_cache import ShardCache
+from trainer.training.losses import class_weights
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings
 from trainer.types import Dataset
@@ -154,18 +155,8 @@ def steps_of(phase: Phase, config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def weights_of_classes(job: Run) -> tuple[float, ...] | None:
-    """One loss weight a class; "balanced" is n / (classes * count), as scikit-learn has it."""
-    given, names = job.config.training.class_weights, job.dataset.class_names
-    if given == "none":
-        return None
-    if given == "balanced":
-        counts = np.bincount(job.dataset.splits["train"].labels, minlength=len(names))
-        return tuple(float(w) for w in counts.sum() / (len(names) * np.maximum(counts, 1)))
-    assert isinstance(given, dict)
-    strange = sorted(set(given) - set(names))
-    if strange:
-        raise DataError(f"training.class_weights names {', '.join(strange)}; the classes are {', '.join(names)}")
-    return tuple(float(given.get(name, 1.0)) for name in names)
+    """One loss weight a class; see `class_weights`."""
+    return class_weights(job.config.training.class_weights, job.dataset.class_names, job.dataset.splits["train"].labels)
 
 
 def step_settings(job: Run, batch_norm_training: bool) -> StepSettings:

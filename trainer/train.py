@@ -156,14 +156,13 @@ def compile_step(job: Run, phase: Phase, plan: ThawPlan, inputs: Inputs, total: 
         batch_size=job.config.training.batch_size,
     )
     with job.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate, plan.shares)
+        optimizer = build_optimizer(phase.optimizer, rate, plan.lr_multipliers)
     step = TrainingStep(
         job.strategy,
         inputs.network,
         plan.trainable,
         optimizer,
         step_settings(job, plan.batch_norm_training),
-        workers=job.peers.size,
         stop=job.wishes_to_stop,
         teacher=job.teacher,
     )
