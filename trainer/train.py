@@ -256,7 +256,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         batch_size=config.training.batch_size,
     )
     with worker.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate, thaw.shares)
+        optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
     teacher = run.plan.teacher.network if run.plan.teacher else None
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
     step = TrainingStep(
@@ -265,7 +265,6 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         thaw.trainable,
         optimizer,
         settings,
-        workers=worker.size,
         stop=lambda: _wants_to_stop(worker.stop),
         teacher=teacher,
     )

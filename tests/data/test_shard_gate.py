@@ -173,7 +173,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
 
 
-@pytest.mark.parametrize(("part", "share"), [(1.0, UNSHARDED), (0.3, UNSHARDED), (1.0, Sharding(1, 3))])
+@pytest.mark.parametrize(("part", "sharding"), [(1.0, UNSHARDED), (0.3, UNSHARDED), (1.0, Sharding(1, 3))])
 def test_an_evaluation_opens_only_what_was_required(
     split: Split, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,7 @@ def test_a_group_builds_sees_its_own_preprocessing_and_thaws_by_blocks(group: st
         ]
         counts = [len(plan.trainable) for plan in trained]
         assert counts == sorted(set(counts)), phases  # each phase trains more than the one before
-        assert all(len(plan.shares) in (0, len(plan.trainable)) for plan in trained)
+        assert all(len(plan.lr_multipliers) in (0, len(plan.trainable)) for plan in trained)
 
 
 def test_an_unknown_name_says_the_nearest_or_all() -> None:

@@ -70,16 +70,16 @@ def test_a_pattern_thaws_what_it_matches(classifier: Classifier) -> None:
     assert len(plan.trainable) == 4 + 4
 
 
-def test_a_block_has_a_share_of_the_rate_of_the_block_above_it(classifier: Classifier) -> None:
+def test_a_block_has_a_part_of_the_rate_of_the_block_above_it(classifier: Classifier) -> None:
     plan = apply_thaw(classifier, "all", "frozen", backbone_rate=0.5, layer_decay=0.9)
-    shares = dict(zip(plan.trainable, plan.shares, strict=True))
+    factors = dict(zip(plan.trainable, plan.lr_multipliers, strict=True))
     expected = {"head/": 1.0, "backbone/Conv_1/": 0.45, "backbone/block_16_": 0.45, "backbone/block_15_": 0.405,
                 "backbone/block_1_": 0.5 * 0.9**16, "backbone/expanded_conv_": 0.5 * 0.9**17,
                 "backbone/Conv1/": 0.5 * 0.9**18}  # fmt: skip
-    for start, share in expected.items():
-        found = {shares[name] for name in shares if name.startswith(start)}
+    for start, factor in expected.items():
+        found = {factors[name] for name in factors if name.startswith(start)}
         assert len(found) == 1, start
-        assert found.pop() == pytest.approx(share)
+        assert found.pop() == pytest.approx(factor)
     line = plan.lines()[-1]
     assert line.startswith(
         "learning rate x 0.5 in the backbone, x 0.9 a block down: head 1, block_16 0.45, block_15 0.405"
@@ -87,18 +87,18 @@ def test_a_block_has_a_share_of_the_rate_of_the_block_above_it(classifier: Class
     assert line.endswith("expanded_conv 0.0834, stem 0.075")
 
 
-def test_a_share_does_not_depend_on_what_else_is_thawed(classifier: Classifier) -> None:
+def test_a_multiplier_does_not_depend_on_what_else_is_thawed(classifier: Classifier) -> None:
     whole = apply_thaw(classifier, "all", "train", layer_decay=0.8)
-    of_all = dict(zip(whole.trainable, whole.shares, strict=True))
+    of_all = dict(zip(whole.trainable, whole.lr_multipliers, strict=True))
     top = apply_thaw(classifier, "last_blocks:3", "train", layer_decay=0.8)
     assert set(top.trainable) < set(of_all)
-    assert dict(zip(top.trainable, top.shares, strict=True)) == {name: of_all[name] for name in top.trainable}
+    assert dict(zip(top.trainable, top.lr_multipliers, strict=True)) == {name: of_all[name] for name in top.trainable}
     assert "stem" not in top.lines()[-1]
 
 
-def test_without_rates_of_their_own_there_are_no_shares(classifier: Classifier) -> None:
-    assert apply_thaw(classifier, "all", "frozen").shares == ()
-    assert apply_thaw(classifier, "none", "frozen", 0.1, 0.9).shares == ()  # only the head trains
+def test_without_rates_of_their_own_there_are_no_multipliers(classifier: Classifier) -> None:
+    assert apply_thaw(classifier, "all", "frozen").lr_multipliers == ()
+    assert apply_thaw(classifier, "none", "frozen", 0.1, 0.9).lr_multipliers == ()  # only the head trains
     assert len(apply_thaw(classifier, "all", "frozen").lines()) + 1 == len(
         apply_thaw(classifier, "all", "frozen", 0.1).lines()
     )
@@ -259,7 +259,7 @@ def test_two_replicas_train_batch_norm_as_one_would() -> None:
 
 _TWO_REPLICAS = """
 import numpy as np, tensorflow as tf
-from trainer import config
+from trainer.config import schema as config
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import apply_thaw
 cpu = tf.config.list_physical_devices("CPU")[0]

@@ -8,8 +8,18 @@ import pytest
 import tensorflow as tf
 
 from tests.training.small_network import CLASSES, SmallNetwork, arrays, stream
+from trainer.errors import DataError
 from trainer.training import variables
-from trainer.training.losses import LossSettings, cross_entropy, divergence, focal, hits, logarithms, weighted_losses
+from trainer.training.losses import (
+    LossSettings,
+    class_weights,
+    cross_entropy,
+    divergence,
+    focal,
+    hits,
+    log_probs,
+    weighted_losses,
+)
 from trainer.training.step import StepSettings, TrainingStep
 
 RNG = np.random.default_rng(3)
@@ -107,7 +117,7 @@ def test_unmixed_rows_of_a_mixed_batch_have_the_very_loss_of_an_unmixed_batch() 
 def test_divergence_by_hand(temperature: float) -> None:
     expected = kl(TEACHER, LOGITS, temperature)
     np.testing.assert_allclose(divergence(tf.constant(TEACHER), tf.constant(LOGITS), temperature), expected, rtol=1e-5)
-    asked_before = logarithms(tf.constant(softmax(TEACHER).astype(np.float32)))  # probabilities do as well as logits
+    asked_before = log_probs(tf.constant(softmax(TEACHER).astype(np.float32)))  # probabilities do as well as logits
     np.testing.assert_allclose(divergence(asked_before, tf.constant(LOGITS), temperature), expected, rtol=1e-4)
     np.testing.assert_allclose(divergence(tf.constant(LOGITS), tf.constant(LOGITS), temperature), 0, atol=1e-5)
 
@@ -118,7 +128,7 @@ def test_divergence_is_keras_own() -> None:
 
 
 def test_a_certain_teacher_gives_a_finite_loss() -> None:
-    certain = logarithms(tf.constant([[1.0, 0.0, 0.0]]))
+    certain = log_probs(tf.constant([[1.0, 0.0, 0.0]]))
     student = tf.constant([[0.0, 0.0, 0.0]])
     np.testing.assert_allclose(divergence(certain, student), [np.log(3)], rtol=1e-6)
 
@@ -127,6 +137,16 @@ def test_hits_of_mixed_examples_are_shares() -> None:
     logits = tf.constant(np.eye(4, dtype=np.float32)[[0, 0, 2, 2, 0, 2]])
     np.testing.assert_allclose(hits(batch(), logits), [1, 0, 1, 1, 0, 0])
     np.testing.assert_allclose(hits(batch(other_label=OTHERS, mix=MIX), logits), [0.25, 0.25, 1, 1, 0, 0.5])
+
+
+def test_class_weights_by_hand() -> None:
+    names, labels = ("cat", "dog", "owl"), np.array([0, 0, 0, 1, 0, 0])
+    assert class_weights("none", names, labels) is None
+    assert class_weights("balanced", names, labels) == pytest.approx((6 / 15, 6 / 3, 6 / 3))  # no owl: counted as one
+    assert class_weights({"dog": 3}, names, labels) == (1.0, 3.0, 1.0)
+    with pytest.raises(DataError) as failed:
+        class_weights({"dog": 3, "bat": 2, "ant": 1}, names, labels)
+    assert str(failed.value) == "training.class_weights names ant, bat; the classes are cat, dog, owl"
 
 
 # --- in the step -----------------------------------------------------------------------------------------------------

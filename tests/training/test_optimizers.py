@@ -137,7 +137,7 @@ def test_every_schedule_makes_the_steps_of_keras(given: dict[str, Any], formula:
 
 # ---- a learning rate of its own for each variable ----
 
-SHARES = (0.05, 0.3, 1.0, 0.5)  # first/kernel, first/bias, second/kernel, second/bias
+MULTIPLIERS = (0.05, 0.3, 1.0, 0.5)  # first/kernel, first/bias, second/kernel, second/bias
 
 
 def one_optimizer_a_variable(make: Callable[[float], Any], rate: Callable[[int], float]) -> list[np.ndarray]:
@@ -153,7 +153,7 @@ def one_optimizer_a_variable(make: Callable[[float], Any], rate: Callable[[int],
         with tf.GradientTape() as tape:
             loss = cross_entropy(labels[rows], network.logits(images[rows]))
         gradients = tape.gradient(loss, [v.value for v in owned])
-        for optimizer, share, gradient, variable in zip(optimizers, SHARES, gradients, owned, strict=True):
+        for optimizer, share, gradient, variable in zip(optimizers, MULTIPLIERS, gradients, owned, strict=True):
             optimizer.learning_rate = share * rate(done)
             optimizer.apply([gradient], [variable])
         found.append(flat(network))
@@ -161,19 +161,21 @@ def one_optimizer_a_variable(make: Callable[[float], Any], rate: Callable[[int],
 
 
 @pytest.mark.parametrize(("given", "make"), OPTIMIZERS, ids=NAMES)
-def test_shares_of_the_rate_are_as_many_keras_optimizers(given: dict[str, Any], make: Callable[[float], Any]) -> None:
+def test_multiples_of_the_rate_are_as_many_keras_optimizers(
+    given: dict[str, Any], make: Callable[[float], Any]
+) -> None:
     schedule, formula = SCHEDULES[4]
-    ours = stepwise(build_optimizer(Optimizer(**given), schedule_of(**schedule), SHARES))
+    ours = stepwise(build_optimizer(Optimizer(**given), schedule_of(**schedule), MULTIPLIERS))
     theirs = one_optimizer_a_variable(make, formula)
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         np.testing.assert_allclose(mine, other, atol=5e-6, err_msg=f"step {step}")
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_without_shares_it_is_keras_own_optimizer_and_the_checkpoint_has_the_same_names(name: Any) -> None:
+def test_without_multipliers_it_is_keras_own_optimizer_and_the_checkpoint_has_the_same_names(name: Any) -> None:
     network = SmallNetwork()
     given = Optimizer(name=name)
-    plain, shared = build_optimizer(given, schedule_of()), build_optimizer(given, schedule_of(), SHARES)
+    plain, shared = build_optimizer(given, schedule_of()), build_optimizer(given, schedule_of(), MULTIPLIERS)
     assert type(plain) is {"adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}[name]
     for optimizer in (plain, shared):
         optimizer.build(list(network.variables.values()))
@@ -181,7 +183,7 @@ def test_without_shares_it_is_keras_own_optimizer_and_the_checkpoint_has_the_sam
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_share_of_one_changes_no_bit(name: Any) -> None:
+def test_a_multiplier_of_one_changes_no_bit(name: Any) -> None:
     whole = stepwise(build_optimizer(Optimizer(name=name), schedule_of()))
     ones = stepwise(build_optimizer(Optimizer(name=name), schedule_of(), (1.0, 1.0, 1.0, 1.0)))
     np.testing.assert_array_equal(np.stack(ones), np.stack(whole))
@@ -193,7 +195,7 @@ def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[fl
     for given in ({"name": "sgd", "momentum": 0.9}, {"name": "adamw", "weight_decay": 0.3, "epsilon": 1e-3}):
         with strategy.scope():
             network = SmallNetwork()
-            optimizer = build_optimizer(Optimizer(**given), schedule_of(name="time", decay=0.1), SHARES)  # type: ignore[arg-type]
+            optimizer = build_optimizer(Optimizer(**given), schedule_of(name="time", decay=0.1), MULTIPLIERS)  # type: ignore[arg-type]
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1))
         replicas = strategy.num_replicas_in_sync
         step.run(iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))), 7, 0, 0)  # noqa: B023

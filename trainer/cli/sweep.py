@@ -29,6 +29,7 @@ from trainer.config.schema import RunConfig, load, without_regularisation
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import log as lines
 from trainer.monitoring import termination
+from trainer.private_api import is_grid, session_end_summary
 from trainer.runs.folder import is_finished, of_one_run
 from trainer.storage.path import place
 from trainer.storage.staging import is_remote
@@ -53,15 +54,13 @@ def columns(names: list[str]) -> bytes:
 
 def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
     """The event file of one job; `scores` by the keys of `METRICS`, none of a job that failed."""
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+    from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
     status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
     now = time.time()
     ended = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
-    end = summary_v2._summary_pb(
-        metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=ended)
-    )
+    end = session_end_summary(ended)
     start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
     return _events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
 
@@ -134,7 +133,7 @@ class Sweep:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._pass_on)
         self.folder = self.folder or str(settings.sweep.dir)
-        self.search = not settings.sweeper._target_.endswith(".BasicSweeper")
+        self.search = not is_grid(settings)
         try:
             job = self._finish(resolved(tree), overrides, str(settings.sweep.subdir))
         except Exception as error:

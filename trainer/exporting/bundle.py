@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.decoding import Resize
+from trainer.private_api import library_class, swap_class
 
 if TYPE_CHECKING:
     import keras
@@ -55,8 +56,8 @@ def plain(model: keras.Model) -> Iterator[None]:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, kind in before:
             layer.dtype_policy = "float32"
-            if kind.__module__.startswith("trainer."):  # BatchNormalization that trained
-                layer.__class__ = kind.__mro__[1]
+            if library_class(layer) is not kind:  # BatchNormalization that trained
+                swap_class(layer, library_class(layer))
         yield
     finally:
         for layer, mean, variance in norms:
@@ -64,4 +65,4 @@ def plain(model: keras.Model) -> Iterator[None]:
         for layer, policy, kind in before:
             layer.dtype_policy = policy
             if type(layer) is not kind:
-                layer.__class__ = kind
+                swap_class(layer, kind)

@@ -19,6 +19,7 @@ import keras
 import tensorflow as tf
 
 from trainer.models.batch_norm import NORM
+from trainer.private_api import producer_of, run_through_graph
 
 CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
 
@@ -58,8 +59,7 @@ def computed(
             return partial(operation, training=batch_norm_training)
         return operation
 
-    # Keras' own walk over the layers, which it would make with each layer as it is.
-    made = network._run_through_graph(inputs, operation_fn=instead)
+    made = run_through_graph(network, inputs, instead)
     return made[0] if isinstance(made, list) and len(made) == 1 else made
 
 
@@ -75,7 +75,7 @@ def pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNor
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
                 readers[id(tensor)].append(operation)
-    ends = {id(tensor._keras_history.operation) for tensor in network.outputs}
+    ends = {id(producer_of(tensor)) for tensor in network.outputs}
     found = []
     for operation in network.operations:
         if id(operation) in ends or not _is_linear(operation):

@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, ExampleNormalization
 from trainer.models.classifier import Classifier
+from trainer.private_api import swap_class
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class ThawPlan:
     thawed_layers: int
     layer_count: int
     batch_norm_training: bool  # what `Classifier.features` must be called with in training
-    shares: tuple[float, ...] = ()  # of the learning rate, one a variable of `trainable`; empty: all have the whole
-    share_lines: tuple[str, ...] = ()  # the same for people
+    lr_multipliers: tuple[float, ...] = ()  # one a variable of `trainable`; empty: 1 for all
+    lr_multiplier_lines: tuple[str, ...] = ()  # the same for people
 
     def lines(self) -> list[str]:
         """The plan for people, one line a group."""
@@ -60,7 +61,7 @@ class ThawPlan:
             f"  {name:<{widths[0]}}  {variables:>{widths[1]}}  {parameters:>{widths[2]}}  {size:>{widths[3]}}"
             for name, variables, parameters, size in table
         ]
-        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.share_lines]
+        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.lr_multiplier_lines]
 
 
 def _size(count: int) -> str:
@@ -78,8 +79,8 @@ def apply_thaw(
     with statistics over the examples of all replicas. Compile steps after this call: a traced function keeps what was
     trainable when it was traced.
 
-    The head has the whole learning rate, a layer of the backbone the share `backbone_rate * layer_decay ** d`, where d
-    is 1 in the last block, 2 in the block before, and one more than in the first block in what comes before that
+    The head trains at the learning rate, a layer of the backbone at `backbone_rate * layer_decay ** d` times it, where
+    d is 1 in the last block, 2 in the block before, and one more than in the first block in what comes before that
     (Howard & Ruder 2018, discriminative fine-tuning; the count is that of Bao et al. 2022, BEiT).
 
     Raises:
@@ -94,7 +95,7 @@ def apply_thaw(
         layer.trainable = index in chosen and not (is_norm and frozen_norm)
         if is_norm:
             # Backbones come with Keras' layer; the class that computes is another one where it trains.
-            layer.__class__ = ExampleNormalization if layer.trainable else NORM
+            swap_class(layer, ExampleNormalization if layer.trainable else NORM)
     thawed = [index for index in sorted(chosen) if layers[index].trainable_weights]
     if chosen and not thawed:
         able = [i for i, layer in enumerate(layers) if layer.weights and not (isinstance(layer, NORM) and frozen_norm)]
@@ -103,7 +104,9 @@ def apply_thaw(
             f"({layers[able[-1]].name}). Use thaw=none to train the head alone"
         )
     plan = _plan(classifier, thaw, batch_norm, thawed, len(chosen))
-    return plan if backbone_rate == layer_decay == 1 else _with_shares(plan, classifier, backbone_rate, layer_decay)
+    if backbone_rate == layer_decay == 1:
+        return plan
+    return _with_lr_multipliers(plan, classifier, backbone_rate, layer_decay)
 
 
 def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int], thawed_layers: int) -> ThawPlan:
@@ -154,22 +157,22 @@ def blocks(classifier: Classifier) -> list[tuple[str, int]]:
     return [("stem", 0), *sorted(starts.items(), key=lambda item: item[1])]
 
 
-def _with_shares(plan: ThawPlan, classifier: Classifier, backbone_rate: float, layer_decay: float) -> ThawPlan:
-    """The plan with each variable's share of the learning rate."""
+def _with_lr_multipliers(plan: ThawPlan, classifier: Classifier, backbone_rate: float, layer_decay: float) -> ThawPlan:
+    """The plan with a factor of the learning rate for each variable."""
     parts = blocks(classifier)
-    shares = [backbone_rate * layer_decay ** (len(parts) - i) for i in range(len(parts))]
+    of_part = [backbone_rate * layer_decay ** (len(parts) - i) for i in range(len(parts))]
     bounds = [first for _, first in parts[1:]]
     of_variable: dict[int, float] = {}
     trains: dict[str, float] = {}
     for index, layer in enumerate(classifier.backbone.layers):
         part = bisect.bisect_right(bounds, index)
-        of_variable |= {id(variable): shares[part] for variable in layer.weights}
+        of_variable |= {id(variable): of_part[part] for variable in layer.weights}
         if layer.trainable_weights:
-            trains[parts[part][0]] = shares[part]
+            trains[parts[part][0]] = of_part[part]
     line = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} a block down: head 1"
-    line += "".join(f", {name} {share:.3g}" for name, share in reversed(trains.items()))
+    line += "".join(f", {name} {factor:.3g}" for name, factor in reversed(trains.items()))
     of_trainable = tuple(of_variable.get(id(variable), 1.0) for variable in plan.trainable.values())
-    return replace(plan, shares=of_trainable, share_lines=(line,)) if trains else plan
+    return replace(plan, lr_multipliers=of_trainable, lr_multiplier_lines=(line,)) if trains else plan
 
 
 def _group(name: str, variables: Iterable[keras.Variable]) -> Group:

@@ -66,7 +66,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
         steps = config.phase_steps(phase, epoch)
         rate = build_schedule(phase.schedule, phase.optimizer.learning_rate, total_steps=steps,
                               steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
-        optimizer = build_optimizer(phase.optimizer, rate, thaw.shares)
+        optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
         optimizer.build(list(thaw.trainable.values()))
         sizes = bytes_of(thaw.trainable.values())
         layers = classifier.backbone.layers

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from trainer.errors import DataError
+from trainer.private_api import new_saved_model_proto
 from trainer.serving.export_files import GRAPH, Export
 
 
@@ -140,7 +140,7 @@ def _only(signature: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
 
 def _check_operations(export: Export) -> None:
     """A SavedModel holds no Python, but a graph may read and write files: none that kubetune exports does."""
-    model = SavedModel()
+    model = new_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public

@@ -23,6 +23,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError, Interrupted
+from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
 from trainer.storage.base import chosen
 
 DEADLINE = 120.0  # seconds from the first try of an operation (of each part, of a large one) to giving up
@@ -145,10 +146,8 @@ def _connect(emulated: bool) -> Any:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
                 raise DataError(f"GOOGLE_APPLICATION_CREDENTIALS: {str(error).splitlines()[0]}") from error
     made = storage.Client(project=project, credentials=credentials)
-    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=THREADS)
-    made._http.mount("https://", adapter)  # as Google's own samples do: there is no public way
-    made._http.mount("http://", adapter)
-    made._bucket_metadata_cache = None  # or it asks for storage.buckets.get behind our back, for traces nobody reads
+    mount_transport(made, HTTPAdapter(pool_connections=4, pool_maxsize=THREADS))
+    disable_bucket_metadata(made)
     return made
 
 
@@ -173,7 +172,7 @@ def _found() -> tuple[Credentials, str | None]:
 
 def identity() -> str:
     """Whom the storage sees."""
-    credentials = client()._credentials
+    credentials = credentials_of(client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
         return "nobody (anonymous)"
@@ -198,7 +197,7 @@ def refused(error: Exception, address: str, permission: str, absent: str) -> Dat
         return DataError(f"{address}: {absent}")
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
     if denied or isinstance(error, GoogleAuthError):  # the second: after a 401 the client asks for a new token
-        anonymous = isinstance(client()._credentials, AnonymousCredentials)
+        anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and no credentials were found; {_HOW}")
     if isinstance(error, GoogleAPICallError) and denied:

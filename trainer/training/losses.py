@@ -72,28 +72,28 @@ def focal(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: float =
     return -tf.reduce_sum(targets * others**gamma * log_p, -1)
 
 
-def divergence(teacher: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
+def divergence(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
     """KL(teacher, student) of each example times temperature squared, float32 [b].
 
     Hinton et al. 2015, "Distilling the knowledge in a neural network": softened answers have gradients that shrink with
     1 / T^2; the factor keeps the share of the labels what it is for any T.
 
     Args:
-        teacher: float32 [b, classes], its logits, or the logarithms of its probabilities.
+        teacher_logits: float32 [b, classes]; the logarithms of its probabilities do as well.
         logits: float32 [b, classes], the student's.
         temperature: T, divides both before the softmax.
     """
-    wanted, given = tf.nn.log_softmax(teacher / temperature), tf.nn.log_softmax(logits / temperature)
-    return temperature**2 * tf.reduce_sum(tf.exp(wanted) * (wanted - given), -1)
+    teacher, student = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
+    return temperature**2 * tf.reduce_sum(tf.exp(teacher) * (teacher - student), -1)
 
 
-def logarithms(probabilities: tf.Tensor) -> tf.Tensor:
-    """Finite logarithms of probabilities, float32."""
+def log_probs(probabilities: tf.Tensor) -> tf.Tensor:
+    """Finite logarithms of probabilities, float32 of the same shape."""
     return tf.math.log(tf.maximum(probabilities, _TINY))
 
 
 def weighted_losses(
-    batch: dict[str, Any], logits: tf.Tensor, settings: LossSettings, teacher: tf.Tensor | None = None
+    batch: dict[str, Any], logits: tf.Tensor, settings: LossSettings, teacher_logits: tf.Tensor | None = None
 ) -> tf.Tensor:
     """The loss of each example times its weight, float32 [b]; 0 for padding.
 
@@ -105,15 +105,17 @@ def weighted_losses(
     if "mix" in batch:
         mix, weight = batch["mix"], batch["weight"]
         parts = [(batch["label"], weight * mix), (batch["other_label"], weight * (1.0 - mix))]
-    lesson = None if teacher is None else (1.0 - settings.alpha) * divergence(teacher, logits, settings.temperature)
+    soft = None
+    if teacher_logits is not None:
+        soft = (1.0 - settings.alpha) * divergence(teacher_logits, logits, settings.temperature)
     found = []
     for labels, weights in parts:
         if settings.focal_gamma is None:
             losses = cross_entropy(labels, logits, settings.label_smoothing)
         else:
             losses = focal(labels, logits, settings.focal_gamma, settings.label_smoothing)
-        if lesson is not None:
-            losses = settings.alpha * losses + lesson
+        if soft is not None:
+            losses = settings.alpha * losses + soft
         if settings.class_weights:
             weights = weights * tf.gather(tf.constant(settings.class_weights), labels)
         found.append(losses * weights)
@@ -121,9 +123,9 @@ def weighted_losses(
 
 
 def hits(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
-    """1.0 where the answer is right, float32 [b]; of a mixed example the share of the class that was answered."""
+    """1.0 where the answer is correct, float32 [b]; of a mixed example the share of the class that was answered."""
     answers = tf.argmax(logits, -1, tf.int32)
-    right = tf.cast(answers == batch["label"], tf.float32)
+    correct = tf.cast(answers == batch["label"], tf.float32)
     if "mix" not in batch:
-        return right
-    return batch["mix"] * right + (1.0 - batch["mix"]) * tf.cast(answers == batch["other_label"], tf.float32)
+        return correct
+    return batch["mix"] * correct + (1.0 - batch["mix"]) * tf.cast(answers == batch["other_label"], tf.float32)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.config.phases import Optimizer, Schedule
+from trainer.private_api import variable_index
 
 schedules = keras.optimizers.schedules
 
@@ -63,13 +64,13 @@ def build_schedule(
 
 
 def build_optimizer(
-    optimizer: Optimizer, rate: LearningRateSchedule, shares: tuple[float, ...] = ()
+    optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
     """A fresh Keras optimizer; options left null keep Keras' defaults.
 
     Args:
-        shares: of `rate`, one for each variable that the optimizer will be built with; empty: `rate` for all, and
-            Keras' own class.
+        lr_multipliers: factors of `rate`, one for each variable that the optimizer will be built with; empty: `rate`
+            for all, and Keras' own class.
     """
     kinds = {
         "adam": keras.optimizers.Adam,
@@ -78,19 +79,21 @@ def build_optimizer(
         "sgd": keras.optimizers.SGD,
         "rmsprop": keras.optimizers.RMSprop,
     }
-    kind = _with_shares(kinds[optimizer.name], shares) if shares else kinds[optimizer.name]
+    kind = kinds[optimizer.name]
+    if lr_multipliers:
+        kind = _with_lr_multipliers(kind, lr_multipliers)
     # A fixed name: Keras would number a second optimizer of the process, and a resumed run has but one.
     return kind(learning_rate=rate, name="optimizer", **optimizer.options)
 
 
-def _with_shares(kind: Any, shares: tuple[float, ...]) -> Any:
+def _with_lr_multipliers(kind: Any, lr_multipliers: tuple[float, ...]) -> Any:
     """The optimizer `kind` with a learning rate of its own for each variable: what as many optimizers would do.
 
     Not the gradient is scaled, which Adam and its like would divide out again, but the rate that `update_step` is
     given, and with it AdamW's weight decay, which Keras multiplies by the rate.
     """
 
-    class WithShares(kind):
+    class WithLrMultipliers(kind):
         weight_decay: Any
 
         def __init__(self, **options: Any) -> None:
@@ -99,10 +102,10 @@ def _with_shares(kind: Any, shares: tuple[float, ...]) -> Any:
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-            share = shares[self._get_variable_index(variable)]
-            own = learning_rate if share == 1 else learning_rate * share
+            multiplier = lr_multipliers[variable_index(self, variable)]
+            own = learning_rate if multiplier == 1 else learning_rate * multiplier
             if self.decay is not None:
                 self.assign_sub(variable, variable * self.decay * own)
             super().update_step(gradient, variable, own)
 
-    return WithShares
+    return WithLrMultipliers

@@ -2,7 +2,10 @@
 
 All replicas compute the gradient of the same global mean: loss = sum(per_example * weight) / sum(weight over the
 whole batch), so that padding (weight 0) and uneven replicas change nothing. The sum of weights is added up over all
-replicas before the gradient; the wish to stop travels with it, so that all workers stop after the same step.
+replicas before the gradient; the votes to stop travel with it, so that all workers stop after the same step.
+
+`TrainingStep.run` calls the compiled loop, whose body is one step; a step runs a few functions in each replica, one of
+which, `_gradients`, holds the gradient tape.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
 from trainer.training import variables as by_name
-from trainer.training.losses import LossSettings, class_weights, hits, logarithms, weighted_losses
+from trainer.training.losses import LossSettings, class_weights, hits, log_probs, weighted_losses
 from trainer.types import Batch, Dataset
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
@@ -134,6 +137,7 @@ class TrainingStep:
     Attributes:
         loss_scale: float32 variables [scale, good steps in a row], saved with the run; None but for float16.
         averages: the EMA weights; None without EMA.
+        traced: whether a call was made; the first one takes long.
     """
 
     def __init__(
@@ -144,7 +148,6 @@ class TrainingStep:
         optimizer: keras.optimizers.Optimizer,
         settings: StepSettings,
         *,
-        workers: int = 1,
         stop: Callable[[], bool] = lambda: False,
         teacher: Teacher | None = None,
     ) -> None:
@@ -156,7 +159,7 @@ class TrainingStep:
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables = list(trained.values())
         self.settings = settings
-        self.replicas, self.workers, self.stop = strategy.num_replicas_in_sync, workers, stop
+        self.replicas, self.stop = strategy.num_replicas_in_sync, stop
         with strategy.scope():
             optimizer.build(self.variables)
             self.loss_scale = (
@@ -169,11 +172,13 @@ class TrainingStep:
                 if settings.ema
                 else None
             )
-        self._piece = (
-            tf.function(self._share_of_loss, jit_compile=True, autograph=False) if settings.xla else self._share_of_loss
-        )
-        self.traced = False  # the first call takes long
-        self._block = tf.function(self._run_block, autograph=False)
+        self.traced = False
+        self._compiled_loop = tf.function(self._loop, autograph=False)
+        self._replica_gradients: Callable[..., Any] = self._gradients
+        if settings.xla:
+            compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
+            # Not the tf.function itself, which a strategy would compile for all replicas as one.
+            self._replica_gradients = lambda *arguments: compiled(*arguments)
 
     def checkpointed(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the network's own variables, by name."""
@@ -192,79 +197,70 @@ class TrainingStep:
             float32 [steps taken, 3]: sum of losses, correct examples, examples of each step, over all workers; the
             seconds that this worker waited for data; whether it was told to stop, the same on every worker.
         """
-        per_step, waited, stopped = self._block(
+        per_step, waited, stopped = self._compiled_loop(
             batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
         )
         self.traced = True
         return per_step.numpy(), float(waited), bool(stopped)
 
-    def _run_block(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        def go_on(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+    def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
+        """`run` in a graph: float32 [steps taken, 3]; seconds, float64; bool."""
+        in_replicas, local = self.strategy.run, self.strategy.experimental_local_results
+        gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
+
+        def goes_on(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped))
 
-        def one(i: Any, stopped: Any, last: Any, waited: Any, rows: Any) -> tuple[Any, ...]:
-            del stopped
-            with tf.control_dependencies([last]):
-                asked = _now()
-            with tf.control_dependencies([asked]):
-                batch = next(batches)
-            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                waited += _now() - asked
-                wish = tf.cast(_ask_host(self.stop), tf.float32)
+        def one_step(i: Any, _stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
+            batch, seconds, stop_vote = self._fetch(batches, after=last)
             done = tf.cast(i, tf.int64)
-            last, stopped = self._one_step(batch, wish, run_step + done, phase_step + done)
-            return i + 1, stopped, last, waited, rows.write(i, last)
+            examples, stop_votes = in_replicas(self._global_counts, args=(batch, stop_vote))
+            gradients, sums = in_replicas(gradients_of, args=(batch, run_step + done, examples))
+            self._update(gradients)
+            if self.averages:
+                self._average(phase_step + done)
+            row = tf.add_n(local(sums))
+            return i + 1, local(stop_votes)[0] > 0, row, waited + seconds, per_step.write(i, row)
 
         # Not a `while`, which autograph would have to convert: its first use in a process takes a third of a second.
-        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), rows)
-        _, stopped, _, waited, rows = tf.while_loop(go_on, one, begin)
-        sums = rows.stack()
-        if self.workers > 1:  # each has added up its own replicas
+        per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
+        begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
+        _, stopped, _, waited, per_step = tf.while_loop(goes_on, one_step, begin)
+        sums = per_step.stack()
+        if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # each has added up its own replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
-    def _one_step(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        local = self.strategy.experimental_local_results
-        gradients, sums, finite, wishes = self.strategy.run(self._gradients, args=(batch, wish, run_step))
-        if self.loss_scale is None:
-            self.strategy.run(self._apply, args=(gradients,))
-        else:
-            ok = local(finite)[0]
-            tf.cond(ok, lambda: self._applied(gradients), lambda: False)
-            self._adjust_loss_scale(ok)
-        if self.averages:
-            self._average(phase_step)
-        return tf.add_n(local(sums)), local(wishes)[0] > 0
+    def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
+        """The next batch once `after` is computed; seconds waited for it, float64; 1.0 to stop after it, or 0.0."""
+        with tf.control_dependencies([after]):
+            asked = _now()
+        with tf.control_dependencies([asked]):
+            batch = next(batches)
+        with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+            return batch, _now() - asked, tf.cast(_ask_host(self.stop), tf.float32)
 
-    def _gradients(self, batch: Batch, wish: tf.Tensor, run_step: tf.Tensor) -> tuple[Any, ...]:
-        """In a replica: gradients ready for `_apply`; [loss, correct, examples] of this replica; all finite?; how many
-        replicas wish to stop.
-        """
-        settings = self.settings
-        examples, wishes = tf.unstack(_all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), wish]), self.replicas))
-        if settings.accumulate == 1:
-            gradients, sums = self._piece(batch, run_step, examples)
-        else:
-            gradients, sums = self._pieces(batch, run_step, examples)
-        finite = tf.constant(True)
-        if settings.clip_norm or self.loss_scale:
-            # Clipping needs the gradient of the whole batch: reduce first, then undo the sum that `apply` makes.
-            gradients = _all_reduce(gradients, self.replicas)
-            if self.loss_scale:
-                gradients = [g / self.loss_scale[0] for g in gradients]
-                finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
-            if settings.clip_norm:
-                gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm)
-            gradients = [g / self.replicas for g in gradients]
-        return gradients, sums, finite, wishes
+    def _global_counts(self, batch: Batch, stop_vote: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """In a replica: the examples of the global batch, and how many replicas vote to stop; float32 scalars."""
+        both = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_vote]), self.replicas)
+        examples, stop_votes = tf.unstack(both)
+        return examples, stop_votes
 
-    def _share_of_loss(
+    def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Gradients of this part's share of the global mean loss, and its sums."""
+        """In a replica: the gradients of what its rows add to the global mean loss, and float32 [3]: the sum of its
+        losses, its correct examples, its examples.
+
+        Args:
+            examples: float32 scalar, of the global batch.
+        """
         settings, rows = self.settings, dict[str, Any](batch)
-        lesson = self._lesson(rows)
+        teacher_logits = None
+        if "teacher" in rows:
+            teacher_logits = log_probs(rows["teacher"])
+        elif self.teacher:
+            teacher_logits = self.teacher.logits(rows["image"])
         raw = [v.value for v in self.variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:  # what is frozen leaves nothing on the tape
             tape.watch(raw)
@@ -277,42 +273,57 @@ class TrainingStep:
                 position=batch["position"],
                 weight=batch["weight"],
             )
-            losses = weighted_losses(rows, logits, settings, lesson)
+            losses = weighted_losses(rows, logits, settings, teacher_logits)
             penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
             loss = tf.reduce_sum(losses) / examples + penalty
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        right = hits(rows, logits) * batch["weight"]
-        sums = tf.stack([tf.reduce_sum(losses), tf.reduce_sum(right), tf.reduce_sum(batch["weight"])])
-        return gradients, sums
+        num_correct = tf.reduce_sum(hits(rows, logits) * batch["weight"])
+        return gradients, tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
 
-    def _lesson(self, rows: dict[str, Any]) -> tf.Tensor | None:
-        """The teacher's logits for these rows, float32 [b, classes]: found in the batch, or asked for now."""
-        if "teacher" in rows:
-            return logarithms(rows["teacher"])
-        return self.teacher.logits(rows["image"]) if self.teacher else None
-
-    def _pieces(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The same in `accumulate` pieces, one after the other, so that only one piece's activations are held."""
+    def _accumulated_gradients(
+        self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """`_gradients` in `accumulate` pieces, one after the other: only one piece's activations are held."""
         count = self.settings.accumulate
         pieces: dict[str, Any] = {
             k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
         }
 
         def add(i: tf.Tensor, gradients: list[tf.Tensor], sums: tf.Tensor) -> tuple[Any, ...]:
-            more, parts = self._piece({k: v[i] for k, v in pieces.items()}, run_step, examples)
+            more, parts = self._replica_gradients({k: v[i] for k, v in pieces.items()}, run_step, examples)
             return i + 1, [a + b for a, b in zip(gradients, more, strict=True)], sums + parts
 
         nothing = tf.constant(0), [tf.zeros(v.shape) for v in self.variables], tf.zeros([3])
         _, gradients, sums = tf.while_loop(lambda i, *_: i < count, add, nothing, parallel_iterations=1)
         return gradients, sums
 
-    def _apply(self, gradients: list[tf.Tensor]) -> None:
-        self.optimizer.apply(gradients, self.variables)
+    def _update(self, gradients: Any) -> None:
+        """One step of the optimizer; with loss scaling only where all gradients are finite."""
 
-    def _applied(self, gradients: Any) -> bool:
-        self.strategy.run(self._apply, args=(gradients,))
-        return True
+        def apply() -> bool:
+            self.strategy.run(lambda given: self.optimizer.apply(given, self.variables), args=(gradients,))
+            return True
+
+        if self.settings.clip_norm or self.loss_scale:
+            gradients, finite = self.strategy.run(self._clipped, args=(gradients,))
+        if self.loss_scale is None:
+            apply()
+        else:
+            all_finite = self.strategy.experimental_local_results(finite)[0]
+            tf.cond(all_finite, apply, lambda: False)
+            self._adjust_loss_scale(all_finite)
+
+    def _clipped(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """In a replica: gradients without the loss scale, clipped by the norm of the whole; whether all are finite."""
+        # Clipping needs the gradient of the whole batch: reduce first, then undo the sum that `apply` makes.
+        gradients, finite = _all_reduce(gradients, self.replicas), tf.constant(True)
+        if self.loss_scale:
+            gradients = [g / self.loss_scale[0] for g in gradients]
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+        if self.settings.clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.settings.clip_norm)
+        return [g / self.replicas for g in gradients], finite
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
         """Halve on overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""

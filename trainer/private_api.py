@@ -1,0 +1,116 @@
+"""Every use of API that another library does not publish, in one place.
+
+A library may rename or remove such a name in any release, without a word in its notes. So each use is a function here,
+no other module of this package touches such a name, and `tests/test_private_api.py` exercises every row of these tables
+on the installed versions: an upgrade that breaks one fails there, with the library, its version and the name.
+
+Private by name, each with its function here:
+
+| library | name | what for | a public replacement would be |
+| --- | --- | --- | --- |
+| keras | `Function._run_through_graph` | `run_through_graph` | `clone_model(call_function=)`, if it took tensors |
+| keras | `KerasTensor._keras_history` | `producer_of` | an `operation` of a tensor; there is none |
+| keras | `Optimizer._get_variable_index` | `variable_index` | learning rates by variable; there are none |
+| keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it kept the variables |
+| tensorflow | `tensorflow.core.protobuf` | `new_saved_model_proto` | a parser of `saved_model.pb`; there is none |
+| tensorboard | `summary_v2._summary_pb` | `session_end_summary` | in `hparams.api`, which has `KerasCallback` only |
+| google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples do the same |
+| google-cloud-storage | `Client._bucket_metadata_cache` | `disable_bucket_metadata` | an argument of `Client` |
+| google-cloud-storage | `Client._credentials` | `credentials_of` | a property of `Client`; there is none |
+| hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a kind of sweeper in `HydraConf` |
+
+Public by name, documented nowhere, and used where the last column says:
+
+| library | name | where |
+| --- | --- | --- |
+| keras | `Function.operations`, `Operation.input`, `Operation.output` | models/bn_folding.py, features/cut.py |
+| keras | `Normalization.mean`, `Normalization.variance` | exporting/bundle.py |
+| tensorboard | `compat.proto`, `summary.writer.record_writer` | cli/sweep.py, runs/metrics.py |
+| tensorboard | `plugins.hparams`, `plugins.scalar.summary_v2` | cli/sweep.py |
+| uvicorn | `H11Protocol` and what it holds: `conn`, `cycle`, `loop`, `transport` | serving/server.py |
+| uvicorn | `Server`: `servers`, `server_state`, `lifespan`, `capture_signals`, `shutdown` | serving/server.py |
+| ai-edge-litert | `schema_py_generated` | exporting/tflite.py |
+
+Libraries are imported inside the functions: modules that start without TensorFlow import this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keras
+
+
+def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], Callable[..., Any]]) -> Any:
+    """The outputs of a functional `keras.Model`, computed by `operation_fn(operation)` in place of each operation."""
+    return network._run_through_graph(inputs, operation_fn=operation_fn)
+
+
+def producer_of(tensor: Any) -> Any:
+    """The layer or operation that a `keras.KerasTensor` is the output of."""
+    return tensor._keras_history.operation
+
+
+def variable_index(optimizer: Any, variable: Any) -> int:
+    """The position of a variable in the list that the optimizer was built with."""
+    return optimizer._get_variable_index(variable)
+
+
+def swap_class(layer: Any, cls: type) -> None:
+    """Make a layer compute as one of `cls`, a base or a subclass of its class that adds no state; variables stay."""
+    layer.__class__ = cls
+
+
+def library_class(layer: Any) -> type:
+    """The class of a layer, or the nearest base of it that does not belong to this package."""
+    return next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] != __package__)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TensorFlow, TensorBoard
+
+
+def new_saved_model_proto() -> Any:
+    """An empty `SavedModel` message, to parse a `saved_model.pb` with."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    return SavedModel()
+
+
+def session_end_summary(session_end_info: Any) -> Any:
+    """The `Summary` message of a `SessionEndInfo`, which ends a row of the HParams page."""
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
+
+    data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)
+    return summary_v2._summary_pb(metadata.SESSION_END_INFO_TAG, data)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Google's client of Cloud Storage
+
+
+def mount_transport(client: Any, adapter: Any) -> None:
+    """Send all requests of a `storage.Client` through a `requests.adapters.HTTPAdapter`."""
+    client._http.mount("https://", adapter)
+    client._http.mount("http://", adapter)
+
+
+def disable_bucket_metadata(client: Any) -> None:
+    """Keep a `storage.Client` from requests of its own, for traces, that need the permission storage.buckets.get."""
+    client._bucket_metadata_cache = None
+
+
+def credentials_of(client: Any) -> Any:
+    """The `google.auth.credentials.Credentials` that a `storage.Client` sends its requests with."""
+    return client._credentials
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hydra
+
+
+def is_grid(hydra_settings: Any) -> bool:
+    """Whether Hydra's own sweeper, which takes every combination, runs the sweep; `hydra_settings` is `HydraConf`."""
+    return hydra_settings.sweeper["_target_"].endswith(".BasicSweeper")
