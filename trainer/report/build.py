@@ -17,7 +17,7 @@ from trainer.data.pipeline import chosen_batches, chosen_gate
 from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find_duplicates, shrink
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.monitoring.health import signs
-from trainer.report.sections import MEMBERS_SHOWN, SHOWN
+from trainer.report.page import MEMBERS_SHOWN, SHOWN
 from trainer.report.write import Repeats, Samples, describe_data, write_report
 from trainer.run import Run, say
 from trainer.runs.folder import versions

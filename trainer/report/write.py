@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.figures import (
+    Chart,
     Images,
     draw_augmentation,
     draw_calibration,
@@ -31,9 +33,9 @@ from trainer.report.figures import (
     find_least_sure,
     find_most_wrong,
     find_random,
+    save,
 )
-from trainer.report.page import write_page
-from trainer.report.sections import SHOWN, PagePictures
+from trainer.report.page import SHOWN, PagePictures, write_page
 from trainer.storage.local import write_whole
 from trainer.types import Dataset, EvaluationResult
 
@@ -120,25 +122,28 @@ def _draw_all(
     seed: int,
     images: Images,
     samples: Samples | None,
-) -> dict[str, str]:
-    """Draw what there is to draw; returns the file name of each figure."""
+) -> tuple[dict[str, str], dict[str, list[Chart]]]:
+    """Draw what there is to draw; returns the file name of each figure, and those that the page shows too."""
     metrics: dict[str, Any] = result.metrics
-    drawn = []
-    if history:
-        drawn.append(draw_curves(folder / "curves.png", history, phases))
-    drawn.append(draw_predictions(folder / "predictions.png", result, images, seed))
-    drawn.append(draw_most_wrong(folder / "most_wrong.png", result, images))
-    drawn.append(draw_least_sure(folder / "least_sure.png", result, images))
-    drawn.append(draw_confusion(folder / "confusion.png", metrics["confusion"], result.class_names))
-    drawn.append(draw_f1(folder / "f1.png", metrics["per_class"], metrics["macro_f1"]))
-    drawn.append(
-        draw_calibration(folder / "calibration.png", metrics["calibration_bins"], metrics["calibration_error"])
-    )
+    charts: dict[str, list[Chart]] = {
+        "curves": draw_curves(history, phases) if history else [],
+        "confusion": draw_confusion(metrics["confusion"], result.class_names),
+        "calibration": [draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
+    }
+    figures: dict[str, Figure | list[Figure]] = {
+        "curves": [chart.figure for chart in charts["curves"]],
+        "predictions": draw_predictions(result, images, seed),
+        "most_wrong": draw_most_wrong(result, images),
+        "least_sure": draw_least_sure(result, images),
+        "confusion": [chart.figure for chart in charts["confusion"]],
+        "f1": draw_f1(metrics["per_class"], metrics["macro_f1"]),
+        "calibration": charts["calibration"][0].figure,
+    }
     if samples is not None and len(samples.pictures):
-        drawn.append(draw_samples(folder / "samples.png", samples.pictures, samples.class_names))
+        figures["samples"] = draw_samples(samples.pictures, samples.class_names)
         if samples.augmented is not None and len(samples.augmented):
-            drawn.append(draw_augmentation(folder / "augmentation.png", samples.pictures[0], samples.augmented))
-    return {path.stem: path.name for path in drawn}
+            figures["augmentation"] = draw_augmentation(samples.pictures[0], samples.augmented)
+    return {name: save(drawn, folder / f"{name}.png").name for name, drawn in figures.items() if drawn}, charts
 
 
 def _page_pictures(
@@ -223,7 +228,8 @@ def write_report(
             "duplicates": repeats.facts if repeats else {},
         }
     )
-    report["figures"] = _draw_all(folder, result, history, phases, report["seed"], images, samples)
+    drawn = _draw_all(folder, result, report["history"], report["phases"], report["seed"], images, samples)
+    report["figures"], charts = drawn
     write_predictions(folder / "predictions.csv", result)
     report["timing"] = _plain(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -231,6 +237,6 @@ def write_report(
     }
     suspects = report["label_errors"]["rows"]
     pictures = _page_pictures(result, suspects, report["seed"], images, explain, repeats)
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
     write_whole(folder / "report.json", _dump(report))
     return report
