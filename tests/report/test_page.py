@@ -13,7 +13,7 @@ from PIL import Image
 from tests.evaluation.browser import Tab, chromium
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
-from trainer.report.write import Repeats
+from trainer.report.write import Pictures, Repeats
 
 pytestmark = pytest.mark.browser
 
@@ -49,7 +49,11 @@ def write_whole_page(folder: Path, classes: int, n: int) -> Path:
     def explain(indices: Sequence[int]) -> np.ndarray:
         return np.stack([np.random.default_rng(i).random((4, 4)).astype(np.float32) for i in indices])
 
-    write(folder, make_result(classes, n), explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))]))
+    write(
+        folder,
+        make_result(classes, n),
+        pictures=Pictures(fetch, explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))])),
+    )
     return folder / "index.html"
 
 

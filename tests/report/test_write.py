@@ -18,7 +18,7 @@ from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases,
 from trainer.evaluation.intervals import wilson
 from trainer.report.figures import INK, Line, line_chart, svg
 from trainer.report.page import PLACES
-from trainer.report.write import VALIDATION_NOTE, Samples, describe_data, write_report
+from trainer.report.write import VALIDATION_NOTE, Pictures, Samples, describe_data, write_report
 from trainer.runs import clock as ledger
 from trainer.types import Dataset, EvaluationResult, Split
 
@@ -86,8 +86,7 @@ def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]
         "history": history,
         "phases": make_phases(history),
         "run": facts(result),
-        "images": fetch,
-        "samples": Samples(images, [result.class_names[0]] * 4, images),
+        "pictures": Pictures(fetch, Samples(images, [result.class_names[0]] * 4, images)),
     }
     return write_report(folder, **(given | more))
 
@@ -186,7 +185,7 @@ def test_headline_comes_first(tmp_path: Path) -> None:
 
 def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path) -> None:
     result = make_result(3, 10, right=True)
-    report = write_report(tmp_path, result=result, history=[], phases={}, run={}, images=fetch)
+    report = write_report(tmp_path, result=result, history=[], phases={}, run={}, pictures=Pictures(fetch))
     assert set(report["figures"]) == {"predictions", "most_wrong", "least_sure", "confusion", "f1", "calibration"}
     assert report["phases"] == {}
     Page((tmp_path / "index.html").read_text(encoding="utf-8"))
@@ -263,7 +262,7 @@ def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path
 
     result = make_result(1000, 100_000)
     began = time.process_time()
-    write(tmp_path, result, images=large)
+    write(tmp_path, result, pictures=Pictures(large))
     spent, size = time.process_time() - began, (tmp_path / "index.html").stat().st_size
     print(f"1,000 classes x 100,000 examples: {spent:.0f} s of a CPU, {size / 1e6:.1f} MB")
     assert size < 8e6

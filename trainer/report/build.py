@@ -18,7 +18,7 @@ from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.monitoring.health import signs
 from trainer.report.page import MEMBERS_SHOWN, SHOWN
-from trainer.report.write import Repeats, Samples, describe_data, write_report
+from trainer.report.write import Pictures, Repeats, Samples, describe_data, write_report
 from trainer.run import Run, say
 from trainer.runs.folder import versions
 from trainer.types import EvaluationResult, Split
@@ -74,10 +74,12 @@ def report_on(
             "versions": versions(),
             **facts,
         },
-        images=lambda wanted: pictures(job, split, indices[list(wanted)]),
-        samples=samples(job) if "train" in splits else None,
-        explain=lambda wanted: job.look(pictures(job, split, indices[list(wanted)]))["heatmap"],
-        repeats=found,
+        pictures=Pictures(
+            images=lambda wanted: pictures(job, split, indices[list(wanted)]),
+            samples=samples(job) if "train" in splits else None,
+            explain=lambda wanted: job.look(pictures(job, split, indices[list(wanted)]))["heatmap"],
+            repeats=found,
+        ),
     )
 
 

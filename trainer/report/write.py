@@ -66,6 +66,16 @@ class Repeats:
     pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What a report can show of the images; all but `images` may be left out."""
+
+    images: Images  # of the evaluated split, by example index
+    samples: Samples | None = None
+    explain: Explanations | None = None  # where the model looked, for the gallery
+    repeats: Repeats | None = None
+
+
 def describe_data(dataset: Dataset) -> dict[str, Any]:
     """What a report says about the data: name, fingerprint, counts by split and class, notes, skipped files."""
     classes = len(dataset.class_names)
@@ -120,8 +130,7 @@ def _draw_all(
     history: Sequence[Mapping[str, Any]],
     phases: Mapping[str, Mapping[str, Any]],
     seed: int,
-    images: Images,
-    samples: Samples | None,
+    pictures: Pictures,
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
     """Draw what there is to draw; returns the file name of each figure, and those that the page shows too."""
     metrics: dict[str, Any] = result.metrics
@@ -132,13 +141,14 @@ def _draw_all(
     }
     figures: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
-        "predictions": draw_predictions(result, images, seed),
-        "most_wrong": draw_most_wrong(result, images),
-        "least_sure": draw_least_sure(result, images),
+        "predictions": draw_predictions(result, pictures.images, seed),
+        "most_wrong": draw_most_wrong(result, pictures.images),
+        "least_sure": draw_least_sure(result, pictures.images),
         "confusion": [chart.figure for chart in charts["confusion"]],
         "f1": draw_f1(metrics["per_class"], metrics["macro_f1"]),
         "calibration": charts["calibration"][0].figure,
     }
+    samples = pictures.samples
     if samples is not None and len(samples.pictures):
         figures["samples"] = draw_samples(samples.pictures, samples.class_names)
         if samples.augmented is not None and len(samples.augmented):
@@ -150,9 +160,7 @@ def _page_pictures(
     result: EvaluationResult,
     suspects: Sequence[Mapping[str, Any]],
     seed: int,
-    images: Images,
-    explain: Explanations | None,
-    repeats: Repeats | None,
+    pictures: Pictures,
 ) -> PagePictures:
     """What the page shows, in one reading of the images; how many there are does not depend on the split's size."""
     gallery = {
@@ -162,12 +170,12 @@ def _page_pictures(
     }
     explained = sorted({index for tab in gallery.values() for index in tab})
     wanted = sorted({*explained, *(row["index"] for row in suspects[:SHOWN])})
-    heat = explain(explained) if explain and explained else None
+    heat = pictures.explain(explained) if pictures.explain and explained else None
     return PagePictures(
         gallery,
-        dict(zip(wanted, images(wanted), strict=True)),
+        dict(zip(wanted, pictures.images(wanted), strict=True)),
         {} if heat is None else dict(zip(explained, heat, strict=True)),
-        repeats.pictures if repeats else (),
+        pictures.repeats.pictures if pictures.repeats else (),
     )
 
 
@@ -178,10 +186,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     phases: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
-    images: Images,
-    samples: Samples | None = None,
-    explain: Explanations | None = None,
-    repeats: Repeats | None = None,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """Write figures, predictions.csv, report.json and index.html into `folder`, each whole or not at all.
 
@@ -197,10 +202,7 @@ def write_report(
             `undecodable` what was skipped later), export (what was exported and how far it differs), config (the
             resolved tree), versions (name to version), timing (whatever differs between two equal runs), note (str: how
             to read the scores).
-        images: fetches pictures of the evaluated split by example index, uint8 [k, S, S, 3].
-        samples: training pictures.
-        explain: where the model looked, for the gallery.
-        repeats: pictures that occur more than once.
+        pictures: what is shown of the images.
 
     Returns:
         What report.json holds: title, seed, test (the scores of `metrics.score`, split, note), phases, history, data,
@@ -225,10 +227,10 @@ def write_report(
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
             "label_errors": describe_label_errors(result),
-            "duplicates": repeats.facts if repeats else {},
+            "duplicates": pictures.repeats.facts if pictures.repeats else {},
         }
     )
-    drawn = _draw_all(folder, result, report["history"], report["phases"], report["seed"], images, samples)
+    drawn = _draw_all(folder, result, report["history"], report["phases"], report["seed"], pictures)
     report["figures"], charts = drawn
     write_predictions(folder / "predictions.csv", result)
     report["timing"] = _plain(run.get("timing", {})) | {
@@ -236,7 +238,7 @@ def write_report(
         "report_seconds": round(time.monotonic() - began, 3),
     }
     suspects = report["label_errors"]["rows"]
-    pictures = _page_pictures(result, suspects, report["seed"], images, explain, repeats)
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
+    shown = _page_pictures(result, suspects, report["seed"], pictures)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, shown, charts)
     write_whole(folder / "report.json", _dump(report))
     return report
