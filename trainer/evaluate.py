@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
     return wanted
 
 
-def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> dict[str, Any]:
+def evaluate(own: dict[str, str], checkpoint: Checkpoint, began: float) -> Mapping[str, Any]:
     """Score and report; returns what report.json holds."""
     from trainer.report.build import evaluated, report_on
     from trainer.run import score

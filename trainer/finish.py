@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -124,7 +125,7 @@ def export(job: Run, result: EvaluationResult, indices: np.ndarray) -> dict[str,
     return {name: facts | {"path": f"export/{facts['path']}"} for name, facts in outcomes.items()}
 
 
-def groups_apart(test: dict[str, Any]) -> list[str]:
+def groups_apart(test: Mapping[str, Any]) -> list[str]:
     """A line on how far the groups lie apart, where there are some."""
     gap = test.get("groups", {}).get("gap")
     if not gap:
@@ -144,7 +145,7 @@ def of_export(facts: dict[str, Any]) -> str:
     return f"{worth}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"
 
 
-def summarise(job: Run, report: dict[str, Any]) -> None:
+def summarise(job: Run, report: Mapping[str, Any]) -> None:
     """The last lines on the terminal: how good, where, and what to type next."""
     test, folder = report["test"], job.address.rstrip("/")
     low, high = test["interval"]

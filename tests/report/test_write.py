@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -26,6 +27,7 @@ EXPORTED = {
     "path": "export/saved_model/1", "bytes": 4_858_377, "examples": 60, "accuracy": 0.8167, "trainer_accuracy": 0.825,
     "lost": 2, "gained": 1, "largest_difference": 2e-6, "timing": {"milliseconds_per_image": 9.5}, "refused": False,
 }  # fmt: skip
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
@@ -88,7 +90,9 @@ def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]
         "run": facts(result),
         "pictures": Pictures(fetch, Samples(images, [result.class_names[0]] * 4, images)),
     }
-    return write_report(folder, **(given | more))
+    report = write_report(folder, **(given | more))
+    jsonschema.validate(json.loads((folder / "report.json").read_text()), SCHEMA)
+    return dict(report)
 
 
 def test_report_json(tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_headline_comes_first(tmp_path: Path) -> None:
 
 def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path) -> None:
     result = make_result(3, 10, right=True)
-    report = write_report(tmp_path, result=result, history=[], phases={}, run={}, pictures=Pictures(fetch))
+    report = write(tmp_path, result, history=[], phases={}, run={}, pictures=Pictures(fetch))
     assert set(report["figures"]) == {"predictions", "most_wrong", "least_sure", "confusion", "f1", "calibration"}
     assert report["phases"] == {}
     Page((tmp_path / "index.html").read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.monitoring.health import signs
 from trainer.report.page import MEMBERS_SHOWN, SHOWN
+from trainer.report.schema import Report
 from trainer.report.write import Pictures, Repeats, Samples, describe_data, write_report
 from trainer.run import Run, say
 from trainer.runs.folder import versions
@@ -52,7 +53,7 @@ def report_on(
     facts: Mapping[str, Any],
     splits: Sequence[str],
     check: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> Report:
     """Write the report on `result`, whose rows are the examples `indices` of its split.
 
     Args:

@@ -20,6 +20,7 @@ from PIL import Image
 from trainer.config.diff import flat
 from trainer.evaluation.predictions import printable
 from trainer.report.figures import NUMBERED, Chart, svg, top_confusions
+from trainer.report.schema import ClassScores, Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
@@ -225,11 +226,11 @@ class _RunPage:
         spent: name, colour and seconds of each place where time went.
     """
 
-    report: Mapping[str, Any]
+    report: Report
     config: Mapping[str, Any]
     charts: Mapping[str, Any]
     mistakes: Sequence[tuple[int, int, int]]
-    per_class: Sequence[tuple[Mapping[str, Any], str, int]]
+    per_class: Sequence[tuple[ClassScores, str, int]]
     tabs: Sequence[_Tab]
     explained: bool
     suspects: Mapping[int, Markup]
@@ -254,9 +255,7 @@ def _shot(result: EvaluationResult, pictures: PagePictures, index: int) -> _Shot
     )
 
 
-def _class_rows(
-    per_class: Sequence[Mapping[str, Any]], confusion: np.ndarray
-) -> list[tuple[Mapping[str, Any], str, int]]:
+def _class_rows(per_class: Sequence[ClassScores], confusion: np.ndarray) -> list[tuple[ClassScores, str, int]]:
     wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
     answers = wrong.argmax(axis=1)
     order = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
@@ -265,7 +264,7 @@ def _class_rows(
 
 def write_page(
     path: Path,
-    report: Mapping[str, Any],
+    report: Report,
     config: Mapping[str, Any],
     result: EvaluationResult,
     pictures: PagePictures,

@@ -36,6 +36,7 @@ from trainer.report.figures import (
     save,
 )
 from trainer.report.page import SHOWN, PagePictures, write_page
+from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import Dataset, EvaluationResult
 
@@ -104,7 +105,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _dump(report: dict[str, Any]) -> str:
+def _dump(report: Report) -> str:
     """Indented JSON with lists of numbers on one line (a row of the confusion matrix is a line)."""
     text = json.dumps(report, indent=2, allow_nan=False)
     return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
@@ -187,7 +188,7 @@ def write_report(
     phases: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
     pictures: Pictures,
-) -> dict[str, Any]:
+) -> Report:
     """Write figures, predictions.csv, report.json and index.html into `folder`, each whole or not at all.
 
     Args:
@@ -205,10 +206,7 @@ def write_report(
         pictures: what is shown of the images.
 
     Returns:
-        What report.json holds: title, seed, test (the scores of `metrics.score`, split, note), phases, history, data,
-        export, versions, label_errors (`label_errors.describe_label_errors`), duplicates (`duplicates.described`, {}
-        where nothing was looked for), figures (file names) and timing. Equal inputs give equal bytes but for `timing`
-        and `seconds`.
+        What report.json holds. Equal inputs give equal bytes but for `timing` and `seconds`.
     """
     began = time.monotonic()
     folder = Path(folder)
@@ -216,7 +214,7 @@ def write_report(
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
     if note:
         test["note"] = note
-    report: dict[str, Any] = _plain(
+    report: Report = _plain(
         {
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
