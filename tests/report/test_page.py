@@ -13,7 +13,7 @@ from PIL import Image
 from tests.evaluation.browser import Tab, chromium
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
-from trainer.report.write import Pictures, Repeats
+from trainer.report.page import Pictures, Repeats
 
 pytestmark = pytest.mark.browser
 

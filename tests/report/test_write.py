@@ -18,8 +18,8 @@ import pytest
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson
 from trainer.report.figures import INK, Line, line_chart, svg
-from trainer.report.page import PLACES
-from trainer.report.write import VALIDATION_NOTE, Pictures, Samples, describe_data, write_report
+from trainer.report.page import PLACES, Pictures, Samples
+from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock as ledger
 from trainer.types import Dataset, EvaluationResult, Split
 

@@ -17,9 +17,9 @@ from trainer.data.pipeline import chosen_batches, chosen_gate
 from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find_duplicates, shrink
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.monitoring.health import signs
-from trainer.report.page import MEMBERS_SHOWN, SHOWN
+from trainer.report.page import MEMBERS_SHOWN, SHOWN, Pictures, Repeats, Samples
 from trainer.report.schema import Report
-from trainer.report.write import Pictures, Repeats, Samples, describe_data, write_report
+from trainer.report.write import describe_data, write_report
 from trainer.run import Run, say
 from trainer.runs.folder import versions
 from trainer.types import EvaluationResult, Split

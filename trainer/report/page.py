@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ from PIL import Image
 
 from trainer.config.diff import flat
 from trainer.evaluation.predictions import printable
-from trainer.report.figures import NUMBERED, Chart, svg, top_confusions
+from trainer.report.figures import (
+    NUMBERED,
+    Chart,
+    Images,
+    find_least_sure,
+    find_most_wrong,
+    find_random,
+    svg,
+    top_confusions,
+)
 from trainer.report.schema import ClassScores, Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
@@ -150,6 +159,38 @@ def _figure(file: Path, words: str) -> Markup:
 # ---------------------------------------------------------------------------------------------------------------
 # The page of a run
 
+# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
+Explanations = Callable[[Sequence[int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training pictures for the report. Empty arrays leave their figure out."""
+
+    pictures: np.ndarray  # uint8 [k, S, S, 3]
+    class_names: Sequence[str]  # of each picture
+    augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first picture in v epochs; None: no augmentation
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Pictures that occur more than once."""
+
+    facts: dict[str, Any]  # `duplicates.described`
+    pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a report can show of the images; all but `images` may be left out."""
+
+    images: Images  # of the evaluated split, by example index
+    samples: Samples | None = None
+    explain: Explanations | None = None  # for the gallery
+    repeats: Repeats | None = None
+
+
+IN_GALLERY = 24  # pictures of a tab
 _TABS = {
     "most_wrong": ("Most wrong", "The mistakes the model was most sure of. Wrong labels show up here first."),
     "least_sure": ("Least sure", "The examples whose two most probable classes are closest."),
@@ -172,23 +213,6 @@ PLACES = {
     "lost": ("lost with a process", "--s4"),
     "down": ("no process there", "--rule"),
 }
-
-
-@dataclass(frozen=True)
-class PagePictures:
-    """What the page shows of the images, all uint8 [S, S, 3]; every part may be empty.
-
-    Attributes:
-        gallery: tab (most_wrong, least_sure, random) -> indices into the result.
-        of_index: the pictures of the gallery and of the first label errors.
-        heat: where the model looked, float [h, w] in 0..1, for the gallery.
-        duplicates: the first pictures of the first groups.
-    """
-
-    gallery: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    of_index: Mapping[int, np.ndarray] = field(default_factory=dict)
-    heat: Mapping[int, np.ndarray] = field(default_factory=dict)
-    duplicates: Sequence[Sequence[np.ndarray]] = ()
 
 
 @dataclass(frozen=True)
@@ -240,12 +264,12 @@ class _RunPage:
     timing: Mapping[str, Any]
 
 
-def _shot(result: EvaluationResult, pictures: PagePictures, index: int) -> _Shot:
+def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.ndarray | None) -> _Shot:
     truth, answer = int(result.labels[index]), int(result.probabilities[index].argmax())
     of = result.class_names
     return _Shot(
-        picture=_thumbnail(pictures.of_index[index], SHOT, f"{of[answer]}, truth {of[truth]}"),
-        heat=_overlay(pictures.heat[index]) if index in pictures.heat else "",
+        picture=_thumbnail(picture, SHOT, f"{of[answer]}, truth {of[truth]}"),
+        heat="" if heat is None else _overlay(heat),
         right=truth == answer,
         answer=of[answer],
         probability=float(result.probabilities[index, answer]),
@@ -267,7 +291,7 @@ def write_page(
     report: Report,
     config: Mapping[str, Any],
     result: EvaluationResult,
-    pictures: PagePictures,
+    pictures: Pictures,
     charts: Mapping[str, Sequence[Chart]],
 ) -> Path:
     """Write the page beside the figures it embeds.
@@ -277,15 +301,25 @@ def write_page(
         report: what `report.write_report` returns.
         config: the resolved configuration.
         result: what was scored.
-        pictures: what it shows of the images.
+        pictures: read once; how many are shown does not depend on the split's size.
         charts: curves, confusion, calibration, as `figures` draws them.
     """
     confusion = np.asarray(report["test"]["confusion"])
     few = len(confusion) <= NUMBERED
-    shots = {i: _shot(result, pictures, i) for i in sorted({i for tab in pictures.gallery.values() for i in tab})}
+    tabs = {
+        "most_wrong": find_most_wrong(result, IN_GALLERY),
+        "least_sure": find_least_sure(result, IN_GALLERY),
+        "random": find_random(result, report["seed"]),
+    }
+    explained = sorted({index for indices in tabs.values() for index in indices})
+    suspects = report["label_errors"]["rows"][:SHOWN]
+    wanted = sorted({*explained, *(row["index"] for row in suspects)})
+    images = dict(zip(wanted, pictures.images(wanted), strict=True))
+    heat = dict(zip(explained, pictures.explain(explained), strict=True)) if pictures.explain and explained else {}
+    shots = {i: _shot(result, i, images[i], heat.get(i)) for i in explained}
     seconds = report["timing"].get("seconds", {})
     groups = report["duplicates"].get("groups", [])[:SHOWN]
-    seen = [*pictures.duplicates, *[()] * len(groups)]
+    seen = [*(pictures.repeats.pictures if pictures.repeats else ()), *[()] * len(groups)]
     page = _RunPage(
         report=report,
         config=config,
@@ -296,13 +330,9 @@ def write_page(
         },
         mistakes=top_confusions(confusion, 8 if few else 15),
         per_class=_class_rows(report["test"]["per_class"], confusion),
-        tabs=[_Tab(n, *_TABS[n], [shots[i] for i in indices]) for n, indices in pictures.gallery.items()],
-        explained=bool(pictures.heat),
-        suspects={
-            row["index"]: _thumbnail(pictures.of_index[row["index"]], SMALL, row["label"])
-            for row in report["label_errors"]["rows"][:SHOWN]
-            if row["index"] in pictures.of_index
-        },
+        tabs=[_Tab(name, *_TABS[name], [shots[i] for i in indices]) for name, indices in tabs.items()],
+        explained=bool(heat),
+        suspects={row["index"]: _thumbnail(images[row["index"]], SMALL, row["label"]) for row in suspects},
         copied=[
             [_thumbnail(p, SMALL, m["file"]) for p, m in zip(shown, group["members"], strict=False)]
             for shown, group in zip(seen, groups, strict=False)

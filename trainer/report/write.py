@@ -6,8 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.figures import (
     Chart,
-    Images,
     draw_augmentation,
     draw_calibration,
     draw_confusion,
@@ -30,51 +28,17 @@ from trainer.report.figures import (
     draw_most_wrong,
     draw_predictions,
     draw_samples,
-    find_least_sure,
-    find_most_wrong,
-    find_random,
     save,
 )
-from trainer.report.page import SHOWN, PagePictures, write_page
+from trainer.report.page import Pictures, write_page
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import Dataset, EvaluationResult
 
-# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
-Explanations = Callable[[Sequence[int]], np.ndarray]
-
-IN_GALLERY = 24  # pictures of a tab
 VALIDATION_NOTE = (
     "The data has no test split. These are the validation examples, which also chose the checkpoint, "
     "so the scores lean to the good side."
 )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Training pictures for the report. Empty arrays leave their figure out."""
-
-    pictures: np.ndarray  # uint8 [k, S, S, 3]
-    class_names: Sequence[str]  # of each picture
-    augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first picture in v epochs; None: no augmentation
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """Pictures that occur more than once."""
-
-    facts: dict[str, Any]  # `duplicates.described`
-    pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a report can show of the images; all but `images` may be left out."""
-
-    images: Images  # of the evaluated split, by example index
-    samples: Samples | None = None
-    explain: Explanations | None = None  # where the model looked, for the gallery
-    repeats: Repeats | None = None
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
@@ -157,29 +121,6 @@ def _draw_all(
     return {name: save(drawn, folder / f"{name}.png").name for name, drawn in figures.items() if drawn}, charts
 
 
-def _page_pictures(
-    result: EvaluationResult,
-    suspects: Sequence[Mapping[str, Any]],
-    seed: int,
-    pictures: Pictures,
-) -> PagePictures:
-    """What the page shows, in one reading of the images; how many there are does not depend on the split's size."""
-    gallery = {
-        "most_wrong": find_most_wrong(result, IN_GALLERY),
-        "least_sure": find_least_sure(result, IN_GALLERY),
-        "random": find_random(result, seed),
-    }
-    explained = sorted({index for tab in gallery.values() for index in tab})
-    wanted = sorted({*explained, *(row["index"] for row in suspects[:SHOWN])})
-    heat = pictures.explain(explained) if pictures.explain and explained else None
-    return PagePictures(
-        gallery,
-        dict(zip(wanted, pictures.images(wanted), strict=True)),
-        {} if heat is None else dict(zip(explained, heat, strict=True)),
-        pictures.repeats.pictures if pictures.repeats else (),
-    )
-
-
 def write_report(
     folder: Path,
     *,
@@ -235,8 +176,6 @@ def write_report(
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
-    suspects = report["label_errors"]["rows"]
-    shown = _page_pictures(result, suspects, report["seed"], pictures)
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, shown, charts)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
     write_whole(folder / "report.json", _dump(report))
     return report
