@@ -66,9 +66,11 @@ def test_the_wheel_holds_the_package_the_configuration_and_the_weights(wheel: Pa
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.py")}
     weights = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.h5")}
     conf = {f"trainer/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer/report/templates").iterdir()}
     assert code
     assert conf
-    assert code | weights | conf | {"trainer/serving/page.html"} <= held
+    assert {path.rpartition(".")[2] for path in templates} == {"j2", "css", "js"}
+    assert code | weights | conf | templates | {"trainer/serving/page.html"} <= held
     assert not [name for name in held if not name.startswith("trainer/") or "__pycache__" in name]
     assert "Apache License" in license_text
 

@@ -7,13 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_configuration_page_is_what_the_code_says() -> None:
-    program = "import sys; sys.path.insert(0, 'scripts'); import configuration_page as c; sys.stdout.write(c.page())"
+@pytest.mark.parametrize(
+    ("script", "page"), [("configuration_page", "configuration.md"), ("report_schema", "report.schema.json")]
+)
+def test_a_page_is_what_the_code_says(script: str, page: str) -> None:
+    program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.page())"
     made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert made.stdout == (ROOT / "docs" / "configuration.md").read_text(), "run: python scripts/configuration_page.py"
+    assert made.stdout == (ROOT / "docs" / page).read_text(), f"run: python scripts/{script}.py"
 
 
 def test_the_commands_of_the_kubernetes_page_can_be_pasted() -> None:

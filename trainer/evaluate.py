@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def target(output: str | None, run: FinishedRun, checkpoint: str, data: str, spl
     )
 
 
-def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> dict[str, Any]:
+def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> Mapping[str, Any]:
     """Score and report; returns what report.json holds.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from tests.evaluation.examples import HOSTILE, make_result
-from tests.report.test_write import Fetch, Page, write
+from tests.report.test_write import Page, write
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.metrics import evaluate_arrays, score_groups
@@ -62,13 +62,13 @@ def test_one_group_for_each_example() -> None:
         score_groups(LABELS, ANSWERS, ("a", "b"), "site")
 
 
-def test_the_report_shows_groups(tmp_path: Path, pictures: Fetch) -> None:
+def test_the_report_shows_groups(tmp_path: Path) -> None:
     plain = make_result(3, 60)
     groups = [HOSTILE if k % 3 else "others" for k in range(60)]
     result = evaluate_arrays(
         "test", plain.class_names, plain.labels, plain.probabilities, plain.names, groups, "who & how"
     )
-    report = write(tmp_path / "with", result, pictures)
+    report = write(tmp_path / "with", result)
     assert [row["name"] for row in report["test"]["groups"]["rows"]] == [HOSTILE, "others"]
     assert json.loads((tmp_path / "with" / "report.json").read_text()) == report
     page = Page((tmp_path / "with" / "index.html").read_text(encoding="utf-8"))
@@ -77,5 +77,5 @@ def test_the_report_shows_groups(tmp_path: Path, pictures: Fetch) -> None:
     assert "who & how" in page.text
     gap = report["test"]["groups"]["gap"]
     assert f"Largest gap: {100 * gap['accuracy']:.1f} points of accuracy, between" in page.text
-    write(tmp_path / "without", plain, pictures)
+    write(tmp_path / "without", plain)
     assert "Groups" not in Page((tmp_path / "without" / "index.html").read_text(encoding="utf-8")).text

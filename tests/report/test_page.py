@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.browser import Tab, chromium
-from tests.evaluation.examples import HOSTILE, make_history, make_phases, make_result
+from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
-from trainer.report.write import Repeats
+from trainer.report.page import Pictures, Repeats
 
 pytestmark = pytest.mark.browser
 
-SCREENS = {"laptop": (1280, 800, False), "tablet": (768, 1024, False), "phone": (390, 844, True)}
+SCREENS = {"laptop": (1366, 900, False), "tablet": (820, 1180, False), "phone": (390, 844, True)}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,6 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything on it."""
     return write_whole_page(tmp_path_factory.mktemp("page"), 7, 60)
-
-
-def fetch(indices: Sequence[int]) -> np.ndarray:
-    return np.stack([np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in indices])
 
 
 def write_whole_page(folder: Path, classes: int, n: int) -> Path:
@@ -53,7 +49,11 @@ def write_whole_page(folder: Path, classes: int, n: int) -> Path:
     def explain(indices: Sequence[int]) -> np.ndarray:
         return np.stack([np.random.default_rng(i).random((4, 4)).astype(np.float32) for i in indices])
 
-    write(folder, make_result(classes, n), fetch, explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))]))
+    write(
+        folder,
+        make_result(classes, n),
+        pictures=Pictures(fetch, explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))])),
+    )
     return folder / "index.html"
 
 
@@ -169,9 +169,14 @@ def test_without_the_script_everything_is_there(tab: Tab, page: Path) -> None:
 
 def test_phases_and_history_are_in_the_charts(tab: Tab, tmp_path: Path) -> None:
     history = make_history(4, 6)
-    write(tmp_path, make_result(3, 30), fetch, history=history, phases=make_phases(history))
+    write(tmp_path, make_result(3, 30), history=history, phases=make_phases(history))
     tab.open(tmp_path / "index.html")
-    charts = tab.run("[...document.querySelectorAll('#training .chart')].map(c => c.querySelectorAll('.dot').length)")
-    assert charts == [20, 20, 10]  # training and validation; training and validation; the learning rate
-    assert tab.run("document.querySelectorAll('#training .ring').length") == 5  # two in two charts, and the legend's
-    assert tab.run("[...document.querySelectorAll('#training .chart .mark')].length") == 6
+    tips = tab.run(
+        "[...document.querySelectorAll('#training .chart')].map(c => [...c.querySelectorAll('title')].map(t => t.textContent))"
+    )
+    marks = ["phase_0 starts", "phase_1 starts"]
+    for chart in tips[:2]:
+        assert [tip for tip in chart if "starts" in tip] == marks
+        assert len([tip for tip in chart if tip.startswith(("training, epoch", "validation, epoch"))]) == 20
+        assert [tip for tip in chart if "best" in tip] == [f"best epoch of a phase: {epoch}" for epoch in (4, 10)]
+    assert tips[2] == marks + [f"learning rate, epoch {epoch}: 0.001" for epoch in range(1, 11)]

@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
-from tests.evaluation.examples import HOSTILE, make_history, make_phases, make_result
+from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson
-from trainer.report.charts import Line, line_chart
-from trainer.report.sections import PLACES
-from trainer.report.write import VALIDATION_NOTE, Samples, describe_data, write_report
+from trainer.report.figures import INK, Line, line_chart, svg
+from trainer.report.page import PLACES, Pictures, Samples
+from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock as ledger
 from trainer.types import Dataset, EvaluationResult, Split
 
-Fetch = Callable[[Sequence[int]], np.ndarray]
 EXPORTED = {
     "path": "export/saved_model/1", "bytes": 4_858_377, "examples": 60, "accuracy": 0.8167, "trainer_accuracy": 0.825,
     "lost": 2, "gained": 1, "largest_difference": 2e-6, "timing": {"milliseconds_per_image": 9.5}, "refused": False,
 }  # fmt: skip
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
@@ -40,6 +41,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.text = ""
         self.feed(text)
+        self.ids = sum(name == "id" for name, _ in self.attributes)
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -52,7 +54,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += re.sub("[ \n]+", " ", data).strip(" ")
 
 
 def facts(result: EvaluationResult) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def facts(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, result: EvaluationResult, fetch: Fetch, **more: Any) -> dict[str, Any]:
+def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]:
     history = make_history(2, 3)
     images = fetch(range(4))
     given: dict[str, Any] = {
@@ -86,15 +88,16 @@ def write(folder: Path, result: EvaluationResult, fetch: Fetch, **more: Any) -> 
         "history": history,
         "phases": make_phases(history),
         "run": facts(result),
-        "images": fetch,
-        "samples": Samples(images, [result.class_names[0]] * 4, images),
+        "pictures": Pictures(fetch, Samples(images, [result.class_names[0]] * 4, images)),
     }
-    return write_report(folder, **(given | more))
+    report = write_report(folder, **(given | more))
+    jsonschema.validate(json.loads((folder / "report.json").read_text()), SCHEMA)
+    return dict(report)
 
 
-def test_report_json(tmp_path: Path, pictures: Fetch) -> None:
+def test_report_json(tmp_path: Path) -> None:
     result = make_result(7, 60)
-    report = write(tmp_path, result, pictures)
+    report = write(tmp_path, result)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     test = report["test"]
     right = int((result.probabilities.argmax(axis=1) == result.labels).sum())
@@ -119,14 +122,14 @@ def test_report_json(tmp_path: Path, pictures: Fetch) -> None:
     assert report["duplicates"] == {}
 
 
-def test_a_row_of_the_confusion_matrix_is_a_line(tmp_path: Path, pictures: Fetch) -> None:
-    write(tmp_path, make_result(7, 60), pictures)
+def test_a_row_of_the_confusion_matrix_is_a_line(tmp_path: Path) -> None:
+    write(tmp_path, make_result(7, 60))
     lines = (tmp_path / "report.json").read_text().splitlines()
     assert sum(bool(re.fullmatch(r"\s+\[ (\d+, ){6}\d+ \],?", line)) for line in lines) == 7
 
 
-def test_equal_inputs_give_equal_files_but_for_timing(tmp_path: Path, pictures: Fetch) -> None:
-    first, second = (write(tmp_path / name, make_result(3, 40), pictures) for name in ("first", "second"))
+def test_equal_inputs_give_equal_files_but_for_timing(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, make_result(3, 40)) for name in ("first", "second"))
     for report in (first, second):
         del report["timing"]
     assert json.dumps(first) == json.dumps(second)
@@ -134,8 +137,8 @@ def test_equal_inputs_give_equal_files_but_for_timing(tmp_path: Path, pictures: 
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
-def test_validation_in_place_of_a_test_split_is_said(tmp_path: Path, pictures: Fetch) -> None:
-    report = write(tmp_path, replace(make_result(3, 40), split="validation"), pictures)
+def test_validation_in_place_of_a_test_split_is_said(tmp_path: Path) -> None:
+    report = write(tmp_path, replace(make_result(3, 40), split="validation"))
     assert report["test"]["split"] == "validation"
     assert report["test"]["note"] == VALIDATION_NOTE
     assert "also chose the checkpoint" in VALIDATION_NOTE
@@ -146,9 +149,9 @@ def test_validation_in_place_of_a_test_split_is_said(tmp_path: Path, pictures: F
 
 
 @pytest.mark.parametrize("classes", [3, 120])
-def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, pictures: Fetch, classes: int) -> None:
+def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, classes: int) -> None:
     result = make_result(classes, 60, empty=(2,))
-    write(tmp_path, result, pictures)
+    write(tmp_path, result)
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
     page = Page(source)
     assert "b" not in page.tags
@@ -157,12 +160,13 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, pictures: Fetch
     references = [value for name, value in page.attributes if name in ("src", "srcset", "action", "data")]
     assert len(references) > 30
     assert all(value.startswith("data:image/") for value in references)
-    anchors = [value for name, value in page.attributes if name == "href"]
+    anchors = [value for name, value in page.attributes if name == "href" and not value.startswith("data:image/")]
     named = {value for name, value in page.attributes if name == "id"}
     assert anchors
     assert {value.removeprefix("#") for value in anchors} <= named
+    assert page.ids == len(named)  # those of every chart too
     without_pictures = re.sub(r"data:image/[^'\x22]*", "", source)
-    for outside in ("http:", "https:", "url(", "@import"):
+    for outside in ("http:", "https:", "url(", "@import", "xmlns"):
         assert outside not in without_pictures
     assert HOSTILE in page.text  # shown as text, in the title and the table
     assert "counted for nothing: 2 examples" in page.text
@@ -174,8 +178,8 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, pictures: Fetch
     assert "prefers-color-scheme: dark" in source
 
 
-def test_headline_comes_first(tmp_path: Path, pictures: Fetch) -> None:
-    write(tmp_path, make_result(7, 60), pictures)
+def test_headline_comes_first(tmp_path: Path) -> None:
+    write(tmp_path, make_result(7, 60))
     text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
     text = text[text.index("95 % interval") :]  # below the links to the sections
     order = ["95 % interval", "top-5 accuracy", "Training", "precision", "Data", "Configuration", "Versions"]
@@ -183,30 +187,30 @@ def test_headline_comes_first(tmp_path: Path, pictures: Fetch) -> None:
     assert places == sorted(places)
 
 
-def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path, pictures: Fetch) -> None:
+def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path) -> None:
     result = make_result(3, 10, right=True)
-    report = write_report(tmp_path, result=result, history=[], phases={}, run={}, images=pictures)
+    report = write(tmp_path, result, history=[], phases={}, run={}, pictures=Pictures(fetch))
     assert set(report["figures"]) == {"predictions", "most_wrong", "least_sure", "confusion", "f1", "calibration"}
     assert report["phases"] == {}
     Page((tmp_path / "index.html").read_text(encoding="utf-8"))
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path, pictures: Fetch) -> None:
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     history = [row | {"val_loss": float("nan"), "val_accuracy": None} for row in make_history(1)]
     phases = {"phase_0": {"val_accuracy": float("nan"), "val_loss": np.float32("inf"), "best_epoch": np.int64(1)}}
-    report = write(tmp_path, make_result(3, 10), pictures, history=history, phases=phases)
+    report = write(tmp_path, make_result(3, 10), history=history, phases=phases)
     phase = report["phases"]["phase_0"]
     assert (phase["val_accuracy"], phase["val_loss"], phase["best_epoch"]) == (None, None, 1)
     assert (phase["epochs"], phase["seconds"]) == (1, 0.5)
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
-def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path, pictures: Fetch) -> None:
+def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path) -> None:
     phases = {
         "head": {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4},
         "rest": {"val_accuracy": 0.9, "val_n": 100},
     }
-    write(tmp_path, make_result(3, 10), pictures, phases=phases)
+    write(tmp_path, make_result(3, 10), phases=phases)
     text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
     assert "validation after head: 50.00\u202f% (40.4–59.6\u202f%); rest: 90.00\u202f% (82.6–94.5\u202f%)" in text
     assert "validation after head: 0.400" in text
@@ -214,13 +218,13 @@ def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_phase_that_kept_earlier_weights_shows_its_own_score_and_says_so(tmp_path: Path, pictures: Fetch) -> None:
+def test_a_phase_that_kept_earlier_weights_shows_its_own_score_and_says_so(tmp_path: Path) -> None:
     history = make_history(2, 3)
     phases = make_phases(history)
     first = phases["phase_0"] | {"val_n": 100}
     handed_on = {"val_accuracy": first["val_accuracy"], "val_loss": first["val_loss"], "val_n": 100}
     phases["phase_1"] |= handed_on | {"kept_from": "phase_0", "own_val_accuracy": 0.7}
-    write(tmp_path, make_result(3, 40), pictures, history=history, phases=phases | {"phase_0": first})
+    write(tmp_path, make_result(3, 40), history=history, phases=phases | {"phase_0": first})
     text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
     assert "phase_0: 74.00\u202f% (64.6–81.6\u202f%); phase_1: 74.00\u202f% (kept the weights of phase_0)" in text
     assert "70.00\u202f%kept the weights of phase_0–" in text  # the row of the phase, with no loss of its own
@@ -234,9 +238,9 @@ def test_a_phase_that_kept_earlier_weights_shows_its_own_score_and_says_so(tmp_p
         ({"largest_difference": None}, "21–9.50"),
     ],
 )
-def test_each_export_is_a_row(tmp_path: Path, pictures: Fetch, changes: dict[str, Any], words: str) -> None:
+def test_each_export_is_a_row(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     result = make_result(3, 40)
-    write(tmp_path, result, pictures, run=facts(result) | {"export": {"saved_model": EXPORTED | changes}})
+    write(tmp_path, result, run=facts(result) | {"export": {"saved_model": EXPORTED | changes}})
     text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
     assert words in text
     assert "sent 60 examples, of which the trainer has 82.50\u202f% right" in text
@@ -248,8 +252,10 @@ def test_every_place_where_time_goes_has_a_colour_of_its_own() -> None:
 
 
 def test_ticks_of_a_learning_rate_are_its_values() -> None:
-    chart = line_chart("Learning rate", [Line("learning rate", "training", [1, 2], [1e-3, 1e-5])])
-    assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in chart] == []
+    chart = line_chart("Learning rate", [Line("learning rate", INK, [1, 2], [1e-3, 1e-5])])
+    assert chart
+    drawn = svg("rate", chart)
+    assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in drawn] == []
 
 
 def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path: Path) -> None:
@@ -260,14 +266,14 @@ def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path
 
     result = make_result(1000, 100_000)
     began = time.process_time()
-    write(tmp_path, result, large)
+    write(tmp_path, result, pictures=Pictures(large))
     spent, size = time.process_time() - began, (tmp_path / "index.html").stat().st_size
     print(f"1,000 classes x 100,000 examples: {spent:.0f} s of a CPU, {size / 1e6:.1f} MB")
     assert size < 8e6
     assert spent < 300
 
 
-def test_the_number_of_validation_examples_gives_an_interval(tmp_path: Path, pictures: Fetch) -> None:
+def test_the_number_of_validation_examples_gives_an_interval(tmp_path: Path) -> None:
     phases = {"phase_0": {"val_accuracy": 0.9, "val_n": 100}}
-    report = write(tmp_path, make_result(3, 10), pictures, phases=phases)
+    report = write(tmp_path, make_result(3, 10), phases=phases)
     assert report["phases"]["phase_0"]["val_interval"] == list(wilson(90, 100))

@@ -20,8 +20,9 @@ from trainer.evaluation.metrics import evaluate_arrays
 from trainer.models.grad_cam import Explainer
 from trainer.monitoring.health import health
 from trainer.monitoring.log import say
-from trainer.report.sections import MEMBERS_SHOWN, SHOWN
-from trainer.report.write import Repeats, Samples, describe_data, write_report
+from trainer.report.page import MEMBERS_SHOWN, SHOWN, Pictures, Repeats, Samples
+from trainer.report.schema import Report
+from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import versions
 from trainer.types import EvaluationResult, Scored, Split
 
@@ -52,7 +53,7 @@ def build_report(
     facts: Mapping[str, Any],
     splits: Sequence[str],
     check: Callable[[], None],
-) -> dict[str, Any]:
+) -> Report:
     """Write the report on what a classifier answers for a split; returns what report.json holds.
 
     Args:
@@ -74,10 +75,12 @@ def build_report(
             "versions": versions(),
             **facts,
         },
-        images=lambda wanted: images.rows(split, indices[list(wanted)]),
-        samples=samples(images) if "train" in splits else None,
-        explain=lambda wanted: explain(images.rows(split, indices[list(wanted)]))["heatmap"],
-        repeats=repeated,
+        pictures=Pictures(
+            images=lambda wanted: images.rows(split, indices[list(wanted)]),
+            samples=samples(images) if "train" in splits else None,
+            explain=lambda wanted: explain(images.rows(split, indices[list(wanted)]))["heatmap"],
+            repeats=repeated,
+        ),
     )
 
 

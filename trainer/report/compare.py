@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os.path import commonpath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from trainer.config.diff import flat
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.paired import Paired, compare_paired, holm
-from trainer.report.charts import SERIES, Line, legend, line_chart
-from trainer.report.markup import NONE, fold, number, percent, plural, short, span, table, text
-from trainer.report.page import assemble
+from trainer.report.figures import SERIES, Line, line_chart, svg
+from trainer.report.page import NONE, number, percent, render
 from trainer.storage.local import write_whole
 
 SURE = 0.05  # p below which a difference is called one
-LISTED = 200  # examples that only one of two runs has right
 _FREE = ("output_dir", "runtime.cache_dir", "resume")  # differ between runs and say nothing
 
 
@@ -144,119 +143,104 @@ def _as_typed(value: Any) -> str:
 # The page
 
 
-def _score_table(found: Comparison) -> str:
-    head = ("run", "accuracy (shared)", "difference (95 %)", "only first right", "only this right", "p")
-    n, rows = len(found.files), []
+@dataclass(frozen=True)
+class _RunRow:
+    """One run on the shared examples; the first has no pair. `changed`: what happened -> files."""
+
+    name: str
+    address: str
+    accuracy: float
+    interval: Sequence[float]
+    pair: Paired | None = None
+    p: float | None = None
+    verdict: str = ""
+    changed: Sequence[tuple[str, Sequence[str]]] = ()
+
+
+@dataclass(frozen=True)
+class _ComparePage:
+    """What compare.html.j2 shows.
+
+    Attributes:
+        n: shared examples.
+        scores: name, and its value in each run, on the examples of each run.
+        classes: name, and its F1 in each run, the largest loss first.
+        differences: key of the configuration, and its value in each run.
+    """
+
+    runs: Sequence[_RunRow]
+    n: int
+    scores: Sequence[tuple[str, Sequence[str]]]
+    charts: Sequence[Markup]
+    classes: Sequence[tuple[str, Sequence[float]]]
+    differences: Sequence[tuple[str, Sequence[str]]]
+    sure: float = SURE
+    series: int = len(SERIES)
+
+
+def _rows(found: Comparison) -> list[_RunRow]:
+    rows, n = [], len(found.files)
     for place, run in enumerate(found.runs):
         hits = int(found.right[place].sum())
-        said = f"<strong>{verdict(found.pairs[place - 1], found.p[place - 1])}</strong>" if place else "the reference"
-        cells = [
-            f'<i class="key s{place % SERIES}"></i>{short(run.name, 40)}<br><small>{said}</small>',
-            f"{percent(hits / n, 2)} <small>({span(wilson(hits, n))})</small>",
-        ]
-        if place == 0:
-            cells += [""] * 4
-        else:
+        row = _RunRow(run.name, run.address, hits / n, wilson(hits, n))
+        if place:
             pair, p = found.pairs[place - 1], found.p[place - 1]
-            low, high = pair.interval
-            cells += [
-                f"{100 * pair.difference:+.2f} <small>({100 * low:+.1f} to {100 * high:+.1f})</small>",
-                f"{pair.lost:,}",
-                f"{pair.won:,}",
-                f"{p:.3g}",
+            files = [
+                [found.files[int(i)] for i in np.flatnonzero((found.right[place] == now) & (found.right[0] != now))]
+                for now in (True, False)
             ]
-        rows.append(cells)
-    raised = " Raised for the number of comparisons (Holm 1979)." if len(found.pairs) > 1 else ""
-    words = (
-        f"<p><small>On the {plural(n, 'example')} that all were scored on. p is McNemar's exact test: how likely so "
-        f"uneven a split of the disagreements is if both are equally good.{raised} Below {SURE:g} a run is called "
-        "better or worse; the interval is approximate, and may leave out 0 where p is a little above that.</small></p>"
-    )
-    return table(head, rows) + words
+            changed = list(zip(("right now, wrong in the first", "wrong now, right in the first"), files, strict=True))
+            row = replace(row, pair=pair, p=p, verdict=verdict(pair, p), changed=changed)
+        rows.append(row)
+    return rows
 
 
-def _whole_scores(found: Comparison) -> str:
-    keys = [("n", "examples"), ("accuracy", "accuracy"), ("top_5", "top-5 accuracy"), ("macro_f1", "macro F1"),
-            ("loss", "loss"), ("calibration_error", "calibration error")]  # fmt: skip
+def _scores(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
+    """What each run reports of its own examples."""
+
+    def share(value: float | None) -> str:
+        return percent(value, 2)
+
+    kinds: list[tuple[str, str, str, Callable[..., str]]] = [
+        ("test", "n", "examples", number), ("test", "accuracy", "accuracy", share),
+        ("test", "top_5", "top-5 accuracy", share), ("test", "macro_f1", "macro F1", number),
+        ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
+        ("test", "split", "split", str), ("timing", "images_per_second", "images a second", lambda v: number(v, 0)),
+        ("timing", "goodput", "goodput", percent),
+    ]  # fmt: skip
     rows = []
-    for key, name in keys:
-        values = [run.report["test"].get(key) for run in found.runs]
+    for part, key, name, show in kinds:
+        values = [run.report[part].get(key) for run in runs]
         if any(value is not None for value in values):
-            shares = key in ("accuracy", "top_5")
-            rows.append((name, *(percent(v, 2) if shares else number(v) for v in values)))
-    rows.append(("split", *(text(run.report["test"]["split"]) for run in found.runs)))
-    for key, name in (("images_per_second", "images a second"), ("goodput", "goodput")):
-        values = [run.report["timing"].get(key) for run in found.runs]
-        if any(value is not None for value in values):
-            rows.append((name, *(percent(v) if key == "goodput" else number(v, 0) for v in values)))
-    return table(("each on its own examples", *(short(run.name, 30) for run in found.runs)), rows)
+            rows.append((name, [show(value) for value in values]))
+    return rows
 
 
-def _class_table(found: Comparison) -> str:
-    """F1 of each class in each run, the largest change first."""
-    scores = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in found.runs]
-    names = sorted(scores[0], key=lambda name: min(s[name] - scores[0][name] for s in scores[1:]))
-    head = "<th>class</th>" + "".join(f'<th class="number">{short(run.name, 24)}</th>' for run in found.runs)
-    head += '<th class="number" aria-sort="ascending">last minus first</th>'
-    rows = []
-    for name in names:
-        values = [s[name] for s in scores]
-        cells = "".join(f'<td class="number" data-value="{v:.6f}">{v:.3f}</td>' for v in values)
-        change = values[-1] - values[0]
-        rows.append(
-            f'<tr><td>{short(name, 40)}</td>{cells}<td class="number" data-value="{change:.6f}">{change:+.3f}</td></tr>'
-        )
-    body = "\n".join(rows)
-    tall = " tall" if len(rows) > 20 else ""
-    return (
-        f'<div class="wide{tall}"><table class="sorts"><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _curves(runs: Sequence[Scored]) -> str:
-    charts = []
+def _curves(runs: Sequence[Scored]) -> list[Markup]:
+    drawn = []
     for key, title, shares in (("val_accuracy", "Validation accuracy", True), ("val_loss", "Validation loss", False)):
         lines = [
             Line(
-                run.name, f"s{i % SERIES}", [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
+                run.name, SERIES[i % len(SERIES)], [r["epoch"] for r in run.history], [r.get(key) for r in run.history]
             )
             for i, run in enumerate(runs)
-            if run.history
         ]
-        charts.append(line_chart(title, lines, shares=shares))
-    charts = [chart for chart in charts if chart]
-    keys = legend([(f"s{i % SERIES}", run.name) for i, run in enumerate(runs)])
-    return f'{keys}<div class="charts">{"".join(charts)}</div>' if charts else ""
-
-
-def _changed(found: Comparison) -> str:
-    """The files that two runs disagree on."""
-    parts = []
-    for place, run in enumerate(found.runs[1:], start=1):
-        for which, words in ((1, "right now, wrong in the first"), (0, "wrong now, right in the first")):
-            mine = np.flatnonzero((found.right[place] == which) & (found.right[0] != which))
-            if len(mine):
-                lines = "".join(f"<li>{text(found.files[i])}</li>" for i in mine[:LISTED])
-                more = f"<li>and {len(mine) - LISTED:,} more</li>" if len(mine) > LISTED else ""
-                parts.append(fold(f"{short(run.name)}: {len(mine):,} {words}", f'<ul class="files">{lines}{more}</ul>'))
-    return "".join(parts)
+        if chart := line_chart(title, lines, shares=shares):
+            drawn.append(svg(key, chart))
+    return drawn
 
 
 def write_comparison(path: Path, found: Comparison) -> Path:
     """Write one self-contained page."""
-    runs = found.runs
-    differing = [(f"<code>{text(key)}</code>", *(f"<code>{text(v)}</code>" for v in values))
-                 for key, values in configuration_differences(runs)]  # fmt: skip
-    configuration = table(("key", *(short(run.name, 30) for run in runs)), differing, numeric_from=len(runs) + 1)
-    parts = [
-        ("Scores", _score_table(found) + _whole_scores(found)),
-        ("Curves", _curves(runs)),
-        ("Classes", "<p><small>F1 of each class.</small></p>" + _class_table(found)),
-        ("Examples", _changed(found)),
-        ("Configuration", configuration if differing else "<p>The configurations are the same.</p>"),
-    ]
-    title = " and ".join(text(run.name) for run in runs)
-    where = ", ".join(f"<code>{text(run.address)}</code>" for run in runs)
-    write_whole(path, assemble(title, title, where, "", parts, "kubetune"))
+    scores = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in found.runs]
+    names = sorted(scores[0], key=lambda name: min(s[name] - scores[0][name] for s in scores[1:]))
+    page = _ComparePage(
+        runs=_rows(found),
+        n=len(found.files),
+        scores=_scores(found.runs),
+        charts=_curves(found.runs),
+        classes=[(name, [s[name] for s in scores]) for name in names],
+        differences=configuration_differences(found.runs),
+    )
+    write_whole(path, render("compare.html.j2", page))
     return path

@@ -1,21 +1,31 @@
-"""The figures of a report: curves, tables and galleries, drawn with matplotlib. No pyplot, no global state."""
+"""The figures of a report, each drawn once with matplotlib: SVG for the page, PNG for the folder and TensorBoard.
+
+No pyplot, no global state.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
-from matplotlib import colormaps
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
 
 from trainer.evaluation.predictions import printable
 from trainer.storage.local import write_whole
@@ -27,6 +37,13 @@ WIDTH = 8.0  # inches; 880 pixels
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
+SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # of runs beside each other
+
+# The custom property of report.css that takes the place of a colour, so that a chart in the page is light or dark.
+PROPERTIES = {
+    INK: "--ink", MUTED: "--soft", RULE: "--rule", TRAINING: "--faint", VALIDATION: "--lead", WRONG: "--wrong",
+    **{colour: f"--s{place}" for place, colour in enumerate(SERIES)},
+}  # fmt: skip
 
 
 def canvas(height: float, width: float = WIDTH, laid_out: bool = True) -> Figure:
@@ -58,255 +75,378 @@ def heading(axes: Axes, title: str, pad: float = 8) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, whole or not at all."""
-    content = io.BytesIO()
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """A name in a script that matplotlib's font lacks is boxes in a PNG; the page and the CSV show it right."""
     with warnings.catch_warnings():
-        # A name in a script that matplotlib's font lacks is drawn as boxes; the page and the CSV show it right.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": COMPRESSION})
+        yield
+
+
+def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
+    """Write a figure, or several below each other, as PNG, whole or not at all."""
+    drawn = []
+    for figure in [figures] if isinstance(figures, Figure) else figures:
+        agg = FigureCanvasAgg(figure)
+        with _any_script():
+            agg.draw()
+        drawn.append(np.asarray(agg.buffer_rgba())[..., :3])
+    width = max(pixels.shape[1] for pixels in drawn)
+    whole = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in drawn]
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(whole)).save(content, "PNG", compress_level=COMPRESSION, dpi=(DPI, DPI))
     write_whole(path, content.getvalue())
     return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures of numbers: curves, confusion, F1 and calibration. Each function draws one PNG and returns its path
-
-MOST_BARS = 120  # classes in the F1 figure
-_NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
+# Charts: figures that the page shows too, in units that are pixels there
 
 
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """One value an epoch; NaN where the run has none, as without a validation split."""
-    return np.array([math.nan if row.get(key) is None else float(row[key]) for row in history])
+@dataclass(frozen=True)
+class Chart:
+    """A figure, and what a page tells beside it.
+
+    Attributes:
+        words: what it shows, for those who do not see it.
+        tips: gid of an artist -> a tooltip for each of its marks.
+    """
+
+    figure: Figure
+    words: str
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for artist in self.figure.findobj():
+            artist.set_clip_on(False)  # a mark on the edge of the axes is whole
 
 
-def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, best: Sequence[int]) -> None:
-    epochs = np.array([row["epoch"] for row in history])
-    marker = "o" if len(epochs) <= 40 else ""
-    for prefix, name, colour in (("", "training", TRAINING), ("val_", "validation", VALIDATION)):
-        values = _series(history, prefix + key)
-        if not np.isfinite(values).any():
-            continue
-        axes.plot(epochs, values, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name)
-        if prefix:
-            chosen = np.isin(epochs, best) & np.isfinite(values)
-            ring: dict[str, Any] = {"s": 95, "facecolors": "none", "edgecolors": WRONG, "linewidths": 1.6, "zorder": 4}
-            axes.scatter(epochs[chosen], values[chosen], label="best epoch of a phase", **ring)
+def svg(name: str, chart: Chart) -> Markup:
+    """A chart as <svg> for an HTML page: text as text, colours of the page, no identifier that another `name` has."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _any_script():
+        chart.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(out.getvalue())
+    box = root.attrib["viewBox"]
+    for element in list(root.iter()):
+        element.tag = element.tag.partition("}")[2]
+        if element.tag == "g" and (tips := chart.tips.get(element.attrib.pop("id", ""))):
+            marks = element.findall(".//{*}use") or [element]
+            for mark, tip in zip(marks, tips, strict=True):
+                ElementTree.SubElement(mark, "title").text = tip
+        if address := element.attrib.pop("{http://www.w3.org/1999/xlink}href", None):
+            element.set("href", address)
+        if style := element.get("style"):
+            style = re.sub(r"font-family: [^;]*;? ?", "", style)
+            element.set("style", re.sub("#[0-9a-f]{6}", lambda found: _property(found[0]), style))
+        element.text, element.tail = (element.text or "").strip() or None, None
+    root.attrib = {"class": "chart", "viewBox": box, "role": "img", "aria-label": chart.words}
+    for group in [part for part in root if part.tag == "metadata" or part.find("style") is not None]:
+        root.remove(group)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], named: bool) -> None:
-    starts: dict[str, int] = {}
-    for row in history:
-        starts.setdefault(row["phase"], row["epoch"])
-    for phase, epoch in list(starts.items())[1:]:
-        axes.axvline(epoch - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        if named:
-            slanted: dict[str, Any] = (
-                {"rotation": 25, "ha": "left"} if len(starts) > 3 else {"rotation": 0, "ha": "center"}
-            )
-            place: dict[str, Any] = {
-                "xycoords": ("data", "axes fraction"),
-                "textcoords": "offset points",
-                "xytext": (0, 3),
-            }
-            text = f"{label(phase)} starts"
-            axes.annotate(text, (epoch - 0.5, 1.0), fontsize=9, color=INK, va="bottom", **place, **slanted)
+def _property(colour: str) -> str:
+    return f"var({PROPERTIES[colour]})" if colour in PROPERTIES else colour
+
+
+def _plot(width: float, height: float, left: float, top: float, right: float = 10, bottom: float = 36) -> Figure:
+    """A figure with one pair of axes; size and margins in pixels of the page. Fixed margins need no second drawing."""
+    figure = canvas(height / 72, width / 72, laid_out=False)
+    place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    axes = figure.add_axes(place)
+    tidy(axes)
+    axes.tick_params(colors=MUTED, labelsize=11)
+    return figure
+
+
+def _title(figure: Figure, title: str, size: float = 13) -> None:
+    """At the upper left corner."""
+    height = figure.get_figheight() * 72
+    figure.text(4 / 72 / figure.get_figwidth(), 1 - 16 / height, title, fontsize=size, fontweight="bold", color=INK)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value for each place; NaN or None where there is none."""
+
+    name: str
+    colour: str
+    places: Sequence[float]
+    values: Sequence[float | None]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        pairs = zip(self.places, self.values, strict=True)
+        return [(place, float(value)) for place, value in pairs if value is not None and math.isfinite(value)]
+
+
+def _small(value: float) -> str:
+    """7.5e-4."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}" if value else "0"
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    shares: bool = False,
+    marks: Mapping[str, float] | None = None,
+    rings: Sequence[tuple[float, float]] = (),
+    keys: bool = False,
+) -> Chart | None:
+    """Lines over the epochs; None where there is nothing to draw.
+
+    Args:
+        shares: values are shares of 1, shown in percent up to 100; else they begin at 0.
+        marks: vertical lines, name -> place.
+        rings: points that are ringed, as the best epochs of phases.
+        keys: whether the names of the lines stand in it.
+    """
+    drawn = [(line, line.points) for line in lines if line.points]
+    if not drawn:
+        return None
+    places, values = ([point[i] for _, points in drawn for point in points] for i in (0, 1))
+    first, last = min(places) - 0.5, max(places) + 0.5
+    low, high = (min(values), 1.0) if shares else (0.0, max(values))
+    room = 0.06 * max(high - low, 1e-6)
+    at = list((marks or {}).items())
+    step = (400 - 46 - 10) / (last - first)
+    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(at))
+    top = 78 if crowded else 44
+    figure = _plot(400, 204 + top, 46, top)
+    (axes,) = figure.axes
+    _title(figure, title)
+    axes.grid(axis="y", color=RULE, linewidth=1)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(first, last), ylim=(max(0.0, low - room), high if shares else high + room))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    show = (lambda v: f"{100 * v:.4g}%") if shares else (_small if 0 < high < 0.01 else lambda v: f"{v:.3g}")
+    axes.yaxis.set_major_formatter(lambda value, _: show(value))
+    axes.set_xlabel("epoch", loc="right", fontsize=11, color=MUTED, labelpad=1)
+    for name, place in at:
+        axes.axvline(place, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
+        turn: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
+        axes.annotate(label(name, 12 if crowded else 24), (place, 1), xycoords=("data", "axes fraction"),
+                      xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **turn)  # fmt: skip
+    tips = {f"mark {name}": [f"{name} starts"] for name, _ in at}
+    for number, (line, points) in enumerate(drawn):
+        dots: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= 60 else {}
+        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=label(line.name), gid=str(number),
+                  **dots)  # fmt: skip
+        if dots:
+            told = [(place, f"{100 * v:.2f} %" if shares else f"{v:.4g}") for place, v in points]
+            tips[str(number)] = [f"{printable(line.name)}, epoch {place:g}: {value}" for place, value in told]
+    if rings:
+        axes.plot(*zip(*rings, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
+                  markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
+        tips["rings"] = [f"best epoch of a phase: {place:g}" for place, _ in rings]
+    if keys:
+        axes.legend(frameon=False, fontsize=11, loc="lower right" if shares else "upper right", labelcolor=MUTED)
+    return Chart(figure, f"{title}: {', '.join(printable(line.name) for line in lines)}", tips)
 
 
 def draw_curves(
-    path: Path, history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
-) -> Path:
-    """Loss and accuracy of training and validation over all phases.
+    history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Chart]:
+    """Loss, accuracy and learning rate over all phases.
 
     Args:
-        path: the PNG to write.
         history: one row an epoch, at least one: phase, epoch (counted over the whole run), loss, accuracy, val_loss,
-            val_accuracy (None or NaN where there is no validation).
+            val_accuracy (None or NaN where there is no validation), learning_rate.
         phases: `best_epoch` of each (counted over the whole run) is ringed.
     """
+    epochs = [float(row["epoch"]) for row in history]
     best = [phase["best_epoch"] for phase in (phases or {}).values() if phase.get("best_epoch") is not None]
-    figure = canvas(6.0)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, key in ((upper, "loss"), (lower, "accuracy")):
-        tidy(axes, "y")
-        _draw_curve(axes, history, key, best)
-        _mark_phases(axes, history, named=axes is upper)
-        axes.set_ylabel("loss (nats)" if key == "loss" else "accuracy", color=INK)
-    heading(upper, "Training and validation", pad=22)
-    high = np.nanmax(np.concatenate([_series(history, "loss"), _series(history, "val_loss"), [1e-3]]))
-    upper.set_ylim(0, 1.08 * high)
-    low = np.nanmin(np.concatenate([_series(history, "accuracy"), _series(history, "val_accuracy"), [1.0]]))
-    lower.set_ylim(max(0.0, low - 0.05 * (1 - low) - 0.01), 1.0 + 0.03 * (1 - low) + 0.002)
-    lower.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
-    first, last = history[0]["epoch"], history[-1]["epoch"]
-    lower.set_xlim(first - 0.6, last + 0.6)
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    lower.set_xlabel("epoch", color=INK)
-    upper.legend(frameon=False, fontsize=9, loc="best")
-    return save(figure, path)
+    starts: dict[str, float] = {}
+    for row in history:
+        starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
+    marks = starts if len(starts) > 1 else None
+
+    def line(name: str, colour: str, key: str) -> Line:
+        return Line(name, colour, epochs, [row.get(key) for row in history])
+
+    charts = []
+    for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
+        validation = line("validation", VALIDATION, f"val_{key}")
+        rings = [(place, value) for place, value in validation.points if place in best]
+        lines = [line("training", TRAINING, key), validation]
+        charts.append(line_chart(title, lines, shares=key == "accuracy", marks=marks, rings=rings, keys=True))
+    charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], marks=marks))
+    return [chart for chart in charts if chart]
 
 
-def _shares(confusion: np.ndarray) -> np.ma.MaskedArray:
-    """Each row as shares of its class; masked where the class has no example."""
+def top_confusions(confusion: np.ndarray, most: int = 15) -> list[tuple[int, int, int]]:
+    """(truth, prediction, examples) of the most frequent mistakes, int [c, c] given; equals by class."""
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(place), len(wrong)) for place in order]
+    return [(truth, answer, int(wrong[truth, answer])) for truth, answer in pairs if wrong[truth, answer]]
+
+
+NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
+
+
+def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
+    """One pixel a cell: blue where right, red where wrong, the stronger the larger its share of the true class, grey
+    rows of classes without an example. Returns how strong, float [c, c] in 0..1.
+    """
     support = confusion.sum(axis=1, keepdims=True)
-    return np.ma.masked_array(confusion / np.maximum(support, 1), np.broadcast_to(support == 0, confusion.shape))
-
-
-def _draw_matrix(axes: Axes, confusion: np.ndarray, gamma: float) -> None:
-    shares = _shares(confusion)
-    blues = colormaps["Blues"].with_extremes(bad="#f3f4f6")  # classes without an example
-    image = axes.imshow(shares, cmap=blues, norm=PowerNorm(gamma, 0, 1), interpolation="nearest", aspect="equal")
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=PercentFormatter(1.0))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, length=0)
-    bar.set_label("share of the true class", fontsize=9, color=INK)
-    axes.set_xlabel("prediction", color=INK)
-    axes.set_ylabel("truth", color=INK)
-    axes.tick_params(length=0, labelsize=9)
+    strength = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
+    pixels = np.zeros((*confusion.shape, 4))
+    pixels[..., :3] = matplotlib.colors.to_rgb(WRONG)
+    np.einsum("iij->ij", pixels)[:, :3] = matplotlib.colors.to_rgb(VALIDATION)
+    pixels[..., 3] = strength
+    pixels[support[:, 0] == 0] = (0.5, 0.5, 0.5, 0.15)
+    axes.imshow(np.rint(255 * pixels).astype(np.uint8), interpolation="none")
+    axes.set_xlabel("prediction", color=MUTED, fontsize=11)
+    axes.set_ylabel("truth", color=MUTED, fontsize=11)
+    axes.spines[:].set_visible(True)
     axes.spines[:].set_color(RULE)
+    return strength
 
 
-def draw_confusion(path: Path, confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> Path:
+def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
     """The confusion matrix, coloured by the share of each true class.
 
-    Up to 20 classes it holds names and counts; with more, the most frequent confusions stand below it as bars.
+    Up to 20 classes it holds names and counts; with more, a second chart holds the most frequent confusions as bars.
 
     Args:
-        path: the PNG to write.
         confusion: int [c, c]; rows: truth, columns: prediction.
         class_names: c names.
     """
-    table = np.asarray(confusion)
-    classes = len(class_names)
-    if classes > _NUMBERED:
-        return _draw_large_confusion(path, table, class_names)
+    table, classes = np.asarray(confusion), len(class_names)
+    if classes > NUMBERED:
+        figure = _plot(560, 580, 56, 30)
+        _draw_matrix(figure.axes[0], table)
+        _title(figure, f"Confusion matrix of {classes} classes, in their order")
+        words = f"Confusion matrix of {classes} classes, in their order"
+        return [Chart(figure, words), _draw_confusions(table, class_names)]
     names = [label(name) for name in class_names]
     empty = table.sum(axis=1) == 0
     rows = [name + (" (no examples)" if none else "") for name, none in zip(names, empty, strict=True)]
-    side = max(2.6, 0.42 * classes)  # inches of the matrix; around it the names need their room
-    figure = canvas(
-        height=side + 1.0 + 0.055 * max(map(len, names)),
-        width=max(side + 1.7 + 0.085 * max(map(len, rows)), 5.2),
-    )
-    axes = figure.subplots()
-    _draw_matrix(axes, table, gamma=0.8)
-    heading(axes, "Confusion matrix")
-    turn: dict[str, Any] = (
-        {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
-    )
+    side = max(190, 32 * classes)  # of the matrix; around it the names need their room
+    left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
+    figure = _plot(max(left + side + 20, 340), side + bottom + 36, left, 36, max(20, 320 - left - side), bottom)
+    (axes,) = figure.axes
+    strength = _draw_matrix(axes, table)
+    _title(figure, "Confusion matrix")
+    slanted = max(map(len, names)) > 3
+    turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axes.set_xticks(range(classes), names, **turn)
     axes.set_yticks(range(classes), rows)
-    shares = _shares(table).filled(0)
-    size = 10 if classes <= 10 else 8
     for (row, column), count in np.ndenumerate(table):
         if count:
-            colour = "white" if shares[row, column] > 0.5 else INK
-            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=size, color=colour)
-    return save(figure, path)
+            colour = "white" if strength[row, column] > 0.7 else INK
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=10, color=colour)
+    return [Chart(figure, "Confusion matrix")]
 
 
-def _draw_large_confusion(path: Path, table: np.ndarray, class_names: Sequence[str]) -> Path:
-    wrong = table * (1 - np.eye(len(table), dtype=table.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:15]
-    pairs = [(int(i) // len(table), int(i) % len(table)) for i in order if wrong.flat[i] > 0]
-    heights = [6.4, 0.9 + 0.27 * max(len(pairs), 2)]
-    figure = canvas(height=sum(heights))
-    upper, lower = (part.subplots() for part in figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0])
-    _draw_matrix(upper, table, gamma=0.5)
-    heading(upper, f"Confusion matrix of {len(table)} classes, in their order")
-    heading(lower, "Most frequent confusions")
-    tidy(lower, "x")
+def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
+    """The most frequent confusions as bars."""
+    pairs = top_confusions(table)
+    figure = _plot(560, 66 + 20 * max(len(pairs), 2), 330, 30, right=70)
+    _title(figure, "Most frequent confusions")
+    (axes,) = figure.axes
     if not pairs:
-        lower.set_axis_off()
-        lower.text(0.5, 0.5, "no class is taken for another", ha="center", va="center", color=MUTED)
-        return save(figure, path)
-    counts = [int(wrong[pair]) for pair in pairs]
-    lower.barh(range(len(pairs)), counts, color=WRONG, height=0.7)
-    for place, ((truth, _), count) in enumerate(zip(pairs, counts, strict=True)):
-        note = f" {count:,} of {table[truth].sum():,}"
-        lower.text(count, place, note, va="center", fontsize=8.5, color=MUTED)
-    texts = [f"{label(class_names[truth])} taken for {label(class_names[answer])}" for truth, answer in pairs]
-    lower.set_yticks(range(len(pairs)), texts, fontsize=9)
-    lower.set_ylim(len(pairs) - 0.4, -0.6)
-    lower.set_xlim(0, max(counts) * 1.15)
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lower.set_xlabel("examples", color=INK)
-    return save(figure, path)
+        axes.set_axis_off()
+        figure.text(0.5, 0.5, "no class is taken for another", ha="center", va="center", color=MUTED)
+        return Chart(figure, "No class is taken for another")
+    axes.grid(axis="x", color=RULE, linewidth=0.6)
+    axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
+    for place, (truth, _, count) in enumerate(pairs):
+        axes.text(count, place, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
+    texts = [f"{label(class_names[t], 22)} taken for {label(class_names[a], 22)}" for t, a, _ in pairs]
+    axes.set_yticks(range(len(pairs)), texts, fontsize=9)
+    axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("examples", color=MUTED)
+    return Chart(figure, "Most frequent confusions")
 
 
-def draw_f1(path: Path, per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Path:
+MOST_BARS = 120  # classes in the F1 figure
+
+
+def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     """F1 of each class as bars, weakest first, in columns of 40; of more than 120 classes the weakest 120.
 
     Args:
-        path: the PNG to write.
         per_class: name, f1, support of each class. Classes without an example come last, without a bar.
         macro_f1: drawn as a line.
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MOST_BARS]
+    texts = [f"{label(row['name'], 20)} ({row['support']:,})" for row in shown]
     columns = math.ceil(len(shown) / 40)
-    height = math.ceil(len(shown) / columns)
-    step = 0.3 if len(shown) <= 15 else 0.215
-    figure = canvas(height=1.5 + step * height, width=WIDTH if columns == 1 else 1.5 + 3.3 * columns)
-    all_axes = figure.subplots(1, columns, squeeze=False)[0]
-    size = 9.5 if len(shown) <= 15 else 8
-    for column, axes in enumerate(all_axes):
-        rows = shown[column * height : (column + 1) * height]
+    length = math.ceil(len(shown) / columns)
+    size, step = (9.5, 22) if len(shown) <= 15 else (8, 15.5)
+    left = 12 + 0.66 * size * max(map(len, texts))
+    width, height = left + (570 - left if columns == 1 else 150), 72 + step * length
+    figure = canvas(height / 72, columns * width / 72, laid_out=False)
+    for column in range(columns):
+        part = slice(column * length, (column + 1) * length)
+        rows, places = shown[part], range(len(shown[part]))
+        low, high = (column * width + left) / (columns * width), ((column + 1) * width - 8) / (columns * width)
+        axes = figure.add_axes((low, 36 / height, high - low, 1 - 66 / height))
         tidy(axes, "x")
-        places = range(len(rows))
         axes.barh(places, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
         for place, row in zip(places, rows, strict=True):
             if row["support"]:
                 axes.text(1.02, place, f"{row['f1']:.3f}", va="center", fontsize=size, color=INK)
             else:
                 axes.text(0.02, place, "no examples", va="center", fontsize=size, color=MUTED)
-        axes.set_yticks(places, [f"{label(row['name'], 20)} ({row['support']:,})" for row in rows], fontsize=size)
-        axes.set_ylim(height - 0.4, -0.6)
-        axes.set_xlim(0, 1.2 if columns > 1 else 1.1)
+        axes.set_yticks(places, texts[part], fontsize=size)
+        axes.set(xlim=(0, 1.25 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", color=INK)
     rest = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
-    title = f"F1 of each class{rest} (number of examples); macro F1 {macro_f1:.3f} dashed"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-    return save(figure, path)
+    _title(figure, f"F1 of each class{rest} (number of examples); macro F1 {macro_f1:.3f} dashed", 11)
+    return figure
 
 
-def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], error: float) -> Path:
+def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     """How often predictions of a given confidence are right, above a histogram of the confidence.
 
     Args:
-        path: the PNG to write.
         bins: low, high, count, confidence, accuracy, as `metrics.calibration` gives them.
         error: the expected calibration error.
     """
-    figure = canvas(height=6.4, width=6.2)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     full = [b for b in bins if b["count"]]
-    lows, widths = [b["low"] for b in full], [b["high"] - b["low"] for b in full]
-    tidy(upper, "y")
-    upper.bar(lows, [b["accuracy"] for b in full], widths, align="edge", color=VALIDATION, edgecolor="white", alpha=0.8)
+    figure = _plot(400, 400, 50, 36, right=20, bottom=124)
+    (upper,) = figure.axes
+    lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
+    tidy(lower)
+    lower.tick_params(colors=MUTED, labelsize=11, pad=5)
+    _title(figure, f"Share that is right (expected error {error:.3f})")
+    for axes in (upper, lower):
+        axes.grid(axis="y", color=RULE, linewidth=1)
+    upper.tick_params(labelbottom=False)
+    upper.set(xlim=(0, 1), ylim=(0, 1))
+    lower.xaxis.set_major_formatter(PercentFormatter(1.0))
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
     points = ([b["confidence"] for b in full], [b["accuracy"] for b in full])
-    upper.plot(*points, color=INK, marker="o", markersize=4, linewidth=1, label="this model")
-    upper.set_ylabel("share that is right", color=INK)
-    upper.set_ylim(0, 1.02)
+    upper.plot(*points, color=VALIDATION, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
     upper.yaxis.set_major_formatter(PercentFormatter(1.0))
-    upper.legend(frameon=False, fontsize=9, loc="upper left")
-    heading(upper, f"Calibration (expected error {error:.3f})")
-    tidy(lower, "y")
-    lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING, edgecolor="white")
-    lower.set_ylabel("examples", color=INK)
-    lower.set_xlabel("confidence: the probability of the prediction", color=INK)
-    lower.set_xlim(0, 1)
-    lower.xaxis.set_major_formatter(PercentFormatter(1.0))
-    lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    return save(figure, path)
+    upper.legend(frameon=False, fontsize=11, loc="upper left", labelcolor=MUTED)
+    lows, widths = [b["low"] for b in full], [0.94 * (b["high"] - b["low"]) for b in full]
+    bars = lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING)
+    for number, bar in enumerate(bars):
+        bar.set_gid(f"bar {number}")
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    lower.set_xlabel("confidence, and how many examples have it", loc="right", fontsize=11, color=MUTED)
+    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
+    tips["model"] = [
+        f"confidence {100 * b['confidence']:.1f} %, right {100 * b['accuracy']:.1f} %, {b['count']:,} examples"
+        for b in full
+    ]
+    return Chart(figure, "Calibration: the share that is right over the confidence", tips)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures of pictures: samples, augmented views, predictions, mistakes. Each draws one PNG and returns its path
+# Figures of pictures: samples, augmented views, predictions, mistakes. Each draws one figure
 
 # Fetches pictures of the evaluated split by example index: uint8 [k, S, S, 3].
 Images = Callable[[Sequence[int]], np.ndarray]
@@ -316,13 +456,12 @@ TOP = 0.36  # inches that the title takes
 
 
 def _draw_grid(
-    path: Path,
     title: str,
     pictures: np.ndarray,
     captions: Sequence[str],
     columns: int,
     colours: Sequence[str] | None = None,
-) -> Path:
+) -> Figure:
     """Pictures uint8 [k, S, S, 3] in rows, each with a caption of a few lines above it and a coloured frame.
 
     All in one pair of axes, in inches from the upper left corner: a pair a picture, which matplotlib lays out itself,
@@ -349,32 +488,30 @@ def _draw_grid(
                   color=colour if colours else INK, ha="center", va="bottom")  # fmt: skip
     axes.text(0.08, 0.08, title, fontsize=11, fontweight="bold", color=INK, va="top")
     axes.set(xlim=(0, width), ylim=(height, 0))
-    return save(figure, path)
+    return figure
 
 
-def draw_samples(path: Path, pictures: np.ndarray, class_names: Sequence[str]) -> Path:
+def draw_samples(pictures: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Training pictures with their class.
 
     Args:
-        path: the PNG to write.
         pictures: uint8 [k, S, S, 3], k >= 1.
         class_names: the class of each picture.
     """
     captions = [label(name, 20) for name in class_names]
-    return _draw_grid(path, "Training examples, as the model sees them", pictures, captions, 6)
+    return _draw_grid("Training examples, as the model sees them", pictures, captions, 6)
 
 
-def draw_augmentation(path: Path, original: np.ndarray, views: np.ndarray) -> Path:
+def draw_augmentation(original: np.ndarray, views: np.ndarray) -> Figure:
     """One training picture and what augmentation makes of it in several epochs.
 
     Args:
-        path: the PNG to write.
         original: uint8 [S, S, 3].
         views: uint8 [k, S, S, 3], k >= 1.
     """
     pictures = np.concatenate([original[None], views])
     captions = ["original"] + [f"view {i}" for i in range(1, len(views) + 1)]
-    return _draw_grid(path, "One training example under augmentation", pictures, captions, 6)
+    return _draw_grid("One training example under augmentation", pictures, captions, 6)
 
 
 def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) -> tuple[list[str], list[str]]:
@@ -389,12 +526,12 @@ def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) ->
     return captions, colours
 
 
-def draw_predictions(path: Path, result: EvaluationResult, images: Images, seed: int) -> Path:
+def draw_predictions(result: EvaluationResult, images: Images, seed: int) -> Figure:
     """Nine examples drawn by the seed, with truth, prediction and probability; green is right, red is wrong."""
     indices = find_random(result, seed)
     captions, colours = _captions(result, indices, 28)
     title = f"Random {result.split} examples and the model's answers"
-    return _draw_grid(path, title, images(indices), captions, 3, colours)
+    return _draw_grid(title, images(indices), captions, 3, colours)
 
 
 def find_most_wrong(result: EvaluationResult, most: int = MOST_WRONG) -> list[int]:
@@ -419,23 +556,23 @@ def find_random(result: EvaluationResult, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]
 
 
-def draw_most_wrong(path: Path, result: EvaluationResult, images: Images) -> Path:
+def draw_most_wrong(result: EvaluationResult, images: Images) -> Figure:
     """The wrong predictions with the highest probability, with their file names: label errors show up here."""
     indices = find_most_wrong(result)
     if not indices:
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
-        return save(figure, path)
-    return _draw_named(path, "Wrong, and most sure of it", result, images, indices)
+        return figure
+    return _draw_named("Wrong, and most sure of it", result, images, indices)
 
 
-def draw_least_sure(path: Path, result: EvaluationResult, images: Images) -> Path:
+def draw_least_sure(result: EvaluationResult, images: Images) -> Figure:
     """The examples between two classes, with their file names."""
-    return _draw_named(path, "Least sure", result, images, find_least_sure(result))
+    return _draw_named("Least sure", result, images, find_least_sure(result))
 
 
-def _draw_named(path: Path, title: str, result: EvaluationResult, images: Images, indices: Sequence[int]) -> Path:
+def _draw_named(title: str, result: EvaluationResult, images: Images, indices: Sequence[int]) -> Figure:
     captions, colours = _captions(result, indices, 16)
     names = [label(PurePosixPath(result.names[index]).name, 22) for index in indices]
     captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
-    return _draw_grid(path, title, images(indices), captions, 4, colours)
+    return _draw_grid(title, images(indices), captions, 4, colours)

@@ -2,102 +2,297 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import colormaps
 from PIL import Image
 
-from trainer.report.charts import calibration_chart, history_charts
-from trainer.report.markup import POLICY, SCRIPT, STYLE, duration, embedded, percent, plural, text
-from trainer.report.sections import (
-    PagePictures,
-    class_table,
-    confusion_part,
-    data_part,
-    duplicate_part,
-    export_part,
-    gallery_part,
-    group_part,
-    headline,
-    how_part,
-    label_part,
-    phase_table,
-    speed_part,
+from trainer.config.diff import flat
+from trainer.evaluation.predictions import printable
+from trainer.report.figures import (
+    NUMBERED,
+    Chart,
+    Images,
+    find_least_sure,
+    find_most_wrong,
+    find_random,
+    svg,
+    top_confusions,
 )
+from trainer.report.schema import ClassScores, Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
+TEMPLATES = Path(__file__).parent / "templates"
+NONE = "\u2013"
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters: numbers and names as people read them. Markup is what a template shows as it is; all else is escaped there
+
+
+def short(name: object, longest: int = 28) -> str:
+    """A name, cut in the middle where it is too long; the whole is its tooltip."""
+    whole = printable(str(name))
+    if len(whole) <= longest:
+        return whole
+    tail = longest // 2
+    return Markup('<span title="{}">{}…{}</span>').format(whole, whole[: longest - tail - 1], whole[-tail:])
+
+
+def percent(share: float | None, digits: int = 1) -> Markup:
+    return Markup(NONE if share is None else f"{100 * share:.{digits}f}\u202f%")
+
+
+def span(interval: Sequence[float]) -> Markup:
+    """An interval of shares."""
+    return Markup("{:.1f}{}{}").format(100 * interval[0], NONE, percent(interval[1]))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return NONE if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """ "1 picture", "2,000 pictures"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _shown(value: object) -> str:
+    """What a template prints, before it is escaped: class and file names may hold anything."""
+    return value if isinstance(value, Markup) else printable(str(value))
+
+
+@cache
+def _environment() -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    found.filters |= {f.__name__: f for f in (short, percent, span, number, duration, plural, flat)}
+    style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # No request leaves the page, and no other script runs in it, whatever a class or a file is called.
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    found.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
+    return found
+
+
+def render(template: str, context: object) -> str:
+    """A page out of a template and a dataclass, whose fields it knows by name."""
+    return _environment().get_template(template).render(vars(context))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures inside the page
+
+SHOT, SMALL = 224, 112  # longest sides of thumbnails, pixels
+SHOWN = 12  # label errors and groups of duplicates that are shown with their pictures
+MEMBERS_SHOWN = 4  # pictures of a group
+_SHARP = 64  # pixels; a smaller picture keeps its pixels when it is enlarged
+_HEAT_SIDE = 28  # pixels of an overlay, which the browser enlarges smoothly
+_LARGE = 100_000  # bytes; a figure above this is embedded as JPEG, a fifth of the size where it shows photos
+
+
+def _image(content: bytes, kind: str, words: str = "", name: str = "") -> Markup:
+    """<img> that holds its picture; `name` is a class of the style sheet."""
+    data = base64.b64encode(content).decode("ascii")
+    return Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">').format(name, printable(words), kind, data)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def _thumbnail(picture: np.ndarray, longest: int, words: str) -> Markup:
+    """<img> of uint8 [S, S, 3], made smaller where it is larger than `longest`; tiny ones keep their pixels."""
+    image = Image.fromarray(picture)
+    if max(image.size) <= _SHARP:
+        return _image(_encoded(image, "PNG", optimize=True), "png", words, "sharp")
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return _image(_encoded(image, "JPEG", quality=82), "jpeg", words)
+
+
+def _overlay(heat: np.ndarray) -> Markup:
+    """A heatmap as a coloured picture, opaque where the model looked most."""
+    size = (_HEAT_SIDE, _HEAT_SIDE)
+    smooth = Image.fromarray(np.asarray(heat, np.float32)).resize(size, Image.Resampling.BICUBIC)
+    level = np.clip(np.asarray(smooth), 0, 1)
+    pixels = colormaps["inferno"](0.25 + 0.75 * level, bytes=True)
+    pixels[..., 3] = np.rint(255 * (0.25 + 0.5 * level))
+    return _image(_encoded(Image.fromarray(pixels), "PNG", optimize=True), "png", name="heat")
+
+
+def _figure(file: Path, words: str) -> Markup:
+    """A figure of photos, which stays what the PNG is."""
+    content = file.read_bytes()
+    if len(content) <= _LARGE:
+        return _image(content, "png", words)
+    return _image(_encoded(Image.open(file).convert("RGB"), "JPEG", quality=85), "jpeg", words)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page of a run
+
+# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
+Explanations = Callable[[Sequence[int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training pictures for the report. Empty arrays leave their figure out."""
+
+    pictures: np.ndarray  # uint8 [k, S, S, 3]
+    class_names: Sequence[str]  # of each picture
+    augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first picture in v epochs; None: no augmentation
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Pictures that occur more than once."""
+
+    facts: dict[str, Any]  # `duplicates.described`
+    pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a report can show of the images; all but `images` may be left out."""
+
+    images: Images  # of the evaluated split, by example index
+    samples: Samples | None = None
+    explain: Explanations | None = None  # for the gallery
+    repeats: Repeats | None = None
+
+
+IN_GALLERY = 24  # pictures of a tab
+_TABS = {
+    "most_wrong": ("Most wrong", "The mistakes the model was most sure of. Wrong labels show up here first."),
+    "least_sure": ("Least sure", "The examples whose two most probable classes are closest."),
+    "random": ("Random", "Drawn by the seed."),
+}
 _FIGURES = {
     "samples": "Training examples with their class.",
     "augmentation": "What one training example looks like in several epochs.",
 }
-_LARGE = 100_000  # bytes; a figure above this is embedded as JPEG, a fifth of the size where it shows photos
+# Where time goes: its name, and the custom property of its colour.
+PLACES = {
+    "train": ("training", "--s0"),
+    "wait": ("waiting for data", "--s1"),
+    "features": ("features of frozen layers", "--s6"),
+    "compile": ("compiling", "--s3"),
+    "start": ("starting", "--faint"),
+    "checkpoint": ("checkpoints", "--s5"),
+    "evaluation": ("evaluation", "--s2"),
+    "finish": ("export and report", "--soft"),
+    "lost": ("lost with a process", "--s4"),
+    "down": ("no process there", "--rule"),
+}
 
 
-def _figure(folder: Path, report: Mapping[str, Any], name: str) -> str:
-    """A figure of photos, which stays what the PNG is."""
-    file = report["figures"].get(name)
-    if file is None:
-        return ""
-    content, kind = (folder / file).read_bytes(), "png"
-    if len(content) > _LARGE:
-        packed = io.BytesIO()
-        Image.open(io.BytesIO(content)).convert("RGB").save(packed, "JPEG", quality=85)
-        content, kind = packed.getvalue(), "jpeg"
-    words = text(_FIGURES[name])
-    picture = f'<img alt="{words}" src="{embedded(content, kind)}">'
-    return f'<figure class="figure"><div class="wide">{picture}</div><figcaption>{words}</figcaption></figure>'
+@dataclass(frozen=True)
+class _Shot:
+    """One example of the gallery."""
+
+    picture: Markup
+    heat: Markup | str
+    right: bool
+    answer: str
+    probability: float
+    truth: str
+    truth_probability: float
+    file: str
 
 
-def assemble(title: str, heading: str, subtitle: str, top: str, parts: Sequence[tuple[str, str]], footer: str) -> str:
-    """A whole page from HTML; parts without content are left out.
+@dataclass(frozen=True)
+class _Tab:
+    name: str
+    title: str
+    words: str
+    shots: Sequence[_Shot]
 
-    Args:
-        title: of the window.
-        heading: of the page.
-        subtitle: below it.
-        top: what comes before the first section.
-        parts: (name, content) of each section.
-        footer: the last line.
+
+@dataclass(frozen=True)
+class _RunPage:
+    """What report.html.j2 shows.
+
+    Attributes:
+        charts: curves (a list of <svg>), calibration, and confusion where classes are too many for a table.
+        mistakes: truth, prediction and examples of the most frequent confusions.
+        per_class: the scores of each class, the class it is most taken for and how often, the lowest F1 first.
+        suspects: the picture of each label error that is shown with one.
+        copied: the pictures of each group of duplicates that is shown at once.
+        spent: name, colour and seconds of each place where time went.
     """
-    parts = [(name, content) for name, content in parts if content]
-    links = "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name, _ in parts)
-    body = "\n".join(
-        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>\n{content}</section>'
-        for name, content in parts
+
+    report: Report
+    config: Mapping[str, Any]
+    charts: Mapping[str, Any]
+    mistakes: Sequence[tuple[int, int, int]]
+    per_class: Sequence[tuple[ClassScores, str, int]]
+    tabs: Sequence[_Tab]
+    explained: bool
+    suspects: Mapping[int, Markup]
+    copied: Sequence[Sequence[Markup]]
+    figures: Sequence[tuple[Markup, str]]
+    spent: Sequence[tuple[str, str, float]]
+    timing: Mapping[str, Any]
+
+
+def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.ndarray | None) -> _Shot:
+    truth, answer = int(result.labels[index]), int(result.probabilities[index].argmax())
+    of = result.class_names
+    return _Shot(
+        picture=_thumbnail(picture, SHOT, f"{of[answer]}, truth {of[truth]}"),
+        heat="" if heat is None else _overlay(heat),
+        right=truth == answer,
+        answer=of[answer],
+        probability=float(result.probabilities[index, answer]),
+        truth=of[truth],
+        truth_probability=float(result.probabilities[index, truth]),
+        file=result.names[index],
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header><h1>{heading}</h1><p>{subtitle}</p></header>
-<nav aria-label="sections">{links}</nav>
-{top}
-{body}
-<footer>{footer}</footer>
-</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+
+
+def _class_rows(per_class: Sequence[ClassScores], confusion: np.ndarray) -> list[tuple[ClassScores, str, int]]:
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    answers = wrong.argmax(axis=1)
+    order = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
+    return [(per_class[i], per_class[answers[i]]["name"], int(wrong[i, answers[i]])) for i in order]
 
 
 def write_page(
     path: Path,
-    report: Mapping[str, Any],
+    report: Report,
     config: Mapping[str, Any],
     result: EvaluationResult,
-    pictures: PagePictures,
+    pictures: Pictures,
+    charts: Mapping[str, Sequence[Chart]],
 ) -> Path:
     """Write the page beside the figures it embeds.
 
@@ -106,40 +301,49 @@ def write_page(
         report: what `report.write_report` returns.
         config: the resolved configuration.
         result: what was scored.
-        pictures: what it shows of the images.
+        pictures: read once; how many are shown does not depend on the split's size.
+        charts: curves, confusion, calibration, as `figures` draws them.
     """
-    folder, test = path.parent, report["test"]
-    title = text(report["title"])
-    spent = sum(phase["seconds"] for phase in report["phases"].values())
-    trained = f" · trained in {duration(spent)}" if report["phases"] else ""
-    subtitle = f"{plural(len(test['per_class']), 'class', 'classes')} · seed {text(report['seed'])}{trained}"
-    parts = [
-        ("Training", phase_table(report["phases"]) + history_charts(report["history"], report["phases"])),
-        ("Gallery", gallery_part(result, pictures)),
-        (
-            "Classes",
-            confusion_part(test["confusion"], result.class_names) + class_table(test["per_class"], test["confusion"]),
-        ),
-        ("Groups", group_part(test["groups"]) if "groups" in test else ""),
-        (
-            "Calibration",
-            "<p>Below the diagonal the model is surer than it is right. The bars count examples.</p>"
-            + calibration_chart(test["calibration_bins"]),
-        ),
-        ("Possible label errors", label_part(report["label_errors"], pictures, test["n"])),
-        ("Duplicates", duplicate_part(report["duplicates"], pictures) if report["duplicates"] else ""),
-        ("Data", data_part(report["data"]) + "".join(_figure(folder, report, name) for name in _FIGURES)),
-        ("Speed", speed_part(report["timing"])),
-        ("Export", export_part(report["export"])),
-        ("How it was made", how_part(report, config)),
-    ]
-    page = assemble(
-        f"{title}: {percent(test['accuracy'])} {text(test['split'])} accuracy",
-        title,
-        subtitle,
-        headline(test, report["phases"]),
-        parts,
-        f"kubetune · written {text(report['timing']['written'])}",
+    confusion = np.asarray(report["test"]["confusion"])
+    few = len(confusion) <= NUMBERED
+    tabs = {
+        "most_wrong": find_most_wrong(result, IN_GALLERY),
+        "least_sure": find_least_sure(result, IN_GALLERY),
+        "random": find_random(result, report["seed"]),
+    }
+    explained = sorted({index for indices in tabs.values() for index in indices})
+    suspects = report["label_errors"]["rows"][:SHOWN]
+    wanted = sorted({*explained, *(row["index"] for row in suspects)})
+    images = dict(zip(wanted, pictures.images(wanted), strict=True))
+    heat = dict(zip(explained, pictures.explain(explained), strict=True)) if pictures.explain and explained else {}
+    shots = {i: _shot(result, i, images[i], heat.get(i)) for i in explained}
+    seconds = report["timing"].get("seconds", {})
+    groups = report["duplicates"].get("groups", [])[:SHOWN]
+    seen = [*(pictures.repeats.pictures if pictures.repeats else ()), *[()] * len(groups)]
+    page = _RunPage(
+        report=report,
+        config=config,
+        charts={
+            "curves": [svg(f"curve{place}", chart) for place, chart in enumerate(charts.get("curves", ()))],
+            "confusion": None if few else svg("confusion", charts["confusion"][0]),
+            "calibration": svg("calibration", charts["calibration"][0]),
+        },
+        mistakes=top_confusions(confusion, 8 if few else 15),
+        per_class=_class_rows(report["test"]["per_class"], confusion),
+        tabs=[_Tab(name, *_TABS[name], [shots[i] for i in indices]) for name, indices in tabs.items()],
+        explained=bool(heat),
+        suspects={row["index"]: _thumbnail(images[row["index"]], SMALL, row["label"]) for row in suspects},
+        copied=[
+            [_thumbnail(p, SMALL, m["file"]) for p, m in zip(shown, group["members"], strict=False)]
+            for shown, group in zip(seen, groups, strict=False)
+        ],
+        figures=[
+            (_figure(path.parent / report["figures"][name], words), words)
+            for name, words in _FIGURES.items()
+            if name in report["figures"]
+        ],
+        spent=[(*PLACES.get(place, (place, "--soft")), s) for place, s in seconds.items() if s >= 0.05],
+        timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
-    write_whole(path, page)
+    write_whole(path, render("report.html.j2", page))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.monitoring import termination
@@ -9,7 +10,7 @@ from trainer.monitoring.log import say
 from trainer.runs.metrics import clock
 
 
-def summarise(report: dict[str, Any], address: str) -> None:
+def summarise(report: Mapping[str, Any], address: str) -> None:
     """Say what a run came to, and leave it as the termination message.
 
     Args:
@@ -37,7 +38,7 @@ def summarise(report: dict[str, Any], address: str) -> None:
     termination.outcome(f"{lines[1]}; {folder}/report/index.html")
 
 
-def _groups_apart(test: dict[str, Any]) -> list[str]:
+def _groups_apart(test: Mapping[str, Any]) -> list[str]:
     """A line on how far the groups lie apart, where there are some."""
     gap = test.get("groups", {}).get("gap")
     if not gap:

@@ -6,19 +6,19 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.figures import (
-    Images,
+    Chart,
     draw_augmentation,
     draw_calibration,
     draw_confusion,
@@ -28,40 +28,17 @@ from trainer.report.figures import (
     draw_most_wrong,
     draw_predictions,
     draw_samples,
-    find_least_sure,
-    find_most_wrong,
-    find_random,
+    save,
 )
-from trainer.report.page import write_page
-from trainer.report.sections import SHOWN, PagePictures
+from trainer.report.page import Pictures, write_page
+from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import Dataset, EvaluationResult
 
-# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
-Explanations = Callable[[Sequence[int]], np.ndarray]
-
-IN_GALLERY = 24  # pictures of a tab
 VALIDATION_NOTE = (
     "The data has no test split. These are the validation examples, which also chose the checkpoint, "
     "so the scores lean to the good side."
 )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Training pictures for the report. Empty arrays leave their figure out."""
-
-    pictures: np.ndarray  # uint8 [k, S, S, 3]
-    class_names: Sequence[str]  # of each picture
-    augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first picture in v epochs; None: no augmentation
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """Pictures that occur more than once."""
-
-    facts: dict[str, Any]  # `duplicates.described`
-    pictures: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first of the first groups
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
@@ -92,7 +69,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _dump(report: dict[str, Any]) -> str:
+def _dump(report: Report) -> str:
     """Indented JSON with lists of numbers on one line (a row of the confusion matrix is a line)."""
     text = json.dumps(report, indent=2, allow_nan=False)
     return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
@@ -118,52 +95,30 @@ def _draw_all(
     history: Sequence[Mapping[str, Any]],
     phases: Mapping[str, Mapping[str, Any]],
     seed: int,
-    images: Images,
-    samples: Samples | None,
-) -> dict[str, str]:
-    """Draw what there is to draw; returns the file name of each figure."""
+    pictures: Pictures,
+) -> tuple[dict[str, str], dict[str, list[Chart]]]:
+    """Draw what there is to draw; returns the file name of each figure, and those that the page shows too."""
     metrics: dict[str, Any] = result.metrics
-    drawn = []
-    if history:
-        drawn.append(draw_curves(folder / "curves.png", history, phases))
-    drawn.append(draw_predictions(folder / "predictions.png", result, images, seed))
-    drawn.append(draw_most_wrong(folder / "most_wrong.png", result, images))
-    drawn.append(draw_least_sure(folder / "least_sure.png", result, images))
-    drawn.append(draw_confusion(folder / "confusion.png", metrics["confusion"], result.class_names))
-    drawn.append(draw_f1(folder / "f1.png", metrics["per_class"], metrics["macro_f1"]))
-    drawn.append(
-        draw_calibration(folder / "calibration.png", metrics["calibration_bins"], metrics["calibration_error"])
-    )
-    if samples is not None and len(samples.pictures):
-        drawn.append(draw_samples(folder / "samples.png", samples.pictures, samples.class_names))
-        if samples.augmented is not None and len(samples.augmented):
-            drawn.append(draw_augmentation(folder / "augmentation.png", samples.pictures[0], samples.augmented))
-    return {path.stem: path.name for path in drawn}
-
-
-def _page_pictures(
-    result: EvaluationResult,
-    suspects: Sequence[Mapping[str, Any]],
-    seed: int,
-    images: Images,
-    explain: Explanations | None,
-    repeats: Repeats | None,
-) -> PagePictures:
-    """What the page shows, in one reading of the images; how many there are does not depend on the split's size."""
-    gallery = {
-        "most_wrong": find_most_wrong(result, IN_GALLERY),
-        "least_sure": find_least_sure(result, IN_GALLERY),
-        "random": find_random(result, seed),
+    charts: dict[str, list[Chart]] = {
+        "curves": draw_curves(history, phases) if history else [],
+        "confusion": draw_confusion(metrics["confusion"], result.class_names),
+        "calibration": [draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
-    explained = sorted({index for tab in gallery.values() for index in tab})
-    wanted = sorted({*explained, *(row["index"] for row in suspects[:SHOWN])})
-    heat = explain(explained) if explain and explained else None
-    return PagePictures(
-        gallery,
-        dict(zip(wanted, images(wanted), strict=True)),
-        {} if heat is None else dict(zip(explained, heat, strict=True)),
-        repeats.pictures if repeats else (),
-    )
+    figures: dict[str, Figure | list[Figure]] = {
+        "curves": [chart.figure for chart in charts["curves"]],
+        "predictions": draw_predictions(result, pictures.images, seed),
+        "most_wrong": draw_most_wrong(result, pictures.images),
+        "least_sure": draw_least_sure(result, pictures.images),
+        "confusion": [chart.figure for chart in charts["confusion"]],
+        "f1": draw_f1(metrics["per_class"], metrics["macro_f1"]),
+        "calibration": charts["calibration"][0].figure,
+    }
+    samples = pictures.samples
+    if samples is not None and len(samples.pictures):
+        figures["samples"] = draw_samples(samples.pictures, samples.class_names)
+        if samples.augmented is not None and len(samples.augmented):
+            figures["augmentation"] = draw_augmentation(samples.pictures[0], samples.augmented)
+    return {name: save(drawn, folder / f"{name}.png").name for name, drawn in figures.items() if drawn}, charts
 
 
 def write_report(
@@ -173,11 +128,8 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     phases: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
-    images: Images,
-    samples: Samples | None = None,
-    explain: Explanations | None = None,
-    repeats: Repeats | None = None,
-) -> dict[str, Any]:
+    pictures: Pictures,
+) -> Report:
     """Write figures, predictions.csv, report.json and index.html into `folder`, each whole or not at all.
 
     Args:
@@ -192,16 +144,10 @@ def write_report(
             `undecodable` what was skipped later), export (what was exported and how far it differs), config (the
             resolved tree), versions (name to version), timing (whatever differs between two equal runs), note (str: how
             to read the scores).
-        images: fetches pictures of the evaluated split by example index, uint8 [k, S, S, 3].
-        samples: training pictures.
-        explain: where the model looked, for the gallery.
-        repeats: pictures that occur more than once.
+        pictures: what is shown of the images.
 
     Returns:
-        What report.json holds: title, seed, test (the scores of `metrics.score`, split, note), phases, history, data,
-        export, versions, label_errors (`label_errors.describe_label_errors`), duplicates (`duplicates.described`, {}
-        where nothing was looked for), figures (file names) and timing. Equal inputs give equal bytes but for `timing`
-        and `seconds`.
+        What report.json holds. Equal inputs give equal bytes but for `timing` and `seconds`.
     """
     began = time.monotonic()
     folder = Path(folder)
@@ -209,7 +155,7 @@ def write_report(
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
     if note:
         test["note"] = note
-    report: dict[str, Any] = _plain(
+    report: Report = _plain(
         {
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
@@ -220,17 +166,16 @@ def write_report(
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
             "label_errors": describe_label_errors(result),
-            "duplicates": repeats.facts if repeats else {},
+            "duplicates": pictures.repeats.facts if pictures.repeats else {},
         }
     )
-    report["figures"] = _draw_all(folder, result, history, phases, report["seed"], images, samples)
+    drawn = _draw_all(folder, result, report["history"], report["phases"], report["seed"], pictures)
+    report["figures"], charts = drawn
     write_predictions(folder / "predictions.csv", result)
     report["timing"] = _plain(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
-    suspects = report["label_errors"]["rows"]
-    pictures = _page_pictures(result, suspects, report["seed"], images, explain, repeats)
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
     write_whole(folder / "report.json", _dump(report))
     return report
