@@ -13,11 +13,10 @@ the model of a run in other formats, or again.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.cluster.signals import end_at_once
 
@@ -32,22 +31,11 @@ from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
 from trainer.runs.reader import (
     FinishedRun,
-    LoadedCheckpoint,
-    check_classes,
     exported_checkpoint,
     find_run,
     load_checkpoint,
-    open_classifier,
-    without_weights,
 )
-from trainer.storage.local import write_json
 
-if TYPE_CHECKING:
-    from trainer.data.images import ImageStore
-    from trainer.models.grad_cam import Explainer
-    from trainer.types import Scored
-
-READ_AT_ONCE = 256  # images
 CHANGES = {"formats": "export.formats", "max_accuracy_drop": "export.max_accuracy_drop"}  # in the run's configuration
 OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
 
@@ -78,60 +66,6 @@ def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
     return Path(str(run.home)) / "export", True
 
 
-def open_images(run: FinishedRun, size: int) -> ImageStore:
-    """The images of a run's data at a size in pixels, decoded when they are read."""
-    from trainer.data.images import ImageStore
-    from trainer.data.open import open_run_data
-
-    unkept = {"data": run.config.data.model_copy(update={"cache": "none"}), "model": without_weights(run.config.model)}
-    config = run.config.model_copy(update=unkept)
-    data = open_run_data(config, say, lambda _: None, stream=False)
-    check_classes(run, data.dataset)
-    return ImageStore(data, config, size, lambda _: None)
-
-
-def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Every example of a split that can be decoded."""
-    import numpy as np
-
-    from trainer.types import Scored
-
-    labels = images.dataset.splits[split].labels
-    parts = [
-        explainer(images.rows(split, np.arange(start, min(start + READ_AT_ONCE, len(labels)))))["probabilities"]
-        for start in range(0, len(labels), READ_AT_ONCE)
-    ]
-    good = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
-    return Scored(split, good, labels[good], np.concatenate(parts)[good])
-
-
-def export(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Write the formats that the configuration names below `home`; facts by format."""
-    from trainer.exporting.export import export_classifier
-    from trainer.models.grad_cam import make_explainer
-
-    classifier = open_classifier(run, checkpoint)
-    images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
-    split = "test" if "test" in images.dataset.splits else "validation"
-    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
-        f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
-    return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
-
-
-def record(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
-    """Write what was measured: into the report and the card of the run, or as export.json beside the files."""
-    from trainer.exporting.model_card import write_model_card
-
-    report = home.parent / "report" / "report.json"
-    if not is_own or not report.exists():
-        write_json(home / "export.json", outcomes)
-        return
-    told = json.loads(report.read_text())
-    told["export"] = told.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
-    write_json(report, told)
-    write_model_card(home / "model_card.md", told, run.config.model_dump(mode="json"))
-
-
 def main() -> None:
     """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
@@ -140,10 +74,11 @@ def main() -> None:
         home, is_own = target(run, own)
         checkpoint = load_checkpoint(run, own.get("checkpoint"))  # mistakes answer before TensorFlow is imported
         with quiet_start():
+            from trainer.exporting.export import export_run, record_exports
             from trainer.exporting.formats import check_formats, refuse
         check_formats(run.config.export.formats, run.config.model.backbone)
-        outcomes = export(run, home, checkpoint)
-        record(run, home, is_own, outcomes)
+        outcomes = export_run(run, home, checkpoint)
+        record_exports(run, home, is_own, outcomes)
         for name, facts in outcomes.items():
             say(
                 f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "

@@ -21,7 +21,7 @@ from tests.storage.emulator import running
 from trainer.arrays import pack
 from trainer.config.schema import ExportFormat
 from trainer.data.decoding import decode_image
-from trainer.export import open_images
+from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
 from trainer.runs.reader import find_run, load_checkpoint, open_classifier

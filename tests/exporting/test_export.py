@@ -14,8 +14,7 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
-from trainer.export import READ_AT_ONCE, score_all
-from trainer.exporting.export import EXAMPLES, export_classifier
+from trainer.exporting.export import EXAMPLES, READ_AT_ONCE, export_classifier, score_all
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.types import Dataset, Scored, Split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import numpy as np
 
 from trainer.data.images import ImageStore
+from trainer.data.open import open_run_data
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
-from trainer.exporting.model_card import write_labels
+from trainer.exporting.model_card import write_labels, write_model_card
 from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
-from trainer.models.grad_cam import Explainer, explain
+from trainer.models.grad_cam import Explainer, explain, make_explainer
+from trainer.monitoring.log import say
+from trainer.runs.reader import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
+from trainer.storage.local import write_json
 from trainer.types import Scored
 
+READ_AT_ONCE = 256  # images
 EXAMPLES = 1000  # of the scored split are sent through every exported file
 REPRESENTATIVE = 200  # of the training split tell an int8 file its ranges
 
@@ -67,3 +73,53 @@ def export_classifier(
     write_reference(home / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[chosen], scored.probabilities[chosen])
     return export_formats(home, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Later, from a run that was trained before
+
+
+def open_images(run: FinishedRun, size: int) -> ImageStore:
+    """The images of a run's data at a size in pixels, decoded when they are read."""
+
+    unkept = {"data": run.config.data.model_copy(update={"cache": "none"}), "model": without_weights(run.config.model)}
+    config = run.config.model_copy(update=unkept)
+    data = open_run_data(config, say, lambda _: None, stream=False)
+    check_classes(run, data.dataset)
+    return ImageStore(data, config, size, lambda _: None)
+
+
+def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
+    """Every example of a split that can be decoded."""
+
+    labels = images.dataset.splits[split].labels
+    parts = [
+        explainer(images.rows(split, np.arange(start, min(start + READ_AT_ONCE, len(labels)))))["probabilities"]
+        for start in range(0, len(labels), READ_AT_ONCE)
+    ]
+    good = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    return Scored(split, good, labels[good], np.concatenate(parts)[good])
+
+
+def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+    """Write the formats that the configuration names below `home`; facts by format."""
+
+    classifier = open_classifier(run, checkpoint)
+    images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
+    split = "test" if "test" in images.dataset.splits else "validation"
+    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
+        f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
+    return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
+
+
+def record_exports(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
+    """Write what was measured: into the report and the card of the run, or as export.json beside the files."""
+
+    report = home.parent / "report" / "report.json"
+    if not is_own or not report.exists():
+        write_json(home / "export.json", outcomes)
+        return
+    told = json.loads(report.read_text())
+    told["export"] = told.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
+    write_json(report, told)
+    write_model_card(home / "model_card.md", told, run.config.model_dump(mode="json"))
