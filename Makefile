@@ -37,7 +37,7 @@ lint: $(READY) ## Check style, types and YAML
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/lint-imports --no-logo 2>&1 | tail -4
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m yamllint --strict .
 
 bench: $(READY) ## Measure, side by side, and write docs/performance.md

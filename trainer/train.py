@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import tensorflow as tf
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy
@@ -20,7 +19,6 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
 from trainer.context import RunContext, RunPlan, failures_recorded
-from trainer.data.decoding import plain
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
 from trainer.data.open import open_run_data, require_validation
@@ -248,28 +246,23 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     """Open what the phase reads and put its step on the device."""
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
     inputs = inputs_of(run, name)
+    teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
     rate = build_schedule(
         phase.schedule,
         phase.optimizer.learning_rate,
         total_steps=total,
-        steps_per_epoch=run.plan.sharding.steps_per_epoch,
-        batch_size=config.training.batch_size,
+        steps_per_epoch=per_epoch,
+        batch_size=batch_size,
     )
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
-    teacher = run.plan.teacher.network if run.plan.teacher else None
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
+    network, stop = teacher.network if teacher else None, worker.is_told_to_stop
     step = TrainingStep(
-        worker.strategy,
-        inputs.network,
-        thaw.trainable,
-        optimizer,
-        settings,
-        stop=lambda: _wants_to_stop(worker.stop),
-        teacher=teacher,
+        worker.strategy, inputs.network, thaw.trainable, optimizer, settings, stop=stop, teacher=network
     )
     order = Order(
-        batch_size=config.training.batch_size,
+        batch_size=batch_size,
         seed=config.seed,
         window=config.data.shuffle_window,
         first_epoch=state.epoch,
@@ -279,10 +272,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     batches = training_batches(
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
-    dataset = batches.dataset
-    if run.plan.teacher and run.plan.teacher.answers is not None:
-        answers = tf.constant(run.plan.teacher.answers)
-        dataset = dataset.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
+    dataset = teacher.with_answers(batches.dataset) if teacher else batches.dataset
     stream = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     saved = run.classifier.variables | step.checkpointed()
     return PhaseRun(name, phase, total, step, rate, inputs, stream, batches.gate(), saved)
@@ -290,14 +280,13 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 def inputs_of(run: RunContext, name: str) -> Inputs:
     """Open what a phase reads, features or images; one that finds no room for its features goes on with images."""
-    opened = (run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     category = "compile" if run.plan.features.reads[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
-        inputs = open_inputs(name, *opened)
+        inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     if inputs is not None:
         return inputs
-    if run.worker.should_stop("while features were computed"):
-        leave(run, "while features were computed")
+    if run.worker.should_stop(where := "while features were computed"):
+        leave(run, where)
     if run.state.phase_step:
         raise Interrupted(
             f"phase {name} began with cached features, and there is no room for them: give it with "
@@ -307,15 +296,7 @@ def inputs_of(run: RunContext, name: str) -> Inputs:
     go_live(name, run.images, run.plan.features)
     if run.worker.is_chief:
         note_facts(run.saver.path, {"features": run.plan.features.reads})
-    live = open_inputs(name, *opened)
-    assert live is not None, "images need no room"
-    return live
-
-
-def _wants_to_stop(stop: StopFlag) -> bool:
-    """Whether this worker was told to stop. The compiled step asks at each step, which so is progress."""
-    health.progress()
-    return stop.reason is not None
+    return inputs_of(run, name)
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
@@ -363,7 +344,12 @@ def train_epoch(run: RunContext, part: PhaseRun) -> None:
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
         with run.clock.span(*activity), data_errors(part.inputs.training):
-            late = wait_for_shards(run, part, count * batch_size // run.worker.size)
+            try:
+                late = part.gate.wait_for(count * batch_size // run.worker.size)
+            except ToldToStop:  # several workers end as they are: the others may be inside a step that needs this one
+                if run.worker.size > 1:
+                    raise
+                save_and_leave(run, part)
             rows, idle, stopped = part.step.run(part.stream, count, state.step, state.phase_step)
             run.clock.waited(idle + late)
         waited += idle + late
@@ -390,18 +376,6 @@ def train_epoch(run: RunContext, part: PhaseRun) -> None:
         if stopped:
             save_and_leave(run, part)
     run.metrics.profile(state.step, window)
-
-
-def wait_for_shards(run: RunContext, part: PhaseRun, rows: int) -> float:
-    """Wait until all that the next rows need is on disk: seconds. Told to stop meanwhile, a worker alone saves first;
-    one of several ends as it is, for the others may be inside a step that needs it.
-    """
-    try:
-        return part.gate.wait_for(rows)
-    except ToldToStop:
-        if run.worker.size > 1:
-            raise
-        save_and_leave(run, part)
 
 
 def validate(run: RunContext, part: PhaseRun) -> tuple[dict[str, Any], bool]:

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.signals import StopFlag
+from trainer.monitoring.health import health
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Worker:
     def replicas(self) -> int:
         """Replicas on this worker."""
         return self.strategy.num_replicas_in_sync // self.size
+
+    def is_told_to_stop(self) -> bool:
+        """Whether this worker was told to stop. The compiled step asks at each step, which so is progress."""
+        health.progress()
+        return self.stop.reason is not None
 
     def should_stop(self, where: str) -> bool:
         """Whether any worker was told to stop: the same answer on all of them, asked at the same point by all."""

@@ -17,6 +17,7 @@ import tensorflow as tf
 from trainer.arrays import pack, unpack
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Model
+from trainer.data.decoding import plain
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation.source import (
@@ -108,6 +109,13 @@ class OpenedTeacher:
     fingerprint: str
     network: Teacher | None = None
     answers: np.ndarray | None = None
+
+    def with_answers(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        """Training batches that hold the answers for their examples, as `teacher`, where they are known."""
+        if self.answers is None:
+            return batches
+        answers = tf.constant(self.answers)
+        return batches.map(plain(lambda batch: {**batch, "teacher": tf.gather(answers, batch["index"])}))
 
 
 def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: str, before: str | None) -> OpenedTeacher:
