@@ -35,3 +35,11 @@ def test_what_comes_before_the_configuration_is_known_starts_without_tensorflow(
     )
     assert answer.stderr == ""
     assert answer.stdout == "[]\n"
+
+
+def test_a_run_is_no_bag() -> None:
+    program = "import dataclasses; from trainer.context import RunContext; print(len(dataclasses.fields(RunContext)))"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(answer.stdout) <= 10

@@ -16,27 +16,14 @@ from trainer.cli.process import _hidden
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
-from trainer.data.sharding import count_own_shards
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import settle_input
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.restore import assign_values, take_weights
 from trainer.training import variables
 from trainer.training.state import RunState
-from trainer.types import Shard, Split
 
 ROOT = Path(__file__).parents[1]
-WHOLE = tuple(Shard(f"{name}.tfrecord", 10, 0, 10) for name in "abcd")
-# As debug.max_examples leaves it: single records out of two files.
-PIECES = tuple(Shard(f"{name}.tfrecord", 10, at, at + 1) for name in "ab" for at in (0, 3, 5, 9))
-
-
-@pytest.mark.parametrize(
-    ("shards", "expected"), [(WHOLE, (2, 4, 20, 40)), (PIECES, (2, 2, 4, 8)), (PIECES[:4], (1, 1, 2, 4))]
-)
-def test_shards_are_counted_by_file(shards: tuple[Shard, ...], expected: tuple[int, int, int, int]) -> None:
-    records = sum(shard.stop - shard.start for shard in shards)
-    assert count_own_shards(Split("train", np.zeros(records, np.int32), shards=shards), 2, 0) == expected
 
 
 @pytest.mark.parametrize("resumed", [False, True])

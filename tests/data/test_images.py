@@ -12,13 +12,14 @@ import pytest
 import tensorflow as tf
 
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, record, shard_split
-from trainer.config.schema import Augmentation
+from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
 from trainer.data.host import memory_budget_default, memory_limit, usable_cpus
-from trainer.data.images import Pixels, data_errors
+from trainer.data.images import Pixels, data_errors, plan_image_caches
 from trainer.data.order import Order
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.errors import DataError
+from trainer.types import Dataset, Split
 
 NEEDED = (COUNT + 1) * SIDE * SIDE * 3
 
@@ -288,3 +289,21 @@ def test_processor_quota_of_a_container_counts(tmp_path: Path) -> None:
     assert usable_cpus(tmp_path) == all_of_them
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     assert usable_cpus(tmp_path) == 1
+
+
+def test_the_caches_of_all_splits_share_one_memory_budget() -> None:
+    labels = np.zeros(9, np.int32)
+    dataset = Dataset("x", ("a", "b"), {name: Split(name, labels) for name in ("train", "validation", "test")}, "")
+    each = 10 * 4 * 4 * 3
+    config = load({
+        "data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"},
+        "phases": {"head": {"thaw": "none", "epochs": 1}},
+        "runtime": {"memory_budget_gb": 2.5 * each / GIGABYTE, "disk_budget_gb": each / GIGABYTE},
+    })  # fmt: skip
+    plans = plan_image_caches(config, dataset, 4, train_once=False)
+    assert [(name, plan.where, plan.bytes) for name, plan in plans.items()] == [
+        ("train", "memory", each), ("validation", "memory", each), ("test", "disk", each)
+    ]  # fmt: skip
+    once = plan_image_caches(config, dataset, 4, train_once=True)
+    assert [plan.where for plan in once.values()] == ["none", "memory", "memory"]
+    assert once["train"].reason == "training reads them once, for features"

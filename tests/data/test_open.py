@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests.data.pictures import fill_folder, picture
-from trainer.config.schema import Data
-from trainer.data.open import open_dataset
+from trainer.config.schema import Data, load
+from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.data.splits import at_most, part_sizes, per_class, take
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
@@ -584,3 +584,26 @@ def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
     assert refusal(tmp_path, **{**data, "class_names": (*CLASSES, "yak")}) == (
         "no training example of yak: add some, leave the class out, or choose another split"
     )
+
+
+def test_overfitting_trains_on_one_batch_and_scores_it(tmp_path: Path) -> None:
+    fill_folder(tmp_path / "photos", dict.fromkeys(CLASSES, 10))
+    config = load({
+        "data": {"source": "image_folder", "root": str(tmp_path / "photos"), "test_fraction": 0.2},
+        "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
+        "training": {"batch_size": 6}, "debug": {"overfit": True}, "runtime": {"cache_dir": str(tmp_path / "cache")},
+    })  # fmt: skip
+    dataset = open_run_dataset(config, config.data, lambda _: None)
+    assert {name: split.files for name, split in dataset.splits.items()} == {
+        "train": dataset.splits["train"].files, "validation": dataset.splits["train"].files
+    }  # fmt: skip
+    assert dataset.splits["train"].count == 6
+    require_validation(dataset)
+
+
+def test_a_run_needs_something_to_validate_on() -> None:
+    train = Split("train", np.zeros(3, np.int32), files=("a", "b", "c"))
+    with pytest.raises(
+        DataError, match=r"nothing to validate on: set data\.validation_fraction or data\.validation_split"
+    ):
+        require_validation(Dataset("x", ("a", "b"), {"train": train}, ""))

@@ -128,3 +128,24 @@ def test_the_page_tells_the_command_and_shows_where_the_model_looked(trained: Pa
     assert "python -m trainer experiment=quickstart" in page
     assert page.count('class="heat"') >= 24
     assert "images a second" in page
+
+
+def test_an_overfitted_run_is_evaluated_on_the_batch_that_it_trained_on(tmp_path: Path) -> None:
+    out = tmp_path / "overfitted"
+    told = ("experiment=quickstart", "debug.overfit=true", "training.batch_size=16", "~phases.fine_tune", "phases.head.epochs=30",
+            "export.formats=[]", f"runtime.cache_dir={tmp_path / 'cache'}", f"output_dir={out}")  # fmt: skip
+    trained = run(*told)
+    assert trained.returncode == 0, trained.stderr
+    done = evaluate(f"run={out}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (out / "evaluations").iterdir()
+    mine, theirs = report_of(folder), report_of(out / "report")
+    assert mine["data"]["fingerprint"] == theirs["data"]["fingerprint"]
+    assert mine["data"]["counts"] == theirs["data"]["counts"] == {"train": 16}
+    assert {k: v for k, v in mine["test"].items() if k != "note"} == {
+        k: v for k, v in theirs["test"].items() if k != "note"
+    }
+    assert "has learned from these very examples" in mine["test"]["note"]
+    others = evaluate(f"run={out}", "data=digits", "split=validation", f"output={tmp_path / 'all'}")
+    assert others.returncode == 0, others.stderr
+    assert report_of(tmp_path / "all")["test"]["n"] > 16
