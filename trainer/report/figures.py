@@ -430,7 +430,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     points = ([b["confidence"] for b in full], [b["accuracy"] for b in full])
     upper.plot(*points, color=VALIDATION, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
     upper.yaxis.set_major_formatter(PercentFormatter(1.0))
-    upper.legend(frameon=False, fontsize=11, loc="upper left", labelcolor=MUTED)
+    upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in full], [0.94 * (b["high"] - b["low"]) for b in full]
     bars = lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING)
     for number, bar in enumerate(bars):
