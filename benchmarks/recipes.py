@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainer.evaluation.metrics import wilson
+from trainer.evaluation.intervals import wilson
 
 SEEDS = (1, 2, 3)
 
