@@ -50,9 +50,8 @@ class Connection:
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
+        self.socket, self.heard = connected, time.monotonic()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.heard = time.monotonic()
         self._sending = threading.Lock()
 
     def send(self, kind: str, payload: bytes = b"", **facts: Any) -> None:
@@ -146,6 +145,11 @@ class ControlChannel:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
+    def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
+        """On every worker, the result of `function` on the chief for the list of all workers' plain JSON values."""
+        everyone = self.gather(topic, json.dumps(value).encode())
+        return self.broadcast(topic, lambda: function([json.loads(one) for one in everyone or ()]))
+
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The chief's arrays, by name, on every worker."""
         if self.size == 1:
@@ -163,18 +167,15 @@ class ControlChannel:
         Raises:
             ConfigError: they do not; names each difference and the workers.
         """
-        everyone = self.gather(topic, json.dumps(facts).encode())
-        lines = self.broadcast(topic, lambda: differences([json.loads(one) for one in everyone or ()]))
+        lines = "\n".join(f"  {line}" for line in self.reduce(topic, facts, differences))
         if lines:
             raise ConfigError(
-                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n"
-                + "\n".join(f"  {line}" for line in lines)
+                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n{lines}"
             )
 
     def any_worker(self, topic: str, here: bool) -> bool:
         """Whether `here` is true on any worker."""
-        everyone = self.gather(topic, b"1" if here else b"")
-        return bool(self.broadcast(topic, lambda: any(everyone or ())))
+        return self.reduce(topic, bool(here), any)
 
     def barrier(self, topic: str) -> None:
         """Wait until every worker is here."""

@@ -8,7 +8,6 @@ port of each other one: the collectives will need every one of these ways. Then 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import time
@@ -248,15 +247,10 @@ def _connect(address: str) -> Connection:
 
 
 def _reach_all(cluster: Cluster, peers: ControlChannel) -> None:
-    """Try every other worker's port.
-
-    Raises:
-        Interrupted: some way is closed; names it on every worker.
-    """
+    """Try every other worker's port; raises `Interrupted`, on every worker, with the ones that cannot be reached."""
     others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
     faults = [fault for i, address in others for fault in _reach(cluster, i, address)]
-    everyone = peers.gather("reach", json.dumps(faults).encode())
-    faults = peers.broadcast("reach", lambda: [fault for one in everyone or () for fault in json.loads(one)])
+    faults = peers.reduce("reach", faults, lambda everyone: [fault for one in everyone for fault in one])
     if faults:
         raise Interrupted("the workers cannot all reach each other (a network policy?): " + "; ".join(faults[:5]))
 

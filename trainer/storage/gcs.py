@@ -196,7 +196,7 @@ class BucketPlace(Place):
     def _absent(self) -> DataError:
         try:
             replace(self, key="")._page(None, "", 1)
-        except DataError as error:  # who may read but not list is told of the object only
+        except DataError as error:  # an account that may read but not list sees the object only
             if NO_BUCKET in str(error):
                 return DataError(f"{self}: {NO_BUCKET}")
         return DataError(f"{self}: there is no such object")

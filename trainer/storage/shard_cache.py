@@ -21,8 +21,8 @@ from typing import IO
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import Entry
 
-TRANSFERS = 8  # shards on their way at once; a large one comes in several chunks at a time
-STALL_SECONDS = 5.0  # of waiting, after which the user is told
+TRANSFERS = 8  # shards at once; a large one comes in several chunks at a time
+STALL_SECONDS = 5.0  # of waiting, after which it is reported
 
 Note = Callable[[str], None]
 

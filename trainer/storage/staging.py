@@ -18,9 +18,9 @@ from trainer.storage.base import Entry, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import place
 
-TRANSFERS = 16  # files on their way at once
+TRANSFERS = 16  # files at once
 REPORT_SECONDS = 5.0
-ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer is taken for left behind
+ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer counts as left behind
 VERSIONS = ".versions.json"
 
 Note = Callable[[str], None]
@@ -97,9 +97,7 @@ def prepared_folder(data_dir: str, name: str) -> str:
     builder, _, version = name.partition(":")
     folder = place(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
-    if version and version not in versions:
-        versions = []
-    if not versions:
+    if not versions or (version and version not in versions):
         raise DataError(
             f"{folder} holds no {f'version {version}' if version else 'prepared dataset'}; prepare it there, or give "
             "data.data_dir=gs://tfds-data/datasets for the public ones"
@@ -122,9 +120,9 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
     if not missing:
         note(f"{address}: taken from {folder}, fetched before")
         return
-    whole, done, count = sum(entry.size for entry in missing.values()), 0, 0
+    size, done = sum(entry.size for entry in missing.values()), 0
     files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
-    note(f"{address}: fetching {files}, {whole / 1e6:,.1f} MB, to {folder}")
+    note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
     began = last = time.monotonic()
 
     def fetch(name: str) -> str:
@@ -135,10 +133,10 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
 
     with ThreadPoolExecutor(TRANSFERS, "staging") as pool:
         try:
-            for future in as_completed([pool.submit(fetch, name) for name in sorted(missing)]):
+            for count, future in enumerate(as_completed([pool.submit(fetch, name) for name in sorted(missing)]), 1):
                 name = future.result()
                 versions[name] = missing[name].version
-                done, count = done + missing[name].size, count + 1
+                done += missing[name].size
                 check()
                 if time.monotonic() - last > REPORT_SECONDS:
                     last = time.monotonic()
