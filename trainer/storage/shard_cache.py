@@ -27,47 +27,37 @@ STALL_SECONDS = 5.0  # of waiting, after which it is reported
 Note = Callable[[str], None]
 
 
-class OwnFolder:
-    """A local folder for the shards that one process caches of an address; the next process to start finds it again.
+def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
+    """A local folder for the shards that one process caches of an address, and the open file that locks it.
 
     Several processes of one machine (workers, other runs) get one each: nobody deletes what another one reads. The lock
-    that ensures it ends with the process.
+    ends with the process, and the next process to start finds the folder again.
     """
-
-    def __init__(self, cache_dir: Path, address: str) -> None:
-        digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-        for number in itertools.count():
-            home = cache_dir / "shards" / f"{digest}-{number}"
-            home.mkdir(parents=True, exist_ok=True)
-            if self._lock(home / ".lock"):
-                break
-        self.path = home / address.rstrip("/").rpartition("/")[2]
-        self.path.mkdir(exist_ok=True)
-
-    def _lock(self, path: Path) -> bool:
-        self._file: IO[str] = open(path, "a")  # noqa: SIM115 - held until the process ends
+    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    for number in itertools.count():
+        home = cache_dir / "shards" / f"{digest}-{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        lock = open(home / ".lock", "a")  # noqa: SIM115 - held until `close`, or the process ends
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
-            self._file.close()
-            return False
+            lock.close()
         except OSError:  # a file system without locks
-            return True
-        return True
-
-    def release(self) -> None:
-        """Let another process have it."""
-        self._file.close()
+            break
+    folder = home / address.rstrip("/").rpartition("/")[2]
+    folder.mkdir(exist_ok=True)
+    return folder, lock
 
 
 class ShardCache:
-    """The shards `entries` (by file name) of the folder `address`, in a local folder."""
+    """The shards `entries` (by file name) of the folder `address`, in a local folder below `cache_dir`."""
 
     def __init__(
         self,
         address: str,
         entries: Mapping[str, Entry],
-        folder: OwnFolder,
+        cache_dir: Path,
         budget: int,
         note: Note,
         check: Callable[[], None],
@@ -82,7 +72,7 @@ class ShardCache:
             beside: names of other files that stay.
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
-        self.folder, self._own = folder.path, folder
+        self.folder, self._lock = _lock_folder(cache_dir, address)
         self._changed = threading.Condition()
         self._here: dict[str, int] = {}  # name -> bytes; the one required longest ago comes first
         self._coming: dict[str, int] = {}
@@ -131,7 +121,7 @@ class ShardCache:
         """Begin no more transfers, and let another process have the folder."""
         with self._changed:
             self._closed = True
-        self._own.release()
+        self._lock.close()
 
     @property
     def used(self) -> int:
