@@ -25,7 +25,7 @@ REACH_SECONDS = 30.0  # for trying the ports of all others
 Note = Callable[[str], None]
 
 
-def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> ControlChannel:
+def rendezvous(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> ControlChannel:
     """Find all other workers.
 
     Args:
