@@ -68,10 +68,10 @@ def main() -> None:
         except Finished as finished:
             say(str(finished))
             return termination.outcome(str(finished))
-        control.on_stop = stop.told
+        control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
         # Until then there is nothing to save, and importing TensorFlow takes longer than some grace periods.
-        stop.on_told = lambda reason: control.end(
+        stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
         )
         stop.check("before training began")

@@ -46,13 +46,13 @@ class StopFlag:
     Attributes:
         reason: why to stop; None as long as there is no reason.
         on_signal: called with the reason when a signal reached this process.
-        on_told: called with the reason once, however it got here.
+        on_request: called with the reason once, however it got here.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.on_signal: Callable[[str], None] = lambda _reason: None
-        self.on_told: Callable[[str], None] = lambda _reason: None
+        self.on_request: Callable[[str], None] = lambda _reason: None
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._signals = 0  # that reached this process: a peer's does not make ours the second one
@@ -65,11 +65,11 @@ class StopFlag:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
-    def told(self, reason: str) -> None:
+    def request(self, reason: str) -> None:
         """Stop for a reason that another worker gave."""
         if self.reason is None:
             self.reason = reason
-            self.on_told(reason)
+            self.on_request(reason)
 
     def check(self, where: str) -> None:
         """Leave if the flag is set; for loops that wait, each with a time limit of its own, and have nothing to save.
@@ -92,6 +92,6 @@ class StopFlag:
                     last_words(f"\n{name}: stopping at once")
                     termination.leave(INTERRUPTED, f"{name} a second time: stopped at once")
                     os._exit(INTERRUPTED)
-                self.told(name)
+                self.request(name)
                 last_words(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
                 self.on_signal(name)

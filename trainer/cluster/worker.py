@@ -37,7 +37,7 @@ class Worker:
         """Replicas on this worker."""
         return self.strategy.num_replicas_in_sync // self.size
 
-    def is_told_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this worker should stop. The compiled step asks at each step, which so is progress."""
         health.progress()
         return self.stop.reason is not None
