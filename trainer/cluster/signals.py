@@ -66,7 +66,7 @@ class StopFlag:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def request(self, reason: str) -> None:
-        """Stop for a reason that another worker gave."""
+        """Set the flag; the first reason stays."""
         if self.reason is None:
             self.reason = reason
             self.on_request(reason)

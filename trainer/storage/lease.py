@@ -1,4 +1,4 @@
-"""Who may publish into a run's folder: a lease that fences every commit.
+"""A lease on a run's folder, which fences every commit: only its holder publishes.
 
 `.lease` in the folder names its holder. It is only ever written on the condition that nobody else has written it
 since (`only_if`), so of any number of writers one succeeds. What is guaranteed, without comparing the clocks of two
@@ -13,7 +13,7 @@ machines:
   out a commit whose second write is missing before `take` returns, so that the second write of a holder that was
   frozen between the two comes too late as well: the marker no longer has the version it wants.
 - **What is not fenced.** Files that are not markers (the shards of a checkpoint, logs) can still be written by a
-  frozen process that thaws, until it looks at `check`. So they must go under names that are used once
+  frozen process that thaws, until it calls `check`. So they must go under names that are used once
   (`checkpoints/step-00000420-<attempt>/...`), and count only when a marker names them.
 """
 
@@ -57,7 +57,7 @@ class _State:
 
 
 class Lease:
-    """A lease that we took with `take`. Any thread may use it; a thread of its own renews it until `release`."""
+    """A lease as `take` returns it. Any thread may use it; a thread of its own renews it until `release`."""
 
     def __init__(self, folder: Place, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -107,11 +107,9 @@ class Lease:
         with self._writing:
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
-                try:
-                    with within(self._state.seconds / 3):
-                        (self.folder / NAME).write(_dump(state), only_if=self._version)
-                except (Conflict, Interrupted, DataError, OSError):
-                    pass  # the next run waits it out
+                failures = (Conflict, Interrupted, DataError, OSError)  # then the next run waits it out
+                with contextlib.suppress(*failures), within(self._state.seconds / 3):
+                    (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was given back"
 
     def __enter__(self) -> Lease:
