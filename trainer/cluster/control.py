@@ -219,7 +219,7 @@ class ControlChannel:
             raise
 
     def disconnect(self) -> None:
-        """Say goodbye: that this worker ends from here on is no loss."""
+        """Announce the end of this worker, which then is no loss to the others."""
         self._leaving = True
         self._spread("left")
 
@@ -277,7 +277,7 @@ class ControlChannel:
         self.end(code, message, worker)
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process, and tell the others, from any thread: the main one may hang in a collective for ever."""
+        """End this process and the others, from any thread: the main one may hang in a collective for ever."""
         with self._ending:
             if self._leaving:
                 return

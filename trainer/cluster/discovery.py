@@ -50,7 +50,7 @@ class Cluster:
         index: this worker, 0 <= index < size; 0 is the chief.
         addresses: "host:port" of every worker, in the order of their indices; empty for a worker alone.
         source: for printing: "this process alone", "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME".
-        job: a name that all workers of one job share and those of another do not; "" for a nameless process alone.
+        job: the same name on all workers of one job, another in another job; "" for a nameless process alone.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""Being told to stop: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
+"""Requests to stop: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from trainer.errors import TrainerError
 
 
 class Conflict(TrainerError):
-    """A conditional write found another version than the one it was to replace; nothing was written."""
+    """The version is not the one that a conditional write was to replace; nothing was written."""
 
 
 class _Any(Enum):
@@ -140,7 +140,7 @@ class Place(ABC):
         return self.stat() is not None
 
     def version(self) -> int | None:
-        """A number that no two contents of this place share: the generation in a bucket. None where absent."""
+        """A number of its own for each content of this path: the generation in a bucket. None where absent."""
         entry = self.stat()
         return None if entry is None else entry.version
 

@@ -46,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 def temporary_file(path: Path) -> Iterator[Path]:
     """A path in the same folder, which is made if needed; what is left there at the end is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # By chance, not by thread: on a disk that several pods share, processes and threads have the same numbers.
+    # A random number, not the thread's: on a disk that several pods use, processes and threads have the same numbers.
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
     try:
         yield beside

@@ -1,4 +1,4 @@
-"""Files of a bucket on the local disk: fetched in parallel, verified, and kept for the next start on this machine."""
+"""Files of a bucket on the local disk: fetched in parallel, verified, cached for the next start on this machine."""
 
 from __future__ import annotations
 
