@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from trainer.cli.process import be_seen, exit_with_code, quiet_start, speak_as, speak_early
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
-from trainer.cluster.rendezvous import meet
+from trainer.cluster.rendezvous import rendezvous
 from trainer.config.diff import in_common
 from trainer.config.schema import load, without_regularisation
 from trainer.errors import INTERRUPTED
@@ -64,14 +64,14 @@ def main() -> None:
             require_unfinished(config)
             require_output_dir(config, cluster.size)
             health.set_activity("meeting the other workers")
-            control = meet(cluster, config.runtime.start_timeout, say, check)
+            control = rendezvous(cluster, config.runtime.start_timeout, say, check)
         except Finished as finished:
             say(str(finished))
             return termination.outcome(str(finished))
-        control.on_stop = stop.told
+        control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
         # Until then there is nothing to save, and importing TensorFlow takes longer than some grace periods.
-        stop.on_told = lambda reason: control.end(
+        stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
         )
         stop.check("before training began")

@@ -67,7 +67,7 @@ def failures_recorded(run: RunContext) -> Iterator[None]:
             control.end(INTERRUPTED, f"{reason} while {stalled}; what was saved before is intact. {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # should the time to stop not suffice
 
-    control.on_end, stop.on_told = ended, stop_requested
+    control.on_end, stop.on_request = ended, stop_requested
     try:
         yield
     except OSError as error:

@@ -257,7 +257,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
-    network, stop = teacher.network if teacher else None, worker.is_told_to_stop
+    network, stop = teacher.network if teacher else None, worker.stop_requested
     step = TrainingStep(
         worker.strategy, inputs.network, thaw.trainable, optimizer, settings, stop=stop, teacher=network
     )
@@ -478,10 +478,10 @@ def finish(run: RunContext) -> None:
         say(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):
-            stop.told("stopped by another worker")
+            stop.request("stopped by another worker")
         check()
     if not control.is_chief:
-        stop.on_told = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER}; nothing is lost")
+        stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER}; nothing is lost")
         control.broadcast_bytes("done")
         return
     control.detach_workers()

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.workers import free_ports
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError, differences
 from trainer.cluster.discovery import Cluster, discover
-from trainer.cluster.rendezvous import meet
+from trainer.cluster.rendezvous import rendezvous
 from trainer.errors import ConfigError, Interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,9 @@ def everyone(count: int, seconds: float = 20) -> list[ControlChannel]:
     """All workers of a job as threads of this process: enough where none of them ends."""
     found: dict[int, ControlChannel] = {}
     threads = [
-        threading.Thread(target=lambda c=c: found.update({c.index: meet(c, seconds, lambda _: None, lambda: None)}))
+        threading.Thread(
+            target=lambda c=c: found.update({c.index: rendezvous(c, seconds, lambda _: None, lambda: None)})
+        )
         for c in clusters(count)
     ]
     for thread in threads:
@@ -63,7 +65,7 @@ def on_all(peers: list[ControlChannel], action: object) -> list[object]:
 
 
 def test_one_worker_needs_nobody() -> None:
-    peers = meet(discover({}), 1, pytest.fail, lambda: None)
+    peers = rendezvous(discover({}), 1, pytest.fail, lambda: None)
     assert (peers.index, peers.size, peers.is_chief) == (0, 1, True)
     assert peers.gather("a", b"x") == [b"x"]
     assert peers.broadcast("b", lambda: {"c": 1.5}) == {"c": 1.5}
@@ -115,7 +117,7 @@ def test_who_is_missing_is_named_until_the_deadline() -> None:
 
     def start(cluster: Cluster) -> None:
         with pytest.raises(Interrupted) as caught:
-            meet(cluster, 4, lines.append, lambda: None)
+            rendezvous(cluster, 4, lines.append, lambda: None)
         errors.append(caught.value)
 
     threads = [threading.Thread(target=start, args=(c,)) for c in (chief, second)]
@@ -135,7 +137,7 @@ def test_a_chief_that_is_missing_is_named() -> None:
     worker = Cluster(1, ("nowhere.invalid:2222", f"127.0.0.1:{free_ports(1)[0]}"), "test", "job")
     lines: list[str] = []
     with pytest.raises(Interrupted, match=r"^worker 0 \(nowhere.invalid:2222\) is missing: the name does not resolve"):
-        meet(worker, 3, lines.append, lambda: None)
+        rendezvous(worker, 3, lines.append, lambda: None)
     assert "workers: worker 0 (nowhere.invalid:2222) is missing: the name does not resolve yet" in lines
 
 
@@ -154,7 +156,7 @@ def test_something_else_on_the_chiefs_port_is_told_apart() -> None:
         threading.Thread(target=answer, daemon=True).start()
         worker = Cluster(1, (f"127.0.0.1:{port}", f"127.0.0.1:{free_ports(1)[0]}"), "test", "job")
         with pytest.raises(Interrupted, match="something answers there that is no waiting worker"):
-            meet(worker, 2, lambda _: None, lambda: None)
+            rendezvous(worker, 2, lambda _: None, lambda: None)
 
 
 def test_a_worker_of_another_job_is_refused() -> None:
@@ -164,7 +166,7 @@ def test_a_worker_of_another_job_is_refused() -> None:
 
     def start(cluster: Cluster) -> None:
         try:
-            results.append(meet(cluster, 3, lambda _: None, lambda: None))
+            results.append(rendezvous(cluster, 3, lambda _: None, lambda: None))
         except (ConfigError, Interrupted) as error:
             results.append(error)
 
@@ -188,7 +190,7 @@ def test_a_taken_port_is_waited_for_and_named() -> None:
         socket.create_server(("", port)),
         pytest.raises(Interrupted, match=f"^port {port} of this worker is still taken by another process"),
     ):
-        meet(chief, 1.5, lines.append, lambda: None)
+        rendezvous(chief, 1.5, lines.append, lambda: None)
     assert f"workers: port {port} is taken by another process here; waiting until it is free" in lines
 
 
@@ -203,12 +205,12 @@ def test_garbage_on_the_wire_is_no_message() -> None:
 WORKER = """
 import json, os, sys, time
 from trainer.cluster.discovery import discover
-from trainer.cluster.rendezvous import meet
+from trainer.cluster.rendezvous import rendezvous
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 
 def work(arguments):
-    peers = meet(discover(os.environ), 20, lambda text: print(text, flush=True), lambda: None)
+    peers = rendezvous(discover(os.environ), 20, lambda text: print(text, flush=True), lambda: None)
     peers.on_end = lambda code, reason: print("ended", code, reason, flush=True)
     with peers.propagate_failures():
         print("ready", flush=True)

@@ -36,7 +36,7 @@ except ToldToStop as error:
 """
 WAITING = "time.sleep(30)"
 PEER = """
-stop.told("SIGTERM on worker 1")
+stop.request("SIGTERM on worker 1")
 print("told by a peer", flush=True)
 [time.sleep(0.1) for _ in range(30)]
 print(stop.reason)

@@ -24,7 +24,7 @@ from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.sharding import UNSHARDED, Sharding, steps_per_epoch
 from trainer.errors import DataError
 from trainer.storage.path import place
-from trainer.storage.shard_cache import OwnFolder, ShardCache
+from trainer.storage.shard_cache import ShardCache
 from trainer.types import Shard, Split
 
 SHARDS, RECORDS, SIDE = 50, 1990, 4
@@ -80,7 +80,7 @@ class Strict(ShardCache):
         assert not set(names) & set(then)
         waited = super().require(reader, names)
         with self._changed:
-            pinned = {name for some in self._pinned.values() for name in some}
+            pinned = self._pinned()
             self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
             self.nothing_else(pinned)
         return waited
@@ -93,7 +93,7 @@ def arriving(
     home = Path(split.shards[0].path).parent
     entries = {entry.place.name: entry for entry in place(home).list()}
     budget = int(part * sum(entry.size for entry in entries.values()))
-    cache = kind(str(home), entries, OwnFolder(folder, str(home)), budget, print, lambda: None)
+    cache = kind(str(home), entries, folder, budget, print, lambda: None)
     assert not list(cache.folder.iterdir())
     if isinstance(cache, Strict):
         cache.nothing_else(set())

@@ -205,7 +205,7 @@ def test_a_pod_waits_for_its_metadata_server(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(google.auth, "default", noticing)
     with ThreadingHTTPServer(("127.0.0.1", port), Metadata, bind_and_activate=False) as server:
         threading.Thread(target=later, daemon=True).start()
-        credentials, _ = client._found()
+        credentials, _ = client._find_credentials()
         server.shutdown()
     assert refused.is_set()
     assert isinstance(credentials, compute_engine.Credentials)

@@ -16,7 +16,7 @@ from trainer.errors import DataError, Interrupted
 from trainer.storage import gcs_client as retrying
 from trainer.storage import shard_cache
 from trainer.storage.path import Place
-from trainer.storage.shard_cache import OwnFolder, ShardCache
+from trainer.storage.shard_cache import ShardCache
 
 SIZE = 10_000
 NAMES = [f"s{i:02d}" for i in range(12)]
@@ -38,9 +38,7 @@ def opened(shards: Place, cache: Path, holds: float, notes: list[str] | None = N
     """A cache with a budget for `holds` shards."""
     entries = {entry.place.name: entry for entry in shards.list()}
     note = (notes if notes is not None else []).append
-    made = ShardCache(
-        str(shards), entries, OwnFolder(cache, str(shards)), int(holds * SIZE), note, lambda: None, ["info.json"]
-    )
+    made = ShardCache(str(shards), entries, cache, int(holds * SIZE), note, lambda: None, ["info.json"])
     try:
         yield made
     finally:

@@ -1,1 +1,1 @@
-"""The machines and devices of a run, and being told to leave them."""
+"""The machines and devices of a run, and the signals that stop it."""

@@ -29,14 +29,17 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
-MAGIC = b"kubetune"  # whatever else answers on the port (TensorFlow's own server, a web server) is told apart by it
+MAGIC = b"kubetune"  # distinguishes workers from whatever else answers (TensorFlow's own server, a web server)
 HEADER = struct.Struct("!8sIQ")  # magic, bytes of JSON, bytes of payload
 LONGEST_HEADER = 1 << 20
 CHUNK = 1 << 20
+HEARTBEAT_INTERVAL = 2.0
+HEARTBEAT_TIMEOUT = 20.0
+COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost peer ends the process
 
 
 class ProtocolError(ConnectionError):
-    """What answers is not a worker that waits for its peers."""
+    """The other side is not a worker that waits for its peers."""
 
 
 class Connection:
@@ -47,9 +50,8 @@ class Connection:
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
+        self.socket, self.heard = connected, time.monotonic()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.heard = time.monotonic()
         self._sending = threading.Lock()
 
     def send(self, kind: str, payload: bytes = b"", **facts: Any) -> None:
@@ -88,27 +90,19 @@ class Connection:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Close the connection; the peer sees its end at once."""
+        """Close; the peer sees the end at once."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The other workers of a run: exchanging small things, noticing who is gone, failing together
-
-HEARTBEAT_INTERVAL = 2.0
-HEARTBEAT_TIMEOUT = 20.0
-COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost peer ends the process
-
-
 class ControlChannel:
-    """What worker `cluster.index` shares with the others; with one worker everything here is immediate.
+    """The connections of worker `cluster.index` to the others; with one worker every operation is immediate.
 
-    What gathers, broadcasts or compares must be called by all workers in the same order.
+    Operations that gather, broadcast or compare must be called by all workers in the same order.
 
     Attributes:
-        on_stop: called with the reason when another worker was told to stop.
+        on_stop: called with the reason when another worker received a request to stop.
         on_end: called with (exit code, reason) before a lost or failed peer ends this process.
     """
 
@@ -130,12 +124,10 @@ class ControlChannel:
         if connections:
             threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
-    # --- exchanging ---------------------------------------------------------------------------------------------
-
     def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
         """Every worker's bytes, by index, on the chief; None on the others."""
         if not self.is_chief:
-            self._send(0, "value", payload, topic=topic)
+            self._send(0, topic, payload)
             return None
         return [payload, *(self._next(peer, topic) for peer in sorted(self.sockets))]
 
@@ -144,14 +136,19 @@ class ControlChannel:
         if not self.is_chief:
             return self._next(0, topic)
         for peer in sorted(self.sockets):
-            self._send(peer, "value", payload, topic=topic)
+            self._send(peer, topic, payload)
         return payload
 
     def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the chief (it is called there only), on every worker; plain JSON values."""
+        """The result of `make` on the chief (called there only), on every worker; plain JSON values."""
         if self.size == 1:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
+
+    def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
+        """On every worker, the result of `function` on the chief for the list of all workers' plain JSON values."""
+        everyone = self.gather(topic, json.dumps(value).encode())
+        return self.broadcast(topic, lambda: function([json.loads(one) for one in everyone or ()]))
 
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The chief's arrays, by name, on every worker."""
@@ -170,41 +167,35 @@ class ControlChannel:
         Raises:
             ConfigError: they do not; names each difference and the workers.
         """
-        everyone = self.gather(topic, json.dumps(facts).encode())
-        found = differences([json.loads(one) for one in everyone]) if everyone else []
-        found = self.broadcast(topic, lambda: found)
-        if found:
+        lines = "\n".join(f"  {line}" for line in self.reduce(topic, facts, differences))
+        if lines:
             raise ConfigError(
-                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n"
-                + "\n".join(f"  {line}" for line in found)
+                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n{lines}"
             )
 
     def any_worker(self, topic: str, here: bool) -> bool:
-        """Whether it is so on any worker."""
-        everyone = self.gather(topic, b"1" if here else b"")
-        return bool(self.broadcast(topic, lambda: any(everyone or ())))
+        """Whether `here` is true on any worker."""
+        return self.reduce(topic, bool(here), any)
 
     def barrier(self, topic: str) -> None:
         """Wait until every worker is here."""
         self.gather(topic, b"")
         self.broadcast_bytes(topic)
 
-    def _send(self, peer: int, kind: str, payload: bytes = b"", **facts: Any) -> None:
+    def _send(self, peer: int, topic: str, payload: bytes) -> None:
         try:
-            self.sockets[peer].send(kind, payload, **facts)
+            self.sockets[peer].send("value", payload, topic=topic)
         except OSError as error:
             self._lost(peer, f"its connection broke ({error})")
 
     def _next(self, peer: int, topic: str) -> bytes:
         with health.waiting_for(f"worker {peer}"):
-            found, payload = self._inbox[peer].get()
-        assert found == topic, f"worker {peer} is at {found!r}, worker {self.index} at {topic!r}"
+            received, payload = self._inbox[peer].get()
+        assert received == topic, f"worker {peer} is at {received!r}, worker {self.index} at {topic!r}"
         return payload
 
-    # --- stopping and failing -----------------------------------------------------------------------------------
-
     def broadcast_stop(self, reason: str) -> None:
-        """Pass on that this worker was told to stop."""
+        """Have the other workers stop as well."""
         self._spread("stop", reason=reason)
 
     @contextmanager
@@ -218,15 +209,17 @@ class ControlChannel:
         """Around all of a worker's work: a failure of one ends all of them, with its exit code and its message."""
         try:
             yield
-        except TrainerError as error:
-            self._fail(error.exit_code, str(error))
-            raise
         except BaseException as error:
-            self._fail(BUG, f"{type(error).__name__}: {error}")
+            if self.sockets and not self._leaving:
+                self._leaving = True
+                code, message = BUG, f"{type(error).__name__}: {error}"
+                if isinstance(error, TrainerError):
+                    code, message = error.exit_code, str(error)
+                self._spread("failed", code=code, message=message, worker=self.index)
             raise
 
     def disconnect(self) -> None:
-        """Say goodbye: that this worker ends from here on is no loss."""
+        """Announce the end of this worker, which then is no loss to the others."""
         self._leaving = True
         self._spread("left")
 
@@ -234,18 +227,13 @@ class ControlChannel:
         """On the chief, when it needs nothing more of the others: what becomes of them no longer matters to it."""
         self._alone = True
 
-    def _fail(self, code: int, message: str) -> None:
-        if self.sockets and not self._leaving:
-            self._leaving = True
-            self._spread("failed", code=code, message=message, worker=self.index)
-
     def _spread(self, kind: str, **facts: Any) -> None:
         for peer, connection in self.sockets.items():
             if peer not in self._left:
                 try:
                     connection.send(kind, **facts)
                 except OSError:
-                    continue  # its own silence is noticed where it is listened to
+                    continue  # `_listen` notices the end, `_beat` the silence
 
     def _listen(self, peer: int, connection: Connection) -> None:
         while True:
@@ -256,16 +244,16 @@ class ControlChannel:
                 return
             if header["kind"] == "value":
                 self._inbox[peer].put((header["topic"], payload))
-            elif header["kind"] == "stop":
-                if self.is_chief and not self._alone:
+            elif header["kind"] == "stop" and not self._alone:
+                if self.is_chief:
                     self._spread("stop", reason=header["reason"])
-                if not self._alone:
-                    self.on_stop(header["reason"])
+                self.on_stop(header["reason"])
             elif header["kind"] == "left":
                 self._left.add(peer)
             elif header["kind"] == "failed":
                 self._left.add(peer)
-                self._failed(header["code"], header["message"], header["worker"], passed_on=header["worker"] != peer)
+                if not self._alone:
+                    self._end_as_peer(header["code"], header["message"], header["worker"], sender=peer)
 
     def _beat(self) -> None:
         while not self._leaving:
@@ -277,22 +265,19 @@ class ControlChannel:
                     self._lost(peer, f"no word for {silence:.0f} s")
 
     def _lost(self, peer: int, how: str) -> None:
-        if peer in self._left or self._leaving or self._alone:
-            return
-        self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {how}")
+        if not (peer in self._left or self._leaving or self._alone):
+            self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {how}")
 
-    def _failed(self, code: int, message: str, worker: int, passed_on: bool) -> None:
-        """A peer told why it ends. Its bug is not ours: started again, the run may well go on."""
-        if self._alone:
-            return
+    def _end_as_peer(self, code: int, message: str, worker: int, sender: int) -> None:
+        """End because `worker` failed. Its bug is not ours: started again, the run may well go on."""
         if code == BUG:
             code, message = INTERRUPTED, f"worker {worker} ended with a bug ({message}); its log has the traceback"
-        elif not passed_on:
+        elif worker == sender:
             message = f"worker {worker}: {message}"
         self.end(code, message, worker)
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process, and tell the others, from any thread: the main one may hang in a collective for ever."""
+        """End this process and the others, from any thread: the main one may hang in a collective for ever."""
         with self._ending:
             if self._leaving:
                 return
@@ -310,12 +295,11 @@ class ControlChannel:
 
 
 def differences(everyone: list[dict[str, Any]]) -> list[str]:
-    """What the workers' facts differ in, one "name: value on worker 0, value on worker 1" a line."""
+    """The facts that differ between workers, one "name: value on worker 0, value on worker 1" a line."""
     lines = []
     for name in sorted({key for facts in everyone for key in facts}):
         values = [json.dumps(facts.get(name)) for facts in everyone]
-        for worker, value in enumerate(values):
-            if value != values[0]:
-                lines.append(f"{name}: {values[0]} on worker 0, {value} on worker {worker}")
-                break
+        other = next((worker for worker, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            lines.append(f"{name}: {values[0]} on worker 0, {values[other]} on worker {other}")
     return lines

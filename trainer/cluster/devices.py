@@ -15,7 +15,6 @@ from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
-MEGABYTE = 1024**2
 
 
 def build_strategy(
@@ -84,40 +83,33 @@ def devices_of(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def described(kind: str, wanted: int, cluster: Cluster, config: RunConfig) -> str:
-    """The words for the devices of all workers, and for each one's part of a batch.
+    """The line that describes the devices of all workers and each one's part of a batch.
 
     Raises:
         ConfigError: the global batch cannot be shared evenly, or not in pairs where examples are mixed.
     """
-    runtime, training = config.runtime, config.training
-    replicas, precision = wanted * cluster.size, runtime.precision
-    _check_share(training.batch_size, replicas, training.accumulate)
-    if config.augmentation.mixes:
-        _check_pairs(training.batch_size, replicas)
+    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, wanted * cluster.size
+    _check_batch_size(config, replicas)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
-    share = f"; a batch of {training.batch_size} is {training.batch_size // replicas} for each"
+    count = f"{wanted} {kind}{'s' if wanted > 1 else ''}"
+    part = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
-        return (
-            f"devices: {cluster.size} workers ({cluster.source}) with {_count(wanted, kind)} each, {precision}{share}"
-        )
-    why = "runtime.replicas" if runtime.replicas else "all there are"
-    return f"devices: {_count(wanted, kind)} mirrored ({why}), {precision}{share}"
+        return f"devices: {cluster.size} workers ({cluster.source}) with {count} each, {precision}{part}"
+    why = "runtime.replicas" if config.runtime.replicas else "all there are"
+    return f"devices: {count} mirrored ({why}), {precision}{part}"
 
 
-def _check_share(batch_size: int, replicas: int, pieces: int) -> None:
-    parts = replicas * pieces
+def _check_batch_size(config: RunConfig, replicas: int) -> None:
+    batch_size, pieces = config.training.batch_size, config.training.accumulate
+    parts, rows, pairs = replicas * pieces, batch_size // replicas, 2 * replicas
     if batch_size % parts:
         of = f" in {pieces} pieces each (training.accumulate)" if pieces > 1 else ""
         raise ConfigError(
             f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas{of}; "
             f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
         )
-
-
-def _check_pairs(batch_size: int, replicas: int) -> None:
-    rows, pairs = batch_size // replicas, 2 * replicas
-    if rows % 2:
+    if config.augmentation.mixes and rows % 2:
         each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
         smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
         raise ConfigError(
@@ -126,17 +118,12 @@ def _check_pairs(batch_size: int, replicas: int) -> None:
         )
 
 
-def _count(number: int, kind: str) -> str:
-    return f"{number} {kind}{'s' if number > 1 else ''}"
-
-
 def _several_workers(runtime: Runtime, peers: ControlChannel, note: Callable[[str], None]) -> tf.distribute.Strategy:
-    """All workers meet in TensorFlow's own server here, which has no deadline of its own: ours ends the process."""
+    """Start TensorFlow's servers, whose rendezvous has no deadline of its own: ours ends the process."""
     os.environ["TF_CONFIG"] = peers.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
-    options = tf.distribute.experimental.CommunicationOptions(
-        implementation=implementation, bytes_per_pack=int((runtime.pack_mb or 0) * MEGABYTE)
-    )
+    pack_bytes = int((runtime.pack_mb or 0) * 2**20)
+    options = tf.distribute.experimental.CommunicationOptions(pack_bytes, implementation=implementation)
     packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
     note(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
     late = Interrupted(

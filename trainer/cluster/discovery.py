@@ -1,11 +1,11 @@
-"""Who this process is among the workers of a run, told from its environment alone.
+"""The index of this process among the workers of a run, from its environment variables alone.
 
-Four sources, the first that says something counts:
+Four sources, of which the first that is set counts:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
    The chief (old name: master) is worker 0, the workers follow. Evaluators in the cluster are ignored: a run evaluates
-   itself. Empty, `{}` or without a cluster it says nothing, and the next source is asked.
+   itself. Empty, `{}` or without a cluster it counts as not set.
 2. A JobSet, one replicatedJob of which holds all the workers: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0)
    and REPLICATED_JOB_REPLICAS (default 1), which a manifest takes by the downward API from the pod's labels
    `jobset.sigs.k8s.io/jobset-name`, `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`; WORKER_COUNT is
@@ -34,7 +34,7 @@ DEFAULT_PORT = 2222
 ALONE = "this process alone"
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):([0-9]{1,5})")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_WHERE_FROM = {  # how a manifest gives the names
+_SOURCES = {  # of the names, for a manifest
     "JOB_NAME": "the Job's metadata.name (the pod label batch.kubernetes.io/job-name)",
     "SERVICE_NAME": "the name of the headless Service that the pods have as their subdomain",
     "JOBSET_NAME": "the pod label jobset.sigs.k8s.io/jobset-name (by the downward API)",
@@ -48,11 +48,9 @@ class Cluster:
 
     Attributes:
         index: this worker, 0 <= index < size; 0 is the chief.
-        addresses: "host:port" of every worker, in the order of their indices; empty for a worker alone, whom nobody
-            calls.
-        source: what it was found from, for printing: "this process alone", "TF_CONFIG", "Indexed Job NAME" or
-            "JobSet NAME".
-        job: a name that all workers of one job share and those of another do not; "" for a nameless process alone.
+        addresses: "host:port" of every worker, in the order of their indices; empty for a worker alone.
+        source: for printing: "this process alone", "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME".
+        job: the same name on all workers of one job, another in another job; "" for a nameless process alone.
     """
 
     index: int
@@ -67,7 +65,7 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this worker is the one that writes."""
+        """Whether this worker is worker 0, which alone writes."""
         return self.index == 0
 
     def tf_config(self) -> str:
@@ -84,16 +82,18 @@ def discover(environment: Mapping[str, str]) -> Cluster:
     Raises:
         ConfigError: a variable is missing or wrong, or two of them contradict each other.
     """
-    said = {name: value.strip() for name, value in environment.items() if value.strip()}
-    given = _from_tf_config(said["TF_CONFIG"]) if "TF_CONFIG" in said else None
+    env = {name: value.strip() for name, value in environment.items() if value.strip()}
+    if not _in_jobset(env):  # without their JobSet the two say nothing
+        env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
+    given = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
     if given:
-        _check_against_kubernetes(given, said)
+        _check_against_kubernetes(given, env)
         return given
-    return _from_kubernetes(said)
+    return _from_kubernetes(env)
 
 
 def _from_tf_config(text: str) -> Cluster | None:
-    """What TF_CONFIG says; None if it names no cluster."""
+    """The cluster in TF_CONFIG; None if it names none."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -119,16 +119,16 @@ def _from_tf_config(text: str) -> Cluster | None:
             f"TF_CONFIG: the task is {_shown(task)}; "
             'give the type and index of this process, as in {"type": "worker", "index": 0}'
         )
-    role, place = task["type"], task["index"]
+    role, number = task["type"], task["index"]
     roles = _roles(cluster, role)
     if not isinstance(role, str) or role not in roles:
         raise ConfigError(
             f"TF_CONFIG: the task type {_shown(role)} is not in the cluster, which has "
             f"{', '.join(roles) or 'no workers'}; make the two agree"
         )
-    if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(roles[role]):
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(roles[role]):
         raise ConfigError(
-            f"TF_CONFIG: the task index {_shown(place)} is not one of the {len(roles[role])} in {role}; "
+            f"TF_CONFIG: the task index {_shown(number)} is not one of the {len(roles[role])} in {role}; "
             f"give 0 to {len(roles[role]) - 1}"
         )
     workers = roles.pop("worker", [])
@@ -141,7 +141,7 @@ def _from_tf_config(text: str) -> Cluster | None:
     twice = next((address for i, address in enumerate(addresses) if address in addresses[:i]), None)
     if twice:
         raise ConfigError(f"TF_CONFIG: the address {twice} is there twice; give every worker (and the chief) its own")
-    index = place + (len(chiefs) if role == "worker" else 0)
+    index = number + (len(chiefs) if role == "worker" else 0)
     return Cluster(index, addresses if len(addresses) > 1 else (), "TF_CONFIG", ",".join(addresses))
 
 
@@ -176,9 +176,9 @@ def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
     return roles
 
 
-def _check_against_kubernetes(given: Cluster, said: Mapping[str, str]) -> None:
+def _check_against_kubernetes(given: Cluster, env: Mapping[str, str]) -> None:
     """TF_CONFIG wins over WORKER_COUNT only if the two agree."""
-    count = _whole(said, "WORKER_COUNT", 1)
+    count = _integer(env, "WORKER_COUNT", 1)
     if count is None:
         return
     if count != given.size:
@@ -186,24 +186,24 @@ def _check_against_kubernetes(given: Cluster, said: Mapping[str, str]) -> None:
             f"TF_CONFIG has {given.size} worker{'s' * (given.size > 1)}, but WORKER_COUNT={count}; "
             "unset one of them or make them agree"
         )
-    index = _index(said, count)
+    index = _index(env, count)
     if index is not None and index != given.index:
         raise ConfigError(
-            f"TF_CONFIG makes this worker {given.index}, but JOB_COMPLETION_INDEX={said['JOB_COMPLETION_INDEX']} makes "
+            f"TF_CONFIG makes this worker {given.index}, but JOB_COMPLETION_INDEX={env['JOB_COMPLETION_INDEX']} makes "
             f"it worker {index}; unset TF_CONFIG or WORKER_COUNT, or make them agree"
         )
 
 
-def _from_kubernetes(said: Mapping[str, str]) -> Cluster:
+def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
     """A pod of a JobSet or of an Indexed Job, or a process alone."""
-    count = _whole(said, "WORKER_COUNT", 1)
+    count = _integer(env, "WORKER_COUNT", 1)
     if count is None:
-        _check_alone(said)
+        _check_alone(env)
         return Cluster(0, (), ALONE, "")
-    index = _index(said, count)
+    index = _index(env, count)
     if count == 1:
-        names = [said[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in said]
-        job = "-".join(names) or said.get("JOB_NAME", "")
+        names = [env[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in env]
+        job = "-".join(names) or env.get("JOB_NAME", "")
         source = f"JobSet {names[0]}" if names else f"Indexed Job {job}" if job else ALONE
         return Cluster(0, (), source, job)
     if index is None:
@@ -211,25 +211,24 @@ def _from_kubernetes(said: Mapping[str, str]) -> Cluster:
             f"WORKER_COUNT={count}, but JOB_COMPLETION_INDEX is not set, so the workers cannot be told apart; "
             "give the Job completionMode: Indexed"
         )
-    port = _whole(said, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
-    if _in_jobset(said):
-        jobset, name = _name(said, "JOBSET_NAME", count), _name(said, "REPLICATED_JOB_NAME", count)
-        service = _name(said, "SERVICE_NAME", count) if "SERVICE_NAME" in said else jobset
+    port = _integer(env, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
+    if _in_jobset(env):
+        jobset, name = _name(env, "JOBSET_NAME", count), _name(env, "REPLICATED_JOB_NAME", count)
+        service = _name(env, "SERVICE_NAME", count) if "SERVICE_NAME" in env else jobset
         job, source = f"{jobset}-{name}", f"JobSet {jobset}"
-        pods = count // _replicas(said)
+        pods = count // (_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
         hosts = [f"{job}-{i // pods}-{i % pods}" for i in range(count)]
     else:
-        job, service = _name(said, "JOB_NAME", count), _name(said, "SERVICE_NAME", count)
+        job, service = _name(env, "JOB_NAME", count), _name(env, "SERVICE_NAME", count)
         source = f"Indexed Job {job}"
         hosts = [f"{job}-{i}" for i in range(count)]
     return Cluster(index, tuple(f"{host}.{service}:{port}" for host in hosts), source, job)
 
 
-def _check_alone(said: Mapping[str, str]) -> None:
+def _check_alone(env: Mapping[str, str]) -> None:
     """Refuse a pod that has siblings but does not know how many."""
-    proofs = {"JOB_COMPLETION_INDEX": 0} | ({"JOB_INDEX": 0, "REPLICATED_JOB_REPLICAS": 1} if _in_jobset(said) else {})
-    for name, alone in proofs.items():
-        value = _whole(said, name, alone)
+    for name, alone in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
+        value = _integer(env, name, alone)
         if value is not None and value > alone:
             raise ConfigError(
                 f"{name}={value}, but WORKER_COUNT is not set, so several pods would train the same run unaware of "
@@ -237,25 +236,20 @@ def _check_alone(said: Mapping[str, str]) -> None:
             )
 
 
-def _in_jobset(said: Mapping[str, str]) -> bool:
-    return "JOBSET_NAME" in said or "REPLICATED_JOB_NAME" in said
+def _in_jobset(env: Mapping[str, str]) -> bool:
+    return "JOBSET_NAME" in env or "REPLICATED_JOB_NAME" in env
 
 
-def _replicas(said: Mapping[str, str]) -> int:
-    """The number of child Jobs of the replicatedJob; an Indexed Job by itself counts as one."""
-    return (_whole(said, "REPLICATED_JOB_REPLICAS", 1) or 1) if _in_jobset(said) else 1
-
-
-def _index(said: Mapping[str, str], count: int) -> int | None:
+def _index(env: Mapping[str, str], count: int) -> int | None:
     """The index of this worker among all `count`; None if Kubernetes did not number the pod."""
-    replicas = _replicas(said)
+    replicas = _integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # child Jobs; an Indexed Job is one
     if count % replicas:
         raise ConfigError(
             f"WORKER_COUNT={count} is not a multiple of REPLICATED_JOB_REPLICAS={replicas}; "
             "set it to the number of pods in all child Jobs together"
         )
     pods = count // replicas
-    job = _whole(said, "JOB_INDEX", 0) if _in_jobset(said) else 0
+    job = _integer(env, "JOB_INDEX", 0)
     if job is None and replicas > 1:
         raise ConfigError(
             f"REPLICATED_JOB_REPLICAS={replicas}, but JOB_INDEX is not set, so the child Jobs cannot be told apart; "
@@ -263,27 +257,25 @@ def _index(said: Mapping[str, str], count: int) -> int | None:
         )
     job = job or 0
     if job >= replicas:
-        default = "" if "REPLICATED_JOB_REPLICAS" in said else " (its default)"
+        default = "" if "REPLICATED_JOB_REPLICAS" in env else " (its default)"
         raise ConfigError(
             f"JOB_INDEX={job} is not below REPLICATED_JOB_REPLICAS={replicas}{default}; "
             "set that to the pod label jobset.sigs.k8s.io/replicatedjob-replicas (by the downward API)"
         )
-    pod = _whole(said, "JOB_COMPLETION_INDEX", 0)
+    pod = _integer(env, "JOB_COMPLETION_INDEX", 0)
     if pod is None:
         return None
     if pod >= pods:
-        limit = f"WORKER_COUNT={count}"
-        if replicas > 1:
-            limit += f" / REPLICATED_JOB_REPLICAS={replicas}"
+        limit = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
         raise ConfigError(
             f"JOB_COMPLETION_INDEX={pod} is not below {limit}; set WORKER_COUNT to the number of all pods"
         )
     return job * pods + pod
 
 
-def _whole(said: Mapping[str, str], name: str, least: int, most: int = 999_999) -> int | None:
+def _integer(env: Mapping[str, str], name: str, least: int, most: int = 999_999) -> int | None:
     """The variable as a whole number; None if it is not set."""
-    text = said.get(name)
+    text = env.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", text) or not least <= int(text) <= most:
@@ -295,19 +287,19 @@ def _whole(said: Mapping[str, str], name: str, least: int, most: int = 999_999) 
     return int(text)
 
 
-def _name(said: Mapping[str, str], name: str, count: int) -> str:
+def _name(env: Mapping[str, str], name: str, count: int) -> str:
     """The variable as a part of host names."""
-    if name not in said:
+    if name not in env:
         raise ConfigError(
             f"WORKER_COUNT={count}, but {name} is not set, so the workers cannot find each other; "
-            f"set it in the manifest to {_WHERE_FROM[name]}"
+            f"set it in the manifest to {_SOURCES[name]}"
         )
-    parts = said[name].split(".") if name == "SERVICE_NAME" else [said[name]]
+    parts = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
     if not all(re.fullmatch(_LABEL, part) for part in parts):
         raise ConfigError(
-            f"{name}={_shown(said[name])} cannot be part of a host name; set it in the manifest to {_WHERE_FROM[name]}"
+            f"{name}={_shown(env[name])} cannot be part of a host name; set it in the manifest to {_SOURCES[name]}"
         )
-    return said[name]
+    return env[name]
 
 
 def _shown(value: Any) -> str:

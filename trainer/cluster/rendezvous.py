@@ -8,11 +8,10 @@ port of each other one: the collectives will need every one of these ways. Then 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError
@@ -26,12 +25,12 @@ REACH_SECONDS = 30.0  # for trying the ports of all others
 Note = Callable[[str], None]
 
 
-def meet(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> ControlChannel:
+def rendezvous(cluster: Cluster, timeout: float, note: Note, check: Callable[[], None]) -> ControlChannel:
     """Find all other workers.
 
     Args:
         timeout: seconds until giving up.
-        note: told every few seconds who is missing, and why.
+        note: given who is missing, and why, every few seconds.
         check: called often; raises to leave (a signal came).
 
     Raises:
@@ -71,7 +70,7 @@ class _Listener:
         self._socket.close()
 
     def _bind(self, port: int, note: Note, check: Callable[[], None]) -> socket.socket:
-        told = False
+        reported = False
         while True:
             try:
                 if socket.has_dualstack_ipv6():
@@ -84,9 +83,9 @@ class _Listener:
                         f"port {port} of this worker is still taken by another process ({error.strerror}); "
                         "end that process, or give another WORKER_PORT"
                     ) from None
-                if not told:
+                if not reported:
                     note(f"workers: port {port} is taken by another process here; waiting until it is free")
-                told = True
+                reported = True
                 time.sleep(0.5)
 
     def _accept(self) -> None:
@@ -100,21 +99,21 @@ class _Listener:
     def _greet(self, connection: socket.socket) -> None:
         connected = Connection(connection)
         connection.settimeout(ANSWER_SECONDS)
+        joins = False
         try:
             header, _ = connected.receive()
             if header["kind"] != "join":
                 connected.send("here", job=self.cluster.job, index=self.cluster.index)
-                connected.close()
-                return
-            refusal = self._refusal(header)
-            if refusal:
+            elif refusal := self._refusal(header):
                 connected.send("refused", reason=refusal)
-                connected.close()
-                return
+            else:
+                joins = True
         except (OSError, ValueError, KeyError):
-            connection.close()
+            pass
+        if not joins:
+            connected.close()
             return
-        connection.setblocking(False)  # from now on it is only looked at
+        connection.setblocking(False)  # from now on nothing is received but its end
         with self._changed:
             old = self.connections.pop(header["index"], None)
             if old:  # the same worker again: its first connection broke, or its process was replaced
@@ -137,7 +136,7 @@ class _Listener:
         everyone, next_report = range(1, self.cluster.size), time.monotonic() + REPORT_SECONDS / 2
         while True:
             with self._changed:
-                self._forget_the_dead()
+                self._remove_closed()
                 missing = [i for i in everyone if i not in self.connections]
                 if not missing:
                     break
@@ -148,22 +147,20 @@ class _Listener:
                 who = "; ".join(_state(self.cluster.addresses[i], i) for i in missing[:5])
                 who += f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
                 text = f"{len(missing)} of {self.cluster.size} workers are missing: {who}"
+                self._send_to_all("waiting", text=text, over=now > self.deadline)
                 if now > self.deadline:
-                    for connected in self.connections.values():
-                        with contextlib.suppress(OSError):
-                            connected.send("waiting", text=text, over=True)
                     raise Interrupted(f"{text}. Waited for runtime.start_timeout; start all workers again to go on")
                 note(f"workers: {text}")
-                for connected in self.connections.values():
-                    with contextlib.suppress(OSError):
-                        connected.send("waiting", text=text, over=False)
                 next_report = now + REPORT_SECONDS
-        for connected in self.connections.values():
-            with contextlib.suppress(OSError):  # `ControlChannel` will notice
-                connected.send("go")
+        self._send_to_all("go")
         return dict(self.connections)
 
-    def _forget_the_dead(self) -> None:
+    def _send_to_all(self, kind: str, **facts: Any) -> None:
+        for connected in list(self.connections.values()):
+            with contextlib.suppress(OSError):  # `ControlChannel` will notice
+                connected.send(kind, **facts)
+
+    def _remove_closed(self) -> None:
         for index, connected in list(self.connections.items()):
             try:
                 ended = connected.socket.recv(1, socket.MSG_PEEK) == b""
@@ -177,7 +174,7 @@ class _Listener:
 
 
 def _state(address: str, index: int) -> str:
-    """Why a worker may be missing, as far as can be told from here."""
+    """The reason why a worker may be missing, as far as it shows from here."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, int(port))
@@ -193,9 +190,13 @@ def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], Non
     while True:
         check()
         try:
-            with _closed_on_failure(_ask(address)) as connected:
+            connected = _connect(address)
+            try:
                 connected.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
                 return {0: _await_start(connected, deadline, note, check)}
+            except BaseException:
+                connected.close()
+                raise
         except ProtocolError:
             why = "something answers there that is no waiting worker; perhaps it is training already, without this one"
         except socket.gaierror:
@@ -215,11 +216,11 @@ def _join(cluster: Cluster, deadline: float, note: Note, check: Callable[[], Non
 
 
 def _await_start(connected: Connection, deadline: float, note: Note, check: Callable[[], None]) -> Connection:
-    """The chief speaks first when everybody is there; until then it tells who is missing."""
+    """Wait for the chief's "go", which comes when all workers are there; until then it reports who is missing."""
     connected.socket.settimeout(0.5)
     while True:
         check()
-        try:  # only look: what comes after belongs to `ControlChannel`
+        try:  # peek: what comes after belongs to `ControlChannel`
             first = connected.socket.recv(1, socket.MSG_PEEK)
         except TimeoutError:
             if time.monotonic() > deadline + ANSWER_SECONDS:
@@ -240,43 +241,27 @@ def _await_start(connected: Connection, deadline: float, note: Note, check: Call
             return connected
 
 
-def _ask(address: str) -> Connection:
+def _connect(address: str) -> Connection:
     host, _, port = address.rpartition(":")
     return Connection(socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS))
 
 
-@contextlib.contextmanager
-def _closed_on_failure(connected: Connection) -> Iterator[Connection]:
-    try:
-        yield connected
-    except BaseException:
-        connected.close()
-        raise
-
-
 def _reach_all(cluster: Cluster, peers: ControlChannel) -> None:
-    """Try every other worker's port.
-
-    Raises:
-        Interrupted: some way is closed; names it on every worker.
-    """
-    faults = [
-        f for i, address in enumerate(cluster.addresses) if i != cluster.index for f in _reach(cluster, i, address)
-    ]
-    everyone = peers.gather("reach", json.dumps(faults).encode())
-    found = peers.broadcast("reach", lambda: [fault for one in everyone or () for fault in json.loads(one)])
-    if found:
-        raise Interrupted("the workers cannot all reach each other (a network policy?): " + "; ".join(found[:5]))
+    """Try every other worker's port; raises `Interrupted`, on every worker, with the ones that cannot be reached."""
+    others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
+    faults = [fault for i, address in others for fault in _reach(cluster, i, address)]
+    faults = peers.reduce("reach", faults, lambda everyone: [fault for one in everyone for fault in one])
+    if faults:
+        raise Interrupted("the workers cannot all reach each other (a network policy?): " + "; ".join(faults[:5]))
 
 
 def _reach(cluster: Cluster, index: int, address: str) -> list[str]:
     deadline = time.monotonic() + REACH_SECONDS
     while True:
         try:
-            with _closed_on_failure(_ask(address)) as connected:
+            with contextlib.closing(_connect(address)) as connected:
                 connected.send("who")
                 header, _ = connected.receive()
-            connected.close()
             if (header["job"], header["index"]) != (cluster.job, index):
                 return [f"{address} is worker {header['index']} of {header['job']}, not worker {index}"]
             return []

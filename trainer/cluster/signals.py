@@ -1,4 +1,4 @@
-"""Being told to stop: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
+"""Requests to stop: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.monitoring.log import last_words
 
 
 def end_at_once() -> None:
-    """Where nothing needs saving, SIGTERM ends the process with the code that means "start me again".
+    """Have SIGTERM end the process with the code that means "start me again"; for commands that have nothing to save.
 
     The first process of a container is not even killed by a signal that it has no handler for: the kernel drops it, and
     the pod would go on until its grace period is over (`man 7 pid_namespaces`).
@@ -29,14 +29,16 @@ def end_at_once() -> None:
 
 
 def take_no_signal() -> None:
-    """From here on the exit code stands. Python gives its handlers back before it takes down TensorFlow, and SIGTERM in
-    that second would make a failure of a run that is done.
+    """Ignore SIGTERM: from here on the exit code stands.
+
+    Python gives its handlers back before it takes down TensorFlow; a signal in that second would make a failure of a
+    run that is done.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopFlag:
-    """Set by a signal, or by another worker's.
+    """A flag that a signal sets, here or on another worker.
 
     A Python handler waits until the main thread returns from TensorFlow, which may be many steps later. So the signal's
     number is read from the wake-up pipe by a thread: the flag is set at once, and the compiled step asks for it.
@@ -44,16 +46,15 @@ class StopFlag:
     Attributes:
         reason: why to stop; None as long as there is no reason.
         on_signal: called with the reason when a signal reached this process.
-        on_told: called with the reason once, however it got here.
+        on_request: called with the reason once, however it got here.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.on_signal: Callable[[str], None] = lambda _reason: None
-        self.on_told: Callable[[str], None] = lambda _reason: None
-        self._reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        self._writer = writer
+        self.on_request: Callable[[str], None] = lambda _reason: None
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         self._signals = 0  # that reached this process: a peer's does not make ours the second one
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         self.install()
@@ -64,17 +65,17 @@ class StopFlag:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
-    def told(self, reason: str) -> None:
-        """Stop for a reason that another worker gave."""
+    def request(self, reason: str) -> None:
+        """Set the flag; the first reason stays."""
         if self.reason is None:
             self.reason = reason
-            self.on_told(reason)
+            self.on_request(reason)
 
     def check(self, where: str) -> None:
-        """Where nothing needs saving; loops that wait, each with a time limit of its own, call it at every round.
+        """Leave if the flag is set; for loops that wait, each with a time limit of its own, and have nothing to save.
 
         Raises:
-            ToldToStop: told to stop.
+            ToldToStop: the flag is set.
         """
         health.progress()
         if self.reason:
@@ -91,6 +92,6 @@ class StopFlag:
                     last_words(f"\n{name}: stopping at once")
                     termination.leave(INTERRUPTED, f"{name} a second time: stopped at once")
                     os._exit(INTERRUPTED)
-                self.told(name)
+                self.request(name)
                 last_words(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
                 self.on_signal(name)

@@ -26,12 +26,10 @@ class Worker:
 
     @property
     def size(self) -> int:
-        """Number of workers."""
         return self.control.size
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is worker 0."""
         return self.control.is_chief
 
     @property
@@ -39,11 +37,11 @@ class Worker:
         """Replicas on this worker."""
         return self.strategy.num_replicas_in_sync // self.size
 
-    def is_told_to_stop(self) -> bool:
-        """Whether this worker was told to stop. The compiled step asks at each step, which so is progress."""
+    def stop_requested(self) -> bool:
+        """Whether this worker should stop. The compiled step asks at each step, which so is progress."""
         health.progress()
         return self.stop.reason is not None
 
     def should_stop(self, where: str) -> bool:
-        """Whether any worker was told to stop: the same answer on all of them, asked at the same point by all."""
+        """Whether any worker should stop: the same answer on all of them, asked at the same point by all."""
         return self.control.any_worker(f"stop {where}", self.stop.reason is not None)

@@ -11,7 +11,7 @@ from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, ShardEntr
 from trainer.errors import DataError
 from trainer.storage.base import Entry
 from trainer.storage.path import place
-from trainer.storage.shard_cache import OwnFolder, ShardCache
+from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
 
 Note = Callable[[str], None]
@@ -109,10 +109,9 @@ def _open_shards(
     found = prepared_at(address)
     if found is None:
         return None
-    folder = OwnFolder(cache_dir, address)
-    shards = ShardCache(address, found.shards, folder, budget, note, lambda: check(address), found.beside)
-    fetch_missing(address, found.beside, folder.path, note, lambda: check(address))
-    note(f"{address}: {coming(found, budget)}, to {folder.path}")
+    shards = ShardCache(address, found.shards, cache_dir, budget, note, lambda: check(address), found.beside)
+    fetch_missing(address, found.beside, shards.folder, note, lambda: check(address))
+    note(f"{address}: {coming(found, budget)}, to {shards.folder}")
     return shards
 
 

@@ -1,4 +1,4 @@
-"""Another deadline for a while; apart from `retrying`, whose clients of a bucket take long to import."""
+"""Paths on disk or in a bucket: the operations that both have, without Google's client, which takes long to import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.errors import TrainerError
 
 
 class Conflict(TrainerError):
-    """A conditional write found another version than the one it was to replace; nothing was written."""
+    """The version is not the one that a conditional write was to replace; nothing was written."""
 
 
 class _Any(Enum):
@@ -28,13 +28,13 @@ OnlyIf = int | None | Literal[_Any.ANY]
 Entries = list["Entry"]  # by these names: inside a place, `list` is its method
 Places = list["Place"]
 
-# Files on their way: `.name.<digits>-<digits>` beside a local file, `.parts-<token>` beside a large object.
-_BESIDE = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
+# `.name.<digits>-<digits>` beside a local file, `.parts-<token>` beside a large object.
+_UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 
-def on_its_way(name: str) -> bool:
+def is_unfinished(name: str) -> bool:
     """Whether a name belongs to a transfer that has not ended (or never will: its process was killed)."""
-    return bool(_BESIDE.search(name))
+    return bool(_UNFINISHED.search(name))
 
 
 @dataclass(frozen=True)
@@ -122,28 +122,25 @@ class Place(ABC):
 
     def read(self) -> bytes:
         """The whole content, verified."""
-        found = self.fetch()
-        if found is None:
+        content = self.fetch()
+        if content is None:
             raise self._absent()
-        return found[0]
+        return content[0]
 
     def read_text(self) -> str:
         """The content as UTF-8."""
         return self.read().decode()
 
     def size(self) -> int:
-        """Bytes."""
-        entry = self.stat()
-        if entry is None:
-            raise self._absent()
-        return entry.size
+        """Size in bytes."""
+        return self._existing().size
 
     def exists(self) -> bool:
         """Whether there is a file here (a folder is none: `is_folder`)."""
         return self.stat() is not None
 
     def version(self) -> int | None:
-        """A number that no two contents of this place share: the generation in a bucket. None where absent."""
+        """A number of its own for each content of this path: the generation in a bucket. None where absent."""
         entry = self.stat()
         return None if entry is None else entry.version
 
@@ -151,26 +148,24 @@ class Place(ABC):
     def is_folder(self) -> bool:
         """Whether there is anything below."""
 
+    def _existing(self) -> Entry:
+        entry = self.stat()
+        if entry is None:
+            raise self._absent()
+        return entry
+
     @abstractmethod
     def _absent(self) -> TrainerError: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Another deadline for a while; apart from `retrying`, whose clients of a bucket take long to import
-
-_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+deadline: ContextVar[float | None] = ContextVar("deadline", default=None)  # seconds, as set by `within`
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Another deadline than `retrying.DEADLINE` for the operations inside the block (in this thread)."""
-    token = _deadline.set(seconds)
+    """Another deadline than `gcs_client.DEADLINE` for the operations inside the block (in this thread)."""
+    token = deadline.set(seconds)
     try:
         yield
     finally:
-        _deadline.reset(token)
-
-
-def chosen() -> float | None:
-    """Seconds; None outside of `within`."""
-    return _deadline.get()
+        deadline.reset(token)

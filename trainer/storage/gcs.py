@@ -1,4 +1,4 @@
-"""Places in a Google Cloud Storage bucket, through google-cloud-storage; every request under `retrying.persist`."""
+"""Places in a Google Cloud Storage bucket, through google-cloud-storage; every request under `gcs_client.persist`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -19,58 +19,11 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
-from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way, within
-from trainer.storage.gcs_client import Damaged, Limits, client, persist, refused
-from trainer.storage.local import LocalPlace
+from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, is_unfinished, within
+from trainer.storage.gcs_client import NO_BUCKET, Damaged, Limits, client, persist
+from trainer.storage.local import LocalPlace, temporary_file
 
 AT_ONCE = 8  # requests of one transfer at the same time
-
-Downloaded = TypeVar("Downloaded")
-Item = TypeVar("Item")
-
-
-def file_crc32c(path: Path) -> int:
-    """CRC32C of a local file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = google_crc32c.extend(crc, block)
-    return crc
-
-
-def decoded(crc32c: str | None) -> int | None:
-    """The number in the storage's base64, big-endian notation."""
-    return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
-
-
-def write_at(file: int, data: bytes, start: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, start)
-        view, start = view[written:], start + written
-
-
-def together(do: Callable[[Item], Downloaded], items: Iterable[Item], most: int | None = None) -> list[Downloaded]:
-    """`do` for every item, some at a time, with the caller's deadline; an error stops what has not begun."""
-    stop = threading.Event()
-
-    def one(item: Item, context: Any) -> Downloaded | None:
-        if stop.is_set():
-            return None
-        try:
-            return context.run(do, item)
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(min(AT_ONCE, most or AT_ONCE)) as pool:
-        futures = [pool.submit(one, item, copy_context()) for item in items]
-    return [future.result() for future in futures]  # type: ignore[misc]  # None only where another raises
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Places in a Google Cloud Storage bucket, through google-cloud-storage; every request under `retrying.persist`
-
 LARGE = 32 << 20  # bytes above which a download goes in chunks
 CHUNK = 16 << 20  # bytes of a chunk
 PART = 8 << 20  # bytes up to which an upload is one request; above, it goes in parts
@@ -81,12 +34,38 @@ DAMAGED_FILES = 5  # times that a large file may arrive damaged
 
 _OURS = "kubetune-write"  # metadata: which write made this version
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"
-_NO_BUCKET = "there is no such bucket, or it is not yours to see"
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def _decoded(crc32c: str | None) -> int | None:
+    """The number in the storage's base64, big-endian notation."""
+    return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
+
+
+def _in_parallel(do: Callable[[Item], Result], items: Iterable[Item], most: int = AT_ONCE) -> list[Result]:
+    """`do` for every item, some at a time, with the caller's deadline; an error stops what has not begun."""
+    stop = threading.Event()
+
+    def one(item: Item, context: Any) -> Result | None:
+        if stop.is_set():
+            return None
+        try:
+            return context.run(do, item)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(min(AT_ONCE, most)) as pool:
+        futures = [pool.submit(one, item, copy_context()) for item in items]
+    return [future.result() for future in futures]  # type: ignore[misc]  # None only where another raises
 
 
 class _Replaced(DataError):
     """The generation that was asked for is gone."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(f"{place}: was replaced or deleted while it was read")
 
 
 @dataclass(frozen=True)
@@ -115,7 +94,7 @@ class BucketPlace(Place):
         return replace(self, key=self.key.rpartition("/")[0])
 
     def stat(self) -> Entry | None:
-        def look(limits: Limits) -> Entry | None:
+        def get(limits: Limits) -> Entry | None:
             blob = self._blob()
             try:
                 blob.reload(timeout=limits, retry=None)
@@ -123,20 +102,28 @@ class BucketPlace(Place):
                 return None
             return self._entry(blob)
 
-        return self._do("storage.objects.get", look) if self.key else None
+        return persist(str(self), "storage.objects.get", get) if self.key else None
 
     def is_folder(self) -> bool:
         return bool(self._page(None, "", 2)[0])
 
-    def fetch(self) -> tuple[bytes, int] | None:
-        return self._fetch(None)
+    def fetch(self, generation: int | None = None) -> tuple[bytes, int] | None:
+        def get(limits: Limits) -> tuple[bytes, int] | None:
+            blob = self._blob(generation)
+            try:
+                data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=limits, retry=None)
+            except NotFound:
+                return None
+            if google_crc32c.value(data) != _decoded(blob.crc32c):
+                raise Damaged("CRC32C differs")
+            return data, int(blob.generation)
+
+        return persist(str(self), "storage.objects.get", get)
 
     def read_range(self, start: int, length: int) -> bytes:
         """As in `Place`. The storage has no checksum of a part: a small object is read and verified whole, of a
         large one the range is read twice and must be the same. For headers and indexes; to read much, download."""
-        entry = self.stat()
-        if entry is None:
-            raise self._absent()
+        entry = self._existing()
         length = min(length, entry.size - start)
         if length <= 0:
             return b""
@@ -149,7 +136,7 @@ class BucketPlace(Place):
                 raise Damaged("two readings of one range differ")
             return first
 
-        return self._do("storage.objects.get", twice)
+        return persist(str(self), "storage.objects.get", twice)
 
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
         data = content.encode() if isinstance(content, str) else content
@@ -161,21 +148,17 @@ class BucketPlace(Place):
 
     def upload(self, source: Path) -> int:
         with LocalPlace(source)._reading():
-            file = os.open(source, os.O_RDONLY)
-        try:
-            size = os.fstat(file).st_size
+            file = open(source, "rb")  # noqa: SIM115 - closed below
+        with file:
+            size = os.fstat(file.fileno()).st_size
             if size <= PART:
-                return self._send(os.pread(file, size, 0), ANY)
-            return self._send_parts(size, lambda start, length: os.pread(file, length, start))
-        finally:
-            os.close(file)
+                return self._send(os.pread(file.fileno(), size, 0), ANY)
+            return self._send_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
 
     def download(self, to: Path, expected: Entry | None = None) -> Entry:
-        with LocalPlace(to)._beside() as beside:
+        with temporary_file(to) as beside:
             for _ in range(DAMAGED_FILES):
-                entry = expected or self.stat()
-                if entry is None:
-                    raise self._absent()
+                entry = expected or self._existing()
                 try:
                     whole = self._download(beside, entry)
                 except _Replaced:
@@ -188,19 +171,12 @@ class BucketPlace(Place):
         raise Interrupted(f"{self}: arrived damaged {DAMAGED_FILES} times (CRC32C); start the same command again")
 
     def list(self, recursive: bool = True) -> Entries:
-        found: Entries = []
-        token: str | None = ""
-        while token is not None:
-            page, _, token = self._page(token, "" if recursive else "/")
-            found += [entry for entry in page if not on_its_way(entry.place.key)]  # type: ignore[attr-defined]
-        return sorted(found, key=lambda entry: str(entry.place).encode())
+        entries = [entry for page, _ in self._pages("" if recursive else "/") for entry in page]
+        whole = [entry for entry in entries if not is_unfinished(str(entry.place))]
+        return sorted(whole, key=lambda entry: str(entry.place).encode())
 
     def folders(self) -> Places:
-        names: set[str] = set()
-        token: str | None = ""
-        while token is not None:
-            _, prefixes, token = self._page(token, "/")
-            names |= {prefix for prefix in prefixes if not on_its_way(prefix)}
+        names = {prefix for _, prefixes in self._pages("/") for prefix in prefixes if not is_unfinished(prefix)}
         return [replace(self, key=name.rstrip("/")) for name in sorted(names)]
 
     def delete(self) -> None:
@@ -208,48 +184,37 @@ class BucketPlace(Place):
             with contextlib.suppress(NotFound):
                 self._blob().delete(timeout=limits, retry=None)
 
-        self._do("storage.objects.delete", remove)
+        persist(str(self), "storage.objects.delete", remove)
 
     def delete_tree(self) -> None:
-        token: str | None = ""
-        found: Entries = []
-        while token is not None:
-            page, _, token = self._page(token, "")
-            found += page
-        together(lambda entry: entry.place.delete(), found)
+        entries = [entry for page, _ in self._pages("") for entry in page]
+        _in_parallel(lambda entry: entry.place.delete(), entries)
 
     def _blob(self, generation: int | None = None) -> Any:
         return client().bucket(self.bucket).blob(self.key, generation=generation)
 
-    def _do(self, permission: str, call: Callable[[Limits], Result], absent: str = _NO_BUCKET) -> Result:
-        """`call` under `persist`; its lasting errors explained."""
-        try:
-            return persist(str(self), call)
-        except Exception as error:
-            explained = refused(error, str(self), permission, absent)
-            if explained is None:
-                raise
-            raise explained from error
-
     def _absent(self) -> DataError:
         try:
             replace(self, key="")._page(None, "", 1)
-        except DataError as error:  # who may read but not list is told of the object only
-            if _NO_BUCKET in str(error):
-                return DataError(f"{self}: {_NO_BUCKET}")
+        except DataError as error:  # an account that may read but not list sees the object only
+            if NO_BUCKET in str(error):
+                return DataError(f"{self}: {NO_BUCKET}")
         return DataError(f"{self}: there is no such object")
 
-    def _replaced(self) -> DataError:
-        return _Replaced(f"{self}: was replaced or deleted while it was read")
-
     def _entry(self, blob: Any) -> Entry:
-        return Entry(self, int(blob.size), int(blob.generation), decoded(blob.crc32c))
+        return Entry(self, int(blob.size), int(blob.generation), _decoded(blob.crc32c))
+
+    def _pages(self, delimiter: str) -> Iterator[tuple[Entries, set[str]]]:
+        token: str | None = ""
+        while token is not None:
+            page, prefixes, token = self._page(token, delimiter)
+            yield page, prefixes
 
     def _page(self, token: str | None, delimiter: str, most: int | None = None) -> tuple[Entries, set[str], str | None]:
         """One page of what is below, the prefixes in it, and the token of the next page (None at the end)."""
         prefix = f"{self.key}/" if self.key else ""
 
-        def look(limits: Limits) -> tuple[Entries, set[str], str | None]:
+        def get(limits: Limits) -> tuple[Entries, set[str], str | None]:
             listing = client().list_blobs(
                 self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None, max_results=most,
                 fields=_FIELDS, timeout=limits, retry=None,
@@ -259,35 +224,22 @@ class BucketPlace(Place):
             page = [replace(self, key=blob.name)._entry(blob) for blob in blobs if not blob.name.endswith("/")]
             return page, set(listing.prefixes), listing.next_page_token or None
 
-        return self._do("storage.objects.list", look)
-
-    def _fetch(self, generation: int | None) -> tuple[bytes, int] | None:
-        def get(limits: Limits) -> tuple[bytes, int] | None:
-            blob = self._blob(generation)
-            try:
-                data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=limits, retry=None)
-            except NotFound:
-                return None
-            if google_crc32c.value(data) != decoded(blob.crc32c):
-                raise Damaged("CRC32C differs")
-            return data, int(blob.generation)
-
-        return self._do("storage.objects.get", get)
+        return persist(str(self), "storage.objects.list", get)
 
     def _pinned(self, entry: Entry) -> bytes:
-        found = self._fetch(entry.version)
-        if found is None:
-            raise self._replaced()
-        return found[0]
+        content = self.fetch(entry.version)
+        if content is None:
+            raise _Replaced(self)
+        return content[0]
 
     def _slice(self, entry: Entry, start: int, length: int, limits: Limits) -> bytes:
-        """A part of one generation, its length checked; for `persist`."""
+        """`length` bytes of one generation; for `persist`."""
         try:
             data = self._blob(entry.version).download_as_bytes(
                 start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=limits, retry=None
             )
         except NotFound as error:
-            raise self._replaced() from error
+            raise _Replaced(self) from error
         if len(data) != length:
             raise Damaged(f"{len(data)} bytes of {length}")
         return data
@@ -297,8 +249,10 @@ class BucketPlace(Place):
 
         def chunk(start: int) -> None:
             length = min(CHUNK, entry.size - start)
-            data = self._do("storage.objects.get", lambda limits: self._slice(entry, start, length, limits))
-            write_at(file.fileno(), data, start)
+            data = persist(str(self), "storage.objects.get", lambda limits: self._slice(entry, start, length, limits))
+            with open(to, "r+b") as part:
+                part.seek(start)
+                part.write(data)
             health.progress()
 
         with open(to, "wb") as file:
@@ -306,8 +260,12 @@ class BucketPlace(Place):
                 file.write(self._pinned(entry))
                 return True
             file.truncate(entry.size)
-            together(chunk, range(0, entry.size, CHUNK))
-        return file_crc32c(to) == entry.crc32c
+        _in_parallel(chunk, range(0, entry.size, CHUNK))
+        crc = 0
+        with open(to, "rb") as copy:
+            while block := copy.read(1 << 20):
+                crc = google_crc32c.extend(crc, block)
+        return crc == entry.crc32c
 
     def _send(self, data: bytes, only_if: OnlyIf) -> int:
         """One request with its CRC32C, which the storage verifies before anything becomes visible."""
@@ -327,18 +285,17 @@ class BucketPlace(Place):
                 )  # fmt: skip
             except PreconditionFailed as error:
                 # A try before this one may have been done although its answer was lost: then the write is ours.
-                there = (
-                    client().bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
-                )
+                bucket = client().bucket(self.bucket)
+                there = bucket.get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
                 if there is None or (there.metadata or {}).get(_OURS) != ours:
                     raise Conflict(f"{self}: changed since it was read") from error
                 blob = there
-            if decoded(blob.crc32c) != crc:  # only a server that does not verify (an emulator) gets here
+            if _decoded(blob.crc32c) != crc:  # only a server that does not verify (an emulator) gets here
                 condition = None if condition is None else int(blob.generation)
                 raise Damaged("CRC32C of what was stored differs")
             return int(blob.generation)
 
-        return self._do("storage.objects.create (storage.objects.delete as well, to replace)", put)
+        return persist(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
 
     def _send_parts(self, size: int, content: Callable[[int, int], bytes]) -> int:
         """Upload parts at the same time, each verified, then have the storage join them in one atomic step.
@@ -349,29 +306,32 @@ class BucketPlace(Place):
         length = max(PART, -(-size // MOST_PARTS))
         beside = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
         starts = range(0, size, length)
-        names = [beside / f"{index:02d}" for index in range(len(starts))]
+        parts = [beside / f"{index:02d}" for index in range(len(starts))]
+
+        def piece(start: int) -> bytes:
+            return content(start, min(length, size - start))
 
         def send(index: int) -> int:
-            sent = names[index]._send(content(starts[index], min(length, size - starts[index])), ANY)
+            sent = parts[index]._send(piece(starts[index]), ANY)
             health.progress()
             return sent
 
         def join(limits: Limits) -> Entry:
             blob = self._blob()
             blob.content_type = "application/octet-stream"
-            parts = [name._blob(generation) for name, generation in zip(names, generations, strict=True)]
-            blob.compose(parts, timeout=limits, retry=None)
+            sent = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]
+            blob.compose(sent, timeout=limits, retry=None)
             return self._entry(blob)
 
         try:
-            generations = together(send, range(len(starts)), most=max(1, MEMORY // length))
-            made = self._do("storage.objects.create and storage.objects.get", join)
+            generations = _in_parallel(send, range(len(starts)), max(1, MEMORY // length))
+            made = persist(str(self), "storage.objects.create and storage.objects.get", join)
         finally:
             with contextlib.suppress(DataError, Interrupted), within(CLEANING):
-                together(lambda name: name.delete(), names)
+                _in_parallel(lambda part: part.delete(), parts)
         whole = google_crc32c.value(b"")
         for start in starts:
-            whole = google_crc32c.extend(whole, content(start, min(length, size - start)))
+            whole = google_crc32c.extend(whole, piece(start))
         if (made.size, made.crc32c) != (size, whole):
             raise DataError(f"{self}: the source changed while it was uploaded")
         return made.version

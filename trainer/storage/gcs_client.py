@@ -1,4 +1,4 @@
-"""The one client of the process: identity, retries, deadlines, and what a refusal means."""
+"""The one client of the process for Google Cloud Storage: identity, retries, deadlines, and the meaning of refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError, Interrupted
 from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
-from trainer.storage.base import chosen
+from trainer.storage import base
 
 DEADLINE = 120.0  # seconds from the first try of an operation (of each part, of a large one) to giving up
 CONNECT = 10.0  # seconds to wait for a connection
@@ -32,12 +32,22 @@ SILENCE = 30.0  # seconds without a byte after which a request is taken for lost
 FIRST_PAUSE = 0.5  # seconds; the pause is drawn from 0 to this, to twice this, ...
 LONGEST_PAUSE = 16.0
 DAMAGED_REQUESTS = 5  # times that a 400 is taken for a request damaged on its way
+POD_SECONDS = 20.0  # of a pod's life in which missing credentials may still come
+THREADS = 16  # connections kept open; more threads than this open and close theirs
+NO_BUCKET = "there is no such bucket, or it is not yours to see"
 
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_HOW = (
+    "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
+    "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
+)
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
 # From the system's noise, not the run's seed: workers that wait for one bucket must not come back together.
 _noise = random.SystemRandom()
+_clients: dict[tuple[int, str | None], Any] = {}
+_lock = threading.Lock()
 
 Limits = tuple[float, float]  # seconds to connect, seconds of silence
 Result = TypeVar("Result")
@@ -47,12 +57,17 @@ class Damaged(Exception):
     """What arrived is not what was sent: its checksum or length differs."""
 
 
-def persist(address: str, call: Callable[[Limits], Result]) -> Result:
-    """What `call` returns, called again while it fails for a passing reason.
+def persist(address: str, permission: str, call: Callable[[Limits], Result]) -> Result:
+    """Call, again while it fails for a passing reason.
 
-    Raises `Interrupted` when the deadline has passed, and any other error of `call` as it is.
+    Args:
+        permission: that the operation needs, for the message.
+
+    Raises:
+        Interrupted: the deadline has passed.
+        DataError: Google's client reports a lasting error; any other error of `call` is raised as it is.
     """
-    deadline = chosen() or DEADLINE
+    deadline = base.deadline.get() or DEADLINE
     start = time.monotonic()
     pause, damaged = FIRST_PAUSE, 0
     while True:
@@ -60,25 +75,29 @@ def persist(address: str, call: Callable[[Limits], Result]) -> Result:
         try:
             return call((min(CONNECT, left), min(SILENCE, left)))
         except Exception as error:
-            reason = passing(error)
+            reason = _passing(error)
             if isinstance(error, GoogleAPICallError) and error.code == 400:
                 damaged += 1
                 reason = None if damaged > DAMAGED_REQUESTS else "400 damaged request"
             if reason is None:
-                raise
+                explained = _explained(error, address, permission)
+                if explained is None:
+                    raise
+                raise explained from error
             left = deadline - (time.monotonic() - start)
             if left <= 0:
                 raise Interrupted(
                     f"{address}: the storage did not answer for {deadline:g} s ({reason}); "
                     "what was saved before is intact, start the same command again"
                 ) from error
-            wait = max(_noise.uniform(0, pause), _retry_after(error))
+            asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
+            wait = max(_noise.uniform(0, pause), float(asked) if asked.isdigit() else 0.0)
         time.sleep(min(wait, left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def passing(error: Exception) -> str | None:
-    """Why the same request may succeed later; None where it cannot."""
+def _passing(error: Exception) -> str | None:
+    """The reason why the same request may succeed later; None where it cannot."""
     if isinstance(error, Damaged | DataCorruption):
         return f"damaged answer: {error}" if isinstance(error, Damaged) else "damaged answer"
     if isinstance(error, GoogleAPICallError):
@@ -101,28 +120,6 @@ def passing(error: Exception) -> str | None:
     return type(error).__name__ if isinstance(error, _TRANSIENT) else None
 
 
-def _retry_after(error: Exception) -> float:
-    """Seconds that the server asked to wait, 0 where it did not."""
-    response = getattr(error, "response", None)
-    asked = getattr(response, "headers", {}).get("Retry-After", "0")
-    return float(asked) if asked.isdigit() else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The one client of the process, who it speaks for, and what a refusal means
-
-POD_SECONDS = 20.0  # of a pod's life in which missing credentials may still come
-THREADS = 16  # connections kept open; more threads than this open and close theirs
-_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_HOW = (
-    "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
-    "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
-)
-
-_clients: dict[tuple[int, str | None], Any] = {}
-_lock = threading.Lock()
-
-
 def client() -> Any:
     """The `storage.Client` of this process, made at the first call; anonymous where no credentials are found.
 
@@ -140,7 +137,7 @@ def _connect(emulated: bool) -> Any:
     project = None
     if not emulated:
         try:
-            credentials, project = _found()
+            credentials, project = _find_credentials()
             credentials = with_scopes_if_required(credentials, [_SCOPE])
         except DefaultCredentialsError as error:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
@@ -151,7 +148,7 @@ def _connect(emulated: bool) -> Any:
     return made
 
 
-def _found() -> tuple[Credentials, str | None]:
+def _find_credentials() -> tuple[Credentials, str | None]:
     """Credentials and project. A pod asks again for a while: GKE's metadata server may not answer in its first seconds.
 
     Raises:
@@ -171,43 +168,37 @@ def _found() -> tuple[Credentials, str | None]:
 
 
 def identity() -> str:
-    """Whom the storage sees."""
+    """The account that the storage sees, in words."""
     credentials = credentials_of(client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
         return "nobody (anonymous)"
     if isinstance(credentials, external_account.Credentials):
-        return f"workload identity pool {credentials.info['audience']}" + (
-            f" as service account {email}" if email else ""
-        )
+        impersonated = f" as service account {email}" if email else ""
+        return f"workload identity pool {credentials.info['audience']}{impersonated}"
     if email == "default":  # its name is asked for with the first token
         return "the default service account of this pod or machine"
     if email:
         return f"service account {email}"
-    account = getattr(credentials, "account", None)
-    return "application default credentials (" + (f"user {account}" if account else "user") + ")"
+    user = f"user {getattr(credentials, 'account', None) or ''}".strip()
+    return f"application default credentials ({user})"
 
 
-def refused(error: Exception, address: str, permission: str, absent: str) -> DataError | None:
-    """The `DataError` that explains an error of Google's client; None where it is none of theirs.
-
-    `permission` is what the operation needs; `absent` what a 404 means.
-    """
+def _explained(error: Exception, address: str, permission: str) -> DataError | None:
+    """The `DataError` that explains an error of Google's client; None where it is none of theirs."""
     if isinstance(error, NotFound):
-        return DataError(f"{address}: {absent}")
+        return DataError(f"{address}: {NO_BUCKET}")
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
     if denied or isinstance(error, GoogleAuthError):  # the second: after a 401 the client asks for a new token
         anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and no credentials were found; {_HOW}")
-    if isinstance(error, GoogleAPICallError) and denied:
-        named = re.findall(r"storage\.\w+\.\w+", str(error.message))
-        return DataError(
-            f"{address}: {identity()} lacks the permission {named[0] if named else permission} "
-            f"({int(error.code or 0)}: {error.message})"
-        )
-    if isinstance(error, ClientError):
-        return DataError(f"{address}: the storage refused the request ({int(error.code or 0)}: {error.message})")
+    if isinstance(error, ClientError):  # 401 and 403 as well
+        answer = f"({int(error.code or 0)}: {error.message})"
+        if denied:
+            named = re.findall(r"storage\.\w+\.\w+", str(error.message))
+            return DataError(f"{address}: {identity()} lacks the permission {(named or [permission])[0]} {answer}")
+        return DataError(f"{address}: the storage refused the request {answer}")
     if isinstance(error, GoogleAuthError):
         return DataError(f"{address}: {identity()} got no access token ({error}); {_HOW}")
     return None

@@ -1,4 +1,4 @@
-"""Who may publish into a run's folder: a lease that fences every commit.
+"""A lease on a run's folder, which fences every commit: only its holder publishes.
 
 `.lease` in the folder names its holder. It is only ever written on the condition that nobody else has written it
 since (`only_if`), so of any number of writers one succeeds. What is guaranteed, without comparing the clocks of two
@@ -13,7 +13,7 @@ machines:
   out a commit whose second write is missing before `take` returns, so that the second write of a holder that was
   frozen between the two comes too late as well: the marker no longer has the version it wants.
 - **What is not fenced.** Files that are not markers (the shards of a checkpoint, logs) can still be written by a
-  frozen process that thaws, until it looks at `check`. So they must go under names that are used once
+  frozen process that thaws, until it calls `check`. So they must go under names that are used once
   (`checkpoints/step-00000420-<attempt>/...`), and count only when a marker names them.
 """
 
@@ -26,7 +26,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from types import TracebackType
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.base import Conflict, Place, within
@@ -46,7 +45,7 @@ class _Commit:
 
 @dataclass(frozen=True)
 class _State:
-    """What `.lease` says. `token` is one taking of the lease; `renewed` is for people, nothing compares it."""
+    """The content of `.lease`. `token` is one taking of the lease; `renewed` is for people, nothing compares it."""
 
     holder: str | None
     uid: str | None
@@ -58,7 +57,7 @@ class _State:
 
 
 class Lease:
-    """A lease that we took with `take`. Any thread may use it; a thread of its own renews it until `release`."""
+    """A lease as `take` returns it. Any thread may use it; a thread of its own renews it until `release`."""
 
     def __init__(self, folder: Place, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -81,20 +80,19 @@ class Lease:
                 "start the same command again"
             )
 
-    def commit(self, name: str, content: bytes | str) -> int:
+    def commit(self, name: str, content: str) -> int:
         """Publish a marker (a small text file in the folder) in one atomic act; its new version.
 
         Raises `Interrupted`, and has published nothing, where the lease was lost. Where the storage did not answer
         the commit may have been done: the next holder sees which.
         """
-        text = content.decode() if isinstance(content, bytes) else content
         with self._committing:
             self.check()
             marker = self.folder / name
-            commit = _Commit(name, text, marker.version())
+            commit = _Commit(name, content, marker.version())
             self._write(commit)  # from here on it is renewed with the commit in it, also while the next line waits
             try:
-                version = marker.write(text, only_if=commit.replaces)
+                version = marker.write(content, only_if=commit.replaces)
             except Conflict as error:
                 self._lost = f"{marker} was changed by another process"
                 raise Interrupted(f"{self.folder}: {self._lost}; nothing more is published here") from error
@@ -103,30 +101,26 @@ class Lease:
             return version
 
     def release(self) -> None:
-        """Give the lease back, so that the next run need not wait; no error where it was lost or cannot be told."""
+        """Give the lease back, so that the next run need not wait; no error where it was lost or nothing answers."""
         self._ended.set()
         self._thread.join()
         with self._writing:
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
-                try:
-                    with within(self._state.seconds / 3):
-                        (self.folder / NAME).write(_dump(state), only_if=self._version)
-                except (Conflict, Interrupted, DataError, OSError):
-                    pass  # the next run waits it out
+                failures = (Conflict, Interrupted, DataError, OSError)  # then the next run waits it out
+                with contextlib.suppress(*failures), within(self._state.seconds / 3):
+                    (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was given back"
 
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _write(self, commit: _Commit | None) -> None:
         """Renew, with a new commit or the last one. Raises `Interrupted` where the lease is another's."""
-        place = self.folder / NAME
+        file = self.folder / NAME
         with self._writing:
             if self._lost:
                 raise Interrupted(f"{self.folder}: {self._lost}")
@@ -134,15 +128,14 @@ class Lease:
             while True:
                 began = time.monotonic()
                 try:
-                    self._version = place.write(_dump(state), only_if=self._version)
+                    self._version = file.write(_dump(state), only_if=self._version)
                     break
                 except Conflict as error:
-                    found = place.fetch()  # a write of ours may have been done without our knowing
-                    there = _load(found[0], place) if found else None
-                    if found is None or there is None or there.token != state.token or there.holder is None:
+                    there, version = _read(file)  # a write of ours may have been done without our knowing
+                    if there is None or version is None or there.token != state.token or there.holder is None:
                         self._lost = f"the lease was taken over by {_name(there)}"
                         raise Interrupted(f"{self.folder}: {self._lost}") from error
-                    self._version = found[1]
+                    self._version = version
             self._state, self._renewed_at = state, began
 
     def _renew_always(self) -> None:
@@ -165,16 +158,14 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
     another holder it is taken after `LEASE_SECONDS` in which it was not renewed; where it is renewed, or `wait` is
     false, raises `ConfigError` that names the holder. Before it returns, a commit that the last holder began is done.
     """
-    place, seconds = folder / NAME, LEASE_SECONDS
-    watched: tuple[int, float] | None = None  # the version we saw first, and when
+    file, seconds = folder / NAME, LEASE_SECONDS
+    watched: tuple[int | None, float] | None = None  # the version we saw first, and when
     while True:
-        found = place.fetch()
-        there = _load(found[0], place) if found else None
+        there, version = _read(file)
         free = there is None or there.holder is None or (uid is not None and there.uid == uid)
-        if found is not None and there is not None and not free:
-            if watched is None:
-                watched = (found[1], time.monotonic())
-            if found[1] != watched[0] or not wait:
+        if there is not None and not free:
+            watched = watched or (version, time.monotonic())
+            if version != watched[0] or not wait:
                 raise ConfigError(
                     f"{folder}: is in use by {_name(there)}{', ' + there.note if there.note else ''}; "
                     "choose another output_dir, or end that run first"
@@ -185,20 +176,15 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
             state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
             began = time.monotonic()
             try:
-                version = place.write(_dump(state), only_if=found[1] if found else None)
+                lease = Lease(folder, state, file.write(_dump(state), only_if=version), began)
             except Conflict:
                 continue
-            lease = Lease(folder, state, version, began)
             if commit is not None:
-                _carry_out(folder, commit)
+                with contextlib.suppress(Conflict):  # it was done
+                    (folder / commit.name).write(commit.content, only_if=commit.replaces)
             lease._thread.start()
             return lease
         time.sleep(seconds / 10)
-
-
-def _carry_out(folder: Place, commit: _Commit) -> None:
-    with contextlib.suppress(Conflict):  # it was done
-        (folder / commit.name).write(commit.content, only_if=commit.replaces)
 
 
 def _now() -> str:
@@ -215,10 +201,14 @@ def _dump(state: _State) -> str:
     return json.dumps(asdict(state), indent=1, ensure_ascii=False) + "\n"
 
 
-def _load(content: bytes, place: Place) -> _State:
+def _read(file: Place) -> tuple[_State | None, int | None]:
+    """The lease and its version; None and None where there is none."""
+    content = file.fetch()
+    if content is None:
+        return None, None
     try:
-        fields = json.loads(content)
+        fields = json.loads(content[0])
         commit = fields.pop("commit")
-        return _State(**fields, commit=_Commit(**commit) if commit else None)
+        return _State(**fields, commit=_Commit(**commit) if commit else None), content[1]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{place}: is not a lease ({error}); delete it if no run uses this folder") from error
+        raise DataError(f"{file}: is not a lease ({error}); delete it if no run uses this folder") from error

@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
-from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, on_its_way
+from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, is_unfinished
+
+_BLOCK = 1 << 22  # bytes copied at a time
 
 
 def sync(path: Path) -> None:
@@ -30,17 +31,9 @@ def sync(path: Path) -> None:
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename over. Makes the folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+    with temporary_file(path) as beside:
+        _write_synced(beside, content)
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 
@@ -49,10 +42,23 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Places on the local disk
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A path in the same folder, which is made if needed; what is left there at the end is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A random number, not the thread's: on a disk that several pods use, processes and threads have the same numbers.
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
 
-_BLOCK = 1 << 22
+
+def _write_synced(path: Path, content: bytes | str) -> None:
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class LocalPlace(Place):
         with self._reading():
             try:
                 with open(self.path, "rb") as file:
-                    return file.read(), _version(os.fstat(file.fileno()))
+                    return file.read(), os.fstat(file.fileno()).st_mtime_ns
             except FileNotFoundError:
                 return None
 
@@ -102,26 +108,22 @@ class LocalPlace(Place):
             return file.read(length)
 
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
-        data = content.encode() if isinstance(content, str) else content
-        with self._beside() as beside:
-            with open(beside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with temporary_file(self.path) as beside:
+            _write_synced(beside, content)
             return self._put(beside, only_if)
 
     def list(self, recursive: bool = True) -> Entries:
-        found = []
+        entries = []
         with self._reading():
             for folder, folders, files in os.walk(self.path, onerror=_raise_unless_absent):
                 for name in files:
                     path = Path(folder, name)
-                    if not on_its_way(name):
-                        with contextlib.suppress(FileNotFoundError):  # deleted while we looked
-                            found.append(LocalPlace(path)._entry(path.stat()))
+                    if not is_unfinished(name):
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            entries.append(LocalPlace(path)._entry(path.stat()))
                 if not recursive:
                     folders.clear()
-        return sorted(found, key=lambda entry: str(entry.place).encode())
+        return sorted(entries, key=lambda entry: str(entry.place).encode())
 
     def folders(self) -> Places:
         with self._reading():
@@ -138,12 +140,10 @@ class LocalPlace(Place):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: Entry | None = None) -> Entry:
-        entry = self.stat()
-        if entry is None:
-            raise self._absent()
+        entry = self._existing()
         if expected is not None and expected.version != entry.version:
             raise DataError(f"{self}: was replaced after it was listed; list it again")
-        with LocalPlace(to)._beside() as beside:
+        with temporary_file(to) as beside:
             with self._reading():
                 source = open(self.path, "rb")  # noqa: SIM115 - closed below; errors of writing must stay OSError
             with source, open(beside, "wb") as target:
@@ -152,7 +152,7 @@ class LocalPlace(Place):
         return entry
 
     def upload(self, source: Path) -> int:
-        with self._beside() as beside:
+        with temporary_file(self.path) as beside:
             with LocalPlace(source)._reading():
                 file = open(source, "rb")  # noqa: SIM115 - as above
             with file, open(beside, "wb") as target:
@@ -162,7 +162,7 @@ class LocalPlace(Place):
             return self._put(beside, ANY)
 
     def _entry(self, status: os.stat_result) -> Entry:
-        return Entry(self, status.st_size, _version(status))
+        return Entry(self, status.st_size, status.st_mtime_ns)
 
     def _absent(self) -> DataError:
         return DataError(f"{self}: there is no such file")
@@ -176,49 +176,28 @@ class LocalPlace(Place):
                 raise self._absent() from error
             raise DataError(f"{error.filename or self}: cannot be read ({error.strerror or error})") from error
 
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[Path]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # By chance, not by thread: on a disk that several pods share, processes and threads have the same numbers.
-        beside = self.path.with_name(f".{self.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
-        try:
-            yield beside
-        finally:
-            beside.unlink(missing_ok=True)
-
     def _put(self, beside: Path, only_if: OnlyIf) -> int:
-        """Rename over, after a look at the version where the write is conditional.
+        """Rename over, after a check of the version where the write is conditional.
 
-        Conditional writers hold the folder's lock between the look and the rename, so that of two only one finds
+        Conditional writers hold the folder's lock from the check to the rename, so that of two only one finds
         its version (other writers do not take it: a marker must be written conditionally by all). The time of
         change is set by hand: the kernel's clock ticks in milliseconds and inodes come back, versions must not.
         """
-        with self._lock(only_if is not ANY):
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            if only_if is not ANY:
+                fcntl.flock(folder, fcntl.LOCK_EX)
             now = self.version()
             if only_if is not ANY and now != only_if:
                 raise Conflict(f"{self}: changed since it was read")
             changed = max((now or 0) + 1, time.time_ns())
             os.utime(beside, ns=(changed, changed))
-            version = _version(beside.stat())
+            version = beside.stat().st_mtime_ns
             os.replace(beside, self.path)
-        sync(self.path.parent)
-        return version
-
-    @contextlib.contextmanager
-    def _lock(self, wanted: bool) -> Iterator[None]:
-        if not wanted:
-            yield
-            return
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
         finally:
             os.close(folder)
-
-
-def _version(status: os.stat_result) -> int:
-    return status.st_mtime_ns
+        sync(self.path.parent)
+        return version
 
 
 def _raise_unless_absent(error: OSError) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import threading
 import time
@@ -20,55 +21,43 @@ from typing import IO
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import Entry
 
-TRANSFERS = 8  # shards on their way at once; a large one comes in several chunks at a time
-STALL_SECONDS = 5.0  # of waiting, after which the user is told
+TRANSFERS = 8  # shards at once; a large one comes in several chunks at a time
+STALL_SECONDS = 5.0  # of waiting, after which it is reported
 
 Note = Callable[[str], None]
 
 
-class OwnFolder:
-    """A local folder for what one process keeps of an address; the next process to start finds it again.
+def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
+    """A local folder for the shards that one process caches of an address, and the open file that locks it.
 
     Several processes of one machine (workers, other runs) get one each: nobody deletes what another one reads. The lock
-    that says so ends with the process.
+    ends with the process, and the next process to start finds the folder again.
     """
-
-    def __init__(self, cache_dir: Path, address: str) -> None:
-        digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-        number = 0
-        while True:
-            home = cache_dir / "shards" / f"{digest}-{number}"
-            home.mkdir(parents=True, exist_ok=True)
-            if self._take(home / ".lock"):
-                break
-            number += 1
-        self.path = home / address.rstrip("/").rpartition("/")[2]
-        self.path.mkdir(exist_ok=True)
-
-    def _take(self, file: Path) -> bool:
-        self._lock: IO[str] = open(file, "a")  # noqa: SIM115 - held until the process ends
+    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    for number in itertools.count():
+        home = cache_dir / "shards" / f"{digest}-{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        lock = open(home / ".lock", "a")  # noqa: SIM115 - held until `close`, or the process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
-            self._lock.close()
-            return False
+            lock.close()
         except OSError:  # a file system without locks
-            return True
-        return True
-
-    def release(self) -> None:
-        """Let another process have it."""
-        self._lock.close()
+            break
+    folder = home / address.rstrip("/").rpartition("/")[2]
+    folder.mkdir(exist_ok=True)
+    return folder, lock
 
 
 class ShardCache:
-    """The shards `entries` (by file name) of the folder `address`, in a local folder."""
+    """The shards `entries` (by file name) of the folder `address`, in a local folder below `cache_dir`."""
 
     def __init__(
         self,
         address: str,
         entries: Mapping[str, Entry],
-        folder: OwnFolder,
+        cache_dir: Path,
         budget: int,
         note: Note,
         check: Callable[[], None],
@@ -78,18 +67,18 @@ class ShardCache:
 
         Args:
             budget: bytes of disk; unfinished transfers count as the whole shard.
-            note: told of waits of more than `STALL_SECONDS`.
+            note: given reports of waits of more than `STALL_SECONDS`.
             check: called while a reader waits; raises to leave.
             beside: names of other files that stay.
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
-        self.folder, self._own = folder.path, folder
+        self.folder, self._lock = _lock_folder(cache_dir, address)
         self._changed = threading.Condition()
-        self._here: dict[str, int] = {}  # name -> bytes; who was required longest ago comes first
+        self._here: dict[str, int] = {}  # name -> bytes; the one required longest ago comes first
         self._coming: dict[str, int] = {}
-        self._pinned: dict[str, tuple[str, ...]] = {}  # reader -> what it may open now
-        self._next: dict[str, tuple[str, ...]] = {}  # reader -> what it needs after that; who asked last comes last
-        self._order: dict[str, int] = {}  # name -> how soon it is needed; absent: nobody said so
+        # reader -> what it may open now, and what it needs after that; the last to ask comes last
+        self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self._order: dict[str, int] = {}  # name -> position in the order of need; absent where nobody needs it
         self._failed: dict[str, Exception] = {}
         self._closed = False
         self._take_stock({*beside})
@@ -110,9 +99,8 @@ class ShardCache:
         """
         names = tuple(dict.fromkeys(names))
         with self._changed:
-            for of in (self._pinned, self._next):
-                of.pop(reader, None)
-            self._pinned[reader], self._next[reader] = names, tuple(then)
+            self._needs.pop(reader, None)
+            self._needs[reader] = names, tuple(then)
             for name in names:
                 self._failed.pop(name, None)
                 if name in self._here:
@@ -126,15 +114,14 @@ class ShardCache:
     def release(self, reader: str) -> None:
         """The reader has ended."""
         with self._changed:
-            self._pinned.pop(reader, None)
-            self._next.pop(reader, None)
+            self._needs.pop(reader, None)
             self._plan()
 
     def close(self) -> None:
         """Begin no more transfers, and let another process have the folder."""
         with self._changed:
             self._closed = True
-        self._own.release()
+        self._lock.close()
 
     @property
     def used(self) -> int:
@@ -148,8 +135,8 @@ class ShardCache:
             elif file.name not in beside and file.name != ".versions.json":
                 file.unlink(missing_ok=True)
         if self._here:
-            found = f"{len(self._here):,} of {len(self.entries):,} shards"
-            self.note(f"{self.address}: {found} are in {self.folder}, fetched before")
+            count = f"{len(self._here):,} of {len(self.entries):,} shards"
+            self.note(f"{self.address}: {count} are in {self.folder}, fetched before")
 
     def _is_whole(self, name: str) -> bool:
         """Whether the file is the bucket's version: its time of change is set to that number once it is complete."""
@@ -159,8 +146,11 @@ class ShardCache:
             return False
         return (status.st_size, status.st_mtime_ns) == (self.entries[name].size, self.entries[name].version)
 
+    def _pinned(self) -> set[str]:
+        return {name for names, _ in self._needs.values() for name in names}
+
     def _check_budget(self) -> None:
-        pinned = {name for names in self._pinned.values() for name in names}
+        pinned = self._pinned()
         needed = sum(self.entries[name].size for name in pinned)
         if needed > self.budget:
             raise DataError(
@@ -169,48 +159,47 @@ class ShardCache:
             )
 
     def _wait(self, names: tuple[str, ...]) -> float:
-        began, told = time.monotonic(), False
+        began, reported = time.monotonic(), False
         while missing := [name for name in names if name not in self._here]:
             for name in missing:
                 if name in self._failed:
                     raise self._failed[name]
             self._changed.wait(0.1)
             self.check()
-            if not told and time.monotonic() - began > STALL_SECONDS:
-                told = True
+            if not reported and time.monotonic() - began > STALL_SECONDS:
+                reported = True
                 self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {missing[0]}")
         waited = time.monotonic() - began
-        if told:
+        if reported:
             self.note(f"{self.address}: went on after {waited:.0f} s of waiting for shards")
         return waited
 
     def _plan(self) -> None:
         """Put everything that readers named into one order: what they may open now, then what they need next."""
-        soon = [name for names in reversed(self._pinned.values()) for name in names]
-        soon += [name for names in reversed(self._next.values()) for name in names]
-        self._order = {name: place for place, name in enumerate(dict.fromkeys(soon))}
+        soon = [name for names, _ in reversed(self._needs.values()) for name in names]
+        soon += [name for _, then in reversed(self._needs.values()) for name in then]
+        self._order = {name: position for position, name in enumerate(dict.fromkeys(soon))}
         self._begin_transfers()
 
     def _begin_transfers(self) -> None:
-        for name, place in self._order.items():
+        for name, position in self._order.items():
             if self._closed or len(self._coming) >= TRANSFERS:
                 return
             if name in self._here or name in self._coming or name in self._failed:
                 continue
-            if not self._make_room(self.entries[name].size, place):
+            if not self._make_room(self.entries[name].size, position):
                 return  # a smaller one behind it must not take the room that it waits for
             self._coming[name] = self.entries[name].size
             # No pool: the process must be able to end while a transfer waits for a bucket that does not answer.
             threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
 
-    def _make_room(self, size: int, place: int) -> bool:
-        """Delete what is needed later than `place`, the latest first, until `size` bytes fit; or nothing at all."""
+    def _make_room(self, size: int, position: int) -> bool:
+        """Delete what is needed later than `position`, the latest first, until `size` bytes fit; or nothing at all."""
         excess = self.used + size - self.budget
         if excess <= 0:
             return True
-        pinned = {name for names in self._pinned.values() for name in names}
-        nobody = len(self._order)
-        later = [n for n in self._here if self._order.get(n, nobody) > place and n not in pinned]
+        pinned, nobody = self._pinned(), len(self._order)
+        later = [n for n in self._here if self._order.get(n, nobody) > position and n not in pinned]
         if sum(self._here[name] for name in later) < excess:
             return False
         later.sort(key=lambda name: -self._order.get(name, nobody))  # stable: of equals the least recently used

@@ -1,4 +1,4 @@
-"""Files of a bucket on the local disk: fetched in parallel, verified, and kept for the next start on this machine."""
+"""Files of a bucket on the local disk: fetched in parallel, verified, cached for the next start on this machine."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.storage.base import Entry, on_its_way
+from trainer.storage.base import Entry, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import place
 
-TRANSFERS = 16  # files on their way at once
+TRANSFERS = 16  # files at once
 REPORT_SECONDS = 5.0
-ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer is taken for left behind
+ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer counts as left behind
 VERSIONS = ".versions.json"
 
 Note = Callable[[str], None]
 
 
 def is_remote(address: str | None) -> bool:
-    """Whether it names something in a bucket."""
+    """Whether the address is in a bucket."""
     return bool(address) and str(address).startswith("gs://")
 
 
@@ -38,7 +38,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
 
     Args:
         budget: bytes that this address may take on the disk.
-        note: told what is fetched, and every few seconds how far it is.
+        note: given what is fetched, and every few seconds the progress.
         check: called often; raises to leave.
 
     Raises:
@@ -48,14 +48,14 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
     if not is_remote(address):
         return address
     copy = planned_copy(address, cache_dir, budget)
-    _drop_strangers(copy.folder, copy.pattern, copy.entries)
+    _delete_obsolete(copy)
     fetch_missing(address, copy.entries, copy.folder, note, check)
     return copy.path
 
 
 @dataclass(frozen=True)
 class Copy:
-    """What `stage` makes of an address: its files by name below the folder it names, and where they go."""
+    """The local copy of an address: its files by name below the folder it names, and their local folder."""
 
     folder: Path
     pattern: str  # the part of the address with wildcards, or the name of a single file; "" for a folder
@@ -63,14 +63,18 @@ class Copy:
 
     @property
     def path(self) -> str:
-        """What takes the place of the address."""
-        return str(self.folder / self.pattern) if self.pattern else str(self.folder)
+        """The local path that replaces the address."""
+        return str(self.folder / self.pattern)
 
 
 def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """What `stage` would do; nothing is fetched. Arguments and errors are those of `stage`."""
+    """The copy that `stage` would make; nothing is fetched. Arguments and errors are those of `stage`."""
     root, pattern = _root_and_pattern(address)
-    entries = _find(root, pattern)
+    listed = {str(entry.place).removeprefix(f"{root}/"): entry for entry in place(root).list()}
+    entries = {name: entry for name, entry in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
+    if not entries:
+        nothing = f"nothing fits {root}/{pattern}" if pattern else f"there is nothing in {root}"
+        raise DataError(f"{nothing}; check the address (gcloud storage ls {root})")
     folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
     size = sum(entry.size for entry in entries.values())
     if size > budget:
@@ -82,7 +86,7 @@ def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 
 
 def prepared_folder(data_dir: str, name: str) -> str:
-    """Where a dataset lies that TensorFlow Datasets prepared in a bucket (`gs://tfds-data/datasets` is the public one).
+    """The folder of a dataset that TensorFlow Datasets prepared in a bucket (`gs://tfds-data/datasets` is public).
 
     Args:
         name: `beans`, `food101:2.0.0`, `dtd/config`, `dtd/config:3.0.1`; the newest version where none is named.
@@ -93,9 +97,7 @@ def prepared_folder(data_dir: str, name: str) -> str:
     builder, _, version = name.partition(":")
     folder = place(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
-    if version and version not in versions:
-        versions = []
-    if not versions:
+    if not versions or (version and version not in versions):
         raise DataError(
             f"{folder} holds no {f'version {version}' if version else 'prepared dataset'}; prepare it there, or give "
             "data.data_dir=gs://tfds-data/datasets for the public ones"
@@ -112,24 +114,15 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def _find(root: str, pattern: str) -> dict[str, Entry]:
-    there = {str(e.place).removeprefix(f"{root}/"): e for e in place(root).list()}
-    found = {n: e for n, e in there.items() if not pattern or fnmatch.fnmatch(n, pattern)}
-    if not found:
-        what = f"nothing fits {root}/{pattern}" if pattern else f"there is nothing in {root}"
-        raise DataError(f"{what}; check the address (gcloud storage ls {root})")
-    return found
-
-
 def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]) -> None:
     """Fetch those of `entries` (by name below `address`) that are not in the local folder in the same version."""
-    have, missing = _had(folder), missing_from(folder, entries)
+    versions, missing = _versions(folder) or {}, missing_from(folder, entries)
     if not missing:
         note(f"{address}: taken from {folder}, fetched before")
         return
-    whole, done, count = sum(entry.size for entry in missing.values()), 0, 0
-    note(f"{address}: fetching {_files(missing)}, {whole / 1e6:,.1f} MB, to {folder}")
-    file = folder / VERSIONS
+    size, done = sum(entry.size for entry in missing.values()), 0
+    files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
+    note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
     began = last = time.monotonic()
 
     def fetch(name: str) -> str:
@@ -140,77 +133,63 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
 
     with ThreadPoolExecutor(TRANSFERS, "staging") as pool:
         try:
-            for future in as_completed([pool.submit(fetch, name) for name in sorted(missing)]):
+            for count, future in enumerate(as_completed([pool.submit(fetch, name) for name in sorted(missing)]), 1):
                 name = future.result()
-                have[name] = missing[name].version
-                done, count = done + missing[name].size, count + 1
+                versions[name] = missing[name].version
+                done += missing[name].size
                 check()
                 if time.monotonic() - last > REPORT_SECONDS:
                     last = time.monotonic()
                     rate = done / 1e6 / (last - began)
                     note(f"{address}: {count:,} of {len(missing):,} files, {rate:,.1f} MB/s")
-                    write_json(file, have)
+                    write_json(folder / VERSIONS, versions)
         finally:
             pool.shutdown(cancel_futures=True)
-            write_json(file, have)
-
-
-def _files(entries: dict[str, Entry]) -> str:
-    return f"{len(entries):,} file{'s' * (len(entries) != 1)}"
+            write_json(folder / VERSIONS, versions)
 
 
 def missing_from(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
     """Those of the entries that a local folder does not hold in the same version."""
-    have = _had(folder)
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if have.get(name) != entry.version or not _is_whole(folder / name, entry.size)
-    }
+    versions = _versions(folder) or {}
 
+    def is_here(name: str, entry: Entry) -> bool:
+        try:
+            return versions.get(name) == entry.version and (folder / name).stat().st_size == entry.size
+        except OSError:
+            return False
 
-def _had(folder: Path) -> dict[str, int]:
-    """The versions of what was fetched into a folder, by name."""
-    try:
-        return json.loads((folder / VERSIONS).read_text())
-    except (OSError, ValueError):
-        return {}
+    return {name: entry for name, entry in entries.items() if not is_here(name, entry)}
 
 
 def origin(path: str | Path) -> str | None:
-    """Which object, in which version, a staged file is a copy of: the same on every machine. None for other files."""
+    """The object and version that a staged file is a copy of, the same on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
-        versions = _versions(folder)
-        if versions is not None:
+        if (versions := _cached_versions(folder)) is not None:
             name = path.relative_to(folder).as_posix()
             return f"{name} {versions[name]}" if name in versions else None
     return None
 
 
-@cache
 def _versions(folder: Path) -> dict[str, int] | None:
+    """The versions of what was fetched into a folder, by name; None for other folders."""
     try:
         return json.loads((folder / VERSIONS).read_text())
     except (OSError, ValueError):
         return None
 
 
-def _drop_strangers(folder: Path, pattern: str, entries: dict[str, Entry]) -> None:
+_cached_versions = cache(_versions)
+
+
+def _delete_obsolete(copy: Copy) -> None:
     """Delete what the bucket no longer has, and what killed transfers left; a fresh one may be another process's."""
-    for file in list(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if not file.is_file() or name == VERSIONS or name in entries:
+    for file in list(copy.folder.rglob("*")):
+        name = file.relative_to(copy.folder).as_posix()
+        if not file.is_file() or name == VERSIONS or name in copy.entries:
             continue
-        unfinished = on_its_way(name)
+        unfinished = is_unfinished(name)
         if unfinished and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
             continue
-        if unfinished or not pattern or fnmatch.fnmatch(name, pattern):
+        if unfinished or not copy.pattern or fnmatch.fnmatch(name, copy.pattern):
             file.unlink(missing_ok=True)
-
-
-def _is_whole(file: Path, size: int) -> bool:
-    try:
-        return file.stat().st_size == size
-    except OSError:
-        return False
