@@ -1,4 +1,4 @@
-"""From scores to a report: what it needs of the images, the model and TensorBoard."""
+"""Building a report from scores: its pictures, heatmaps and duplicates, and its figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,17 +32,12 @@ FETCHED_AT_ONCE = 512  # images, where their shards come from a bucket: all shar
 
 
 def evaluate_scored(scored: Scored, images: ImageStore) -> EvaluationResult:
-    """The scores of what a classifier answers for a split, by group where the data has groups."""
-    split = images.dataset.splits[scored.split]
-    return evaluate_arrays(
-        scored.split,
-        images.dataset.class_names,
-        scored.labels,
-        scored.probabilities,
-        tuple(images.name_of(scored.split, int(i)) for i in scored.indices),
-        [split.groups[int(i)] for i in scored.indices] if split.groups else None,
-        images.config.data.group_field or "",
-    )
+    """The scores of a classifier's answers for a split, by group where the data has groups."""
+    name, dataset, indices = scored.split, images.dataset, scored.indices.tolist()
+    names, groups = [images.name_of(name, i) for i in indices], dataset.splits[name].groups
+    by_group = [groups[i] for i in indices] if groups else None
+    field = images.config.data.group_field or ""
+    return evaluate_arrays(name, dataset.class_names, scored.labels, scored.probabilities, names, by_group, field)
 
 
 def build_report(
@@ -54,38 +49,35 @@ def build_report(
     splits: Sequence[str],
     check: Callable[[], None],
 ) -> Report:
-    """Write the report on what a classifier answers for a split; returns what report.json holds.
+    """Write the report on a classifier's answers for a split; returns the content of report.json.
 
     Args:
-        facts: what else `write_report` may say of a run: title, export, timing, note, history, phases.
+        facts: of the run, as `write_report`: title, export, timing, note, history, phases.
         splits: duplicates are looked for in these.
         check: called while images are read; may raise to leave.
     """
     split, indices, config = scored.split, scored.indices, images.config
-    repeated = repeats(images, splits, check)  # reads more images, so that more may be known of those that are damaged
-    return write_report(
-        folder,
-        result=evaluate_scored(scored, images),
-        history=facts.get("history", []),
-        phases=facts.get("phases", {}),
-        run={
-            "seed": config.seed,
-            "data": describe_data(images.dataset) | {"undecodable": images.undecodable()},
-            "config": config.model_dump(mode="json"),
-            "versions": versions(),
-            **facts,
-        },
-        pictures=Pictures(
-            images=lambda wanted: images.rows(split, indices[list(wanted)]),
-            samples=samples(images) if "train" in splits else None,
-            explain=lambda wanted: explain(images.rows(split, indices[list(wanted)]))["heatmap"],
-            repeats=repeated,
-        ),
-    )
+    repeated = repeats(images, splits, check)  # before `undecodable`: it reads images that may be damaged
+    result = evaluate_scored(scored, images)
+    run = {
+        "seed": config.seed,
+        "data": describe_data(images.dataset) | {"undecodable": images.undecodable()},
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        **facts,
+    }
+
+    def rows(wanted: Sequence[int]) -> np.ndarray:
+        return images.rows(split, indices[list(wanted)])
+
+    shown = samples(images) if "train" in splits else None
+    pictures = Pictures(rows, shown, lambda wanted: explain(rows(wanted))["heatmap"], repeated)
+    history, phases = facts.get("history", []), facts.get("phases", {})
+    return write_report(folder, result=result, history=history, phases=phases, run=run, pictures=pictures)
 
 
 def samples(images: ImageStore) -> Samples:
-    """A dozen training pictures, and the first of them as eight epochs see it."""
+    """A dozen training pictures, and eight augmented views of the first."""
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:12])
     shown = images.rows("train", chosen)
@@ -115,17 +107,17 @@ def views(augmentation: Augmentation, seed: int, shown: np.ndarray, chosen: np.n
 # Duplicates
 
 
-def shares(counts: Mapping[str, int], most: int = MOST_COMPARED) -> dict[str, int]:
-    """How many pictures of each split are compared: all, or `most` in all, the small splits whole before the large."""
+def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Pictures of each split to compare: all, or 100,000 of them together, the small splits whole before the large."""
     taken: dict[str, int] = {}
-    for place, name in enumerate(sorted(counts, key=lambda n: counts[n])):
-        taken[name] = min(counts[name], (most - sum(taken.values())) // (len(counts) - place))
+    for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
+        taken[name] = min(counts[name], (MOST_COMPARED - sum(taken.values())) // (len(counts) - rank))
     return taken
 
 
 def chosen_of(split: Split, wanted: int) -> np.ndarray:
-    """Which pictures of a split are compared where not all are: the first records (shards are shuffled when they are
-    prepared, and so few of them are fetched), or files at even distances (a folder of files is ordered by class).
+    """Indices of the pictures of a split to compare: the first records (shards are shuffled when they are prepared, and
+    so few of them are fetched), or files at even distances (a folder of files is ordered by class).
     """
     if wanted >= split.count or split.shards:
         return np.arange(min(wanted, split.count), dtype=np.int64)
@@ -133,11 +125,11 @@ def chosen_of(split: Split, wanted: int) -> np.ndarray:
 
 
 def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not kept, the next ones are
+    """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not cached, the next ones are
     decoded meanwhile.
     """
     if pixels.shards and len(wanted) > FETCHED_AT_ONCE:
-        parts = [wanted[at : at + FETCHED_AT_ONCE] for at in range(0, len(wanted), FETCHED_AT_ONCE)]
+        parts = np.split(wanted, range(FETCHED_AT_ONCE, len(wanted), FETCHED_AT_ONCE))
         return np.concatenate([small_pictures(pixels, part, check) for part in parts])
     batches = chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
     stream, gate = iter(batches.dataset), batches.gate()
@@ -156,16 +148,17 @@ def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]
 def repeats(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> Repeats:
     """Look for pictures that occur more than once among at most 100,000, which bounds time and memory (77 MB)."""
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
-    taken = shares({name: dataset.splits[name].count for name in splits})
+    taken = compared_counts({name: dataset.splits[name].count for name in splits})
     for name in splits:
         wanted = chosen_of(dataset.splits[name], taken[name])
         small = small_pictures(images.split(name), wanted, check)
         good = ~np.isin(wanted, list(images.split(name).bad))
         thumbnails[name] = wanted[good], small[good]
-    found = find_duplicates(thumbnails, {name: dataset.splits[name].labels for name in splits})
+    labels = {name: dataset.splits[name].labels for name in splits}
+    found = find_duplicates(thumbnails, labels)
     groups = [
-        [Member(s, i, images.name_of(s, i), dataset.class_names[dataset.splits[s].labels[i]]) for s, i in group]
-        for group in (whole[:MEMBERS] for whole in found.groups)
+        [Member(s, i, images.name_of(s, i), dataset.class_names[labels[s][i]]) for s, i in group[:MEMBERS]]
+        for group in found.groups
     ]
     shown = [[images.rows(m.split, [m.index])[0] for m in group[:MEMBERS_SHOWN]] for group in groups[:SHOWN]]
     return Repeats(described(found, groups), shown)

@@ -36,7 +36,11 @@ DURING = "during the evaluation"
 
 
 def choose_split(wanted: str | None, dataset: Dataset) -> str:
-    """The split to score."""
+    """The split to score: the wanted one, or the first of test, validation and train that the data has.
+
+    Raises:
+        ConfigError: the data has no such split.
+    """
     if wanted is None:
         return next(name for name in ("test", "validation", "train") if name in dataset.splits)
     if wanted not in dataset.splits:
@@ -45,19 +49,18 @@ def choose_split(wanted: str | None, dataset: Dataset) -> str:
 
 
 def target(output: str | None, run: FinishedRun, checkpoint: str, data: str, split: str) -> Place:
-    """The folder of the report."""
-    return (
-        place(output) if output else run.home / "evaluations" / re.sub(r"[^\w.-]+", "-", f"{checkpoint}-{data}-{split}")
-    )
+    """The folder of the report: `output`, or one below the run."""
+    if output:
+        return place(output)
+    return run.home / "evaluations" / re.sub(r"[^\w.-]+", "-", f"{checkpoint}-{data}-{split}")
 
 
 def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> Mapping[str, Any]:
-    """Score and report; returns what report.json holds.
+    """Score a checkpoint of a run and report; returns the content of report.json.
 
     Args:
         own: the arguments `split` and `output`, where they are given.
     """
-
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
     bare = config.model_copy(update={"model": without_weights(config.model)})
     data = open_run_data(bare, say, lambda address: stop.check(f"while {address} was fetched"))
