@@ -91,7 +91,12 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     for start in range(0, len(images), BATCH):
         check()
         parts.append(classify(images[start : start + BATCH]))
-    answers = np.concatenate(parts)
+    answers, seconds = np.concatenate(parts), []
+    for i in range(UNTIMED + TIMED):
+        one = images[i % len(images)][None]
+        began = time.perf_counter()
+        classify(one)
+        seconds.append(time.perf_counter() - began)
     differences = np.abs(answers - held_out.probabilities).max() if np.isfinite(answers).all() else np.inf
     right, was_right = (p.argmax(-1) == held_out.labels for p in (answers, held_out.probabilities))
     return {
@@ -101,19 +106,8 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         "lost": int((was_right & ~right).sum()),
         "gained": int((right & ~was_right).sum()),
         "largest_difference": float(differences),
-        "timing": {"milliseconds_per_image": round(milliseconds(classify, images), 3)},
+        "timing": {"milliseconds_per_image": round(float(np.median(seconds[UNTIMED:])) * 1000, 3)},
     }
-
-
-def milliseconds(classify: Classify, images: np.ndarray) -> float:
-    """The median time of classifying one image alone, in milliseconds."""
-    spent = []
-    for i in range(UNTIMED + TIMED):
-        one = images[i % len(images)][None]
-        began = time.perf_counter()
-        classify(one)
-        spent.append(time.perf_counter() - began)
-    return float(np.median(spent[UNTIMED:])) * 1000
 
 
 def drops_too_far(facts: dict[str, Any], most: float) -> bool:

@@ -24,20 +24,11 @@ from trainer.report.page import MEMBERS_SHOWN, SHOWN, Pictures, Repeats, Samples
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import versions
-from trainer.types import EvaluationResult, Scored, Split
+from trainer.types import Scored
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 64  # images
 FETCHED_AT_ONCE = 512  # images, where their shards come from a bucket: all shards of so many have to be here together
-
-
-def evaluate_scored(scored: Scored, images: ImageStore) -> EvaluationResult:
-    """The scores of a classifier's answers for a split, by group where the data has groups."""
-    name, dataset, indices = scored.split, images.dataset, scored.indices.tolist()
-    names, groups = [images.name_of(name, i) for i in indices], dataset.splits[name].groups
-    by_group = [groups[i] for i in indices] if groups else None
-    field = images.config.data.group_field or ""
-    return evaluate_arrays(name, dataset.class_names, scored.labels, scored.probabilities, names, by_group, field)
 
 
 def build_report(
@@ -56,12 +47,15 @@ def build_report(
         splits: duplicates are looked for in these.
         check: called while images are read; may raise to leave.
     """
-    split, indices, config = scored.split, scored.indices, images.config
+    split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
     repeated = repeats(images, splits, check)  # before `undecodable`: it reads images that may be damaged
-    result = evaluate_scored(scored, images)
+    names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
+    by_group, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
+    answers = (dataset.class_names, scored.labels, scored.probabilities, names)
+    result = evaluate_arrays(split, *answers, by_group, field)
     run = {
         "seed": config.seed,
-        "data": describe_data(images.dataset) | {"undecodable": images.undecodable()},
+        "data": describe_data(dataset) | {"undecodable": images.undecodable()},
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         **facts,
@@ -103,25 +97,12 @@ def views(augmentation: Augmentation, seed: int, shown: np.ndarray, chosen: np.n
     return np.asarray(images[::each])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Duplicates
-
-
 def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
     """Pictures of each split to compare: all, or 100,000 of them together, the small splits whole before the large."""
     taken: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
         taken[name] = min(counts[name], (MOST_COMPARED - sum(taken.values())) // (len(counts) - rank))
     return taken
-
-
-def chosen_of(split: Split, wanted: int) -> np.ndarray:
-    """Indices of the pictures of a split to compare: the first records (shards are shuffled when they are prepared, and
-    so few of them are fetched), or files at even distances (a folder of files is ordered by class).
-    """
-    if wanted >= split.count or split.shards:
-        return np.arange(min(wanted, split.count), dtype=np.int64)
-    return np.linspace(0, split.count - 1, wanted).astype(np.int64)
 
 
 def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]) -> np.ndarray:
@@ -150,7 +131,9 @@ def repeats(images: ImageStore, splits: Sequence[str], check: Callable[[], None]
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
     taken = compared_counts({name: dataset.splits[name].count for name in splits})
     for name in splits:
-        wanted = chosen_of(dataset.splits[name], taken[name])
+        wanted, split = np.arange(taken[name], dtype=np.int64), dataset.splits[name]
+        if len(wanted) < split.count and not split.shards:  # a folder of files is ordered by class; shards are shuffled
+            wanted = np.linspace(0, split.count - 1, len(wanted)).astype(np.int64)
         small = small_pictures(images.split(name), wanted, check)
         good = ~np.isin(wanted, list(images.split(name).bad))
         thumbnails[name] = wanted[good], small[good]
@@ -162,10 +145,6 @@ def repeats(images: ImageStore, splits: Sequence[str], check: Callable[[], None]
     ]
     shown = [[images.rows(m.split, [m.index])[0] for m in group[:MEMBERS_SHOWN]] for group in groups[:SHOWN]]
     return Repeats(described(found, groups), shown)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# TensorBoard
 
 
 def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:

@@ -124,21 +124,25 @@ def _as_typed(value: Any) -> str:
     return f"[{','.join(map(_as_typed, value))}]" if isinstance(value, list) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Each run on the common examples; the first has no pair. `changed`: [(kind of change, files)]."""
     rows, n, first = [], len(comparison.files), comparison.right[0]
-    for run, right, pair, p in zip(
-        comparison.runs, comparison.right, [None, *comparison.pairs], [None, *comparison.p], strict=True
-    ):
+    for i, (run, right) in enumerate(zip(comparison.runs, comparison.right, strict=True)):
         hits = int(right.sum())
-        row = {"name": run.name, "address": run.address, "accuracy": hits / n, "interval": wilson(hits, n)}
-        row |= {"pair": pair, "p": p, "verdict": "" if pair is None or p is None else verdict(pair, p)}
+        row = {
+            "name": run.name,
+            "address": run.address,
+            "accuracy": hits / n,
+            "interval": wilson(hits, n),
+            "pair": None,
+        }
+        if i > 0:
+            pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
+            row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
         changes = {"right now, wrong in the first": right & ~first, "wrong now, right in the first": first & ~right}
-        row["changed"] = [(k, [comparison.files[i] for i in np.flatnonzero(at).tolist()]) for k, at in changes.items()]
+        row["changed"] = [
+            (kind, [comparison.files[k] for k in np.flatnonzero(at).tolist()]) for kind, at in changes.items()
+        ]
         rows.append(row)
     return rows
 

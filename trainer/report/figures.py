@@ -34,6 +34,9 @@ from trainer.types import EvaluationResult
 DPI = 110
 COMPRESSION = 2  # of 9: photos take half the time of the usual 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
+NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
+MOST_BARS = 120  # classes in the F1 figure
+MOST_WRONG = 12
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
@@ -51,13 +54,15 @@ def canvas(height: float, width: float = WIDTH, laid_out: bool = True) -> Figure
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if laid_out else None, facecolor="white")
 
 
+def shortened(name: str, longest: int) -> str:
+    """A printable name, cut in the middle where it is too long."""
+    name, tail = printable(name), longest // 2
+    return name if len(name) <= longest else name[: longest - tail - 1] + "…" + name[-tail:]
+
+
 def label(name: str, longest: int = 24) -> str:
     """A class or file name as text of a figure: one line, not mathematics, cut in the middle where too long."""
-    name = printable(name)
-    if len(name) > longest:
-        tail = longest // 2
-        name = name[: longest - tail - 1] + "…" + name[-tail:]
-    return name.replace("$", r"\$")
+    return shortened(name, longest).replace("$", r"\$")
 
 
 def tidy(axes: Axes, grid: Literal["x", "y"] | None = None) -> None:
@@ -99,19 +104,13 @@ def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Charts: figures that the page shows too, in units that are pixels there
-
-
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its text alternative and tooltips in the page."""
+    """A figure that the page shows too, in units that are pixels there."""
 
     figure: Figure
     words: str  # the text alternative
-    tips: Mapping[str, Sequence[str]] = field(
-        default_factory=dict
-    )  # gid of an artist -> a tooltip for each of its marks
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)  # gid of an artist -> tooltips of its marks
 
     def __post_init__(self) -> None:
         for artist in self.figure.findobj():
@@ -195,7 +194,7 @@ def line_chart(
     rings: Sequence[tuple[float, float]] = (),
     keys: bool = False,
 ) -> Chart | None:
-    """Lines over the epochs; None where there is nothing to draw.
+    """A chart of lines over the epochs; None where there is nothing to draw.
 
     Args:
         fractions: values are fractions of 1, shown in percent up to 100; else they begin at 0.
@@ -206,7 +205,7 @@ def line_chart(
     drawn = [(line, line.points) for line in lines if line.points]
     if not drawn:
         return None
-    epochs, values = ([point[i] for _, points in drawn for point in points] for i in (0, 1))
+    epochs, values = zip(*(point for _, points in drawn for point in points), strict=True)
     first, last = min(epochs) - 0.5, max(epochs) + 0.5
     low, high = (min(values), 1.0) if fractions else (0.0, max(values))
     room = 0.06 * max(high - low, 1e-6)
@@ -266,9 +265,8 @@ def draw_curves(
 
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
-        validation = line("validation", VALIDATION, f"val_{key}")
-        rings = [point for point in validation.points if point[0] in best]
-        lines = [line("training", TRAINING, key), validation]
+        lines = [line("training", TRAINING, key), line("validation", VALIDATION, f"val_{key}")]
+        rings = [point for point in lines[1].points if point[0] in best]
         charts.append(line_chart(title, lines, fractions=key == "accuracy", marks=marks, rings=rings, keys=True))
     charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], marks=marks))
     return [chart for chart in charts if chart]
@@ -280,9 +278,6 @@ def top_confusions(confusion: np.ndarray, most: int = 15) -> list[tuple[int, int
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [divmod(int(cell), len(wrong)) for cell in order]
     return [(truth, answer, int(wrong[truth, answer])) for truth, answer in pairs if wrong[truth, answer]]
-
-
-NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
@@ -305,13 +300,9 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
-    """The confusion matrix, coloured by the fraction of each true class.
+    """The confusion matrix, int [c, c] with rows of the truth, coloured by the fraction of each true class.
 
     Up to 20 classes it holds names and counts; with more, a second chart holds the most frequent confusions as bars.
-
-    Args:
-        confusion: int [c, c]; rows: truth, columns: prediction.
-        class_names: c names.
     """
     table, classes = np.asarray(confusion), len(class_names)
     if classes > NUMBERED:
@@ -320,8 +311,9 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
     names = [label(name) for name in class_names]
-    empty = table.sum(axis=1) == 0
-    rows = [name + (" (no examples)" if none else "") for name, none in zip(names, empty, strict=True)]
+    rows = [
+        name + ("" if support else " (no examples)") for name, support in zip(names, table.sum(axis=1), strict=True)
+    ]
     side = max(190, 32 * classes)  # of the matrix; around it the names need their room
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
@@ -358,15 +350,10 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     return Chart(figure, title)
 
 
-MOST_BARS = 120  # classes in the F1 figure
-
-
 def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     """F1 of each class as bars, weakest first, in columns of 40; of more than 120 classes the weakest 120.
 
-    Args:
-        per_class: name, f1, support of each class. Classes without an example come last, without a bar.
-        macro_f1: drawn as a line.
+    Classes without an example come last, without a bar; macro F1 is a dashed line.
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MOST_BARS]
@@ -398,12 +385,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """A reliability diagram: accuracy over confidence, above a histogram of the confidence.
-
-    Args:
-        bins: low, high, count, confidence, accuracy, as `metrics.calibration` gives them.
-        error: the expected calibration error.
-    """
+    """A reliability diagram, accuracy over confidence, above a histogram of the confidence (`metrics.calibration`)."""
     full = [b for b in bins if b["count"]]
     title = f"Share that is right (expected error {error:.3f})"
     figure, upper = _plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
@@ -422,11 +404,11 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in full], [0.94 * (b["high"] - b["low"]) for b in full]
     bars = lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING)
-    for number, bar in enumerate(bars):
-        bar.set_gid(f"bar {number}")
+    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
+    for bar, gid in zip(bars, tips, strict=True):
+        bar.set_gid(gid)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     lower.set_xlabel("confidence, and how many examples have it", loc="right", fontsize=11, color=MUTED)
-    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
     tips["model"] = [
         f"confidence {100 * b['confidence']:.1f} %, right {100 * b['accuracy']:.1f} %, {b['count']:,} examples"
         for b in full
@@ -434,13 +416,9 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     return Chart(figure, "Calibration: the share that is right over the confidence", tips)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Figures of pictures: samples, augmented views, predictions, mistakes
-
 # Fetches pictures of the evaluated split by example index: uint8 [k, S, S, 3].
 Images = Callable[[Sequence[int]], np.ndarray]
 
-MOST_WRONG = 12
 TOP = 0.36  # inches that the title takes
 
 

@@ -26,6 +26,7 @@ from trainer.report.figures import (
     find_least_sure,
     find_most_wrong,
     find_random,
+    shortened,
     svg,
     top_confusions,
 )
@@ -36,17 +37,14 @@ from trainer.types import EvaluationResult
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\u2013"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Filters: numbers and names as people read them. Markup is what a template shows as it is; all else is escaped there
+# Filters: numbers and names as people read them. A template shows Markup as it is and escapes all else.
 
 
 def short(name: object, longest: int = 28) -> str:
     """A name, cut in the middle where it is too long; the whole is its tooltip."""
     whole = printable(str(name))
-    if len(whole) <= longest:
-        return whole
-    tail = longest // 2
-    return Markup('<span title="{}">{}…{}</span>').format(whole, whole[: longest - tail - 1], whole[-tail:])
+    cut = shortened(whole, longest)
+    return whole if cut == whole else Markup('<span title="{}">{}</span>').format(whole, cut)
 
 
 def percent(fraction: float | None, digits: int = 1) -> Markup:
@@ -100,9 +98,6 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures inside the page
-
 SHOT, SMALL = 224, 112  # longest sides of thumbnails, pixels
 SHOWN = 12  # label errors and groups of duplicates that are shown with their pictures
 MEMBERS_SHOWN = 4  # pictures of a group
@@ -149,9 +144,6 @@ def _figure(file: Path, words: str) -> Markup:
         return _image(content, "png", words)
     return _image(_encoded(Image.open(file).convert("RGB"), "JPEG", quality=85), "jpeg", words)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# The page of a run
 
 # Heatmaps of examples of the evaluated split for the predicted classes: indices [k] -> float32 [k, h, w] in 0..1.
 Explanations = Callable[[Sequence[int]], np.ndarray]
