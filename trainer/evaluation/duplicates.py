@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -103,28 +103,22 @@ def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                     yield rows[one], run[other]
 
 
-def _edges(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of positions that show the same picture: enough of them to join each group."""
+def _edges(thumbnails: np.ndarray) -> np.ndarray:
+    """int64 [2, k]: pairs of positions that show the same picture, enough of them to join each group."""
     unique, first, inverse = np.unique(perceptual_hashes(thumbnails), return_index=True, return_inverse=True)
     pictures = _standardised(thumbnails)
-    ones, others, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-
-    def alike(one: np.ndarray, other: np.ndarray) -> None:
-        nonlocal count
-        for part in range(0, len(one), 50_000):
-            a, b = one[part : part + 50_000], other[part : part + 50_000]
-            same = np.einsum("ij,ij->i", pictures[a], pictures[b]) >= ALIKE
-            ones.append(a[same])
-            others.append(b[same])
-            count += int(same.sum())
-
     again = np.flatnonzero(first[inverse] != np.arange(len(inverse)))  # whose hash occurred before
-    alike(first[inverse][again], again)
-    for one, other in _close(unique):
-        alike(first[one], first[other])
+    close = (first[np.stack(pair)] for pair in _close(unique))
+    edges, count = [np.zeros((2, 0), np.int64)], 0
+    for pairs in chain([np.stack([first[inverse][again], again])], close):
+        for start in range(0, pairs.shape[1], 50_000):
+            one, other = part = pairs[:, start : start + 50_000]
+            alike = np.einsum("ij,ij->i", pictures[one], pictures[other]) >= ALIKE
+            edges.append(part[:, alike])
+            count += int(alike.sum())
         if count >= MOST_PAIRS:
             break
-    return np.concatenate(ones), np.concatenate(others)
+    return np.concatenate(edges, axis=1)
 
 
 def find_duplicates(

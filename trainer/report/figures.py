@@ -467,25 +467,27 @@ def draw_augmentation(original: np.ndarray, views: np.ndarray) -> Figure:
     return _draw_grid("One training example under augmentation", pictures, captions, 6)
 
 
-def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) -> tuple[list[str], list[str]]:
-    """Caption and colour of each example."""
+def _draw_examples(
+    title: str, result: EvaluationResult, images: Images, indices: Sequence[int], named: bool = True
+) -> Figure:
+    """Examples with truth, prediction and probability, and with their file names where `named`."""
+    longest, columns = (16, 4) if named else (28, 3)
     captions, colours = [], []
     for index in indices:
         answer = int(result.probabilities[index].argmax())
         right = answer == result.labels[index]
         truth, said = (label(result.class_names[k], longest) for k in (int(result.labels[index]), answer))
         percent = f"{100 * result.probabilities[index, answer]:.1f} %"
-        captions.append(f"truth: {truth}\n{'✓' if right else '✗'} {said}, {percent}")
+        file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if named else ""
+        captions.append(f"{file}truth: {truth}\n{'✓' if right else '✗'} {said}, {percent}")
         colours.append(RIGHT if right else WRONG)
-    return captions, colours
+    return _draw_grid(title, images(indices), captions, columns, colours)
 
 
 def draw_predictions(result: EvaluationResult, images: Images, seed: int) -> Figure:
-    """Nine examples drawn by the seed, with truth, prediction and probability; green is right, red is wrong."""
-    indices = find_random(result, seed)
-    captions, colours = _captions(result, indices, 28)
+    """Nine examples drawn by the seed; green is right, red is wrong."""
     title = f"Random {result.split} examples and the model's answers"
-    return _draw_grid(title, images(indices), captions, 3, colours)
+    return _draw_examples(title, result, images, find_random(result, seed), named=False)
 
 
 def find_most_wrong(result: EvaluationResult, most: int = MOST_WRONG) -> list[int]:
@@ -517,16 +519,9 @@ def draw_most_wrong(result: EvaluationResult, images: Images) -> Figure:
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
         return figure
-    return _draw_named("Wrong, and most sure of it", result, images, indices)
+    return _draw_examples("Wrong, and most sure of it", result, images, indices)
 
 
 def draw_least_sure(result: EvaluationResult, images: Images) -> Figure:
     """The examples between two classes, with their file names."""
-    return _draw_named("Least sure", result, images, find_least_sure(result))
-
-
-def _draw_named(title: str, result: EvaluationResult, images: Images, indices: Sequence[int]) -> Figure:
-    captions, colours = _captions(result, indices, 16)
-    names = [label(PurePosixPath(result.names[index]).name, 22) for index in indices]
-    captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
-    return _draw_grid(title, images(indices), captions, 4, colours)
+    return _draw_examples("Least sure", result, images, find_least_sure(result))

@@ -177,11 +177,6 @@ class Pictures:
 
 
 IN_GALLERY = 24  # pictures of a tab
-_TABS = {
-    "most_wrong": ("Most wrong", "The mistakes the model was most sure of. Wrong labels show up here first."),
-    "least_sure": ("Least sure", "The examples whose two most probable classes are closest."),
-    "random": ("Random", "Drawn by the seed."),
-}
 _FIGURES = {
     "samples": "Training examples with their class.",
     "augmentation": "What one training example looks like in several epochs.",
@@ -269,10 +264,7 @@ def write_page(
         },
         mistakes=top_confusions(confusion, 8 if few else 15),
         per_class=_class_rows(report["test"]["per_class"], confusion),
-        tabs=[
-            {"name": name, "title": _TABS[name][0], "words": _TABS[name][1], "shots": [shots[i] for i in indices]}
-            for name, indices in tabs.items()
-        ],
+        tabs={name: [shots[i] for i in indices] for name, indices in tabs.items()},
         explained=bool(heat),
         suspects={row["index"]: _thumbnail(images[row["index"]], SMALL, row["label"]) for row in suspects},
         copied=[

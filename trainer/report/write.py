@@ -47,14 +47,12 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value in the types of JSON, which has no NaN (null instead) and nothing of NumPy."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(branch) for key, branch in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
