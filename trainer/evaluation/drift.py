@@ -1,4 +1,4 @@
-"""How far what a model sees and says has moved from a reference: plain numbers, without TensorFlow.
+"""Drift of a model's inputs and answers from a reference: plain numbers, without TensorFlow.
 
 A reference is what `export/reference.json` holds, of a split that the model did not learn from. Three measures, each
 with a limit that chance alone does not reach:
@@ -6,7 +6,7 @@ with a limit that chance alone does not reach:
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
 - `confidence`: the PSI of the largest probability;
 - `embedding`: the Frechet distance between Gaussians fitted to the embeddings (Dowson and Landau 1982; as in the
-  Frechet inception distance of Heusel et al. 2017), as a share of the reference's own variance.
+  Frechet inception distance of Heusel et al. 2017), as a fraction of the reference's own variance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.errors import DataError
 from trainer.storage.path import place
 
 MODERATE, SHIFTED = 0.1, 0.25  # of a PSI, as is usual
-NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as shares of the reference's variance
+NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as fractions of the reference's variance
 CHANCE = 0.99  # of samples without any drift stay below a limit
 DRAWS = 200  # of the bootstrap
 BINS = 20  # of the largest probability, over 0..1

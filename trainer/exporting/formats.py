@@ -112,7 +112,7 @@ def export_formats(
         path = home / file
         write(subject, path)
         facts = score(load_export(path), held_out, check)
-        size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+        size = sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
         refused = drops_too_far(facts, max_accuracy_drop)
         if refused:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -95,7 +95,7 @@ def export_saved_model(subject: ExportBundle, folder: Path) -> None:
         folder: its last part is the version: ".../saved_model/1".
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A name that a model server does not take for a version, should it look before the rename.
+    # A name that a model server does not take for a version, should it list the folder before the rename.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         labels, reference, saved = (Path(beside) / name for name in ("labels.txt", "reference.json", "model"))
         write_labels(labels, subject.class_names)

@@ -51,8 +51,8 @@ def build_report(
     repeated = repeats(images, splits, check)  # before `undecodable`: it reads images that may be damaged
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
     by_group, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
-    answers = (dataset.class_names, scored.labels, scored.probabilities, names)
-    result = evaluate_arrays(split, *answers, by_group, field)
+    classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
+    result = evaluate_arrays(split, classes, labels, probabilities, names, by_group, field)
     run = {
         "seed": config.seed,
         "data": describe_data(dataset) | {"undecodable": images.undecodable()},

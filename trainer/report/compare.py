@@ -68,14 +68,12 @@ def compare_runs(runs: Sequence[Scored]) -> Comparison:
     Raises:
         DataError: they know other classes, share no example, or disagree on the truth of one.
     """
-    first = runs[0]
-    for run in runs[1:]:
-        mine, theirs = (tuple(r.report["data"]["class_names"]) for r in (first, run))
-        if set(mine) != set(theirs):
-            odd = sorted(set(mine) ^ set(theirs))[0]
+    first, classes = runs[0], [set(run.report["data"]["class_names"]) for run in runs]
+    for run, known in zip(runs, classes, strict=True):
+        if odd := sorted(classes[0] ^ known):
             raise DataError(
-                f"{first.address} and {run.address} cannot be compared: they know other classes ({odd!r} is known to "
-                "only one of them)"
+                f"{first.address} and {run.address} cannot be compared: they know other classes ({odd[0]!r} is known "
+                "to only one of them)"
             )
     keys = _keys(runs)
     shared = sorted(set.intersection(*(set(k) for k in keys)))
@@ -84,20 +82,15 @@ def compare_runs(runs: Sequence[Scored]) -> Comparison:
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them; "
             "evaluate them on the same data with python -m trainer.evaluate"
         )
-    rows: list[list[bool]] = []
-    expected: list[str] = []
-    for run, known in zip(runs, keys, strict=True):
-        answers = [run.answers[known[key]] for key in shared]
-        truths = [truth for truth, _ in answers]
-        expected = expected or truths
-        wrong = next((i for i, (a, b) in enumerate(zip(truths, expected, strict=True)) if a != b), None)
-        if wrong is not None:
-            raise DataError(
-                f"{first.address} and {run.address} cannot be compared: {shared[wrong]} is {expected[wrong]!r} in one "
-                f"and {truths[wrong]!r} in the other"
-            )
-        rows.append([truth == answer for truth, answer in answers])
-    right = np.array(rows, bool)
+    answers = [[run.answers[file_of[key]] for key in shared] for run, file_of in zip(runs, keys, strict=True)]
+    for run, own in zip(runs, answers, strict=True):
+        for key, (expected, _), (truth, _) in zip(shared, answers[0], own, strict=True):
+            if truth != expected:
+                raise DataError(
+                    f"{first.address} and {run.address} cannot be compared: {key} is {expected!r} in one and {truth!r} "
+                    "in the other"
+                )
+    right = np.array([[truth == answer for truth, answer in own] for own in answers], bool)
     pairs = [compare_paired(right[0], row) for row in right[1:]]
     return Comparison(runs, shared, right, pairs, holm([pair.p for pair in pairs]))
 

@@ -45,7 +45,7 @@ class GroupScores(TypedDict):
 
 
 class Gap(TypedDict):
-    """How far the best and the worst group lie apart."""
+    """The gap between the best and the worst group."""
 
     accuracy: float
     highest: str
@@ -91,7 +91,7 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """What became of one phase of training; val_ are scores of the weights that it handed on."""
+    """The outcome of one phase of training; val_ are scores of the weights that it ends with."""
 
     epochs: float
     seconds: float
@@ -145,7 +145,7 @@ class Data(TypedDict, total=False):
 
 
 class ExportTiming(TypedDict):
-    """How fast an export answers."""
+    """The speed of an export."""
 
     milliseconds_per_image: float
 
@@ -179,7 +179,7 @@ class LabelError(TypedDict):
 
 
 class LabelErrors(TypedDict):
-    """How many labels may be wrong, and the first of them."""
+    """The number of labels that may be wrong, and the first of them."""
 
     count: int
     rows: list[LabelError]
@@ -204,7 +204,7 @@ class CopyGroup(TypedDict):
 
 
 class Duplicates(TypedDict, total=False):
-    """Pictures that occur more than once; empty where nothing was looked for."""
+    """Pictures that occur more than once; empty without a search."""
 
     compared: dict[str, int]
     """Pictures of each split."""
@@ -223,7 +223,7 @@ class Timing(TypedDict):
     """ISO 8601, UTC."""
     report_seconds: float
     seconds: NotRequired[dict[str, float]]
-    """Where the time went since the first start."""
+    """The time since the first start, by category."""
     goodput: NotRequired[float]
     images: NotRequired[int]
     images_per_second: NotRequired[float]
