@@ -76,12 +76,6 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
     return np.packbits(signs, axis=1).view(np.uint64)[:, 0]
 
 
-def _standardised(thumbnails: np.ndarray) -> np.ndarray:
-    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
-    flat -= flat.mean(axis=1, keepdims=True)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-
-
 def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of positions whose hashes differ in at most `BITS` bits, in parts; `hashes` are all different.
 
@@ -106,7 +100,9 @@ def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _edges(thumbnails: np.ndarray) -> np.ndarray:
     """int64 [2, k]: pairs of positions that show the same picture, enough of them to join each group."""
     unique, first, inverse = np.unique(perceptual_hashes(thumbnails), return_index=True, return_inverse=True)
-    pictures = _standardised(thumbnails)
+    pictures = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    pictures -= pictures.mean(axis=1, keepdims=True)
+    pictures /= np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
     again = np.flatnonzero(first[inverse] != np.arange(len(inverse)))  # whose hash occurred before
     close = (first[np.stack(pair)] for pair in _close(unique))
     edges, count = [np.zeros((2, 0), np.int64)], 0

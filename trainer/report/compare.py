@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from os.path import commonpath
 from pathlib import Path, PurePosixPath
@@ -32,8 +32,8 @@ class Scored:
     address: str
     report: Mapping[str, Any]
     answers: Mapping[str, tuple[str, str]]  # file -> truth, prediction
-    config: Mapping[str, Any] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

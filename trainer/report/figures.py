@@ -272,9 +272,14 @@ def draw_curves(
     return [chart for chart in charts if chart]
 
 
+def mistakes(confusion: np.ndarray) -> np.ndarray:
+    """The confusion matrix, int [c, c], with zeros in the diagonal."""
+    return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+
+
 def top_confusions(confusion: np.ndarray, most: int = 15) -> list[tuple[int, int, int]]:
     """(truth, prediction, examples) of the most frequent mistakes, int [c, c] given; equals by class."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    wrong = mistakes(confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [divmod(int(cell), len(wrong)) for cell in order]
     return [(truth, answer, int(wrong[truth, answer])) for truth, answer in pairs if wrong[truth, answer]]

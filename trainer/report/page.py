@@ -26,11 +26,12 @@ from trainer.report.figures import (
     find_least_sure,
     find_most_wrong,
     find_random,
+    mistakes,
     shortened,
     svg,
     top_confusions,
 )
-from trainer.report.schema import ClassScores, Report
+from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
@@ -183,17 +184,12 @@ _FIGURES = {
 }
 # Category of time -> its name, and the custom property of its colour.
 PLACES = {
-    "train": ("training", "--s0"),
-    "wait": ("waiting for data", "--s1"),
-    "features": ("features of frozen layers", "--s6"),
-    "compile": ("compiling", "--s3"),
-    "start": ("starting", "--faint"),
-    "checkpoint": ("checkpoints", "--s5"),
-    "evaluation": ("evaluation", "--s2"),
-    "finish": ("export and report", "--soft"),
-    "lost": ("lost with a process", "--s4"),
-    "down": ("no process there", "--rule"),
-}
+    "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
+    "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
+    "start": ("starting", "--faint"), "checkpoint": ("checkpoints", "--s5"),
+    "evaluation": ("evaluation", "--s2"), "finish": ("export and report", "--soft"),
+    "lost": ("lost with a process", "--s4"), "down": ("no process there", "--rule"),
+}  # fmt: skip
 
 
 def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.ndarray | None) -> dict[str, Any]:
@@ -210,14 +206,6 @@ def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.nd
         "truth_probability": float(probabilities[label]),
         "file": result.names[index],
     }
-
-
-def _class_rows(per_class: Sequence[ClassScores], confusion: np.ndarray) -> list[tuple[ClassScores, str, int]]:
-    """The scores of each class, the class it is most taken for and how often; the lowest F1 first."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
-    answers = wrong.argmax(axis=1)
-    order = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
-    return [(per_class[i], per_class[answers[i]]["name"], int(wrong[i, answers[i]])) for i in order]
 
 
 def write_page(
@@ -237,8 +225,10 @@ def write_page(
         pictures: read once; how many are shown does not depend on the split's size.
         charts: curves, confusion, calibration, as `figures` draws them.
     """
-    confusion = np.asarray(report["test"]["confusion"])
-    few = len(confusion) <= NUMBERED
+    confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
+    few, wrong = len(confusion) <= NUMBERED, mistakes(confusion)
+    taken_for = wrong.argmax(axis=1)
+    weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
         "most_wrong": find_most_wrong(result, IN_GALLERY),
         "least_sure": find_least_sure(result, IN_GALLERY),
@@ -263,7 +253,7 @@ def write_page(
             "calibration": svg("calibration", charts["calibration"][0]),
         },
         mistakes=top_confusions(confusion, 8 if few else 15),
-        per_class=_class_rows(report["test"]["per_class"], confusion),
+        per_class=[(per_class[i], per_class[taken_for[i]]["name"], int(wrong[i, taken_for[i]])) for i in weakest_first],
         tabs={name: [shots[i] for i in indices] for name, indices in tabs.items()},
         explained=bool(heat),
         suspects={row["index"]: _thumbnail(images[row["index"]], SMALL, row["label"]) for row in suspects},

@@ -56,12 +56,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _dump(report: Report) -> str:
-    """Indented JSON with lists of numbers on one line (a row of the confusion matrix is a line)."""
-    text = json.dumps(report, indent=2, allow_nan=False)
-    return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
-
-
 def _summarise_phases(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
@@ -156,5 +150,8 @@ def write_report(
         "report_seconds": round(time.monotonic() - began, 3),
     }
     write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
-    write_whole(folder / "report.json", _dump(report))
+    text = json.dumps(report, indent=2, allow_nan=False)
+    # Lists of numbers stand on one line: a row of the confusion matrix is a line.
+    text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
+    write_whole(folder / "report.json", text + "\n")
     return report
