@@ -19,18 +19,8 @@ from PIL import Image
 
 from trainer.config.diff import flat
 from trainer.evaluation.predictions import printable
-from trainer.report.figures import (
-    NUMBERED,
-    Chart,
-    Images,
-    find_least_sure,
-    find_most_wrong,
-    find_random,
-    mistakes,
-    shortened,
-    svg,
-    top_confusions,
-)
+from trainer.report import figures
+from trainer.report.figures import Chart, Images, svg
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
@@ -44,7 +34,7 @@ NONE = "\u2013"
 def short(name: object, longest: int = 28) -> str:
     """A name, cut in the middle where it is too long; the whole is its tooltip."""
     whole = printable(str(name))
-    cut = shortened(whole, longest)
+    cut = figures.shortened(whole, longest)
     return whole if cut == whole else Markup('<span title="{}">{}</span>').format(whole, cut)
 
 
@@ -226,13 +216,13 @@ def write_page(
         charts: curves, confusion, calibration, as `figures` draws them.
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    few, wrong = len(confusion) <= NUMBERED, mistakes(confusion)
+    few, wrong = len(confusion) <= figures.NUMBERED, figures.mistakes(confusion)
     taken_for = wrong.argmax(axis=1)
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
-        "most_wrong": find_most_wrong(result, IN_GALLERY),
-        "least_sure": find_least_sure(result, IN_GALLERY),
-        "random": find_random(result, report["seed"]),
+        "most_wrong": figures.find_most_wrong(result, IN_GALLERY),
+        "least_sure": figures.find_least_sure(result, IN_GALLERY),
+        "random": figures.find_random(result, report["seed"]),
     }
     explained = sorted({index for indices in tabs.values() for index in indices})
     suspects = report["label_errors"]["rows"][:SHOWN]
@@ -252,7 +242,7 @@ def write_page(
             "confusion": None if few else svg("confusion", charts["confusion"][0]),
             "calibration": svg("calibration", charts["calibration"][0]),
         },
-        mistakes=top_confusions(confusion, 8 if few else 15),
+        mistakes=figures.top_confusions(confusion, 8 if few else 15),
         per_class=[(per_class[i], per_class[taken_for[i]]["name"], int(wrong[i, taken_for[i]])) for i in weakest_first],
         tabs={name: [shots[i] for i in indices] for name, indices in tabs.items()},
         explained=bool(heat),
