@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
-from trainer.evaluation.metrics import score
-from trainer.evaluation.scoring import macro_f1, top_k, validation_scores
+from trainer.evaluation.metrics import macro_f1, score, top_k
+from trainer.evaluation.scoring import validation_scores
 
 
 def drawn(classes: int, n: int = 300) -> tuple[np.ndarray, np.ndarray]:

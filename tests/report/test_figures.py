@@ -161,7 +161,7 @@ def test_small_pictures_are_enlarged_without_blur(tmp_path: Path) -> None:
 def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs_give_equal_bytes() -> None:
     def drawn(name: str) -> str:
         lines = [Line(f"<b>{i} $x$", colour, [1, 2], [0.1, None if i else 0.2]) for i, colour in enumerate(SERIES)]
-        chart = line_chart("A & <i>", lines, shares=True, marks={"<head>": 0.5, "rest": 1.5}, keys=True)
+        chart = line_chart("A & <i>", lines, fractions=True, marks={"<head>": 0.5, "rest": 1.5}, keys=True)
         assert chart
         return svg(name, chart)
 

@@ -1,4 +1,4 @@
-"""How far what a model sees and says has moved from a reference: plain numbers, without TensorFlow.
+"""Drift of a model's inputs and answers from a reference: plain numbers, without TensorFlow.
 
 A reference is what `export/reference.json` holds, of a split that the model did not learn from. Three measures, each
 with a limit that chance alone does not reach:
@@ -6,7 +6,7 @@ with a limit that chance alone does not reach:
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
 - `confidence`: the PSI of the largest probability;
 - `embedding`: the Frechet distance between Gaussians fitted to the embeddings (Dowson and Landau 1982; as in the
-  Frechet inception distance of Heusel et al. 2017), as a share of the reference's own variance.
+  Frechet inception distance of Heusel et al. 2017), as a fraction of the reference's own variance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.errors import DataError
 from trainer.storage.path import place
 
 MODERATE, SHIFTED = 0.1, 0.25  # of a PSI, as is usual
-NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as shares of the reference's variance
+NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as fractions of the reference's variance
 CHANCE = 0.99  # of samples without any drift stay below a limit
 DRAWS = 200  # of the bootstrap
 BINS = 20  # of the largest probability, over 0..1
@@ -41,22 +41,21 @@ Level = Literal["stable", "moderate", "shifted"]
 
 @dataclass(frozen=True)
 class Measure:
-    """One number and what it means."""
+    """A measure of drift, over n predictions, and the limits from which on it is moderate and shifted."""
 
     name: str  # classes | confidence | embedding
     value: float
-    moderate: float  # from here on
-    shifted: float  # from here on
-    n: int  # predictions that it is of
+    moderate: float
+    shifted: float
+    n: int
 
     @property
     def level(self) -> Level:
-        """What the number says."""
         return "shifted" if self.value >= self.shifted else "moderate" if self.value >= self.moderate else "stable"
 
 
 class Window:
-    """What predictions were made: all, or the last `size` of them. Not for several threads at once."""
+    """Counts and moments of predictions: all, or the last `size` of them. Not thread-safe."""
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
         self.size = size
@@ -65,23 +64,21 @@ class Window:
         self.embedded = 0
         self._sum: Any = 0.0
         self._outer: Any = 0.0
-        self._kept: deque[tuple[int, int, np.ndarray | None]] = deque()
+        self._recent: deque[tuple[int, int, np.ndarray | None]] = deque()
 
     @property
     def n(self) -> int:
-        """Predictions in it."""
         return int(self.classes.sum())
 
     def add(self, chosen: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
-        """One prediction: the class, its probability, and the embedding [C'], projected, where there is one."""
+        """Add a prediction: the class, its probability, and the embedding [C'], projected, where there is one."""
         vector = None if embedding is None else np.asarray(embedding, np.float64)
         bin_ = confidence_bin(confidence)
         self._count(chosen, bin_, vector, 1)
-        if self.size is None:
-            return
-        self._kept.append((chosen, bin_, vector))
-        if len(self._kept) > self.size:
-            self._count(*self._kept.popleft(), -1)
+        if self.size is not None:
+            self._recent.append((chosen, bin_, vector))
+            if len(self._recent) > self.size:
+                self._count(*self._recent.popleft(), -1)
 
     def _count(self, chosen: int, bin_: int, vector: np.ndarray | None, sign: int) -> None:
         self.classes[chosen] += sign
@@ -99,22 +96,22 @@ class Window:
 
 
 def confidence_bin(confidence: float) -> int:
-    """Which of the bins a largest probability falls into."""
+    """The index of the bin that a largest probability falls into, 0 to 19."""
     return min(max(int(confidence * BINS), 0), BINS - 1)
 
 
 def population_stability(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
-    """PSI = sum of (q - p) ln(q / p) over the shares of two histograms [bins]; 0 where they are the same.
+    """PSI = sum of (q - p) ln(q / p) over the frequencies of two histograms [bins]; 0 where they are the same.
 
     Half a count is added to every bin, so that an empty one is no infinity.
     """
-    shares = [np.asarray(c, np.float64) + 0.5 for c in (reference_counts, counts)]
-    p, q = (share / share.sum() for share in shares)
+    filled = [np.asarray(c, np.float64) + 0.5 for c in (reference_counts, counts)]
+    p, q = (bins / bins.sum() for bins in filled)
     return float(((q - p) * np.log(q / p)).sum())
 
 
 def stability_by_chance(reference_n: int, n: int, bins: int) -> float:
-    """What the PSI of two samples of one distribution stays below in 99 of 100 cases.
+    """The limit that the PSI of two samples of one distribution stays below in 99 of 100 cases.
 
     It is about (1/m + 1/n) chi-squared with bins - 1 degrees of freedom (Yurdakul and Naranjo 2020, "Statistical
     properties of the population stability index"); the quantile is that of Wilson and Hilferty 1931.
@@ -126,14 +123,11 @@ def stability_by_chance(reference_n: int, n: int, bins: int) -> float:
 
 
 def merged(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring bins counted together until each holds a share of the reference that can be compared."""
-    least = LEAST_SHARE * reference.sum()
-    edges, held = [0], 0.0
-    for edge, count in enumerate(reference, start=1):
-        held += count
-        if held >= least and reference[edge:].sum() >= least:
+    """Two histograms, neighbouring bins counted together until each holds 5 % of the reference."""
+    least, edges = LEAST_SHARE * reference.sum(), [0]
+    for edge in range(1, len(reference) + 1):
+        if min(reference[edges[-1] : edge].sum(), reference[edge:].sum()) >= least:
             edges.append(edge)
-            held = 0.0
     return np.add.reduceat(reference, edges), np.add.reduceat(counts, edges)
 
 
@@ -163,7 +157,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def distance_by_chance(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """What the distance of `n` embeddings without any drift stays below in 99 of 100 cases.
+    """The limit that the distance of `n` embeddings without any drift stays below in 99 of 100 cases.
 
     A parametric bootstrap (Efron and Tibshirani 1993, chapter 6): two samples, of `reference_n` and `n`, are drawn
     from the reference's own Gaussian again and again.
@@ -181,57 +175,52 @@ def distance_by_chance(reference: Mapping[str, Any], reference_n: int, n: int, s
         spread = half @ factor
         return mean + half @ draw.standard_normal(width) / np.sqrt(count), spread @ spread.T / (count - 1)
 
-    def once() -> float:
-        one, other = gaussian(reference_n), gaussian(n)
-        return embedding_distance({"mean": one[0], "covariance": one[1]}, *other)
-
-    return float(np.quantile([once() for _ in range(DRAWS)], CHANCE))
+    distances = []
+    for _ in range(DRAWS):
+        own_mean, own_covariance = gaussian(reference_n)
+        distances.append(embedding_distance({"mean": own_mean, "covariance": own_covariance}, *gaussian(n)))
+    return float(np.quantile(distances, CHANCE))
 
 
 def measures(reference: Mapping[str, Any], window: Window) -> list[Measure]:
-    """How far a window of predictions lies from the reference; without embeddings in it, the first two alone."""
+    """Measure how far a window of predictions lies from the reference; without embeddings, the first two alone."""
     assert window.n > 0, "nothing was predicted"
     count = int(reference["n"])
     expected = np.asarray(reference["class_frequencies"], np.float64) * count
-    found = [_stability("classes", expected, window.classes, count, window.n)]
     binned = merged(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
-    found.append(_stability("confidence", *binned, count, window.n))
+    measured = []
+    for name, (before, now) in {"classes": (expected, window.classes), "confidence": binned}.items():
+        chance, value = stability_by_chance(count, window.n, len(now)), population_stability(before, now)
+        measured.append(Measure(name, value, max(MODERATE, chance), max(SHIFTED, chance), window.n))
     if "embedding" in reference and window.embedded > 1:
         own = reference["embedding"]
         chance = distance_by_chance(own, int(own.get("n", count)), window.embedded)
         value = embedding_distance(own, *window.gaussian())
-        found.append(Measure("embedding", value, max(NEAR, chance), max(FAR, chance), window.embedded))
-    return found
+        measured.append(Measure("embedding", value, max(NEAR, chance), max(FAR, chance), window.embedded))
+    return measured
 
 
-def _stability(name: str, reference: np.ndarray, counts: np.ndarray, reference_n: int, n: int) -> Measure:
-    chance = stability_by_chance(reference_n, n, len(counts))
-    value = population_stability(reference, counts)
-    return Measure(name, value, max(MODERATE, chance), max(SHIFTED, chance), n)
-
-
-def verdict(found: Sequence[Measure]) -> Level:
+def verdict(measured: Sequence[Measure]) -> Level:
     """The worst of the levels."""
-    levels: tuple[Level, ...] = ("stable", "moderate", "shifted")
-    return max((measure.level for measure in found), key=levels.index)
+    return max((measure.level for measure in measured), key=("stable", "moderate", "shifted").index)
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """What reference.json holds, of a run, an export, a SavedModel, or the file itself.
+    """Read the reference.json of a run, an export or a SavedModel, or the file itself.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
-    home = place(address)
+    root = place(address)
     below = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
-    files = [home] if address.endswith(".json") else [home / name for name in below]
-    found = next((content for file in files if (content := file.fetch())), None)
-    if found is None:
+    files = [root] if address.endswith(".json") else [root / name for name in below]
+    fetched = next((content for file in files if (content := file.fetch())), None)
+    if fetched is None:
         raise DataError(
             f"reference={address} holds no reference.json; give a run that was exported, or the file itself"
         )
     try:
-        reference: dict[str, Any] = json.loads(found[0])
+        reference: dict[str, Any] = json.loads(fetched[0])
         assert len(reference["classes"]) == len(reference["class_frequencies"])
         assert len(reference["confidence_histogram"]["counts"]) == BINS
         assert reference["n"] > 0
@@ -246,10 +235,11 @@ def lines_of(address: str) -> Iterator[str]:
     Raises:
         DataError: there is none.
     """
-    home = place(address)
-    files = [home] if home.exists() else []
-    if not files:
-        files = [e.place for e in home.list(recursive=False) if e.place.name.endswith(".jsonl")]
+    root = place(address)
+    if root.exists():
+        files = [root]
+    else:
+        files = [e.place for e in root.list(recursive=False) if e.place.name.endswith(".jsonl")]
     if not files:
         raise DataError(f"log={address}: there is no such file, and no folder with *.jsonl")
     for file in sorted(files, key=str):
@@ -257,47 +247,48 @@ def lines_of(address: str) -> Iterator[str]:
 
 
 def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
-    """The predictions of a log, and how many of its lines say nothing (a server may be writing one).
+    """The predictions of a log, and the count of its lines that are invalid (a server may be writing one).
 
     Args:
-        hours: only those of the last so many; None: all of them.
+        hours: only the predictions of the last `hours`; None: all of them.
 
     Raises:
         DataError: no prediction is there, or they are of another model.
     """
     since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
-    places = {name: at for at, name in enumerate(reference["classes"])}
+    positions = {name: i for i, name in enumerate(reference["classes"])}
     width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
-    window, strange = Window(len(places)), 0
+    window, invalid = Window(len(positions)), 0
     for line in lines_of(address):
         try:
-            told = json.loads(line)
-            name, confidence, vector = told["class"], float(told["confidence"]), told.get("embedding")
-            if since and datetime.fromisoformat(told["time"]).astimezone(UTC) < since:
+            row = json.loads(line)
+            name, confidence, vector = row["class"], float(row["confidence"]), row.get("embedding")
+            if since and datetime.fromisoformat(row["time"]).astimezone(UTC) < since:
                 continue
-            if vector is not None and not np.isfinite(np.asarray(vector, np.float64)).all():
-                raise ValueError
-            if not 0 <= confidence <= 1.001:
+            finite = vector is None or np.isfinite(np.asarray(vector, np.float64)).all()
+            if not finite or not 0 <= confidence <= 1.001:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            strange += 1
+            invalid += 1
             continue
-        if name not in places or (vector is not None and len(vector) != width):
-            what = f"the class {name}" if name not in places else f"embeddings of {len(vector)} numbers"
+        if name not in positions or (vector is not None and len(vector) != width):
+            what = f"the class {name}" if name not in positions else f"embeddings of {len(vector)} numbers"
             raise DataError(f"log={address} has {what}, which the reference does not know: it is of another model")
-        window.add(places[name], confidence, vector)
+        window.add(positions[name], confidence, vector)
     if not window.n:
         raise DataError(f"log={address} holds no prediction" + (f" since {since:%Y-%m-%d %H:%M} UTC" if since else ""))
-    return window, strange
+    return window, invalid
 
 
-def words(found: Sequence[Measure], strange: int) -> list[str]:
-    """What was measured, one line each."""
+def words(measured: Sequence[Measure], invalid: int) -> list[str]:
+    """The measures for a terminal, one line each."""
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {WHAT[m.name]}"
-        for m in found
+        for m in measured
     ]
-    if "embedding" not in {m.name for m in found}:
+    if "embedding" not in {m.name for m in measured}:
         lines.append("  embedding  not measured: the log holds no embeddings")
-    return [*lines, *([f"  {strange:,} lines of the log could not be read"] if strange else [])]
+    if invalid:
+        lines.append(f"  {invalid:,} lines of the log could not be read")
+    return lines

@@ -9,8 +9,8 @@ another quality or slightly brightened are found, crops and mirror images are no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ MEMBERS = 20  # of a group that are named
 
 @dataclass(frozen=True)
 class Member:
-    """One picture of a group."""
+    """A picture of a group of duplicates."""
 
     split: str
     index: int
@@ -41,21 +41,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found among the pictures that were compared.
+    """Groups of pictures that are the same; those inside one split and class are only counted."""
 
-    Attributes:
-        compared: pictures of each split that were looked at.
-        groups: those across splits or with several labels, the gravest first; the members as (split, index).
-        across: groups with members in more than one split.
-        relabelled: groups with members of more than one class.
-        harmless: groups inside one split and class, which are only counted.
-    """
-
-    compared: Mapping[str, int]
-    groups: Sequence[Sequence[tuple[str, int]]]
-    across: int
-    relabelled: int
-    harmless: int
+    compared: Mapping[str, int]  # pictures of each split that were compared
+    groups: Sequence[Sequence[tuple[str, int]]]  # of (split, index), the gravest first
+    across: int  # groups with members in more than one split
+    relabelled: int  # groups with members of more than one class
+    harmless: int  # groups inside one split and class
 
 
 def shrink(images: np.ndarray) -> np.ndarray:
@@ -84,20 +76,13 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
     return np.packbits(signs, axis=1).view(np.uint64)[:, 0]
 
 
-def _standardised(thumbnails: np.ndarray) -> np.ndarray:
-    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
-    flat -= flat.mean(axis=1, keepdims=True)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-
-
 def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of places whose hashes differ in at most `BITS` bits, in parts; `hashes` are all different.
+    """Pairs of positions whose hashes differ in at most `BITS` bits, in parts; `hashes` are all different.
 
     Of 7 pieces at least one is then the same in both (the pigeonhole principle), so only hashes that share a piece are
     compared.
     """
-    cuts = np.linspace(0, 64, BITS + 2).astype(int)
-    for start, stop in pairwise(cuts):
+    for start, stop in pairwise(np.linspace(0, 64, BITS + 2).astype(int)):
         piece = (hashes >> np.uint64(start)) & np.uint64((1 << int(stop - start)) - 1)
         order = np.argsort(piece, kind="stable")
         bounds = np.flatnonzero(np.diff(piece[order])) + 1
@@ -107,36 +92,29 @@ def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 rows = run[first : first + step]
                 differing = np.bitwise_count(hashes[rows][:, None] ^ hashes[run][None, :])
                 later = np.arange(len(run))[None, :] > np.arange(first, first + len(rows))[:, None]
-                near = (differing <= BITS) & later
-                one, other = np.nonzero(near)
+                one, other = np.nonzero((differing <= BITS) & later)
                 if len(one):
                     yield rows[one], run[other]
 
 
-def _edges(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of places that show the same picture: enough of them to join each group."""
-    hashes = perceptual_hashes(thumbnails)
-    unique, first, place = np.unique(hashes, return_index=True, return_inverse=True)
-    pictures = _standardised(thumbnails)
-    ones, others, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-
-    def alike(one: np.ndarray, other: np.ndarray) -> None:
-        nonlocal found
-        for part in range(0, len(one), 50_000):
-            a, b = one[part : part + 50_000], other[part : part + 50_000]
-            same = np.einsum("ij,ij->i", pictures[a], pictures[b]) >= ALIKE
-            ones.append(a[same])
-            others.append(b[same])
-            found += int(same.sum())
-
-    every = np.arange(len(hashes))
-    again = every[first[place] != every]  # whose hash occurred before
-    alike(first[place][again], again)
-    for one, other in _close(unique):
-        alike(first[one], first[other])
-        if found >= MOST_PAIRS:
+def _edges(thumbnails: np.ndarray) -> np.ndarray:
+    """int64 [2, k]: pairs of positions that show the same picture, enough of them to join each group."""
+    unique, first, inverse = np.unique(perceptual_hashes(thumbnails), return_index=True, return_inverse=True)
+    pictures = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    pictures -= pictures.mean(axis=1, keepdims=True)
+    pictures /= np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
+    again = np.flatnonzero(first[inverse] != np.arange(len(inverse)))  # whose hash occurred before
+    close = (first[np.stack(pair)] for pair in _close(unique))
+    edges, count = [np.zeros((2, 0), np.int64)], 0
+    for pairs in chain([np.stack([first[inverse][again], again])], close):
+        for start in range(0, pairs.shape[1], 50_000):
+            one, other = part = pairs[:, start : start + 50_000]
+            alike = np.einsum("ij,ij->i", pictures[one], pictures[other]) >= ALIKE
+            edges.append(part[:, alike])
+            count += int(alike.sum())
+        if count >= MOST_PAIRS:
             break
-    return np.concatenate(ones), np.concatenate(others)
+    return np.concatenate(edges, axis=1)
 
 
 def find_duplicates(
@@ -149,14 +127,11 @@ def find_duplicates(
             nothing (all of about one grey) are left out.
         labels: of each split, int [count] by index.
     """
-    splits = list(thumbnails)
-    of_split = np.concatenate([np.full(len(thumbnails[s][0]), k) for k, s in enumerate(splits)])
-    indices = np.concatenate([thumbnails[s][0] for s in splits])
-    truths = np.concatenate([labels[s][thumbnails[s][0]] for s in splits])
-    pictures = np.concatenate([thumbnails[s][1] for s in splits])
-    shows = pictures.reshape(len(pictures), -1).std(axis=1) >= _FLAT
-    of_split, indices, truths, pictures = (column[shows] for column in (of_split, indices, truths, pictures))
-    compared = {name: len(thumbnails[name][0]) for name in splits}
+    splits, compared = list(thumbnails), {name: len(chosen) for name, (chosen, _) in thumbnails.items()}
+    rows = [(np.full(len(i), k), i, labels[s][i], p) for k, (s, (i, p)) in enumerate(thumbnails.items())]
+    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    shows = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _FLAT
+    of_split, indices, truths, pictures = (column[shows] for column in columns)
     if len(pictures) < 2:
         return Duplicates(compared, [], 0, 0, 0)
     one, other = _edges(pictures)
@@ -164,36 +139,29 @@ def find_duplicates(
     _, group = connected_components(graph, directed=False)
     order = np.argsort(group, kind="stable")
     runs = [run for run in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(run) > 1]
-    ranked = []
-    for run in runs:
-        apart, relabelled = len(set(of_split[run].tolist())) > 1, len(set(truths[run].tolist())) > 1
-        ranked.append((not (apart and relabelled), not relabelled, not apart, int(run[0]), run))
-    ranked.sort(key=lambda row: row[:4])
-    grave = [row for row in ranked if not (row[1] and row[2])]
-    return Duplicates(
-        compared,
-        [[(splits[of_split[i]], int(indices[i])) for i in run] for *_, run in grave[:LISTED]],
-        across=sum(not row[2] for row in grave),
-        relabelled=sum(not row[1] for row in grave),
-        harmless=len(ranked) - len(grave),
-    )
+    across = [len(np.unique(of_split[run])) > 1 for run in runs]
+    relabelled = [len(np.unique(truths[run])) > 1 for run in runs]
+    grave = [k for k in range(len(runs)) if across[k] or relabelled[k]]
+    grave.sort(key=lambda k: (not (across[k] and relabelled[k]), not relabelled[k], int(runs[k][0])))
+    listed = [[(splits[of_split[i]], int(indices[i])) for i in runs[k]] for k in grave[:LISTED]]
+    return Duplicates(compared, listed, sum(across), sum(relabelled), len(runs) - len(grave))
 
 
-def described(found: Duplicates, groups: Sequence[Sequence[Member]]) -> dict[str, Any]:
-    """What report.json says; `groups` are `found.groups` with files and labels, each cut to `MEMBERS`."""
+def described(duplicates: Duplicates, groups: Sequence[Sequence[Member]]) -> dict[str, Any]:
+    """`duplicates` of report.json; `groups` are those of `duplicates` with files and labels, each cut to `MEMBERS`."""
     rows = [
         {
             "count": len(whole),
             "across_splits": len({split for split, _ in whole}) > 1,
             "labels": sorted({member.label for member in named}),
-            "members": [{"split": m.split, "index": m.index, "file": m.file, "label": m.label} for m in named],
+            "members": [asdict(member) for member in named],
         }
-        for whole, named in zip(found.groups, groups, strict=True)
+        for whole, named in zip(duplicates.groups, groups, strict=True)
     ]
     return {
-        "compared": dict(found.compared),
-        "across_splits": found.across,
-        "different_labels": found.relabelled,
-        "within_one_split_and_class": found.harmless,
+        "compared": dict(duplicates.compared),
+        "across_splits": duplicates.across,
+        "different_labels": duplicates.relabelled,
+        "within_one_split_and_class": duplicates.harmless,
         "groups": rows,
     }

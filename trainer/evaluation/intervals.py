@@ -1,21 +1,23 @@
-"""How sure a share or a mean is."""
+"""Confidence intervals of a proportion, a mean and macro F1."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import binomtest
 
 DRAWS = 400  # of the bootstrap
 _CELLS = 2_000_000  # counts drawn at once
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, "Probable inference, the law of succession").
+    """The 95 % interval of a proportion (Wilson 1927, "Probable inference, the law of succession").
 
-    Two shares whose intervals do not overlap differ; the reverse does not hold. Of no trials nothing is known: (0, 1).
+    Two proportions whose intervals do not overlap differ; the reverse does not hold. Of no trials nothing is known:
+    (0, 1).
     """
     if n == 0:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # takes a second, which the first step of a run need not wait for
+
     interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -36,16 +38,16 @@ def of_macro_f1(confusion: np.ndarray) -> tuple[float, float]:
         confusion: int [c, c]; rows: truth, columns: prediction; at least one example.
     """
     truth, answer = np.nonzero(confusion)
-    cells = confusion[truth, answer]
+    right, cells = truth == answer, confusion[truth, answer]
     n, classes = int(cells.sum()), len(confusion)
     generator = np.random.default_rng([n, classes])
-    rows, found = max(_CELLS // max(len(cells), classes), 1), []
+    rows = max(_CELLS // max(len(cells), classes), 1)
+    scores: list[float] = []
     for start in range(0, DRAWS, rows):
         for drawn in generator.multinomial(n, cells / n, size=min(rows, DRAWS - start)):
-            hits = np.bincount(truth[truth == answer], weights=drawn[truth == answer], minlength=classes)
-            both = np.bincount(truth, weights=drawn, minlength=classes) + np.bincount(
-                answer, weights=drawn, minlength=classes
-            )
-            found.append(float((2 * hits[both > 0] / both[both > 0]).mean()))
-    low, high = np.percentile(found, [2.5, 97.5])
+            hits = np.bincount(truth[right], weights=drawn[right], minlength=classes)
+            both = np.bincount(truth, weights=drawn, minlength=classes)
+            both += np.bincount(answer, weights=drawn, minlength=classes)
+            scores.append(float((2 * hits[both > 0] / both[both > 0]).mean()))
+    low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)

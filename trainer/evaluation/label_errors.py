@@ -14,9 +14,9 @@ LISTED = 100  # in a report
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Examples that the model confidently places in another class than their label's.
 
-    The threshold of a class is the mean probability that the model gives it on the examples so labelled. Of the classes
-    whose threshold an example reaches, the most probable is where it is counted; counted outside its label (off the
-    diagonal of the confident joint), it is a candidate. The examples must not be ones the model has learned from.
+    The threshold of a class is the mean probability that the model gives it on the examples so labelled. An example is
+    counted in the most probable of the classes whose threshold it reaches; counted outside its label (off the diagonal
+    of the confident joint), it is a candidate. The examples must not be ones the model has learned from.
 
     Args:
         labels: int [n].
@@ -33,14 +33,14 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # of an unseen class nothing is known
     confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
     best = confident.argmax(axis=1)
-    found = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
-    margin = own[found] - probabilities[found, best[found]]
+    candidates = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
+    margin = own[candidates] - probabilities[candidates, best[candidates]]
     order = np.argsort(margin, kind="stable")
-    return found[order], best[found[order]]
+    return candidates[order], best[candidates[order]]
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
-    """What report.json says: how many there are, and the first 100 with file, label, suggestion and probabilities."""
+    """`label_errors` of report.json: their count, and the first 100 with file, label, suggestion and probabilities."""
     indices, suggested = find_label_errors(result.labels, result.probabilities)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Scores of each group of examples, and how far they lie apart."""
+"""Scores of one pass over a split: accuracy, F1, calibration, and the gap between groups of examples. NumPy alone."""
 
 from __future__ import annotations
 
@@ -6,37 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from trainer.errors import DataError
 from trainer.evaluation.intervals import of_macro_f1, of_mean, wilson
 from trainer.types import EvaluationResult
 
+TOP = 5  # what top-k counts; shown only where there are more classes
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _SMALLEST = 1e-7  # probabilities are clipped here before the logarithm, as Keras does
 
 
-def _check(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
-    n = len(labels)
-    if n == 0:
-        raise DataError("there is no example to evaluate: the split is empty; give it examples or name another split")
-    if probabilities.shape != (n, classes):
-        raise DataError(
-            f"{n} labels and {classes} class names need probabilities of shape ({n}, {classes}), "
-            f"not {probabilities.shape}; evaluate with the model and the data of the same run"
-        )
-    strange = np.flatnonzero((labels < 0) | (labels >= classes))
-    if strange.size:
-        raise DataError(
-            f"the label {labels[strange[0]]} of example {strange[0]} has no class: there are {classes} class names, "
-            f"so labels go from 0 to {classes - 1}; correct the label or the class names"
-        )
-    broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
-    if broken.size:
-        raise DataError(
-            f"the model's probabilities are not finite for {broken.size} of {n} examples (the first is example "
-            f"{broken[0]}): its weights have diverged; take an earlier checkpoint or a lower learning rate"
-        )
+def top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP) -> int:
+    """Count the labels among the k most probable classes; of equal ones the first counts, as argmax has it.
+
+    So top-k is never below accuracy (scikit-learn's may be).
+    """
+    of_truth = probabilities[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
+    ahead = (probabilities > of_truth) | ((probabilities == of_truth) & earlier)
+    return int((ahead.sum(axis=1) < k).sum())
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean F1 of the classes that occur or are predicted (as scikit-learn has it); int [n], n >= 1, each."""
+    size = int(max(predictions.max(), labels.max())) + 1
+    hits = np.bincount(labels[predictions == labels], minlength=size)
+    both = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
+    return float((2.0 * hits[both > 0] / both[both > 0]).mean())
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
@@ -51,33 +47,32 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, lis
         the bin is empty).
     """
     edges = np.linspace(0.0, 1.0, BINS + 1)
-    place = np.digitize(confidence, edges[1:-1], right=True)
+    bin_of = np.digitize(confidence, edges[1:-1], right=True)
     bins: list[dict[str, Any]] = []
     error = 0.0
     for b in range(BINS):
-        inside = place == b
-        count = int(inside.sum())
-        mean = float(confidence[inside].mean(dtype=np.float64)) if count else None
-        accuracy = float(correct[inside].mean()) if count else None
-        if mean is not None and accuracy is not None:
+        inside = bin_of == b
+        count, mean, accuracy = int(inside.sum()), None, None
+        if count:
+            mean, accuracy = float(confidence[inside].mean(dtype=np.float64)), float(correct[inside].mean())
             error += count / len(confidence) * abs(accuracy - mean)
         low, high = float(edges[b]), float(edges[b + 1])
         bins.append({"low": low, "high": high, "count": count, "confidence": mean, "accuracy": accuracy})
     return error, bins
 
 
-def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    every = np.arange(len(class_names))
-    columns = precision_recall_fscore_support(labels, predictions, labels=every, zero_division=0)
-    predicted = np.bincount(predictions, minlength=len(every))
-    rows = []
-    for name, precision, recall, f1, support, answers in zip(class_names, *columns, predicted, strict=True):
-        undefined = [what for what, below in (("precision", answers), ("recall", support)) if below == 0]
-        if len(undefined) == 2:
-            undefined.append("f1")
-        row = {"name": name, "precision": float(precision), "recall": float(recall), "f1": float(f1)}
-        rows.append(row | {"support": int(support), "undefined": undefined})
-    return rows
+def _per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    ratios = {"precision": (hits, predicted), "recall": (hits, support), "f1": (2 * hits, predicted + support)}
+    return [
+        {
+            "name": name,
+            **{key: float(above[k] / max(below[k], 1)) for key, (above, below) in ratios.items()},
+            "support": int(support[k]),
+            "undefined": [key for key, (_, below) in ratios.items() if below[k] == 0],
+        }
+        for k, name in enumerate(class_names)
+    ]
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
@@ -100,35 +95,95 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         DataError: no example, shapes that do not fit together, a label without a class, probabilities not finite.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
-    classes = len(class_names)
+    n, classes = len(labels), len(class_names)
     _check(labels, probabilities, classes)
-    n = len(labels)
     predictions = probabilities.argmax(axis=1)
     right = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
     hits = int(right.sum())
     scores: dict[str, Any] = {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
-    if classes > 5:
-        # A stable sort breaks ties as argmax does, so that top_5 is never below accuracy (scikit-learn's may be).
-        first_five = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
-        found = int((first_five == labels[:, None]).any(axis=1).sum())
-        scores |= {"top_5": found / n, "top_5_interval": list(wilson(found, n))}
+    if classes > TOP:
+        among = top_k(probabilities, labels)
+        scores |= {"top_5": among / n, "top_5_interval": list(wilson(among, n))}
     of_truth = probabilities[np.arange(n), labels].astype(np.float64)
     losses = 0.0 - np.log(np.clip(of_truth, _SMALLEST, 1.0))
     error, bins = calibration(confidence, right)
-    confusion = confusion_matrix(labels, predictions, labels=np.arange(classes))
+    cells = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
+    confusion = cells.reshape(classes, classes)
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
         "loss": float(losses.mean()),
         "loss_interval": [max(bound, 0.0) for bound in of_mean(losses)],
-        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "macro_f1": macro_f1(predictions, labels),
         "macro_f1_interval": list(of_macro_f1(confusion)),
-        "per_class": _per_class(labels, predictions, class_names),
+        "per_class": _per_class(confusion, class_names),
         "confusion": confusion.tolist(),
         "mean_confidence": float(confidence.mean()),
         "calibration_error": error,
         "calibration_bins": bins,
     }
+
+
+def _check(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
+    n = len(labels)
+    if n == 0:
+        raise DataError("there is no example to evaluate: the split is empty; give it examples or name another split")
+    if probabilities.shape != (n, classes):
+        raise DataError(
+            f"{n} labels and {classes} class names need probabilities of shape ({n}, {classes}), "
+            f"not {probabilities.shape}; evaluate with the model and the data of the same run"
+        )
+    invalid = np.flatnonzero((labels < 0) | (labels >= classes))
+    if invalid.size:
+        raise DataError(
+            f"the label {labels[invalid[0]]} of example {invalid[0]} has no class: there are {classes} class names, "
+            f"so labels go from 0 to {classes - 1}; correct the label or the class names"
+        )
+    broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+    if broken.size:
+        raise DataError(
+            f"the model's probabilities are not finite for {broken.size} of {n} examples (the first is example "
+            f"{broken[0]}): its weights have diverged; take an earlier checkpoint or a lower learning rate"
+        )
+
+
+def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[str], field: str) -> dict[str, Any]:
+    """The scores of each group of examples, and how far they lie apart.
+
+    Args:
+        labels: int [n].
+        predictions: int [n].
+        groups: n names.
+        field: what the names are values of.
+
+    Returns:
+        `field`; `rows`, one a group in alphabetical order: name, n, correct, accuracy and its 95 % Wilson `interval`,
+        macro_f1 (over the classes that occur or are predicted in the group); and with more than one group `gap`: the
+        names of the `highest` and the `lowest` accuracy, their difference `accuracy`, and whether the two intervals
+        `overlap` (where they do not, the groups differ).
+
+    Raises:
+        DataError: there is not one group for each example.
+    """
+    if len(groups) != len(labels):
+        raise DataError(f"data.group_field={field}: {len(labels)} examples have {len(groups)} groups")
+    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(names.tolist()):
+        truths, answers = labels[group_of == number], predictions[group_of == number]
+        n, hits = len(truths), int((truths == answers).sum())
+        row = {"name": name, "n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
+        rows.append(row | {"macro_f1": macro_f1(answers, truths)})
+    scores: dict[str, Any] = {"field": field, "rows": rows}
+    if len(rows) > 1:
+        high, low = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
+        scores["gap"] = {
+            "accuracy": high["accuracy"] - low["accuracy"],
+            "highest": high["name"],
+            "lowest": low["name"],
+            "overlap": low["interval"][1] >= high["interval"][0],
+        }
+    return scores
 
 
 def evaluate_arrays(
@@ -140,7 +195,7 @@ def evaluate_arrays(
     groups: Sequence[str] | None = None,
     group_field: str = "",
 ) -> EvaluationResult:
-    """Score one pass and keep what it was computed from.
+    """Score one pass; the result holds the scores and what they were computed from.
 
     Args:
         split: test, or validation where the data has no test split.
@@ -160,47 +215,3 @@ def evaluate_arrays(
     if groups is not None:
         scores["groups"] = score_groups(labels, probabilities.argmax(axis=1), groups, group_field)
     return EvaluationResult(split, tuple(class_names), labels, probabilities, tuple(names), scores)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scores of each group of examples, and how far they lie apart
-
-
-def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[str], field: str) -> dict[str, Any]:
-    """The scores of a split, told apart by what group each example belongs to.
-
-    Args:
-        labels: int [n].
-        predictions: int [n].
-        groups: n names.
-        field: what the names are values of.
-
-    Returns:
-        `field`; `rows`, one a group in alphabetical order: name, n, correct, accuracy and its 95 % Wilson `interval`,
-        macro_f1 (over the classes that occur or are predicted in the group); and with more than one group `gap`: the
-        names of the `highest` and the `lowest` accuracy, their difference `accuracy`, and whether the two intervals
-        `overlap` (where they do not, the groups differ).
-
-    Raises:
-        DataError: there is not one group for each example.
-    """
-    if len(groups) != len(labels):
-        raise DataError(f"data.group_field={field}: {len(labels)} examples have {len(groups)} groups")
-    names, place = np.unique(np.asarray(groups), return_inverse=True)
-    rows: list[dict[str, Any]] = []
-    for number, name in enumerate(names.tolist()):
-        mine = place == number
-        n, hits = int(mine.sum()), int((labels[mine] == predictions[mine]).sum())
-        f1 = f1_score(labels[mine], predictions[mine], average="macro", zero_division=0)
-        row = {"name": name, "n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
-        rows.append(row | {"macro_f1": float(f1)})
-    found: dict[str, Any] = {"field": field, "rows": rows}
-    if len(rows) > 1:
-        high, low = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
-        found["gap"] = {
-            "accuracy": high["accuracy"] - low["accuracy"],
-            "highest": high["name"],
-            "lowest": low["name"],
-            "overlap": low["interval"][1] >= high["interval"][0],
-        }
-    return found

@@ -47,10 +47,9 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The same p values, raised for how many are looked at (Holm 1979), in their order."""
-    order = np.argsort(p_values, kind="stable")
+    """The same p values in their order, adjusted for how many comparisons there are (Holm 1979)."""
     raised, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        raised[place] = highest
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        raised[i] = highest
     return raised

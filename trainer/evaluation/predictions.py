@@ -1,4 +1,4 @@
-"""predictions.csv: what the model answered for every example; names as a report can show them."""
+"""predictions.csv, the model's answer for every example; and names as a report can show them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from pathlib import Path
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
+COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
+
 
 def printable(text: str) -> str:
     """The text without what cannot be encoded or shown on one line (file names may hold any bytes)."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# predictions.csv: what the model answered for every example
-
-COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> Path:
@@ -33,15 +29,8 @@ def write_predictions(path: Path, result: EvaluationResult) -> Path:
     rows.writerow(COLUMNS)
     answers = result.probabilities.argmax(axis=1)
     for index, (truth, answer) in enumerate(zip(result.labels, answers, strict=True)):
-        rows.writerow(
-            (
-                index,
-                printable(result.names[index]),
-                printable(result.class_names[truth]),
-                printable(result.class_names[answer]),
-                f"{result.probabilities[index, answer]:.6f}",
-                "true" if truth == answer else "false",
-            )
-        )
+        names = (result.names[index], result.class_names[truth], result.class_names[answer])
+        probability = f"{result.probabilities[index, answer]:.6f}"
+        rows.writerow((index, *map(printable, names), probability, "true" if truth == answer else "false"))
     write_whole(path, text.getvalue())
     return path

@@ -1,4 +1,4 @@
-"""Scoring a split, and the few numbers that an epoch is judged by."""
+"""Scoring a split over all replicas and workers, and the few numbers that an epoch is judged by."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from trainer.data.pipeline import Batches, evaluation_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import ToldToStop
+from trainer.evaluation.metrics import TOP, macro_f1, top_k
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
 
-TOP = 5  # what top-k counts; shown only where there are more classes
-
 
 class Network(Protocol):
-    """What scoring needs of a classifier, the tail of one, or a teacher."""
+    """A classifier, the tail of one, or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3], or what left the trunk."""
@@ -32,10 +31,7 @@ class Predictor:
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
-        self._predict = tf.function(self._run, autograph=False)
-
-    def _run(self, batch: Batch) -> tuple[Any, Any]:
-        return self.strategy.run(self._replica, args=(batch,))
+        self._predict = tf.function(lambda batch: strategy.run(self._replica, args=(batch,)), autograph=False)
 
     def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
         return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
@@ -80,7 +76,7 @@ class Scorer:
         """The network's answers for every example of `source`, or for the `part` of them that validation takes.
 
         Each worker scores examples of its own. The chief gets all of them, the other workers their own part; so does
-        everyone where a worker is told to stop meanwhile: ask `Worker.should_stop` after it.
+        everyone where a worker is asked to stop meanwhile: ask `Worker.should_stop` after it.
 
         Args:
             batch_size: of the global batch.
@@ -103,20 +99,19 @@ class Scorer:
         return Scored(source.split.name, indices, labels, probabilities)
 
     def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
-        """The batches of a source; built once and not for each epoch."""
-        how = (batch_size, part)
-        for known, way, batches, stream in self._opened:
-            if known is source and way == how:
+        """The batches of a source and their iterable; built once and not for each epoch."""
+        for known, settings, batches, stream in self._opened:
+            if known is source and settings == (batch_size, part):
                 return batches, stream
         batches = evaluation_batches(
             source, batch_size=batch_size, replicas=self.worker.replicas, part=part, sharding=self.sharding
         )
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
-        self._opened.append((source, how, batches, stream))
+        self._opened.append((source, (batch_size, part), batches, stream))
         return batches, stream
 
     def _ready(self, gate: ShardGate, rows: int) -> bool:
-        """Wait for the shards of the next batch; False where this worker was told to stop."""
+        """Wait for the shards of the next batch; False where this worker was asked to stop."""
         try:
             seconds = gate.wait_for(rows)
         except ToldToStop:
@@ -136,24 +131,8 @@ def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.nd
     return probabilities[order], labels[order], indices[order]
 
 
-def top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP) -> int:
-    """How many labels are among the k most probable classes; of equal ones the first counts, as argmax has it."""
-    of_truth = probabilities[np.arange(len(labels)), labels][:, None]
-    earlier = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
-    ahead = (probabilities > of_truth) | ((probabilities == of_truth) & earlier)
-    return int((ahead.sum(axis=1) < k).sum())
-
-
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The mean F1 of the classes that occur or are predicted (as scikit-learn has it)."""
-    size = int(max(predictions.max(), labels.max())) + 1
-    found = np.bincount(labels[predictions == labels], minlength=size)
-    both = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
-    return float((2.0 * found[both > 0] / both[both > 0]).mean())
-
-
 def validation_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """What is told of validation after each epoch, in float64.
+    """The scores of the validation split after an epoch, in float64.
 
     Returns:
         val_loss (mean cross-entropy, probabilities floored at 1e-7 as in Keras), val_accuracy, val_macro_f1, val_n; and

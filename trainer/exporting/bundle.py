@@ -1,4 +1,4 @@
-"""What is exported, and the examples that every exported file is tried on."""
+"""The exported model with its metadata, and the examples that every exported file is checked on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model with all that its files tell of it; S is the side of its images, pixels."""
+    """A trained model with the metadata that goes into its files; S is the side of its images, pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
     explain: Callable[[Any], dict[str, Any]]  # the same images -> `trainer.models.grad_cam`
@@ -31,7 +31,7 @@ class ExportBundle:
 
 @dataclass(frozen=True)
 class ParityExamples:
-    """Examples that the model did not learn from, and what the trainer itself says of them."""
+    """Examples that the model did not learn from, and the trainer's own answers for them."""
 
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]

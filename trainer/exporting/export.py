@@ -1,4 +1,4 @@
-"""From a scored classifier to what is exported of it, and which examples its files are tried on."""
+"""Exporting a scored classifier, and the choice of the examples that its files are checked on."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from trainer.types import Scored
 
 READ_AT_ONCE = 256  # images
 EXAMPLES = 1000  # of the scored split are sent through every exported file
-REPRESENTATIVE = 200  # of the training split tell an int8 file its ranges
+REPRESENTATIVE = 200  # of the training split, which an int8 file takes its ranges from
 
 
 def chosen_examples(count: int, most: int) -> np.ndarray:
-    """int64: at most so many of `count` places, ascending; the same ones every time, spread over all classes."""
+    """int64: at most `most` indices below `count`, ascending; the same every time, spread over all classes."""
     return np.sort(np.random.default_rng(count).permutation(count)[:most]).astype(np.int64)
 
 
@@ -40,58 +40,46 @@ def export_classifier(
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the formats of the configuration below `home`, each tried on held-out
+    """Write labels.txt, reference.json and the formats of the configuration below `home`, each checked on held-out
     examples: at the end of a run, and later for `python -m trainer.export`.
 
     Args:
-        scored: what the classifier answers for all examples of a split that it did not learn from.
+        scored: the classifier's answers for all examples of a split that it did not learn from.
         check: as in `export_formats`.
 
     Returns:
         facts by format, as `export_formats`.
     """
-    config, dataset = images.config, images.dataset
+    config, dataset, size = images.config, images.dataset, classifier.image_size
     chosen = chosen_examples(len(scored.indices), EXAMPLES)
     examples = images.rows(scored.split, scored.indices[chosen])
+    names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     bundle = ExportBundle(
         model=classifier.keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
-        class_names=dataset.class_names,
-        image_size=classifier.image_size,
-        resize=config.model.resize,
-        reference=reference_distribution(
-            scored.split,
-            dataset.class_names,
-            scored.probabilities,
-            explainer(examples)["embedding"],
-            classifier.image_size,
-            config.model.resize,
-        ),
+        class_names=names,
+        image_size=size,
+        resize=resize,
+        reference=reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize),
         examples=lambda: images.rows("train", chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)),
     )
-    write_labels(home / "labels.txt", bundle.class_names)
+    write_labels(home / "labels.txt", names)
     write_reference(home / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[chosen], scored.probabilities[chosen])
     return export_formats(home, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Later, from a run that was trained before
-
-
 def open_images(run: FinishedRun, size: int) -> ImageStore:
-    """The images of a run's data at a size in pixels, decoded when they are read."""
-
-    unkept = {"data": run.config.data.model_copy(update={"cache": "none"}), "model": without_weights(run.config.model)}
-    config = run.config.model_copy(update=unkept)
+    """The images of a finished run's data at a size in pixels, decoded when they are read."""
+    uncached = run.config.data.model_copy(update={"cache": "none"})
+    config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, say, lambda _: None, stream=False)
     check_classes(run, data.dataset)
     return ImageStore(data, config, size, lambda _: None)
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Every example of a split that can be decoded."""
-
+    """The probabilities of every example of a split that can be decoded."""
     labels = images.dataset.splits[split].labels
     parts = [
         explainer(images.rows(split, np.arange(start, min(start + READ_AT_ONCE, len(labels)))))["probabilities"]
@@ -102,8 +90,7 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
 
 
 def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Write the formats that the configuration names below `home`; facts by format."""
-
+    """Export a checkpoint of a finished run below `home`; returns the facts by format, as `export_formats`."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = "test" if "test" in images.dataset.splits else "validation"
@@ -113,13 +100,12 @@ def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> di
 
 
 def record_exports(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
-    """Write what was measured: into the report and the card of the run, or as export.json beside the files."""
-
-    report = home.parent / "report" / "report.json"
-    if not is_own or not report.exists():
+    """Write the facts by format into the report and the card of the run, or to export.json beside the files."""
+    path = home.parent / "report" / "report.json"
+    if not is_own or not path.exists():
         write_json(home / "export.json", outcomes)
         return
-    told = json.loads(report.read_text())
-    told["export"] = told.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
-    write_json(report, told)
-    write_model_card(home / "model_card.md", told, run.config.model_dump(mode="json"))
+    report = json.loads(path.read_text())
+    report["export"] = report.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
+    write_json(path, report)
+    write_model_card(home / "model_card.md", report, run.config.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""All formats by name: each is written, loaded back by the library that it is for, scored, and kept or not."""
+"""All export formats by name: each is written, loaded back by the library that it is for, scored, and kept or not."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from trainer.exporting.tflite import export_tflite
 from trainer.exporting.verify import drops_too_far, load_export, score
 from trainer.storage.local import write_whole
 
+OPSET = 18  # of ONNX 1.13, 2022: what TensorRT 10 reads
+
 
 def export_keras(subject: ExportBundle, path: Path) -> None:
     """Write `path` whole or not at all: float32 [n, S, S, 3] RGB in 0..255 -> probabilities, in float32.
@@ -35,39 +37,27 @@ def export_keras(subject: ExportBundle, path: Path) -> None:
         os.replace(f"{beside}/{path.name}", path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The ONNX file, for ONNX Runtime, TensorRT and OpenVINO: float32, no decoding inside. Needs the extra `onnx`
-
-OPSET = 18  # of ONNX 1.13, 2022: what TensorRT 10 reads
-
-
 def export_onnx(subject: ExportBundle, path: Path) -> None:
     """Write `path` whole or not at all: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
 
-    The class names are its metadata `labels`, one a line.
+    For ONNX Runtime, TensorRT and OpenVINO; needs the extra `onnx`. The class names are its metadata `labels`, one a
+    line.
     """
     import onnx
     import tf2onnx
 
     logging.getLogger("tf2onnx").setLevel(logging.WARNING)
-    size = subject.image_size
-    given = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with plain(subject.model):
-        answer = tf.function(
-            lambda images: {"probabilities": subject.model(images, training=False)}, input_signature=given
-        )
-        made, _ = tf2onnx.convert.from_function(answer, input_signature=given, opset=OPSET)
-    onnx.helper.set_model_props(made, {"labels": label_lines(subject.class_names)})
-    write_whole(path, made.SerializeToString())
+    model, size = subject.model, subject.image_size
+    spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
+    with plain(model):
+        answer = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
+        converted, _ = tf2onnx.convert.from_function(answer, input_signature=spec, opset=OPSET)
+    onnx.helper.set_model_props(converted, {"labels": label_lines(subject.class_names)})
+    write_whole(path, converted.SerializeToString())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# All formats by name: each is written, loaded back by the library that it is for, scored, and kept or not
-
-Write = Callable[[ExportBundle, Path], None]
-
-# Name -> (file below export/, what writes it)
-FORMATS: dict[str, tuple[str, Write]] = {
+# Name -> (file below export/, its writer)
+FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "saved_model": ("saved_model/1", export_saved_model),
     "keras": ("model.keras", export_keras),
     "tflite": ("model.tflite", partial(export_tflite, precision="float32")),
@@ -109,11 +99,11 @@ def export_formats(
     """Write each format below `home`, and score it; one that is too far off is deleted again.
 
     Args:
-        max_accuracy_drop: share of the examples; see `scoring.drops_too_far`.
+        max_accuracy_drop: fraction of the examples; see `verify.drops_too_far`.
         check: called before each format, and each batch that it is sent; raises to leave.
 
     Returns:
-        facts by format: those of `scoring.score`, `path` below `home`, `bytes`, and `refused`: it is too far off.
+        facts by format: those of `verify.score`, `path` below `home`, `bytes`, and `refused`: it is too far off.
     """
     outcomes: dict[str, dict[str, Any]] = {}
     for name in formats:
@@ -122,7 +112,7 @@ def export_formats(
         path = home / file
         write(subject, path)
         facts = score(load_export(path), held_out, check)
-        size = _bytes(path)
+        size = sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
         refused = drops_too_far(facts, max_accuracy_drop)
         if refused:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -130,11 +120,6 @@ def export_formats(
                 path.parent.rmdir()  # an empty saved_model/ would keep a model server waiting
         outcomes[name] = {"path": file, "bytes": size, **facts, "refused": refused}
     return outcomes
-
-
-def _bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def refuse(exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float) -> None:

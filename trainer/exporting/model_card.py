@@ -1,4 +1,4 @@
-"""What lies beside the exported files for people: the class names and the model card."""
+"""The files beside the exported model for people: the class names and the model card."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str,
 
     Args:
         path: ".../model_card.md".
-        report: what report.json holds: title, seed, test, phases, data, export, versions.
+        report: the content of report.json: title, seed, test, phases, data, export, versions.
         config: the resolved configuration.
     """
-    sections = [_title(report, config), _scores(report), _data(report), _training(report, config)]
-    sections += [_use(report, config), _limits(report)]
+    model, data = config["model"], report["data"]
+    width = f" (alpha {model['alpha']:g})" if model.get("alpha") else ""
+    title = (
+        f"# {report['title']}\n\nAn image classifier with {len(data['class_names'])} classes: "
+        f"{model['backbone']}{width}, first weights `{model['weights']}`, fine-tuned on {data['name']}."
+    )
+    uses, limits = _use(report, model["resize"]), _limits(report["test"])
+    sections = [title, *_scores(report), *_data(data), *_training(report, config), *uses, limits]
     write_whole(path, "\n\n".join(sections) + "\n")
 
 
@@ -39,62 +45,48 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
+def _value(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "not measured"
     return f"{value:.4f}" + (f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
 
 
-def _title(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    model, classes = config["model"], report["data"]["class_names"]
-    width = f" (alpha {model['alpha']:g})" if model.get("alpha") else ""
-    return (
-        f"# {report['title']}\n\nAn image classifier with {len(classes)} classes: {model['backbone']}{width}, first "
-        f"weights `{model['weights']}`, fine-tuned on {report['data']['name']}."
-    )
-
-
-def _scores(report: Mapping[str, Any]) -> str:
+def _scores(report: Mapping[str, Any]) -> list[str]:
     test = report["test"]
-    rows = [("accuracy", _share(test["accuracy"], test.get("interval")))]
-    rows += [
-        (
-            "accuracy of always answering the commonest class" if name == "majority" else name.replace("_", " "),
-            _share(test[name], test.get(f"{name}_interval")),
-        )
-        for name in ("top_5", "macro_f1", "calibration_error", "loss", "majority")
-        if isinstance(test.get(name), float | int)
-    ]
+    rows = [("accuracy", _value(test["accuracy"], test.get("interval")))]
+    for name in ("top_5", "macro_f1", "calibration_error", "loss", "majority"):
+        if isinstance(test.get(name), float | int):
+            words = "accuracy of always answering the commonest class" if name == "majority" else name.replace("_", " ")
+            rows.append((words, _value(test[name], test.get(f"{name}_interval"))))
     for name, phase in report["phases"].items():
         kept = f", which kept the weights of `{phase['kept_from']}`" if "kept_from" in phase else ""
-        rows.append(
-            (f"validation accuracy after `{name}`{kept}", _share(phase.get("val_accuracy"), phase.get("val_interval")))
-        )
-    lines = [f"## Scores\n\nOn {test['n']:,} examples of the {test['split']} split.", _table(("score", "value"), rows)]
+        accuracy = _value(phase.get("val_accuracy"), phase.get("val_interval"))
+        rows.append((f"validation accuracy after `{name}`{kept}", accuracy))
+    lines = ["## Scores", f"On {test['n']:,} examples of the {test['split']} split.", _table(("score", "value"), rows)]
     if groups := test.get("groups"):
-        by_group = [(row["name"], f"{row['n']:,}", _share(row["accuracy"], row["interval"])) for row in groups["rows"]]
+        by_group = [(row["name"], f"{row['n']:,}", _value(row["accuracy"], row["interval"])) for row in groups["rows"]]
         lines.append(_table((groups["field"], "examples", "accuracy"), by_group))
-    return "\n\n".join([*lines, *([test["note"]] if test.get("note") else [])])
+    return [*lines, test["note"]] if test.get("note") else lines
 
 
-def _data(report: Mapping[str, Any]) -> str:
-    data = report["data"]
+def _data(data: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
     names = data["class_names"]
     shown = ", ".join(f"`{name}`" for name in names[:MANY_CLASSES])
     rest = f" and {len(names) - MANY_CLASSES} more (`labels.txt` has all)" if len(names) > MANY_CLASSES else ""
     lines = [
-        f"## Data\n\n{data['name']}: {counts}. Fingerprint `{data['fingerprint']}`.",
+        "## Data",
+        f"{data['name']}: {counts}. Fingerprint `{data['fingerprint']}`.",
         f"Classes, in the order of the probabilities: {shown}{rest}.",
         *(f"- {note}" for note in data.get("notes", ())),
     ]
     skipped = len(data.get("skipped", ())) + len(data.get("undecodable", ()))
     if skipped:
         lines.append(f"{skipped:,} files could not be read and were left out.")
-    return "\n\n".join(lines)
+    return lines
 
 
-def _training(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _training(report: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, phase in config["phases"].items():
         optimizer = phase["optimizer"]
@@ -102,53 +94,51 @@ def _training(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         rate = f"{optimizer['name']}, {optimizer['learning_rate']:g}"
         rows.append((name, phase["thaw"], phase["batch_norm"], length, rate, phase["schedule"]["name"]))
     head = ("phase", "what was thawed", "batch norm", "at most", "optimizer, learning rate", "schedule")
-    training, model = config["training"], config["model"]
     augmentation = config["augmentation"]
     silent = {"fill"} if augmentation.get("randaugment") else {"fill", "magnitude"}
     changes = [f"{k} {v}" for k, v in augmentation.items() if v and k not in silent]
     facts = [
-        f"batch size {training['batch_size']}",
-        f"dropout {model['dropout']:g}",
+        f"batch size {config['training']['batch_size']}",
+        f"dropout {config['model']['dropout']:g}",
         f"precision {config['runtime']['precision']}",
         f"seed {report['seed']}",
         "augmentation: " + (", ".join(changes) if changes else "none"),
     ]
     versions = ", ".join(f"{name} {number}" for name, number in report.get("versions", {}).items())
-    made = f"\n\nMade with {versions}." if versions else ""
-    return f"## Training\n\n{_table(head, rows)}\n\n" + "; ".join(facts) + "." + made
+    lines = ["## Training", _table(head, rows), "; ".join(facts) + "."]
+    return [*lines, f"Made with {versions}."] if versions else lines
 
 
-def _use(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _use(report: Mapping[str, Any], resize: str) -> list[str]:
     exports = report.get("export", {})
-    lines = ["## Use", "Class names are in `labels.txt`, one a line, in the order of the probabilities."]
-    if "saved_model" in exports and not exports["saved_model"]["refused"]:
-        lines.append(
-            "```python\n"
-            "import tensorflow as tf\n\n"
-            'served = tf.saved_model.load("saved_model/1")\n'
-            'names = tf.io.gfile.GFile("labels.txt").read().splitlines()\n'
-            'image = tf.io.read_file("photo.jpg")\n'
-            'answer = served.signatures["image_bytes"](image_bytes=tf.stack([image]))["probabilities"][0]\n'
-            "print(names[int(tf.argmax(answer))], float(tf.reduce_max(answer)))\n"
-            "```"
-        )
-        lines.append(
-            "The signature `image_bytes` takes encoded JPEG or PNG files and decodes and resizes them as in the "
-            f"evaluation (`{config['model']['resize']}`); `images` takes float32 RGB in 0..255 of the size it was "
-            "trained at; `explain` takes files and answers an embedding and a Grad-CAM heatmap, too."
-        )
     kept = {name for name, facts in exports.items() if not facts["refused"]}
-    lines += [words for names, words in _HOW if kept & names]
+    lines = ["## Use", "Class names are in `labels.txt`, one a line, in the order of the probabilities."]
+    lines += [words.replace("{resize}", resize) for names, words in _USES if kept & names]
     if exports:
         lines.append(export_table(exports))
         lines.append(
             "Each file was loaded back and sent held-out examples; in brackets is the trainer's own accuracy on them. "
             "Times are of single images on the CPU that exported."
         )
-    return "\n\n".join(lines)
+    return lines
 
 
-_HOW = (
+# Formats, and the paragraph on them if one of them was exported
+_USES = (
+    (
+        {"saved_model"},
+        "```python\n"
+        "import tensorflow as tf\n\n"
+        'served = tf.saved_model.load("saved_model/1")\n'
+        'names = tf.io.gfile.GFile("labels.txt").read().splitlines()\n'
+        'image = tf.io.read_file("photo.jpg")\n'
+        'answer = served.signatures["image_bytes"](image_bytes=tf.stack([image]))["probabilities"][0]\n'
+        "print(names[int(tf.argmax(answer))], float(tf.reduce_max(answer)))\n"
+        "```\n\n"
+        "The signature `image_bytes` takes encoded JPEG or PNG files and decodes and resizes them as in the "
+        "evaluation (`{resize}`); `images` takes float32 RGB in 0..255 of the size it was trained at; `explain` takes "
+        "files and answers an embedding and a Grad-CAM heatmap, too.",
+    ),
     ({"keras"}, "`model.keras` takes float32 RGB in 0..255, already resized; `keras.saving.load_model` reads it."),
     (
         {"tflite", "tflite_float16", "tflite_dynamic"},
@@ -165,7 +155,7 @@ _HOW = (
 
 
 def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The facts of `formats.export_formats` in Markdown."""
+    """A Markdown table of the facts by format (`formats.export_formats`)."""
     rows = [
         (
             f"`{kind}`",
@@ -181,8 +171,7 @@ def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(head, rows)
 
 
-def _limits(report: Mapping[str, Any]) -> str:
-    test = report["test"]
+def _limits(test: Mapping[str, Any]) -> str:
     lines = [
         "It answers one of its classes for any picture, also for one that shows none of them.",
         "The scores hold for pictures like those it was scored on; another camera, place or time may differ.",

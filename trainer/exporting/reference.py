@@ -1,4 +1,4 @@
-"""What a model said of examples that it did not learn from: what its later answers are compared with."""
+"""reference.json: a model's answers for examples that it did not learn from, which later answers are compared with."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ def reference_distribution(
     image_size: int,
     resize: str,
 ) -> dict[str, Any]:
-    """What `reference.json` holds.
+    """The content of reference.json.
 
     Args:
-        split: that the examples are of: test | validation.
+        split: of the examples: test | validation.
         probabilities: float32 [n, classes].
         embeddings: float32 [m, C], of those examples or some of them.
 
     Returns:
-        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the share of each predicted
+        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the fraction of each predicted
         class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
         `mean` [C'], `covariance` [C', C'] and, where C is above 16, `projection` [C, C'], whose columns are orthonormal
         and drawn from a fixed seed: multiply an embedding by it first.
     """
     window = Window(len(class_names))
-    projection = projection_of(embeddings.shape[1])
-    vectors = embeddings.astype(np.float64) if projection is None else embeddings.astype(np.float64) @ projection
     for row in probabilities:
         window.add(int(row.argmax()), float(row.max()))
+    vectors, projection = embeddings.astype(np.float64), projection_of(embeddings.shape[1])
+    if projection is not None:
+        vectors = vectors @ projection
+    covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
     embedding: dict[str, Any] = {
         "n": len(vectors),
         "mean": _rounded(vectors.mean(0)),
-        "covariance": _rounded(np.atleast_2d(np.cov(vectors, rowvar=False))),
+        "covariance": _rounded(covariance),
     }
     if projection is not None:
         embedding["projection"] = projection.tolist()
+    edges, counts = [i / BINS for i in range(BINS + 1)], window.confidences.tolist()
     return {
         "classes": list(class_names),
         "n": len(probabilities),
         "split": split,
         "class_frequencies": (window.classes / max(window.n, 1)).tolist(),
-        "confidence_histogram": {
-            "edges": [i / BINS for i in range(BINS + 1)],
-            "counts": window.confidences.tolist(),
-        },
+        "confidence_histogram": {"edges": edges, "counts": counts},
         "embedding": embedding,
         "image_size": image_size,
         "resize": resize,

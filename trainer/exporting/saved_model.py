@@ -18,14 +18,12 @@ from trainer.exporting.reference import write_reference
 
 WARMUP = "assets.extra/tf_serving_warmup_requests"
 TOGETHER = 4  # images of the second request: what is compiled for one image may not serve several
+DECODED_AT_ONCE = 32  # images of one request
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
-    """One image and several, as bytes and to explain, and one as pixels.
-
-    Args:
-        saved_model: the folder of a SavedModel.
-        image_size: S, pixels.
+    """Write the warm-up requests into the folder of a SavedModel: one image and several, as bytes and to explain, and
+    one as pixels, of `image_size` pixels a side.
     """
     ramp = np.linspace(0, 255, image_size, dtype=np.float32)
     picture = np.broadcast_to(ramp[None, :, None], (image_size, image_size, 3))
@@ -47,24 +45,17 @@ def _request(signature: str, name: str, value: np.ndarray) -> bytes:
     return log.SerializeToString(deterministic=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The SavedModel: TensorFlow Serving's format, with the decoding of images inside
-
-DECODED_AT_ONCE = 32  # images of one request
-
-
 class _Served(tf.Module):
-    """What is saved: three signatures over one model, and what belongs to it as assets."""
+    """The saved object: three signatures over one model, and its labels and reference as assets."""
 
     def __init__(self, subject: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
         self.model, self.explained = subject.model, subject.explain
-        self.labels = tf.saved_model.Asset(str(labels))
-        self.reference = tf.saved_model.Asset(str(reference))
+        self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
         self.image_size, self.resize = subject.image_size, subject.resize
         encoded = [tf.TensorSpec([None], tf.string, "image_bytes")]
-        side = [None, self.image_size, self.image_size, 3]
-        self.images = tf.function(self._images, input_signature=[tf.TensorSpec(side, tf.float32, "images")])
+        shape = [None, self.image_size, self.image_size, 3]
+        self.images = tf.function(self._images, input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
         self.image_bytes = tf.function(self._image_bytes, input_signature=encoded)
         self.explain = tf.function(self._explain, input_signature=encoded)
 
@@ -94,30 +85,25 @@ def export_saved_model(subject: ExportBundle, folder: Path) -> None:
     `image_bytes` (also `serving_default`): string [n], encoded images, decoded and resized as evaluation does, to
     `probabilities` float32 [n, classes];
     `images`: float32 [n, S, S, 3], RGB in 0..255, to the same;
-    `explain`: string [n] to `probabilities`, `embedding` float32 [n, C] and `heatmap` float32 [n, h, w] in 0..1, where
-    the image speaks for its most probable class.
+    `explain`: string [n] to `probabilities`, `embedding` float32 [n, C] and `heatmap` float32 [n, h, w] in 0..1, how
+    much each part of the image speaks for its most probable class.
 
-    Assets: `labels.txt`, one class a line, and `reference.json`. `assets.extra` holds what TensorFlow Serving asks the
-    model before it opens its ports, so that no client waits for the first answer.
+    Assets: `labels.txt`, one class a line, and `reference.json`. `assets.extra` holds the requests that TensorFlow
+    Serving sends the model before it opens its ports, so that no client waits for the first answer.
 
     Args:
         folder: its last part is the version: ".../saved_model/1".
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A name that a model server does not take for a version, should it look before the rename.
+    # A name that a model server does not take for a version, should it list the folder before the rename.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        labels, reference = Path(beside) / "labels.txt", Path(beside) / "reference.json"
+        labels, reference, saved = (Path(beside) / name for name in ("labels.txt", "reference.json", "model"))
         write_labels(labels, subject.class_names)
         write_reference(reference, subject.reference)
         served = _Served(subject, labels, reference)
-        signatures = {
-            "serving_default": served.image_bytes,
-            "image_bytes": served.image_bytes,
-            "images": served.images,
-            "explain": served.explain,
-        }
-        tf.saved_model.save(served, f"{beside}/model", signatures=signatures)
-        write_warmup(Path(beside) / "model", subject.image_size)
+        signatures = {name: getattr(served, name) for name in ("image_bytes", "images", "explain")}
+        tf.saved_model.save(served, str(saved), signatures={"serving_default": served.image_bytes, **signatures})
+        write_warmup(saved, subject.image_size)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(f"{beside}/model", folder)
+        os.replace(saved, folder)

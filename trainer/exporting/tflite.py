@@ -28,21 +28,21 @@ _CHATTER = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPA
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Around a conversion or the making of an interpreter; every other line still reaches stderr."""
+    """Drop the chatter of a conversion or of a new interpreter; every other line still reaches stderr."""
     return without(_CHATTER)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metadata of a LiteRT file: what its input is, and its class names, which travel inside as a zip at the end
+# Metadata of a LiteRT file: a description of its input, and its class names, as a zip at the end of the file
 
 NAME, IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
 LABELS = "labels.txt"
 _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1  # of the enumerations and unions of the schema
-_UNCHANGED = ((0.0,), (1.0,))  # mean and deviation: the file itself normalises
+_MEAN, _DEVIATION = 0.0, 1.0  # unchanged: the file itself normalises
 
 
 def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """The same model, its images described and its class names added."""
+    """The model with a description of its images and its class names added."""
     tree = schema.ModelT.InitFromPackedBuf(model, 0)
     tree.metadata = [entry for entry in tree.metadata or [] if entry.name != NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
@@ -52,9 +52,8 @@ def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     tree.metadata.append(entry)
     builder = flatbuffers.Builder(len(model) + 4096)
     builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
-    whole = io.BytesIO()
-    whole.write(bytes(builder.Output()))
-    with zipfile.ZipFile(whole, "a") as archive:  # its own date: equal models are equal files
+    whole = io.BytesIO(bytes(builder.Output()))
+    with zipfile.ZipFile(whole, "a") as archive:  # a fixed date: equal models are equal files
         archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), label_lines(class_names))
     return whole.getvalue()
 
@@ -66,28 +65,24 @@ def _described() -> bytes:
     def table(*fields: tuple[str, int, int], slots: int) -> int:
         builder.StartObject(slots)
         for kind, slot, value in fields:
-            if kind == "offset":
-                builder.PrependUOffsetTRelativeSlot(slot, value, 0)
-            else:
-                builder.PrependInt8Slot(slot, value, 0)
+            prepend = builder.PrependUOffsetTRelativeSlot if kind == "offset" else builder.PrependInt8Slot
+            prepend(slot, value, 0)
         return builder.EndObject()
 
-    def tables(*offsets: int) -> int:
-        builder.StartVector(4, len(offsets), 4)
-        for offset in reversed(offsets):
-            builder.PrependUOffsetTRelative(offset)
+    def tables(offset: int) -> int:
+        builder.StartVector(4, 1, 4)
+        builder.PrependUOffsetTRelative(offset)
         return builder.EndVector()
 
-    def numbers(values: Sequence[float]) -> int:
-        builder.StartVector(4, len(values), 4)
-        for value in reversed(values):
-            builder.PrependFloat32(value)
+    def numbers(value: float) -> int:
+        builder.StartVector(4, 1, 4)
+        builder.PrependFloat32(value)
         return builder.EndVector()
 
     def text(slot: int, value: str) -> tuple[str, int, int]:
         return "offset", slot, builder.CreateString(value)
 
-    mean, deviation = (numbers(values) for values in _UNCHANGED)
+    mean, deviation = numbers(_MEAN), numbers(_DEVIATION)
     normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
     unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
     colours = table(("byte", 0, _RGB), slots=2)
@@ -108,7 +103,7 @@ def _described() -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# LiteRT (TFLite) files, for phones and small machines, in four precisions; no decoding inside
+# Conversion
 
 Precision = Literal["float32", "float16", "dynamic", "int8"]
 
@@ -123,10 +118,10 @@ def export_tflite(subject: ExportBundle, path: Path, precision: Precision) -> No
             of 1/256 out, the ranges measured on `subject.examples`.
     """
     size = subject.image_size
-    given = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
+    spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with plain(subject.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
-        answer = tf.function(lambda images: subject.model(images, training=False), input_signature=given)
+        answer = tf.function(lambda images: subject.model(images, training=False), input_signature=spec)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([answer.get_concrete_function()], subject.model)
         converter.experimental_lower_to_saved_model = False  # constants: 4 times as fast, and int8 needs them
         if precision != "float32":

@@ -1,4 +1,4 @@
-"""An exported file as others see it: loaded by the library that it is for, scored beside the trainer, kept or not."""
+"""Checking an exported file: loaded by the library that it is for, and its answers and time beside the trainer's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from trainer.exporting.bundle import ParityExamples
 from trainer.exporting.tflite import quiet
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
+
+BATCH = 32
+TIMED = 20  # images, one at a time
+UNTIMED = 3  # before them: the first ones allocate
+SURE = 1.645  # standard deviations: 1 in 20, on one side
 
 
 def load_export(path: Path) -> Classify:
@@ -74,15 +79,6 @@ def _onnx(path: Path) -> Classify:
     return lambda images: session.run(["probabilities"], {"images": images.astype(np.float32)})[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whether an exported file answers as the trainer did, how fast, and whether it may be kept
-
-BATCH = 32
-TIMED = 20  # images, one at a time
-UNTIMED = 3  # before them: the first ones allocate
-SURE = 1.645  # standard deviations: 1 in 20, on one side
-
-
 def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Send the examples through an export; `check` is called before each batch and may raise to leave.
 
@@ -92,10 +88,15 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         of single images on this machine.
     """
     images, parts = held_out.images, []
-    for at in range(0, len(images), BATCH):
+    for start in range(0, len(images), BATCH):
         check()
-        parts.append(classify(images[at : at + BATCH]))
-    answers = np.concatenate(parts)
+        parts.append(classify(images[start : start + BATCH]))
+    answers, seconds = np.concatenate(parts), []
+    for i in range(UNTIMED + TIMED):
+        one = images[i % len(images)][None]
+        began = time.perf_counter()
+        classify(one)
+        seconds.append(time.perf_counter() - began)
     differences = np.abs(answers - held_out.probabilities).max() if np.isfinite(answers).all() else np.inf
     right, was_right = (p.argmax(-1) == held_out.labels for p in (answers, held_out.probabilities))
     return {
@@ -105,23 +106,12 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         "lost": int((was_right & ~right).sum()),
         "gained": int((right & ~was_right).sum()),
         "largest_difference": float(differences),
-        "timing": {"milliseconds_per_image": round(milliseconds(classify, images), 3)},
+        "timing": {"milliseconds_per_image": round(float(np.median(seconds[UNTIMED:])) * 1000, 3)},
     }
 
 
-def milliseconds(classify: Classify, images: np.ndarray) -> float:
-    """The median time of one image alone."""
-    spent = []
-    for at in range(UNTIMED + TIMED):
-        one = images[at % len(images)][None]
-        began = time.perf_counter()
-        classify(one)
-        spent.append(time.perf_counter() - began)
-    return float(np.median(spent[UNTIMED:])) * 1000
-
-
 def drops_too_far(facts: dict[str, Any], most: float) -> bool:
-    """Whether an export is worse than its trainer by more than the share `most` of the examples, and than chance.
+    """Whether an export is worse than its trainer by more than the fraction `most` of the examples, and than chance.
 
     Examples that only one of the two gets right go either way by chance where rounding alone decides them, so that the
     net loss has a standard deviation of sqrt(lost + gained) (McNemar 1947): 2 lost of 60 say little, 6 say much. An

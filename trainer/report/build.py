@@ -1,4 +1,4 @@
-"""From scores to a report: what it needs of the images, the model and TensorBoard."""
+"""Building a report from scores: its pictures, heatmaps and duplicates, and its figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,25 +24,11 @@ from trainer.report.page import MEMBERS_SHOWN, SHOWN, Pictures, Repeats, Samples
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import versions
-from trainer.types import EvaluationResult, Scored, Split
+from trainer.types import Scored
 
 MOST_COMPARED = 100_000  # pictures of all splits together that duplicates are looked for in
 READ_AT_ONCE = 64  # images
 FETCHED_AT_ONCE = 512  # images, where their shards come from a bucket: all shards of so many have to be here together
-
-
-def evaluate_scored(scored: Scored, images: ImageStore) -> EvaluationResult:
-    """The scores of what a classifier answers for a split, by group where the data has groups."""
-    split = images.dataset.splits[scored.split]
-    return evaluate_arrays(
-        scored.split,
-        images.dataset.class_names,
-        scored.labels,
-        scored.probabilities,
-        tuple(images.name_of(scored.split, int(i)) for i in scored.indices),
-        [split.groups[int(i)] for i in scored.indices] if split.groups else None,
-        images.config.data.group_field or "",
-    )
 
 
 def build_report(
@@ -54,38 +40,38 @@ def build_report(
     splits: Sequence[str],
     check: Callable[[], None],
 ) -> Report:
-    """Write the report on what a classifier answers for a split; returns what report.json holds.
+    """Write the report on a classifier's answers for a split; returns the content of report.json.
 
     Args:
-        facts: what else `write_report` may say of a run: title, export, timing, note, history, phases.
+        facts: of the run, as `write_report`: title, export, timing, note, history, phases.
         splits: duplicates are looked for in these.
         check: called while images are read; may raise to leave.
     """
-    split, indices, config = scored.split, scored.indices, images.config
-    repeated = repeats(images, splits, check)  # reads more images, so that more may be known of those that are damaged
-    return write_report(
-        folder,
-        result=evaluate_scored(scored, images),
-        history=facts.get("history", []),
-        phases=facts.get("phases", {}),
-        run={
-            "seed": config.seed,
-            "data": describe_data(images.dataset) | {"undecodable": images.undecodable()},
-            "config": config.model_dump(mode="json"),
-            "versions": versions(),
-            **facts,
-        },
-        pictures=Pictures(
-            images=lambda wanted: images.rows(split, indices[list(wanted)]),
-            samples=samples(images) if "train" in splits else None,
-            explain=lambda wanted: explain(images.rows(split, indices[list(wanted)]))["heatmap"],
-            repeats=repeated,
-        ),
-    )
+    split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
+    repeated = repeats(images, splits, check)  # before `undecodable`: it reads images that may be damaged
+    names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
+    by_group, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
+    classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
+    result = evaluate_arrays(split, classes, labels, probabilities, names, by_group, field)
+    run = {
+        "seed": config.seed,
+        "data": describe_data(dataset) | {"undecodable": images.undecodable()},
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        **facts,
+    }
+
+    def rows(wanted: Sequence[int]) -> np.ndarray:
+        return images.rows(split, indices[list(wanted)])
+
+    shown = samples(images) if "train" in splits else None
+    pictures = Pictures(rows, shown, lambda wanted: explain(rows(wanted))["heatmap"], repeated)
+    history, phases = facts.get("history", []), facts.get("phases", {})
+    return write_report(folder, result=result, history=history, phases=phases, run=run, pictures=pictures)
 
 
 def samples(images: ImageStore) -> Samples:
-    """A dozen training pictures, and the first of them as eight epochs see it."""
+    """A dozen training pictures, and eight augmented views of the first."""
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:12])
     shown = images.rows("train", chosen)
@@ -111,33 +97,20 @@ def views(augmentation: Augmentation, seed: int, shown: np.ndarray, chosen: np.n
     return np.asarray(images[::each])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Duplicates
-
-
-def shares(counts: Mapping[str, int], most: int = MOST_COMPARED) -> dict[str, int]:
-    """How many pictures of each split are compared: all, or `most` in all, the small splits whole before the large."""
+def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Pictures of each split to compare: all, or 100,000 of them together, the small splits whole before the large."""
     taken: dict[str, int] = {}
-    for place, name in enumerate(sorted(counts, key=lambda n: counts[n])):
-        taken[name] = min(counts[name], (most - sum(taken.values())) // (len(counts) - place))
+    for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
+        taken[name] = min(counts[name], (MOST_COMPARED - sum(taken.values())) // (len(counts) - rank))
     return taken
 
 
-def chosen_of(split: Split, wanted: int) -> np.ndarray:
-    """Which pictures of a split are compared where not all are: the first records (shards are shuffled when they are
-    prepared, and so few of them are fetched), or files at even distances (a folder of files is ordered by class).
-    """
-    if wanted >= split.count or split.shards:
-        return np.arange(min(wanted, split.count), dtype=np.int64)
-    return np.linspace(0, split.count - 1, wanted).astype(np.int64)
-
-
 def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not kept, the next ones are
+    """uint8 [k, 16, 16, 3] of the examples `wanted`, increasing indices; where images are not cached, the next ones are
     decoded meanwhile.
     """
     if pixels.shards and len(wanted) > FETCHED_AT_ONCE:
-        parts = [wanted[at : at + FETCHED_AT_ONCE] for at in range(0, len(wanted), FETCHED_AT_ONCE)]
+        parts = np.split(wanted, range(FETCHED_AT_ONCE, len(wanted), FETCHED_AT_ONCE))
         return np.concatenate([small_pictures(pixels, part, check) for part in parts])
     batches = chosen_batches(pixels, wanted, rows=READ_AT_ONCE, replicas=1)
     stream, gate = iter(batches.dataset), batches.gate()
@@ -156,23 +129,22 @@ def small_pictures(pixels: Pixels, wanted: np.ndarray, check: Callable[[], None]
 def repeats(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> Repeats:
     """Look for pictures that occur more than once among at most 100,000, which bounds time and memory (77 MB)."""
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
-    taken = shares({name: dataset.splits[name].count for name in splits})
+    taken = compared_counts({name: dataset.splits[name].count for name in splits})
     for name in splits:
-        wanted = chosen_of(dataset.splits[name], taken[name])
+        wanted, split = np.arange(taken[name], dtype=np.int64), dataset.splits[name]
+        if len(wanted) < split.count and not split.shards:  # a folder of files is ordered by class; shards are shuffled
+            wanted = np.linspace(0, split.count - 1, len(wanted)).astype(np.int64)
         small = small_pictures(images.split(name), wanted, check)
         good = ~np.isin(wanted, list(images.split(name).bad))
         thumbnails[name] = wanted[good], small[good]
-    found = find_duplicates(thumbnails, {name: dataset.splits[name].labels for name in splits})
+    labels = {name: dataset.splits[name].labels for name in splits}
+    found = find_duplicates(thumbnails, labels)
     groups = [
-        [Member(s, i, images.name_of(s, i), dataset.class_names[dataset.splits[s].labels[i]]) for s, i in group]
-        for group in (whole[:MEMBERS] for whole in found.groups)
+        [Member(s, i, images.name_of(s, i), dataset.class_names[labels[s][i]]) for s, i in group[:MEMBERS]]
+        for group in found.groups
     ]
     shown = [[images.rows(m.split, [m.index])[0] for m in group[:MEMBERS_SHOWN]] for group in groups[:SHOWN]]
     return Repeats(described(found, groups), shown)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# TensorBoard
 
 
 def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:

@@ -1,9 +1,10 @@
-"""Runs side by side: their scores on the examples they share, and the page that shows them."""
+"""Runs side by side: their scores on the examples they have in common, and the page that shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from os.path import commonpath
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,56 +21,44 @@ from trainer.report.page import NONE, number, percent, render
 from trainer.storage.local import write_whole
 
 SURE = 0.05  # p below which a difference is called one
-_FREE = ("output_dir", "runtime.cache_dir", "resume")  # differ between runs and say nothing
+_IGNORED = ("output_dir", "runtime.cache_dir", "resume")  # differ between runs and say nothing
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One run, or one evaluation of a run."""
+    """A run, or an evaluation of a run: its report, predictions, configuration and epochs."""
 
     name: str
     address: str
     report: Mapping[str, Any]
     answers: Mapping[str, tuple[str, str]]  # file -> truth, prediction
-    config: Mapping[str, Any] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs on what they share; the first is what the others are compared with.
-
-    Attributes:
-        files: the shared examples.
-        accuracies: of each run on them.
-        pairs: each run after the first against it.
-        p: theirs, raised for their number (Holm 1979).
-    """
+    """Several runs on the examples that all were scored on, the first of them as the reference."""
 
     runs: Sequence[Scored]
-    files: Sequence[str]
+    files: Sequence[str]  # the common examples
     right: np.ndarray  # bool [runs, files]
-    pairs: Sequence[Paired]
-    p: Sequence[float]
-
-    @property
-    def accuracies(self) -> list[float]:
-        return [float(row.mean()) for row in self.right]
+    pairs: Sequence[Paired]  # each run after the first against it
+    p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
 
 
 def _keys(runs: Sequence[Scored]) -> list[dict[str, str]]:
-    """What the examples of each run are known by: {key: file}. Whole names, or, where no two runs share one, the names
-    below the folder that each run's files are in (the same data may lie elsewhere).
+    """The examples of each run by key: {key: file}. Keys are whole names, or, where no name is in all runs, names below
+    the folder that each run's files are in (the same data may lie elsewhere).
     """
     whole = [{file: file for file in run.answers} for run in runs]
     if set.intersection(*(set(keys) for keys in whole)):
         return whole
     below = []
     for run in runs:
-        files = list(run.answers)
-        parents = [str(PurePosixPath(file).parent) for file in files]
+        parents = [str(PurePosixPath(file).parent) for file in run.answers]
         root = commonpath(parents) if len({p.startswith("/") for p in parents}) == 1 else ""
-        below.append({file.removeprefix(root).lstrip("/") if root else file: file for file in files})
+        below.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.answers})
     return below
 
 
@@ -79,14 +68,12 @@ def compare_runs(runs: Sequence[Scored]) -> Comparison:
     Raises:
         DataError: they know other classes, share no example, or disagree on the truth of one.
     """
-    first = runs[0]
-    for run in runs[1:]:
-        mine, theirs = (tuple(r.report["data"]["class_names"]) for r in (first, run))
-        if set(mine) != set(theirs):
-            odd = sorted(set(mine) ^ set(theirs))[0]
+    first, classes = runs[0], [set(run.report["data"]["class_names"]) for run in runs]
+    for run, known in zip(runs, classes, strict=True):
+        if odd := sorted(classes[0] ^ known):
             raise DataError(
-                f"{first.address} and {run.address} cannot be compared: they know other classes ({odd!r} is known to "
-                "only one of them)"
+                f"{first.address} and {run.address} cannot be compared: they know other classes ({odd[0]!r} is known "
+                "to only one of them)"
             )
     keys = _keys(runs)
     shared = sorted(set.intersection(*(set(k) for k in keys)))
@@ -95,41 +82,32 @@ def compare_runs(runs: Sequence[Scored]) -> Comparison:
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them; "
             "evaluate them on the same data with python -m trainer.evaluate"
         )
-    rows: list[list[bool]] = []
-    expected: list[str] = []
-    for run, known in zip(runs, keys, strict=True):
-        answers = [run.answers[known[key]] for key in shared]
-        truths = [truth for truth, _ in answers]
-        expected = expected or truths
-        wrong = next((i for i, (a, b) in enumerate(zip(truths, expected, strict=True)) if a != b), None)
-        if wrong is not None:
-            raise DataError(
-                f"{first.address} and {run.address} cannot be compared: {shared[wrong]} is {expected[wrong]!r} in one "
-                f"and {truths[wrong]!r} in the other"
-            )
-        rows.append([truth == answer for truth, answer in answers])
-    right = np.array(rows, bool)
+    answers = [[run.answers[file_of[key]] for key in shared] for run, file_of in zip(runs, keys, strict=True)]
+    for run, own in zip(runs, answers, strict=True):
+        for key, (expected, _), (truth, _) in zip(shared, answers[0], own, strict=True):
+            if truth != expected:
+                raise DataError(
+                    f"{first.address} and {run.address} cannot be compared: {key} is {expected!r} in one and {truth!r} "
+                    "in the other"
+                )
+    right = np.array([[truth == answer for truth, answer in own] for own in answers], bool)
     pairs = [compare_paired(right[0], row) for row in right[1:]]
     return Comparison(runs, shared, right, pairs, holm([pair.p for pair in pairs]))
 
 
 def verdict(pair: Paired, p: float) -> str:
-    """One word on a difference."""
+    """The difference in words: better, worse, or none shown."""
     if p >= SURE:
         return "no difference shown"
     return "better" if pair.difference > 0 else "worse"
 
 
 def configuration_differences(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
-    """(key, value in each run) of what is not the same in all."""
+    """(key, value in each run) of each setting that is not the same in all."""
     trees = [flat(dict(run.config)) for run in runs]
-    keys = sorted(set().union(*trees))
-    found = []
-    for key in keys:
-        values = [_as_typed(tree[key]) if key in tree else NONE for tree in trees]
-        if len(set(values)) > 1 and key not in _FREE:
-            found.append((key, values))
-    return found
+    keys = sorted(set().union(*trees) - {*_IGNORED})
+    rows = [(key, [_as_typed(tree[key]) if key in tree else NONE for tree in trees]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _as_typed(value: Any) -> str:
@@ -139,73 +117,36 @@ def _as_typed(value: Any) -> str:
     return f"[{','.join(map(_as_typed, value))}]" if isinstance(value, list) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The page
-
-
-@dataclass(frozen=True)
-class _RunRow:
-    """One run on the shared examples; the first has no pair. `changed`: what happened -> files."""
-
-    name: str
-    address: str
-    accuracy: float
-    interval: Sequence[float]
-    pair: Paired | None = None
-    p: float | None = None
-    verdict: str = ""
-    changed: Sequence[tuple[str, Sequence[str]]] = ()
-
-
-@dataclass(frozen=True)
-class _ComparePage:
-    """What compare.html.j2 shows.
-
-    Attributes:
-        n: shared examples.
-        scores: name, and its value in each run, on the examples of each run.
-        classes: name, and its F1 in each run, the largest loss first.
-        differences: key of the configuration, and its value in each run.
-    """
-
-    runs: Sequence[_RunRow]
-    n: int
-    scores: Sequence[tuple[str, Sequence[str]]]
-    charts: Sequence[Markup]
-    classes: Sequence[tuple[str, Sequence[float]]]
-    differences: Sequence[tuple[str, Sequence[str]]]
-    sure: float = SURE
-    series: int = len(SERIES)
-
-
-def _rows(found: Comparison) -> list[_RunRow]:
-    rows, n = [], len(found.files)
-    for place, run in enumerate(found.runs):
-        hits = int(found.right[place].sum())
-        row = _RunRow(run.name, run.address, hits / n, wilson(hits, n))
-        if place:
-            pair, p = found.pairs[place - 1], found.p[place - 1]
-            files = [
-                [found.files[int(i)] for i in np.flatnonzero((found.right[place] == now) & (found.right[0] != now))]
-                for now in (True, False)
-            ]
-            changed = list(zip(("right now, wrong in the first", "wrong now, right in the first"), files, strict=True))
-            row = replace(row, pair=pair, p=p, verdict=verdict(pair, p), changed=changed)
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each run on the common examples; the first has no pair. `changed`: [(kind of change, files)]."""
+    rows, n, first = [], len(comparison.files), comparison.right[0]
+    for i, (run, right) in enumerate(zip(comparison.runs, comparison.right, strict=True)):
+        hits = int(right.sum())
+        row = {
+            "name": run.name,
+            "address": run.address,
+            "accuracy": hits / n,
+            "interval": wilson(hits, n),
+            "pair": None,
+        }
+        if i > 0:
+            pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
+            row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
+        changes = {"right now, wrong in the first": right & ~first, "wrong now, right in the first": first & ~right}
+        row["changed"] = [
+            (kind, [comparison.files[k] for k in np.flatnonzero(at).tolist()]) for kind, at in changes.items()
+        ]
         rows.append(row)
     return rows
 
 
 def _scores(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
-    """What each run reports of its own examples."""
-
-    def share(value: float | None) -> str:
-        return percent(value, 2)
-
+    """Name, and its value in each run on the run's own examples."""
     kinds: list[tuple[str, str, str, Callable[..., str]]] = [
-        ("test", "n", "examples", number), ("test", "accuracy", "accuracy", share),
-        ("test", "top_5", "top-5 accuracy", share), ("test", "macro_f1", "macro F1", number),
+        ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
+        ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
         ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
-        ("test", "split", "split", str), ("timing", "images_per_second", "images a second", lambda v: number(v, 0)),
+        ("test", "split", "split", str), ("timing", "images_per_second", "images a second", partial(number, digits=0)),
         ("timing", "goodput", "goodput", percent),
     ]  # fmt: skip
     rows = []
@@ -218,29 +159,34 @@ def _scores(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
 
 def _curves(runs: Sequence[Scored]) -> list[Markup]:
     drawn = []
-    for key, title, shares in (("val_accuracy", "Validation accuracy", True), ("val_loss", "Validation loss", False)):
-        lines = [
-            Line(
-                run.name, SERIES[i % len(SERIES)], [r["epoch"] for r in run.history], [r.get(key) for r in run.history]
-            )
-            for i, run in enumerate(runs)
-        ]
-        if chart := line_chart(title, lines, shares=shares):
+    for key, title, fractions in (
+        ("val_accuracy", "Validation accuracy", True),
+        ("val_loss", "Validation loss", False),
+    ):
+        lines = []
+        for i, run in enumerate(runs):
+            epochs, values = [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
+            lines.append(Line(run.name, SERIES[i % len(SERIES)], epochs, values))
+        if chart := line_chart(title, lines, fractions=fractions):
             drawn.append(svg(key, chart))
     return drawn
 
 
-def write_comparison(path: Path, found: Comparison) -> Path:
-    """Write one self-contained page."""
-    scores = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in found.runs]
+def write_comparison(path: Path, comparison: Comparison) -> Path:
+    """Write the comparison as one self-contained page; classes with the largest loss of F1 come first."""
+    runs = comparison.runs
+    scores = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
     names = sorted(scores[0], key=lambda name: min(s[name] - scores[0][name] for s in scores[1:]))
-    page = _ComparePage(
-        runs=_rows(found),
-        n=len(found.files),
-        scores=_scores(found.runs),
-        charts=_curves(found.runs),
+    page = render(
+        "compare.html.j2",
+        runs=_rows(comparison),
+        n=len(comparison.files),
+        scores=_scores(runs),
+        charts=_curves(runs),
         classes=[(name, [s[name] for s in scores]) for name in names],
-        differences=configuration_differences(found.runs),
+        differences=configuration_differences(runs),
+        sure=SURE,
+        series=len(SERIES),
     )
-    write_whole(path, render("compare.html.j2", page))
+    write_whole(path, page)
     return path

@@ -1,4 +1,4 @@
-"""The figure of drift: what a log of predictions holds beside the reference."""
+"""The figure of drift: a log of predictions beside the reference."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.drift import BINS, Measure, Window
-from trainer.report.figures import (
-    DOUBTFUL,
-    INK,
-    RIGHT,
-    TRAINING,
-    VALIDATION,
-    WRONG,
-    canvas,
-    heading,
-    label,
-    save,
-    tidy,
-)
+from trainer.report import figures
+from trainer.report.figures import INK, TRAINING, VALIDATION, canvas, heading, label, tidy
 
 SHOWN = 15  # classes in the figure, those that moved most
-COLOURS = {"stable": RIGHT, "moderate": DOUBTFUL, "shifted": WRONG}
+COLOURS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
 
 
-def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequence[Measure]) -> None:
-    """The figure: predicted classes, confidence, and each measure beside its limit."""
+def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Sequence[Measure]) -> None:
+    """Draw predicted classes, confidence, and each measure beside its limit, as PNG at `path`."""
     before = np.asarray(reference["class_frequencies"])
     now = window.classes / window.n
     shown = np.argsort(-np.abs(now - before), kind="stable")[:SHOWN]
@@ -45,18 +34,18 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, found: Sequen
     tidy(axes, "x")
     left, right = (figure.add_subplot(grid[1, column]) for column in (0, 1))
     counts = np.asarray(reference["confidence_histogram"]["counts"])
-    edges = np.arange(BINS) / BINS
+    edges, logged = np.arange(BINS) / BINS, window.confidences / window.n
     left.bar(edges, counts / counts.sum(), 1 / BINS, align="edge", color=TRAINING)
-    left.step([*edges, 1.0], [*(now_ := window.confidences / window.n), now_[-1]], where="post", color=VALIDATION)
+    left.step([*edges, 1.0], [*logged, logged[-1]], where="post", color=VALIDATION)
     left.set_xlim(0, 1)
     heading(left, "Largest probability")
     tidy(left, "y")
-    shares = [min(measure.value / measure.shifted, 3.0) for measure in found]
-    right.barh(range(len(found)), shares, 0.5, color=[COLOURS[measure.level] for measure in found])
+    ratios, rows = [min(measure.value / measure.shifted, 3.0) for measure in measured], np.arange(len(measured))
+    right.barh(rows, ratios, 0.5, color=[COLOURS[measure.level] for measure in measured])
     right.axvline(1, color=INK, linewidth=1)
-    right.set_yticks(range(len(found)), [measure.name for measure in found])
+    right.set_yticks(rows, [measure.name for measure in measured])
     right.invert_yaxis()
-    right.set_xlim(0, max(1.5, *shares) * 1.1)
+    right.set_xlim(0, max(1.5, *ratios) * 1.1)
     heading(right, "Measure / its limit (cut at 3)")
     tidy(right, "x")
-    save(figure, path)
+    figures.save(figure, path)

@@ -24,8 +24,7 @@ from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import say
 from trainer.report.build import build_report
 from trainer.runs.reader import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
-from trainer.storage.path import Place, place
-from trainer.types import Dataset
+from trainer.storage.path import place
 
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
 UNDIVIDED_NOTE = (
@@ -35,29 +34,16 @@ UNDIVIDED_NOTE = (
 DURING = "during the evaluation"
 
 
-def choose_split(wanted: str | None, dataset: Dataset) -> str:
-    """The split to score."""
-    if wanted is None:
-        return next(name for name in ("test", "validation", "train") if name in dataset.splits)
-    if wanted not in dataset.splits:
-        raise ConfigError(f"split={wanted}: the data has {', '.join(dataset.splits)}")
-    return wanted
-
-
-def target(output: str | None, run: FinishedRun, checkpoint: str, data: str, split: str) -> Place:
-    """The folder of the report."""
-    return (
-        place(output) if output else run.home / "evaluations" / re.sub(r"[^\w.-]+", "-", f"{checkpoint}-{data}-{split}")
-    )
-
-
 def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> Mapping[str, Any]:
-    """Score and report; returns what report.json holds.
+    """Score a checkpoint of a run and report; returns the content of report.json.
 
     Args:
-        own: the arguments `split` and `output`, where they are given.
-    """
+        own: the arguments `split` and `output`, where they are given. By default the split is the first of test,
+            validation and train that the data has, and the output a folder below the run.
 
+    Raises:
+        ConfigError: the data has no such split.
+    """
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
     bare = config.model_copy(update={"model": without_weights(config.model)})
     data = open_run_data(bare, say, lambda address: stop.check(f"while {address} was fetched"))
@@ -71,7 +57,11 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 
-    split = choose_split(own.get("split"), dataset)
+    split = own.get("split")
+    if split is None:
+        split = next(name for name in ("test", "validation", "train") if name in dataset.splits)
+    if split not in dataset.splits:
+        raise ConfigError(f"split={split}: the data has {', '.join(dataset.splits)}")
     own_data = dataset.fingerprint == run.fingerprint
     undivided = not own_data and list(dataset.splits) == ["train"]
     what = "" if undivided else f"{split} "
@@ -92,7 +82,8 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
         facts["note"] = UNDIVIDED_NOTE if undivided else None
     elif split == "train" or config.debug.overfit:
         facts["note"] = TRAIN_NOTE
-    home = target(own.get("output"), run, checkpoint.name, dataset.name, split)
+    name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
+    home = place(own["output"]) if own.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if own_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
         local = Path(str(home)) if home.is_local else Path(beside)

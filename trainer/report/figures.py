@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -34,15 +34,18 @@ from trainer.types import EvaluationResult
 DPI = 110
 COMPRESSION = 2  # of 9: photos take half the time of the usual 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
+NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
+MOST_BARS = 120  # classes in the F1 figure
+MOST_WRONG = 12
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # of runs beside each other
 
-# The custom property of report.css that takes the place of a colour, so that a chart in the page is light or dark.
+# The custom property of report.css that replaces a colour, so that a chart in the page is light or dark.
 PROPERTIES = {
     INK: "--ink", MUTED: "--soft", RULE: "--rule", TRAINING: "--faint", VALIDATION: "--lead", WRONG: "--wrong",
-    **{colour: f"--s{place}" for place, colour in enumerate(SERIES)},
+    **{colour: f"--s{i}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
 
 
@@ -51,33 +54,35 @@ def canvas(height: float, width: float = WIDTH, laid_out: bool = True) -> Figure
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if laid_out else None, facecolor="white")
 
 
+def shortened(name: str, longest: int) -> str:
+    """A printable name, cut in the middle where it is too long."""
+    name, tail = printable(name), longest // 2
+    return name if len(name) <= longest else name[: longest - tail - 1] + "…" + name[-tail:]
+
+
 def label(name: str, longest: int = 24) -> str:
     """A class or file name as text of a figure: one line, not mathematics, cut in the middle where too long."""
-    name = printable(name)
-    if len(name) > longest:
-        tail = longest // 2
-        name = name[: longest - tail - 1] + "…" + name[-tail:]
-    return name.replace("$", r"\$")
+    return shortened(name, longest).replace("$", r"\$")
 
 
-def tidy(axes: Axes, grid: str | None = None) -> None:
-    """Light frame, and grid lines along one axis ("x" or "y") behind the data."""
+def tidy(axes: Axes, grid: Literal["x", "y"] | None = None) -> None:
+    """Give axes a light frame, and grid lines along one axis ("x" or "y") behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.tick_params(colors=INK, length=0, labelsize=9)
     axes.set_axisbelow(True)
-    if grid in ("x", "y"):
-        axes.grid(axis="x" if grid == "x" else "y", color=RULE, linewidth=0.6)
+    if grid:
+        axes.grid(axis=grid, color=RULE, linewidth=0.6)
 
 
-def heading(axes: Axes, title: str, pad: float = 8) -> None:
-    """A title at the left edge."""
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
+def heading(axes: Axes, title: str) -> None:
+    """Put a title at the left edge of axes."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """A name in a script that matplotlib's font lacks is boxes in a PNG; the page and the CSV show it right."""
+    """No warning of a script that matplotlib's font lacks: boxes in a PNG, while the page and the CSV show it right."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -99,22 +104,13 @@ def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Charts: figures that the page shows too, in units that are pixels there
-
-
 @dataclass(frozen=True)
 class Chart:
-    """A figure, and what a page tells beside it.
-
-    Attributes:
-        words: what it shows, for those who do not see it.
-        tips: gid of an artist -> a tooltip for each of its marks.
-    """
+    """A figure that the page shows too, in units that are pixels there."""
 
     figure: Figure
-    words: str
-    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    words: str  # the text alternative
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)  # gid of an artist -> tooltips of its marks
 
     def __post_init__(self) -> None:
         for artist in self.figure.findobj():
@@ -138,7 +134,9 @@ def svg(name: str, chart: Chart) -> Markup:
             element.set("href", address)
         if style := element.get("style"):
             style = re.sub(r"font-family: [^;]*;? ?", "", style)
-            element.set("style", re.sub("#[0-9a-f]{6}", lambda found: _property(found[0]), style))
+            for colour, name_of in PROPERTIES.items():
+                style = style.replace(colour, f"var({name_of})")
+            element.set("style", style)
         element.text, element.tail = (element.text or "").strip() or None, None
     root.attrib = {"class": "chart", "viewBox": box, "role": "img", "aria-label": chart.words}
     for group in [part for part in root if part.tag == "metadata" or part.find("style") is not None]:
@@ -146,43 +144,43 @@ def svg(name: str, chart: Chart) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _property(colour: str) -> str:
-    return f"var({PROPERTIES[colour]})" if colour in PROPERTIES else colour
-
-
-def _plot(width: float, height: float, left: float, top: float, right: float = 10, bottom: float = 36) -> Figure:
+def _plot(
+    title: str, width: float, height: float, *, left: float, top: float, right: float = 10, bottom: float = 36
+) -> tuple[Figure, Axes]:
     """A figure with one pair of axes; size and margins in pixels of the page. Fixed margins need no second drawing."""
     figure = canvas(height / 72, width / 72, laid_out=False)
-    place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
-    axes = figure.add_axes(place)
+    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    axes = figure.add_axes(box)
     tidy(axes)
     axes.tick_params(colors=MUTED, labelsize=11)
-    return figure
+    _title(figure, title)
+    return figure, axes
 
 
 def _title(figure: Figure, title: str, size: float = 13) -> None:
-    """At the upper left corner."""
+    """Put a title in the upper left corner."""
     height = figure.get_figheight() * 72
     figure.text(4 / 72 / figure.get_figwidth(), 1 - 16 / height, title, fontsize=size, fontweight="bold", color=INK)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One value for each place; NaN or None where there is none."""
+    """A series of values over epochs; NaN or None where there is none."""
 
     name: str
     colour: str
-    places: Sequence[float]
+    epochs: Sequence[float]
     values: Sequence[float | None]
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        pairs = zip(self.places, self.values, strict=True)
-        return [(place, float(value)) for place, value in pairs if value is not None and math.isfinite(value)]
+        """(epoch, value) where there is a value."""
+        pairs = zip(self.epochs, self.values, strict=True)
+        return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
 
 def _small(value: float) -> str:
-    """7.5e-4."""
+    """A number as 7.5e-4."""
     digits, exponent = f"{value:.1e}".split("e")
     return f"{float(digits):g}e{int(exponent)}" if value else "0"
 
@@ -191,71 +189,68 @@ def line_chart(
     title: str,
     lines: Sequence[Line],
     *,
-    shares: bool = False,
+    fractions: bool = False,
     marks: Mapping[str, float] | None = None,
     rings: Sequence[tuple[float, float]] = (),
     keys: bool = False,
 ) -> Chart | None:
-    """Lines over the epochs; None where there is nothing to draw.
+    """A chart of lines over the epochs; None where there is nothing to draw.
 
     Args:
-        shares: values are shares of 1, shown in percent up to 100; else they begin at 0.
-        marks: vertical lines, name -> place.
+        fractions: values are fractions of 1, shown in percent up to 100; else they begin at 0.
+        marks: vertical lines, name -> epoch.
         rings: points that are ringed, as the best epochs of phases.
-        keys: whether the names of the lines stand in it.
+        keys: whether there is a legend.
     """
     drawn = [(line, line.points) for line in lines if line.points]
     if not drawn:
         return None
-    places, values = ([point[i] for _, points in drawn for point in points] for i in (0, 1))
-    first, last = min(places) - 0.5, max(places) + 0.5
-    low, high = (min(values), 1.0) if shares else (0.0, max(values))
+    epochs, values = zip(*(point for _, points in drawn for point in points), strict=True)
+    first, last = min(epochs) - 0.5, max(epochs) + 0.5
+    low, high = (min(values), 1.0) if fractions else (0.0, max(values))
     room = 0.06 * max(high - low, 1e-6)
-    at = list((marks or {}).items())
+    marks = marks or {}
     step = (400 - 46 - 10) / (last - first)
-    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(at))
+    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(marks.items()))
     top = 78 if crowded else 44
-    figure = _plot(400, 204 + top, 46, top)
-    (axes,) = figure.axes
-    _title(figure, title)
+    figure, axes = _plot(title, 400, 204 + top, left=46, top=top)
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.spines["left"].set_visible(False)
-    axes.set(xlim=(first, last), ylim=(max(0.0, low - room), high if shares else high + room))
+    axes.set(xlim=(first, last), ylim=(max(0.0, low - room), high if fractions else high + room))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    show = (lambda v: f"{100 * v:.4g}%") if shares else (_small if 0 < high < 0.01 else lambda v: f"{v:.3g}")
+    show = (lambda v: f"{100 * v:.4g}%") if fractions else (_small if 0 < high < 0.01 else lambda v: f"{v:.3g}")
     axes.yaxis.set_major_formatter(lambda value, _: show(value))
     axes.set_xlabel("epoch", loc="right", fontsize=11, color=MUTED, labelpad=1)
-    for name, place in at:
-        axes.axvline(place, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
+    for name, epoch in marks.items():
+        axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
         turn: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
-        axes.annotate(label(name, 12 if crowded else 24), (place, 1), xycoords=("data", "axes fraction"),
+        axes.annotate(label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **turn)  # fmt: skip
-    tips = {f"mark {name}": [f"{name} starts"] for name, _ in at}
+    tips = {f"mark {name}": [f"{name} starts"] for name in marks}
     for number, (line, points) in enumerate(drawn):
         dots: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= 60 else {}
         axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=label(line.name), gid=str(number),
                   **dots)  # fmt: skip
         if dots:
-            told = [(place, f"{100 * v:.2f} %" if shares else f"{v:.4g}") for place, v in points]
-            tips[str(number)] = [f"{printable(line.name)}, epoch {place:g}: {value}" for place, value in told]
+            shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
+            tips[str(number)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
     if rings:
         axes.plot(*zip(*rings, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
                   markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
-        tips["rings"] = [f"best epoch of a phase: {place:g}" for place, _ in rings]
+        tips["rings"] = [f"best epoch of a phase: {epoch:g}" for epoch, _ in rings]
     if keys:
-        axes.legend(frameon=False, fontsize=11, loc="lower right" if shares else "upper right", labelcolor=MUTED)
+        axes.legend(frameon=False, fontsize=11, loc="lower right" if fractions else "upper right", labelcolor=MUTED)
     return Chart(figure, f"{title}: {', '.join(printable(line.name) for line in lines)}", tips)
 
 
 def draw_curves(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Chart]:
-    """Loss, accuracy and learning rate over all phases.
+    """Charts of loss, accuracy and learning rate over all phases.
 
     Args:
-        history: one row an epoch, at least one: phase, epoch (counted over the whole run), loss, accuracy, val_loss,
-            val_accuracy (None or NaN where there is no validation), learning_rate.
+        history: as `write_report`; at least one row. Scores are None or NaN where there is no validation.
         phases: `best_epoch` of each (counted over the whole run) is ringed.
     """
     epochs = [float(row["epoch"]) for row in history]
@@ -270,28 +265,29 @@ def draw_curves(
 
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
-        validation = line("validation", VALIDATION, f"val_{key}")
-        rings = [(place, value) for place, value in validation.points if place in best]
-        lines = [line("training", TRAINING, key), validation]
-        charts.append(line_chart(title, lines, shares=key == "accuracy", marks=marks, rings=rings, keys=True))
+        lines = [line("training", TRAINING, key), line("validation", VALIDATION, f"val_{key}")]
+        rings = [point for point in lines[1].points if point[0] in best]
+        charts.append(line_chart(title, lines, fractions=key == "accuracy", marks=marks, rings=rings, keys=True))
     charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], marks=marks))
     return [chart for chart in charts if chart]
 
 
+def mistakes(confusion: np.ndarray) -> np.ndarray:
+    """The confusion matrix, int [c, c], with zeros in the diagonal."""
+    return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+
+
 def top_confusions(confusion: np.ndarray, most: int = 15) -> list[tuple[int, int, int]]:
     """(truth, prediction, examples) of the most frequent mistakes, int [c, c] given; equals by class."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    wrong = mistakes(confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(place), len(wrong)) for place in order]
+    pairs = [divmod(int(cell), len(wrong)) for cell in order]
     return [(truth, answer, int(wrong[truth, answer])) for truth, answer in pairs if wrong[truth, answer]]
 
 
-NUMBERED = 20  # classes up to which a confusion matrix can hold its numbers and names
-
-
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
-    """One pixel a cell: blue where right, red where wrong, the stronger the larger its share of the true class, grey
-    rows of classes without an example. Returns how strong, float [c, c] in 0..1.
+    """Draw a pixel a cell: blue where right, red where wrong, the stronger the larger its part of the true class, grey
+    rows of classes without an example. Returns the strength, float [c, c] in 0..1.
     """
     support = confusion.sum(axis=1, keepdims=True)
     strength = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
@@ -309,30 +305,25 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
-    """The confusion matrix, coloured by the share of each true class.
+    """The confusion matrix, int [c, c] with rows of the truth, coloured by the fraction of each true class.
 
     Up to 20 classes it holds names and counts; with more, a second chart holds the most frequent confusions as bars.
-
-    Args:
-        confusion: int [c, c]; rows: truth, columns: prediction.
-        class_names: c names.
     """
     table, classes = np.asarray(confusion), len(class_names)
     if classes > NUMBERED:
-        figure = _plot(560, 580, 56, 30)
-        _draw_matrix(figure.axes[0], table)
-        _title(figure, f"Confusion matrix of {classes} classes, in their order")
-        words = f"Confusion matrix of {classes} classes, in their order"
-        return [Chart(figure, words), _draw_confusions(table, class_names)]
+        title = f"Confusion matrix of {classes} classes, in their order"
+        figure, axes = _plot(title, 560, 580, left=56, top=30)
+        _draw_matrix(axes, table)
+        return [Chart(figure, title), _draw_confusions(table, class_names)]
     names = [label(name) for name in class_names]
-    empty = table.sum(axis=1) == 0
-    rows = [name + (" (no examples)" if none else "") for name, none in zip(names, empty, strict=True)]
+    rows = [
+        name + ("" if support else " (no examples)") for name, support in zip(names, table.sum(axis=1), strict=True)
+    ]
     side = max(190, 32 * classes)  # of the matrix; around it the names need their room
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
-    figure = _plot(max(left + side + 20, 340), side + bottom + 36, left, 36, max(20, 320 - left - side), bottom)
-    (axes,) = figure.axes
+    width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
+    figure, axes = _plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
     strength = _draw_matrix(axes, table)
-    _title(figure, "Confusion matrix")
     slanted = max(map(len, names)) > 3
     turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axes.set_xticks(range(classes), names, **turn)
@@ -346,35 +337,28 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
 
 def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     """The most frequent confusions as bars."""
-    pairs = top_confusions(table)
-    figure = _plot(560, 66 + 20 * max(len(pairs), 2), 330, 30, right=70)
-    _title(figure, "Most frequent confusions")
-    (axes,) = figure.axes
+    pairs, title = top_confusions(table), "Most frequent confusions"
+    figure, axes = _plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
     if not pairs:
         axes.set_axis_off()
         figure.text(0.5, 0.5, "no class is taken for another", ha="center", va="center", color=MUTED)
         return Chart(figure, "No class is taken for another")
     axes.grid(axis="x", color=RULE, linewidth=0.6)
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
-    for place, (truth, _, count) in enumerate(pairs):
-        axes.text(count, place, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
+    for y, (truth, _, count) in enumerate(pairs):
+        axes.text(count, y, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
     texts = [f"{label(class_names[t], 22)} taken for {label(class_names[a], 22)}" for t, a, _ in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=9)
     axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("examples", color=MUTED)
-    return Chart(figure, "Most frequent confusions")
-
-
-MOST_BARS = 120  # classes in the F1 figure
+    return Chart(figure, title)
 
 
 def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     """F1 of each class as bars, weakest first, in columns of 40; of more than 120 classes the weakest 120.
 
-    Args:
-        per_class: name, f1, support of each class. Classes without an example come last, without a bar.
-        macro_f1: drawn as a line.
+    Classes without an example come last, without a bar; macro F1 is a dashed line.
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MOST_BARS]
@@ -387,17 +371,15 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     figure = canvas(height / 72, columns * width / 72, laid_out=False)
     for column in range(columns):
         part = slice(column * length, (column + 1) * length)
-        rows, places = shown[part], range(len(shown[part]))
+        rows, ys = shown[part], range(len(shown[part]))
         low, high = (column * width + left) / (columns * width), ((column + 1) * width - 8) / (columns * width)
         axes = figure.add_axes((low, 36 / height, high - low, 1 - 66 / height))
         tidy(axes, "x")
-        axes.barh(places, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
-        for place, row in zip(places, rows, strict=True):
-            if row["support"]:
-                axes.text(1.02, place, f"{row['f1']:.3f}", va="center", fontsize=size, color=INK)
-            else:
-                axes.text(0.02, place, "no examples", va="center", fontsize=size, color=MUTED)
-        axes.set_yticks(places, texts[part], fontsize=size)
+        axes.barh(ys, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
+        for y, row in zip(ys, rows, strict=True):
+            x, words, colour = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
+            axes.text(x, y, words, va="center", fontsize=size, color=colour)
+        axes.set_yticks(ys, texts[part], fontsize=size)
         axes.set(xlim=(0, 1.25 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
@@ -408,19 +390,13 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """How often predictions of a given confidence are right, above a histogram of the confidence.
-
-    Args:
-        bins: low, high, count, confidence, accuracy, as `metrics.calibration` gives them.
-        error: the expected calibration error.
-    """
+    """A reliability diagram, accuracy over confidence, above a histogram of the confidence (`metrics.calibration`)."""
     full = [b for b in bins if b["count"]]
-    figure = _plot(400, 400, 50, 36, right=20, bottom=124)
-    (upper,) = figure.axes
+    title = f"Share that is right (expected error {error:.3f})"
+    figure, upper = _plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
     lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
     tidy(lower)
     lower.tick_params(colors=MUTED, labelsize=11, pad=5)
-    _title(figure, f"Share that is right (expected error {error:.3f})")
     for axes in (upper, lower):
         axes.grid(axis="y", color=RULE, linewidth=1)
     upper.tick_params(labelbottom=False)
@@ -433,11 +409,11 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in full], [0.94 * (b["high"] - b["low"]) for b in full]
     bars = lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING)
-    for number, bar in enumerate(bars):
-        bar.set_gid(f"bar {number}")
+    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
+    for bar, gid in zip(bars, tips, strict=True):
+        bar.set_gid(gid)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     lower.set_xlabel("confidence, and how many examples have it", loc="right", fontsize=11, color=MUTED)
-    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
     tips["model"] = [
         f"confidence {100 * b['confidence']:.1f} %, right {100 * b['accuracy']:.1f} %, {b['count']:,} examples"
         for b in full
@@ -445,22 +421,14 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     return Chart(figure, "Calibration: the share that is right over the confidence", tips)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Figures of pictures: samples, augmented views, predictions, mistakes. Each draws one figure
-
 # Fetches pictures of the evaluated split by example index: uint8 [k, S, S, 3].
 Images = Callable[[Sequence[int]], np.ndarray]
 
-MOST_WRONG = 12
 TOP = 0.36  # inches that the title takes
 
 
 def _draw_grid(
-    title: str,
-    pictures: np.ndarray,
-    captions: Sequence[str],
-    columns: int,
-    colours: Sequence[str] | None = None,
+    title: str, pictures: np.ndarray, captions: Sequence[str], columns: int, colours: Sequence[str] | None = None
 ) -> Figure:
     """Pictures uint8 [k, S, S, 3] in rows, each with a caption of a few lines above it and a coloured frame.
 
@@ -492,46 +460,39 @@ def _draw_grid(
 
 
 def draw_samples(pictures: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Training pictures with their class.
-
-    Args:
-        pictures: uint8 [k, S, S, 3], k >= 1.
-        class_names: the class of each picture.
-    """
+    """Training pictures, uint8 [k, S, S, 3], k >= 1, with the class of each."""
     captions = [label(name, 20) for name in class_names]
     return _draw_grid("Training examples, as the model sees them", pictures, captions, 6)
 
 
 def draw_augmentation(original: np.ndarray, views: np.ndarray) -> Figure:
-    """One training picture and what augmentation makes of it in several epochs.
-
-    Args:
-        original: uint8 [S, S, 3].
-        views: uint8 [k, S, S, 3], k >= 1.
-    """
+    """A training picture, uint8 [S, S, 3], and its augmented views in several epochs, uint8 [k, S, S, 3], k >= 1."""
     pictures = np.concatenate([original[None], views])
     captions = ["original"] + [f"view {i}" for i in range(1, len(views) + 1)]
     return _draw_grid("One training example under augmentation", pictures, captions, 6)
 
 
-def _captions(result: EvaluationResult, indices: Sequence[int], longest: int) -> tuple[list[str], list[str]]:
+def _draw_examples(
+    title: str, result: EvaluationResult, images: Images, indices: Sequence[int], named: bool = True
+) -> Figure:
+    """Examples with truth, prediction and probability, and with their file names where `named`."""
+    longest, columns = (16, 4) if named else (28, 3)
     captions, colours = [], []
     for index in indices:
         answer = int(result.probabilities[index].argmax())
         right = answer == result.labels[index]
         truth, said = (label(result.class_names[k], longest) for k in (int(result.labels[index]), answer))
-        share = f"{100 * result.probabilities[index, answer]:.1f} %"
-        captions.append(f"truth: {truth}\n{'✓' if right else '✗'} {said}, {share}")
+        percent = f"{100 * result.probabilities[index, answer]:.1f} %"
+        file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if named else ""
+        captions.append(f"{file}truth: {truth}\n{'✓' if right else '✗'} {said}, {percent}")
         colours.append(RIGHT if right else WRONG)
-    return captions, colours
+    return _draw_grid(title, images(indices), captions, columns, colours)
 
 
 def draw_predictions(result: EvaluationResult, images: Images, seed: int) -> Figure:
-    """Nine examples drawn by the seed, with truth, prediction and probability; green is right, red is wrong."""
-    indices = find_random(result, seed)
-    captions, colours = _captions(result, indices, 28)
+    """Nine examples drawn by the seed; green is right, red is wrong."""
     title = f"Random {result.split} examples and the model's answers"
-    return _draw_grid(title, images(indices), captions, 3, colours)
+    return _draw_examples(title, result, images, find_random(result, seed), named=False)
 
 
 def find_most_wrong(result: EvaluationResult, most: int = MOST_WRONG) -> list[int]:
@@ -563,16 +524,9 @@ def draw_most_wrong(result: EvaluationResult, images: Images) -> Figure:
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"Every {result.split} example is right.", ha="center", va="center", color=MUTED)
         return figure
-    return _draw_named("Wrong, and most sure of it", result, images, indices)
+    return _draw_examples("Wrong, and most sure of it", result, images, indices)
 
 
 def draw_least_sure(result: EvaluationResult, images: Images) -> Figure:
     """The examples between two classes, with their file names."""
-    return _draw_named("Least sure", result, images, find_least_sure(result))
-
-
-def _draw_named(title: str, result: EvaluationResult, images: Images, indices: Sequence[int]) -> Figure:
-    captions, colours = _captions(result, indices, 16)
-    names = [label(PurePosixPath(result.names[index]).name, 22) for index in indices]
-    captions = [f"{name}\n{caption}" for name, caption in zip(names, captions, strict=True)]
-    return _draw_grid(title, images(indices), captions, 4, colours)
+    return _draw_examples("Least sure", result, images, find_least_sure(result))

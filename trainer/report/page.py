@@ -19,42 +19,31 @@ from PIL import Image
 
 from trainer.config.diff import flat
 from trainer.evaluation.predictions import printable
-from trainer.report.figures import (
-    NUMBERED,
-    Chart,
-    Images,
-    find_least_sure,
-    find_most_wrong,
-    find_random,
-    svg,
-    top_confusions,
-)
-from trainer.report.schema import ClassScores, Report
+from trainer.report import figures
+from trainer.report.figures import Chart, Images, svg
+from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\u2013"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Filters: numbers and names as people read them. Markup is what a template shows as it is; all else is escaped there
+# Filters: numbers and names as people read them. A template shows Markup as it is and escapes all else.
 
 
 def short(name: object, longest: int = 28) -> str:
     """A name, cut in the middle where it is too long; the whole is its tooltip."""
     whole = printable(str(name))
-    if len(whole) <= longest:
-        return whole
-    tail = longest // 2
-    return Markup('<span title="{}">{}…{}</span>').format(whole, whole[: longest - tail - 1], whole[-tail:])
+    cut = figures.shortened(whole, longest)
+    return whole if cut == whole else Markup('<span title="{}">{}</span>').format(whole, cut)
 
 
-def percent(share: float | None, digits: int = 1) -> Markup:
-    return Markup(NONE if share is None else f"{100 * share:.{digits}f}\u202f%")
+def percent(fraction: float | None, digits: int = 1) -> Markup:
+    return Markup(NONE if fraction is None else f"{100 * fraction:.{digits}f}\u202f%")
 
 
 def span(interval: Sequence[float]) -> Markup:
-    """An interval of shares."""
+    """An interval of fractions, in percent."""
     return Markup("{:.1f}{}{}").format(100 * interval[0], NONE, percent(interval[1]))
 
 
@@ -77,37 +66,28 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _shown(value: object) -> str:
-    """What a template prints, before it is escaped: class and file names may hold anything."""
+def _finalize(value: object) -> str:
+    """The text of a value in a template, before it is escaped: class and file names may hold anything."""
     return value if isinstance(value, Markup) else printable(str(value))
 
 
 @cache
 def _environment() -> Environment:
-    found = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    found.filters |= {f.__name__: f for f in (short, percent, span, number, duration, plural, flat)}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True, finalize=_finalize)  # fmt: skip
+    environment.filters |= {f.__name__: f for f in (short, percent, span, number, duration, plural, flat)}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # No request leaves the page, and no other script runs in it, whatever a class or a file is called.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    found.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
-    return found
+    environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
+    return environment
 
 
-def render(template: str, context: object) -> str:
-    """A page out of a template and a dataclass, whose fields it knows by name."""
-    return _environment().get_template(template).render(vars(context))
+def render(template: str, **context: Any) -> str:
+    """A page out of a template and the variables that it names."""
+    return _environment().get_template(template).render(context)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures inside the page
 
 SHOT, SMALL = 224, 112  # longest sides of thumbnails, pixels
 SHOWN = 12  # label errors and groups of duplicates that are shown with their pictures
@@ -118,7 +98,7 @@ _LARGE = 100_000  # bytes; a figure above this is embedded as JPEG, a fifth of t
 
 
 def _image(content: bytes, kind: str, words: str = "", name: str = "") -> Markup:
-    """<img> that holds its picture; `name` is a class of the style sheet."""
+    """<img> with the picture inside; `name` is a class of the style sheet."""
     data = base64.b64encode(content).decode("ascii")
     return Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">').format(name, printable(words), kind, data)
 
@@ -139,7 +119,7 @@ def _thumbnail(picture: np.ndarray, longest: int, words: str) -> Markup:
 
 
 def _overlay(heat: np.ndarray) -> Markup:
-    """A heatmap as a coloured picture, opaque where the model looked most."""
+    """A heatmap, float [h, w] in 0..1, as a coloured picture, more opaque where it is higher."""
     size = (_HEAT_SIDE, _HEAT_SIDE)
     smooth = Image.fromarray(np.asarray(heat, np.float32)).resize(size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
@@ -149,17 +129,14 @@ def _overlay(heat: np.ndarray) -> Markup:
 
 
 def _figure(file: Path, words: str) -> Markup:
-    """A figure of photos, which stays what the PNG is."""
+    """<img> of a PNG file, as JPEG where it is large."""
     content = file.read_bytes()
     if len(content) <= _LARGE:
         return _image(content, "png", words)
     return _image(_encoded(Image.open(file).convert("RGB"), "JPEG", quality=85), "jpeg", words)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The page of a run
-
-# Where the model looked at examples of the evaluated split: float32 [k, h, w] in 0..1 for the predicted classes.
+# Heatmaps of examples of the evaluated split for the predicted classes: indices [k] -> float32 [k, h, w] in 0..1.
 Explanations = Callable[[Sequence[int]], np.ndarray]
 
 
@@ -182,7 +159,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a report can show of the images; all but `images` may be left out."""
+    """The pictures of a report; all but `images` may be left out."""
 
     images: Images  # of the evaluated split, by example index
     samples: Samples | None = None
@@ -191,99 +168,34 @@ class Pictures:
 
 
 IN_GALLERY = 24  # pictures of a tab
-_TABS = {
-    "most_wrong": ("Most wrong", "The mistakes the model was most sure of. Wrong labels show up here first."),
-    "least_sure": ("Least sure", "The examples whose two most probable classes are closest."),
-    "random": ("Random", "Drawn by the seed."),
-}
 _FIGURES = {
     "samples": "Training examples with their class.",
     "augmentation": "What one training example looks like in several epochs.",
 }
-# Where time goes: its name, and the custom property of its colour.
+# Category of time -> its name, and the custom property of its colour.
 PLACES = {
-    "train": ("training", "--s0"),
-    "wait": ("waiting for data", "--s1"),
-    "features": ("features of frozen layers", "--s6"),
-    "compile": ("compiling", "--s3"),
-    "start": ("starting", "--faint"),
-    "checkpoint": ("checkpoints", "--s5"),
-    "evaluation": ("evaluation", "--s2"),
-    "finish": ("export and report", "--soft"),
-    "lost": ("lost with a process", "--s4"),
-    "down": ("no process there", "--rule"),
-}
+    "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
+    "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
+    "start": ("starting", "--faint"), "checkpoint": ("checkpoints", "--s5"),
+    "evaluation": ("evaluation", "--s2"), "finish": ("export and report", "--soft"),
+    "lost": ("lost with a process", "--s4"), "down": ("no process there", "--rule"),
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Shot:
-    """One example of the gallery."""
-
-    picture: Markup
-    heat: Markup | str
-    right: bool
-    answer: str
-    probability: float
-    truth: str
-    truth_probability: float
-    file: str
-
-
-@dataclass(frozen=True)
-class _Tab:
-    name: str
-    title: str
-    words: str
-    shots: Sequence[_Shot]
-
-
-@dataclass(frozen=True)
-class _RunPage:
-    """What report.html.j2 shows.
-
-    Attributes:
-        charts: curves (a list of <svg>), calibration, and confusion where classes are too many for a table.
-        mistakes: truth, prediction and examples of the most frequent confusions.
-        per_class: the scores of each class, the class it is most taken for and how often, the lowest F1 first.
-        suspects: the picture of each label error that is shown with one.
-        copied: the pictures of each group of duplicates that is shown at once.
-        spent: name, colour and seconds of each place where time went.
-    """
-
-    report: Report
-    config: Mapping[str, Any]
-    charts: Mapping[str, Any]
-    mistakes: Sequence[tuple[int, int, int]]
-    per_class: Sequence[tuple[ClassScores, str, int]]
-    tabs: Sequence[_Tab]
-    explained: bool
-    suspects: Mapping[int, Markup]
-    copied: Sequence[Sequence[Markup]]
-    figures: Sequence[tuple[Markup, str]]
-    spent: Sequence[tuple[str, str, float]]
-    timing: Mapping[str, Any]
-
-
-def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.ndarray | None) -> _Shot:
-    truth, answer = int(result.labels[index]), int(result.probabilities[index].argmax())
-    of = result.class_names
-    return _Shot(
-        picture=_thumbnail(picture, SHOT, f"{of[answer]}, truth {of[truth]}"),
-        heat="" if heat is None else _overlay(heat),
-        right=truth == answer,
-        answer=of[answer],
-        probability=float(result.probabilities[index, answer]),
-        truth=of[truth],
-        truth_probability=float(result.probabilities[index, truth]),
-        file=result.names[index],
-    )
-
-
-def _class_rows(per_class: Sequence[ClassScores], confusion: np.ndarray) -> list[tuple[ClassScores, str, int]]:
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
-    answers = wrong.argmax(axis=1)
-    order = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
-    return [(per_class[i], per_class[answers[i]]["name"], int(wrong[i, answers[i]])) for i in order]
+def _shot(result: EvaluationResult, index: int, picture: np.ndarray, heat: np.ndarray | None) -> dict[str, Any]:
+    """An example of the gallery."""
+    label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
+    answer = int(probabilities.argmax())
+    return {
+        "picture": _thumbnail(picture, SHOT, f"{names[answer]}, truth {names[label]}"),
+        "heat": "" if heat is None else _overlay(heat),
+        "right": label == answer,
+        "answer": names[answer],
+        "probability": float(probabilities[answer]),
+        "truth": names[label],
+        "truth_probability": float(probabilities[label]),
+        "file": result.names[index],
+    }
 
 
 def write_page(
@@ -298,18 +210,19 @@ def write_page(
 
     Args:
         path: index.html in the folder of the figures.
-        report: what `report.write_report` returns.
+        report: as `write_report` returns it.
         config: the resolved configuration.
-        result: what was scored.
         pictures: read once; how many are shown does not depend on the split's size.
         charts: curves, confusion, calibration, as `figures` draws them.
     """
-    confusion = np.asarray(report["test"]["confusion"])
-    few = len(confusion) <= NUMBERED
+    confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
+    few, wrong = len(confusion) <= figures.NUMBERED, figures.mistakes(confusion)
+    taken_for = wrong.argmax(axis=1)
+    weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
-        "most_wrong": find_most_wrong(result, IN_GALLERY),
-        "least_sure": find_least_sure(result, IN_GALLERY),
-        "random": find_random(result, report["seed"]),
+        "most_wrong": figures.find_most_wrong(result, IN_GALLERY),
+        "least_sure": figures.find_least_sure(result, IN_GALLERY),
+        "random": figures.find_random(result, report["seed"]),
     }
     explained = sorted({index for indices in tabs.values() for index in indices})
     suspects = report["label_errors"]["rows"][:SHOWN]
@@ -320,17 +233,18 @@ def write_page(
     seconds = report["timing"].get("seconds", {})
     groups = report["duplicates"].get("groups", [])[:SHOWN]
     seen = [*(pictures.repeats.pictures if pictures.repeats else ()), *[()] * len(groups)]
-    page = _RunPage(
+    page = render(
+        "report.html.j2",
         report=report,
         config=config,
         charts={
-            "curves": [svg(f"curve{place}", chart) for place, chart in enumerate(charts.get("curves", ()))],
+            "curves": [svg(f"curve{i}", chart) for i, chart in enumerate(charts.get("curves", ()))],
             "confusion": None if few else svg("confusion", charts["confusion"][0]),
             "calibration": svg("calibration", charts["calibration"][0]),
         },
-        mistakes=top_confusions(confusion, 8 if few else 15),
-        per_class=_class_rows(report["test"]["per_class"], confusion),
-        tabs=[_Tab(name, *_TABS[name], [shots[i] for i in indices]) for name, indices in tabs.items()],
+        mistakes=figures.top_confusions(confusion, 8 if few else 15),
+        per_class=[(per_class[i], per_class[taken_for[i]]["name"], int(wrong[i, taken_for[i]])) for i in weakest_first],
+        tabs={name: [shots[i] for i in indices] for name, indices in tabs.items()},
         explained=bool(heat),
         suspects={row["index"]: _thumbnail(images[row["index"]], SMALL, row["label"]) for row in suspects},
         copied=[
@@ -342,8 +256,8 @@ def write_page(
             for name, words in _FIGURES.items()
             if name in report["figures"]
         ],
-        spent=[(*PLACES.get(place, (place, "--soft")), s) for place, s in seconds.items() if s >= 0.05],
+        spent=[(*PLACES.get(category, (category, "--soft")), s) for category, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
-    write_whole(path, render("report.html.j2", page))
+    write_whole(path, page)
     return path

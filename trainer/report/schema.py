@@ -1,4 +1,4 @@
-"""What report.json holds. docs/report.schema.json is made of it by `python scripts/report_schema.py`."""
+"""The schema of report.json. `python scripts/report_schema.py` writes docs/report.schema.json from it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Annotated, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on only
 
-_closed = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
-_open = with_config(ConfigDict(extra="allow", use_attribute_docstrings=True))
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # 95 %
 Number = float | None  # null where it is not finite
 
 
-@_closed
 class ClassScores(TypedDict):
     """The scores of one class."""
 
@@ -26,7 +23,6 @@ class ClassScores(TypedDict):
     """Which of the scores are 0 only because there was nothing to divide by."""
 
 
-@_closed
 class CalibrationBin(TypedDict):
     """Predictions whose probability is in (low, high]; means, null where there is none."""
 
@@ -37,7 +33,6 @@ class CalibrationBin(TypedDict):
     accuracy: Number
 
 
-@_closed
 class GroupScores(TypedDict):
     """The scores of one group of examples."""
 
@@ -49,9 +44,8 @@ class GroupScores(TypedDict):
     macro_f1: float
 
 
-@_closed
 class Gap(TypedDict):
-    """How far the best and the worst group lie apart."""
+    """The gap between the best and the worst group."""
 
     accuracy: float
     highest: str
@@ -60,7 +54,6 @@ class Gap(TypedDict):
     """Whether their two intervals overlap."""
 
 
-@_closed
 class Groups(TypedDict):
     """Scores by group, where the data has groups."""
 
@@ -69,7 +62,6 @@ class Groups(TypedDict):
     gap: NotRequired[Gap]
 
 
-@_closed
 class Scores(TypedDict):
     """The scores of the split that was held out."""
 
@@ -98,9 +90,8 @@ class Scores(TypedDict):
     groups: NotRequired[Groups]
 
 
-@_closed
 class Phase(TypedDict):
-    """What became of one phase of training; val_ are scores of the weights that it handed on."""
+    """The outcome of one phase of training; val_ are scores of the weights that it ends with."""
 
     epochs: float
     seconds: float
@@ -119,7 +110,6 @@ class Phase(TypedDict):
     val_n: NotRequired[int]
 
 
-@_closed
 class Epoch(TypedDict):
     """One finished epoch, counted over the whole run from 1."""
 
@@ -137,7 +127,6 @@ class Epoch(TypedDict):
     val_n: NotRequired[int]
 
 
-@_closed
 class Data(TypedDict, total=False):
     """The data of the run."""
 
@@ -155,14 +144,12 @@ class Data(TypedDict, total=False):
     """Examples that counted for nothing, with the reason."""
 
 
-@_closed
 class ExportTiming(TypedDict):
-    """How fast an export answers."""
+    """The speed of an export."""
 
     milliseconds_per_image: float
 
 
-@_closed
 class Export(TypedDict):
     """One exported format, loaded back and tried."""
 
@@ -180,7 +167,6 @@ class Export(TypedDict):
     refused: bool
 
 
-@_closed
 class LabelError(TypedDict):
     """An example whose label may be wrong."""
 
@@ -192,15 +178,13 @@ class LabelError(TypedDict):
     suggestion_probability: float
 
 
-@_closed
 class LabelErrors(TypedDict):
-    """How many labels may be wrong, and the first of them."""
+    """The number of labels that may be wrong, and the first of them."""
 
     count: int
     rows: list[LabelError]
 
 
-@_closed
 class Copy(TypedDict):
     """One of the pictures that are the same."""
 
@@ -210,7 +194,6 @@ class Copy(TypedDict):
     label: str
 
 
-@_closed
 class CopyGroup(TypedDict):
     """Pictures that are the same, the first of them named."""
 
@@ -220,9 +203,8 @@ class CopyGroup(TypedDict):
     members: list[Copy]
 
 
-@_closed
 class Duplicates(TypedDict, total=False):
-    """Pictures that occur more than once; empty where nothing was looked for."""
+    """Pictures that occur more than once; empty without a search."""
 
     compared: dict[str, int]
     """Pictures of each split."""
@@ -233,7 +215,7 @@ class Duplicates(TypedDict, total=False):
     groups: list[CopyGroup]
 
 
-@_open
+@with_config(ConfigDict(extra="allow", use_attribute_docstrings=True))
 class Timing(TypedDict):
     """Whatever differs between two equal runs."""
 
@@ -241,7 +223,7 @@ class Timing(TypedDict):
     """ISO 8601, UTC."""
     report_seconds: float
     seconds: NotRequired[dict[str, float]]
-    """Where the time went since the first start."""
+    """The time since the first start, by category."""
     goodput: NotRequired[float]
     images: NotRequired[int]
     images_per_second: NotRequired[float]
@@ -253,7 +235,7 @@ class Timing(TypedDict):
     checkpoint_step: NotRequired[int]
 
 
-@_closed
+@with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))  # of all that is inside, too
 class Report(TypedDict):
     """A finished run, or an evaluation of one. Equal inputs give equal bytes but for `timing` and `seconds`."""
 

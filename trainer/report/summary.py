@@ -1,4 +1,4 @@
-"""The last lines of a run on the terminal: how good, where, and what to type next."""
+"""The last lines of a run on the terminal: its scores, its files, and the next command."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from trainer.runs.metrics import clock
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
-    """Say what a run came to, and leave it as the termination message.
+    """Print the outcome of a run, and leave it as the termination message.
 
     Args:
-        report: what report.json holds.
+        report: the content of report.json.
         address: the output_dir as the user gave it.
     """
     test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
@@ -39,7 +39,7 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
 
 
 def _groups_apart(test: Mapping[str, Any]) -> list[str]:
-    """A line on how far the groups lie apart, where there are some."""
+    """A line on the gap between the groups, if there are several."""
     gap = test.get("groups", {}).get("gap")
     if not gap:
         return []
@@ -49,10 +49,10 @@ def _groups_apart(test: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_export(facts: dict[str, Any]) -> str:
-    """How an exported file does beside the trainer, in a few words."""
-    accuracy = f"{facts['accuracy']:.4f}"
+    """An exported file beside the trainer, in a few words."""
+    words = f"accuracy {facts['accuracy']:.4f} in place of {facts['trainer_accuracy']:.4f}"
     if facts["refused"]:
-        return f"not kept: accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
-    same = facts["lost"] == facts["gained"] == 0
-    worth = "answers as the trainer" if same else f"accuracy {accuracy} in place of {facts['trainer_accuracy']:.4f}"
-    return f"{worth}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"
+        return f"not kept: {words}"
+    if facts["lost"] == facts["gained"] == 0:
+        words = "answers as the trainer"
+    return f"{words}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"

@@ -1,4 +1,4 @@
-"""The end of a run on paper: figures, predictions.csv, report.json and one self-contained page."""
+"""The report: figures, predictions.csv, report.json and one self-contained page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,8 @@ from matplotlib.figure import Figure
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
-from trainer.report.figures import (
-    Chart,
-    draw_augmentation,
-    draw_calibration,
-    draw_confusion,
-    draw_curves,
-    draw_f1,
-    draw_least_sure,
-    draw_most_wrong,
-    draw_predictions,
-    draw_samples,
-    save,
-)
+from trainer.report import figures
+from trainer.report.figures import Chart
 from trainer.report.page import Pictures, write_page
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
@@ -42,7 +31,7 @@ VALIDATION_NOTE = (
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """What a report says about the data: name, fingerprint, counts by split and class, notes, skipped files."""
+    """`data` of report.json: name, fingerprint, counts by split and class, notes, skipped files."""
     classes = len(dataset.class_names)
     by_class = {s.name: np.bincount(s.labels, minlength=classes).tolist() for s in dataset.splits.values()}
     return {
@@ -57,22 +46,14 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and knows nothing of numpy."""
+    """The value in the types of JSON, which has no NaN (null instead) and nothing of NumPy."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(branch) for key, branch in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _dump(report: Report) -> str:
-    """Indented JSON with lists of numbers on one line (a row of the confusion matrix is a line)."""
-    text = json.dumps(report, indent=2, allow_nan=False)
-    return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def _summarise_phases(
@@ -90,35 +71,30 @@ def _summarise_phases(
 
 
 def _draw_all(
-    folder: Path,
-    result: EvaluationResult,
-    history: Sequence[Mapping[str, Any]],
-    phases: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    pictures: Pictures,
+    folder: Path, result: EvaluationResult, report: Report, pictures: Pictures
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
-    """Draw what there is to draw; returns the file name of each figure, and those that the page shows too."""
+    """Draw all figures; returns the file name of each, and the charts that the page shows too."""
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
-        "curves": draw_curves(history, phases) if history else [],
-        "confusion": draw_confusion(metrics["confusion"], result.class_names),
-        "calibration": [draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
+        "curves": figures.draw_curves(report["history"], report["phases"]) if report["history"] else [],
+        "confusion": figures.draw_confusion(metrics["confusion"], result.class_names),
+        "calibration": [figures.draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
-    figures: dict[str, Figure | list[Figure]] = {
+    drawn: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
-        "predictions": draw_predictions(result, pictures.images, seed),
-        "most_wrong": draw_most_wrong(result, pictures.images),
-        "least_sure": draw_least_sure(result, pictures.images),
+        "predictions": figures.draw_predictions(result, pictures.images, report["seed"]),
+        "most_wrong": figures.draw_most_wrong(result, pictures.images),
+        "least_sure": figures.draw_least_sure(result, pictures.images),
         "confusion": [chart.figure for chart in charts["confusion"]],
-        "f1": draw_f1(metrics["per_class"], metrics["macro_f1"]),
+        "f1": figures.draw_f1(metrics["per_class"], metrics["macro_f1"]),
         "calibration": charts["calibration"][0].figure,
     }
     samples = pictures.samples
     if samples is not None and len(samples.pictures):
-        figures["samples"] = draw_samples(samples.pictures, samples.class_names)
+        drawn["samples"] = figures.draw_samples(samples.pictures, samples.class_names)
         if samples.augmented is not None and len(samples.augmented):
-            figures["augmentation"] = draw_augmentation(samples.pictures[0], samples.augmented)
-    return {name: save(drawn, folder / f"{name}.png").name for name, drawn in figures.items() if drawn}, charts
+            drawn["augmentation"] = figures.draw_augmentation(samples.pictures[0], samples.augmented)
+    return {name: figures.save(f, folder / f"{name}.png").name for name, f in drawn.items() if f}, charts
 
 
 def write_report(
@@ -140,17 +116,15 @@ def write_report(
         phases: for each phase in order val_accuracy, val_loss, epochs, best_epoch (over the whole run),
             trainable_parameters; epochs and seconds are taken from the history where they are not given; `val_n`, the
             number of validation examples, adds `val_interval`.
-        run: what else is known; every key may be left out. title (str), seed (int), data (`describe_data`, and as
-            `undecodable` what was skipped later), export (what was exported and how far it differs), config (the
-            resolved tree), versions (name to version), timing (whatever differs between two equal runs), note (str: how
-            to read the scores).
-        pictures: what is shown of the images.
+        run: other facts; every key may be left out. title (str), seed (int), data (`describe_data`, and as
+            `undecodable` the examples skipped later), export (facts by format), config (the resolved tree), versions
+            (name to version), timing (whatever differs between two equal runs), note (str: how to read the scores).
+        pictures: the images to show.
 
     Returns:
-        What report.json holds. Equal inputs give equal bytes but for `timing` and `seconds`.
+        The content of report.json. Equal inputs give equal bytes but for `timing` and `seconds`.
     """
     began = time.monotonic()
-    folder = Path(folder)
     test: dict[str, Any] = {"split": result.split}
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
     if note:
@@ -169,13 +143,15 @@ def write_report(
             "duplicates": pictures.repeats.facts if pictures.repeats else {},
         }
     )
-    drawn = _draw_all(folder, result, report["history"], report["phases"], report["seed"], pictures)
-    report["figures"], charts = drawn
+    report["figures"], charts = _draw_all(folder, result, report, pictures)
     write_predictions(folder / "predictions.csv", result)
     report["timing"] = _plain(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
     write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
-    write_whole(folder / "report.json", _dump(report))
+    text = json.dumps(report, indent=2, allow_nan=False)
+    # Lists of numbers stand on one line: a row of the confusion matrix is a line.
+    text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
+    write_whole(folder / "report.json", text + "\n")
     return report
