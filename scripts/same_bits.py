@@ -168,13 +168,18 @@ def read_json(path: Path) -> Any:
     return lasting(json.loads(path.read_text()))
 
 
+def read_state(path: Path) -> Any:
+    """A checkpoint's state, less the digest of its teacher's files: no two written SavedModels have the same graph file."""
+    return {key: value for key, value in read_json(path).items() if key != "teacher"}
+
+
 def read_lines(path: Path) -> Any:
     return [lasting(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "checkpoints/*/variables.npz": read_npz,
-    "checkpoints/*/state.json": read_json,
+    "checkpoints/*/state.json": read_state,
     "checkpoints/LATEST": Path.read_bytes,
     "checkpoints/BEST": Path.read_bytes,
     "config.yaml": Path.read_bytes,
@@ -185,6 +190,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "**/reference.json": read_json,
     "**/labels.txt": Path.read_bytes,
     "**/*.tflite": Path.read_bytes,
+    "**/variables/variables.data-*": Path.read_bytes,
 }
 
 
