@@ -169,7 +169,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_state(path: Path) -> Any:
-    """A checkpoint's state, less the digest of its teacher's files: no two written SavedModels have the same graph file."""
+    """A checkpoint's state, less the digest of its teacher's files: a SavedModel's graph file is never the same."""
     return {key: value for key, value in read_json(path).items() if key != "teacher"}
 
 

@@ -456,7 +456,7 @@ def finish(run: RunContext) -> None:
         ToldToStop: the next start begins here again.
         ModelError: an export lost too much accuracy; all else is written, but not DONE.
     """
-    # scikit-learn and matplotlib: seconds that the first step need not wait for
+    # SciPy and matplotlib: seconds that the first step need not wait for
     from trainer.exporting.export import export_classifier
     from trainer.exporting.formats import refuse
     from trainer.exporting.model_card import write_model_card

@@ -18,9 +18,9 @@ import pytest
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson
 from trainer.report.figures import INK, Line, line_chart, svg
-from trainer.report.page import PLACES, Pictures, Samples
+from trainer.report.page import CATEGORY_COLOURS, Pictures, Samples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
-from trainer.runs import clock as ledger
+from trainer.runs import clock
 from trainer.types import Dataset, EvaluationResult, Split
 
 EXPORTED = {
@@ -247,8 +247,8 @@ def test_each_export_is_a_row(tmp_path: Path, changes: dict[str, Any], words: st
 
 
 def test_every_place_where_time_goes_has_a_colour_of_its_own() -> None:
-    assert set(ledger.PLACES) <= set(PLACES)
-    assert len({colour for _, colour in PLACES.values()}) == len(PLACES)
+    assert set(clock.CATEGORIES) <= set(CATEGORY_COLOURS)
+    assert len({colour for _, colour in CATEGORY_COLOURS.values()}) == len(CATEGORY_COLOURS)
 
 
 def test_ticks_of_a_learning_rate_are_its_values() -> None:

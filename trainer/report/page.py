@@ -173,7 +173,7 @@ _FIGURES = {
     "augmentation": "What one training example looks like in several epochs.",
 }
 # Category of time -> its name, and the custom property of its colour.
-PLACES = {
+CATEGORY_COLOURS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
     "start": ("starting", "--faint"), "checkpoint": ("checkpoints", "--s5"),
@@ -256,7 +256,9 @@ def write_page(
             for name, words in _FIGURES.items()
             if name in report["figures"]
         ],
-        spent=[(*PLACES.get(category, (category, "--soft")), s) for category, s in seconds.items() if s >= 0.05],
+        spent=[
+            (*CATEGORY_COLOURS.get(category, (category, "--soft")), s) for category, s in seconds.items() if s >= 0.05
+        ],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
     write_whole(path, page)
