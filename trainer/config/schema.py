@@ -306,7 +306,9 @@ def load(tree: dict[str, Any]) -> RunConfig:
 
 
 def without_regularisation(config: RunConfig) -> RunConfig:
-    """For debug=overfit: nothing may stand between the model and one batch."""
+    """The configuration that is trained: with debug.overfit nothing may stand between the model and one batch."""
+    if not config.debug.overfit:
+        return config
     auto = config.auto.model_copy(update={"batch_size": False}) if config.auto else None  # it would be of that batch
     return config.model_copy(
         update={
