@@ -31,16 +31,16 @@ from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
 from trainer.runs.reader import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
-CHANGES = {"formats": "export.formats", "max_accuracy_drop": "export.max_accuracy_drop"}  # in the run's configuration
+CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
 OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
 
 
 def changes(given: Mapping[str, str]) -> dict[str, Any]:
     """The values that the arguments change in the run's configuration, {"export.formats": ["keras"]}."""
-    values = {CHANGES.get(k, k): yaml.safe_load(text) for k, text in given.items() if k in CHANGES or "." in k}
-    if isinstance(one := values.get("export.formats"), str):
-        values["export.formats"] = [one]
-    return values
+    values = {k: yaml.safe_load(text) for k, text in given.items() if k in CHANGES or "." in k}
+    if isinstance(one := values.get("formats"), str):
+        values["formats"] = [one]
+    return {f"export.{k}" if k in CHANGES else k: value for k, value in values.items()}
 
 
 def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
@@ -76,12 +76,10 @@ def main() -> None:
         outcomes = export_run(run, home, checkpoint)
         record_exports(run, home, is_own, outcomes)
         for name, facts in outcomes.items():
-            say(
-                f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
+            file = "not kept" if facts["refused"] else home / facts["path"]
+            say(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
                 f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
-                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  "
-                + ("not kept" if facts["refused"] else str(home / facts["path"]))
-            )
+                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  {file}")  # fmt: skip
         try:
             refuse(outcomes, run.config.export.max_accuracy_drop)
         except ModelError as error:

@@ -61,13 +61,13 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     Raises:
         ConfigError: an unknown group or file, a value that does not parse, an unresolved `???`.
     """
-    found: list[DictConfig] = []
+    composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN and run_job is not None:
             return run_job(tree, list(settings.overrides.task), settings)
-        found.append(tree)
+        composed.append(tree)
         return None
 
     # Without this Hydra prints its own traceback and exits with 1.
@@ -87,7 +87,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         raise ConfigError(_one_sentence(error)) from None
     finally:
         sys.argv = before
-    return resolved(found[0]) if found else None
+    return resolved(composed[0]) if composed else None
 
 
 def resolved(tree: DictConfig) -> dict[str, Any]:

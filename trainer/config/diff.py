@@ -46,10 +46,10 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
-    found = []
+    changed = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = old.get(key), new.get(key)
         longer = key in lengths and was is not None and (is_now is None or is_now >= was)
         if was != is_now and not is_free(key) and not longer:
-            found.append(f"{key}: {was} -> {is_now}")
-    return found
+            changed.append(f"{key}: {was} -> {is_now}")
+    return changed

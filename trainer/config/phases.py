@@ -45,7 +45,7 @@ class Schedule(Section):
 
     name: Literal["constant", "cosine", "exponential", "time", "step"] = "constant"
     warmup: SomeDuration = Duration(count=0, unit="steps")
-    final: float = Field(0.0, ge=0, le=1)  # cosine: the last rate, as a share of the first
+    final: float = Field(0.0, ge=0, le=1)  # cosine: the last rate, as a fraction of the first
     decay: float | None = Field(None, gt=0)  # exponential: factor; time: lr / (1 + decay * step); step: factor
     every: SomeDuration | None = None  # exponential: one factor per this long
     at: tuple[SomeDuration, ...] = ()  # step: multiply by `decay` at each
@@ -78,8 +78,8 @@ class Phase(Section):
     steps: int | None = Field(None, ge=1)
     examples: int | None = Field(None, ge=1)
     batch_norm: Literal["frozen", "train"] = "frozen"
-    backbone_rate: float = Field(1.0, gt=0, le=1)  # of the whole backbone, as a share of the head's learning rate
-    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a block, as a share of that of the block above it
+    backbone_rate: float = Field(1.0, gt=0, le=1)  # of the whole backbone, as a fraction of the head's learning rate
+    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a block, as a fraction of that of the block above it
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     early_stopping: EarlyStopping = EarlyStopping()

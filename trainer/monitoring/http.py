@@ -63,7 +63,6 @@ class HealthCollector(Collector):
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
     request_queue_size = 16
 
     def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]) -> None:

@@ -58,7 +58,7 @@ def last_words(text: str) -> None:
 
 
 def as_json(**labels: str) -> None:
-    """From here on every line that Python writes is a JSON object with these labels: prints, warnings, tracebacks,
+    """Make every line that Python writes a JSON object with these labels, from here on: prints, warnings, tracebacks,
     what libraries log. What TensorFlow's C++ code writes to the file descriptor stays as it is.
     """
     global _json
@@ -77,11 +77,6 @@ def as_json(**labels: str) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     sys.excepthook = lambda _kind, error, _trace: say_traceback(error)
     threading.excepthook = _say_thread_traceback
-
-
-def is_json() -> bool:
-    """Whether lines are JSON objects."""
-    return _json
 
 
 def _say_thread_traceback(ended: threading.ExceptHookArgs) -> None:
