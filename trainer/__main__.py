@@ -14,7 +14,7 @@ from trainer.cluster.signals import StopFlag, end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.process import be_seen, exit_with_code, quiet_start, speak_as, speak_early
+from trainer.cli.process import configure_log, configure_log_early, exit_with_code, quiet_start, start_monitoring
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
@@ -34,30 +34,29 @@ from trainer.runs.folder import (
     versions,
 )
 
-LOOK_SECONDS = 15.0  # between two looks at the output folder while the other workers are waited for
+CHECK_SECONDS = 15.0  # between two checks of the output folder while the other workers are waited for
 
 
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        speak_early(sys.argv[1:])
+        configure_log_early(sys.argv[1:])
         began = time.time()
         composed = compose_or_sweep(sys.argv[1:])
         if composed is None:  # --help, --cfg or a finished sweep
             return
-        config = load(composed)
-        config = without_regularisation(config) if config.debug.overfit else config
-        speak_as(config.runtime)
+        config = without_regularisation(load(composed))
+        configure_log(config.runtime)
         cluster = discover(os.environ)
-        be_seen(config, cluster.index, cluster.size)
-        stop, looked = StopFlag(), time.monotonic()
+        start_monitoring(config, cluster.index, cluster.size)
+        stop, checked = StopFlag(), time.monotonic()
 
         def check() -> None:
             """Called while the other workers are waited for; raises where that is in vain."""
-            nonlocal looked
+            nonlocal checked
             stop.check("while waiting for the other workers")
-            if time.monotonic() - looked > LOOK_SECONDS:
-                looked = time.monotonic()
+            if time.monotonic() - checked > CHECK_SECONDS:
+                checked = time.monotonic()
                 require_unfinished(config)
 
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.cli.arguments import read_arguments
@@ -27,25 +28,23 @@ REQUEST = "name a reference and a log, each once"
 KEYS = {"reference": REQUEST, "log": REQUEST, "hours": "", "output": ""}
 
 
-def _hours(told: str) -> float:
-    try:
-        if (hours := float(told)) > 0:
+def _hours(text: str) -> float:
+    with suppress(ValueError):
+        if (hours := float(text)) > 0:
             return hours
-    except ValueError:
-        pass
-    raise ConfigError(f"hours={told}: must be a number above 0")
+    raise ConfigError(f"hours={text}: must be a number above 0")
 
 
 def main() -> None:
     """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        told, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, KEYS)
-        hours = _hours(told["hours"]) if "hours" in told else None
-        output = told.get("output", "drift.png")
+        given, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, KEYS)
+        hours = _hours(given["hours"]) if "hours" in given else None
+        output = given.get("output", "drift.png")
         if not output.endswith(".png"):
             raise ConfigError(f"output={output}: must end in .png")
-        reference = read_reference(told["reference"])
-        window, strange = read_log(told["log"], reference, hours)
+        reference = read_reference(given["reference"])
+        window, unusable = read_log(given["log"], reference, hours)
         found = measures(reference, window)
         from trainer.report.drift import draw
 
@@ -54,11 +53,11 @@ def main() -> None:
             draw(drawn, reference, window, found)
             place(output).write(drawn.read_bytes())
         level = verdict(found)
-        say("\n".join([f"verdict: {level}", *words(found, strange), f"  figure   {output}"]))
+        say("\n".join([f"verdict: {level}", *words(found, unusable), f"  figure   {output}"]))
         if level == "shifted":
             moved = ", ".join(m.name for m in found if m.level == "shifted")
             raise Drifted(
-                f"{moved} shifted against {told['reference']}: look at {output}, label some of what is new, retrain"
+                f"{moved} shifted against {given['reference']}: look at {output}, label some of what is new, retrain"
             )
 
 

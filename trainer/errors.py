@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each kind of wrong ends the process with."""
+"""The errors that are explained to the user, and the exit codes of the process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Interrupted(TrainerError):
 
 
 class ToldToStop(Interrupted):
-    """By a signal, here or on another worker."""
+    """Stopped by a signal, here or on another worker."""
 
 
 class GaveUp(TrainerError):
@@ -57,6 +57,6 @@ class GaveUp(TrainerError):
 
 
 class Drifted(TrainerError):
-    """What a model sees or says is no longer what it was tried on: an answer, not a failure."""
+    """The images or predictions of a model have shifted from its test split: an answer, not a failure."""
 
     exit_code = DRIFTED

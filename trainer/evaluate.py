@@ -22,54 +22,50 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
-from trainer.cli.process import exit_with_code, quiet_start, speak_as, speak_early
+from trainer.cli.process import configure_log, configure_log_early, exit_with_code, quiet_start
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
-from trainer.runs.reader import (
-    FinishedRun,
-    load_checkpoint,
-    read_run,
-)
+from trainer.runs.reader import FinishedRun, load_checkpoint, read_run
 
 OWN = {"run": "say once what to evaluate", "checkpoint": "", "split": "", "output": ""}
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 
 
 def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
-    """The run's configuration with what the arguments change of it.
+    """The run's configuration with the changes that the arguments ask for.
 
     Raises:
         ConfigError: an argument would change the model, or is wrong.
     """
-    keys = [a.split("=", 1)[0].lstrip("+") for a in arguments if "=" in a]
-    refused = [key for key in keys if not FREE.fullmatch(key)]
-    if refused:
-        raise ConfigError(
-            f"{refused[0]}: an evaluation takes the model as it is; only data, runtime, training.batch_size and "
-            "debug.max_examples can be changed"
-        )
+    keys = [a.split("=", 1)[0].lstrip("+") for a in arguments]
+    for key in keys:
+        if not FREE.fullmatch(key):
+            raise ConfigError(
+                f"{key}: an evaluation takes the model as it is; only data, runtime, training.batch_size and "
+                "debug.max_examples can be changed"
+            )
     composed = compose(arguments)
     assert composed is not None, "no argument asks Hydra itself"
-    if any(key.split(".")[0] == "data" for key in keys):
+    if any(re.match(r"data\b", key) for key in keys):
         tree["debug"]["overfit"] = False  # of the data that was overfitted
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group before the values in it
-        branch, new = tree, composed
-        *above, last = key.split(".")
-        for part in above:
-            branch, new = branch[part], new[part]
-        branch[last] = new[last]
+        old, new = tree, composed
+        *path, last = key.split(".")
+        for part in path:
+            old, new = old[part], new[part]
+        old[last] = new[last]
     return load(tree)
 
 
 def main() -> None:
     """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        speak_early(sys.argv[1:])
+        configure_log_early(sys.argv[1:])
         own, rest = read_arguments(sys.argv[1:], __doc__, OWN, rest=r"[^-~].*=(?s:.*)")
         home, tree, facts = read_run(own["run"])
         config = configuration(tree, rest)
-        speak_as(config.runtime)
+        configure_log(config.runtime)
         run = FinishedRun(own["run"], home, config, tuple(facts["classes"]), facts["data_fingerprint"])
         checkpoint = load_checkpoint(run, own.get("checkpoint"))
         health.enter_phase("evaluate")

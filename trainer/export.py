@@ -29,39 +29,35 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
-from trainer.runs.reader import (
-    FinishedRun,
-    exported_checkpoint,
-    find_run,
-    load_checkpoint,
-)
+from trainer.runs.reader import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
-CHANGES = {"formats": "export.formats", "max_accuracy_drop": "export.max_accuracy_drop"}  # in the run's configuration
+CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
 OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
 
 
-def changes(told: Mapping[str, str]) -> dict[str, Any]:
-    """What the arguments change of the configuration of the run."""
-    values = {CHANGES.get(key, key): yaml.safe_load(text) for key, text in told.items() if key in CHANGES or "." in key}
-    if isinstance(one := values.get("export.formats"), str):
-        values["export.formats"] = [one]
-    return values
+def changes(given: Mapping[str, str]) -> dict[str, Any]:
+    """The values that the arguments change in the run's configuration, {"export.formats": ["keras"]}."""
+    values = {k: yaml.safe_load(text) for k, text in given.items() if k in CHANGES or "." in k}
+    if isinstance(one := values.get("formats"), str):
+        values["formats"] = [one]
+    return {f"export.{k}" if k in CHANGES else k: value for k, value in values.items()}
 
 
 def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
     """The folder to write into, and whether it is the run's own.
 
     Raises:
-        ConfigError: it must be named.
+        ConfigError: `output` must name the folder.
     """
     if output := own.get("output"):
         return Path(output).expanduser(), False
     if not run.home.is_local:
         raise ConfigError(f"run={run.address} is in a bucket: give output=FOLDER on this machine")
-    if own.get("checkpoint") not in (None, exported_checkpoint(run)):
+    exported = exported_checkpoint(run)
+    if (asked := own.get("checkpoint", exported)) != exported:
         raise ConfigError(
-            f"checkpoint={own['checkpoint']} is not what the run exported ({exported_checkpoint(run)}): give "
-            "output=FOLDER, so that one folder holds one model"
+            f"checkpoint={asked} is not what the run exported ({exported}): give output=FOLDER, so that one folder "
+            "holds one model"
         )
     return Path(str(run.home)) / "export", True
 
@@ -80,12 +76,10 @@ def main() -> None:
         outcomes = export_run(run, home, checkpoint)
         record_exports(run, home, is_own, outcomes)
         for name, facts in outcomes.items():
-            say(
-                f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
+            file = "not kept" if facts["refused"] else home / facts["path"]
+            say(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
                 f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
-                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  "
-                + ("not kept" if facts["refused"] else str(home / facts["path"]))
-            )
+                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  {file}")  # fmt: skip
         try:
             refuse(outcomes, run.config.export.max_accuracy_drop)
         except ModelError as error:

@@ -44,8 +44,7 @@ def main() -> None:
         composed = compose(rest)
         if composed is None:  # --cfg
             return
-        config = load(composed)
-        config = without_regularisation(config) if config.debug.overfit else config
+        config = without_regularisation(load(composed))
         cluster = discover(os.environ)
         with quiet_start():
             from trainer.exporting.formats import check_formats

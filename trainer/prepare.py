@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
-from trainer.cli.process import be_seen, exit_with_code, speak_as, speak_early
+from trainer.cli.process import configure_log, configure_log_early, exit_with_code, start_monitoring
 from trainer.config.schema import load
 from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
@@ -28,7 +28,7 @@ from trainer.monitoring.log import last_words
 
 
 def _end(number: int, _frame: object) -> None:
-    """Told to stop: shards that are there stay, and the processes that write others end with this one."""
+    """End at a signal: shards that are there stay, and the processes that write others end with this one."""
     reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
     last_words(f"interrupted: {reason}")
     termination.leave(INTERRUPTED, reason)
@@ -38,7 +38,7 @@ def _end(number: int, _frame: object) -> None:
 def main() -> None:
     """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        speak_early(sys.argv[1:])
+        configure_log_early(sys.argv[1:])
         own, rest = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
         composed = compose(rest)
         if composed is None:  # --cfg
@@ -46,9 +46,9 @@ def main() -> None:
         if "output" not in own:
             raise ConfigError(f"say once where to write: {usage(__doc__)}")
         config = load(composed)
-        speak_as(config.runtime)
+        configure_log(config.runtime)
         part = part_of_job(os.environ)
-        be_seen(config, *part)
+        start_monitoring(config, *part)
         signal.signal(signal.SIGTERM, _end)
         health.enter_phase("prepare")
         prepare(config, own["output"], part)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from trainer.serving.settings import Settings, read_settings
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
-EXTRA = ("starlette", "uvicorn", "python_multipart", "h11")
+EXTRA = ("python_multipart", "starlette", "uvicorn", "h11")
 
 
 def _load(export: Export) -> ServedModel:
@@ -35,34 +36,24 @@ def _load(export: Export) -> ServedModel:
     return ServedModel(export)
 
 
-def _run(arguments: list[str]) -> None:
-    fields = Settings.model_fields
-    doc = "\n".join([f"{__doc__}", *(f"  {k}" if f.is_required() else f"  {k}={f.default}" for k, f in fields.items())])
-    keys = dict.fromkeys(fields, "") | {"model": "say what to serve"}
-    told, _ = read_arguments(arguments, doc, keys, more=ALL)  # what is unknown is told beside what else is wrong
-    settings = read_settings(told, os.environ.get("KUBETUNE_CACHE"))
-    try:
-        import python_multipart  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
-            raise
-        raise ConfigError(
-            f"serving needs {error.name}, which is not installed: pip install 'kubetune[serve]'"
-        ) from None
-    export = find_export(settings.model, Path(settings.cache_dir).expanduser(), say)
-    if export.reference is None:
-        say(f"{export.folder} has no reference.json: drift is not measured; export again to have it", "WARNING")
-    from trainer.serving.server import serve
-
-    serve(settings, export, _load)
-
-
 def main() -> None:
     """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        _run(sys.argv[1:])
+        fields = Settings.model_fields
+        lines = [f"  {key}" if field.is_required() else f"  {key}={field.default}" for key, field in fields.items()]
+        keys = dict.fromkeys(fields, "") | {"model": "say what to serve"}
+        # `read_settings` refuses unknown keys, beside everything else that is wrong.
+        given, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *lines]), keys, more=ALL)
+        settings = read_settings(given, os.environ.get("KUBETUNE_CACHE"))
+        for package in EXTRA:
+            if find_spec(package) is None:
+                raise ConfigError(f"serving needs {package}, which is not installed: pip install 'kubetune[serve]'")
+        export = find_export(settings.model, Path(settings.cache_dir).expanduser(), say)
+        if export.reference is None:
+            say(f"{export.folder} has no reference.json: drift is not measured; export again to have it", "WARNING")
+        from trainer.serving.server import serve
+
+        serve(settings, export, _load)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.compose import asks_for_sweep
-from trainer.cli.sweep import Job, Sweep, _in_one_folder, _is_free, _searches_nothing, _value
+from trainer.cli.sweep import Job, Sweep, _in_one_folder, _searches_nothing, _value
+from trainer.config.diff import is_free
 from trainer.errors import TrainerError
 
 
@@ -52,7 +53,7 @@ def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
     assert _value(tree, "training.batch_size", "8") == 8
     assert _value(tree, "training.loss", "'focal'") == "focal"
     assert _value(tree, "augmentation", "light") == "light"
-    assert [_is_free(key) for key in ("runtime.progress", "export.formats", "runtime.precision", "seed")] == [
+    assert [is_free(key) for key in ("runtime.progress", "export.formats", "runtime.precision", "seed")] == [
         True,
         True,
         False,

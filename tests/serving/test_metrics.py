@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.drift import BINS, Window
-from trainer.serving.export_files import Export
+from trainer.serving.export_files import Answer, Export
 from trainer.serving.metrics import LEAST, Observed
-from trainer.serving.model import Answer
 from trainer.serving.settings import read_settings
 
 CLASSES = ("a", "b", "c")

@@ -12,8 +12,8 @@ import tensorflow as tf
 from tests.serving import pictures
 from tests.serving.pictures import photo
 from trainer.errors import DataError
-from trainer.serving.export_files import Export, find_export
-from trainer.serving.model import Answer, ServedModel, Unreadable
+from trainer.serving.export_files import Answer, Export, Unreadable, find_export
+from trainer.serving.model import ServedModel
 
 if TYPE_CHECKING:
     from tests.serving.exported import Exported

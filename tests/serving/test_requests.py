@@ -154,8 +154,8 @@ def status_of(call: Any) -> int:
 def test_memory_for_bodies_is_shared_and_given_back() -> None:
     room = Room(100)
     with room.held() as one, room.held() as other:
-        one.grow(60)
-        other.grow(40)
-        status, text = refusal(other.grow, 1)
+        one(60)
+        other(40)
+        status, text = refusal(other, 1)
         assert (status, text) == (503, "too many large requests at once; try again")
     assert room.taken == 0

@@ -1,1 +1,1 @@
-"""What every `python -m trainer...` shares."""
+"""The parts that every `python -m trainer...` uses."""

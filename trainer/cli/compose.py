@@ -1,4 +1,4 @@
-"""Composing the configuration that the arguments of a command ask for."""
+"""Composing the configuration from the arguments of a command, with Hydra."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def _groups() -> list[str]:
+    return [p.name for p in conf_folder().iterdir() if p.is_dir()]
+
+
 def _add_freely(argument: str) -> str:
     """`a.b=1` -> `++a.b=1`, so that a mistyped key reaches the validator, which knows the nearest name.
 
     Group choices (`data=digits`), Hydra's own keys and explicit `+`, `~`, `++` stay as they are.
     """
     match = re.match(r"([A-Za-z_][\w.]*)=", argument)
-    if not match or match[1].startswith("hydra"):
-        return argument
-    groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
-    return argument if match[1] in groups else "++" + argument
+    keep = not match or match[1].startswith("hydra") or match[1] in _groups()
+    return argument if keep else "++" + argument
 
 
 def asks_for_sweep(arguments: list[str]) -> bool:
@@ -46,7 +48,7 @@ def asks_for_sweep(arguments: list[str]) -> bool:
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
-# What runs a job of a sweep: its configuration, what it was told, Hydra's settings for it; returns its score.
+# Runs a job of a sweep, given its configuration, its overrides and Hydra's settings for it; returns its score.
 RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
@@ -59,13 +61,13 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     Raises:
         ConfigError: an unknown group or file, a value that does not parse, an unresolved `???`.
     """
-    found: list[DictConfig] = []
+    composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN and run_job is not None:
             return run_job(tree, list(settings.overrides.task), settings)
-        found.append(tree)
+        composed.append(tree)
         return None
 
     # Without this Hydra prints its own traceback and exits with 1.
@@ -85,17 +87,16 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         raise ConfigError(_one_sentence(error)) from None
     finally:
         sys.argv = before
-    return resolved(found[0]) if found else None
+    return resolved(composed[0]) if composed else None
 
 
 def resolved(tree: DictConfig) -> dict[str, Any]:
-    """The values of a composed configuration.
+    """The values of a composed configuration, its interpolations resolved.
 
     Raises:
         ConfigError: a `???`, or an interpolation that leads nowhere.
     """
-    missing = OmegaConf.missing_keys(tree)
-    if missing:
+    if missing := OmegaConf.missing_keys(tree):
         raise ConfigError(f"must be given on the command line: {', '.join(f'{k}=...' for k in sorted(missing))}")
     try:
         return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
@@ -107,13 +108,10 @@ def _one_sentence(error: Exception) -> str:
     text = str(error) or str(error.__cause__)  # Hydra often keeps the reason in the cause
     if "Could not find 'hydra/sweeper/optuna'" in text:
         return "a search by Optuna needs the extra `sweep`, which is not installed: pip install 'kubetune[sweep]'"
-    choice = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
-    if choice:
+    if choice := re.search(r"Could not find '(\w+)/([\w.-]+)'", text):
         group, name = choice.groups()
         known = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
         return f"{group}={name}: there is no such {group}.{nearest(name, known)} Known: {', '.join(known)}"
-    strange = re.search(r"Could not override '(\w+)'", text)
-    if strange:
-        groups = [p.name for p in conf_folder().iterdir() if p.is_dir()]
-        return f"{strange[1]}: there is no such key.{nearest(strange[1], [*groups, *RunConfig.model_fields])}"
+    if unknown := re.search(r"Could not override '(\w+)'", text):
+        return f"{unknown[1]}: there is no such key.{nearest(unknown[1], [*_groups(), *RunConfig.model_fields])}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)

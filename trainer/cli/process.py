@@ -1,4 +1,4 @@
-"""What every process of the command line shares: a quiet start, how it can be watched, and its exit code."""
+"""The parts of every process of the command line: a quiet start, monitoring, and the exit code."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ from trainer.monitoring.log import without
 
 # What TensorFlow says on every machine without a GPU, before its log level counts.
 _CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-
-
 # Keras imports them for wrappers and plots that nothing here uses, which takes seconds.
 _NEEDLESS = ("sklearn", "matplotlib")
 
 
 @contextmanager
 def _hidden(names: Iterable[str]) -> Iterator[None]:
-    """As if these packages were not installed; those that are imported already stay, and all can be imported after."""
+    """Make packages look as if they were not installed; those imported already stay, all can be imported after."""
     absent = [name for name in names if name not in sys.modules]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -45,7 +43,7 @@ def _hidden(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Around what imports TensorFlow: its greetings are left out, every other line still reaches stderr.
+    """Leave out what TensorFlow prints when it is imported; every other line still reaches stderr.
 
     Keras is imported first, without scikit-learn and matplotlib; its own use of both stays off in this process.
     """
@@ -57,10 +55,10 @@ def quiet_start() -> Iterator[None]:
         yield
 
 
-def speak_early(arguments: list[str]) -> None:
-    """Until the configuration is known: the form of the log and the termination message, as far as the arguments tell.
+def configure_log_early(arguments: list[str]) -> None:
+    """Set the format of the log and the termination message from the arguments, until the configuration is known.
 
-    So what is wrong with the configuration is said where it is looked for. `--help` and `--cfg` are read by people.
+    So faults of the configuration appear where they are looked for. `--help` and `--cfg` are read by people.
     """
     if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
         return
@@ -74,7 +72,7 @@ def speak_early(arguments: list[str]) -> None:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    """What a file of the group `runtime` says, over those it builds on; nothing where there is no such file."""
+    """The values in a file of the group `runtime`, over its defaults; none where there is no such file."""
     file = conf_folder() / "runtime" / f"{name}.yaml"
     own = yaml.safe_load(file.read_text()) if file.is_file() else {}
     settings: dict[str, Any] = {}
@@ -83,13 +81,14 @@ def _preset(name: str) -> dict[str, Any]:
     return settings | own
 
 
-def be_seen(config: RunConfig, worker: int, workers: int) -> None:
-    """From here on the process can be watched as `runtime` says: log lines, a port, a last message.
+def start_monitoring(config: RunConfig, worker: int, workers: int) -> None:
+    """Set up the log, the termination message, and `/healthz` and `/metrics` as the section `runtime` says.
 
     Raises:
         ConfigError: the port cannot be had.
     """
-    speak_as(config.runtime, worker=str(worker), **({"run": config.output_dir} if config.output_dir else {}))
+    run = {"run": config.output_dir} if config.output_dir else {}
+    configure_log(config.runtime, worker=str(worker), **run)
     health.set_gauges(workers=workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
@@ -97,8 +96,8 @@ def be_seen(config: RunConfig, worker: int, workers: int) -> None:
         serve(config.runtime.http_port, health, config.output_dir or config.experiment_name or "")
 
 
-def speak_as(runtime: Runtime, **labels: str) -> None:
-    """The form of the log and the termination message, as configured."""
+def configure_log(runtime: Runtime, **labels: str) -> None:
+    """Set up the log, with these labels in JSON, and the termination message."""
     health.stuck_after = runtime.stuck_after
     termination.leave_in(runtime.termination_log)
     if runtime.log_format == "json":
@@ -107,7 +106,7 @@ def speak_as(runtime: Runtime, **labels: str) -> None:
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Around a whole command: the process exits with a documented code (`trainer.errors`).
+    """Run a whole command, and exit with a documented code (`trainer.errors`).
 
     Failures we can explain become one message on stderr, all others a traceback; either is the termination message too.
     """

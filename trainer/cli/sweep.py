@@ -1,4 +1,4 @@
-"""A sweep: many runs of one command line, each in a process of its own, and what they came to.
+"""A sweep: many runs of one command line, each in a process of its own, and their scores.
 
 Hydra chooses the values (every combination, or a search by Optuna) and calls `Sweep.run` for each job.
 """
@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from trainer.cli.compose import asks_for_sweep, compose, resolved
-from trainer.config.diff import FREE
+from trainer.config.diff import flat, is_free
 from trainer.config.schema import RunConfig, load, without_regularisation
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import log as lines
@@ -37,14 +37,14 @@ from trainer.storage.staging import is_remote
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
+OBJECTIVE = "val_accuracy"
 FILE = "events.out.tfevents.hparams"  # TensorBoard looks for "tfevents" in a name
 Value = bool | int | float | str
 
 
 def columns(names: list[str]) -> bytes:
-    """The event file of the whole sweep: the columns are these hyperparameters, and `METRICS`."""
+    """The event file of the whole sweep, for TensorBoard: the columns are these hyperparameters, and `METRICS`."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -57,10 +57,8 @@ def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeede
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-    status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
-    now = time.time()
-    ended = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
-    end = session_end_summary(ended)
+    status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
+    end = session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
     start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
     return _events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
 
@@ -78,12 +76,6 @@ def _events(summaries: list[Summary]) -> bytes:
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A sweep: many runs of one command line, each in a process of its own, and what they came to
-
-OBJECTIVE = "val_accuracy"
-
-
 class Ended(BaseException):
     """The whole sweep ends: no `Exception`, which Hydra would take for the failure of one job."""
 
@@ -93,7 +85,7 @@ class Ended(BaseException):
 
 @dataclass
 class Job:
-    """One run of a sweep; `arguments` without its folder, `overrides` what they say: {"seed": "1", ...}."""
+    """One run of a sweep; `arguments` without its folder, `overrides` the values in them: {"seed": "1", ...}."""
 
     name: str
     folder: str
@@ -105,18 +97,18 @@ class Job:
     @property
     def again(self) -> str:
         """The command that is this job."""
-        told = [a.lstrip("+") for a in self.arguments]
-        return shlex.join(["python", "-m", "trainer", *told, f"output_dir={self.folder}"])
+        arguments = [a.lstrip("+") for a in self.arguments]
+        return shlex.join(["python", "-m", "trainer", *arguments, f"output_dir={self.folder}"])
 
 
 @dataclass
 class Sweep:
-    """`folder`: where output_dir says, a folder a job inside it; None: where Hydra puts the jobs."""
+    """A sweep and its jobs so far; `folder` holds one folder a job, None: the one that Hydra names."""
 
     folder: str | None
     jobs: list[Job] = field(default_factory=list)
-    columns: dict[str, None] = field(default_factory=dict)  # what any job was told, in order
-    told: str | None = None  # the signal that asked to stop
+    columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs, in order
+    stop_signal: str | None = None  # the signal that asked to stop
     search: bool = False
     child: subprocess.Popen[bytes] | None = None
 
@@ -127,7 +119,7 @@ class Sweep:
             The validation accuracy of the last phase, for a sweeper; None of a job that failed.
 
         Raises:
-            Ended: it was told to stop, or the configuration is wrong.
+            Ended: a signal asked to stop, or the configuration is wrong.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -141,17 +133,16 @@ class Sweep:
         return job.scores.get(OBJECTIVE)
 
     def _finish(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
-        """Train, or go on, or find it done; then read its scores."""
+        """Train a job, resume it, or find it finished; then read its scores."""
         self._stop_here()
         arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         target = str(tree["output_dir"] or f"{self.folder}/{name}")
-        config = load(tree | {"output_dir": target})
-        config = without_regularisation(config) if config.debug.overfit else config
+        config = without_regularisation(load(tree | {"output_dir": target}))
         finished = is_finished(config)
         if not finished:
             _refuse_another(config)
-        told = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
-        job = Job(name, target, arguments, told)
+        given = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
+        job = Job(name, target, arguments, given)
         lines.say(f"sweep: job {name}: {self._differing(job)} -> {target}{' is finished already' * finished}")
         job.code = DONE if finished else self._process([*arguments, f"output_dir={target}"])
         if job.code == INTERRUPTED or job.code < 0:
@@ -170,26 +161,26 @@ class Sweep:
     def _process(self, arguments: list[str]) -> int:
         # In a process group of its own: Ctrl-C must reach it once, from here, for the second one ends it at once.
         self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
-        if self.told:
+        if self.stop_signal:
             self.child.terminate()
         code = self.child.wait()
         self.child = None
         return code
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        self.told = signal.Signals(number).name
+        self.stop_signal = signal.Signals(number).name
         if self.child:
             self.child.send_signal(signal.SIGTERM)
 
     def _stop_here(self) -> None:
-        if self.told:
-            raise Interrupted(f"{self.told}: the sweep has stopped, nothing is lost; {self._go_on()}")
+        if self.stop_signal:
+            raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost; {self._go_on()}")
 
     def _go_on(self) -> str:
         return f"start the same command again with output_dir={self.folder} to go on"
 
     def _show_on_tensorboard(self, job: Job, tree: dict[str, Any]) -> None:
-        values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not _is_free(key)}
+        values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not is_free(key)}
         before, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         if not (place(job.folder) / "config.yaml").exists():  # it failed so early that its folder must stay empty
             return
@@ -198,32 +189,32 @@ class Sweep:
             (place(self.folder or "") / FILE).write(columns(list(self.columns)))
 
     def _differing(self, job: Job) -> str:
-        """What this job was told and not all were; all of it where there is one job."""
+        """The overrides of a job that not all jobs have; all of them where there is one job."""
         others = [other.overrides for other in self.jobs if other is not job]
-        told = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
-        return " ".join(told) or ("as the others" if others else "as it is")
+        own = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
+        return " ".join(own) or ("as the others" if others else "as it is")
 
     def close(self) -> None:
-        """The last lines: every job and its score, the best one, and what failed.
+        """Log every job and its score, the best one, and those that failed.
 
         Raises:
             TrainerError: with the exit code of the first job that failed, if that fails the sweep: a grid is whole or
                 not, a search has failed where all of it did.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
-        told = [""]
+        text = [""]
         for job in self.jobs:
             score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
-            told.append(f"job {job.name:>3}  {score}  {self._differing(job)}")
+            text.append(f"job {job.name:>3}  {score}  {self._differing(job)}")
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            told += [
+            text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
                 f"  again    {best.again}",
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
-            termination.outcome(told[-3])
-        lines.say("\n".join(told))
+            termination.outcome(text[-3])
+        lines.say("\n".join(text))
         if failed and (not self.search or not scored):
             names = ", ".join(job.name for job in failed)
             error = TrainerError(f"{len(failed)} of {len(self.jobs)} jobs failed ({names}); their messages are above")
@@ -235,7 +226,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """The configuration that the arguments ask for; None where Hydra answered, or a sweep ran to its end.
 
     Raises:
-        TrainerError: as `compose`; a sweep that was stopped or failed.
+        TrainerError: as `compose`; a sweep was stopped or failed.
     """
     if not asks_for_sweep(arguments):
         return compose(arguments)
@@ -245,7 +236,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
             "a file of the group sweep: sweep=learning_rates"
         )
     arguments, folder = _in_one_folder(arguments)
-    logging.disable(logging.INFO)  # Optuna tells of its study
+    logging.disable(logging.INFO)  # Optuna reports on its study
     sweep = Sweep(folder)
     try:
         compose(arguments, run_job=sweep.run)
@@ -260,7 +251,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _searches_nothing(arguments: list[str]) -> bool:
-    """Whether Optuna would run the same job again and again."""
+    """Whether Optuna is asked for without anything to search, and would run the same job again and again."""
     chosen = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
     if not chosen or {"--cfg", "-c", "--help"} & set(arguments):
         return False
@@ -286,18 +277,13 @@ def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _refuse_another(config: RunConfig) -> None:
-    """A job that finds another run in its folder is no failure of the job: the sweep is another one."""
+    """Raise a ConfigError if another run is in the folder of a job: then the sweep is another one."""
     record = place(config.output_dir or "") / "config.yaml"
     if record.exists():
         of_one_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
 
 
-def _is_free(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in FREE)
-
-
 def _value(tree: Any, key: str, text: str) -> Value:
     """The value of a key in the configuration; of a group, the choice as it was typed."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, bool | int | float | str) else text
+    value = flat(tree).get(key)
+    return value if isinstance(value, bool | int | float | str) else text

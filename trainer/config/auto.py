@@ -1,6 +1,5 @@
-"""The advice table: what `auto` stands for, once the training images have been counted (docs/phases.md).
-
-Rules of thumb, made from the published recipes; a person who knows the images knows better.
+"""The advice table: rules of thumb from the published recipes that choose what is `auto`, once the training images have
+been counted (docs/phases.md).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ def advise(config: RunConfig, images: int, classes: int) -> tuple[RunConfig, lis
     """The configuration with everything that is `auto` in it chosen, and the reasons, one line a choice.
 
     Args:
-        images: training images.
-        classes: of them.
+        images: number of training images.
+        classes: number of their classes.
     """
     if config.auto is None:
         return config, []
@@ -28,24 +27,20 @@ def advise(config: RunConfig, images: int, classes: int) -> tuple[RunConfig, lis
     if config.auto.backbone:
         choice["backbone"], why = _backbone(images, classes)
         reasons.append(f"model.backbone=auto: {choice['backbone']}, for {counted} ({why})")
-    if config.auto.phases:
-        advised = config.auto.phases
+    if advised := config.auto.phases:
         few = images < FEW_IMAGES or images < FEW_A_CLASS * classes
         row = f"{'few' if few else 'many'}_{advised.domain or 'similar'}"
-        chosen: dict[str, Phase] = getattr(advised, row)
-        choice["phases"] = chosen
-        names = ", ".join(f"{name} ({phase.thaw})" for name, phase in chosen.items())
+        choice["phases"] = getattr(advised, row)
+        names = ", ".join(f"{name} ({phase.thaw})" for name, phase in choice["phases"].items())
         taken = "; taken as similar to what the backbone has seen: say phases.auto.domain=similar or different"
         reasons.append(
             f"phases=auto: {row}, that is {names}, for {counted} (few: under {FEW_IMAGES:,}, or {FEW_A_CLASS} a class)"
             + ("" if advised.domain else taken)
         )
     if config.auto.batch_size:
-        choice["batch_size"] = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
-        reasons.append(
-            f"training.batch_size=auto: {choice['batch_size']}, for {images:,} training images (16 under 1,000, "
-            f"64 from {MANY_IMAGES:,} on, else 32)"
-        )
+        size = choice["batch_size"] = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
+        rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
+        reasons.append(f"training.batch_size=auto: {size}, for {images:,} training images {rule}")
     return settled(config, choice), reasons
 
 
@@ -59,24 +54,25 @@ def _backbone(images: int, classes: int) -> tuple[str, str]:
 
 
 def adopted(config: RunConfig, before: RunConfig) -> tuple[RunConfig, list[str]]:
-    """As `advise`, but everything is as it is `before`: how a run goes on that has begun."""
-    auto, choice = config.auto, choice_of(before)
+    """As `advise`, but with the choices of `before`, the configuration that a resumed run began with."""
+    auto = config.auto
     if auto is None:
         return config, []
-    said = {"model.backbone": choice["backbone"] if auto.backbone else None,
-            "phases": ", ".join(before.phases) if auto.phases else None,
-            "training.batch_size": choice["batch_size"] if auto.batch_size else None}  # fmt: skip
-    return settled(config, choice), [f"{key}=auto: {value}, as this run began" for key, value in said.items() if value]
+    values = [("model.backbone", auto.backbone, before.model.backbone),
+              ("phases", auto.phases, ", ".join(before.phases)),
+              ("training.batch_size", auto.batch_size, before.training.batch_size)]  # fmt: skip
+    reasons = [f"{key}=auto: {value}, as this run began" for key, is_auto, value in values if is_auto]
+    return settled(config, choice_of(before)), reasons
 
 
 def choice_of(config: RunConfig) -> dict[str, Any]:
-    """What `auto` could stand for as it is in a configuration, in plain values."""
+    """The values of a configuration that can be `auto`, JSON-compatible."""
     phases = {name: phase.model_dump(mode="json") for name, phase in config.phases.items()}
     return {"backbone": config.model.backbone, "phases": phases, "batch_size": config.training.batch_size}
 
 
 def settled(config: RunConfig, choice: dict[str, Any]) -> RunConfig:
-    """The configuration with everything that is `auto` in it taken from `choice`, as `choice_of` gives it."""
+    """The configuration with everything that is `auto` in it replaced by the values of `choice` (`choice_of`)."""
     if config.auto is None:
         return config
     changes: dict[str, Any] = {"auto": None}

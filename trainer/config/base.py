@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of, and readable validation errors."""
+"""The base of every section of the configuration, and validation errors as sentences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-AUTO = "(auto)"  # where `phases.auto_apart` puts what is auto; no key that a user could say
+AUTO = "(auto)"  # where `phases.auto_apart` moves what is auto; no key that a user could write
 
 
 class Section(BaseModel):
@@ -44,10 +44,6 @@ def _read_duration(value: Any) -> Any:
 SomeDuration = Annotated[Duration, BeforeValidator(_read_duration)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Turn a validator's findings into sentences a user can act on
-
-
 def without_none(annotation: Any) -> Any:
     """`Section | None` -> `Section`."""
     kinds = [kind for kind in getattr(annotation, "__args__", ()) if kind is not type(None)]
@@ -55,7 +51,7 @@ def without_none(annotation: Any) -> Any:
 
 
 def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The section that a path of keys leads to; steps through `dict[str, Section]` and `Section | None`."""
+    """The section at a path of keys, also through `dict[str, Section]` and `Section | None`."""
     here: Any = model
     for key in path:
         if isinstance(here, type) and issubclass(here, BaseModel):
@@ -67,7 +63,7 @@ def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel
 
 
 def _key(path: tuple[Any, ...]) -> str:
-    """As the user wrote it; what was `auto` stands apart in the tree (`auto_apart`)."""
+    """The key as the user wrote it; `auto_apart` moves what is `auto`."""
     if path[:2] == (AUTO, "phases"):
         path = ("phases", "auto", *path[2:])
     return ".".join(str(part) for part in path) or "the configuration"
@@ -96,8 +92,7 @@ def _sentence(fault: Any, root: type[BaseModel], siblings: list[str]) -> str:
 
 
 def describe_faults(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> str:
-    """Every fault found in `tree`, one line each."""
+    """One sentence for each fault that pydantic found in `tree`, which a user can act on, one line each."""
     phases = tree.get("phases")
-    siblings = list(phases) if isinstance(phases, dict) else []
-    lines = [_sentence(fault, root, siblings) for fault in error.errors()]
+    lines = [_sentence(fault, root, list(phases) if isinstance(phases, dict) else []) for fault in error.errors()]
     return f"the configuration has {len(lines)} fault{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {x}" for x in lines)

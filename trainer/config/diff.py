@@ -1,9 +1,10 @@
-"""Two configurations side by side: what may differ between the halves of a run, and between its workers."""
+"""The differences of two configurations: those that the halves of a run may have, and those that its workers may."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from trainer.config.phases import UNITS
 from trainer.config.schema import RunConfig, Runtime
 
 # What may differ between the two halves of one run: nothing here reaches the weights.
@@ -15,11 +16,14 @@ FREE = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
-
-
 # What each worker of one run may have for itself.
 _OWN = ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress", "http_port", "log_format")
 OWN = tuple(f"runtime.{key}" for key in (*_OWN, "termination_log"))
+
+
+def is_free(key: str) -> bool:
+    """Whether a key, or the section that holds it, is in `FREE`."""
+    return f"{key}.".startswith(tuple(f"{name}." for name in FREE))
 
 
 def in_common(config: RunConfig) -> dict[str, Any]:
@@ -36,21 +40,16 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs in a way that makes it another run, one "key: before -> now" a line.
+    """The differences that make it another run, one "key: before -> now" a line.
 
     The last phase may be made longer (a finished run can be extended); everything in `FREE` may change.
     """
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    last = list(now.phases)[-1]
-    found = []
+    lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
+    changed = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = old.get(key), new.get(key)
-        free = any(key == name or key.startswith(name + ".") for name in FREE)
-        longer = (
-            key in {f"phases.{last}.{unit}" for unit in ("epochs", "steps", "examples")} | {"debug.max_steps"}
-            and was is not None
-            and (is_now is None or is_now >= was)
-        )
-        if was != is_now and not free and not longer:
-            found.append(f"{key}: {was} -> {is_now}")
-    return found
+        longer = key in lengths and was is not None and (is_now is None or is_now >= was)
+        if was != is_now and not is_free(key) and not longer:
+            changed.append(f"{key}: {was} -> {is_now}")
+    return changed

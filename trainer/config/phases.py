@@ -1,4 +1,4 @@
-"""What a phase of training may say: what trains, for how long, how fast. The reference is docs/phases.md."""
+"""The configuration of a phase: what trains, for how long, how fast. The reference is docs/phases.md."""
 
 from __future__ import annotations
 
@@ -25,22 +25,18 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Optimizer:
-        betas = {"beta_1", "beta_2", "epsilon"}
-        known = {
-            "adam": betas,
-            "adamw": betas | {"weight_decay"},
-            "adamax": betas,
-            "sgd": {"momentum", "nesterov"},
-            "rmsprop": {"momentum", "rho", "epsilon"},
-        }[self.name]
-        strange = sorted(k for k in self.options if k not in known)
-        if strange:
-            raise ValueError(f"optimizer {self.name} has no {', '.join(strange)}; it takes {', '.join(sorted(known))}")
+        adam = {"beta_1", "beta_2", "epsilon"}
+        others = {"adamw": adam | {"weight_decay"}, "sgd": {"momentum", "nesterov"},
+                  "rmsprop": {"momentum", "rho", "epsilon"}}  # fmt: skip
+        known = others.get(self.name, adam)
+        unknown = sorted(k for k in self.options if k not in known)
+        if unknown:
+            raise ValueError(f"optimizer {self.name} has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
         return self
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was set beyond the name and the learning rate."""
+        """The keyword arguments that are set beside the learning rate."""
         return {k: v for k, v in self if k not in ("name", "learning_rate") and v is not None}
 
 
@@ -49,7 +45,7 @@ class Schedule(Section):
 
     name: Literal["constant", "cosine", "exponential", "time", "step"] = "constant"
     warmup: SomeDuration = Duration(count=0, unit="steps")
-    final: float = Field(0.0, ge=0, le=1)  # cosine: the last rate, as a share of the first
+    final: float = Field(0.0, ge=0, le=1)  # cosine: the last rate, as a fraction of the first
     decay: float | None = Field(None, gt=0)  # exponential: factor; time: lr / (1 + decay * step); step: factor
     every: SomeDuration | None = None  # exponential: one factor per this long
     at: tuple[SomeDuration, ...] = ()  # step: multiply by `decay` at each
@@ -71,6 +67,9 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0)
 
 
+UNITS: tuple[str, ...] = ("epochs", "steps", "examples")
+
+
 class Phase(Section):
     """One stretch of training: what trains, for how long, and how fast."""
 
@@ -79,8 +78,8 @@ class Phase(Section):
     steps: int | None = Field(None, ge=1)
     examples: int | None = Field(None, ge=1)
     batch_norm: Literal["frozen", "train"] = "frozen"
-    backbone_rate: float = Field(1.0, gt=0, le=1)  # of the whole backbone, as a share of the head's learning rate
-    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a block, as a share of that of the block above it
+    backbone_rate: float = Field(1.0, gt=0, le=1)  # of the whole backbone, as a fraction of the head's learning rate
+    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a block, as a fraction of that of the block above it
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     early_stopping: EarlyStopping = EarlyStopping()
@@ -90,7 +89,7 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Phase:
-        given = [k for k in ("epochs", "steps", "examples") if getattr(self, k) is not None]
+        given = [k for k in UNITS if getattr(self, k) is not None]
         if len(given) != 1:
             was = f"{' and '.join(given)} are set" if given else "none is set"
             raise ValueError(f"set exactly one of epochs, steps, examples ({was}; unset one with KEY=null)")
@@ -103,8 +102,8 @@ class Phase(Section):
 
     @property
     def duration(self) -> Duration:
-        """How long the phase lasts at most."""
-        unit = next(k for k in ("epochs", "steps", "examples") if getattr(self, k) is not None)
+        """The length of the phase, at most."""
+        unit = next(k for k in UNITS if getattr(self, k) is not None)
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
 
@@ -124,7 +123,7 @@ class Advised(Section):
 
 
 class Auto(Section):
-    """What was said to be `auto`, and is chosen when the data has been opened (trainer/config/auto.py)."""
+    """The values that are `auto`, to be chosen when the data has been opened (trainer/config/auto.py)."""
 
     backbone: bool = False
     batch_size: bool = False
@@ -133,8 +132,7 @@ class Auto(Section):
     @field_validator("phases", mode="before")
     @classmethod
     def _alone(cls, phases: Any) -> Any:
-        others = [name for name in phases if name != "auto"]
-        if others:
+        if others := [name for name in phases if name != "auto"]:
             raise ValueError(
                 f"chooses all phases, but {', '.join(others)} is said beside it; leave that out, or choose a group "
                 "such as phases=two_phase"
@@ -143,15 +141,17 @@ class Auto(Section):
 
 
 def auto_apart(tree: dict[str, Any]) -> dict[str, Any]:
-    """The composed `tree` with what is `auto` set apart under `AUTO`, and a value that does no harm in its place."""
-    model, training, phases = (tree.get(key) or {} for key in ("model", "training", "phases"))
-    found: dict[str, Any] = {}
-    if isinstance(model, dict) and model.get("backbone") == "auto":  # stays: no backbone has that name
-        found["backbone"] = True
-    if isinstance(training, dict) and training.get("batch_size") == "auto":
-        found["batch_size"] = True
+    """The composed `tree` with what is `auto` moved to the key `AUTO`, and a valid value in its place."""
+    model, training, phases = (
+        tree[k] if isinstance(tree.get(k), dict) else {} for k in ("model", "training", "phases")
+    )
+    auto: dict[str, Any] = {}
+    if model.get("backbone") == "auto":  # stays: no backbone has that name
+        auto["backbone"] = True
+    if training.get("batch_size") == "auto":
+        auto["batch_size"] = True
         tree = {**tree, "training": {k: v for k, v in training.items() if k != "batch_size"}}
-    if isinstance(phases, dict) and "auto" in phases:
-        found["phases"] = phases
+    if "auto" in phases:
+        auto["phases"] = phases
         tree = {**tree, "phases": {"auto": {"thaw": "none", "steps": 1}}}
-    return {**tree, AUTO: found} if found else tree
+    return {**tree, AUTO: auto} if auto else tree

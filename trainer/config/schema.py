@@ -1,4 +1,4 @@
-"""What a run may say: one frozen, validated tree.
+"""The configuration of a run: one frozen, validated tree.
 
 Hydra composes plain YAML from `conf/`; `load` turns it into a `RunConfig` or raises one `ConfigError` that lists
 every fault, each with its key, its value and what would be right. Nothing here imports TensorFlow.
@@ -98,18 +98,18 @@ class Augmentation(Section):
     flip_horizontal: bool = False
     flip_vertical: bool = False
     rotation: Rotation = 0.0  # degrees, drawn from +- this; [40, 108]: from each range, added up
-    shift: float = Field(0.0, ge=0, le=1)  # share of the side
+    shift: float = Field(0.0, ge=0, le=1)  # fraction of the side
     shear: float = Field(0.0, ge=0, lt=90)  # degrees
     zoom: float = Field(0.0, ge=0, lt=1)  # 0.2: scale drawn from [0.8, 1.2]
     stretch: float = Field(0.0, ge=0, lt=1)  # 0.2: width and height scaled apart, each from [0.8, 1.2]
-    crop: float = Field(0.0, ge=0, lt=1)  # least share of the area that a crop keeps, its aspect from 3/4 to 4/3
+    crop: float = Field(0.0, ge=0, lt=1)  # least part of the area that a crop keeps, its aspect from 3/4 to 4/3
     contrast: float = Field(0.0, ge=0, lt=1)
-    brightness: float = Field(0.0, ge=0, lt=1)  # share of 255
+    brightness: float = Field(0.0, ge=0, lt=1)  # fraction of 255
     saturation: float = Field(0.0, ge=0, le=1)
-    hue: float = Field(0.0, ge=0, le=0.5)  # share of a turn
+    hue: float = Field(0.0, ge=0, le=0.5)  # fraction of a turn
     randaugment: int = Field(0, ge=0, le=14)  # operations that an image goes through
     magnitude: int = Field(9, ge=0, le=30)  # of those operations
-    cutout: float = Field(0.0, ge=0, le=1)  # side of a grey square, as a share of the image's
+    cutout: float = Field(0.0, ge=0, le=1)  # side of a grey square, as a fraction of the image's
     mixup: float = Field(0.0, ge=0)  # alpha of Beta(alpha, alpha); neighbours in a batch are mixed
     cutmix: float = Field(0.0, ge=0)  # alpha; with mixup too, each takes half of the examples
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
@@ -156,7 +156,7 @@ class Distillation(Section):
     """A teacher beside the labels: loss = alpha x label's + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
     teacher: str  # output_dir of an earlier run, or of a SavedModel that a run exported; local or gs://
-    alpha: float = Field(0.1, ge=0, lt=1)  # share of the loss against the labels
+    alpha: float = Field(0.1, ge=0, lt=1)  # weight of the loss against the labels
     temperature: float = Field(1.0, gt=0)  # softens both answers
 
 
@@ -217,7 +217,9 @@ class Export(Section):
     """What is made of the trained model at the end."""
 
     formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")  # docs/exports.md
-    max_accuracy_drop: float = Field(0.01, ge=0, le=1)  # share of the scored examples; a worse file ends the run with 2
+    max_accuracy_drop: float = Field(
+        0.01, ge=0, le=1
+    )  # fraction of the scored examples; a worse file ends the run with 2
 
 
 class Debug(Section):
@@ -280,7 +282,7 @@ class RunConfig(Section):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def feature_config_error(self, phase: Phase) -> str | None:
-        """What a phase says of features that cannot be."""
+        """The fault in what a phase asks of cached features; None where there is none."""
         views, active = phase.augmented_views, self.augmentation.active
         if views and views > 1 and not active:
             return f"augmented_views={views}: nothing augments, every view would be the same; leave it null"
@@ -306,7 +308,9 @@ def load(tree: dict[str, Any]) -> RunConfig:
 
 
 def without_regularisation(config: RunConfig) -> RunConfig:
-    """For debug=overfit: nothing may stand between the model and one batch."""
+    """The configuration that is trained: with debug.overfit nothing may stand between the model and one batch."""
+    if not config.debug.overfit:
+        return config
     auto = config.auto.model_copy(update={"batch_size": False}) if config.auto else None  # it would be of that batch
     return config.model_copy(
         update={

@@ -1,1 +1,1 @@
-"""What is seen of a process from outside: log lines, health, metrics, the termination message."""
+"""Monitoring of a process: log lines, health, metrics, the termination message."""

@@ -1,4 +1,4 @@
-"""What this process is at, and when it last got on: what `/healthz` judges and `/metrics` tells.
+"""The activity of this process and its last progress, for `/healthz` and `/metrics`.
 
 Nothing here waits, locks or draws: any thread may call anything at any time.
 """
@@ -13,11 +13,11 @@ START, FINISH = "start", "finish"
 
 
 class Health:
-    """Of one process.
+    """The activity, progress and gauges of a process.
 
     Attributes:
         phase: START, the name of a phase of training, or FINISH.
-        activity: what the main thread is at, in a few words.
+        activity: what the main thread does, in a few words.
         stuck_after: seconds without progress that are too many (`runtime.stuck_after`).
         values: gauges by name, as far as they are known: step, epoch, loss, ...
     """
@@ -31,27 +31,27 @@ class Health:
         self._waiting_for: str | None = None
 
     def enter_phase(self, phase: str) -> None:
-        """Another part of the run begins."""
+        """Begin another part of the run."""
         self.phase = phase
         self.set_activity(phase)
 
     def set_activity(self, activity: str) -> None:
-        """The main thread begins something else."""
+        """Note that the main thread begins something else."""
         self.activity = activity
         self.progress()
 
     def progress(self) -> None:
-        """Something got on: a step, a batch, a part of a file, or a loop with a time limit of its own went round."""
+        """Note progress: a step, a batch, a part of a file, or a round of a loop with a time limit of its own."""
         self._moved = time.monotonic()
 
     def steps_taken(self, step: int, epoch: int) -> None:
-        """The optimizer has taken steps; `step` is the run's, `epoch` counts from 1."""
+        """Note that the optimizer has taken steps; `step` is the run's, `epoch` counts from 1."""
         self.progress()
         self._stepped = self._moved
         self.set_gauges(step=step, epoch=epoch)
 
     def checkpoint_saved(self, seconds_ago: float = 0.0) -> None:
-        """A checkpoint of how things stood `seconds_ago` is committed; or training begins with nothing to lose."""
+        """Note that the state of `seconds_ago` is committed, or that training begins with nothing to lose."""
         self._saved = time.monotonic() - seconds_ago
 
     def set_gauges(self, **values: float) -> None:
@@ -60,8 +60,8 @@ class Health:
 
     @contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """While progress is made elsewhere and watched there: another worker has signs of its own, and its silence
-        ends all of them within seconds.
+        """Count no silence while progress is made and watched elsewhere: another worker has a health of its own, and
+        its silence ends all of them within seconds.
         """
         self._waiting_for = what
         try:
@@ -72,7 +72,7 @@ class Health:
 
     @property
     def seconds_since_progress(self) -> float:
-        """Seconds since something got on; 0 while that is not to be expected."""
+        """Seconds since the last progress; 0 while none is to be expected."""
         return 0.0 if self._waiting_for else time.monotonic() - self._moved
 
     @property
@@ -86,11 +86,11 @@ class Health:
         return None if self._saved is None else time.monotonic() - self._saved
 
     def describe(self) -> str:
-        """What the process is at, in a few words."""
+        """The activity, in a few words."""
         return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
     def stall_reason(self) -> str | None:
-        """Why this process must be taken for stuck, in one sentence; None as long as it gets on."""
+        """A sentence on why this process counts as stuck; None as long as it makes progress."""
         silence = self.seconds_since_progress
         if silence <= self.stuck_after:
             return None

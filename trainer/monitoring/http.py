@@ -32,43 +32,37 @@ GAUGES = {
     "goodput_ratio": "Share of the time since the first start of the run that went into steps that are kept",
     "data_wait_ratio": "Share of the last logging interval in which this worker waited for data",
     "workers": "Workers of the run",
+    "last_step_age_seconds": "Seconds since this worker took its last step",
+    "last_progress_age_seconds": "Seconds since anything got on, as /healthz judges it",
+    "checkpoint_age_seconds": "Seconds between the state that is saved (at first: the start of training) and now",
 }
-SECONDS = 10.0  # for a client to say what it wants
+PLAIN = "text/plain; charset=utf-8"
+SECONDS = 10.0  # for a client to send its request
 
 
-class Vitals(Collector):
-    """The life health as Prometheus metrics; what is not known yet is left out."""
+class HealthCollector(Collector):
+    """The health of a process as Prometheus metrics, read at each scrape; what is not known yet is left out."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
 
     def collect(self) -> Iterator[Metric]:
-        """Asked at each scrape: ages grow between them."""
+        """Yield the metrics of this moment."""
         health = self.health
         facts = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
         yield InfoMetricFamily("kubetune", "The run, the phase it is in, and the version of kubetune", facts)
+        values: dict[str, float | None] = {
+            **health.values,
+            "last_step_age_seconds": health.step_age,
+            "last_progress_age_seconds": health.seconds_since_progress,
+            "checkpoint_age_seconds": health.checkpoint_age,
+        }
         for name, text in GAUGES.items():
-            if name in health.values:
-                yield GaugeMetricFamily(f"kubetune_{name}", text, health.values[name])
-        if health.step_age is not None:
-            yield GaugeMetricFamily(
-                "kubetune_last_step_age_seconds", "Seconds since this worker took its last step", health.step_age
-            )
-        yield GaugeMetricFamily(
-            "kubetune_last_progress_age_seconds",
-            "Seconds since anything got on, as /healthz judges it",
-            health.seconds_since_progress,
-        )
-        if health.checkpoint_age is not None:
-            yield GaugeMetricFamily(
-                "kubetune_checkpoint_age_seconds",
-                "Seconds between the state that is saved (at first: the start of training) and now",
-                health.checkpoint_age,
-            )
+            if (value := values.get(name)) is not None:
+                yield GaugeMetricFamily(f"kubetune_{name}", text, value)
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
     request_queue_size = 16
 
     def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
@@ -92,9 +86,9 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
         ConfigError: the port cannot be had.
     """
     registry = CollectorRegistry()
-    registry.register(Vitals(health, run))
+    registry.register(HealthCollector(health, run))
     ProcessCollector(registry=registry)
-    told = threading.Event()
+    reported = threading.Event()  # the log has the reason why the process is stuck
 
     class Handler(BaseHTTPRequestHandler):
         timeout = SECONDS
@@ -103,15 +97,13 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
             path = self.path.partition("?")[0]
             if path == "/healthz":
                 reason = health.stall_reason()
-                _tell_once(reason, told)
-                self._answer(
-                    503 if reason else 200, "text/plain; charset=utf-8", f"{reason or health.describe()}\n".encode()
-                )
+                _log_once(reason, reported)
+                self._answer(503 if reason else 200, PLAIN, f"{reason or health.describe()}\n".encode())
             elif path == "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept") or "")
                 self._answer(200, kind, encode(registry))
             else:
-                self._answer(404, "text/plain; charset=utf-8", b"here are /healthz and /metrics\n")
+                self._answer(404, PLAIN, b"here are /healthz and /metrics\n")
 
         def _answer(self, code: int, kind: str, body: bytes) -> None:
             self.send_response(code)
@@ -134,12 +126,12 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
     return server
 
 
-def _tell_once(reason: str | None, told: threading.Event) -> None:
-    """The log says as well that the process is stuck, once each time, and where: its end is near."""
+def _log_once(reason: str | None, reported: threading.Event) -> None:
+    """Log that the process is stuck, once each time, and where: its end is near."""
     if reason is None:
-        told.clear()
-    elif not told.is_set():
-        told.set()
+        reported.clear()
+    elif not reported.is_set():
+        reported.set()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         say(f"{reason}; the main thread is at:\n{stack}", "ERROR")

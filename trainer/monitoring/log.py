@@ -1,4 +1,9 @@
-"""Libraries in C++ talk on stderr past every logger of Python."""
+"""The log of a process, as text or with one JSON object a line.
+
+Prints, warnings, tracebacks and what libraries log become JSON as well. Our own lines do not go through `logging`:
+Hydra configures it anew and disables loggers, a sweep silences it, and the last line of a process must not wait for the
+lock of a handler.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainer.monitoring.health import health
 
@@ -31,9 +36,9 @@ _json = False
 
 
 def say(text: str, severity: Severity = "INFO", **facts: Any) -> None:
-    """Tell of something, on stderr from WARNING on; in JSON `facts` are fields of their own.
+    """Log a text, on stderr from WARNING on; in JSON `facts` are fields of their own.
 
-    Progress is told before a slow thing begins, so that a start that hangs can be told from one that works.
+    Call it before a slow thing begins, so that a start that hangs can be told from one that works.
     """
     stderr = severity not in ("DEBUG", "INFO")
     if _json:
@@ -43,18 +48,17 @@ def say(text: str, severity: Severity = "INFO", **facts: Any) -> None:
 
 
 def say_traceback(error: BaseException) -> None:
-    """A bug, as Python prints it."""
+    """Log an exception as Python prints it."""
     say("".join(traceback.format_exception(error)).rstrip("\n"), "ERROR")
 
 
 def last_words(text: str) -> None:
-    """Say why, from any thread, also right before `os._exit`."""
-    data = _line(text, "WARNING", {}) if _json else text + "\n"
-    _write(_stderr, data)
+    """Log why the process ends, from any thread or signal handler, also right before `os._exit`."""
+    _write(_stderr, _line(text, "WARNING", {}) if _json else text + "\n")
 
 
 def as_json(**labels: str) -> None:
-    """From here on every line that Python writes is a JSON object with these labels: prints, warnings, tracebacks,
+    """Make every line that Python writes a JSON object with these labels, from here on: prints, warnings, tracebacks,
     what libraries log. What TensorFlow's C++ code writes to the file descriptor stays as it is.
     """
     global _json
@@ -72,30 +76,28 @@ def as_json(**labels: str) -> None:
     quiet = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     sys.excepthook = lambda _kind, error, _trace: say_traceback(error)
-    threading.excepthook = _of_thread
+    threading.excepthook = _say_thread_traceback
 
 
-def is_json() -> bool:
-    """Whether lines are JSON objects."""
-    return _json
-
-
-def _of_thread(ended: threading.ExceptHookArgs) -> None:
+def _say_thread_traceback(ended: threading.ExceptHookArgs) -> None:
     if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
         say_traceback(ended.exc_value)
 
 
+def timestamp() -> str:
+    """Now, as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def _line(text: str, severity: str, facts: dict[str, Any]) -> str:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    where = {"phase": health.phase} | {k: int(v) for k, v in health.values.items() if k == "step"}
-    entry = {"severity": severity, "time": now, "message": text.strip("\n")} | where | facts
-    if _labels:
-        entry[LABELS] = _labels
-    return json.dumps(_finite(entry), ensure_ascii=False, default=str) + "\n"
+    step = {"step": int(health.values["step"])} if "step" in health.values else {}
+    labels = {LABELS: _labels} if _labels else {}
+    entry = {"severity": severity, "time": timestamp(), "message": text.strip("\n"), "phase": health.phase}
+    return json.dumps(_finite(entry | step | facts | labels), ensure_ascii=False, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows neither nan nor infinity."""
+    """The value with nan and infinity as text: JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return {k: _finite(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -113,7 +115,7 @@ def _write(file: int, text: str) -> None:
 
 
 class _Lines(io.TextIOBase):
-    """Stands for stdout or stderr: each line becomes an object."""
+    """The standard output or error stream: each line that is printed becomes an object."""
 
     encoding = "utf-8"
 
@@ -130,34 +132,32 @@ class _Lines(io.TextIOBase):
         *whole, self._rest = (self._rest + text).split("\n")
         self._rest = self._rest.rpartition("\r")[2]  # a progress bar draws over itself: its last state counts
         for line in whole:
-            self._tell(line)
+            self._log(line)
         return len(text)
 
     def end(self) -> None:
-        """The process ends: what has no end of line is told too."""
+        """Log what has no end of line, when the process ends."""
         rest, self._rest = self._rest, ""
-        self._tell(rest)
+        self._log(rest)
 
-    def _tell(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if line := line.rpartition("\r")[2].rstrip():
             _write(self._file, _line(line, self._severity, {}))
 
 
 class _Handler(logging.Handler):
-    """What libraries log, and Python's warnings."""
+    """The handler of what libraries log, and of Python's warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        severity = record.levelname if record.levelname in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL") else "INFO"
+        severity = record.levelname if record.levelname in get_args(Severity) else "INFO"
         _write(_stderr, _line(self.format(record), severity, {"logger": record.name}))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Libraries in C++ talk on stderr past every logger of Python
 
 
 @contextmanager
 def without(chatter: re.Pattern[str]) -> Iterator[None]:
-    """Leave out the lines in which `chatter` is found; all others reach stderr afterwards, also where it fails."""
+    """Leave out the lines on stderr in which `chatter` is found, those of libraries in C++ too, which no logger of
+    Python sees; all others reach stderr afterwards, also where the block fails.
+    """
     with tempfile.TemporaryFile() as heard:
         sys.stderr.flush()
         stderr = os.dup(2)

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, on a terminal or as lines of a log."""
+"""The progress of writing images, as a bar on a terminal or as lines of a log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Progress = Callable[[int, int], None]  # what is done, of how many
 
 @contextmanager
 def written_images(kind: str) -> Iterator[Progress]:
-    """Where images are written: a live bar on a terminal, else a line every ten seconds and at the end.
+    """A function that shows how many images are written: a live bar, else a line every ten seconds and at the end.
 
-    Each call with more of them done is a sign of life.
+    Each call with more of them done counts as progress of the process.
 
     Args:
         kind: as `runtime.progress`; "auto": a bar where stdout is a terminal.

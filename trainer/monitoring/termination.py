@@ -1,9 +1,11 @@
-"""Why the process ended, where Kubernetes looks for it: `kubectl describe pod` shows it as the message.
+"""The termination message of a container: `kubectl describe pod` shows why the process ended.
 
-Who ends by SIGKILL leaves nothing; `terminationMessagePolicy: FallbackToLogsOnError` then shows the end of the log.
+A process that SIGKILL ends leaves none; `terminationMessagePolicy: FallbackToLogsOnError` then shows the log's end.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from trainer.errors import BUG, DONE, GAVE_UP, INTERRUPTED, WRONG_INPUT
 from trainer.monitoring.log import last_words
@@ -22,26 +24,25 @@ _outcome = ""
 
 
 def leave_in(file: str | None) -> None:
-    """Name the file; None: nothing is left (`runtime.termination_log`)."""
+    """Set the file that gets the message; None: no message is written (`runtime.termination_log`)."""
     global _file
     _file = file
 
 
 def outcome(text: str) -> None:
-    """What is to be said of a process that ends well."""
+    """Set the message of a process that ends with exit code 0."""
     global _outcome
     _outcome = text
 
 
 def leave(code: int, reason: str = "") -> None:
-    """Write the message; from any thread, right before the end. A file that cannot be written is no reason to fail."""
+    """Write the message, from any thread, right before the end. A file that cannot be written is no reason to fail."""
     if not _file:
         return
-    meaning = MEANINGS.get(code, "unexpected")
     text = reason or (_outcome if code == DONE else "")
+    message = f"exit code {code} ({MEANINGS.get(code, 'unexpected')})" + (f": {text}" if text else "")
     try:
-        with open(_file, "wb") as file:
-            file.write(shortened(f"exit code {code} ({meaning})" + (f": {text}" if text else "")))
+        Path(_file).write_bytes(shortened(message))
     except OSError as error:
         last_words(f"runtime.termination_log={_file} cannot be written ({error.strerror or error}); it is left out")
 

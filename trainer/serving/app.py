@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainer.monitoring.log import say_traceback
 from trainer.serving.batching import Batcher, Full
-from trainer.serving.export_files import Export
+from trainer.serving.export_files import Answer, Export, Unreadable
 from trainer.serving.metrics import Observed
-from trainer.serving.model import Answer, Unreadable
 from trainer.serving.requests import TOGETHER, Asked, Refused, Room, busy, read_body, read_instances, read_predict
 from trainer.serving.settings import Settings
 
@@ -48,15 +47,15 @@ class Service:
 
     Attributes:
         model: None until it is loaded and warm.
-        leaving: told to stop: not ready any more, and connections end with their next answer.
+        leaving: asked to stop: not ready any more, and connections end with their next answer.
+        active: requests that are being answered.
+        lost: requests that the end of the process cut off.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
         self.model: ServedModel | None = None
-        self.leaving = False
-        self.active = 0  # requests that are being answered
-        self.lost = 0  # requests that the end of the process cut off
+        self.leaving, self.active, self.lost = False, 0, 0
         self.observed = Observed(settings, export, lambda: sum(map(len, self._batchers)), lambda: self.active)
         self._room = Room(TOGETHER * settings.max_bytes)
         self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: JSON takes many times its size in memory
@@ -76,7 +75,7 @@ class Service:
               for version in ("", "/versions/{version}") for verb in ("predict", "explain")),
             *(Route(f"{models}{version}", self.answered(self.status)) for version in ("", "/versions/{version}")),
         ]  # fmt: skip
-        self.app: ASGIApp = _Counted(self, Starlette(routes=routes, exception_handlers={HTTPException: _no_route}))
+        self._routes: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
     def _batcher(self, explain: bool) -> Batcher:
         def ask(images: list[bytes]) -> list[Answer | Unreadable]:
@@ -88,26 +87,47 @@ class Service:
             self.observed.predicted([answer for answer in answers if isinstance(answer, Answer)])
             return answers
 
-        limits = self.settings
-        return Batcher(
-            ask,
-            self._asker,
-            size=limits.batch,
-            window=limits.window_ms / 1000,
-            queue=limits.queue,
-            pixels=limits.max_pixels,
-        )
+        s = self.settings
+        limits = {"size": s.batch, "queue": s.queue, "pixels": s.max_pixels}
+        return Batcher(ask, self._asker, window=s.window_ms / 1000, **limits)
 
     def workers(self) -> list[asyncio.Task[None]]:
-        """What must run beside the server."""
+        """The tasks that gather batches; they must run beside the server."""
         return [asyncio.create_task(batcher.work()) for batcher in self._batchers]
 
     def not_ready(self) -> str:
         """Why requests should go elsewhere; empty where they may come."""
         return "stopping" if self.leaving else "" if self.model else "the model is being loaded"
 
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application: each request is counted, and the last answer of a connection says so."""
+        if scope["type"] != "http":
+            return
+        began, code = time.monotonic(), "none"
+
+        async def count_and_send(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+                if self.leaving and not any(name.lower() == b"connection" for name, _ in message["headers"]):
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        self.active += 1
+        try:
+            await self._routes(scope, receive, count_and_send)
+        except asyncio.CancelledError:  # `drain` is over
+            self.lost += 1
+            if code == "none":
+                await _json({"error": "the server has stopped; ask another"}, 503)(scope, receive, count_and_send)
+        finally:
+            self.active -= 1
+            route = _route(scope["path"])
+            self.observed.requests.labels(route, code).inc()
+            self.observed.seconds.labels(route).observe(time.monotonic() - began)
+
     def answered(self, handle: Handler) -> Handler:
-        """The same; what is refused, and bugs, become answers."""
+        """The same handler, whose refusals and bugs become answers."""
 
         async def safely(request: Request) -> Response:
             try:
@@ -123,15 +143,11 @@ class Service:
 
         return safely
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Asking the model
-    # -----------------------------------------------------------------------------------------------------------
-
     async def _asked(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
         if self.model is None:
             raise busy("the model is being loaded")
-        with self._room.held() as share:
-            body = await read_body(request, share, self.settings.max_bytes)
+        with self._room.held() as reserve:
+            body = await read_body(request, reserve, self.settings.max_bytes)
             asked = await asyncio.get_running_loop().run_in_executor(self._parser, read, body)
             del body
             if asked.explain and not self.model.explains:
@@ -143,25 +159,22 @@ class Service:
         return asked, answers
 
     async def predict(self, request: Request) -> Response:
-        """Images in, the most probable classes of each out."""
+        """The `top_k` most probable classes of each image, and where the model looked if that is asked."""
         kind, query = request.headers.get("content-type", ""), dict(request.query_params)
         asked, answers = await self._asked(request, lambda body: read_predict(body, kind, query, self.settings))
-        found = []
+        predictions = []
         for picture, answer in zip(asked.pictures, answers, strict=True):
             best = np.argsort(-answer.probabilities, kind="stable")[: asked.top_k]
             classes = [{"class": self.export.classes[i], "probability": float(answer.probabilities[i])} for i in best]
             entry: dict[str, Any] = {"name": picture.name, "classes": classes}
             if answer.heatmap is not None:
-                entry["heatmap"] = {"png": _as_png(answer.heatmap), "resize": self._resize()}
-            found.append(entry)
-        return _json({"model": self.settings.name, "version": self.export.version, "predictions": found})
-
-    def _resize(self) -> str:
-        """What the image was made into: `crop` shows its centre alone."""
-        return str((self.export.reference or {}).get("resize", "stretch"))
+                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: the centre of the image alone
+                entry["heatmap"] = {"png": _as_png(answer.heatmap), "resize": str(resize)}
+            predictions.append(entry)
+        return _json({"model": self.settings.name, "version": self.export.version, "predictions": predictions})
 
     async def instances(self, request: Request) -> Response:
-        """KServe's and TensorFlow Serving's way to ask: rows of probabilities."""
+        """The REST API of KServe and TensorFlow Serving: rows of probabilities."""
         self._known(request)
         explain = request.url.path.endswith(":explain")
         asked, answers = await self._asked(request, lambda body: read_instances(body, self.settings, explain))
@@ -174,10 +187,6 @@ class Service:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return _json({"predictions": rows if asked.explain else columns["probabilities"]})
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Asking about the server
-    # -----------------------------------------------------------------------------------------------------------
-
     def _known(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version", self.export.version)
         if name != self.settings.name:
@@ -186,7 +195,7 @@ class Service:
             raise Refused(404, f"there is no version {version!a} here, only {self.export.version}")
 
     async def status(self, request: Request) -> Response:
-        """In KServe's words (`ready`) and in TensorFlow Serving's."""
+        """The status of the model for KServe (`ready`) and TensorFlow Serving (`model_version_status`)."""
         self._known(request)
         state = "UNLOADING" if self.leaving else "AVAILABLE" if self.model else "LOADING"
         fine = {"error_code": "OK", "error_message": ""}
@@ -198,20 +207,20 @@ class Service:
         return _json(body, 503 if self.not_ready() else 200)
 
     async def models(self, _request: Request) -> Response:
-        """The one that there is."""
+        """The names of the models: one."""
         return _json({"models": [self.settings.name]})
 
     async def health(self, _request: Request) -> Response:
-        """Alive: also while the model loads."""
+        """Liveness: 200 also while the model loads."""
         return _text("ok\n")
 
     async def readiness(self, _request: Request) -> Response:
-        """Whether requests should come here."""
+        """Readiness: 503 while the model loads and once the server is leaving."""
         why = self.not_ready()
         return _text(f"{why or 'ready'}\n", 503 if why else 200)
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus."""
+        """The metrics in the format that Prometheus asks for."""
         self.observed.ready.set(not self.not_ready())
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         text = await asyncio.to_thread(encode, self.observed.registry)
@@ -235,41 +244,8 @@ class Service:
         return Response(page, media_type="text/html", headers=guards)
 
 
-class _Counted:
-    """Around everything: each request is counted, and the last one of a connection says so."""
-
-    def __init__(self, service: Service, app: ASGIApp) -> None:
-        self.service, self.app = service, app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        service, began, code = self.service, time.monotonic(), "none"
-
-        async def sent(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = str(message["status"])
-                if service.leaving and not any(name.lower() == b"connection" for name, _ in message["headers"]):
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        service.active += 1
-        try:
-            await self.app(scope, receive, sent)
-        except asyncio.CancelledError:  # `drain` is over
-            service.lost += 1
-            if code == "none":
-                await _json({"error": "the server has stopped; ask another"}, 503)(scope, receive, sent)
-        finally:
-            service.active -= 1
-            route = _route(scope["path"])
-            service.observed.requests.labels(route, code).inc()
-            service.observed.seconds.labels(route).observe(time.monotonic() - began)
-
-
 def _route(path: str) -> str:
-    """A label of which there are few, whatever is asked."""
+    """The label of a path in the metrics: one of a few, whatever is asked."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
@@ -277,7 +253,7 @@ def _route(path: str) -> str:
 
 
 def _as_png(heatmap: np.ndarray) -> str:
-    """Grey, base64."""
+    """A heatmap, float32 [h, w] in 0..1, as a grey PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -293,10 +269,6 @@ def _text(body: str, status: int = 200) -> Response:
 
 def _no_route(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    here = _listed([*ROUTES, "/v1/models/NAME", "/v1/models/NAME:predict"])
+    here = " ".join([*ROUTES, "/v1/models/NAME", "/v1/models/NAME:predict"])
     text = f"here are {here}" if error.status_code == 404 else f"{error.detail.lower()}"
     return _json({"error": text}, error.status_code, dict(error.headers or {}))
-
-
-def _listed(paths: Iterable[str]) -> str:
-    return " ".join(paths)

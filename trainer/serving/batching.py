@@ -12,9 +12,11 @@ from typing import Any
 
 from trainer.serving.requests import Picture
 
+Ask = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one answer for each
+
 
 class Full(Exception):
-    """The queue has no room."""
+    """The queue has no room for the images of a request."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +27,24 @@ class _Waiting:
 
 
 class Batcher:
-    """Waits for others, but not long, and asks the model for all of them.
+    """A queue of images, and the calls of the model that answer them.
 
     A call takes at most `size` images and at most `pixels` pixels (a larger image goes alone). While the model works
     the next images gather by themselves; only where it is idle does one wait up to `window` seconds for others.
     """
 
-    def __init__(
-        self,
-        ask: Callable[[list[bytes]], Sequence[Any]],
-        pool: Executor,
-        *,
-        size: int,
-        window: float,
-        queue: int,
-        pixels: int,
-    ) -> None:
+    def __init__(self, ask: Ask, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
         self._ask, self._pool = ask, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
         self._waiting: deque[_Waiting] = deque()
         self._came = asyncio.Event()
 
     def __len__(self) -> int:
-        """Images that wait."""
+        """The number of images that wait."""
         return len(self._waiting)
 
     async def ask(self, pictures: Sequence[Picture]) -> list[Any]:
-        """What the model answers, one for each.
+        """The answers of the model, one for each picture.
 
         Raises:
             Full: not all of them find room; none is taken.
@@ -65,7 +58,7 @@ class Batcher:
         return list(await asyncio.gather(*(one.answer for one in taken)))
 
     async def work(self) -> None:
-        """For ever: gather a batch, have it answered."""
+        """Gather a batch and have it answered, for ever."""
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._gather()

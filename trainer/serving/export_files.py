@@ -1,4 +1,7 @@
-"""Which SavedModel an address means. Only files are looked at: neither TensorFlow nor Python code of the model runs."""
+"""The export at an address, and the answers of its model.
+
+Nothing here imports TensorFlow: only files are read, and no code of the model runs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.drift import BINS
@@ -20,7 +25,7 @@ LARGEST = 20 * 1024**3  # bytes of an export that is fetched
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on this machine, and what lies beside its graph.
+    """A SavedModel on this machine, and the files beside its graph.
 
     Attributes:
         reference: reference.json, how test images looked to this model; None where the export has none.
@@ -31,6 +36,28 @@ class Export:
     version: str
     classes: tuple[str, ...]
     reference: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outputs of the model for one image.
+
+    Attributes:
+        probabilities: float32 [classes].
+        embedding: float32 [C], the pooled features; None where the export does not give them.
+        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None where it was not asked for.
+    """
+
+    probabilities: np.ndarray
+    embedding: np.ndarray | None = None
+    heatmap: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image with a valid header and pixels that cannot be decoded."""
+
+    reason: str
 
 
 def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> Export:
@@ -44,12 +71,12 @@ def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> E
         Interrupted: the bucket does not answer.
     """
     home = place(address)
-    found = _newest(address, home)
-    folder = Path(stage(str(found), cache_dir, LARGEST, note, lambda: None))
+    newest = _newest(address, home)
+    folder = Path(stage(str(newest), cache_dir, LARGEST, note, lambda: None))
     if not (folder / LABELS).exists():
-        raise DataError(f"model={address}: {found} has no {LABELS}, so kubetune did not export it; export it again")
+        raise DataError(f"model={address}: {newest} has no {LABELS}, so kubetune did not export it; export it again")
     classes = tuple((folder / LABELS).read_text(encoding="utf-8").splitlines())
-    return Export(address, folder, found.name if found.name.isdigit() else "1", classes, _reference(folder, classes))
+    return Export(address, folder, newest.name if newest.name.isdigit() else "1", classes, _reference(folder, classes))
 
 
 def _newest(address: str, home: Place) -> Place:

@@ -1,8 +1,7 @@
-"""What is seen of the requests and the predictions: Prometheus metrics, the prediction log, drift."""
+"""Prometheus metrics of requests and predictions, the prediction log, and drift."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import threading
@@ -18,13 +17,12 @@ from prometheus_client.registry import Collector
 import trainer
 from trainer.errors import ConfigError
 from trainer.evaluation.drift import Window, embedding_distance, merged, population_stability
-from trainer.monitoring.log import say
-from trainer.serving.export_files import Export
-from trainer.serving.model import Answer
-from trainer.serving.settings import Settings
+from trainer.monitoring.log import say, timestamp
+from trainer.serving.export_files import Answer, Export
+from trainer.serving.settings import Settings, batch_sizes
 
 RECENT = 5000  # predictions that drift is measured over
-LEAST = 100  # before which it is not told
+LEAST = 100  # below which drift is not reported
 FEW = 5  # classes of a logged prediction
 disable_created_metrics()  # a second number beside every counter, which nobody asks for
 
@@ -37,46 +35,26 @@ class Observed(Collector):
     def __init__(
         self, settings: Settings, export: Export, waiting: Callable[[], int], active: Callable[[], int]
     ) -> None:
-        self.export = export
-        self._settings = settings
-        self.registry = CollectorRegistry()
-        self.ready = Gauge("kubetune_serving_ready", "1 while requests are answered", registry=self.registry)
-        self.requests = Counter(
-            "kubetune_serving_requests", "Requests by route and status", ["route", "code"], registry=self.registry
-        )
-        self.seconds = Histogram(
-            "kubetune_serving_request_seconds",
-            "From the head of a request to the end of its answer",
-            ["route"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        sizes = [2**power for power in range((settings.batch - 1).bit_length() + 1)]
-        self.batches = Histogram(
-            "kubetune_serving_batch_images", "Images of a call of the model", buckets=sizes, registry=self.registry
-        )
-        self.batch_seconds = Histogram(
-            "kubetune_serving_batch_seconds", "Length of a call of the model", buckets=SECONDS, registry=self.registry
-        )
-        self._predictions = Counter(
-            "kubetune_serving_predictions", "Answers by the most probable class", ["class"], registry=self.registry
-        )
-        self._confidence = Histogram(
-            "kubetune_serving_confidence",
-            "Largest probability of an answer",
-            buckets=[i / 20 for i in range(1, 21)],
-            registry=self.registry,
-        )
-        waits = Gauge("kubetune_serving_queue_images", "Images that wait for the model", registry=self.registry)
-        waits.set_function(waiting)
-        runs = Gauge("kubetune_serving_active_requests", "Requests that are not answered yet", registry=self.registry)
-        runs.set_function(active)
-        ProcessCollector(registry=self.registry)
-        self.registry.register(self)
+        self.export, self._settings = export, settings
+        registry = self.registry = CollectorRegistry()
+        common: Any = {"namespace": "kubetune_serving", "registry": registry}
+        sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
+        self.ready = Gauge("ready", "1 while requests are answered", **common)
+        self.requests = Counter("requests", "Requests by route and status", ["route", "code"], **common)
+        text = "From the head of a request to the end of its answer"
+        self.seconds = Histogram("request_seconds", text, ["route"], buckets=SECONDS, **common)
+        self.batches = Histogram("batch_images", "Images of a call of the model", buckets=sizes, **common)
+        self.batch_seconds = Histogram("batch_seconds", "Length of a call of the model", buckets=SECONDS, **common)
+        self._predictions = Counter("predictions", "Answers by the most probable class", ["class"], **common)
+        self._confidence = Histogram("confidence", "Largest probability of an answer", buckets=twentieths, **common)
+        Gauge("queue_images", "Images that wait for the model", **common).set_function(waiting)
+        Gauge("active_requests", "Requests that are not answered yet", **common).set_function(active)
+        ProcessCollector(registry=registry)
+        registry.register(self)
         self._window = Window(len(export.classes), RECENT)
-        self._reference = export.reference
-        self._names = (export.reference or {}).get("classes", export.classes)  # labels.txt has no line breaks in them
-        embedding = (export.reference or {}).get("embedding", {})
+        reference = export.reference or {}
+        self._names = reference.get("classes", export.classes)  # labels.txt has no line breaks in them
+        embedding = reference.get("embedding", {})
         self._projection = np.asarray(embedding["projection"], np.float64) if embedding.get("projection") else None
         self._dimensions = len(embedding.get("mean", ()))
         self._counting = threading.Lock()
@@ -84,9 +62,8 @@ class Observed(Collector):
         self._log = _open_log(settings.log)
 
     def predicted(self, answers: Sequence[Answer]) -> None:
-        """Note what was answered, from the thread that asks the model."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        lines = []
+        """Count and log what was answered; called by the thread that runs the model."""
+        now, lines = timestamp(), ""
         for answer in answers:
             chosen = int(answer.probabilities.argmax())
             confidence = float(answer.probabilities[chosen])
@@ -96,14 +73,18 @@ class Observed(Collector):
             with self._counting:
                 self._window.add(chosen, confidence, embedding)
             self._seen += 1
-            share = self._settings.log_sample  # every n-th, so that no chance is in it
-            if self._log is not None and int(self._seen * share) > int((self._seen - 1) * share):
-                lines.append(json.dumps(self._line(now, answer.probabilities, embedding)))
+            sample = self._settings.log_sample  # every n-th, so that no chance is in it
+            if self._log is not None and int(self._seen * sample) > int((self._seen - 1) * sample):
+                lines += json.dumps(self._line(now, answer.probabilities, embedding)) + "\n"
         if lines and self._log is not None:
-            self._write("".join(f"{line}\n" for line in lines).encode())
+            try:
+                os.write(self._log, lines.encode())
+            except OSError as error:  # answers matter more
+                say(f"log={self._settings.log} cannot be written ({error.strerror}); it ends here", "WARNING")
+                self._log = None
 
     def _projected(self, embedding: np.ndarray | None) -> np.ndarray | None:
-        """As the reference has it; without a reference there is nothing to compare it with."""
+        """The dimensions of an embedding that the reference has; None without a reference."""
         if embedding is None or not self._dimensions:
             return None
         return embedding @ self._projection if self._projection is not None else embedding
@@ -111,17 +92,9 @@ class Observed(Collector):
     def _line(self, now: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> dict[str, Any]:
         best = np.argsort(-probabilities, kind="stable")[:FEW]
         few = {self._names[i]: round(float(probabilities[i]), 6) for i in best}
-        line = {"time": now, "class": self._names[best[0]], "confidence": float(probabilities[best[0]]),
-                "probabilities": few}  # fmt: skip
+        confidence = float(probabilities[best[0]])
+        line = {"time": now, "class": self._names[best[0]], "confidence": confidence, "probabilities": few}
         return line | ({} if embedding is None else {"embedding": [round(float(x), 5) for x in embedding]})
-
-    def _write(self, data: bytes) -> None:
-        assert self._log is not None
-        try:
-            os.write(self._log, data)
-        except OSError as error:  # answers matter more
-            say(f"log={self._settings.log} cannot be written ({error.strerror}); it ends here", "WARNING")
-            self._log = None
 
     def collect(self) -> Iterator[Metric]:
         """Version of the model, and drift where there is a reference and enough was predicted."""
@@ -131,25 +104,24 @@ class Observed(Collector):
             seen, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
             gaussian = self._window.gaussian() if self._window.embedded >= max(LEAST, 2) else None
         yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", seen)
-        if self._reference is None or seen < LEAST:
+        reference = self.export.reference
+        if reference is None or seen < LEAST:
             return
         stability = GaugeMetricFamily(
             "kubetune_serving_population_stability_index",
             "Of the last predictions against the test split: 0.1 is moderate, 0.25 is drift",
             labels=["of"],
         )
-        count = self._reference["n"]
-        stability.add_metric(
-            ["classes"], population_stability(np.asarray(self._reference["class_frequencies"]) * count, classes)
-        )
-        expected = np.asarray(self._reference["confidence_histogram"]["counts"], np.float64)
+        frequencies = np.asarray(reference["class_frequencies"]) * reference["n"]
+        stability.add_metric(["classes"], population_stability(frequencies, classes))
+        expected = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
         stability.add_metric(["confidence"], population_stability(*merged(expected, confidences)))
         yield stability
         if gaussian is not None and self._dimensions:
             yield GaugeMetricFamily(
                 "kubetune_serving_embedding_distance",
                 "Frechet distance of the last embeddings from the test split's, over the variance of those",
-                embedding_distance(self._reference["embedding"], *gaussian),
+                embedding_distance(reference["embedding"], *gaussian),
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,37 +10,13 @@ import tensorflow as tf
 
 from trainer.errors import DataError
 from trainer.private_api import new_saved_model_proto
-from trainer.serving.export_files import GRAPH, Export
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says of one image.
-
-    Attributes:
-        probabilities: float32 [classes].
-        embedding: float32 [C], the pooled features; None where the export does not give them.
-        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None where it was not asked for.
-    """
-
-    probabilities: np.ndarray
-    embedding: np.ndarray | None = None
-    heatmap: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image whose header looked well, and whose pixels could not be decoded."""
-
-    reason: str
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The SavedModel as the server asks it
+from trainer.serving.export_files import GRAPH, Answer, Export, Unreadable
+from trainer.serving.settings import batch_sizes
 
 # What `saved_model_cli scan` warns of, and calls into Python: no classifier needs them.
 FORBIDDEN = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
 BYTES, EXPLAIN = "image_bytes", "explain"
+OUTPUTS = ("probabilities", "embedding", "heatmap")
 
 
 class ServedModel:
@@ -71,7 +46,7 @@ class ServedModel:
         side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
-        self._classify = _only(self._explain, ("probabilities", "embedding")) if self._explain else signatures[BYTES]
+        self._classify = _without_heatmap(self._explain) if self._explain else signatures[BYTES]
         own = (export.reference or {}).get("embedding")
         if own and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
@@ -82,7 +57,7 @@ class ServedModel:
 
     @property
     def explains(self) -> bool:
-        """Whether it can say where it looked."""
+        """Whether the export has the signature `explain`."""
         return self._explain is not None
 
     def classify(self, images: Sequence[bytes]) -> list[Answer | Unreadable]:
@@ -91,12 +66,12 @@ class ServedModel:
 
     def explain(self, images: Sequence[bytes]) -> list[Answer | Unreadable]:
         """The same with heatmaps."""
-        assert self._explain is not None, "look at `explains` first"
+        assert self._explain is not None, "check `explains` first"
         return self._asked(self._explain, images)
 
     def warm_up(self, largest: int) -> list[int]:
         """Ask once for every size that batches are filled up to: no request waits for that. Returns the sizes."""
-        for size in (sizes := _sizes(largest)):
+        for size in (sizes := batch_sizes(largest)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
         return sizes
@@ -113,29 +88,20 @@ class ServedModel:
     def _call(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Answer | Unreadable]:
         rows = list(images)
         if self._fill:
-            rows += [self._blank] * (_sizes(len(rows))[-1] - len(rows))
-        found = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(rows, tf.string)).items()}
-        extra = [found.get("embedding"), found.get("heatmap")]
-        return [
-            Answer(found["probabilities"][i], *(None if each is None else each[i] for each in extra))
-            for i in range(len(images))
-        ]
+            rows += [self._blank] * (batch_sizes(len(rows))[-1] - len(rows))
+        outputs = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(rows, tf.string)).items()}
+        return [Answer(**{name: outputs[name][i] for name in OUTPUTS if name in outputs}) for i in range(len(images))]
 
 
-def _sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is not smaller."""
-    return [2**power for power in range((largest - 1).bit_length() + 1)]
-
-
-def _only(signature: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """A signature that answers some of its outputs; what only the others need is not computed."""
+def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
+    """The signature `explain` without its heatmap, which is then not computed."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
-    def fewer(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        found = signature(image_bytes=image_bytes)
-        return {name: found[name] for name in names}
+    def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs = signature(image_bytes=image_bytes)
+        return {name: outputs[name] for name in ("probabilities", "embedding")}
 
-    return fewer
+    return classify
 
 
 def _check_operations(export: Export) -> None:
@@ -145,14 +111,14 @@ def _check_operations(export: Export) -> None:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public
         raise DataError(f"model={export.address}: {export.folder / GRAPH} is damaged; export again") from None
-    found = set()
+    forbidden = set()
     for part in model.meta_graphs:
         nodes = [*part.graph_def.node, *(n for f in part.graph_def.library.function for n in f.node_def)]
-        found |= {node.op for node in nodes} & FORBIDDEN
-    if found:
+        forbidden |= {node.op for node in nodes} & FORBIDDEN
+    if forbidden:
         raise DataError(
-            f"model={export.address} holds the operations {', '.join(sorted(found))}, which no classifier needs; it is "
-            "not loaded"
+            f"model={export.address} holds the operations {', '.join(sorted(forbidden))}, which no classifier needs; "
+            "it is not loaded"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a request holds: bodies taken apart within limits, and images decoded out of them."""
+"""Requests: bodies are read and parsed within limits, and the headers of their images checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import binascii
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ Image.MAX_IMAGE_PIXELS = None  # PIL's own guard warns, or raises while the head
 
 
 class Refused(Exception):
-    """A request that is not answered: the status, and a sentence for who sent it."""
+    """A request that is refused: the HTTP status, and a sentence for the client."""
 
     def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(text)
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded image that may be decoded."""
+    """An encoded image whose header is valid; `pixels` is width x height."""
 
     data: bytes
     name: str
@@ -43,7 +43,7 @@ class Picture:
 
 
 def examined(data: bytes, name: str, max_pixels: int) -> Picture:
-    """Look at the header of an image; nothing is decoded.
+    """Check the header of an image; nothing is decoded.
 
     Raises:
         Refused: 400 no image; 413 too many pixels; 415 an animation.
@@ -57,7 +57,7 @@ def examined(data: bytes, name: str, max_pixels: int) -> Picture:
                 raise Refused(415, f"{name} is an animation; send one picture of it")
     except Refused:
         raise
-    except Exception as error:  # of whatever kind: PIL reads what a stranger wrote
+    except Exception as error:  # of whatever kind: the bytes are not trusted
         raise Refused(400, f"{name} is not an image that can be read: {', '.join(FORMATS)} can") from error
     if width * height > max_pixels:
         raise Refused(413, f"{name} has {width} x {height} pixels, at most {max_pixels:,} are decoded; send it smaller")
@@ -66,9 +66,6 @@ def examined(data: bytes, name: str, max_pixels: int) -> Picture:
     return Picture(data, name, width * height)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From the bytes of a request to the images in it: JSON or a form, within limits
-
 SECONDS = 30.0  # in which a body must have come
 LEAST_RATE = 100_000  # bytes a second; a large body may take longer by this
 TOGETHER = 8  # bodies of the largest size that may be on their way at once
@@ -76,31 +73,29 @@ UNREAD = 4  # bodies of the largest size that are read and dropped, so that the 
 FIELDS = 16  # of a form, beside the files
 
 
+@dataclass
 class Room:
-    """Bytes of bodies in memory: requests that find none left are told to come again."""
+    """At most `limit` bytes of bodies in memory: requests that find none left are refused (503)."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.taken = limit, 0
+    limit: int
+    taken: int = 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[_Share]:
-        """A share that grows, and is given back."""
-        share = _Share(self)
+    def held(self) -> Iterator[Callable[[int], None]]:
+        """A function that reserves so many bytes more; all are given back at the end."""
+        size = 0
+
+        def reserve(by: int) -> None:
+            nonlocal size
+            if self.taken + by > self.limit:
+                raise busy("too many large requests at once")
+            self.taken += by
+            size += by
+
         try:
-            yield share
+            yield reserve
         finally:
-            self.taken -= share.size
-
-
-class _Share:
-    def __init__(self, room: Room) -> None:
-        self._room, self.size = room, 0
-
-    def grow(self, by: int) -> None:
-        if self._room.taken + by > self._room.limit:
-            raise busy("too many large requests at once")
-        self._room.taken += by
-        self.size += by
+            self.taken -= size
 
 
 def busy(why: str) -> Refused:
@@ -108,14 +103,14 @@ def busy(why: str) -> Refused:
     return Refused(503, f"{why}; try again", {"Retry-After": "1"})
 
 
-async def read_body(request: Request, share: _Share, limit: int) -> bytes:
-    """The whole body.
+async def read_body(request: Request, reserve: Callable[[int], None], limit: int) -> bytes:
+    """The whole body; `reserve` is called with the size of each chunk before that is stored.
 
     Raises:
         Refused: 408 it came too slowly; 413 it is too long; 503 others have taken the memory.
     """
-    told = request.headers.get("content-length", "")
-    declared = int(told) if told.isdigit() else 0
+    header = request.headers.get("content-length", "")
+    declared = int(header) if header.isdigit() else 0
     too_long = Refused(413, f"the request is longer than {limit:,} bytes; send fewer or smaller images", CLOSE)
     if declared > limit and request.headers.get("expect", "").lower() == "100-continue":
         raise too_long  # before it is sent
@@ -129,7 +124,7 @@ async def read_body(request: Request, share: _Share, limit: int) -> bytes:
                     if dropped > UNREAD * limit:
                         raise too_long
                     continue
-                share.grow(len(chunk))
+                reserve(len(chunk))
                 body += chunk
     except TimeoutError:
         raise Refused(408, "the request came too slowly", CLOSE) from None
@@ -145,7 +140,7 @@ CLOSE = {"Connection": "close"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What a client wants to know of which images."""
+    """The images of a request, and the answer that it asks for."""
 
     pictures: list[Picture]
     top_k: int = 5
@@ -173,9 +168,7 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
     unknown = sorted(set(said) - {"top_k", "explain"})
     if unknown:
         raise Refused(400, f"{unknown[0]!a} means nothing here; known: images, top_k, explain")
-    if not files:
-        raise Refused(400, "there is no image in the request")
-    pictures = [examined(data, name, settings.max_pixels) for name, data in files]
+    pictures = _pictures(files, settings)
     return Asked(pictures, _whole(said.get("top_k", 5)), _flag(said.get("explain", False)))
 
 
@@ -201,10 +194,13 @@ def read_instances(body: bytes, settings: Settings, explain: bool = False) -> As
     if isinstance(images, list):
         images = [one.get("image_bytes", one) if isinstance(one, dict) else one for one in images]
     files = _listed(images, "inputs" if columns else "instances", settings.max_images)
-    pictures = [examined(data, name, settings.max_pixels) for name, data in files]
-    if not pictures:
+    return Asked(_pictures(files, settings), explain=explain or signature == "explain", columns=columns)
+
+
+def _pictures(files: list[tuple[str, bytes]], settings: Settings) -> list[Picture]:
+    if not files:
         raise Refused(400, "there is no image in the request")
-    return Asked(pictures, explain=explain or signature == "explain", columns=columns)
+    return [examined(data, name, settings.max_pixels) for name, data in files]
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -238,6 +234,7 @@ def _decoded(value: Any, name: str) -> bytes:
 def _form(body: bytes, boundary: bytes, most: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     said: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
+    whole = False
 
     def on_field(field: Field) -> None:
         said[(field.field_name or b"").decode(errors="replace")[:50]] = (field.value or b"").decode(errors="replace")
@@ -251,19 +248,18 @@ def _form(body: bytes, boundary: bytes, most: int) -> tuple[dict[str, Any], list
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
 
-    ended: list[bool] = []
-    try:
-        in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-        parser = FormParser(
-            "multipart/form-data", on_field, on_file, lambda: ended.append(True), boundary=boundary, config=in_memory
-        )
+    def on_end() -> None:
+        nonlocal whole
+        whole = True
+
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+    with contextlib.suppress(FormParserError):
+        parser = FormParser("multipart/form-data", on_field, on_file, on_end, boundary=boundary, config=in_memory)
         parser.write(body)
         parser.finalize()
-    except FormParserError:
-        ended.clear()
-    if not ended:
-        raise Refused(400, "the form is damaged: multipart/form-data needs its boundary and whole parts")
-    return said, files
+        if whole:
+            return said, files
+    raise Refused(400, "the form is damaged: multipart/form-data needs its boundary and whole parts")
 
 
 def _too_many(most: int) -> Refused:
@@ -280,7 +276,7 @@ def _whole(value: Any) -> int:
 
 def _flag(value: Any) -> bool:
     known = {"true": True, "1": True, "false": False, "0": False}
-    found = known.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(found, bool):
+    flag = known.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
         raise Refused(400, "explain must be true or false")
-    return found
+    return flag

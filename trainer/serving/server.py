@@ -1,4 +1,4 @@
-"""The process: it listens before the model is loaded, and stops listening before it ends."""
+"""The server process: it listens before the model is loaded, and stops listening before it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ HEAD_BYTES = 32 * 1024
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a time limit for the head of a request, and an end that drops none that has been sent."""
+    """uvicorn's connection, with a time limit for the head of a request, and a shutdown that drops none already sent.
+
+    `_slow` runs while a head has begun and is not whole, and closes the connection.
+    """
 
     _slow: asyncio.TimerHandle | None = None
 
@@ -41,7 +44,6 @@ class Connection(H11Protocol):
         self._await_head(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        """A timer runs while a head has begun and is not whole."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._slow is None:
@@ -51,7 +53,7 @@ class Connection(H11Protocol):
             self._slow = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Who has said all may still listen; asyncio would close on both sides."""
+        """A client that has sent all may still listen; asyncio would close on both sides."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
@@ -63,7 +65,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """A connection that has not said anything yet may have said it to the kernel."""
+        """Close, but wait a moment for a first request that may already be in the kernel."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._slow is not None):
             self._await_head(FRESH_SECONDS)
         else:
@@ -76,7 +78,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's; the signals are ours, and a connection that the kernel has accepted is served."""
+    """uvicorn's server; the signals are ours, and a connection that the kernel has accepted is served."""
 
     listener: socket.socket
 
@@ -85,6 +87,9 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        def connection() -> asyncio.Protocol:
+            return Connection(self.config, self.server_state, self.lifespan.state)
+
         held = self.listener.dup()  # so that closing it does not reset who is between the kernel and us
         held.setblocking(False)
         for server in self.servers:
@@ -95,12 +100,9 @@ class Server(uvicorn.Server):
             except OSError:
                 break
             accepted.setblocking(False)
-            await asyncio.get_running_loop().connect_accepted_socket(self._connection, accepted)
+            await asyncio.get_running_loop().connect_accepted_socket(connection, accepted)
         held.close()
         await super().shutdown(sockets)
-
-    def _connection(self) -> asyncio.Protocol:
-        return Connection(self.config, self.server_state, self.lifespan.state)
 
 
 def serve(settings: Settings, export: Export, load: Callable[[Export], ServedModel]) -> None:
@@ -111,22 +113,18 @@ def serve(settings: Settings, export: Export, load: Callable[[Export], ServedMod
         DataError: the model cannot be loaded.
         Interrupted: answers were still missing when `drain` was over.
     """
-    with _listening(settings) as listener:
-        asyncio.run(_serve(settings, export, load, listener))
-
-
-def _listening(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
-    six = ":" in host
+    both = host == "::" and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        both = host == "::" and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if six else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
             f"host={host} port={port} cannot be served ({error.strerror or error}); end what holds the port, or give "
             "another one"
         ) from None
+    with listener:
+        asyncio.run(_serve(settings, export, load, listener))
 
 
 async def _serve(
@@ -136,6 +134,7 @@ async def _serve(
     server = Server(
         uvicorn.Config(
             service.app,
+            interface="asgi3",  # a bound method is not recognised
             http=Connection,
             ws="none",
             lifespan="off",
@@ -151,57 +150,52 @@ async def _serve(
     )
     server.listener = listener
     loop = asyncio.get_running_loop()
-    told: list[str] = []
+    signals: list[str] = []
 
     def stop(number: signal.Signals) -> None:
-        told.append(number.name)
-        if len(told) > 1:
+        signals.append(number.name)
+        if len(signals) > 1:
             last_words(f"\n{number.name}: stopping at once; {_requests(service.active)} not answered")
             os._exit(INTERRUPTED)
         service.leaving = True
         if service.model is None:
             last_words(f"interrupted: {number.name} before the model was loaded; nothing is lost")
-            os._exit(INTERRUPTED)  # the thread that loads cannot be told
+            os._exit(INTERRUPTED)  # the thread that loads cannot be stopped
         say(f"{number.name}: taking requests for {settings.linger:g} s more, then answering what is left")
         loop.call_later(settings.linger, setattr, server, "should_exit", True)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     workers = service.workers()
-    failed: list[BaseException] = []
-    loading = asyncio.create_task(_load(service, server, load, failed))
+    loading = asyncio.create_task(_load(service, server, load))
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"listening on http://{host}:{port}/ while {export.folder} is loaded")
     await server.serve(sockets=[listener])
     for task in (loading, *workers):
         task.cancel()
-    if failed:
-        raise failed[0]
+    if loading.done():
+        loading.result()  # raises what kept the model from being loaded
     await asyncio.sleep(0.1)  # for what was cut off to be counted
     if lost := service.lost + service.active:
         raise Interrupted(f"{_requests(lost)} not answered within drain={settings.drain:g} s")
-    say(f"{told[0]}: every request that was taken is answered")
+    say(f"{signals[0]}: every request that was taken is answered")
 
 
 def _requests(count: int) -> str:
     return f"{count} request was" if count == 1 else f"{count} requests were"
 
 
-async def _load(
-    service: Service, server: Server, load: Callable[[Export], ServedModel], failed: list[BaseException]
-) -> None:
-    """In a thread, so that /healthz answers meanwhile."""
+async def _load(service: Service, server: Server, load: Callable[[Export], ServedModel]) -> None:
+    """Load the model in a thread, so that /healthz answers meanwhile; a failure ends the server."""
 
-    def loaded() -> tuple[ServedModel, list[int]]:
+    def load_and_warm_up() -> tuple[ServedModel, list[int]]:
         model = load(service.export)
         return model, model.warm_up(service.settings.batch)
 
     try:
-        model, sizes = await asyncio.to_thread(loaded)
-    except Exception as error:
-        failed.append(error)
+        service.model, sizes = await asyncio.to_thread(load_and_warm_up)
+    except Exception:
         server.should_exit = True
-        return
-    service.model = model
+        raise
     say(f"ready: {len(service.export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")

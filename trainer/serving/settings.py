@@ -1,4 +1,4 @@
-"""What `python -m trainer.serve` may be told: `key=value`, validated like the configuration of a run."""
+"""The settings of `python -m trainer.serve`: `key=value`, validated like the configuration of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEGABYTE = 1024**2
 
 
 class Settings(Section):
-    """How an export is served."""
+    """The settings of a server."""
 
     model: str = Field(min_length=1)  # output_dir of a run, its export, or a folder of SavedModel versions; also gs://
     host: str = "127.0.0.1"  # 0.0.0.0, or :: for IPv6 as well: everyone who reaches this machine may ask
@@ -22,17 +22,16 @@ class Settings(Section):
     name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")  # in /v1/models/NAME:predict
     batch: int = Field(32, ge=1, le=1024)  # images in one call of the model, at most
     window_ms: float = Field(2.0, ge=0, le=1000)  # an image waits this long for others
-    queue: int = Field(256, ge=1)  # images that may wait; who comes then is told 503
+    queue: int = Field(256, ge=1)  # images that may wait; more are answered 503
     max_bytes: int = Field(16 * MEGABYTE, ge=1024)  # of a request; eight times that of all that are being read
     max_pixels: int = Field(50_000_000, ge=1)  # of an image, and of all that one call decodes
     max_images: int = Field(64, ge=1)  # of a request
     log: str | None = None  # a file that gets one JSON line a prediction
-    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # share of the predictions that is logged
+    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # part of the predictions that is logged
     linger: float = Field(2.0, ge=0, le=600)  # seconds that requests are still taken after SIGTERM
     drain: float = Field(30.0, gt=0, le=3600)  # seconds in which what was taken must then be answered
-    cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = (
-        "~/.cache/kubetune"  # of models from gs://
-    )
+    # Models from gs:// are fetched into it.
+    cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = "~/.cache/kubetune"
 
     @model_validator(mode="after")
     def _a_request_fits_the_queue(self) -> Settings:
@@ -43,16 +42,21 @@ class Settings(Section):
         return self
 
 
-def read_settings(told: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """The settings that these values say.
+def batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4, ... up to the first that is not smaller than `largest`: the sizes that batches are filled up to."""
+    return [2**power for power in range((largest - 1).bit_length() + 1)]
+
+
+def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
+    """Settings from the values on the command line.
 
     Args:
-        cache_dir: where none is given.
+        cache_dir: the default of `Settings.cache_dir`, where there is another one.
 
     Raises:
         ConfigError: with every fault.
     """
-    tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(told)
+    tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
