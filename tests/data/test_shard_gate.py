@@ -148,7 +148,7 @@ ORDER = Order(batch_size=8, seed=5, window=100)
 def test_a_pipeline_opens_only_what_was_required(
     split: Split, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation, replicas: int
 ) -> None:
-    steps = steps_per_epoch(split, order.batch_size, order.share)
+    steps = steps_per_epoch(split, order.batch_size, order.sharding)
     if call == 7:
         steps = 3 * steps - 5
     else:  # across the end of an epoch
