@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data.order import Order, epoch_order, sequence_blocks, share_of, training_blocks
+from tests.data.orders import epoch_order
+from trainer.data.order import Order, sequence_blocks, share_of, training_blocks
 from trainer.data.sharding import steps_per_epoch
 from trainer.types import Shard, Split
 

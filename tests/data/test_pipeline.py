@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.data.orders import epoch_order
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
-from trainer.data.order import Order, epoch_order
+from trainer.data.order import Order
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.sharding import Sharding, shards_of_workers, steps_per_epoch
 from trainer.types import Split

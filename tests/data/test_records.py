@@ -13,12 +13,19 @@ import pytest
 from PIL import Image
 
 from tests.data.pictures import fill_folder, picture
-from trainer.data.records import RecordAt, count_records, frame, index_shard, read_image, read_labels, serialize
+from trainer.data.records import RecordAt, frame, index_shard, read_image, read_labels, serialize
 from trainer.data.tfds_folder import MANIFEST
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 
 CLASSES = ("cat", "dog")
+
+
+def count_records(path: Path) -> int:
+    index = index_shard(path)
+    if index.fault:
+        raise DataError(index.fault)
+    return index.count
 
 
 def write_shard(path: Path, payloads: list[bytes]) -> Path:

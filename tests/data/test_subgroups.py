@@ -16,7 +16,7 @@ from tests.data.test_open import CLASSES, opened, refusal, write_records
 from trainer.config.schema import Data, load
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
-from trainer.data.subgroups import read_groups
+from trainer.data.records import read_groups
 from trainer.errors import ConfigError
 from trainer.types import Shard, Split
 

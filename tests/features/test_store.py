@@ -14,9 +14,10 @@ import pytest
 import tensorflow as tf
 
 from tests.data import splits_on_disk
+from tests.data.orders import epoch_order
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.order import Order, epoch_order
+from trainer.data.order import Order
 from trainer.data.pipeline import View, chosen_batches, training_batches
 from trainer.errors import DataError
 from trainer.features.store import Features, bytes_of, open_features

@@ -41,15 +41,6 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     return tf.cond(if_paletted, look_up, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
 
 
-def _decode_whole(data: tf.Tensor) -> tf.Tensor:
-    """Uint8 [H, W, 3]."""
-    return tf.cond(
-        tf.equal(tf.strings.substr(data, 0, 2), b"BM"),
-        lambda: _decode_bmp(data),
-        lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
-    )
-
-
 def _centre_square(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """(top, left, side) of the largest centred square of an image [H, W, ...]."""
     side = tf.minimum(shape[0], shape[1])
@@ -73,7 +64,11 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
 
 
 def _decode_other(data: tf.Tensor, resize: Resize) -> tf.Tensor:
-    whole = _decode_whole(data)
+    whole = tf.cond(
+        tf.equal(tf.strings.substr(data, 0, 2), b"BM"),
+        lambda: _decode_bmp(data),
+        lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+    )
     if resize == "stretch":
         return whole
     top, left, side = _centre_square(tf.shape(whole))
@@ -129,7 +124,7 @@ def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.
 
 
 def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Adds the raw `records` of each block, string [n]; what a damaged shard no longer gives is empty."""
+    """Adds the raw `records` of each block, string [n]; those that a damaged shard no longer gives are empty."""
     paths = tf.constant([shard.path for shard in split.shards])
     lost = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
@@ -178,7 +173,7 @@ def decoded_rows(
 
     @plain
     def numbered(block: Block) -> tf.data.Dataset:
-        """The row numbers of a block, and its marker; the block itself is only pointed at."""
+        """The row numbers of a block, with the block itself, and a marker of its end where failures are noted."""
         numbers = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
         return numbers.map(plain(lambda number: {"number": number, "block": block}))
 
@@ -196,12 +191,12 @@ def decoded_rows(
 
     @plain
     def with_first(first: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Adds the number that should have come: where the gap before this row begins."""
+        """Adds the number that should have come, at which the gap before this row begins."""
         return tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1), {**row, "first": first}
 
     @plain
     def filled(row: Row) -> tf.data.Dataset:
-        """The row, and before it what stands for those that did not arrive."""
+        """The row, and before it blank ones for those that did not arrive."""
         here = {k: v[row["first"] : row["number"] + 1] for k, v in row["block"].items()}  # none for a marker itself
         lost, rows = row["block"]["index"][row["first"] : row["number"]], tf.shape(here["index"])[0]
         some = tf.size(lost) > 0

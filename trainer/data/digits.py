@@ -12,7 +12,6 @@ import numpy as np
 
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 
-CLASS_NAMES = tuple("0123456789")
 TEST, VALIDATION, SPLIT_SEED = 360, 180, 42  # the rest, 1,257, trains
 
 
@@ -37,8 +36,7 @@ def digits_folder(cache_dir: Path) -> Path:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = [_png(np.round(image * 255 / 16).astype(np.uint8)) for image in digits.images]
-    labels = digits.target
+    images, labels = [_png(np.round(image * 255 / 16).astype(np.uint8)) for image in digits.images], digits.target
 
     def split_off(indices: np.ndarray, count: int) -> list[np.ndarray]:
         return train_test_split(indices, test_size=count, stratify=labels[indices], random_state=SPLIT_SEED)
@@ -48,7 +46,7 @@ def digits_folder(cache_dir: Path) -> Path:
     parts = {"train": train, "validation": validation, "test": test}
     temporary = cache_dir / f".digits-{uuid.uuid4().hex}"  # two runs may start at once: the first rename wins
     splits = {name: [(images[i], int(labels[i])) for i in indices] for name, indices in parts.items()}
-    write_dataset(temporary, LabelledImages("digits", CLASS_NAMES, splits), WriteOptions(verify=False))
+    write_dataset(temporary, LabelledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
     try:
         os.rename(temporary, folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine it runs on; a container's limits count, not the host's size."""
+"""Memory and processors that this process may use; a container's limits count, not the host's size."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def memory_budget_default(cgroup: Path = CGROUP) -> int:
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
     """Processors this process may keep busy, at least 1: its affinity and its container's quota, rounded up."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = _number(cgroup / "cpu" / "cpu.cfs_quota_us"), _number(cgroup / "cpu" / "cpu.cfs_period_us")
     with contextlib.suppress(OSError, ValueError):  # absent, or "max"
         quota, period = (int(word) for word in (cgroup / "cpu.max").read_text().split())

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.splits import PARTS, Found, ends_of, part_sizes
+from trainer.data.splits import PARTS, RawData, ends_of, part_sizes
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-_SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "test": "test",
-}
+_SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _ENDS = 64  # bytes of each end of a file that its fingerprint covers
-_AT_ONCE = 32  # files that a thread looks at before it is given others: to hand over one costs more than to look at it
+_AT_ONCE = 32  # files that a thread inspects before it is given others: to hand over one costs more than to inspect it
 LAYOUT = "expected are ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ beside train/"
 
 
@@ -37,7 +34,7 @@ class _Picture:
     label: int
 
 
-def open_image_folder(data: Data) -> Found:
+def open_image_folder(data: Data) -> RawData:
     """`root/<class>` split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
     A picture's split depends on data.split_seed, its path below the root, and how many its class holds: each class is
@@ -57,7 +54,10 @@ def open_image_folder(data: Data) -> Found:
     for part, folder in folders.items():
         classes = _subfolders(folder)
         if not classes:
-            raise DataError(_no_classes(root, folder))
+            count = sum(_is_picture(name) for name in os.listdir(folder))
+            here = f"data.root={root}" if folder == root else folder
+            pictures_but = f"{count} picture{'s' * (count > 1)} but " * bool(count)
+            raise DataError(f"{here} has {pictures_but}no class folders: {LAYOUT}")
         if part == "train":
             class_names = tuple(classes)
         elif different := sorted(set(class_names) ^ set(classes)):
@@ -78,11 +78,14 @@ def open_image_folder(data: Data) -> Found:
             kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.most_common(5))
             notes.append(f"files that are no {'/'.join(e[1:] for e in EXTENSIONS)} by name were ignored: {kinds}")
     if not any(parts.values()):
-        raise DataError(
-            f"data.root={root} has class folders ({', '.join(class_names[:5])}) but no pictures in them: {LAYOUT}"
-        )
+        named = ", ".join(class_names[:5])
+        raise DataError(f"data.root={root} has class folders ({named}) but no pictures in them: {LAYOUT}")
     if len(class_names) == 1:
-        raise DataError(_one_class(root, folders["train"], class_names[0]))
+        only = os.path.join(root, class_names[0])
+        meant = folders["train"] == root and len(_subfolders(only)) > 1
+        hint = f"did you mean data.root={only}?" if meant else LAYOUT
+        one = f"data.root={root} has only one class folder ({class_names[0]})"
+        raise DataError(f"{one}, and telling classes apart takes two: {hint}")
     facts, bad = _inspect([picture for pictures in parts.values() for picture in pictures])
     if bad and data.on_error == "fail":
         raise DataError(
@@ -99,19 +102,20 @@ def open_image_folder(data: Data) -> Found:
         for name, pictures in ordered.items()
         if pictures
     }
-    return Found(os.path.basename(os.path.abspath(root)), class_names, splits, facts, list(bad.values()), notes)
+    return RawData(os.path.basename(os.path.abspath(root)), class_names, splits, facts, list(bad.values()), notes)
 
 
 def _check_root(root: str) -> None:
     try:
-        entries = sorted(os.listdir(root))
-    except FileNotFoundError:
-        raise DataError(f"data.root={root} does not exist (seen from {os.getcwd()}): {LAYOUT}") from None
-    except NotADirectoryError:
-        raise DataError(f"data.root={root} is a file, not a folder: {LAYOUT}") from None
+        names = os.listdir(root)
     except OSError as error:
-        raise DataError(f"data.root={root} cannot be read ({error.strerror}): {LAYOUT}") from None
-    if not [name for name in entries if not name.startswith(".")]:
+        fault = f"cannot be read ({error.strerror})"
+        if isinstance(error, FileNotFoundError):
+            fault = f"does not exist (seen from {os.getcwd()})"
+        elif isinstance(error, NotADirectoryError):
+            fault = "is a file, not a folder"
+        raise DataError(f"data.root={root} {fault}: {LAYOUT}") from None
+    if all(name.startswith(".") for name in names):
         raise DataError(f"data.root={root} is empty: {LAYOUT}")
 
 
@@ -140,43 +144,24 @@ def _split_folders(root: str) -> dict[str, str]:
     if others:
         if not _subfolders(trained_on):  # a class that happens to be called train
             return {"train": root}
-        raise DataError(
-            f"data.root={root} has both split folders ({', '.join(splits)}) and others ({', '.join(others[:5])}): "
-            f"{LAYOUT}"
-        )
+        both = f"split folders ({', '.join(splits)}) and others ({', '.join(others[:5])})"
+        raise DataError(f"data.root={root} has both {both}: {LAYOUT}")
     folders: dict[str, str] = {}
     for part in PARTS:
         named = [os.path.join(root, name) for name, meant in splits.items() if meant == part]
         if len(named) > 1:
             raise DataError(f"{' and '.join(named)} are both taken for {part}: remove one")
         for folder in named:
-            for earlier, other in folders.items():
-                if os.path.samefile(folder, other):
-                    raise DataError(
-                        f"{part} and {earlier} are the same folder ({os.path.realpath(folder)}): "
-                        "what is trained on cannot be scored"
-                    )
+            if same := [earlier for earlier, other in folders.items() if os.path.samefile(folder, other)]:
+                shared = f"{part} and {same[0]} are the same folder ({os.path.realpath(folder)})"
+                raise DataError(f"{shared}: what is trained on cannot be scored")
             folders[part] = folder
     return folders
 
 
-def _no_classes(root: str, folder: str) -> str:
-    found = sum(_is_picture(name) for name in os.listdir(folder))
-    here = f"data.root={root}" if folder == root else folder
-    if found:
-        return f"{here} has {found} picture{'s' * (found > 1)} but no class folders: {LAYOUT}"
-    return f"{here} has no class folders: {LAYOUT}"
-
-
-def _one_class(root: str, folder: str, name: str) -> str:
-    inner = _subfolders(os.path.join(folder, name))
-    hint = f"did you mean data.root={os.path.join(root, name)}?" if folder == root and len(inner) > 1 else LAYOUT
-    return f"data.root={root} has only one class folder ({name}), and telling classes apart takes two: {hint}"
-
-
 def _pictures(folder: str, ignored: Counter[str]) -> list[str]:
     """Every picture below a class folder, sorted; `ignored` counts other files by extension."""
-    found, seen = [], set()
+    pictures, seen = [], set()
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): {LAYOUT}")
@@ -190,43 +175,42 @@ def _pictures(folder: str, ignored: Counter[str]) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if _is_picture(name):
-                found.append(os.path.join(here, name))
+                pictures.append(os.path.join(here, name))
             elif not name.startswith("."):
                 ignored[os.path.splitext(name)[1].lower()] += 1
-    return sorted(found)
+    return sorted(pictures)
 
 
 def _inspect(pictures: list[_Picture]) -> tuple[dict[str, str], dict[str, str]]:
-    """Facts of every file for the fingerprint, and the files that cannot be pictures with the reason."""
+    """Facts of every file for the fingerprint, and the files that cannot be pictures with the reason, by path."""
 
-    def look(picture: _Picture) -> tuple[str, str | None]:
+    def inspect(picture: _Picture) -> tuple[str, str | None]:
         try:
             size, head, ends = ends_of(picture.path, _ENDS)
         except OSError as error:
             return "", f"{picture.path}: cannot be read ({error.strerror})"
         fault = None
         if not size:
-            fault = "is empty"
+            fault = f"{picture.path}: is empty"
         elif not head.startswith(_MAGIC):
             kind = " (it is WebP)" if head[8:12] == b"WEBP" else ""
-            fault = f"does not begin like a JPEG, PNG, BMP or GIF{kind}"
-        return f"{picture.below} {size} {ends}", fault and f"{picture.path}: {fault}"
+            fault = f"{picture.path}: does not begin like a JPEG, PNG, BMP or GIF{kind}"
+        return f"{picture.below} {size} {ends}", fault
 
-    def look_at_some(first: int) -> list[tuple[str, str | None]]:
+    def inspect_some(first: int) -> list[tuple[str, str | None]]:
         health.progress()
-        return [look(picture) for picture in pictures[first : first + _AT_ONCE]]
+        return [inspect(picture) for picture in pictures[first : first + _AT_ONCE]]
 
-    with ThreadPoolExecutor(16) as pool:  # on a network disk each look costs a round trip
-        looks = [found for some in pool.map(look_at_some, range(0, len(pictures), _AT_ONCE)) for found in some]
-    facts = {picture.path: fact for picture, (fact, _) in zip(pictures, looks, strict=True)}
-    return facts, {picture.path: fault for picture, (_, fault) in zip(pictures, looks, strict=True) if fault}
+    with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
+        results = list(chain.from_iterable(pool.map(inspect_some, range(0, len(pictures), _AT_ONCE))))
+    facts = {picture.path: fact for picture, (fact, _) in zip(pictures, results, strict=True)}
+    return facts, {picture.path: fault for picture, (_, fault) in zip(pictures, results, strict=True) if fault}
 
 
-def _by_hash(pictures: list[_Picture], seed: int) -> list[_Picture]:
+def _by_hash(pictures: Iterable[_Picture], seed: int) -> list[_Picture]:
     def rank(picture: _Picture) -> tuple[bytes, str]:
-        return hashlib.blake2b(
-            f"{seed}/{picture.below}".encode(errors="surrogateescape"), digest_size=8
-        ).digest(), picture.below
+        content = f"{seed}/{picture.below}".encode(errors="surrogateescape")
+        return hashlib.blake2b(content, digest_size=8).digest(), picture.below
 
     return sorted(pictures, key=rank)
 
@@ -234,16 +218,11 @@ def _by_hash(pictures: list[_Picture], seed: int) -> list[_Picture]:
 def _divide(pictures: list[_Picture], fractions: dict[str, float]) -> dict[str, list[_Picture]]:
     """The first pictures of each class, in their order, go to the parts; the rest trains."""
     totals = Counter(picture.label for picture in pictures)
-    bounds = {label: part_sizes(total, fractions) for label, total in totals.items()}
-    parts: dict[str, list[_Picture]] = {"train": [], **{name: [] for name in fractions}}
+    edges = {label: list(accumulate(part_sizes(total, fractions).values())) for label, total in totals.items()}
+    names = [*fractions, "train"]
+    parts: dict[str, list[_Picture]] = {name: [] for name in names}
     seen: Counter[int] = Counter()
     for picture in pictures:
-        place, chosen = seen[picture.label], "train"
+        parts[names[bisect_right(edges[picture.label], seen[picture.label])]].append(picture)
         seen[picture.label] += 1
-        for name, size in bounds[picture.label].items():
-            if place < size:
-                chosen = name
-                break
-            place -= size
-        parts[chosen].append(picture)
     return parts

@@ -1,4 +1,4 @@
-"""The images of one split, decoded once and kept (in memory or on disk), or decoded anew whenever they are read."""
+"""The images of one split, decoded once and cached (in memory or on disk), or decoded whenever they are read."""
 
 from __future__ import annotations
 
@@ -24,38 +24,35 @@ from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, Read, block_reads, sequence_blocks
 from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
+from trainer.data.splits import PARTS
 from trainer.errors import DataError
 from trainer.monitoring.log import say
-from trainer.storage.shard_cache import ShardCache
+from trainer.storage.local import write_whole
+from trainer.storage.shard_cache import Note, ShardCache
 from trainer.types import Dataset, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
-Note = Callable[[str], None]
 # An error of these kinds is never the fault of an image.
-_NOT_DATA = (
-    tf.errors.ResourceExhaustedError,
-    tf.errors.UnavailableError,
-    tf.errors.CancelledError,
-    tf.errors.AbortedError,
-)
+_NOT_DATA = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
+             tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
 _NOTES = 20  # skipped images that are named one by one
 _BATCH = 64  # images decoded at once, and written to a cache
 _FORMAT = 2  # of the cache on disk; counts up when decoding changes
 
 
 class BatchSource(Protocol):
-    """What batches are made of: decoded images (`Pixels`), or what frozen layers made of them (`features.store`)."""
+    """The inputs that batches are made of: decoded images (`Pixels`), or features of them (`features.store`)."""
 
     split: Split
     threads: int | None
 
     @property
     def parallel(self) -> int:
-        """Examples that are worked on at the same time."""
+        """The number of examples that are worked on at the same time."""
 
     @property
     def bad(self) -> dict[int, str]:
-        """Index -> reason of the examples that could not be read; they count nowhere (weight 0)."""
+        """Index -> reason of the examples that could not be read so far; they count nowhere (weight 0)."""
 
     def tensor(self) -> tf.Tensor:
         """All rows, over the memory that holds them."""
@@ -64,20 +61,18 @@ class BatchSource(Protocol):
         """In a pipeline: rows out of `tensor()` for int64 [b]; `split.count` stands for padding."""
 
     def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """What a pipeline has to wait at."""
+        """The gate at which a pipeline waits for its shards; the arguments are those of `ShardGate`."""
 
 
 @dataclass
 class Pixels:
-    """Where the pixels of a split come from. Batches are the same bits whichever way that is."""
+    """The decoded images of a split. Batches are the same bits whether and wherever they are cached."""
 
     split: Split
     size: int  # side of an image, pixels
     resize: Resize
     on_error: Literal["fail", "skip"]
-    threads: int | None = (
-        None  # that decode, in a pool of their own; None: as many as there are CPUs, in the shared one
-    )
+    threads: int | None = None  # that decode, in a pool of their own; None: one for each CPU, in the shared one
     note: Note = lambda _: None
     check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to leave
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
@@ -89,12 +84,11 @@ class Pixels:
 
     @property
     def bad(self) -> dict[int, str]:
-        """Index -> reason of the images that could not be read so far; they count nowhere (weight 0)."""
         self.take_note()
         return self.known_bad
 
     def take_note(self) -> None:
-        """Learn, and say, what the pipeline could not read since the last time."""
+        """Add the examples that the pipeline could not read since the last time to `known_bad`, and name them."""
         for line in self.failures:
             index = int(line)
             if index not in self.known_bad:
@@ -106,12 +100,11 @@ class Pixels:
 
     @property
     def parallel(self) -> int:
-        """Images that are decoded at the same time."""
         return self.threads or usable_cpus()
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory this takes: what is left of a budget for the next split."""
+        """Bytes of the memory budget that this takes."""
         return self.array.nbytes if self.array is not None and self.kept == "memory" else 0
 
     def tensor(self) -> tf.Tensor:
@@ -121,11 +114,9 @@ class Pixels:
             return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
-        """In a pipeline: the images [b, S, S, 3] out of `tensor()` for int64 [b]; `split.count` stands for padding."""
         return tf.gather(tensor, index)
 
     def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """What a pipeline over these images has to wait at; the arguments are those of `ShardGate`."""
         shards = self.shards or (LocalShards() if self.split.shards else None)
         return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
@@ -137,15 +128,15 @@ class Pixels:
         """
         if self.array is not None:
             return np.array(self.array[indices])
-        chosen, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        chosen, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         none = np.zeros((0, self.size, self.size, 3), np.uint8)
         with data_errors(self):
             # Few shards may be there at a time, and neighbours here can lie in many.
-            return np.concatenate([none, *_decoded(self, chosen, "rows", 1 if self.shards else _BATCH)])[place]
+            return np.concatenate([none, *_decoded(self, chosen, "rows", 1 if self.shards else _BATCH)])[inverse]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What cannot be read
+# Examples that cannot be read
 
 
 def _sentence(error: tf.errors.OpError) -> str:
@@ -155,17 +146,17 @@ def _sentence(error: tf.errors.OpError) -> str:
 
 
 def reason_for(pixels: Pixels, index: int) -> str:
-    """Why an example cannot be read: it is tried once more."""
+    """The reason that an example cannot be read: it is tried once more."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
             path, _, number = split.name_of(index).rpartition("#")
             if pixels.shards:
                 pixels.shards.require("one", [os.path.basename(path)])
-            found = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
-            if not found:
+            records = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
+            if not records:
                 return "the shard breaks off before this record"
-            row["record"] = found[0]
+            row["record"] = records[0]
         decoder(split, pixels.size, pixels.resize)(row)
     except tf.errors.OpError as error:
         return _sentence(error)
@@ -174,13 +165,9 @@ def reason_for(pixels: Pixels, index: int) -> str:
 
 def _first_unreadable(pixels: Pixels, start: int) -> int | None:
     """The first example from index `start` on that cannot be read; tries them all, in parallel."""
-    probe = Pixels(
-        pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, check=pixels.check, shards=pixels.shards
-    )
-    for _ in _all_from(probe, start):
-        if probe.bad:
-            return min(probe.bad)
-    return None
+    p = pixels
+    probe = Pixels(p.split, p.size, p.resize, "skip", p.threads, check=p.check, shards=p.shards)
+    return next((min(probe.bad) for _ in _all_from(probe, start) if probe.bad), None)
 
 
 @contextmanager
@@ -211,7 +198,7 @@ def data_errors(pixels: BatchSource) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Decoding once and keeping
+# Caches
 
 
 def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
@@ -236,23 +223,14 @@ def _decoded(pixels: Pixels, chosen: np.ndarray, reader: str, rows: int = _BATCH
 
 
 def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
-    """Every image from index `start` on, to be kept."""
+    """Every image from index `start` on, to be cached; `pixels.filled` are those that the caller is done with."""
     for images in _decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.filled += len(images)
 
 
-def _fill_memory(pixels: Pixels, shape: tuple[int, ...]) -> None:
-    array = fresh_array(shape, np.dtype(np.uint8))
-    done = 0
-    for images in _all_from(pixels):
-        array[done : done + len(images)] = images
-        done += len(images)
-    pixels.array, pixels.kept = array, "memory"
-
-
 def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
-    """Use the cache that an earlier run completed, if there is one."""
+    """Use the cache on disk if it is complete; whether it is."""
     data, about = stem.with_suffix(".u8"), stem.with_suffix(".json")
     try:
         bad = json.loads(about.read_text())["bad"]
@@ -269,21 +247,19 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
 def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write beside, rename when complete; the small file that speaks of the bad ones comes last and means done."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for name, write in ((".u8", _all_from(pixels)), (".json", None)):
-        handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
-        try:
-            with os.fdopen(
-                handle, "wb"
-            ) as file:  # plain writes: a full disk under a mapped file would kill the process
-                for images in write or ():
-                    file.write(images.data)
-                file.write(bytes(shape[1] * shape[2] * 3) if write else json.dumps({"bad": pixels.bad}).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, stem.with_suffix(name))
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+    handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:  # plain writes: a full disk under a mapped file would kill the process
+            for images in _all_from(pixels):
+                file.write(images.data)
+            file.write(bytes(int(np.prod(shape[1:]))))  # the black one
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, stem.with_suffix(".u8"))
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    write_whole(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad}))
 
 
 def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
@@ -297,13 +273,13 @@ def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str
 
 
 def megabytes(count: int) -> str:
-    """Bytes for people."""
+    """Bytes as text, such as "1.2 GB"."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where the decoded images of a split are kept, how many bytes they take, and why."""
+    """The cache for the decoded images of a split, the bytes they take, and the reason."""
 
     where: Literal["memory", "disk", "none"]
     bytes: int
@@ -311,17 +287,13 @@ class CachePlan:
 
 
 def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
-    """Choose where decoded images are kept.
+    """Choose the cache of decoded images.
 
     `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept; nor is it where they
-    are read once. A budget does not bind `memory` or `disk` asked for by name.
+    are read once, for features. A budget does not bind `memory` or `disk` asked for by name.
 
     Args:
-        cache: `data.cache`.
-        needed: bytes of the decoded images.
-        memory_budget: bytes that are left of it.
-        disk_budget: bytes.
-        once: the images are read once, for features.
+        needed, memory_budget, disk_budget: bytes of the decoded images, and bytes that are left for them.
     """
     budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
     if cache != "auto":
@@ -336,20 +308,14 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
 
 
 def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once: bool) -> dict[str, CachePlan]:
-    """Where a run would keep the decoded images of each split, under one memory budget.
-
-    Args:
-        size: side of the images, pixels.
-        train_once: the training images are read once, for features.
-    """
+    """The caches that a run would use for the decoded images of each split, of side `size` pixels."""
     plans: dict[str, CachePlan] = {}
     memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
-    for name in ("train", "validation", "test"):
-        if name in dataset.splits:
-            needed = image_bytes(dataset.splits[name], size)
-            once = name == "train" and train_once
-            plans[name] = plan = plan_image_cache(config.data.cache, needed, memory, disk, once)
-            memory -= needed if plan.where == "memory" else 0
+    for name in [part for part in PARTS if part in dataset.splits]:
+        once = name == "train" and train_once
+        plan = plan_image_cache(config.data.cache, image_bytes(dataset.splits[name], size), memory, disk, once)
+        memory -= plan.bytes if plan.where == "memory" else 0
+        plans[name] = plan
     return plans
 
 
@@ -359,14 +325,10 @@ def image_bytes(split: Split, size: int) -> int:
 
 
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
-    """Put decoded images where `plan` says, and say so.
+    """Fill the cache that `plan` names, or open the one on disk that an earlier run has filled.
 
-    The cache on disk serves later runs; a fill that was killed is done again. Where the disk cannot be written, images
-    are decoded when they are read. `pixels.check` is called between batches and may raise to leave.
-
-    Args:
-        folder: of the caches on disk.
-        fingerprint: of the dataset.
+    Later runs find the cache in `folder` by the dataset's fingerprint; a fill that was killed is done again. Where the
+    disk cannot be written, images are decoded when they are read.
 
     Raises:
         DataError: `on_error` is "fail" and an image cannot be decoded, or a shard is damaged.
@@ -379,7 +341,10 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
     with data_errors(pixels):
         if plan.where == "memory":
             note(f"{what}: kept in memory{why}")
-            _fill_memory(pixels, shape)
+            array = fresh_array(shape, np.dtype(np.uint8))
+            for images in _all_from(pixels):
+                array[pixels.filled : pixels.filled + len(images)] = images
+            pixels.array, pixels.kept = array, "memory"
         elif plan.where == "none":
             note(f"{what}: not kept, decoded whenever they are read ({plan.reason})")
         elif _open_stored(pixels, stem, shape):
@@ -401,48 +366,36 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
 
 
 class ImageStore:
-    """The decoded images of a run: each split is opened once, all of them under one memory budget.
-
-    Attributes:
-        train_once: the training images are read once from now on, so that `data.cache=auto` does not keep them.
-    """
+    """The decoded images of a run: each split is opened once, all of them under one memory budget."""
 
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
         """`size`: side of the images, pixels; `check(where)`: called while images are decoded, may raise to leave."""
         self.dataset, self.config, self.size = data.dataset, config, size
-        self.train_once = False
+        self.train_once = False  # True: they are read once from now on, so that `data.cache=auto` does not keep them
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
 
     def split(self, name: str) -> Pixels:
         """The images of a split; the first call may fill a cache."""
         if name not in self._opened:
-            self._opened[name] = pixels = self._pixels(name, self.size, self.config.model.resize)
-            self._fill(pixels, self.config.data.cache, once=name == "train" and self.train_once)
+            config, once = self.config, name == "train" and self.train_once
+            self._opened[name] = self._open(name, self.size, config.model.resize, config.data.cache, once)
         return self._opened[name]
 
     def at(self, name: str, size: int, resize: Resize) -> Pixels:
-        """The images of a split at another size; they are not kept."""
-        pixels = self._pixels(name, size, resize)
-        self._fill(pixels, "none")
-        return pixels
+        """The images of a split at another size; they are not cached."""
+        return self._open(name, size, resize, "none", once=False)
 
-    def _pixels(self, name: str, size: int, resize: Resize) -> Pixels:
-        return Pixels(
-            self.dataset.splits[name],
-            size,
-            resize,
-            self.config.data.on_error,
-            self.config.runtime.data_threads,
-            note=say,
-            check=lambda: self._check(f"while the {name} images were decoded"),
-            shards=self._data.shards,
-        )
+    def _open(self, name: str, size: int, resize: Resize, cache: Cache, once: bool) -> Pixels:
+        split, runtime = self.dataset.splits[name], self.config.runtime
 
-    def _fill(self, pixels: Pixels, cache: Cache, once: bool = False) -> None:
-        runtime = self.config.runtime
-        needed = image_bytes(pixels.split, pixels.size)
-        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
+        def check() -> None:
+            self._check(f"while the {name} images were decoded")
+
+        on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
+        pixels = Pixels(split, size, resize, on_error, threads, note=say, check=check, shards=shards)
+        plan = plan_image_cache(cache, image_bytes(split, size), self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
+        return pixels
 
     def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [k, S, S, 3]: the images of these examples of a split."""
@@ -473,8 +426,5 @@ class ImageStore:
 
     def undecodable(self) -> list[str]:
         """Examples that counted for nothing (data.on_error=skip), with the reason."""
-        return [
-            f"{self.name_of(name, index)}: {reason}"
-            for name, opened in sorted(self._opened.items())
-            for index, reason in sorted(opened.bad.items())
-        ]
+        bad = [(name, pixels.bad) for name, pixels in sorted(self._opened.items())]
+        return [f"{self.name_of(name, i)}: {reason}" for name, reasons in bad for i, reason in sorted(reasons.items())]

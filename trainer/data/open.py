@@ -10,20 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data, RunConfig
-from trainer.data.digits import CLASS_NAMES, digits_folder
+from trainer.data.digits import digits_folder
 from trainer.data.image_folder import open_image_folder
+from trainer.data.records import read_groups
 from trainer.data.remote import copies_ahead, local_copies
-from trainer.data.splits import Found, at_most, fingerprint, per_class
-from trainer.data.subgroups import read_groups
+from trainer.data.splits import Note, RawData, at_most, fingerprint, open_tfrecords, per_class
 from trainer.data.tfds import open_tfds
-from trainer.data.tfrecord_files import open_tfrecords
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset
 
 TINY = 30  # examples: below this one example moves a score by more than 3 points
 IMBALANCE = 3  # most over fewest training examples of a class
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,8 @@ def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], s
         DataError: as `open_dataset`, or as `trainer.storage.staging.stage`.
         Interrupted: as `stage`.
     """
-    local, addresses, shards = (
-        copies_ahead(config, note, check) if stream else (*local_copies(config, note, check), None)
-    )
+    copies = copies_ahead(config, note, check) if stream else (*local_copies(config, note, check), None)
+    local, addresses, shards = copies
     dataset = open_run_dataset(config, local.data, note, arriving=shards is not None)
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
@@ -67,13 +64,9 @@ def open_run_dataset(config: RunConfig, data: Data, note: Note, arriving: bool =
     Args:
         data: `config.data` with local paths.
     """
+    cache_dir, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
-        data,
-        seed=config.seed,
-        cache_dir=config.runtime.cache_folder,
-        max_examples=config.example_limit,
-        note=note,
-        arriving=arriving,
+        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, note=note, arriving=arriving
     )
     if config.debug.overfit:
         batch = dataset.splits["train"]
@@ -111,31 +104,29 @@ def open_dataset(
         DataError: the data is missing, damaged, or contradicts the configuration; says where and what to do.
     """
     cache_dir = Path(cache_dir).expanduser()
-    found = _find(data, cache_dir, note, arriving)
-    _check_classes(found)
-    train = found.splits["train"]
+    raw = _open_source(data, cache_dir, note, arriving)
+    _check_classes(raw)
+    train = raw.splits["train"]
     if data.labels_per_class:
-        few = [found.class_names[i] for i, n in enumerate(np.bincount(train.labels)) if n < data.labels_per_class]
+        few = [raw.class_names[i] for i, n in enumerate(np.bincount(train.labels)) if n < data.labels_per_class]
         if few:
-            found.notes.append(f"data.labels_per_class={data.labels_per_class}: all there are of {_listed(few)}")
-        found.splits["train"] = per_class(train, data.labels_per_class, seed)
+            raw.notes.append(f"data.labels_per_class={data.labels_per_class}: all there are of {_listed(few)}")
+        raw.splits["train"] = per_class(train, data.labels_per_class, seed)
     if max_examples:
-        found.splits = {name: at_most(split, max_examples, seed) for name, split in found.splits.items()}
+        raw.splits = {name: at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
-        scored = "test" if "test" in found.splits else "validation"
-        for name in found.splits if all_groups else {scored} & found.splits.keys():
-            split = found.splits[name]
-            groups = read_groups(split, data.group_field, found.group_names)
-            found.splits[name] = replace(split, groups=groups)
-    found.notes += _remarks(found, limited=max_examples is not None)
-    for line in found.notes:
+        scored = "test" if "test" in raw.splits else "validation"
+        for name in raw.splits if all_groups else {scored} & raw.splits.keys():
+            groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
+            raw.splits[name] = replace(raw.splits[name], groups=groups)
+    raw.notes += _remarks(raw, limited=max_examples is not None)
+    for line in raw.notes:
         note(line)
-    return Dataset(
-        found.name, found.class_names, found.splits, fingerprint(found), tuple(found.skipped), tuple(found.notes)
-    )
+    skipped, notes = tuple(raw.skipped), tuple(raw.notes)
+    return Dataset(raw.name, raw.class_names, raw.splits, fingerprint(raw), skipped, notes)
 
 
-def _find(data: Data, cache_dir: Path, note: Callable[[str], None], arriving: bool) -> Found:
+def _open_source(data: Data, cache_dir: Path, note: Note, arriving: bool) -> RawData:
     if data.source == "image_folder":
         return open_image_folder(data)
     if data.source == "tfrecords":
@@ -147,10 +138,7 @@ def _find(data: Data, cache_dir: Path, note: Callable[[str], None], arriving: bo
             raise DataError(
                 f"the digits cannot be written below {cache_dir} ({error.strerror}): set runtime.cache_dir"
             ) from None
-        whole = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
-        found = open_tfds(whole, cache_dir, note)
-        assert found.class_names == CLASS_NAMES
-        return found
+        data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, note, arriving)
 
 
@@ -158,75 +146,67 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_classes(found: Found) -> None:
+def _check_classes(raw: RawData) -> None:
     """Every class needs a training example, or the model could never answer it."""
-    if len(found.class_names) < 2:
-        raise DataError(
-            f"{found.name} has the classes {_listed(list(found.class_names))}; telling classes apart takes two"
-        )
-    if len(set(found.class_names)) < len(found.class_names):
-        raise DataError(f"{found.name} has a class name twice: {', '.join(found.class_names)}")
-    counts = np.bincount(found.splits["train"].labels, minlength=len(found.class_names))
-    without = [found.class_names[i] for i in np.flatnonzero(counts == 0)]
+    if len(raw.class_names) < 2:
+        raise DataError(f"{raw.name} has the classes {_listed(list(raw.class_names))}; telling classes apart takes two")
+    if len(set(raw.class_names)) < len(raw.class_names):
+        raise DataError(f"{raw.name} has a class name twice: {', '.join(raw.class_names)}")
+    counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))
+    without = [raw.class_names[i] for i in np.flatnonzero(counts == 0)]
     if without:
-        skipped = f" ({len(found.skipped)} unreadable ones were skipped)" if found.skipped else ""
-        raise DataError(
-            f"no training example of {_listed(without)}{skipped}: "
-            "add some, leave the class out, or choose another split"
-        )
+        skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
+        advice = "add some, leave the class out, or choose another split"
+        raise DataError(f"no training example of {_listed(without)}{skipped}: {advice}")
 
 
-def _remarks(found: Found, limited: bool) -> list[str]:
-    """What is worth printing about the splits."""
+def _remarks(raw: RawData, limited: bool) -> list[str]:
     remarks = []
-    train = found.splits["train"]
-    counts = np.bincount(train.labels, minlength=len(found.class_names))
+    train = raw.splits["train"]
+    counts = np.bincount(train.labels, minlength=len(raw.class_names))
     if counts.max() > IMBALANCE * counts.min():
         order = np.argsort(counts, kind="stable")
         shown = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
-        listed = ", ".join(f"{found.class_names[i]} {counts[i]}" for i in shown)
+        listed = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in shown)
         remarks.append(
             f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold ({listed}"
             f"{'; the rarest and commonest five' * (len(order) > 10)}): training.class_weights=balanced may help"
         )
-    for name, split in found.splits.items():
+    for name, split in raw.splits.items():
         if split.count < TINY and name != "train" and not limited:
             remarks.append(
                 f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy"
             )
-        absent = sorted(set(range(len(found.class_names))) - set(split.labels.tolist()))
+        absent = sorted(set(range(len(raw.class_names))) - set(split.labels.tolist()))
         if absent and not limited:
-            remarks.append(f"{name} has no example of {_listed([found.class_names[i] for i in absent])}")
-    if found.skipped:
-        remarks.append(f"{len(found.skipped)} skipped (data.on_error=skip), the first: {found.skipped[0]}")
-    return remarks + _copies(found)
+            remarks.append(f"{name} has no example of {_listed([raw.class_names[i] for i in absent])}")
+    if raw.skipped:
+        remarks.append(f"{len(raw.skipped)} skipped (data.on_error=skip), the first: {raw.skipped[0]}")
+    return remarks + _copies(raw)
 
 
-def _copies(found: Found) -> list[str]:
+def _copies(raw: RawData) -> list[str]:
     """Files that training shares byte for byte with another split; only files alike in size and ends are read."""
-    ends = {path: found.facts[path].rsplit(" ", 2)[1:] for split in found.splits.values() for path in split.files}
-    trained_on: dict[tuple[str, ...], list[str]] = {}
-    for path in found.splits["train"].files:
-        trained_on.setdefault(tuple(ends[path]), []).append(path)
+
+    def ends(path: str) -> tuple[str, ...]:
+        return tuple(raw.facts[path].rsplit(" ", 2)[1:])
 
     def digest(path: str) -> bytes:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
+    trained_on: dict[tuple[str, ...], list[str]] = {}
+    for path in raw.splits["train"].files:
+        trained_on.setdefault(ends(path), []).append(path)
     remarks = []
-    for name, split in found.splits.items():
-        if name == "train":
-            continue
-        pairs = [
-            (path, other)
-            for path in split.files
-            for other in trained_on.get(tuple(ends[path]), ())
-            if digest(path) == digest(other)
-        ]
+    for name in [name for name in raw.splits if name != "train"]:
+        files = raw.splits[name].files
+        alike = [(path, other) for path in files for other in trained_on.get(ends(path), ())]
+        pairs = [(path, other) for path, other in alike if digest(path) == digest(other)]
         if pairs:
             lie = "lies" if len(pairs) == 1 else "lie"
             remarks.append(
-                f"{len(pairs)} of the {split.count} files of {name} also {lie} byte for byte in train, the first: "
+                f"{len(pairs)} of the {len(files)} files of {name} also {lie} byte for byte in train, the first: "
                 f"{pairs[0][0]} = {pairs[0][1]}"
             )
     return remarks

@@ -1,4 +1,4 @@
-"""Which example comes when: order and position as pure functions of (seed, epoch, step).
+"""The order of the training examples: order and position as pure functions of (seed, epoch, step).
 
 All of it is in the graph. One Python function in a dataset would do the same, but where ops are deterministic
 (`runtime.deterministic`) TensorFlow then takes every parallel call and prefetch out of the whole pipeline: it cannot
@@ -25,11 +25,11 @@ ROWS_PER_WORKER = 1 << 40  # far more than any worker has: keeps the random numb
 
 @dataclass(frozen=True)
 class Order:
-    """All that says which training example comes when, and the position at which a stream of them begins."""
+    """The settings of the order of training examples, and the step at which a stream of them begins."""
 
     batch_size: int  # of the global batch; the number of workers divides it
     seed: int
-    window: int  # records that are shuffled together; see `epoch_order`
+    window: int  # records that are shuffled together; see `windows`
     first_epoch: int = 0
     first_step: int = 0  # of that epoch
     shuffle: bool = True  # False keeps the order of the indices
@@ -65,7 +65,7 @@ def _shuffle(keys: tf.Tensor) -> tf.Tensor:
 
 
 class _Records:
-    """Where the examples of a split lie in its shards, laid end to end in some order."""
+    """The records of a split in its shards, laid end to end in some order."""
 
     def __init__(self, split: Split, chosen: np.ndarray | None = None) -> None:
         """`chosen`: int64 [c], the shards to count with; all of them when None."""
@@ -92,80 +92,53 @@ def _nothing_to_read() -> tf.Tensor:
     return tf.zeros([0, 3], tf.int64)
 
 
-def _shuffled(
-    split: Split, seed: int, window: int, chosen: np.ndarray | None = None, worker: int = 0
+def windows(
+    split: Split, seed: int, window: int, shuffle: bool = True, chosen: np.ndarray | None = None, worker: int = 0
 ) -> tuple[int, Callable[..., Part]]:
-    """How many windows an epoch has, and a function of (epoch, number) to the pieces, places and indices of one.
+    """The number of windows in an epoch, and a function of (epoch, number) to the part that one of them is.
 
     Shards are permuted and laid end to end, then cut into windows of `window` records of which each is shuffled whole.
-    Image files can be opened in any order at no cost (and lie sorted by class), so they are one window.
+    Image files can be opened in any order at no cost (and lie sorted by class), so they are one window. Without
+    `shuffle` the examples come in the order of their indices.
     """
 
-    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> Part:
-        index = _shuffle(bits(seed, ORDER, epoch, tf.range(split.count, dtype=tf.int64)))
-        return Part(_nothing_to_read(), tf.zeros_like(index) * number, index)
+    def of_files(epoch: tf.Tensor, _number: tf.Tensor) -> Part:
+        index = tf.range(split.count, dtype=tf.int64)
+        if shuffle:
+            index = _shuffle(bits(seed, ORDER, epoch, index))
+        return Part(_nothing_to_read(), tf.zeros_like(index), index)
 
     if not split.shards:
         return 1, of_files
     records = _Records(split, chosen)
 
     def of_records(epoch: tf.Tensor, number: tf.Tensor) -> Part:
-        numbers = tf.constant(records.chosen, tf.int64)
-        shards = tf.gather(numbers, _shuffle(bits(seed, SHARDS, epoch, numbers)))
+        shards = tf.constant(records.chosen, tf.int64)
+        if shuffle:
+            shards = tf.gather(shards, _shuffle(bits(seed, SHARDS, epoch, shards)))
         start, stop = number * window, tf.minimum((number + 1) * window, records.total)
         pieces, index = records.stretch(shards, start, stop)
+        if not shuffle:
+            return Part(pieces, tf.range(stop - start), index)
         place = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return Part(pieces, place, tf.gather(index, place))
 
     return -(-records.total // window), of_records
 
 
-def _in_order(split: Split) -> tuple[int, Callable[..., Part]]:
-    """As `_shuffled`, but the examples come in the order of their indices, `STRETCH` records at a time."""
-    total = split.count
-
-    def of_files(epoch: tf.Tensor, number: tf.Tensor) -> Part:
-        index = tf.range(total, dtype=tf.int64)
-        return Part(_nothing_to_read(), tf.zeros_like(index) * epoch * number, index)
-
-    if not split.shards:
-        return 1, of_files
-    records = _Records(split)
-
-    def of_records(epoch: tf.Tensor, number: tf.Tensor) -> Part:
-        start, stop = number * STRETCH, tf.minimum((number + 1) * STRETCH, total)
-        pieces, index = records.stretch(tf.constant(records.chosen, tf.int64), start, stop)
-        return Part(pieces, tf.zeros_like(index) * epoch + index - start, index)
-
-    return -(-total // STRETCH), of_records
-
-
-def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
-    """The order of the examples in an epoch, a function of (seed, epoch).
-
-    Returns:
-        int64 [count], a permutation of the split's indices.
-    """
-    windows, shuffled = _shuffled(split, seed, window)
-    parts = [shuffled(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64)).index.numpy() for n in range(windows)]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _block(
-    part: Part, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding_at_end: int | None = None
-) -> Block:
-    """A block whose first row is row `start` of the epoch; the one that ends it is padded, to whole global batches."""
+def _block(part: Part, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
+    """A block whose first row is row `start` of the epoch; the one that ends it is padded by `padding` rows."""
     pieces, place, index = part
     rows = tf.size(index, tf.int64)
-    padding = tf.where(start + rows >= total, -total % batch if padding_at_end is None else padding_at_end, 0)
-    behind = tf.stack([tf.constant(0, tf.int64), tf.cast(padding, tf.int64)])[None, :]
+    padding = tf.where(start + rows >= total, tf.constant(padding, tf.int64), 0)
+    behind = tf.stack([tf.constant(0, tf.int64), padding])[None, :]
     return {
         "pieces": pieces,
         "place": tf.pad(place, behind),
         "index": tf.pad(index, behind),
         "weight": tf.pad(tf.ones_like(index, tf.float32), behind),
-        "position": (start + tf.range(rows + behind[0, 1])) % batch,
-        "epoch": tf.fill([rows + behind[0, 1]], epoch),
+        "position": (start + tf.range(rows + padding)) % batch,
+        "epoch": tf.fill([rows + padding], epoch),
     }
 
 
@@ -173,49 +146,34 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """Block number 0, 1, ... of the endless stream of epochs that begins at the order's first step.
 
     What lies before is jumped over by arithmetic: of the first block only the records of its own window are read. Of
-    several workers each gets the rows that are its own; a block may then be empty.
+    several workers each gets the rows that are its own; a block may then be empty. By file, a worker with fewer records
+    than the others ends its epoch with padding alone.
     """
-    if order.sharding.own_files:
-        return _blocks_of_own_shards(split, order)
-    batch_size, sharding = order.batch_size, order.sharding
-    total, steps = split.count, steps_per_epoch(split, batch_size)
-    stretch = (order.window if order.shuffle else STRETCH) if split.shards else total
-    per_epoch, part = _shuffled(split, order.seed, order.window) if order.shuffle else _in_order(split)
-    first_row = order.first_step % steps * batch_size
-
-    def block(number: tf.Tensor) -> Block:
-        number = tf.cast(number, tf.int64) + first_row // stretch
-        since, number = number // per_epoch, number % per_epoch
-        epoch, start = order.first_epoch + order.first_step // steps + since, number * stretch
-        pieces, place, index = part(epoch, number)
-        done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
-        whole = _block(Part(pieces, place[done:], index[done:]), start + done, total, batch_size, epoch)
-        if sharding.workers == 1:
-            return whole
-        own = tf.equal(whole["position"] // order.rows, sharding.worker)
-        return {name: value if name == "pieces" else tf.boolean_mask(value, own) for name, value in whole.items()}
-
-    return block
-
-
-def _blocks_of_own_shards(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
-    """`training_blocks` by file. A worker with fewer records than the others ends its epoch with padding alone."""
-    sharding, window, rows = order.sharding, order.window, order.rows
-    chosen = shards_of_workers(split, sharding.workers)[sharding.worker]
+    sharding, own_files, rows = order.sharding, order.sharding.own_files, order.rows
+    chosen = shards_of_workers(split, sharding.workers)[sharding.worker] if own_files else None
+    total, batch = (int(shard_sizes(split)[chosen].sum()), rows) if own_files else (split.count, order.batch_size)
     steps = steps_per_epoch(split, order.batch_size, sharding)
-    total, first_row = int(shard_sizes(split)[chosen].sum()), order.first_step * rows
-    per_epoch, part = _shuffled(split, order.seed, window, chosen, sharding.worker)
+    shuffle = order.shuffle or own_files
+    window = (order.window if shuffle else STRETCH) if split.shards else total
+    worker = sharding.worker if own_files else 0
+    per_epoch, part = windows(split, order.seed, window, shuffle, chosen, worker)
+    first_epoch, first_row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
     # A first step that lies in the padding begins with the last window, of which only padding is left.
     first_number = min(first_row // window, per_epoch - 1)
 
     def block(number: tf.Tensor) -> Block:
         number = tf.cast(number, tf.int64) + first_number
         since, number = number // per_epoch, number % per_epoch
-        epoch, start = order.first_epoch + since, number * window
+        epoch, start = first_epoch + since, number * window
+        whole = _block(part(epoch, number), start, total, batch, epoch, steps * batch - total)
         done = tf.where(tf.equal(since, 0), tf.maximum(first_row - start, 0), 0)
-        whole = _block(part(epoch, number), start, total, rows, epoch, padding_at_end=steps * rows - total)
-        whole = {name: value if name == "pieces" else value[done:] for name, value in whole.items()}
-        return {**whole, "position": whole["position"] + sharding.worker * rows}
+        own = {name: value if name == "pieces" else value[done:] for name, value in whole.items()}
+        if own_files:
+            return {**own, "position": own["position"] + worker * rows}
+        if sharding.workers == 1:
+            return own
+        mine = tf.equal(own["position"] // rows, sharding.worker)
+        return {name: value if name == "pieces" else tf.boolean_mask(value, mine) for name, value in own.items()}
 
     return block
 
@@ -233,7 +191,7 @@ def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[
         pieces, place = _nothing_to_read(), index - index[0]
         if split.shards:
             pieces, _ = records.stretch(tf.constant(records.chosen, tf.int64), index[0], index[-1] + 1)
-        return _block(Part(pieces, place, index), first, len(chosen), batch_size, zero)
+        return _block(Part(pieces, place, index), first, len(chosen), batch_size, zero, -len(chosen) % batch_size)
 
     return len(edges) - 1 if len(chosen) else 0, block
 
@@ -258,15 +216,15 @@ def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Itera
             yield int(rows), shards.numpy()
 
 
-def share_of(split: Split, batch_size: int, share: float) -> np.ndarray:
-    """The examples of the first ceil(share * batches) batches of one fixed shuffle (indices may lie sorted by class).
+def share_of(split: Split, batch_size: int, fraction: float) -> np.ndarray:
+    """The examples of the first ceil(fraction * batches) batches of a fixed shuffle: indices may lie sorted by class.
 
     Returns:
-        increasing int64 indices; all of them for share 1.
+        increasing int64 indices; all of them for fraction 1.
     """
     indices = np.arange(split.count, dtype=np.int64)
-    if share >= 1:
+    if fraction >= 1:
         return indices
-    batches = int(np.ceil(share * steps_per_epoch(split, batch_size)))
+    batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
     mixed = _shuffle(bits(SHARE, tf.constant(indices))).numpy()
     return np.sort(mixed[: batches * batch_size])

@@ -18,46 +18,37 @@ from trainer.data.shard_gate import ShardGate, rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.types import Split
 
+DEVICE_BUFFER = 2  # elements that wait for each replica in the buffers of a strategy's devices
 
-def _kept_batches(
-    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int
-) -> tf.data.Dataset:
+
+def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
+    """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
+    if isinstance(source, Pixels) and source.array is None:
+        batches = live_rows(source, block, count).batch(size, drop_remainder=True)
+    else:
+        batches = _cached_batches(source, block_dataset(block, count), size)
+    labels = tf.constant(source.split.labels, tf.int32)
+    return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
+
+
+def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
     """Batches out of an array: one gather each."""
     # When an iterator is made TensorFlow feeds each tensor that a function has captured with another one of its shape,
     # to optimize the pipeline, and keeps that memory: as much again as all images. An Optional around it has no shape.
     with tf.device("CPU:0"):
         content = tf.experimental.Optional.from_value(source.tensor())
-    blank = source.split.count
     bad = tf.constant(sorted(source.bad), tf.int64)
-
-    def rows(fields: Block) -> Row:
-        return {k: fields[k] for k in COLUMNS}
 
     def pick(rows: Row) -> Row:
         weight = rows["weight"]
         if source.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        image = source.rows_of(content.get_value(), tf.where(weight > 0, rows["index"], blank), rows["epoch"])
-        return {**rows, "weight": weight, "image": image}
+        index = tf.where(weight > 0, rows["index"], source.split.count)
+        return {**rows, "weight": weight, "image": source.rows_of(content.get_value(), index, rows["epoch"])}
 
-    blocks = block_dataset(block, count)
-    return blocks.map(plain(rows)).rebatch(size, drop_remainder=True).map(plain(pick))
-
-
-def _live_batches(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Batches of images decoded now."""
-    return live_rows(pixels, block, count).batch(size, drop_remainder=True)
-
-
-def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
-    if isinstance(source, Pixels) and source.array is None:
-        batches = _live_batches(source, block, count, size)
-    else:
-        batches = _kept_batches(source, block, count, size)
-    labels = tf.constant(source.split.labels, tf.int32)
-    return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
+    rows = blocks.map(plain(lambda block: {name: block[name] for name in COLUMNS}))
+    return rows.rebatch(size, drop_remainder=True).map(plain(pick))
 
 
 def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.data.Dataset:
@@ -72,7 +63,7 @@ def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.d
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and what waits for the shards that it opens.
+    """A dataset of batches, and the gate that waits for the shards that it opens.
 
     Attributes:
         dataset: an element is what one replica gets, a `trainer.types.Batch`; without end.
@@ -87,7 +78,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class View:
-    """How a pass over chosen examples augments their images: as epoch `number` of training does."""
+    """The augmentation of a pass over chosen examples: that of epoch `number` of training."""
 
     augmentation: Augmentation
     seed: int
@@ -124,12 +115,10 @@ def training_batches(
     # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     dataset = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
-    ahead = rows_ahead(rows, source.parallel, _buffered(replicas) + (parallel or 0))
-    return Batches(
-        _finished(dataset, source.threads, _prefetched(replicas)),
-        None,
-        lambda: source.gate("training", block_reads(block, None), ahead),
-    )
+    prefetched = 2 * replicas
+    ahead = rows_ahead(rows, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
+    dataset = _finished(dataset, source.threads, prefetched)
+    return Batches(dataset, None, lambda: source.gate("training", block_reads(block, None), ahead))
 
 
 def evaluation_batches(
@@ -173,24 +162,14 @@ def chosen_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Without end, so that no strategy polls for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    ahead = rows_ahead(rows // replicas, source.parallel, _buffered(replicas, prefetched) + (parallel or 0))
+    prefetched = prefetched or 2 * replicas
+    ahead = rows_ahead(rows // replicas, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
+    dataset = _finished(endless, source.threads, prefetched)
     return Batches(
-        _finished(endless, source.threads, prefetched or _prefetched(replicas)),
-        -(-len(chosen) // rows),
-        lambda: source.gate("evaluation", block_reads(block, count), ahead),
+        dataset, -(-len(chosen) // rows), lambda: source.gate("evaluation", block_reads(block, count), ahead)
     )
 
 
 def examples_to_score(split: Split, batch_size: int, part: float, sharding: Sharding) -> np.ndarray:
     """Increasing indices of the examples that this worker scores."""
     return np.array_split(share_of(split, batch_size, part), sharding.workers)[sharding.worker]
-
-
-def _prefetched(replicas: int) -> int:
-    """Elements that our `prefetch` holds: two for each replica."""
-    return 2 * replicas
-
-
-def _buffered(replicas: int, prefetched: int | None = None) -> int:
-    """Elements that wait: those of our `prefetch`, and two for each replica in the buffers of a strategy's devices."""
-    return (prefetched or _prefetched(replicas)) + 2 * replicas

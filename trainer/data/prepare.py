@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard
 from trainer.data.remote import local_copies
-from trainer.data.tfds_writer import Groups, ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -24,7 +24,7 @@ from trainer.types import Split
 def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
     """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
 
-    Of `part` (i, n) only every n-th shard is written; who finds all shards there finishes the dataset.
+    Of `part` (i, n) only every n-th shard is written; the part that finds all shards there finishes the dataset.
 
     Raises:
         DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
@@ -40,11 +40,11 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         note=say,
         all_groups=field is not None,
     )
-    orders = {name: _order(split, config.data.split_seed) for name, split in dataset.splits.items()}
-    groups = None
-    if field and field != "label":  # which every record has, and which can be grouped by
-        groups = Groups(field, {name: _in(orders[name], split.groups) for name, split in dataset.splits.items()})
-    splits = {name: _examples(split, orders[name]) for name, split in dataset.splits.items()}
+    splits, groups = {}, {}
+    for name, split in dataset.splits.items():  # shuffled, so that each shard holds every class
+        order = np.random.default_rng([config.data.split_seed, split.count]).permutation(split.count)
+        splits[name] = _examples(split, order)
+        groups[name] = [split.groups[i] for i in order] if split.groups else []
     options = WriteOptions(
         shards=config.data.shards,
         workers=config.runtime.data_threads or usable_cpus(),
@@ -53,7 +53,8 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     )
     target = place(output)
     with written_images(config.runtime.progress) as progress:
-        images = LabelledImages(dataset.name, dataset.class_names, splits, groups)
+        group_field = field if field != "label" else None  # every record has a label, and can be grouped by it
+        images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)
         entries = write_dataset(target, images, options, progress=progress, part=part)
     if entries is None:
         _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
@@ -68,7 +69,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Which of how many pods this is: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
+    """The index of this pod and the number of pods: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
     try:
         pods = int(environment.get("WORKER_COUNT") or 1)
         index = int(environment.get("JOB_COMPLETION_INDEX") or 0)
@@ -81,18 +82,7 @@ def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
     return index, pods
 
 
-def _order(split: Split, seed: int) -> np.ndarray:
-    """In which the examples are written: shuffled, so that each shard holds every class."""
-    return np.random.default_rng([seed, split.count]).permutation(split.count)
-
-
-def _in(order: np.ndarray, groups: Sequence[str] | None) -> list[str]:
-    assert groups is not None
-    return [groups[i] for i in order]
-
-
 def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
-    """The examples in this order."""
     sources: list[ImageSource] = list(split.files)
     if not sources:
         index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}

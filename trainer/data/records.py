@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,14 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from trainer.errors import DataError
+from trainer.types import Split
 
 HEADER, FOOTER = 12, 4  # bytes around a payload
+MOST_GROUPS = 100  # more are no groups but names
 
 
 class RecordAt(NamedTuple):
-    """One record of a shard: where its payload lies, and the feature that holds the encoded image."""
+    """One record of a shard: the position of its payload, and the feature that holds the encoded image."""
 
     path: str
     number: int  # of the record in its shard, from 0
@@ -41,7 +43,7 @@ class RecordAt(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the payloads of one TFRecord file lie."""
+    """The positions of the payloads in one TFRecord file."""
 
     offsets: np.ndarray  # int64 [n], bytes
     lengths: np.ndarray  # int64 [n], bytes
@@ -59,7 +61,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def frame(payload: bytes) -> tuple[bytes, bytes]:
-    """What stands before and after a payload."""
+    """The bytes that stand before (12) and after (4) a payload."""
     length = struct.pack("<Q", len(payload))
     return length + struct.pack("<I", masked_crc(length)), struct.pack("<I", masked_crc(payload))
 
@@ -90,6 +92,7 @@ def _walk(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     again = "fetch or write it again, or set data.on_error=skip to use the records before it"
     while at < size:
         header = data[at : at + HEADER]
+        end = at + HEADER
         if len(header) == HEADER:
             length, crc = struct.unpack("<QI", header)
             if crc != masked_crc(header[:8]):
@@ -98,13 +101,10 @@ def _walk(path: str, data: mmap.mmap, size: int) -> ShardIndex:
                     raise DataError(f"shard {path} {kind}; uncompressed TFRecord files of tf.train.Example are read")
                 fault = f"shard {path} is damaged at the head of record {len(offsets)}: {again}"
                 break
-            end = at + HEADER + length + FOOTER
-        else:
-            end = at + HEADER
+            end += length + FOOTER
         if end > size:
-            fault = (
-                f"shard {path} is truncated: it ends inside record {len(offsets)}, {end - size} bytes early; {again}"
-            )
+            cut = f"it ends inside record {len(offsets)}, {end - size} bytes early"
+            fault = f"shard {path} is truncated: {cut}; {again}"
             break
         offsets.append(at + HEADER)
         lengths.append(length)
@@ -112,16 +112,15 @@ def _walk(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
 
 
-def count_records(path: str | Path) -> int:
-    """The number of records of a TFRecord file, from its length headers alone.
-
-    Raises:
-        DataError: the file is missing, no TFRecord file, or truncated; the message names the shard and the record.
-    """
-    index = index_shard(path)
-    if index.fault:
-        raise DataError(index.fault)
-    return index.count
+def payloads(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, bytes, bytes]]:
+    """Number, payload and stored checksum (4 bytes) of these records of a shard."""
+    if not index.count:  # an empty file cannot be mapped
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for number in numbers:
+            start = int(index.offsets[number])
+            end = start + int(index.lengths[number])
+            yield number, data[start:end], data[end : end + FOOTER]
 
 
 @cache
@@ -133,32 +132,25 @@ def example_class() -> Any:
     types = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="kubetune_example.proto", package="kubetune", syntax="proto3")
 
-    def message(name: str, parent: Any = file.message_type) -> Any:
-        return parent.add(name=name)
-
-    def field(
-        owner: Any, name: str, number: int, kind: int, many: bool = False, of: str = "", choice: bool = False
-    ) -> None:
+    def field(owner: Any, name: str, number: int, kind: Any, many: bool = False, **of: Any) -> None:
         label = types.LABEL_REPEATED if many else types.LABEL_OPTIONAL
-        added = owner.field.add(name=name, number=number, type=kind, label=label)
-        if of:
-            added.type_name = f".kubetune.{of}"
-        if choice:
-            added.oneof_index = 0
+        kind = (
+            {"type_name": f".kubetune.{kind}", "type": types.TYPE_MESSAGE} if isinstance(kind, str) else {"type": kind}
+        )
+        owner.field.add(name=name, number=number, label=label, **kind, **of)
 
-    for name, kind in (("Bytes", types.TYPE_BYTES), ("Float", types.TYPE_FLOAT), ("Int64", types.TYPE_INT64)):
-        field(message(f"{name}List"), "value", 1, kind, many=True)
-    feature = message("Feature")
+    feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("Bytes", "Float", "Int64"), start=1):
-        field(feature, f"{name.lower()}_list", number, types.TYPE_MESSAGE, of=f"{name}List", choice=True)
-    features = message("Features")
-    entry = message("FeatureEntry", features.nested_type)
-    entry.options.map_entry = True
+    kinds = {"Bytes": types.TYPE_BYTES, "Float": types.TYPE_FLOAT, "Int64": types.TYPE_INT64}
+    for number, (name, kind) in enumerate(kinds.items(), start=1):
+        field(file.message_type.add(name=f"{name}List"), "value", 1, kind, many=True)
+        field(feature, f"{name.lower()}_list", number, f"{name}List", oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry", options=descriptor_pb2.MessageOptions(map_entry=True))
     field(entry, "key", 1, types.TYPE_STRING)
-    field(entry, "value", 2, types.TYPE_MESSAGE, of="Feature")
-    field(features, "feature", 1, types.TYPE_MESSAGE, many=True, of="Features.FeatureEntry")
-    field(message("Example"), "features", 1, types.TYPE_MESSAGE, of="Features")
+    field(entry, "value", 2, "Feature")
+    field(features, "feature", 1, "Features.FeatureEntry", many=True)
+    field(file.message_type.add(name="Example"), "features", 1, "Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
@@ -178,9 +170,9 @@ _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", N
 
 
 def fields_of(example: Any) -> str:
-    """What an Example holds: "image (bytes), label (int64)"."""
-    found = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
-    return ", ".join(f"{name} ({kind})" for name, kind in sorted(found.items())) or "no fields"
+    """The fields of an Example as text: "image (bytes), label (int64)"."""
+    kinds = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
+    return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
 def _parse(payload: bytes, crc: bytes) -> Any:
@@ -207,11 +199,13 @@ def read_image(record: RecordAt) -> bytes:
         raise DataError(f"{record.name} is damaged")
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
-        raise DataError(
-            f"{record.name} has no image bytes in the field {record.image_field!r}; it has {fields_of(example)}: "
-            "set data.image_field"
-        )
+        raise _no_image(record.name, record.image_field, example)
     return value.bytes_list.value[0]
+
+
+def _no_image(where: str, field: str, example: Any) -> DataError:
+    fields = f"it has {fields_of(example)}: set data.image_field"
+    return DataError(f"{where} has no image bytes in the field {field!r}; {fields}")
 
 
 def read_labels(
@@ -228,36 +222,65 @@ def read_labels(
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    if not index.count:
-        return labels, faults
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for number, (offset, length) in enumerate(zip(index.offsets.tolist(), index.lengths.tolist(), strict=True)):
-            end = offset + length
-            example = _parse(data[offset:end], data[end : end + FOOTER])
-            if example is None:
-                faults.append(f"record {number} of shard {path} is damaged (its checksum does not fit)")
-                continue
-            features = example.features.feature
-            where = f"record {number} of shard {path}"
-            if label_field not in features:
-                raise DataError(
-                    f"{where} has no field {label_field!r}; it has {fields_of(example)}: set data.label_field"
-                )
-            values = features[label_field].int64_list.value
-            if len(values) != 1:
-                raise DataError(
-                    f"the label field {label_field!r} of {where} is not one int64; it has {fields_of(example)}: "
-                    "set data.label_field"
-                )
-            if image_field not in features or features[image_field].WhichOneof("kind") != "bytes_list":
-                raise DataError(
-                    f"{where} has no image bytes in the field {image_field!r}; it has {fields_of(example)}: "
-                    "set data.image_field"
-                )
-            if not 0 <= values[0] < classes:
-                raise DataError(
-                    f"the label {values[0]} in the field {label_field!r} of {where} is outside 0..{classes - 1}: "
-                    f"there are {classes} class names"
-                )
-            labels[number] = values[0]
+    for number, payload, crc in payloads(path, index, range(index.count)):
+        where = f"record {number} of shard {path}"
+        example = _parse(payload, crc)
+        if example is None:
+            faults.append(f"{where} is damaged (its checksum does not fit)")
+            continue
+        features, advice = example.features.feature, "set data.label_field"
+        if label_field not in features:
+            raise DataError(f"{where} has no field {label_field!r}; it has {fields_of(example)}: {advice}")
+        values = features[label_field].int64_list.value
+        if len(values) != 1:
+            fields = f"is not one int64; it has {fields_of(example)}"
+            raise DataError(f"the label field {label_field!r} of {where} {fields}: {advice}")
+        if image_field not in features or features[image_field].WhichOneof("kind") != "bytes_list":
+            raise _no_image(where, image_field, example)
+        if not 0 <= values[0] < classes:
+            raise DataError(
+                f"the label {values[0]} in the field {label_field!r} of {where} is outside 0..{classes - 1}: "
+                f"there are {classes} class names"
+            )
+        labels[number] = values[0]
     return labels, faults
+
+
+def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The value of `field` for each example of a record split, in the order of the examples.
+
+    Args:
+        field: text or whole numbers, one value a record.
+        names: what the numbers mean; None: the numbers are the names.
+
+    Raises:
+        DataError: a record has no such value, or there are more than 100 different ones.
+    """
+    groups: list[str] = []
+    for shard in split.shards:
+        for number, payload, _ in payloads(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
+            example = example_class().FromString(payload)
+            groups.append(_group(example, field, names, f"record {number} of shard {shard.path}"))
+    values = set(groups)
+    if len(values) > MOST_GROUPS:
+        raise DataError(
+            f"data.group_field={field} has {len(values):,} different values among the {split.count:,} {split.name} "
+            f"examples, such as {min(values)!r}; a table of groups takes at most {MOST_GROUPS}: name another field"
+        )
+    return tuple(groups)
+
+
+def _group(example: Any, field: str, names: tuple[str, ...] | None, where: str) -> str:
+    value = example.features.feature.get(field)
+    texts, numbers = (list(value.bytes_list.value), list(value.int64_list.value)) if value else ([], [])
+    if len(texts) + len(numbers) != 1:
+        raise DataError(
+            f"data.group_field={field}: {where} has not one text or whole number there; it has {fields_of(example)}"
+        )
+    if texts:
+        return texts[0].decode("utf-8", "backslashreplace")
+    if names is None:
+        return str(numbers[0])
+    if not 0 <= numbers[0] < len(names):
+        raise DataError(f"data.group_field={field}: {where} holds {numbers[0]}, and there are {len(names)} names")
+    return names[numbers[0]]

@@ -1,9 +1,9 @@
-"""Shards are here before the pipeline opens them.
+"""The wait for shards before a pipeline opens them.
 
 A pipeline cannot wait for a file: no Python may stand in it (`trainer.data.order`), and a file that is not there would
 count as lost records. So the host waits, at a gate before each batch or device call, for every shard that the pipeline
-can open until the next gate. Which ones those are is known from the order alone: `order.block_reads` evaluates on the
-host the function from which the pipeline makes its blocks.
+can open until the next gate. They follow from the order alone: `order.block_reads` evaluates on the host the function
+from which the pipeline makes its blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCKS_AHEAD = 1
 
 
 def rows_ahead(size: int, threads: int, elements: int) -> int:
-    """How many rows a pipeline may have pulled beyond those that were taken from it.
+    """The number of rows that a pipeline may have pulled beyond those that were taken from it.
 
     Args:
         size: rows of an element.
@@ -59,14 +59,13 @@ class LocalShards:
 
 
 class ShardGate:
-    """Stands before one pipeline over a split; where there is nothing to wait for it is open."""
+    """The gate of one pipeline over a split; without shards to wait for it is open."""
 
     def __init__(
         self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
     ) -> None:
-        """`reader`: who this is to the cache; `reads`: the blocks of the pipeline; `ahead`: see `rows_ahead`."""
-        self.shards, self.reader, self.split, self.ahead = shards, reader, split, ahead
-        self._reads = reads
+        """`reader`: its name to the cache; `reads`: the blocks of the pipeline; `ahead`: see `rows_ahead`."""
+        self.shards, self.reader, self.split, self.ahead, self._reads = shards, reader, split, ahead, reads
         fetched = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if fetched else shard.path for shard in split.shards]
         self._blocks: deque[tuple[int, list[str]]] = deque()  # row behind the block, its shards
@@ -89,7 +88,10 @@ class ShardGate:
             self._blocks.popleft()
             self._number += 1
         self._taken += rows
-        last = self._blocks_until(self._taken + self.ahead) + BLOCKS_AHEAD
+        number = 0  # of the block that holds the last row that may be pulled
+        while self._has(number) and self._blocks[number][0] <= self._taken + self.ahead:
+            number += 1
+        last = number + BLOCKS_AHEAD
         if (self._number, self._number + last) == self._open:
             return 0.0
         names, then = self._shards_until(last)
@@ -98,47 +100,31 @@ class ShardGate:
         return waited
 
     def close(self) -> None:
-        """The pipeline is gone."""
+        """Release the shards: the pipeline is gone."""
         if self.shards is not None:
             self.shards.release(self.reader)
 
-    def _blocks_until(self, row: int) -> int:
-        """How many blocks lie before the one that holds a row."""
-        number = 0
-        while number < len(self._blocks) or self._next_block():
-            if self._blocks[number][0] > row:
-                break
-            number += 1
-        return number
-
-    def _next_block(self) -> bool:
-        """Look one block further; whether there is one."""
-        read = next(self._reads, None)
-        if read is None:
-            return False
-        self._rows += read[0]
-        self._blocks.append((self._rows, [self._names[shard] for shard in read[1]]))
+    def _has(self, number: int) -> bool:
+        """Whether there is a block at this position of `_blocks`, which is read up to there."""
+        while number >= len(self._blocks):
+            read = next(self._reads, None)
+            if read is None:
+                return False
+            self._rows += read[0]
+            self._blocks.append((self._rows, [self._names[shard] for shard in read[1]]))
         return True
 
     def _shards_until(self, last: int) -> tuple[list[str], list[str]]:
-        """The shards of the blocks up to number `last`, and what comes after them: as much as the cache can hold, or
-        one epoch."""
+        """The shards of the blocks up to `last`, and those after them: as many as the cache holds, or of one epoch."""
         assert self.shards is not None
-        while last >= len(self._blocks) and self._next_block():
-            pass
+        self._has(last)
         now = dict.fromkeys(name for _, names in list(self._blocks)[: last + 1] for name in names)
-        seen, size, number = dict(now), 0, last + 1
-        while size < self.shards.budget and self._rows_since(last, number) < self.split.count:
-            if number >= len(self._blocks) and not self._next_block():
-                break
+        seen, size, rows, number = dict(now), 0, 0, last + 1
+        while size < self.shards.budget and rows < self.split.count and self._has(number):
             assert isinstance(self.shards, ShardCache)  # the others have no budget
             for name in self._blocks[number][1]:
                 size += 0 if name in seen else self.shards.entries[name].size
                 seen[name] = None
+            rows = self._blocks[number][0] - self._blocks[last][0]
             number += 1
         return list(now), [name for name in seen if name not in now]
-
-    def _rows_since(self, last: int, number: int) -> int:
-        if number <= last + 1 or not self._blocks:
-            return 0
-        return self._blocks[number - 1][0] - self._blocks[min(last, len(self._blocks) - 1)][0]

@@ -1,4 +1,4 @@
-"""How the workers of a run share the training data: by record or by file, and with it how many steps an epoch has."""
+"""Sharding of the training data over the workers of a run, by record or by file, and the steps of an epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ By = Literal["record", "file"]
 
 @dataclass(frozen=True)
 class Sharding:
-    """What one of several workers reads of the training split.
+    """The part of the training split that one of several workers reads.
 
     By record: the global batches are those of one worker alone, and each worker takes its rows of each of them. By
     file: each worker has shards of its own, the same ones in every epoch, and fills its part of each global batch from
@@ -29,7 +29,6 @@ class Sharding:
 
     @property
     def own_files(self) -> bool:
-        """Whether this worker has shards of its own."""
         return self.by == "file" and self.workers > 1
 
 
@@ -42,7 +41,7 @@ def shard_sizes(split: Split) -> np.ndarray:
 
 
 def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
-    """Which shards each worker has, as equal in records as may be: the largest first, each to who has least so far.
+    """The shards of each worker, as equal in records as may be: the largest first, each to who has least so far.
 
     Returns:
         for each worker int64 shard numbers, increasing. (Longest-processing-time rule: Graham 1969.)
@@ -73,7 +72,7 @@ def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDE
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """How all workers share the training split, and why."""
+    """The sharding of the training split over all workers, and its reason."""
 
     by: By
     workers: int
@@ -81,16 +80,15 @@ class ShardingPlan:
     reason: str
 
     def of_worker(self, worker: int) -> Sharding:
-        """The part of one worker."""
         return Sharding(worker, self.workers, self.by)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The entries of a checkpoint, by which `check_resumable` compares."""
         return {"by": self.by, "workers": self.workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """One line for the log of a worker."""
+        """The line for the log of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
         files, all_files, records, all_records = count_own_shards(split, self.workers, worker)
@@ -108,7 +106,7 @@ def plan_sharding(
     images_kept: str,
     before: Mapping[str, Any],
 ) -> ShardingPlan:
-    """Choose how the workers share the training split.
+    """Choose the sharding of the training split.
 
     By file only where there are shards for all of them; `auto` takes it where images are decoded whenever they are
     read, so that nobody reads a record in vain, and stays with what the run did before.

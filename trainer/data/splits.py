@@ -1,28 +1,32 @@
-"""Splits over TFRecord shards: their counts, their labels, and what of them cannot be read."""
+"""Splits of a dataset: drawing examples, fingerprints, and the labels of TFRecord shards."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from trainer.config.schema import Data
 from trainer.data.records import index_shard, read_labels
 from trainer.data.tfds_folder import known_shards
 from trainer.errors import DataError
 from trainer.monitoring.health import health
+from trainer.storage.local import write_whole
+from trainer.storage.shard_cache import Note
 from trainer.types import Shard, Split
 
 PARTS = ("train", "validation", "test")
 
 
 @dataclass
-class Found:
-    """What a source found, before limits and checks that hold for every source."""
+class RawData:
+    """The dataset of a source, before the limits and checks that hold for every source."""
 
     name: str
     class_names: tuple[str, ...]
@@ -30,7 +34,7 @@ class Found:
     facts: dict[str, str]  # of each file or shard: name below the root, size, hash of its two ends
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    group_names: tuple[str, ...] | None = None  # what the numbers in data.group_field mean
+    group_names: tuple[str, ...] | None = None  # of the numbers in data.group_field
 
 
 def ends_of(path: str | Path, length: int) -> tuple[int, bytes, str]:
@@ -68,7 +72,7 @@ def _ranges(shards: Sequence[Shard], positions: np.ndarray) -> tuple[Shard, ...]
 
 
 def turns(labels: np.ndarray, seed: int) -> np.ndarray:
-    """For each example the turn at which its class would draw it: 0 for one random example of each class, then 1, ...
+    """The turn at which each example would be drawn by its class: 0 for one random example of each class, then 1, ...
 
     Returns:
         int64 [n], a function of the labels and the seed.
@@ -89,13 +93,15 @@ def per_class(split: Split, limit: int, seed: int) -> Split:
 
 def at_most(split: Split, limit: int, seed: int) -> Split:
     """At most `limit` examples with the classes taking turns, in their old order."""
-    if split.count <= limit:
-        return split
-    return take(split, np.sort(np.argsort(turns(split.labels, seed), kind="stable")[:limit]))
+    return (
+        split
+        if split.count <= limit
+        else take(split, np.sort(np.argsort(turns(split.labels, seed), kind="stable")[:limit]))
+    )
 
 
 def part_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """How many of `count` examples each part gets: the rounded share, at least 1, while training keeps at least 1."""
+    """The number of examples of each part: the rounded fraction, at least 1, while training keeps at least 1."""
     sizes, left = {}, count - 1
     for part, fraction in fractions.items():
         sizes[part] = min(left, max(1, round(count * fraction))) if fraction > 0 else 0
@@ -117,29 +123,28 @@ def overlap(first: Split, second: Split) -> int:
     )
 
 
-def fingerprint(found: Found) -> str:
+def fingerprint(raw: RawData) -> str:
     """16 hex digits over class names, split membership, labels, and the facts of every file; not over the root."""
-    digest = hashlib.sha256(repr(found.class_names).encode())
-    for name, split in sorted(found.splits.items()):
+    digest = hashlib.sha256(repr(raw.class_names).encode())
+    for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
         for path in split.files:
-            digest.update(found.facts[path].encode())
+            digest.update(raw.facts[path].encode())
         for shard in split.shards:
-            digest.update(repr((found.facts[shard.path], shard.start, shard.stop)).encode())
+            digest.update(repr((raw.facts[shard.path], shard.start, shard.stop)).encode())
         digest.update(split.labels.astype("<i4").tobytes())
     return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Splits over TFRecord shards: their counts, their labels, and what of them cannot be read
+# Splits over TFRecord shards
 
-Note = Callable[[str], None]
 _ENDS = 2**16  # bytes of each end of a shard that its fingerprint covers
 
 
 @dataclass(frozen=True)
 class RecordSource:
-    """How the records of a source are to be read."""
+    """Settings for reading the records of a source."""
 
     image_field: str
     label_field: str
@@ -147,7 +152,7 @@ class RecordSource:
     cache_dir: Path  # labels of shards that were read before
     on_error: str  # fail | skip
     note: Note
-    arriving: bool = False  # the shards come from a bucket while they are used: what the folder says of them must do
+    arriving: bool = False  # the shards come from a bucket while they are used: manifest and labels file must do
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
@@ -178,10 +183,8 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             continue
         try:
             size, changed = os.path.getsize(path), os.stat(path).st_mtime_ns
-            if name in entries and entries[name].bytes == size:
-                facts[path] = entries[name].facts
-            else:
-                facts[path] = f"{name} {size} {ends_of(path, _ENDS)[2]}"
+            prepared = name in entries and entries[name].bytes == size
+            facts[path] = entries[name].facts if prepared else f"{name} {size} {ends_of(path, _ENDS)[2]}"
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error.strerror}") from None
         key = repr((facts[path], changed, source.label_field, source.image_field, source.classes))
@@ -195,17 +198,13 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         labels[path], faults = read_labels(path, index, source.label_field, source.image_field, source.classes)
         faults += [index.fault] if index.fault else []
         if faults and source.on_error == "fail":
-            advice = (
-                "" if "data.on_error" in faults[0] else "; write it again, or set data.on_error=skip to leave it out"
-            )
-            raise DataError(faults[0] + advice)
+            advice = "; write it again, or set data.on_error=skip to leave it out"
+            raise DataError(faults[0] + advice * ("data.on_error" not in faults[0]))
         skipped += [fault.split("; ")[0].split(": fetch")[0] for fault in faults]
         if not faults:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cached.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, labels[path])
-            os.replace(temporary, cached)
+            content = io.BytesIO()
+            np.save(content, labels[path])
+            write_whole(cached, content.getvalue())
     return labels, facts, skipped
 
 
@@ -225,7 +224,38 @@ def split_of(name: str, ranges: list[Shard], labels: dict[str, np.ndarray], sour
             )
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     parts = [labels[shard.path][shard.start : shard.stop] for shard in shards]
-    whole = Split(
-        name, np.concatenate([np.zeros(0, np.int32), *parts]), shards=tuple(shards), image_field=source.image_field
-    )
+    joined = np.concatenate([np.zeros(0, np.int32), *parts])
+    whole = Split(name, joined, shards=tuple(shards), image_field=source.image_field)
     return take(whole, np.flatnonzero(whole.labels >= 0))
+
+
+def open_tfrecords(data: Data, cache_dir: Path, note: Note) -> RawData:
+    """The first validation_fraction of the sorted files validates, the next test_fraction tests, the rest trains.
+
+    Raises:
+        DataError: no file fits the pattern, there are fewer files than splits, or a shard is not as expected.
+    """
+    assert data.pattern
+    assert data.class_names
+    paths = sorted(p for p in glob.glob(os.path.expanduser(data.pattern), recursive=True) if os.path.isfile(p))
+    if not paths:
+        raise DataError(f"no file fits data.pattern={data.pattern} (seen from {os.getcwd()})")
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    wanted = ["train", *(part for part, fraction in fractions.items() if fraction > 0)]
+    if len(paths) < len(wanted):
+        raise DataError(
+            f"data.pattern={data.pattern} fits {len(paths)} file{'s' * (len(paths) > 1)}, too few for the splits "
+            f"{', '.join(wanted)}: write more shards (python -m trainer.prepare), or set data.validation_fraction=0"
+            f"{' and data.test_fraction=0' * (data.test_fraction > 0)}"
+        )
+    sizes = part_sizes(len(paths), fractions)
+    first, second = sizes["validation"], sizes["validation"] + sizes["test"]
+    parts = {"train": paths[second:], "validation": paths[:first], "test": paths[first:second]}
+    source = RecordSource(data.image_field, data.label_field, len(data.class_names), cache_dir, data.on_error, note)
+    labels, facts, skipped = read_shards(paths, source)
+    splits = {
+        name: split_of(name, [Shard(p, len(labels[p]), 0, len(labels[p])) for p in files], labels, source)
+        for name, files in parts.items()
+        if files
+    }
+    return RawData(os.path.basename(os.path.dirname(paths[0])) or "tfrecords", data.class_names, splits, facts, skipped)

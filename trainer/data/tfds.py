@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.splits import Found, Note, RecordSource, overlap, part_sizes, read_shards, split_of, take, turns
+from trainer.data.splits import Note, RawData, RecordSource, overlap, part_sizes, read_shards, split_of, take, turns
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import Shard, Split
 
 
-def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -> Found:
+def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -> RawData:
     """Resolve split strings to record ranges and read their labels.
 
     A null validation_split means the dataset's own "validation" where there is one, else the last
@@ -32,18 +32,16 @@ def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -
     info = builder.info
     kind = info.file_format.value if info.file_format else "tfrecord"
     if kind != "tfrecord":
-        raise DataError(
-            f"{info.name} is stored as {kind}, and only tfrecord is read: prepare it with file_format=tfrecord"
-        )
+        advice = "only tfrecord is read: prepare it with file_format=tfrecord"
+        raise DataError(f"{info.name} is stored as {kind}, and {advice}")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     for name in ("validation", "test"):
         if specs[name] is None and name in info.splits:
             specs[name] = name
     ranges = {name: _resolve(info, spec, name) for name, spec in specs.items() if spec is not None}
-    source = RecordSource(
-        data.image_field, data.label_field, len(class_names), cache_dir, data.on_error, note, arriving
-    )
+    classes = len(class_names)
+    source = RecordSource(data.image_field, data.label_field, classes, cache_dir, data.on_error, note, arriving)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, facts, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}
@@ -54,7 +52,7 @@ def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -
         carved, how = carve(splits["train"], fractions, data.split_seed)
         splits |= carved
         notes += how
-    return Found(info.name, class_names, splits, facts, skipped, notes, group_names)
+    return RawData(info.name, class_names, splits, facts, skipped, notes, group_names)
 
 
 def _folder(root: str) -> Any:
@@ -107,7 +105,11 @@ def _named(data: Data) -> Any:
 
 
 def _class_names(info: Any, data: Data) -> tuple[str, ...]:
-    """Check both features; the names of the label."""
+    """The names of the label.
+
+    Raises:
+        DataError: the features of image and label are absent or of other kinds.
+    """
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
@@ -115,22 +117,18 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
     wanted = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
     for kind, name, expected in wanted:
         feature = features.get(name)
-        if isinstance(feature, expected):
-            continue
-        if kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar):
+        named = kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar)
+        if isinstance(feature, expected) or named:
             continue
         fitting = [n for n, f in features.items() if isinstance(f, expected)]
         advice = f"set data.{kind}_field={fitting[0]}" if fitting else f"no feature of it is a {expected.__name__}"
         what = "has no feature" if feature is None else f"has no {expected.__name__} as"
         raise DataError(f"{info.name} {what} {name!r} (it has {shown}): {advice}")
-    if data.class_names:
-        return data.class_names
-    label = features[data.label_field]
-    return tuple(label.names)
+    return data.class_names or tuple(features[data.label_field].names)
 
 
 def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
-    """Check the feature that groups examples; its names where it has some."""
+    """The names of the feature that groups examples, where it has some."""
     if not data.group_field:
         return None
     features = dict(info.features)
@@ -155,10 +153,10 @@ def _resolve(info: Any, spec: str, part: str) -> list[Shard]:
         raise DataError(
             f"data.{part}_split={spec}: {info.name} has no such split ({_first_line(error)}); it has {known}"
         ) from None
-    found = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
-    if not found:
+    shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
+    if not shards:
         raise DataError(f"data.{part}_split={spec} of {info.name} is empty")
-    return found
+    return shards
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str | None]) -> list[str]:
@@ -181,11 +179,16 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
     """
     count, sizes = train.count, part_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
-    stop, parts = count, {}
-    for name in reversed(fractions):
-        parts[name] = np.arange(stop - sizes[name], stop)
-        stop -= sizes[name]
-    parts["train"] = np.arange(stop)
+
+    def cut(order: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts from the end of an order of the records on, each as ascending positions."""
+        stop, parts = count, {}
+        for name in reversed(fractions):
+            parts[name] = np.sort(order[stop - sizes[name] : stop])
+            stop -= sizes[name]
+        return parts | {"train": np.sort(order[:stop])}
+
+    parts = cut(np.arange(count))
     # A fair sample that would hold three of a class lacks all of them once in twenty draws.
     expected = {name: classes * len(positions) / count for name, positions in parts.items()}
     unfair = [
@@ -197,12 +200,7 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
     notes = []
     if unfair:
         turn = (turns(train.labels, seed) + 0.5) / classes[train.labels]  # in 0..1 within each class
-        order = np.argsort(turn, kind="stable")
-        stop = count
-        for name in reversed(fractions):
-            parts[name] = np.sort(order[stop - sizes[name] : stop])
-            stop -= sizes[name]
-        parts["train"] = np.sort(order[:stop])
+        parts = cut(np.argsort(turn, kind="stable"))
         notes.append(
             f"the tail of the training records lacks classes (they lie sorted), so {' and '.join(fractions)} "
             f"{'was' if len(fractions) == 1 else 'were'} drawn record by record with data.split_seed={seed}; shards "

@@ -26,7 +26,7 @@ METADATA = (INFO, "features.json", "label.labels.txt")
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What one finished shard holds: a line of the manifest."""
+    """A finished shard: a line of the manifest."""
 
     file: str
     count: int
@@ -34,16 +34,16 @@ class ShardEntry:
     crc32c: str  # hex, of the whole file
     made_of: str  # hash of the images (by name, size and time) and labels it was written from
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
-    missing: tuple[int, ...] = ()  # their places among the images that the shard was to hold
+    missing: tuple[int, ...] = ()  # their positions among the images that the shard was to hold
 
     @property
     def facts(self) -> str:
-        """What a fingerprint says of the shard."""
+        """Name, bytes and checksum, for the fingerprint of a dataset."""
         return f"{self.file} {self.bytes} {self.crc32c}"
 
 
 class DatasetFolder:
-    """Where shards become visible, each with a small record beside it until the manifest holds them all.
+    """A dataset in the making: shards become visible, each with a small record beside it until the manifest is there.
 
     Attributes:
         scratch: the local folder in which shards are written before they are there.
@@ -63,28 +63,25 @@ class DatasetFolder:
         ours = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*expected, LABELS, *METADATA)))
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            names = (
-                [p.name for p in self.scratch.iterdir()]
-                if self.folder.is_local
-                else [entry.place.name for entry in self.folder.list(recursive=False)]
-            )
+            if self.folder.is_local:
+                names = [path.name for path in self.scratch.iterdir()]
+            else:
+                names = [entry.place.name for entry in self.folder.list(recursive=False)]
         except OSError as error:
             raise DataError(f"{self.folder} cannot be written to: {error.strerror}; give an empty folder") from None
-        strange = sorted(name for name in names if name not in known and not name.startswith(ours))
-        if strange:
+        others = sorted(name for name in names if name not in known and not name.startswith(ours))
+        if others:
             raise DataError(
-                f"{self.folder} holds other files ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}); "
+                f"{self.folder} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
                 "give an empty folder, or one where the same dataset was begun"
             )
 
     def entries(self) -> dict[str, ShardEntry]:
-        """What is known of shards that were written before, by file name."""
-        found: list[dict[str, Any]] = []
+        """The shards that were written before, by file name."""
         there = {entry.place.name: entry.place for entry in self.folder.list(recursive=False)}
-        if MANIFEST in there:
-            found += json.loads(there[MANIFEST].read_text())
-        found += [json.loads(at.read_text()) for name, at in there.items() if _is_record(name)]
-        return {entry.file: entry for entry in map(_entry, found)}
+        lines = json.loads(there[MANIFEST].read_text()) if MANIFEST in there else []
+        lines += [json.loads(path.read_text()) for name, path in there.items() if _is_record(name)]
+        return {entry.file: entry for entry in map(_entry, lines)}
 
     def holds(self, entry: ShardEntry) -> bool:
         """Whether the shard is there, byte for byte as its record says."""
@@ -103,10 +100,6 @@ class DatasetFolder:
             temporary.unlink()
         (self.folder / f".{entry.file}.json").write(json.dumps(asdict(entry), indent=1) + "\n")
 
-    def forget_metadata(self) -> None:
-        """As long as shards are missing, nobody must take the folder for a dataset."""
-        (self.folder / INFO).delete()
-
     def finish(
         self,
         name: str,
@@ -118,6 +111,14 @@ class DatasetFolder:
         """Write the manifest, the labels of each shard (by file name) and the metadata, which names `text_field` beside
         image and label. Several that do it at the same time write the same bytes.
         """
+        import tensorflow_datasets as tfds
+
+        features: dict[str, Any] = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=list(class_names)),
+        }
+        if text_field:
+            features[text_field] = tfds.features.Text()
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
         arrays = io.BytesIO()
@@ -126,7 +127,20 @@ class DatasetFolder:
         with tempfile.TemporaryDirectory() as beside:
             for entry in manifest:  # TFDS looks only whether shards of these names are there
                 (Path(beside) / str(entry["file"])).touch()
-            _write_metadata(Path(beside), name, class_names, splits, text_field)
+            template = tfds.core.ShardedFileTemplate(data_dir=beside, dataset_name=name, filetype_suffix="tfrecord")
+            infos = [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[entry.count for entry in entries],
+                    num_bytes=sum(entry.bytes for entry in entries),
+                    filename_template=template.replace(split=split),
+                )
+                for split, entries in splits.items()
+            ]
+            tfds.folder_dataset.write_metadata(
+                data_dir=beside, features=features, split_infos=infos, filename_template=template, version="1.0.0",
+                check_data=False,
+            )  # fmt: skip
             for file in sorted(Path(beside).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
@@ -152,8 +166,8 @@ def manifest_of(content: bytes | str) -> dict[str, ShardEntry]:
 
 
 def known_shards(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
-    """What a prepared folder says of its shards, without a look at them: entries and labels (int32 [records]) by file
-    name. Empty where manifest or labels are absent or do not fit each other: the shards have to be read then.
+    """Entries and labels (int32 [records]) of the shards of a prepared folder, by file name, from manifest and labels
+    file. Empty where those are absent or do not fit each other: the shards have to be read then.
     """
     try:
         entries = manifest_of((folder / MANIFEST).read_bytes())
@@ -170,43 +184,8 @@ def _is_record(name: str) -> bool:
 
 
 def _crc_of(path: Path) -> int:
-    crc = 0
+    checksum = google_crc32c.Checksum()
     with open(path, "rb") as file:
-        while piece := file.read(2**22):
-            crc = google_crc32c.extend(crc, piece)
-    return crc
-
-
-def _write_metadata(
-    folder: Path,
-    name: str,
-    class_names: Sequence[str],
-    splits: Mapping[str, Sequence[ShardEntry]],
-    text_field: str | None,
-) -> None:
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="tfrecord")
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[entry.count for entry in entries],
-            num_bytes=sum(entry.bytes for entry in entries),
-            filename_template=template.replace(split=split),
-        )
-        for split, entries in splits.items()
-    ]
-    features: dict[str, Any] = {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=list(class_names)),
-    }
-    if text_field:
-        features[text_field] = tfds.features.Text()
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features,
-        split_infos=infos,
-        filename_template=template,
-        version="1.0.0",
-        check_data=False,
-    )
+        for _ in checksum.consume(file, 2**22):
+            pass
+    return int.from_bytes(checksum.digest(), "big")

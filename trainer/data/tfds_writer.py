@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 
 from trainer.data.records import RecordAt, frame, read_image, serialize
-from trainer.data.tfds_folder import DatasetFolder, ShardEntry
+from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import INTERRUPTED, DataError
 from trainer.storage.base import Place
 from trainer.storage.path import place
@@ -33,26 +33,19 @@ SHARD_BYTES = 100 * 2**20  # of a shard where no number of shards is given
 
 
 @dataclass(frozen=True)
-class Groups:
-    """One more field of the records: text that says which group an example belongs to (`data.group_field`)."""
-
-    field: str
-    values: Mapping[str, Sequence[str]]  # of each split, in the order of its examples
-
-
-@dataclass(frozen=True)
 class LabelledImages:
     """A dataset to write: for each split (image, label) pairs in the order of the records; empty ones are left out."""
 
     name: str
     class_names: Sequence[str]
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
-    groups: Groups | None = None
+    group_field: str | None = None  # one more text field of the records
+    groups: Mapping[str, Sequence[str]] | None = None  # its values, of each split in the order of its examples
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a dataset is written.
+    """Options of `write_dataset`.
 
     Attributes:
         shards: of the largest split (the others get shards of the same size); None: one per 100 MB.
@@ -84,14 +77,9 @@ class Job:
 
 
 def name_of(source: ImageSource) -> str:
-    """The file or record of an image."""
-    return (
-        source.name
-        if isinstance(source, RecordAt)
-        else "an image in memory"
-        if isinstance(source, bytes)
-        else str(source)
-    )
+    if isinstance(source, RecordAt):
+        return source.name
+    return "an image in memory" if isinstance(source, bytes) else str(source)
 
 
 def _size_of(source: ImageSource) -> int:
@@ -131,11 +119,9 @@ def as_stored(data: bytes) -> bytes:
                 image.load()
                 if image.format in ("JPEG", "MPO", "PNG"):  # MPO: a camera's JPEG with a preview behind it
                     return data
-                kept = (
-                    image if image.mode in ("L", "RGB", "RGBA") else image.convert("L" if image.mode == "1" else "RGB")
-                )
+                mode = {"1": "L", "L": "L", "RGBA": "RGBA"}.get(image.mode, "RGB")
                 out = io.BytesIO()
-                kept.save(out, "PNG")
+                (image if image.mode == mode else image.convert(mode)).save(out, "PNG")
                 return out.getvalue()
     except Exception as error:  # damaged bytes raise anything from struct.error to zlib.error
         raise ValueError(str(error) if "BytesIO" not in str(error) else "not an image that Pillow knows") from None
@@ -144,14 +130,9 @@ def as_stored(data: bytes) -> bytes:
 _done: Any = None  # in a writing process: the shared count of images done
 
 
-def _share(counter: Any) -> None:
+def _begin(counter: Any) -> None:
     global _done
     _done = counter
-
-
-def _begin(counter: Any) -> None:
-    """The start of a writing process."""
-    _share(counter)
     if parent := multiprocessing.parent_process():  # when that is killed nothing else would end this process
 
         def follow() -> None:
@@ -174,10 +155,10 @@ def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
                 faults.append(f"{name_of(source)}: {error}")
                 missing.append(number)
             else:
-                for piece in (frame_ := frame(payload))[0], payload, frame_[1]:
-                    file.write(piece)
-                    crc, size = google_crc32c.extend(crc, piece), size + len(piece)
-                count += 1
+                before, after = frame(payload)
+                record = before + payload + after
+                file.write(record)
+                crc, size, count = google_crc32c.extend(crc, record), size + len(record), count + 1
             with _done.get_lock():
                 _done.value += 1
         file.flush()
@@ -186,7 +167,7 @@ def _write_shard(job: Job, folder: Path) -> tuple[Path, ShardEntry]:
 
 
 def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -> dict[str, list[Job]]:
-    splits, groups = {split: examples for split, examples in images.splits.items() if len(examples)}, images.groups
+    splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
     plan: dict[str, list[Job]] = {}
@@ -195,12 +176,12 @@ def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -
         bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
         plan[split] = []
         for number in range(count):
-            part = list(examples[bounds[number] : bounds[number + 1]])
-            known = [(_identity(source), int(label)) for source, label in part]
-            facts: list[Any] = [list(images.class_names), verify, known]
+            here = slice(bounds[number], bounds[number + 1])
+            part = list(examples[here])
+            facts: list[Any] = [list(images.class_names), verify, [(_identity(source), int(n)) for source, n in part]]
             texts: list[dict[str, str]] = [{}] * len(part)
-            if groups:
-                texts = [{groups.field: value} for value in groups.values[split][bounds[number] : bounds[number + 1]]]
+            if images.group_field and images.groups:
+                texts = [{images.group_field: value} for value in images.groups[split][here]]
                 facts.append(texts)
             made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
@@ -208,20 +189,12 @@ def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -
     return plan
 
 
-def _labels(job: Job, entry: ShardEntry) -> np.ndarray:
-    """Of the records of a shard, int32 [count]."""
-    return np.delete(np.array([label for _, label in job.examples], np.int32), np.array(entry.missing, np.int64))
-
-
-def _silent(_done: int, _total: int) -> None: ...
-
-
 def write_dataset(
     folder: str | Path | Place,
     images: LabelledImages,
     options: WriteOptions = USUAL,
     *,
-    progress: Callable[[int, int], None] = _silent,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
     part: tuple[int, int] = (0, 1),
 ) -> list[ShardEntry] | None:
     """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
@@ -233,7 +206,7 @@ def write_dataset(
     Args:
         folder: here or in a bucket.
         progress: called with the images done and their total number.
-        part: (i, n): write every n-th shard from the i-th on. Who finds all shards there writes the metadata.
+        part: (i, n): write every n-th shard from the i-th on. The part that finds all shards there writes the metadata.
 
     Returns:
         The manifest, in the order of the splits; None where shards of other parts are not there yet.
@@ -261,7 +234,7 @@ def write_dataset(
     mine = [job for number, job in enumerate(jobs) if number % part[1] == part[0]]
     todo = [job for job in mine if job.file not in entries]
     if todo:  # until the last shard is there nobody must take the folder for a dataset
-        out.forget_metadata()
+        (out.folder / INFO).delete()
     total, ready = sum(len(job.examples) for job in mine), sum(len(j.examples) for j in mine if j.file in entries)
     faults: list[str] = []
     bad: list[str] = []  # shards that cannot be: a fault where none may be, or not one good image
@@ -285,17 +258,21 @@ def write_dataset(
     if len(entries) < len(jobs):
         return None
     manifest = {split: [entries[job.file] for job in parts] for split, parts in plan.items()}
-    labels = {job.file: _labels(job, entries[job.file]) for job in jobs}
-    out.finish(name, images.class_names, manifest, labels, images.groups.field if images.groups else None)
+    labels = {}  # int32 [records] of each shard
+    for job in jobs:
+        missing = np.array(entries[job.file].missing, np.int64)
+        labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing)
+    out.finish(name, images.class_names, manifest, labels, images.group_field)
     return [entry for parts in manifest.values() for entry in parts]
 
 
 def _run(jobs: list[Job], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
     """Yield the temporary file and the entry of each job as it ends."""
+    global _done
     context = multiprocessing.get_context("spawn")  # a fork of a process that holds TensorFlow's threads may hang
     counter = context.Value("q", 0)
     if workers <= 1 or len(jobs) <= 1:
-        _share(counter)
+        _done = counter
         for job in jobs:
             yield _write_shard(job, folder)
             progress(counter.value)
@@ -308,6 +285,6 @@ def _run(jobs: list[Job], folder: Path, workers: int, progress: Callable[[int], 
                 progress(counter.value)
                 for future in ended:
                     yield future.result()
-        except BaseException:  # else all are waited for: who only starts now would not find what it is to share
+        except BaseException:  # else all are waited for, and one that only starts now would not find the counter
             pool.shutdown(wait=False, cancel_futures=True)
             raise

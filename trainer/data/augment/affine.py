@@ -1,8 +1,8 @@
 """Affine maps of a batch of images, each in one bilinear resampling, compiled by XLA.
 
-TensorFlow's own op works out the place of a pixel again for each of its colours: 2.6 ms of processor time for an image
-of 224 pixels, and this 0.75 (docs/log.md). XLA makes a loop of each function here. One loop for all of them would be
-slower: a loop that picks pixels uses no vector instructions, and so the arithmetic has loops of its own.
+TensorFlow's own op works out the position of a pixel again for each of its colours: 2.6 ms of processor time for an
+image of 224 pixels, and this 0.75 (docs/log.md). XLA makes a loop of each function here. One loop for all of them would
+be slower: a loop that picks pixels uses no vector instructions, and so the arithmetic has loops of its own.
 """
 
 from __future__ import annotations
@@ -15,37 +15,15 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.draws import (
-    CROP_AREA,
-    CROP_ASPECT,
-    CROP_X,
-    CROP_Y,
-    FLIP_HORIZONTAL,
-    FLIP_VERTICAL,
-    LEVELS,
-    ROTATION,
-    SECOND_ROTATION,
-    SHEAR,
-    SHIFT_X,
-    SHIFT_Y,
-    STRETCH_X,
-    STRETCH_Y,
-    ZOOM,
-    Draws,
-    levels,
-)
+from trainer.data.augment import draws as kinds
+from trainer.data.augment.draws import LEVELS, Draws, levels
 
 WIDEST = 4 / 3  # width : height of a crop; the narrowest is 1 / WIDEST
 
 
-def is_affine(a: Augmentation) -> bool:
-    """Whether more than flips and crops is on."""
-    return bool(a.rotation or a.shift or a.shear or a.zoom or a.stretch)
-
-
 def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Flips alone: no pixel is computed, the type stays."""
-    for is_on, what, axis in ((a.flip_horizontal, FLIP_HORIZONTAL, 2), (a.flip_vertical, FLIP_VERTICAL, 1)):
+    for is_on, what, axis in ((a.flip_horizontal, kinds.FLIP_HORIZONTAL, 2), (a.flip_vertical, kinds.FLIP_VERTICAL, 1)):
         if is_on:
             # This op takes whole images by one flag each, at half the price of `tf.where` with a flag for every pixel.
             images = tf.raw_ops.Select(condition=draws.coin(what), x=tf.reverse(images, [axis]), y=images)
@@ -53,34 +31,28 @@ def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 
 
 def _matrix(a: Augmentation, draws: Draws, rows: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
-    """The 2x2 matrix that leads from a place in the result back to the source, both seen from their centres.
-
-    `rows` is what a crop has begun with.
-    """
+    """The 2x2 matrix from a point of the result to one of the source, both about their centres; `rows` of the crop."""
 
     def then(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
-        return [[sum_of(r[0], m[0][j], r[1], m[1][j]) for j in range(2)] for r in rows]
-
-    def sum_of(p: tf.Tensor, q: tf.Tensor, r: tf.Tensor, s: tf.Tensor) -> tf.Tensor:
-        return p * q + r * s
+        return [[r[0] * m[0][j] + r[1] * m[1][j] for j in range(2)] for r in rows]
 
     # Forwards: crop, flip, zoom, shear, rotate, stretch. Backwards the inverses, the last one first from the right.
     if a.flip_horizontal:
-        rows = then([[tf.where(draws.coin(FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
+        rows = then([[tf.where(draws.coin(kinds.FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
     if a.flip_vertical:
-        rows = then([[1.0, 0.0], [0.0, tf.where(draws.coin(FLIP_VERTICAL), -1.0, 1.0)]])
+        rows = then([[1.0, 0.0], [0.0, tf.where(draws.coin(kinds.FLIP_VERTICAL), -1.0, 1.0)]])
     if a.zoom:
-        scale = draws.of(ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
+        scale = draws.of(kinds.ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
         rows = then([[scale, 0.0], [0.0, scale]])
     if a.shear:
-        rows = then([[1.0, -draws.of(SHEAR, np.tan(np.radians(levels(-a.shear, a.shear))))], [0.0, 1.0]])
-    for what, most in zip((ROTATION, SECOND_ROTATION), a.rotations, strict=False):
+        rows = then([[1.0, -draws.of(kinds.SHEAR, np.tan(np.radians(levels(-a.shear, a.shear))))], [0.0, 1.0]])
+    for what, most in zip((kinds.ROTATION, kinds.SECOND_ROTATION), a.rotations, strict=False):
         angles = np.radians(levels(-most, most))
         cos, sin = draws.of(what, np.cos(angles)), draws.of(what, np.sin(angles))
         rows = then([[cos, sin], [-sin, cos]])
     if a.stretch:
-        across, down = (draws.of(what, 1 / levels(1 - a.stretch, 1 + a.stretch)) for what in (STRETCH_X, STRETCH_Y))
-        rows = then([[across, 0.0], [0.0, down]])
+        scales = 1 / levels(1 - a.stretch, 1 + a.stretch)
+        rows = then([[draws.of(kinds.STRETCH_X, scales), 0.0], [0.0, draws.of(kinds.STRETCH_Y, scales)]])
     return rows
 
 
@@ -94,15 +66,15 @@ def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
         rows = [[width, 0.0], [0.0, height]]
         middle = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
     (xx, xy), (yx, yy) = _matrix(a, draws, rows)
-    right = centre + (draws.of(SHIFT_X, levels(-reach, reach)) if a.shift else zero)
-    down = centre + (draws.of(SHIFT_Y, levels(-reach, reach)) if a.shift else zero)
+    right = centre + (draws.of(kinds.SHIFT_X, levels(-reach, reach)) if a.shift else zero)
+    down = centre + (draws.of(kinds.SHIFT_Y, levels(-reach, reach)) if a.shift else zero)
     left_over = middle[0] - xx * right - xy * down, middle[1] - yx * right - yy * down
     entries = (xx, xy, left_over[0], yx, yy, left_over[1])
     return resampled(images, tf.stack([zero + entry for entry in entries], axis=1), a.fill)
 
 
 def aspects(least: float) -> tuple[np.ndarray, np.ndarray]:
-    """What the aspect of a crop can be, and what it leaves to the area.
+    """The values that a crop's aspect can take, and how large the area can then be.
 
     An area drawn evenly from [least, 1] and the logarithm of an aspect (width : height) drawn evenly from +- log(4/3)
     are taken where width and height fit into the image (Szegedy et al. 2015; as torchvision's RandomResizedCrop, but
@@ -110,7 +82,7 @@ def aspects(least: float) -> tuple[np.ndarray, np.ndarray]:
     area from `least` to 1 / q is as likely as another (q >= 1; for q < 1 with 1 / q in its place).
 
     Returns:
-        float64 [LEVELS] each: square roots of aspects, equally likely; and the largest area of each, a share.
+        float64 [LEVELS] each: square roots of aspects, equally likely; and the largest area of each, a fraction.
     """
     most = min(np.log(WIDEST), -np.log(least))
     grid = np.linspace(0, most, 100_001)
@@ -121,23 +93,19 @@ def aspects(least: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(least: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Width and height, left and top of each example's crop, as shares of the image; float32 [b] each."""
+    """Width and height, left and top of each example's crop, as fractions of the image; float32 [b] each."""
     roots, largest = aspects(least)
-    root = draws.of(CROP_ASPECT, roots)
-    area = least + (draws.of(CROP_ASPECT, largest) - least) * draws.share(CROP_AREA)
+    root = draws.of(kinds.CROP_ASPECT, roots)
+    area = least + (draws.of(kinds.CROP_ASPECT, largest) - least) * draws.uniform(kinds.CROP_AREA)
     # A square root of float64 is exact to the last bit in long vectors and short ones; one of float32 need not be.
     side = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
-    width, height = (tf.minimum(x, 1.0) for x in (side * root, side * draws.of(CROP_ASPECT, 1 / roots)))
-    left, top = ((1 - x) * draws.share(what) for x, what in ((width, CROP_X), (height, CROP_Y)))
+    width, height = (tf.minimum(x, 1.0) for x in (side * root, side * draws.of(kinds.CROP_ASPECT, 1 / roots)))
+    left, top = ((1 - x) * draws.uniform(what) for x, what in ((width, kinds.CROP_X), (height, kinds.CROP_Y)))
     return (width, height), (left, top)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Affine maps of a batch of images, each in one bilinear resampling, compiled by XLA
-
-
 def in_one_loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled by XLA, once for each shape of its arguments."""
+    """The function compiled by XLA, once for each shape of its arguments."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
@@ -154,7 +122,7 @@ def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
     """
     border = 1 if fill == "constant" else 0
     source = tf.pad(images, [[0, 0], [border, border], [border, border], [0, 0]]) if border else images
-    first, right, down = _places(images.shape[1], fill)(transforms)
+    first, right, down = _positions(images.shape[1], fill)(transforms)
     return apart(_mixed(*_neighbours(_together(source), first), right, down), images.shape)
 
 
@@ -174,20 +142,20 @@ def _together(images: tf.Tensor) -> tf.Tensor:
 
 
 @cache
-def _places(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Maps [b, 6] -> the pixel to the upper left of each place, by number, and how far right and down it is."""
+def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+    """Maps [b, 6] -> the pixel to the upper left of each position, by number, and how far right and down it is."""
 
-    def inside(place: tf.Tensor) -> tf.Tensor:
-        """What is looked up for a place that may be outside: 0 to size - 1; with a border of black 0 to size + 1."""
+    def inside(x: tf.Tensor) -> tf.Tensor:
+        """A coordinate that may be outside -> 0 to size - 1; with a border of black 0 to size + 1."""
         if fill == "constant":
-            return tf.clip_by_value(place + 1.0, 0.0, size + 1.0)
+            return tf.clip_by_value(x + 1.0, 0.0, size + 1.0)
         if fill == "reflect":  # about the outer edges of the outermost pixels
-            turns = (place + 0.5) * (0.5 / size)
-            place = (turns - tf.floor(turns)) * (2.0 * size)
-            place = tf.minimum(place, 2.0 * size - place) - 0.5
-        return tf.clip_by_value(place, 0.0, size - 1.0)
+            turns = (x + 0.5) * (0.5 / size)
+            x = (turns - tf.floor(turns)) * (2.0 * size)
+            x = tf.minimum(x, 2.0 * size - x) - 0.5
+        return tf.clip_by_value(x, 0.0, size - 1.0)
 
-    def places(transforms: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def positions(transforms: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         xx, xy, x, yx, yy, y = (transforms[:, k, None, None] for k in range(6))
         across, down = tf.range(size, dtype=tf.float32), tf.range(size, dtype=tf.float32)[:, None]
         x, y = inside(xx * across + (xy * down + x)), inside(yx * across + (yy * down + y))
@@ -196,19 +164,19 @@ def _places(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.T
         image = tf.range(tf.shape(transforms)[0])[:, None, None]
         return (image * pitch + top) * pitch + left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
 
-    return in_one_loop(places)
+    return in_one_loop(positions)
 
 
 @in_one_loop
 def _neighbours(pixels: tf.Tensor, first: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The pixels `first`, right of them, below, and below on the right. Beyond the edge any will do: its share is 0."""
+    """The pixels `first`, right of them, below, and below on the right. Beyond the edge any: its weight is 0."""
     pitch, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     return tuple(tf.gather(flat, tf.minimum(first + step, tf.size(flat) - 1)) for step in (0, 1, pitch, pitch + 1))
 
 
 @in_one_loop
 def _mixed(a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor) -> tf.Tensor:
-    """Four packed neighbours, each colour by the shares of its place and rounded; packed again."""
+    """Four packed neighbours, each colour weighted by its position and rounded; packed again."""
 
     def colour(packed: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, shift), 255), tf.float32)

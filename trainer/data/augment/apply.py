@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.affine import flipped, is_affine, warped
+from trainer.data.augment.affine import flipped, warped
 from trainer.data.augment.colour import recoloured
 from trainer.data.augment.draws import RANDAUGMENT, Draws
 from trainer.data.augment.mixing import with_hole
@@ -17,7 +17,7 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
 
     First the colours: contrast (the distance from the image's mean times a factor from 1 +- contrast), brightness
     (plus up to +- brightness * 255), limited to 0..255; saturation (the distance from the pixel's grey times a factor
-    from 1 +- saturation), limited too; hue (of HSV, up to +- this share of a turn).
+    from 1 +- saturation), limited too; hue (of HSV, up to +- this fraction of a turn).
 
     Then the shape, in one bilinear resampling: a crop of `crop` to all of the area and an aspect from 3/4 to 4/3, and
     about the centre flips, zoom (a magnification from 1 +- zoom), shear (x grows with y by the tangent of the angle),
@@ -39,7 +39,7 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     if not a.active:
         return images
     draws = Draws(seed, epoch, index)
-    resampling = bool(a.crop or is_affine(a))
+    resampling = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
     if not resampling:
         images = flipped(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
@@ -47,8 +47,7 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     if resampling:
         images = warped(images, a, draws)
     if a.randaugment:
-        chosen = Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment)
-        images = randaugmented(images, a, chosen)
+        images = randaugmented(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
         images = with_hole(images, a.cutout, draws)
     return images

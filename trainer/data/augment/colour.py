@@ -41,18 +41,14 @@ def _recoloured(
         plus += _mean(images) * (1 - factor)
         planes = [plane * factor for plane in planes]
     if contrast is not None or brightness is not None:
-        planes = [_limited(plane + plus) for plane in planes]
+        planes = [tf.clip_by_value(plane + plus, 0.0, 255.0) for plane in planes]
     if saturation is not None:  # (x - grey) * factor + grey
         factor = saturation[:, None, None]
         grey = planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]
-        planes = [_limited(plane * factor + grey * (1 - factor)) for plane in planes]
+        planes = [tf.clip_by_value(plane * factor + grey * (1 - factor), 0.0, 255.0) for plane in planes]
     if hue is not None:
         planes = _turned(planes, hue[:, None, None])
     return packed([tf.cast(plane + 0.5, tf.int32) for plane in planes])
-
-
-def _limited(plane: tf.Tensor) -> tf.Tensor:
-    return tf.clip_by_value(plane, 0.0, 255.0)
 
 
 def _mean(images: tf.Tensor) -> tf.Tensor:
@@ -63,7 +59,7 @@ def _mean(images: tf.Tensor) -> tf.Tensor:
 
 
 def _turned(planes: Planes, turns: tf.Tensor) -> Planes:
-    """The hue of HSV moved by a share of a turn; value and saturation stay."""
+    """The hue of HSV moved by a fraction of a turn; value and saturation stay."""
     red, green, blue = planes
     most = tf.maximum(tf.maximum(red, green), blue)
     span = most - tf.minimum(tf.minimum(red, green), blue)
@@ -75,7 +71,7 @@ def _turned(planes: Planes, turns: tf.Tensor) -> Planes:
     )
     turned = []
     for start in (5.0, 3.0, 1.0):  # of Smith's hexcone, unrolled: how far each colour is from the one that leads
-        place = (sixths + start) / 6.0 + turns
-        place = (place - tf.floor(place)) * 6.0
-        turned.append(most - span * tf.clip_by_value(tf.minimum(place, 4.0 - place), 0.0, 1.0))
+        hue = (sixths + start) / 6.0 + turns
+        hue = (hue - tf.floor(hue)) * 6.0
+        turned.append(most - span * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
     return turned

@@ -1,4 +1,4 @@
-"""The random numbers of the examples of a batch: what each is for, and how it becomes a value."""
+"""The random numbers of the examples of a batch, and the values made of them."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Draws:
         numbers = tf.range(first, first + count, dtype=tf.int64)
         self.numbers = uniform(seed, AUGMENTATION, epoch, index, numbers)  # [b, count]
 
-    def share(self, what: int) -> tf.Tensor:
+    def uniform(self, what: int) -> tf.Tensor:
         """Float32 [b] in [0, 1)."""
         return self.numbers[:, what - self.first]
 
     def coin(self, what: int) -> tf.Tensor:
         """Bool [b], true for half of all examples."""
-        return self.share(what) < 0.5
+        return self.uniform(what) < 0.5
 
     def of(self, what: int, values: np.ndarray) -> tf.Tensor:
         """Float32 [b], one of `values` [LEVELS] for each example."""
-        level = tf.cast(self.share(what) * LEVELS, tf.int32)
+        level = tf.cast(self.uniform(what) * LEVELS, tf.int32)
         return tf.gather(tf.constant(values, tf.float32), level)

@@ -16,11 +16,11 @@ from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, L
 GREY = 128  # in the middle of what a pixel can be, and so near zero for every backbone
 
 
-def with_hole(images: tf.Tensor, share: float, draws: Draws) -> tf.Tensor:
-    """Cutout (DeVries and Taylor 2017): a grey square of side `share` * S, its centre anywhere, so that it may hang
+def with_hole(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
+    """Cutout (DeVries and Taylor 2017): a grey square of side `fraction` * S, its centre anywhere, so that it may hang
     over the edge. Images [b, S, S, 3] of any type.
     """
-    side = tf.fill([tf.shape(images)[0]], max(round(share * images.shape[1]), 1))
+    side = tf.fill([tf.shape(images)[0]], max(round(fraction * images.shape[1]), 1))
     hole, _ = _box(side, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
     return tf.reshape(tf.where(hole, tf.constant(GREY, images.dtype), _flat(images)), tf.shape(images))
 
@@ -33,7 +33,7 @@ def _box(side: tf.Tensor, draws: Draws, what: tuple[int, int], size: int) -> tup
     """
     inside, lengths = [], []
     for number in what:
-        first = tf.cast(draws.share(number) * size, tf.int32) - side // 2
+        first = tf.cast(draws.uniform(number) * size, tf.int32) - side // 2
         first, last = tf.maximum(first, 0), tf.minimum(first + side, size)
         at = tf.range(size)
         inside.append((at >= first[:, None]) & (at < last[:, None]))
@@ -48,17 +48,17 @@ def _flat(images: tf.Tensor) -> tf.Tensor:
 
 
 def shares(alpha: float) -> np.ndarray:
-    """What the share of an image's own can be: float64 [LEVELS], equally likely values of Beta(alpha, alpha)."""
+    """Equally likely values of lambda, from Beta(alpha, alpha): float64 [LEVELS]."""
     from scipy import stats  # takes half a second or more, and few runs mix
 
     return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
 
 
 def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Mix each image with its partner's, as its own random numbers say; the share is each example's own.
+    """Mix each image with its partner's, as its own random numbers say; lam is each example's own weight.
 
-    Mixup (Zhang et al. 2018) adds up share * own + (1 - share) * other. Cutmix (Yun et al. 2019) lets a rectangle of
-    the other image cover (1 - share) of the own one, with its centre anywhere; the share is what is left to be seen.
+    Mixup (Zhang et al. 2018) adds up lam * own + (1 - lam) * other. Cutmix (Yun et al. 2019) lets a rectangle of
+    the other image cover (1 - lam) of the own one, with its centre anywhere; lam is what is left to be seen.
     Where both are on, half of the examples get the one and half the other. Nothing is mixed into padding, nor padding
     into anything.
 
@@ -68,7 +68,7 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
         epoch: int64 [b].
 
     Returns:
-        image as above, `other_label` int32 [b] and `mix` float32 [b], the share of `label`: 1 where nothing is mixed.
+        image as above, `other_label` int32 [b] and `mix` float32 [b], the weight of `label`: 1 where nothing is mixed.
     """
     images = _flat(batch["image"])
     size, others, draws = images.shape[1], _partners(images), Draws(seed, epoch, batch["index"])
@@ -76,28 +76,28 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
     is_cut = real if a.cutmix else tf.zeros_like(real)
     if a.mixup and a.cutmix:
         is_cut &= draws.coin(MIX_KIND)
-    mixture, share = images, tf.ones_like(batch["weight"])
+    mixture, lam = images, tf.ones_like(batch["weight"])
     if a.mixup:
-        share = tf.where(real & ~is_cut, draws.of(MIX, shares(a.mixup)), 1.0)
-        mixture = _blended(images, others, share)
+        lam = tf.where(real & ~is_cut, draws.of(MIX, shares(a.mixup)), 1.0)
+        mixture = _blended(images, others, lam)
     if a.cutmix:
         sides = tf.cast(draws.of(MIX, np.rint(np.sqrt(1 - shares(a.cutmix)) * size)), tf.int32)
         box, covered = _box(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
         mixture = tf.raw_ops.Select(condition=box & is_cut[:, None, None], x=others, y=mixture)
-        share = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), share)
+        lam = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), lam)
     mixture = tf.reshape(mixture, tf.shape(batch["image"]))
     return {
         "image": tf.ensure_shape(mixture, batch["image"].shape),
         "other_label": _partners(batch["label"]),
-        "mix": share,
+        "mix": lam,
     }
 
 
 @in_one_loop
-def _blended(images: tf.Tensor, others: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
-    """share * images + (1 - share) * others, rounded: uint8 [b, S, 3 S]; share float32 [b]."""
-    share = share[:, None, None]
-    mixture = tf.cast(images, tf.float32) * share + tf.cast(others, tf.float32) * (1.0 - share)
+def _blended(images: tf.Tensor, others: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """lam * images + (1 - lam) * others, rounded: uint8 [b, S, 3 S]; lam float32 [b]."""
+    lam = lam[:, None, None]
+    mixture = tf.cast(images, tf.float32) * lam + tf.cast(others, tf.float32) * (1.0 - lam)
     return tf.cast(mixture + 0.5, tf.uint8)
 
 

@@ -23,9 +23,7 @@ Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def randaugmented(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Each image after `a.randaugment` operations of its own.
-
-    Images that drew the same operation go through it together, so that no image goes through one it did not draw.
+    """Each image after `a.randaugment` operations of its own; those that drew the same one go through it together.
 
     Args:
         images: uint8 [b, S, S, 3].
@@ -34,14 +32,13 @@ def randaugmented(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor
     Returns:
         uint8 [b, S, S, 3].
     """
-    names = list(OPERATIONS)
     for turn in range(a.randaugment):
-        chosen = tf.cast(draws.share(RANDAUGMENT + 2 * turn) * len(names), tf.int32)
+        chosen = tf.cast(draws.uniform(RANDAUGMENT + 2 * turn) * len(OPERATIONS), tf.int32)
         signs = tf.where(draws.coin(RANDAUGMENT + 2 * turn + 1), -1.0, 1.0)
-        groups = tf.dynamic_partition(tf.range(tf.size(chosen)), chosen, len(names))
+        groups = tf.dynamic_partition(tf.range(tf.size(chosen)), chosen, len(OPERATIONS))
         parts = [
-            OPERATIONS[name](tf.gather(images, rows), tf.gather(signs, rows), a.magnitude / HIGHEST, a.fill)
-            for name, rows in zip(names, groups, strict=True)
+            operation(tf.gather(images, rows), tf.gather(signs, rows), a.magnitude / HIGHEST, a.fill)
+            for operation, rows in zip(OPERATIONS.values(), groups, strict=True)
         ]
         images = tf.ensure_shape(tf.dynamic_stitch(groups, parts), images.shape)
     return images
@@ -52,18 +49,8 @@ def _bytes(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
 
 
-def _each(values: tf.Tensor) -> tf.Tensor:
-    """One value an image, [m] to [m, 1, 1, 1]."""
-    return values[:, None, None, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Geometry: maps from places in the result to places in the source, in pixels
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def _geometric(images: tf.Tensor, signs: tf.Tensor, maps: list[list[float]], fill: str) -> tf.Tensor:
-    """Two affine maps as [xx, xy, x, yx, yy, y], for the signs -1 and 1."""
+    """The images by two affine maps from result to source, [xx, xy, x, yx, yy, y] in pixels, for the signs -1 and 1."""
     table = tf.constant([[*entries, 0.0, 0.0] for entries in maps], tf.float32)
     # `resampling.resampled` takes a third of the time, but would be compiled for every number of images there can be.
     warped = tf.raw_ops.ImageProjectiveTransformV3(
@@ -108,11 +95,6 @@ def rotate(images: tf.Tensor, signs: tf.Tensor, strength: float, fill: str) -> t
     return _geometric(images, signs, maps, fill)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Colours
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def _grey(images: tf.Tensor) -> tf.Tensor:
     """Pillow's grey: int32 [m, S, S]."""
     red, green, blue = tf.unstack(tf.cast(images, tf.int32), axis=-1)
@@ -121,7 +103,8 @@ def _grey(images: tf.Tensor) -> tf.Tensor:
 
 def _blended(images: tf.Tensor, towards: tf.Tensor, signs: tf.Tensor, strength: float) -> tf.Tensor:
     """A factor of 1 +- 0.9 between `towards`, float32, and the images: 0 gives the former, 1 the latter."""
-    return _bytes(towards + _each(1 + signs * (0.9 * strength)) * (tf.cast(images, tf.float32) - towards))
+    factor = (1 + signs * (0.9 * strength))[:, None, None, None]
+    return _bytes(towards + factor * (tf.cast(images, tf.float32) - towards))
 
 
 def brightness(images: tf.Tensor, signs: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
@@ -138,7 +121,7 @@ def contrast(images: tf.Tensor, signs: tf.Tensor, strength: float, _fill: str) -
     """Towards the mean grey of the image, or away from it."""
     total = tf.reduce_sum(tf.cast(tf.reduce_sum(_grey(images), axis=2), tf.int64), axis=1)
     mean = tf.cast(tf.cast(total, tf.float64) / images.shape[1] ** 2, tf.float32)
-    return _blended(images, _each(mean), signs, strength)
+    return _blended(images, mean[:, None, None, None], signs, strength)
 
 
 def sharpness(images: tf.Tensor, signs: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
@@ -153,13 +136,12 @@ def sharpness(images: tf.Tensor, signs: tf.Tensor, strength: float, _fill: str) 
 
 
 def posterize(images: tf.Tensor, _signs: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """The highest 8 to 4 bits of each byte are kept."""
-    kept = 8 - round(4 * strength)
-    return tf.bitwise.bitwise_and(images, tf.constant(256 - 2 ** (8 - kept), tf.uint8))
+    """The lowest 0 to 4 bits of each byte are dropped."""
+    return tf.bitwise.bitwise_and(images, tf.constant(256 - 2 ** round(4 * strength), tf.uint8))
 
 
 def solarize(images: tf.Tensor, _signs: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """What is at or above a threshold, 255 to 0, is inverted."""
+    """Bytes at or above a threshold, 255 to 0, are inverted."""
     return tf.where(tf.cast(images, tf.float32) >= 255 * (1 - strength), 255 - images, images)
 
 
@@ -173,16 +155,16 @@ def autocontrast(images: tf.Tensor, _signs: tf.Tensor, _strength: float, _fill: 
 def equalize(images: tf.Tensor, _signs: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
     """Each channel's values are spread so that all become about as frequent (Pillow's rule)."""
     channels = tf.reshape(tf.range(tf.shape(images)[0] * 3), [-1, 1, 1, 3])
-    places = channels * 256 + tf.cast(images, tf.int32)
-    count = tf.shape(images)[0] * 3 * 256
-    found = tf.raw_ops.DenseBincount(input=tf.reshape(places, [-1]), size=count, weights=tf.zeros([0], tf.int32))
-    found = tf.reshape(found, [-1, 256])
-    used = tf.cast(found > 0, tf.int32) * tf.range(256)
-    last = tf.gather(found, tf.reduce_max(used, axis=1), batch_dims=1)
+    bins = channels * 256 + tf.cast(images, tf.int32)
+    size = tf.shape(images)[0] * 3 * 256
+    counts = tf.raw_ops.DenseBincount(input=tf.reshape(bins, [-1]), size=size, weights=tf.zeros([0], tf.int32))
+    counts = tf.reshape(counts, [-1, 256])
+    used = tf.cast(counts > 0, tf.int32) * tf.range(256)
+    last = tf.gather(counts, tf.reduce_max(used, axis=1), batch_dims=1)
     step = (images.shape[1] ** 2 - last)[:, None] // 255
-    table = (tf.cumsum(found, axis=1, exclusive=True) + step // 2) // tf.maximum(step, 1)
+    table = (tf.cumsum(counts, axis=1, exclusive=True) + step // 2) // tf.maximum(step, 1)
     table = tf.where(step > 0, tf.minimum(table, 255), tf.range(256))
-    return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), places)
+    return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
 
 
 def identity(images: tf.Tensor, _signs: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
@@ -190,20 +172,7 @@ def identity(images: tf.Tensor, _signs: tf.Tensor, _strength: float, _fill: str)
     return images
 
 
-# A place in this list is what a draw means for ever.
-OPERATIONS: dict[str, Operation] = {
-    "identity": identity,
-    "shear_x": shear_x,
-    "shear_y": shear_y,
-    "translate_x": translate_x,
-    "translate_y": translate_y,
-    "rotate": rotate,
-    "brightness": brightness,
-    "colour": colour,
-    "contrast": contrast,
-    "sharpness": sharpness,
-    "posterize": posterize,
-    "solarize": solarize,
-    "autocontrast": autocontrast,
-    "equalize": equalize,
-}
+# A position in this list is what a draw means for ever.
+_FUNCTIONS = (identity, shear_x, shear_y, translate_x, translate_y, rotate, brightness, colour, contrast, sharpness,
+              posterize, solarize, autocontrast, equalize)  # fmt: skip
+OPERATIONS: dict[str, Operation] = {function.__name__: function for function in _FUNCTIONS}
