@@ -24,7 +24,7 @@ def told(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[s
 
 def test_a_line_has_the_fields_of_cloud_logging_and_its_numbers() -> None:
     program = (
-        "from trainer.monitoring.health import health\nlines.as_json(worker='1')\nsigns.enter('head')\nsigns.stepped(7, 1)\n"
+        "from trainer.monitoring.health import health\nlines.as_json(worker='1')\nhealth.enter_phase('head')\nhealth.steps_taken(7, 1)\n"
         "say('\\ntwo\\nlines ü', loss=0.5, rate=float('inf'))"
     )
     (entry,), err = told(program)
@@ -65,6 +65,20 @@ print("cut off", end="")
     assert "UserWarning: old" in err[1]["message"]
     assert err[2]["logger"] == "some.library"
     assert len(err) == 3
+
+
+def test_composing_a_configuration_keeps_the_log_of_libraries() -> None:
+    program = """
+lines.as_json()
+import logging, warnings
+from trainer.cli.compose import compose
+compose(["data=digits"])
+logging.getLogger("some.library").warning("look out")
+warnings.warn("old")
+"""
+    _, err = told(program)
+    assert [(e["severity"], e["logger"]) for e in err] == [("WARNING", "some.library"), ("WARNING", "py.warnings")]
+    assert err[0]["message"] == "look out"
 
 
 def test_a_traceback_is_one_entry_of_severity_error() -> None:
