@@ -109,10 +109,7 @@ class Classifier:
         """{"head/output/kernel": variable, ...}."""
         layers = {"hidden": self.hidden, "output": self.output}
         return {
-            f"head/{name}/{variable.name}": variable
-            for name, layer in layers.items()
-            if layer is not None
-            for variable in layer.weights
+            f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
         }
 
     @property
@@ -154,9 +151,7 @@ def build_classifier(model: config.Model, class_count: int, seed: int) -> Classi
 
 
 def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
-    initializer = keras.initializers.GlorotUniform(seed=seed)
-    layer = keras.layers.Dense(
-        units, activation=activation, kernel_initializer=initializer, dtype="float32", name=f"head_{name}"
-    )
+    drawn = keras.initializers.GlorotUniform(seed=seed)
+    layer = keras.layers.Dense(units, activation, kernel_initializer=drawn, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))
     return layer

@@ -20,16 +20,7 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
 from trainer.planning import checks, estimates, network_plot
 from trainer.planning.estimates import PhasePlan
-from trainer.planning.sections import (
-    WIDTH,
-    Plan,
-    Rows,
-    show_bytes,
-    show_data,
-    show_memory,
-    show_phases,
-    show_storage,
-)
+from trainer.planning.sections import WIDTH, Plan, Rows, show_bytes, show_data, show_memory, show_phases, show_storage
 from trainer.runs.folder import check_fingerprint, inspect_folder
 from trainer.storage.staging import is_remote, prepared_folder
 from trainer.training.losses import class_weights
