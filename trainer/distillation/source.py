@@ -1,4 +1,4 @@
-"""What a teacher is made of, found in the folder that `distillation.teacher` names, here or in a bucket."""
+"""The files of a teacher in the folder that `distillation.teacher` names, here or in a bucket."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import yaml
 
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.model_card import label_lines
-from trainer.runs.checkpoints import read_checkpoint, weights_of
+from trainer.runs.checkpoints import checksum, names_in, read_checkpoint, weights_of
 from trainer.storage.path import Place, place
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
@@ -25,7 +24,7 @@ _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """Where a teacher lies and what it knows.
+    """The files of a teacher, and its classes.
 
     Attributes:
         files: of the folder `home`, by name below it; size in bytes.
@@ -42,13 +41,13 @@ class TeacherFiles:
 
     @property
     def words(self) -> str:
-        """What it is, for people."""
+        """One line for the log."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the other workers need to know of it, in plain values."""
+        """Plain values for the other workers."""
         model = self.model.model_dump(mode="json") if self.model else None
         return {"kind": self.kind, "classes": self.classes, "fingerprint": self.fingerprint, "words": self.words,
                 "model": model}  # fmt: skip
@@ -82,24 +81,19 @@ def _saved_model(address: str, home: Place) -> TeacherFiles:
     entries = {str(e.place).removeprefix(f"{home}/"): e for e in home.list()}
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
-        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else _crc(entry.place.read())
+        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else checksum(entry.place.read())
         digest.update(f"{name} {entry.size} {known}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
     sizes = {name: entry.size for name, entry in entries.items()}
     return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
 
 
-def _crc(content: bytes) -> str:
-    return f"{google_crc32c.value(content):08x}"
-
-
 def _checkpoint(address: str, home: Place) -> TeacherFiles:
     try:
-        told = config.load(yaml.safe_load((home / "config.yaml").read_text()))
+        settings = config.load(yaml.safe_load((home / "config.yaml").read_text()))
     except ConfigError as error:
         raise ConfigError(f"distillation.teacher={address}: its config.yaml cannot be used; {error}") from None
-    pointer = home / "checkpoints" / ("BEST" if told.training.keep == "best" else "LATEST")
-    names = pointer.read_text().split() if pointer.exists() else []
+    names = names_in(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
     if not names:
         raise DataError(f"distillation.teacher={address}: that run has no checkpoint yet; let it end first")
     folder = home / "checkpoints" / names[0]
@@ -108,9 +102,9 @@ def _checkpoint(address: str, home: Place) -> TeacherFiles:
         classes = tuple(json.loads((home / "run.json").read())["classes"])
     except (ValueError, KeyError):
         raise DataError(f"distillation.teacher={address}: {folder} or run.json is damaged") from None
-    fingerprint = hashlib.sha256(json.dumps([manifest, told.model.model_dump()], sort_keys=True).encode()).hexdigest()
-    sizes = {"variables.npz": int(manifest["bytes"])}
-    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint[:16], sizes, told.model)
+    identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
+    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": int(manifest["bytes"])}
+    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint, sizes, settings.model)
 
 
 def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
@@ -159,7 +153,7 @@ def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """The reverse of `read_teacher` for a SavedModel."""
+    """Write the files of a SavedModel, as `read_teacher` has them, below a folder."""
     for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a phase trains and validates on: images, or cached features of its frozen layers."""
+"""Inputs of a phase: images, or cached features of its frozen layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.training.step import Network
 
 @dataclass(frozen=True)
 class Inputs:
-    """The sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features.
+    """Sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features.
 
     Attributes:
         augmentation: still to be done to what `training` reads.
@@ -41,7 +41,7 @@ def open_inputs(
         scorer: of the whole classifier.
 
     Returns:
-        None where a worker has no room for features, or was told to stop meanwhile.
+        None where a worker has no room for features, or was asked to stop meanwhile.
 
     Raises:
         DataError: an image cannot be read.

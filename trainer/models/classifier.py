@@ -52,12 +52,7 @@ class Classifier:
         return (keras.ops.mean if self.pooling == "avg" else keras.ops.max)(features, axis=(1, 2))
 
     def head_logits(
-        self,
-        features: Any,
-        training: bool = False,
-        seed: int = 0,
-        step: tf.Tensor | int = 0,
-        position: tf.Tensor | None = None,
+        self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None
     ) -> Any:
         """Feature maps [b, h, w, C] or pooled features [b, C] -> float32 logits [b, classes].
 
@@ -74,19 +69,12 @@ class Classifier:
         return self.output(x)
 
     def logits(
-        self,
-        images: Any,
-        *,
-        training: bool = False,
-        batch_norm_training: bool = False,
-        seed: int = 0,
-        step: tf.Tensor | int = 0,
-        position: tf.Tensor | None = None,
-        weight: tf.Tensor | None = None,
-    ) -> Any:
+        self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
+        position: Any = None, weight: Any = None,
+    ) -> Any:  # fmt: skip
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 logits [b, classes]."""
-        features = self.features(images, batch_norm_training, weight)
-        return self.head_logits(features, training, seed, step, position)
+        maps = self.features(images, batch_norm_training, weight)
+        return self.head_logits(maps, training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 [b, classes], each row summing to 1."""

@@ -50,14 +50,12 @@ class ThawPlan:
         if self.first_thawed is not None:
             where = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first that trains is "
                      f"{self.first_thawed} ({self.first_name})")  # fmt: skip
-        counts = [(g.variables, g.parameters, g.bytes) for g in self.groups]
-        counts.append(tuple(sum(column) for column in zip(*counts, strict=True)))
-        cells = [(f"{n:,}", f"{parameters:,}", f"{size / 1e6:,.2f} MB") for n, parameters, size in counts]
-        columns = list(zip(("variables", "parameters", "size"), *cells, strict=True))
-        names = ["", *(g.name for g in self.groups), "all"]
-        rows = ["  " + name.ljust(max(map(len, names))) for name in names]
-        for column in columns:
-            rows = [f"{row}  {cell:>{max(map(len, column))}}" for row, cell in zip(rows, column, strict=True)]
+        sums = [sum(getattr(g, part) for g in self.groups) for part in ("variables", "parameters", "bytes")]
+        groups = [*self.groups, Group("all", *sums)]
+        table = [(g.name, f"{g.variables:,}", f"{g.parameters:,}", f"{g.bytes / 1e6:,.2f} MB") for g in groups]
+        table.insert(0, ("", "variables", "parameters", "size"))
+        first, *others = [max(len(row[i]) for row in table) for i in range(4)]
+        rows = ["  " + "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in table]
         return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.lr_multiplier_lines]
 
 

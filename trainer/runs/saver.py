@@ -16,7 +16,7 @@ from trainer.training import variables
 
 
 class Saver:
-    """What is kept of one run; the chief alone writes, on the other workers every method is immediate.
+    """Saves one run; the chief alone writes, on the other workers every method is immediate.
 
     Attributes:
         path: the folder that the run writes into.
@@ -25,14 +25,14 @@ class Saver:
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
-        """`keep`: newest checkpoints that are kept (`runtime.keep_checkpoints`)."""
+        """`keep`: number of newest checkpoints to keep (`runtime.keep_checkpoints`)."""
         self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, say)
         self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """State and variables of the newest checkpoint, which the chief reads, on every worker; None: there is none.
+        """State and variables of the newest checkpoint, on every worker; None, {}: there is none. The chief reads.
 
         Args:
             resuming: on the chief, whether the folder holds a run.
@@ -76,5 +76,4 @@ class Saver:
 
     @property
     def resume_hint(self) -> str:
-        """How to go on, for people."""
         return f"Start the same command again with output_dir={self.address} to go on"

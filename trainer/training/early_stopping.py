@@ -16,13 +16,10 @@ def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     key = "val_accuracy" if rule.metric == "accuracy" else "val_loss"
     value = epoch[key] if rule.metric == "accuracy" else -epoch[key]
     best = state.best
-    better = best is None or value > best["value"] + rule.min_delta
-    tie = (
-        best is not None
-        and rule.metric == "accuracy"
-        and value == best["value"]
-        and epoch["val_loss"] < best["val_loss"]
-    )
+    better, tie = best is None, False
+    if best is not None:
+        better = value > best["value"] + rule.min_delta
+        tie = rule.metric == "accuracy" and value == best["value"] and epoch["val_loss"] < best["val_loss"]
     if better or tie:
         state.best = {"step": state.step, "epoch": epoch["epoch"], "value": value, "val_loss": epoch["val_loss"]}
     state.bad_epochs = 0 if better else state.bad_epochs + 1
@@ -44,7 +41,7 @@ def best_step(state: RunState, rule: EarlyStopping) -> int | None:
 
 
 def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int:
-    """The step whose weights go on after a phase: its best one's, or its last one's where `training.keep` is last.
+    """The step whose weights the next phase starts from: the best one, or the last where `training.keep` is last.
 
     A phase that never beat what it began with has no best of its own (`best_step`).
     """
@@ -53,7 +50,7 @@ def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int
 
 
 def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is recorded of a finished phase whose weights are those of `step`, and that step's entry of the history.
+    """The record of a finished phase whose weights are those of `step`, and that step's entry of the history.
 
     Where these are the weights of an earlier phase, `kept_from` names it beside the best accuracy of the phase itself.
     """
@@ -74,5 +71,4 @@ def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, An
 
 
 def exhausted(state: RunState, rule: EarlyStopping) -> bool:
-    """Whether patience has run out."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
