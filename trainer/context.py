@@ -38,7 +38,7 @@ class RunPlan:
 
 @dataclass
 class RunContext:
-    """One run as one worker sees it; `plan` and `scorer` are set once the run knows where it goes on."""
+    """One run as one worker sees it; `plan` and `scorer` are set once the run is restored."""
 
     config: RunConfig
     worker: Worker

@@ -137,24 +137,23 @@ def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
     return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
 
 
-def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:
+def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     """The variables of a checkpoint by name, averaged where that run had EMA on; or the files of a SavedModel by name,
     uint8 [bytes].
 
     Raises:
         DataError: something is missing or does not match its checksum.
     """
-    if found.kind == SAVED_MODEL:
-        return {name: np.frombuffer((found.home / name).read(), np.uint8) for name in found.files}
+    if teacher.kind == SAVED_MODEL:
+        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
     try:
-        return weights_of(read_checkpoint(found.home)[1])
+        return weights_of(read_checkpoint(teacher.home)[1])
     except DataError as error:
-        raise DataError(f"distillation.teacher={found.address}: {error}") from None
+        raise DataError(f"distillation.teacher={teacher.address}: {error}") from None
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
     """Write the files of a SavedModel, as `read_teacher` has them, below a folder."""
     for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content.tobytes())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.tobytes())

@@ -126,15 +126,15 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
     config = images.config
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
-    found = source.look_for_teacher(address) if worker.is_chief else None
-    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: found.facts if found else None)
+    files = source.look_for_teacher(address) if worker.is_chief else None
+    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.facts if files else None)
     check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
     check_same(run, before, facts["fingerprint"])
     say(f"teacher: {facts['words']}; loss = {alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
         + (f" at temperature {temperature:g}" if temperature != 1 else ""))  # fmt: skip
 
     def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(found) if found else {})
+        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
         return _build(worker.strategy, images, address, facts, arrays)
 
     if config.augmentation.active:

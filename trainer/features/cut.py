@@ -46,7 +46,7 @@ class Cut:
 
 
 def is_moving(layer: keras.Layer) -> bool:
-    """Whether its averages move in training, be there something to learn in it or not."""
+    """Whether training moves the averages of a layer, trainable weights or not."""
     return isinstance(layer, NORM) and layer.trainable
 
 

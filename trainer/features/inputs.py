@@ -62,7 +62,7 @@ def open_inputs(
 
 
 def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Let a phase that finds no room for features read images."""
+    """Make a phase without room for features read images."""
     if plan.reads[name] == "cached":
         images.forget("train")
     plan.reads[name] = "live"

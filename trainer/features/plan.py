@@ -1,4 +1,4 @@
-"""Whether a phase trains on cached features of its frozen layers or on images (docs/features.md)."""
+"""The choice between cached features of frozen layers and images for each phase (docs/features.md)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Division:
 
 @dataclass
 class FeaturePlan:
-    """Inputs of all phases of a run; a phase that finds no room for its features goes on `live`."""
+    """Inputs of all phases of a run; a phase without room for its features becomes `live`."""
 
     divisions: Mapping[str, Division]
     reads: dict[str, Reads]
 
     def cut(self, phase: str) -> Cut:
-        """Where the classifier is cut for a phase that reads features."""
+        """The cut of a phase that reads features."""
         cut = self.divisions[phase].cut
         assert cut is not None, "a phase reads features where there is a cut"
         return cut
@@ -84,8 +84,9 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
 
 
 def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
-    """Whether the phases from number `first` on read the training images once: where all of them train on cached
-    features, which are computed in one pass. Where nothing trains (`reads` is empty) the images are what is asked for.
+    """True if the phases from number `first` on read the training images once, for cached features alone.
+
+    Where nothing trains (`reads` is empty) the images themselves are asked for.
     """
     several = config.augmentation.active or config.distillation is not None
     return not several and all(reads.get(name) == "cached" for name in list(config.phases)[first:])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Backbone:
     """A network of keras.applications.
 
-    A block is named by what its layer names share. In the Inception and NASNet families most layers of a block are
+    A block has the common part of its layers' names. In the Inception and NASNet families most layers of a block are
     anonymous (`conv2d_17`) and come before its named one: there a block begins right after the one before it, and the
     first begins after the layer `stem_end`.
     """
@@ -142,12 +142,12 @@ def backbones() -> dict[str, Backbone]:
         ("EfficientNetV2", "efficientnet_v2", efficient_v2_sizes, efficient, {}),
         ("ConvNeXt", "convnext", dict.fromkeys(("Tiny", "Small", "Base", "Large", "XLarge"), 224), convnext, {}),
     ]
-    found = single + [
+    known = single + [
         Backbone(f"{family}{variant}", module, size, 32, pattern, **more)
         for family, module, sizes, pattern, more in families
         for variant, size in sizes.items()
     ]
-    return {_plain(backbone.name): backbone for backbone in found}
+    return {_plain(backbone.name): backbone for backbone in known}
 
 
 def _plain(name: str) -> str:

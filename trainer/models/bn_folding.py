@@ -52,7 +52,7 @@ def computed(
             own = weights[operation.name] if weights is not None else _folded(operation, norm)
             return partial(_convolve, operation, own)
         if operation.name in done:
-            return lambda maps, **_: maps  # Keras also hands over a mask, of which images have none
+            return lambda maps, **_: maps  # Keras also passes a mask, of which images have none
         if isinstance(operation, keras.Layer) and "training" in inspect.signature(operation.call).parameters:
             return partial(operation, training=batch_norm_training)
         return operation
@@ -74,15 +74,15 @@ def pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNor
             for tensor in keras.tree.flatten(operation.input):
                 readers[id(tensor)].append(operation)
     ends = {id(producer_of(tensor)) for tensor in network.outputs}
-    found = []
+    folding = []
     for operation in network.operations:
         if isinstance(operation, CONVOLUTIONS) and id(operation) not in ends:
             linear = operation.activation in (None, keras.activations.linear)
             behind = readers[id(operation.output)]
             is_norm = len(behind) == 1 and isinstance(behind[0], NORM) and behind[0].axis in (-1, 3)
             if linear and is_norm and operation.data_format == "channels_last":
-                found.append((operation, behind[0]))
-    return found
+                folding.append((operation, behind[0]))
+    return folding
 
 
 def _folded(convolution: Any, norm: Any) -> Weights:

@@ -103,14 +103,14 @@ class Classifier:
     @property
     def variables(self) -> dict[str, keras.Variable]:
         """Every variable by a name that is the same in every process, backbone first, in the order of its layers."""
-        found: dict[str, keras.Variable] = {}
+        named: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in found:  # a nested block may hold two of a name
+                while key in named:  # a nested block may hold two of a name
                     key += "_"
-                found[key] = variable
-        return found | self.head_variables
+                named[key] = variable
+        return named | self.head_variables
 
 
 def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:

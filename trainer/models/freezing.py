@@ -1,4 +1,4 @@
-"""Which part of a classifier trains in a phase."""
+"""Freezing: the part of a classifier that trains in a phase."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ThawPlan:
-    """What trains; covers every variable of the classifier exactly once."""
+    """Trainable and frozen variables; covers every variable of the classifier exactly once."""
 
     thaw: str
     batch_norm: str  # frozen | train

@@ -136,11 +136,11 @@ def _check_file(path: Path) -> None:
 
 def _parameters_by_shape(path: Path) -> Counter[tuple[int, ...]]:
     """Number of arrays of each shape in a Keras 3 file, the states of random generators left out."""
-    found: Counter[tuple[int, ...]] = Counter()
+    shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
         if isinstance(item, h5py.Dataset) and "seed_generator" not in name and not name.startswith("optimizer"):
-            found[item.shape] += 1
+            shapes[item.shape] += 1
 
     try:
         if path.suffix == ".keras":
@@ -151,7 +151,7 @@ def _parameters_by_shape(path: Path) -> Counter[tuple[int, ...]]:
                 file.visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.weights={path} is not a Keras weights file or is damaged ({error})") from error
-    return found
+    return shapes
 
 
 def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:

@@ -181,7 +181,7 @@ def find_warm_start(source: str) -> str:
     return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
-def find_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
+def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
     """The files of a teacher; `classes` are those of the data, where they are known.
 
     Raises:
@@ -220,7 +220,7 @@ def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan 
     if config.distillation is None:
         return None
     address = config.distillation.teacher
-    files = find_teacher(address, dataset.class_names)
+    files = check_teacher(address, dataset.class_names)
     begun = newest_state(config) if config.output_dir else None
     check_same(str(config.output_dir), begun.get("teacher") if begun else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count

@@ -69,7 +69,7 @@ class Plan:
 
     @contextmanager
     def fault(self) -> Iterator[None]:
-        """Collect an error that a run would end with, for the end of the plan; the rest goes on without it."""
+        """Collect an error that a run would end with, for the end of the plan; the rest continues without it."""
         try:
             yield
         except TrainerError as error:
@@ -198,7 +198,7 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))
     if config.distillation:
         address, classes = config.distillation.teacher, dataset.class_names if dataset else None
-        rows.append(("teacher", plan.tried(lambda: checks.find_teacher(address, classes).words)))
+        rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).words)))
     weights = config.model.weights
     if is_remote(weights):
         rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))

@@ -36,8 +36,8 @@ def step_of(name: str) -> int:
 
 def names_in(pointer: Place) -> list[str]:
     """The names of checkpoints in a pointer such as LATEST; empty where there is none."""
-    found = pointer.fetch()
-    return found[0].decode().split() if found else []
+    content = pointer.fetch()
+    return content[0].decode().split() if content else []
 
 
 def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -47,7 +47,7 @@ class RunFolder:
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
     publisher: Publisher
-    config: RunConfig  # of the run; where it was begun before, with what it chose then for what is `auto`
+    config: RunConfig  # of the run; where it began before, with the values it chose then for `auto`
 
     def record(self, config: RunConfig) -> None:
         """Write config.yaml: from now on the folder holds this run."""
@@ -112,10 +112,10 @@ def _git_commit() -> str | None:
     here = Path(trainer.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def _fresh_folder(name: str | None) -> Path:
@@ -186,11 +186,11 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
     """Decide whether a run may have the folder that its output_dir names.
 
     Args:
-        names: of what lies in the folder.
+        names: of the files in the folder.
         record: its config.yaml; None: there is none.
 
     Returns:
-        the configuration with which the run goes on there; None where it begins.
+        the configuration with which the run resumes there; None where it begins.
 
     Raises:
         ConfigError: the folder belongs to another run, to none, or `resume` forbids it.
@@ -233,7 +233,7 @@ def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> 
 
 
 def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
-    """`config`, with what the run that began as `before` chose for what is `auto`.
+    """`config`, with the values that the run that began as `before` chose for `auto`.
 
     Raises:
         ConfigError: it is another run.
@@ -249,7 +249,7 @@ def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether `config.output_dir` holds this run, and it is finished. Only reads."""
+    """True if `config.output_dir` holds this run, finished. Only reads."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = place(config.output_dir)

@@ -21,7 +21,7 @@ STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
 class RestartHistory:
     """The attempts of one run, the last one being this process.
 
-    One entry is {"step", "started", "kind", "reason"}: the step it went on from, and how it ended. Kind and reason are
+    One entry is {"step", "started", "kind", "reason"}: the step it resumed from, and how it ended. Kind and reason are
     None as long as it runs, and remain so where it was killed.
     """
 
@@ -34,7 +34,7 @@ class RestartHistory:
             self.entries = []
 
     def begin(self, step: int, most_fruitless: int) -> None:
-        """Enter this attempt, which goes on from `step`.
+        """Add this attempt, which resumes from `step`.
 
         Raises:
             GaveUp: the last `most_fruitless` restarts ended without a signal and without a step of progress.

@@ -9,7 +9,7 @@ import numpy as np
 from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
 from trainer.monitoring.log import say
-from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.checkpoints import CheckpointFolder, weights_of
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import RestartHistory
 from trainer.training import variables
@@ -37,12 +37,12 @@ class Saver:
         Args:
             resuming: on the chief, whether the folder holds a run.
         """
-        found = self.checkpoints.newest() if resuming and self.control.is_chief else None
-        state = self.control.broadcast("state", lambda: found[0] if found else None)
+        newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
+        state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
             return None, {}
         self.saved_step = state["step"]
-        return state, self.control.broadcast_arrays("checkpoint", found[1] if found else {})
+        return state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
 
     def save(self, state: dict[str, Any], live: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint of the `live` variables, by name, and begin to publish it."""
@@ -64,13 +64,13 @@ class Saver:
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
             try:
-                values = self.checkpoints.read(step)[1]
+                weights = weights_of(self.checkpoints.read(step)[1])
             except DataError as error:
                 if step == last_step:
                     raise
                 say(f"{error}; the last weights go on instead")
-                step, values = last_step, self.checkpoints.read(last_step)[1]
-            weights = {name: values.get(f"ema/{name}", values[name]) for name in names}
+                step, weights = last_step, weights_of(self.checkpoints.read(last_step)[1])
+            weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)
         return step, self.control.broadcast_arrays("weights", weights)
 

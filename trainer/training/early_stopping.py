@@ -1,4 +1,4 @@
-"""Which epoch was best, and when to stop looking for a better one."""
+"""The best epoch of a phase, and early stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.training.state import RunState
 
 
 def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
-    """Take a finished epoch into the state's best-so-far; returns whether it is the new best.
+    """Update the best epoch of `state` with a finished one; returns whether that is the new best.
 
     Ties in accuracy go to the lower validation loss, so that a saturated accuracy does not keep the earliest epoch.
     """
@@ -56,18 +56,18 @@ def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, An
     """
     assert state.best is not None
     own = [entry for entry in state.history if entry["phase"] == name]
-    kept = next(entry for entry in state.history if entry["step"] == step)
+    chosen = next(entry for entry in state.history if entry["step"] == step)
     best_own = next(entry for entry in own if entry["step"] == state.best["step"])
     summary = {
-        **{key: value for key, value in kept.items() if key.startswith("val_")},
+        **{key: value for key, value in chosen.items() if key.startswith("val_")},
         "epochs": len(own),
         "best_epoch": state.best["epoch"],
         "kept_step": step,
         "seconds": sum(entry["seconds"] for entry in own),
     }
-    if kept["phase"] != name:
-        summary |= {"kept_from": kept["phase"], "own_val_accuracy": best_own["val_accuracy"]}
-    return summary, kept
+    if chosen["phase"] != name:
+        summary |= {"kept_from": chosen["phase"], "own_val_accuracy": best_own["val_accuracy"]}
+    return summary, chosen
 
 
 def exhausted(state: RunState, rule: EarlyStopping) -> bool:

@@ -198,7 +198,7 @@ class TrainingStep:
         in_replicas, local = self.strategy.run, self.strategy.experimental_local_results
         gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
 
-        def goes_on(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+        def unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped))
 
         def one_step(i: Any, _stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
@@ -215,7 +215,7 @@ class TrainingStep:
         # Not a `while`, which autograph would have to convert: its first use in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
         begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(goes_on, one_step, begin)
+        _, stopped, _, waited, per_step = tf.while_loop(unfinished, one_step, begin)
         sums = per_step.stack()
         if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # each has added up its own replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
