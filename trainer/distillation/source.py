@@ -53,7 +53,7 @@ class TeacherFiles:
                 "model": model}  # fmt: skip
 
 
-def look_for_teacher(address: str) -> TeacherFiles:
+def find_teacher(address: str) -> TeacherFiles:
     """Find a teacher; of its weights only sizes and checksums are read.
 
     Args:

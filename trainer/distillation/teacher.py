@@ -126,7 +126,7 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
     config = images.config
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
-    files = source.look_for_teacher(address) if worker.is_chief else None
+    files = source.find_teacher(address) if worker.is_chief else None
     facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.facts if files else None)
     check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
     check_same(run, before, facts["fingerprint"])

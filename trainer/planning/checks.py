@@ -20,7 +20,7 @@ from trainer.cluster.devices import described, devices_of
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig
 from trainer.data.splits import part_sizes
-from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, look_for_teacher, read_teacher
+from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
@@ -187,7 +187,7 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles
     Raises:
         DataError, ConfigError: there is none, or it does not know these classes.
     """
-    files = look_for_teacher(address)
+    files = find_teacher(address)
     if classes is not None:
         check_classes(address, files.classes, classes)
     return files
