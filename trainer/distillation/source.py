@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,15 @@ _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """The files of a teacher, and its classes.
-
-    Attributes:
-        files: of the folder `home`, by name below it; size in bytes.
-        fingerprint: of its weights; another one for other weights.
-    """
+    """The files of a teacher, and its classes."""
 
     address: str  # as the user gave it
     kind: str  # SavedModel | checkpoint
     home: Place
     classes: tuple[str, ...]
-    fingerprint: str
-    files: dict[str, int] = field(default_factory=dict)
-    model: config.Model | None = None  # of a checkpoint: what to build
+    fingerprint: str  # of its weights
+    files: dict[str, int]  # name below `home` -> bytes
+    model: config.Model | None = None  # of a checkpoint: the model to build
 
     @property
     def words(self) -> str:
@@ -48,9 +43,8 @@ class TeacherFiles:
     @property
     def facts(self) -> dict[str, Any]:
         """Plain values for the other workers."""
-        model = self.model.model_dump(mode="json") if self.model else None
-        return {"kind": self.kind, "classes": self.classes, "fingerprint": self.fingerprint, "words": self.words,
-                "model": model}  # fmt: skip
+        values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "words")}
+        return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
 def find_teacher(address: str) -> TeacherFiles:

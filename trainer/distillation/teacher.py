@@ -58,10 +58,7 @@ def classifier_as_teacher(classifier: Classifier) -> Teacher:
 def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
     """The teacher that an exported SavedModel is (`trainer/exporting/saved_model.py`).
 
-    Call it under the strategy's scope.
-
-    Args:
-        address: as the user gave it, for messages.
+    Call it under the strategy's scope; `address` is for messages.
 
     Raises:
         DataError: it has no signature `images` that answers `probabilities` for images of one size.
@@ -92,15 +89,12 @@ _FORMAT = 1  # of the cached answers; counts up when they change
 class OpenedTeacher:
     """The teacher of a run: it answers in every step (`network`), or has answered for every training example.
 
-    Attributes:
-        fingerprint: of its weights.
-        answers: its probabilities, float32 [count, classes], by example index; None where it answers in every step, and
-            where the run was asked to stop meanwhile.
+    Both are None where the run was asked to stop meanwhile.
     """
 
-    fingerprint: str
+    fingerprint: str  # of its weights
     network: Teacher | None = None
-    answers: np.ndarray | None = None
+    answers: np.ndarray | None = None  # its probabilities, float32 [count, classes], by example index
 
     def with_answers(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """Training batches that hold the answers for their examples, as `teacher`, where they are known."""

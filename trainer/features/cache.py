@@ -86,9 +86,7 @@ class FeatureCache:
     def _open(self, phase: str, split: str, memory_budget: int, beside: int = 0) -> Features | None:
         """Features of a split for a phase with the rows of earlier starts, to be completed; None: there is no room.
 
-        Args:
-            memory_budget: bytes; negative: on disk alone.
-            beside: bytes on disk that other features of the same pass take.
+        `memory_budget` in bytes, negative: on disk alone. Other features of the same pass take `beside` bytes on disk.
         """
         config, runtime, options = self.config, self.config.runtime, self.config.phases[phase]
         cut, examples = self.plan.cut(phase), self.images.dataset.splits[split]

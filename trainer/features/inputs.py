@@ -17,31 +17,22 @@ from trainer.training.step import Network
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features.
-
-    Attributes:
-        augmentation: still to be done to what `training` reads.
-        views: augmentations of each example; None: another one in each epoch.
-    """
+    """Sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
-    augmentation: Augmentation
-    views: int | None
+    augmentation: Augmentation  # still to be applied to `training`
+    views: int | None  # augmentations of each example; None: another one in each epoch
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open what phase `name` reads, once `apply_thaw` has set what trains in it. May compute features, on all workers.
+    """Open the inputs of a phase after `apply_thaw`; may compute features, on all workers.
 
-    Args:
-        scorer: of the whole classifier.
-
-    Returns:
-        None where a worker has no room for features, or was asked to stop meanwhile.
+    `scorer` is that of the whole classifier. None where a worker has no room for features, or was asked to stop.
 
     Raises:
         DataError: an image cannot be read.

@@ -95,10 +95,7 @@ def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first:
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose for each phase whether it trains on cached features or on images.
-
-    Args:
-        budget: bytes that features may take, in memory or on disk.
+    """Choose cached features or images for each phase; features may take `budget` bytes, in memory or on disk.
 
     Raises:
         ConfigError: a phase says `features=cached`, and that cannot be.
@@ -126,11 +123,9 @@ def plan_features(
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
 ) -> dict[str, Reads]:
-    """Inputs of each phase: as this run chose when it began, or chosen and recorded now; the chief chooses for all.
+    """Inputs of each phase: as run.json in the run's folder records, or chosen and recorded now, by the chief for all.
 
-    Args:
-        folder: of the run, whose run.json holds the choice.
-        begun: the run has taken a step.
+    `begun` says that the run has taken a step.
     """
     config = images.config
 

@@ -164,18 +164,10 @@ def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> i
 
 
 def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
-    """Take over what earlier starts left under the name `file`, ready to be completed.
+    """Take over rows of earlier starts under the name `file` into new `features`; None where there is no room.
 
     In memory if they fit its budget, with a copy on disk for the next start if they fit that one; else on disk. To keep
-    to the budget of the disk, features that were not used for longest are deleted.
-
-    Args:
-        features: as constructed, without rows.
-        memory_budget: bytes.
-        disk_budget: bytes.
-
-    Returns:
-        None where there is no room.
+    to the budget of the disk, the least recently used features are deleted. Budgets are in bytes.
     """
     in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
     if not in_memory and not on_disk:

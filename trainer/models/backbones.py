@@ -77,7 +77,7 @@ class Backbone:
             raise ModelError(f"model.alpha={alpha:g}: {self.name} has no alpha; unset it (only {takers} have one)")
 
     def block_of(self, layer_name: str) -> str | None:
-        """The block that a layer's name says it belongs to; None for a stem, a top or an anonymous layer."""
+        """The block of a layer, by its name; None for a stem, a top or an anonymous layer."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 

@@ -209,10 +209,7 @@ class TeacherPlan:
 
 
 def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, but for what lies in a bucket: of that no weights are read.
-
-    Args:
-        rows: training examples that a replica computes at once.
+    """Open the teacher as a run would, without reading weights in a bucket; a replica computes `rows` examples at once.
 
     Raises:
         DataError, ConfigError, ModelError: as a run would.

@@ -52,9 +52,7 @@ class PhasePlan:
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
     """Apply each phase's thaw in turn; the classifier is left as the last phase has it.
 
-    Args:
-        epoch: steps of an epoch.
-        rows: examples that a replica computes at once.
+    `epoch` is in steps; a replica computes `rows` examples at once.
 
     Raises:
         ModelError: a rule of freezing matches nothing.
@@ -116,10 +114,9 @@ def resident() -> int:
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """Memory by use, bytes, in the phase that takes most; every replica of this worker counted.
+    """Memory by use, bytes, in the phase that takes most, every replica of this worker counted.
 
-    Args:
-        before: bytes of the process with its libraries, before the network.
+    The process took `before` bytes with its libraries, before the network.
     """
     most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [

@@ -36,13 +36,9 @@ from trainer.types import Dataset
 
 @dataclass
 class RunFolder:
-    """An output folder held by this process.
+    """An output folder held by this process."""
 
-    `path` is where the run writes; where `output_dir` is in a bucket, that is a folder of the cache, and `publisher`
-    copies it to `address`.
-    """
-
-    path: Path
+    path: Path  # the run writes here; of an output_dir in a bucket a folder in the cache, published to `address`
     address: str  # as the user gave it
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
@@ -183,14 +179,11 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
 
 
 def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
-    """Decide whether a run may have the folder that its output_dir names.
+    """The configuration with which a run resumes in the folder of its output_dir; None where it begins there.
 
     Args:
         names: of the files in the folder.
         record: its config.yaml; None: there is none.
-
-    Returns:
-        the configuration with which the run resumes there; None where it begins.
 
     Raises:
         ConfigError: the folder belongs to another run, to none, or `resume` forbids it.

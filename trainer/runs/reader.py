@@ -31,10 +31,7 @@ class FinishedRun:
 
 
 def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
-    """The folder of a run, its configuration as it was written, and run.json with `classes` and `data_fingerprint`.
-
-    Args:
-        address: its output_dir, local or gs://.
+    """The folder of a run, its configuration as written, and run.json with `classes` and `data_fingerprint`.
 
     Raises:
         DataError: there is no run, or its files are damaged.
@@ -53,11 +50,7 @@ def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read the configuration of a run.
-
-    Args:
-        address: its output_dir, local or gs://.
-        changes: values that replace its own, {"data.root": "/elsewhere"}.
+    """Read a run by its output_dir, local or gs://; `changes`, {"data.root": "/elsewhere"}, replace its own values.
 
     Raises:
         DataError: there is no run, or its files are damaged.
@@ -77,15 +70,12 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
 
 
 def exported_checkpoint(run: FinishedRun) -> str:
-    """Which checkpoint a run exports at its end: best | last."""
+    """The checkpoint that a run exports at its end: best | last."""
     return run.config.training.keep
 
 
 def find_checkpoint(run: FinishedRun, which: str) -> Place:
-    """The folder of a checkpoint.
-
-    Args:
-        which: best | last | the number of a step.
+    """The folder of a checkpoint; `which` is best, last or the number of a step.
 
     Raises:
         ConfigError: `which` is none of these.
@@ -112,20 +102,13 @@ def find_checkpoint(run: FinishedRun, which: str) -> Place:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint of a run as an evaluation needs it.
+    """A checkpoint of a run as an evaluation needs it."""
 
-    Attributes:
-        name: best, last or step-420.
-        history: one entry per epoch until then.
-        phases: how the phases that had ended by then have ended; of the last checkpoint, as the run's report has them.
-        values: of the model's variables by name, averaged where EMA is on.
-    """
-
-    name: str
+    name: str  # best, last or step-420
     step: int
-    history: list[dict[str, Any]]
-    phases: dict[str, Any]
-    values: dict[str, np.ndarray]
+    history: list[dict[str, Any]]  # one entry per epoch until then
+    phases: dict[str, Any]  # summaries of the finished phases; of the last checkpoint, as the run's report has them
+    values: dict[str, np.ndarray]  # of the model's variables by name, averaged where EMA is on
 
 
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
@@ -174,10 +157,10 @@ def check_classes(run: FinishedRun, dataset: Dataset) -> None:
     )
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _some(names: list[str]) -> str:
     """ "'a' is", "'a', 'b' are", "'a', 'b', 'c' and 7 more are"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more} {'is' if len(names) == 1 else 'are'}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def without_weights(model: Model) -> Model:
@@ -188,13 +171,10 @@ def without_weights(model: Model) -> Model:
 def rebuild_classifier(
     model: Model, class_count: int, seed: int, values: dict[str, np.ndarray], source: str
 ) -> Classifier:
-    """The classifier that was trained, computing what it computed then.
+    """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it under the strategy's scope and after the global Keras precision policy was set.
-
-    Args:
-        values: of each of its variables, by name; others are ignored.
-        source: where they come from, for messages.
+    Call it under the strategy's scope and after the global Keras precision policy was set. `source` names the values
+    in messages.
 
     Raises:
         ModelError: the backbone cannot be had.

@@ -18,10 +18,7 @@ from trainer.training import variables
 class Saver:
     """Saves one run; the chief alone writes, on the other workers every method is immediate.
 
-    Attributes:
-        path: the folder that the run writes into.
-        address: the output_dir as the user gave it.
-        saved_step: the step of the newest checkpoint.
+    `saved_step` is the step of the newest checkpoint; `path` and `address` are those of the `RunFolder`.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
@@ -32,11 +29,7 @@ class Saver:
         self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """State and variables of the newest checkpoint, on every worker; None, {}: there is none. The chief reads.
-
-        Args:
-            resuming: on the chief, whether the folder holds a run.
-        """
+        """State and variables of the newest checkpoint, on every worker; None, {}: there is none. The chief reads."""
         newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
         state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
@@ -54,12 +47,9 @@ class Saver:
             self.publisher.checkpoint()
 
     def read_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
-        """The model's variables `names` of a checkpoint, averaged where EMA is on, on every worker.
+        """The step and the model's variables `names` of a checkpoint, averaged where EMA is on, on every worker.
 
         A damaged checkpoint is replaced by the one of `last_step`.
-
-        Returns:
-            the step that was read, and the values by name.
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:

@@ -146,8 +146,7 @@ class TrainingStep:
     ) -> None:
         """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there.
 
-        `teacher` answers for the images of each step; where batches hold its answers (`teacher`, probabilities), or
-        nothing is distilled, it is None.
+        `teacher` answers for the images of each step; None: batches hold its probabilities, or nothing is distilled.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables = list(trained.values())
