@@ -20,6 +20,7 @@ from trainer.cluster.devices import described, devices_of
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig
 from trainer.data.splits import part_sizes
+from trainer.data.tfds import missing_fractions, resolve_split, split_specs
 from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
@@ -31,7 +32,7 @@ from trainer.runs.restore import local_checkpoints
 from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training import variables
-from trainer.types import Dataset, Shard, Split
+from trainer.types import Dataset, Split
 
 
 def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
@@ -69,19 +70,12 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
         try:
             info = tfds.builder_from_directory(folder).info
             names = data.class_names or tuple(info.features[data.label_field].names)
-            specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
-            specs = {name: spec or (name if name in info.splits else None) for name, spec in specs.items()}
-            pieces = {n: info.splits[spec].file_instructions for n, spec in specs.items() if spec}
         except Exception as error:  # TFDS raises what its JSON readers raise
             raise DataError(f"{root} is no TFDS folder that can be read: {str(error).splitlines()[0]}") from None
-    shards = {
-        name: tuple(Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in files if i.take)
-        for name, files in pieces.items()
-    }
+    specs = split_specs(data, info.splits)
+    shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
-    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    fractions = {name: fraction for name, fraction in fractions.items() if name not in counts and fraction > 0}
-    carved = part_sizes(counts["train"], fractions)
+    carved = part_sizes(counts["train"], missing_fractions(data, counts))
     counts |= carved | {"train": counts["train"] - sum(carved.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
