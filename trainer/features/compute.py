@@ -52,12 +52,10 @@ class FeaturePass:
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, wanted: Sequence[FeatureRequest], augmentation: Augmentation, exchanged: bool) -> bool:
-        """Compute the missing features of one split.
+        """Compute the missing features of one split; False where the run was asked to stop meanwhile.
 
         Each worker computes what it reads itself; where all read the same, it computes its part and they exchange.
-
-        Returns:
-            False where the run was asked to stop meanwhile. See also `FeatureRequest.failed`, of this worker alone.
+        `FeatureRequest.failed` is set for this worker alone.
 
         Raises:
             DataError: an image cannot be read.

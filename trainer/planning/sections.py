@@ -163,8 +163,8 @@ def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = bytes_of_split(split)
-        shown.append((name, f"{split.count:,} examples{shards}" + (f", {size(on_disk)}" if on_disk else "")))
+        on_disk = f", {size(count)}" if (count := bytes_of_split(split)) else ""
+        shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
         most, fewest = int(counts.argmax()), int(counts.argmin())
@@ -240,10 +240,8 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
     shown = [*rows, ("all together", total), ("limit of this machine", limit)]
     plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
     if total > limit:
-        plan.warnings.append(
-            f"the estimate of {size(total)} is above this machine's {size(limit)}: lower training.batch_size, raise "
-            "training.accumulate, or set data.cache=none"
-        )
+        plan.warnings.append(f"the estimate of {size(total)} is above this machine's {size(limit)}: lower "
+                             "training.batch_size, raise training.accumulate, or set data.cache=none")  # fmt: skip
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:

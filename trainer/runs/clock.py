@@ -31,16 +31,13 @@ class Clock:
     """Seconds by category; every second since the first start is in exactly one.
 
     Time goes to the innermost open span, to `start` outside of all. A span also sets the activity of `/healthz`.
-
-    Attributes:
-        seconds: category -> seconds since the first start of the run.
     """
 
     def __init__(self, file: Path | None, began: float) -> None:
         """`file`: where the account is written, None: nowhere. `began`: time.time() at which this process started."""
         self.file, self._last, self._written = file, began, 0.0
         self._category, self._waited = "start", 0.0
-        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)  # since the first start of the run
         if file and file.exists():
             try:
                 before = json.loads(file.read_text())

@@ -121,9 +121,10 @@ def _fresh_folder(name: str | None) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
         except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise ConfigError(f"cannot create {folder}: {error.strerror}; give output_dir=FOLDER") from None
+            raise ConfigError(f"cannot create {folder}: {error.strerror}; give output_dir=FOLDER") from None
     raise ConfigError("outputs/ holds a thousand runs of this second; give output_dir=FOLDER")
 
 

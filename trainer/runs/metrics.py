@@ -86,13 +86,9 @@ class MetricsWriter:
             lines.say(text, **facts)
 
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
-        """Log an interval of training.
+        """Log an interval of training: `examples` in `seconds`, of which the device `waited` for data.
 
-        Args:
-            entry: phase, epoch, step, loss, accuracy, learning_rate.
-            examples: that the interval took.
-            seconds: of it, and how many of them the device `waited` for data.
-            goodput: of the run so far, in 0..1.
+        `entry` holds phase, epoch, step, loss, accuracy and learning_rate; `goodput` is that of the run, in 0..1.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)

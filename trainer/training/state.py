@@ -29,10 +29,8 @@ class RunState:
     teacher: str | None = None  # fingerprint of the one it learned from
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The reverse of `to_json`."""
         return cls(**values)

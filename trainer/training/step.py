@@ -120,18 +120,11 @@ def _now() -> tf.Tensor:
 def _all_reduce(values: Any, replicas: int) -> Any:
     if replicas == 1:
         return values
-    context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 class TrainingStep:
-    """Several optimizer steps in one device call, over any strategy.
-
-    Attributes:
-        loss_scale: float32 variables [scale, good steps in a row], saved with the run; None but for float16.
-        averages: the EMA weights; None without EMA.
-        traced: whether a call was made; the first one takes long.
-    """
+    """Several optimizer steps in one device call, over any strategy."""
 
     def __init__(
         self,
@@ -149,19 +142,18 @@ class TrainingStep:
         `teacher` answers for the images of each step; None: batches hold its probabilities, or nothing is distilled.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
-        self.variables = list(trained.values())
-        self.settings = settings
-        self.replicas, self.stop = strategy.num_replicas_in_sync, stop
+        self.variables, self.settings, self.stop = list(trained.values()), settings, stop
+        self.replicas = strategy.num_replicas_in_sync
         with strategy.scope():
             optimizer.build(self.variables)
-            self.loss_scale: list[tf.Variable] | None = None
+            self.loss_scale: list[tf.Variable] | None = None  # float32 [scale, good steps in a row]
             if settings.loss_scaling:
                 self.loss_scale = [tf.Variable(first, trainable=False) for first in (FIRST_LOSS_SCALE, 0.0)]
             self.averages: Averages | None = None
             if settings.ema:
                 shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}
                 self.averages = Averages(shadows, trained)
-        self.traced = False
+        self.traced = False  # the first call takes long
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_gradients: Callable[..., Any] = self._gradients
         if settings.xla:
