@@ -92,13 +92,11 @@ class FeatureCache:
         cut, examples = self.plan.cut(phase), self.images.dataset.splits[split]
         augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if augmented else 1
+        training, dtype = config.training, stored_dtype(options, cut)
         if split == "validation":
-            own = examples_to_score(
-                examples, config.training.batch_size, config.training.validation_share, self.sharding
-            )
+            own = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
         else:
             own = own_examples(examples, self.sharding)
-        dtype = stored_dtype(options, cut)
         features = Features(examples, cut.shape, dtype, views=views, own=own, threads=runtime.data_threads, note=say)
         if memory_budget < 0 and beside + features.bytes > runtime.disk_budget:
             return None

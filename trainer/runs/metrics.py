@@ -34,13 +34,14 @@ def cut_back(metrics: Path, logs: Path, step: int) -> None:
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         write_whole(metrics, "".join(line + "\n" for line in lines))
     for file in logs.glob("*/events.out.tfevents.*"):
-        with (
-            tf.io.TFRecordWriter(str(file) + ".cut") as writer,
-            suppress(tf.errors.DataLossError),  # the kill came in the middle of a record
-        ):
+        records = []
+        with suppress(tf.errors.DataLossError):  # the kill came in the middle of a record
             for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                 if Event.FromString(record).step <= step:
-                    writer.write(record)
+                    records.append(record)
+        with tf.io.TFRecordWriter(str(file) + ".cut") as writer:
+            for record in records:
+                writer.write(record)
         Path(str(file) + ".cut").replace(file)
 
 
