@@ -1,4 +1,4 @@
-"""What one training process holds of its run."""
+"""Run context: the objects that one training process holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.training.state import RunState
 
 @dataclass
 class RunPlan:
-    """What was decided before the first step."""
+    """Decisions made before the first step."""
 
     features: FeaturePlan
     sharding: ShardingPlan
@@ -38,7 +38,7 @@ class RunPlan:
 
 @dataclass
 class RunContext:
-    """One run as one worker sees it; `plan` and `scorer` are set once the run knows where it goes on."""
+    """One run as one worker sees it; `plan` and `scorer` are set once the run is restored."""
 
     config: RunConfig
     worker: Worker
@@ -54,7 +54,7 @@ class RunContext:
 
 @contextmanager
 def failures_recorded(run: RunContext) -> Iterator[None]:
-    """However the run ends, its time is accounted for and beside its checkpoints stands why."""
+    """Record the time and the reason of the end of a run, however it ends, and close its files."""
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def ended(code: int, reason: str) -> None:

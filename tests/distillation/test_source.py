@@ -13,7 +13,7 @@ import yaml
 
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import load
-from trainer.distillation.source import check_classes, look_for_teacher, read_teacher, write_saved_model
+from trainer.distillation.source import check_classes, find_teacher, read_teacher, write_saved_model
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import place
@@ -54,7 +54,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_best_checkpoint_of_a_run_with_its_averages(run: str) -> None:
-    found = look_for_teacher(run + "/")
+    found = find_teacher(run + "/")
     assert (found.kind, found.classes, found.home.name[:13]) == ("checkpoint", CLASSES, "step-00000001")
     assert found.model is not None
     assert (found.model.backbone, found.model.image_size) == ("Xception", 96)
@@ -65,20 +65,20 @@ def test_the_best_checkpoint_of_a_run_with_its_averages(run: str) -> None:
 
 
 def test_the_last_checkpoint_where_that_was_kept(tmp_path: Path) -> None:
-    found = look_for_teacher(str(leave_run(tmp_path / "t", keep="last")))
+    found = find_teacher(str(leave_run(tmp_path / "t", keep="last")))
     np.testing.assert_array_equal(read_teacher(found)["a/kernel"], [3, 3, 3])
 
 
 def test_another_teacher_has_another_fingerprint_and_a_moved_one_has_not(tmp_path: Path) -> None:
-    one, same = (look_for_teacher(str(leave_run(tmp_path / name))) for name in "ab")
-    other = look_for_teacher(str(leave_run(tmp_path / "c", {"a/kernel": np.full(3, 5, np.float32)})))
+    one, same = (find_teacher(str(leave_run(tmp_path / name))) for name in "ab")
+    other = find_teacher(str(leave_run(tmp_path / "c", {"a/kernel": np.full(3, 5, np.float32)})))
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_only_read_teacher_reads_weights(tmp_path: Path) -> None:
     folder = leave_run(tmp_path / "run")
     (folder / "checkpoints" / "step-00000001" / "variables.npz").unlink()
-    found = look_for_teacher(str(folder))
+    found = find_teacher(str(folder))
     with pytest.raises(DataError):
         read_teacher(found)
 
@@ -89,12 +89,12 @@ def test_a_saved_model_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
     for name, content in contents.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(content)
-    here = look_for_teacher(str(home))
+    here = find_teacher(str(home))
     assert (here.kind, here.classes, here.model) == ("SavedModel", CLASSES, None)
     with running(tmp_path / "objects"):
         for name in contents:
             (place(f"gs://{BUCKET}/m") / name).upload(home / name)
-        there = look_for_teacher(f"gs://{BUCKET}/m")
+        there = find_teacher(f"gs://{BUCKET}/m")
         files = read_teacher(there)
     assert there.fingerprint == here.fingerprint
     for found in (files, read_teacher(here)):
@@ -104,7 +104,7 @@ def test_a_saved_model_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
 
 def refusal(address: object) -> str:
     with pytest.raises((DataError, ConfigError)) as error:
-        read_teacher(look_for_teacher(str(address)))
+        read_teacher(find_teacher(str(address)))
     assert error.value.exit_code == 2
     return str(error.value)
 

@@ -54,7 +54,7 @@ def test_a_restart_knows_what_was_lost_and_how_long_nobody_was_there(tmp_path: P
     first.write()
     second = Clock(file, now - 5)  # 35 seconds later
     second.lap()
-    second.resumed(kept=30.0)
+    second.resumed(saved=30.0)
     assert {name: round(second.seconds[name]) for name in CATEGORIES if second.seconds[name]} == {
         "start": 15, "train": 30, "lost": 20, "down": 35,
     }  # fmt: skip

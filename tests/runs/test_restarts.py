@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import GAVE_UP, GaveUp
-from trainer.runs.restarts import KEPT, STOPPED, RestartHistory
+from trainer.runs.restarts import MAX_ENTRIES, STOPPED, RestartHistory
 
 
 def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost worker 1", most: int = 3) -> None:
@@ -64,9 +64,9 @@ def test_stopped_and_refused_attempts_do_not_count(tmp_path: Path) -> None:
 
 def test_the_file_stays_small_and_a_damaged_one_is_no_obstacle(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
-    for step in range(KEPT + 20):
+    for step in range(MAX_ENTRIES + 20):
         attempt(file, step, 75)
-    assert len(json.loads(file.read_text())) == KEPT
+    assert len(json.loads(file.read_text())) == MAX_ENTRIES
     file.write_text("{")
     attempt(file, 0, 75)
     assert len(json.loads(file.read_text())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,31 @@ def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -
         advice = "only tfrecord is read: prepare it with file_format=tfrecord"
         raise DataError(f"{info.name} is stored as {kind}, and {advice}")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
-    specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
-    for name in ("validation", "test"):
-        if specs[name] is None and name in info.splits:
-            specs[name] = name
-    ranges = {name: _resolve(info, spec, name) for name, spec in specs.items() if spec is not None}
+    specs = split_specs(data, info.splits)
+    ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
     classes = len(class_names)
     source = RecordSource(data.image_field, data.label_field, classes, cache_dir, data.on_error, note, arriving)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, facts, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}
     notes = _check_overlaps(splits, specs)
-    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    fractions = {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
-    if fractions:
+    if fractions := missing_fractions(data, splits):
         carved, how = carve(splits["train"], fractions, data.split_seed)
         splits |= carved
         notes += how
     return RawData(info.name, class_names, splits, facts, skipped, notes, group_names)
+
+
+def split_specs(data: Data, own: Container[str]) -> dict[str, str]:
+    """Split strings by split; a null one means the dataset's own split of that name, where `own` has it."""
+    specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
+    return {name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in own}
+
+
+def missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
+    """Fractions of the training records that become the splits which are not in `splits`."""
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
 
 
 def _folder(root: str) -> Any:
@@ -144,8 +152,12 @@ def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
     return tuple(getattr(feature, "names", None) or ()) or None
 
 
-def _resolve(info: Any, spec: str, part: str) -> list[Shard]:
-    """ "train[:80%]" -> the ranges of its shards, by TFDS's own rules."""
+def resolve_split(info: Any, spec: str, part: str) -> list[Shard]:
+    """ "train[:80%]" -> the ranges of its shards, by TFDS's own rules.
+
+    Raises:
+        DataError: there is no such split, or it is empty.
+    """
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError and AssertionError, by the kind of mistake
@@ -159,7 +171,7 @@ def _resolve(info: Any, spec: str, part: str) -> list[Shard]:
     return shards
 
 
-def _check_overlaps(splits: dict[str, Split], specs: dict[str, str | None]) -> list[str]:
+def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
     for name in ("validation", "test"):
         if name in splits and (shared := overlap(splits["train"], splits[name])):
             raise DataError(

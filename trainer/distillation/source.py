@@ -1,21 +1,20 @@
-"""What a teacher is made of, found in the folder that `distillation.teacher` names, here or in a bucket."""
+"""The files of a teacher in the folder that `distillation.teacher` names, here or in a bucket."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import yaml
 
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.model_card import label_lines
-from trainer.runs.checkpoints import read_checkpoint, weights_of
+from trainer.runs.checkpoints import checksum, names_in, read_checkpoint, weights_of
 from trainer.storage.path import Place, place
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
@@ -25,36 +24,30 @@ _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """Where a teacher lies and what it knows.
-
-    Attributes:
-        files: of the folder `home`, by name below it; size in bytes.
-        fingerprint: of its weights; another one for other weights.
-    """
+    """The files of a teacher, and its classes."""
 
     address: str  # as the user gave it
     kind: str  # SavedModel | checkpoint
     home: Place
     classes: tuple[str, ...]
-    fingerprint: str
-    files: dict[str, int] = field(default_factory=dict)
-    model: config.Model | None = None  # of a checkpoint: what to build
+    fingerprint: str  # of its weights
+    files: dict[str, int]  # name below `home` -> bytes
+    model: config.Model | None = None  # of a checkpoint: the model to build
 
     @property
     def words(self) -> str:
-        """What it is, for people."""
+        """One line for the log."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the other workers need to know of it, in plain values."""
-        model = self.model.model_dump(mode="json") if self.model else None
-        return {"kind": self.kind, "classes": self.classes, "fingerprint": self.fingerprint, "words": self.words,
-                "model": model}  # fmt: skip
+        """Plain values for the other workers."""
+        values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "words")}
+        return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
-def look_for_teacher(address: str) -> TeacherFiles:
+def find_teacher(address: str) -> TeacherFiles:
     """Find a teacher; of its weights only sizes and checksums are read.
 
     Args:
@@ -82,24 +75,19 @@ def _saved_model(address: str, home: Place) -> TeacherFiles:
     entries = {str(e.place).removeprefix(f"{home}/"): e for e in home.list()}
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
-        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else _crc(entry.place.read())
+        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else checksum(entry.place.read())
         digest.update(f"{name} {entry.size} {known}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
     sizes = {name: entry.size for name, entry in entries.items()}
     return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
 
 
-def _crc(content: bytes) -> str:
-    return f"{google_crc32c.value(content):08x}"
-
-
 def _checkpoint(address: str, home: Place) -> TeacherFiles:
     try:
-        told = config.load(yaml.safe_load((home / "config.yaml").read_text()))
+        settings = config.load(yaml.safe_load((home / "config.yaml").read_text()))
     except ConfigError as error:
         raise ConfigError(f"distillation.teacher={address}: its config.yaml cannot be used; {error}") from None
-    pointer = home / "checkpoints" / ("BEST" if told.training.keep == "best" else "LATEST")
-    names = pointer.read_text().split() if pointer.exists() else []
+    names = names_in(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
     if not names:
         raise DataError(f"distillation.teacher={address}: that run has no checkpoint yet; let it end first")
     folder = home / "checkpoints" / names[0]
@@ -108,9 +96,9 @@ def _checkpoint(address: str, home: Place) -> TeacherFiles:
         classes = tuple(json.loads((home / "run.json").read())["classes"])
     except (ValueError, KeyError):
         raise DataError(f"distillation.teacher={address}: {folder} or run.json is damaged") from None
-    fingerprint = hashlib.sha256(json.dumps([manifest, told.model.model_dump()], sort_keys=True).encode()).hexdigest()
-    sizes = {"variables.npz": int(manifest["bytes"])}
-    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint[:16], sizes, told.model)
+    identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
+    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": int(manifest["bytes"])}
+    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint, sizes, settings.model)
 
 
 def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
@@ -143,24 +131,23 @@ def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
     return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
 
 
-def read_teacher(found: TeacherFiles) -> dict[str, np.ndarray]:
+def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     """The variables of a checkpoint by name, averaged where that run had EMA on; or the files of a SavedModel by name,
     uint8 [bytes].
 
     Raises:
         DataError: something is missing or does not match its checksum.
     """
-    if found.kind == SAVED_MODEL:
-        return {name: np.frombuffer((found.home / name).read(), np.uint8) for name in found.files}
+    if teacher.kind == SAVED_MODEL:
+        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
     try:
-        return weights_of(read_checkpoint(found.home)[1])
+        return weights_of(read_checkpoint(teacher.home)[1])
     except DataError as error:
-        raise DataError(f"distillation.teacher={found.address}: {error}") from None
+        raise DataError(f"distillation.teacher={teacher.address}: {error}") from None
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """The reverse of `read_teacher` for a SavedModel."""
+    """Write the files of a SavedModel, as `read_teacher` has them, below a folder."""
     for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content.tobytes())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.tobytes())

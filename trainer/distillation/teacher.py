@@ -1,5 +1,5 @@
-"""The teacher of a run that distils (Hinton et al. 2015): opened, checked against the data, and asked once where that
-is enough.
+"""The teacher of a run that distils (Hinton et al. 2015): opened, checked against the data, and run once where that is
+enough.
 """
 
 from __future__ import annotations
@@ -20,15 +20,8 @@ from trainer.config.schema import Model
 from trainer.data.decoding import plain
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
-from trainer.distillation.source import (
-    ROWS,
-    SAVED_MODEL,
-    check_classes,
-    check_same,
-    look_for_teacher,
-    read_teacher,
-    write_saved_model,
-)
+from trainer.distillation import source
+from trainer.distillation.source import ROWS, SAVED_MODEL, check_classes, check_same
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.classifier import Classifier
@@ -36,13 +29,12 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import say
 from trainer.runs.reader import rebuild_classifier
 from trainer.storage.local import write_whole
-
-_TINY = 1.2e-38  # probabilities are floored here before the logarithm
+from trainer.training.losses import log_probs
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that only answers; S is the side of the images it was trained on, pixels."""
+    """A network for inference; S is the side of the images it was trained on, pixels."""
 
     image_size: int
     answer: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
@@ -59,17 +51,14 @@ class Teacher:
 
 
 def classifier_as_teacher(classifier: Classifier) -> Teacher:
-    """A teacher out of a classifier that holds its weights."""
+    """The teacher that a classifier with its trained weights is."""
     return Teacher(classifier.image_size, lambda images: classifier.logits(images, training=False))
 
 
 def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
-    """A teacher out of an exported SavedModel (`trainer/exporting/saved_model.py`).
+    """The teacher that an exported SavedModel is (`trainer/exporting/saved_model.py`).
 
-    Call it under the strategy's scope.
-
-    Args:
-        address: what the user called it.
+    Call it under the strategy's scope; `address` is for messages.
 
     Raises:
         DataError: it has no signature `images` that answers `probabilities` for images of one size.
@@ -85,7 +74,7 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
 
     def answer(images: Any) -> Any:
         assert loaded is not None  # its variables live as long as it does
-        return tf.math.log(tf.maximum(signature(images=images)["probabilities"], _TINY))
+        return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(given.shape[1]), answer)
 
@@ -100,15 +89,12 @@ _FORMAT = 1  # of the cached answers; counts up when they change
 class OpenedTeacher:
     """The teacher of a run: it answers in every step (`network`), or has answered for every training example.
 
-    Attributes:
-        fingerprint: of its weights.
-        answers: its probabilities, float32 [count, classes], by example index; None where it answers in every step, and
-            where the run was told to stop meanwhile.
+    Both are None where the run was asked to stop meanwhile.
     """
 
-    fingerprint: str
+    fingerprint: str  # of its weights
     network: Teacher | None = None
-    answers: np.ndarray | None = None
+    answers: np.ndarray | None = None  # its probabilities, float32 [count, classes], by example index
 
     def with_answers(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """Training batches that hold the answers for their examples, as `teacher`, where they are known."""
@@ -134,15 +120,15 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
     config = images.config
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
-    found = look_for_teacher(address) if worker.is_chief else None
-    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: found.facts if found else None)
+    files = source.find_teacher(address) if worker.is_chief else None
+    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.facts if files else None)
     check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
     check_same(run, before, facts["fingerprint"])
     say(f"teacher: {facts['words']}; loss = {alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
         + (f" at temperature {temperature:g}" if temperature != 1 else ""))  # fmt: skip
 
     def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays("teacher's weights", read_teacher(found) if found else {})
+        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
         return _build(worker.strategy, images, address, facts, arrays)
 
     if config.augmentation.active:
@@ -153,19 +139,15 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
 
 
 def _build(
-    strategy: tf.distribute.Strategy,
-    images: ImageStore,
-    address: str,
-    facts: dict[str, Any],
-    arrays: dict[str, np.ndarray],
+    strategy: tf.distribute.Strategy, images: ImageStore, address: str, facts: dict[str, Any], arrays: dict[str, Any]
 ) -> Teacher:
     if facts["kind"] == SAVED_MODEL:
         with strategy.scope(), tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-            write_saved_model(arrays, Path(folder))
+            source.write_saved_model(arrays, Path(folder))
             return saved_model_as_teacher(Path(folder), address)
-    model, source = Model(**facts["model"]), f"distillation.teacher={address}"
+    model, setting = Model(**facts["model"]), f"distillation.teacher={address}"
     with strategy.scope():
-        classifier = rebuild_classifier(model, len(images.dataset.class_names), images.config.seed, arrays, source)
+        classifier = rebuild_classifier(model, len(images.dataset.class_names), images.config.seed, arrays, setting)
     return classifier_as_teacher(classifier)
 
 
@@ -173,7 +155,7 @@ def _answers(
     worker: Worker, images: ImageStore, sharding: Sharding, facts: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
     """The teacher's answers for all training examples, from the cache where an earlier start left them; None where the
-    run was told to stop meanwhile. It sees the images at its own size, and at its own `resize` where that is known.
+    run was asked to stop meanwhile. It sees the images at its own size, and at its own `resize` where that is known.
     """
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)

@@ -1,4 +1,4 @@
-"""The features of a run's phases: what earlier starts left on the disk, completed by all workers."""
+"""Features of a run's phases: those that earlier starts left on the disk, completed by all workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import tensorflow as tf
 
 from trainer.cluster.worker import Worker
@@ -33,7 +32,7 @@ class FeatureCache:
         self.config = images.config
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
-        """The features of these splits for a phase, complete; None where a worker has no room, or was told to stop.
+        """The features of these splits for a phase, complete; None where a worker has no room, or was asked to stop.
 
         Those that later phases will want, and that stay what they are until then, are computed in the same pass.
 
@@ -43,7 +42,8 @@ class FeatureCache:
         compute = FeaturePass(self.worker, self.images, self.classifier)
         opened: list[Features] = []
         for split in splits:
-            features = self._open(phase, split, self._memory_left(opened))
+            taken = sum(features.bytes for features in opened if features.kept == "memory")
+            features = self._open(phase, split, self.images.memory_left - taken)
             if self.worker.control.any_worker("no room for features", features is None):
                 return None
             assert features is not None
@@ -63,9 +63,6 @@ class FeatureCache:
                 self.images.split(split).known_bad |= features.bad
             opened.append(features)
         return opened
-
-    def _memory_left(self, opened: Sequence[Features]) -> int:
-        return self.images.memory_left - sum(features.bytes for features in opened if features.kept == "memory")
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
         """The phases after this one that read the same views of a split, as features that stay what they are."""
@@ -87,24 +84,20 @@ class FeatureCache:
         return later_phases
 
     def _open(self, phase: str, split: str, memory_budget: int, beside: int = 0) -> Features | None:
-        """What earlier starts left of a split's features for a phase, to be completed; None where there is no room.
+        """Features of a split for a phase with the rows of earlier starts, to be completed; None: there is no room.
 
-        Args:
-            memory_budget: bytes; negative: on disk alone.
-            beside: bytes on disk that other features of the same pass take.
+        `memory_budget` in bytes, negative: on disk alone. Other features of the same pass take `beside` bytes on disk.
         """
         config, runtime, options = self.config, self.config.runtime, self.config.phases[phase]
         cut, examples = self.plan.cut(phase), self.images.dataset.splits[split]
         augmented = split == "train" and config.augmentation.active
-        features = Features(
-            examples,
-            cut.shape,
-            stored_dtype(options, cut),
-            views=(options.augmented_views or 1) if augmented else 1,
-            own=self._own_examples(split),
-            threads=runtime.data_threads,
-            note=say,
-        )
+        views = (options.augmented_views or 1) if augmented else 1
+        training, dtype = config.training, stored_dtype(options, cut)
+        if split == "validation":
+            own = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+        else:
+            own = own_examples(examples, self.sharding)
+        features = Features(examples, cut.shape, dtype, views=views, own=own, threads=runtime.data_threads, note=say)
         if memory_budget < 0 and beside + features.bytes > runtime.disk_budget:
             return None
         images = cache_name(examples, self.classifier.image_size, config.model.resize, self.images.dataset.fingerprint)
@@ -117,10 +110,3 @@ class FeatureCache:
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
         file = runtime.cache_folder / "features" / f"{split}-{digest}"
         return open_features(features, file, memory_budget, runtime.disk_budget)
-
-    def _own_examples(self, split: str) -> np.ndarray:
-        """The examples that this worker reads: increasing indices."""
-        examples, training = self.images.dataset.splits[split], self.config.training
-        if split == "validation":
-            return examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
-        return own_examples(examples, self.sharding)

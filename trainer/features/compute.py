@@ -1,4 +1,4 @@
-"""The one pass over the images that computes what frozen trunks make of them, on all workers at the same time."""
+"""One pass over the images that computes the features of frozen trunks, on all workers at the same time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows_at_once() -> int:
 
 @dataclass
 class FeatureRequest:
-    """Features that a pass is to compute at one cut."""
+    """Features to compute at one cut."""
 
     cut: Cut
     features: Features
@@ -44,7 +44,7 @@ class FeatureRequest:
 
 
 class FeaturePass:
-    """Computes features of one split after the other; what cuts they have in common is compiled once."""
+    """Computes features of one split after the other; equal cuts are compiled once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
@@ -52,27 +52,26 @@ class FeaturePass:
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, wanted: Sequence[FeatureRequest], augmentation: Augmentation, exchanged: bool) -> bool:
-        """Compute what is missing of the features of one split.
+        """Compute the missing features of one split; False where the run was asked to stop meanwhile.
 
         Each worker computes what it reads itself; where all read the same, it computes its part and they exchange.
-
-        Returns:
-            False where the run was told to stop meanwhile. See also `FeatureRequest.failed`, of this worker alone.
+        `FeatureRequest.failed` is set for this worker alone.
 
         Raises:
             DataError: an image cannot be read.
         """
         split, views = wanted[0].features.split, wanted[0].features.views
-        missing = {(i, v): self._missing(w, v, exchanged) for i, w in enumerate(wanted) for v in range(views)}
-        some = [w for i, w in enumerate(wanted) if any(missing[i, v].any() for v in range(views))]
-        for one in wanted:
-            if one not in some and one.needed:
+        missing = [[self._missing(one, view, exchanged) for view in range(views)] for one in wanted]
+        some = []
+        for one, of_views in zip(wanted, missing, strict=True):
+            if np.any(of_views):
+                some.append(one)
+            elif one.needed:
                 say(f"  features of {split.name}: taken from {one.features.where}, computed before")
         if not some:
             return True
-        of_view = [np.logical_or.reduce([missing[i, v] for i in range(len(wanted))]) for v in range(views)]
-        count = sum(int(one.sum()) for one in of_view)
-        say(f"  features of {split.name}: {count:,} images to compute; kept in "
+        of_view = np.logical_or.reduce(missing)
+        say(f"  features of {split.name}: {int(np.sum(of_view)):,} images to compute; kept in "
             + " and ".join(one.features.where for one in some))  # fmt: skip
         pixels = self.images.split(split.name)
         with data_errors(pixels):
@@ -82,7 +81,7 @@ class FeaturePass:
         return True
 
     def _missing(self, wanted: FeatureRequest, view: int, exchanged: bool) -> np.ndarray:
-        """What this worker, or any of those that read the same, has not got: bool [count]."""
+        """Examples that this worker, or any of those that read the same, lacks: bool [count]."""
         missing, control = wanted.features.missing(view), self.worker.control
         if not exchanged:
             return missing
@@ -94,14 +93,9 @@ class FeaturePass:
         return np.unpackbits(union, count=len(missing)).astype(bool)
 
     def _fill_view(
-        self,
-        wanted: Sequence[FeatureRequest],
-        pixels: Pixels,
-        augmentation: Augmentation,
-        exchanged: bool,
-        view: int,
+        self, wanted: Sequence[FeatureRequest], pixels: Pixels, augmentation: Augmentation, exchanged: bool, view: int,
         chosen: np.ndarray,
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         worker = self.worker
         parts = np.array_split(np.flatnonzero(chosen), worker.size if exchanged else 1)
         mine = parts[worker.index if exchanged else 0]
@@ -121,7 +115,7 @@ class FeaturePass:
         """Weights float32 [rows], 0 for no example, then the rows at each cut; ends early where the run should stop."""
         compute, local = self._compute(cuts), self.worker.strategy.experimental_local_results
         in_memory = pixels.array is not None and not augmentation.active
-        source = self._kept(pixels, mine) if in_memory else self._live(pixels, mine, augmentation, view)
+        source = self._from_memory(pixels, mine) if in_memory else self._live(pixels, mine, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outcome = compute(images, weights)
@@ -133,14 +127,11 @@ class FeaturePass:
         self, pixels: Pixels, mine: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
         """Images and weights of each call, out of the pipeline that training has."""
-        batches = chosen_batches(
-            pixels,
-            mine,
-            rows=self.rows,
-            replicas=self.worker.replicas,
-            view=View(augmentation, self.images.config.seed, view),
-            prefetched=self._ahead(pixels, len(mine)),
-        )
+        replicas, one_view = self.worker.replicas, View(augmentation, self.images.config.seed, view)
+        # Decode while the trunk is compiled, but not where shards have to be fetched.
+        most = DECODED_AHEAD // (self.rows // replicas * self.classifier.image_size**2 * 3)
+        ahead = None if pixels.shards else max(2 * replicas, min(most, -(-len(mine) // self.rows) * replicas))
+        batches = chosen_batches(pixels, mine, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.gate()
         try:
@@ -153,7 +144,7 @@ class FeaturePass:
         finally:
             gate.close()
 
-    def _kept(self, pixels: Pixels, mine: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+    def _from_memory(self, pixels: Pixels, mine: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """The same, straight out of the array: neighbours are not even copied."""
         content, blank, each = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad = list(pixels.bad)
@@ -174,15 +165,8 @@ class FeaturePass:
 
             yield self.worker.strategy.experimental_distribute_values_from_function(part)
 
-    def _ahead(self, pixels: Pixels, count: int) -> int | None:
-        """Batches of one replica to be decoded while the trunk is compiled; None where shards have to be fetched."""
-        replicas = self.worker.replicas
-        image_bytes = self.classifier.image_size**2 * 3
-        most = DECODED_AHEAD // (self.rows // replicas * image_bytes)
-        return None if pixels.shards else max(2 * replicas, min(most, -(-count // self.rows) * replicas))
-
     def _compute(self, cuts: Sequence[Cut]) -> Any:
-        """The compiled trunk; its answers are typed as they are stored."""
+        """The compiled trunk: images, weights -> weights, then the features at each cut, as they are stored."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -190,9 +174,7 @@ class FeaturePass:
             def replica(images: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
                 return [weights, *trunk.features(images)]
 
-            self._compiled[key] = tf.function(
-                lambda images, weights: strategy.run(replica, args=(images, weights)), autograph=False
-            )
+            self._compiled[key] = tf.function(lambda *batch: strategy.run(replica, args=batch), autograph=False)
         return self._compiled[key]
 
     def _store_block(
@@ -201,10 +183,10 @@ class FeaturePass:
         pixels: Pixels,
         view: int,
         index: np.ndarray,
-        made: Sequence[Sequence[np.ndarray]],
+        made: list,
         exchanged: bool,
     ) -> None:
-        """Keep a block of rows, this worker's or everyone's."""
+        """Store a block of rows, this worker's or everyone's."""
         columns = [_joined(column)[: len(index)] for column in zip(*made, strict=True)]
         lost = index[columns[0] == 0] if columns else index
         why = np.array([pixels.bad.get(int(i), "") for i in lost] if len(lost) else [], str)

@@ -46,7 +46,7 @@ class Cut:
 
 
 def is_moving(layer: keras.Layer) -> bool:
-    """Whether its averages move in training, be there something to learn in it or not."""
+    """Whether training moves the averages of a layer, trainable weights or not."""
     return isinstance(layer, NORM) and layer.trainable
 
 
@@ -54,15 +54,12 @@ def find_cut(classifier: Classifier) -> Cut | None:
     """The deepest cut of a classifier as `apply_thaw` left it; None where no layer with weights lies below any."""
     backbone = classifier.backbone
     operations = backbone.operations
-    last_use = {
-        id(tensor): number
-        for number, operation in enumerate(operations)
-        for tensor in (keras.tree.flatten(operation.input) if number else [])
-    }
+    uses = enumerate(operations[1:], 1)
+    last_use = {id(tensor): number for number, op in uses for tensor in keras.tree.flatten(op.input)}
     (end,) = backbone.outputs
     last_use[id(end)] = len(operations)
     crossing: dict[int, tuple[int, Any]] = {}
-    found, has_weights = None, False
+    deepest, has_weights = None, False
     for number, operation in enumerate(operations):
         is_layer = isinstance(operation, keras.Layer)  # else a bare function, such as the addition of two tensors
         if is_layer and (operation.trainable_weights or is_moving(operation)):
@@ -72,10 +69,10 @@ def find_cut(classifier: Classifier) -> Cut | None:
             crossing[id(tensor)] = (number, tensor)
         crossing = {key: value for key, value in crossing.items() if last_use.get(key, -1) > number}
         if len(crossing) == 1 and has_weights:
-            found = (number, *next(iter(crossing.values())))
-    if found is None:
+            deepest = (number, *next(iter(crossing.values())))
+    if deepest is None:
         return None
-    below, number, tensor = found
+    below, number, tensor = deepest
     layers = [operation for operation in operations[: below + 1] if isinstance(operation, keras.Layer)]
     own = {id(variable) for layer in layers for variable in layer.weights}
     pooled = tensor is end
@@ -91,7 +88,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
 
 
 class Trunk:
-    """What lies below some cuts of one classifier, for inference alone, with the weights that it has now."""
+    """The layers below some cuts of one classifier, for inference alone, with the weights that it has now."""
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
         self.classifier, self.cuts = classifier, tuple(cuts)
@@ -108,24 +105,17 @@ class Trunk:
 
 
 class Tail:
-    """What lies above a cut: to a training step and to scoring it is a classifier of what leaves the trunk."""
+    """The layers above a cut: to a training step and to scoring a classifier of the trunk's output."""
 
     def __init__(self, classifier: Classifier, cut: Cut) -> None:
         self.classifier, self.cut = classifier, cut
         self._back = None if cut.pooled else keras.Model(cut.tensor, classifier.backbone.outputs[0])
 
     def logits(
-        self,
-        images: Any,
-        *,
-        training: bool = False,
-        batch_norm_training: bool = False,
-        seed: int = 0,
-        step: Any = 0,
-        position: Any = None,
-        weight: Any = None,
-    ) -> Any:
-        """What left the trunk, [b, *shape], stored as any floating type -> float32 logits [b, classes].
+        self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
+        position: Any = None, weight: Any = None,
+    ) -> Any:  # fmt: skip
+        """Output of the trunk, [b, *shape], stored as any floating type -> float32 logits [b, classes].
 
         The other arguments are those of `Classifier.logits`, and so is the answer.
         """
@@ -136,5 +126,4 @@ class Tail:
         return self.classifier.head_logits(maps, training, seed, step, position)
 
     def l2_loss(self) -> tf.Tensor:
-        """As `Classifier.l2_loss`."""
         return self.classifier.l2_loss()

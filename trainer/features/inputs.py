@@ -1,4 +1,4 @@
-"""What a phase trains and validates on: images, or cached features of its frozen layers."""
+"""Inputs of a phase: images, or cached features of its frozen layers."""
 
 from __future__ import annotations
 
@@ -17,31 +17,22 @@ from trainer.training.step import Network
 
 @dataclass(frozen=True)
 class Inputs:
-    """The sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features.
-
-    Attributes:
-        augmentation: still to be done to what `training` reads.
-        views: augmentations of each example; None: another one in each epoch.
-    """
+    """Sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
-    augmentation: Augmentation
-    views: int | None
+    augmentation: Augmentation  # still to be applied to `training`
+    views: int | None  # augmentations of each example; None: another one in each epoch
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open what phase `name` reads, once `apply_thaw` has set what trains in it. May compute features, on all workers.
+    """Open the inputs of a phase after `apply_thaw`; may compute features, on all workers.
 
-    Args:
-        scorer: of the whole classifier.
-
-    Returns:
-        None where a worker has no room for features, or was told to stop meanwhile.
+    `scorer` is that of the whole classifier. None where a worker has no room for features, or was asked to stop.
 
     Raises:
         DataError: an image cannot be read.
@@ -62,7 +53,7 @@ def open_inputs(
 
 
 def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Let a phase that finds no room for features read images."""
+    """Make a phase without room for features read images."""
     if plan.reads[name] == "cached":
         images.forget("train")
     plan.reads[name] = "live"

@@ -1,4 +1,4 @@
-"""Whether a phase trains on cached features of its frozen layers or on images (docs/features.md)."""
+"""The choice between cached features of frozen layers and images for each phase (docs/features.md)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from trainer.monitoring.log import say
 from trainer.runs.folder import note_facts, read_facts
 from trainer.types import Dataset
 
-# What a phase reads: features; images; images to train on, and features of those that validate.
+# Input of a phase: features; images; images to train on, and features of those that validate.
 Reads = Literal["cached", "live", "validation"]
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """What one phase reads, and why."""
+    """Input of one phase, and why."""
 
     reads: Reads
     reason: str
@@ -38,7 +38,7 @@ class FeatureChoice:
 
 @dataclass(frozen=True)
 class Division:
-    """How a phase divides the classifier: where it can be cut, and the names of the variables that it updates."""
+    """Division of the classifier by a phase: where it can be cut, and the names of the variables that it updates."""
 
     cut: Cut | None
     updated: frozenset[str]
@@ -46,20 +46,20 @@ class Division:
 
 @dataclass
 class FeaturePlan:
-    """What each phase of a run reads; a phase that finds no room for its features goes on `live`."""
+    """Inputs of all phases of a run; a phase without room for its features becomes `live`."""
 
     divisions: Mapping[str, Division]
     reads: dict[str, Reads]
 
     def cut(self, phase: str) -> Cut:
-        """Where the classifier is cut for a phase that reads features."""
+        """The cut of a phase that reads features."""
         cut = self.divisions[phase].cut
         assert cut is not None, "a phase reads features where there is a cut"
         return cut
 
 
 def stored_dtype(phase: Phase, cut: Cut) -> str:
-    """What features are stored in: what was asked for, but what is computed in fewer bits keeps its own."""
+    """Dtype of stored features: the one asked for, but features computed in fewer bits keep their own."""
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
@@ -69,7 +69,7 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
     Raises:
         ModelError: a rule of freezing matches nothing; names the phase.
     """
-    found = {}
+    divisions = {}
     for name, phase in config.phases.items():
         try:
             plan = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
@@ -79,13 +79,14 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
         if plan.batch_norm_training:
             moving = {id(v) for layer in classifier.backbone.layers if is_moving(layer) for v in layer.weights}
             updated |= {n for n, v in classifier.variables.items() if id(v) in moving}
-        found[name] = Division(find_cut(classifier), frozenset(updated))
-    return found
+        divisions[name] = Division(find_cut(classifier), frozenset(updated))
+    return divisions
 
 
 def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
-    """Whether the phases from number `first` on read the training images once: where all of them train on cached
-    features, which are computed in one pass. Where nothing trains (`reads` is empty) the images are what is asked for.
+    """True if the phases from number `first` on read the training images once, for cached features alone.
+
+    Where nothing trains (`reads` is empty) the images themselves are asked for.
     """
     several = config.augmentation.active or config.distillation is not None
     return not several and all(reads.get(name) == "cached" for name in list(config.phases)[first:])
@@ -94,10 +95,7 @@ def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first:
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose for each phase whether it trains on cached features or on images.
-
-    Args:
-        budget: bytes that features may take, in memory or on disk.
+    """Choose cached features or images for each phase; features may take `budget` bytes, in memory or on disk.
 
     Raises:
         ConfigError: a phase says `features=cached`, and that cannot be.
@@ -115,8 +113,8 @@ def plan_features(
             raise ConfigError(f"phases.{name}.features=cached: {choice.reason}; say features=auto or live")
         if cut and choice.reads != "cached" and phase.features == "auto" and epochs > 1:
             needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, scored)
+            what = f"validation on features of {scored:,} images at {cut}, {megabytes(needed)}"
             if needed <= budget:
-                what = f"validation on features of {scored:,} images at {cut}, {megabytes(needed)}"
                 choice = FeatureChoice("validation", f"{choice.reason}; {what}")
         choices[name] = choice
     return choices
@@ -125,11 +123,9 @@ def plan_features(
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
 ) -> dict[str, Reads]:
-    """What each phase reads: as this run chose when it began, or chosen and recorded now; the chief chooses for all.
+    """Inputs of each phase: as run.json in the run's folder records, or chosen and recorded now, by the chief for all.
 
-    Args:
-        folder: of the run, whose run.json holds the choice.
-        begun: the run has taken a step.
+    `begun` says that the run has taken a step.
     """
     config = images.config
 
@@ -161,12 +157,12 @@ def _choose(
         return FeatureChoice("live", f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
     needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
-    what = f"{views} view{'s' * (views > 1)} of {examples:,} images at {cut}, {megabytes(needed)}"
+    several = f"{views} view{'s' * (views > 1)}"
+    what = f"{several} of {examples:,} images at {cut}, {megabytes(needed)}"
     if needed > budget:
         return FeatureChoice("live", f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     whole = math.ceil(epochs)
+    length = f"{whole} epoch{'s' * (whole > 1)}"
     if phase.features == "auto" and views >= whole:
-        return FeatureChoice(
-            "live", f"{views} view{'s' * (views > 1)} would be computed for {whole} epoch{'s' * (whole > 1)}"
-        )
-    return FeatureChoice("cached", f"{what}, computed once for {whole} epoch{'s' * (whole > 1)}")
+        return FeatureChoice("live", f"{several} would be computed for {length}")
+    return FeatureChoice("cached", f"{what}, computed once for {length}")

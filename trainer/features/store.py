@@ -1,7 +1,7 @@
-"""What a frozen trunk made of the images of a split: computed once, kept in memory or on disk, read instead of images.
+"""Features of the images of a split below a cut: computed once, stored in memory or on disk, read instead of images.
 
 On disk a file holds all rows, and a list beside it says which of them are there, with a checksum a piece. Both only
-grow, so a start takes over what any earlier one has finished: rows that are missing or damaged are computed again.
+grow, so a start takes over the rows of any earlier one: those that are missing or damaged are computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import google_crc32c
 import numpy as np
 import tensorflow as tf
 
@@ -21,6 +20,7 @@ from trainer.data.host import fresh_array, usable_cpus
 from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
+from trainer.runs.checkpoints import checksum
 from trainer.types import Split
 
 # How numpy holds them; it has no bfloat16, whose bits are kept as they are.
@@ -32,7 +32,7 @@ _SUFFIXES = (".rows", ".list")
 
 @dataclass
 class Features:
-    """Of those examples of a split that this worker reads. Batches of them are made as those of `Pixels` are."""
+    """Features of those examples of a split that this worker reads; a `BatchSource`, as `Pixels` is."""
 
     split: Split
     shape: tuple[int, ...]  # of one example
@@ -49,40 +49,36 @@ class Features:
 
     @property
     def parallel(self) -> int:
-        """As `Pixels.parallel`."""
         return self.threads or usable_cpus()
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.shape)) * STORED[self.dtype].itemsize
+        return bytes_of(self.shape, self.dtype, 1, 1)
 
     @property
     def where(self) -> str:
-        """Where they are kept, for people."""
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
     def bytes(self) -> int:
-        """What they take."""
-        return self.views * len(self.own) * self.row_bytes
+        return bytes_of(self.shape, self.dtype, self.views, len(self.own))
 
     def tensor(self) -> tf.Tensor:
-        """As `Pixels.tensor`."""
         assert self.array is not None
         with tf.device("CPU:0"):
             return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """As `Pixels.rows_of`: [b, *shape], of the view that belongs to each row's epoch, int64 [b]."""
+        """Rows [b, *shape] at int64 indices [b], each of the view that belongs to its epoch, int64 [b]."""
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
     def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """As `Pixels.gate`: there is nothing to wait for."""
+        """A gate with nothing to wait for."""
         return ShardGate(None, self.split, reader, reads, ahead)
 
     def missing(self, view: int) -> np.ndarray:
-        """Bool [count]: what this worker reads and has not got."""
+        """Examples that this worker reads and lacks, bool [count]."""
         wanted = np.zeros(self.split.count, bool)
         wanted[self.own] = True
         return wanted & ~self.known[view]
@@ -96,15 +92,15 @@ class Features:
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
         with np.errstate(over="ignore"):
-            found = rows.astype(STORED[self.dtype], copy=False)
-        if self.dtype == "float16" and not np.isfinite(found).all() and np.isfinite(rows).all():
+            typed = rows.astype(STORED[self.dtype], copy=False)
+        if self.dtype == "float16" and not np.isfinite(typed).all() and np.isfinite(rows).all():
             raise DataError(
                 "features_dtype=float16 holds numbers up to 65,504, and there are larger ones; take bfloat16"
             )
-        return found
+        return typed
 
     def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Take in `rows` [n, *shape], as `STORED` holds them, of increasing indices int64 [n].
+        """Store `rows` [n, *shape], typed as in `STORED`, of increasing indices int64 [n].
 
         Raises:
             OSError: the disk is full or gone, and memory does not hold them.
@@ -121,7 +117,7 @@ class Features:
             assert self.array is not None
             self.array[start : start + count] = rows
         if self.file:
-            piece = {"view": view, "first": first, "count": count, "crc32c": _checksum(rows),
+            piece = {"view": view, "first": first, "count": count, "crc32c": checksum(rows),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
                 _write_at(self.file.with_suffix(".rows"), start * self.row_bytes, rows.data.cast("B"))
@@ -145,10 +141,6 @@ class Features:
             self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
 
 
-def _checksum(content: bytes | np.ndarray) -> str:
-    return f"{google_crc32c.value(content):08x}"
-
-
 def _write_at(path: Path, offset: int, content: memoryview) -> None:
     # Plain writes: a full disk under a mapped file would kill the process.
     handle = os.open(path, os.O_WRONLY)
@@ -161,29 +153,21 @@ def _write_at(path: Path, offset: int, content: memoryview) -> None:
 
 
 def remove(file: Path) -> None:
-    """Delete what was kept under a name; who reads it still has it."""
+    """Delete the features of a name; a process that has them open can still read them."""
     for suffix in _SUFFIXES:
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
-    """What features take."""
+    """Bytes of stored features."""
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
-    """Take over what earlier starts left under the name `file`, ready to be completed.
+    """Take over rows of earlier starts under the name `file` into new `features`; None where there is no room.
 
     In memory if they fit its budget, with a copy on disk for the next start if they fit that one; else on disk. To keep
-    to the budget of the disk, features that were not used for longest are deleted.
-
-    Args:
-        features: as constructed, without rows.
-        memory_budget: bytes.
-        disk_budget: bytes.
-
-    Returns:
-        None where there is no room.
+    to the budget of the disk, the least recently used features are deleted. Budgets are in bytes.
     """
     in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
     if not in_memory and not on_disk:
@@ -211,7 +195,7 @@ def open_features(features: Features, file: Path, memory_budget: int, disk_budge
 
 
 def _take_over(features: Features) -> None:
-    """Find the rows that are there, and whole."""
+    """Mark the rows on disk that match their checksums as known, and read them where features are in memory."""
     assert features.file
     damaged = 0
     size = features.split.count + 1
@@ -229,7 +213,7 @@ def _take_over(features: Features) -> None:
             start = view * size + first
             rows.seek(start * features.row_bytes)
             content = rows.read(count * features.row_bytes)
-            whole = _checksum(content) == piece["crc32c"]
+            whole = checksum(content) == piece["crc32c"]
             damaged += not whole
             features.known[view, first : first + count] = whole
             if whole:

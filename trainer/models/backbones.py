@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Backbone:
     """A network of keras.applications.
 
-    A block is named by what its layer names share. In the Inception and NASNet families most layers of a block are
+    A block has the common part of its layers' names. In the Inception and NASNet families most layers of a block are
     anonymous (`conv2d_17`) and come before its named one: there a block begins right after the one before it, and the
     first begins after the layer `stem_end`.
     """
@@ -77,7 +77,7 @@ class Backbone:
             raise ModelError(f"model.alpha={alpha:g}: {self.name} has no alpha; unset it (only {takers} have one)")
 
     def block_of(self, layer_name: str) -> str | None:
-        """The block that a layer's name says it belongs to; None for a stem, a top or an anonymous layer."""
+        """The block of a layer, by its name; None for a stem, a top or an anonymous layer."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
@@ -86,11 +86,9 @@ class Backbone:
         starts: dict[str, int] = {}
         before = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
-            block = self.block_of(name)
-            if block is None:
-                continue
-            starts.setdefault(block, before + 1 if self.stem_end else index)
-            before = index
+            if block := self.block_of(name):
+                starts.setdefault(block, before + 1 if self.stem_end else index)
+                before = index
         return starts
 
 
@@ -115,53 +113,41 @@ def _name_as_in_a_fresh_process(network: keras.Model) -> None:
             layer.name = f"{kind}_{number - first}" if number > first else kind
 
 
-_EFFICIENT = r"^(block\d+[a-z])_"
-_STAGED = r"^(conv\d_block\d+)_"
-_CONVNEXT = r"(stage_\d+_block_\d+|downsampling_block_\d+)"
-
-
 @cache
 def backbones() -> dict[str, Backbone]:
     """Every backbone by its lower-case name without separators, such as "mobilenetv2"."""
-    found = [
+    mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
+    inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
+    cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
+    staged, efficient = r"^(conv\d_block\d+)_", r"^(block\d+[a-z])_"
+    convnext = r"(stage_\d+_block_\d+|downsampling_block_\d+)"
+    efficient_sizes = (224, 240, 260, 300, 380, 456, 528, 600)
+    efficient_v2_sizes = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
+    single = [
         Backbone("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
         Backbone("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
         Backbone("Xception", "xception", 299, 71, r"^(block\d+)_"),
         Backbone("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
-        Backbone(
-            "InceptionResNetV2",
-            "inception_resnet_v2",
-            299,
-            75,
-            r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)",
-            stem_end="max_pooling2d_1",
-        ),
+        Backbone("InceptionResNetV2", "inception_resnet_v2", 299, 75, inception_resnet, stem_end="max_pooling2d_1"),
     ]
-    mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
-    found += [
-        Backbone(f"MobileNetV3{size}", "mobilenet_v3", 224, 32, mobile_v3, takes_alpha=True)
-        for size in ("Small", "Large")
+    families: list[tuple[str, str, dict[Any, int], str, dict[str, Any]]] = [
+        ("MobileNetV3", "mobilenet_v3", dict.fromkeys(("Small", "Large"), 224), mobile_v3, {"takes_alpha": True}),
+        ("NASNet", "nasnet", {"Mobile": 224, "Large": 331}, cells, {"block_name": r"cell_\1", "stem_end": "stem_bn1"}),
+        ("VGG", "vgg16", {16: 224}, r"^(block\d)_", {}),
+        ("VGG", "vgg19", {19: 224}, r"^(block\d)_", {}),
+        ("ResNet", "resnet", dict.fromkeys((50, 101, 152), 224), staged, {}),
+        ("ResNet", "resnet_v2", dict.fromkeys(("50V2", "101V2", "152V2"), 224), staged, {}),
+        ("DenseNet", "densenet", dict.fromkeys((121, 169, 201), 224), staged, {}),
+        ("EfficientNetB", "efficientnet", dict(enumerate(efficient_sizes)), efficient, {}),
+        ("EfficientNetV2", "efficientnet_v2", efficient_v2_sizes, efficient, {}),
+        ("ConvNeXt", "convnext", dict.fromkeys(("Tiny", "Small", "Base", "Large", "XLarge"), 224), convnext, {}),
     ]
-    cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
-    found += [
-        Backbone(f"NASNet{kind}", "nasnet", size, 32, cells, r"cell_\1", stem_end="stem_bn1")
-        for kind, size in (("Mobile", 224), ("Large", 331))
+    known = single + [
+        Backbone(f"{family}{variant}", module, size, 32, pattern, **more)
+        for family, module, sizes, pattern, more in families
+        for variant, size in sizes.items()
     ]
-    found += [Backbone(f"VGG{depth}", f"vgg{depth}", 224, 32, r"^(block\d)_") for depth in (16, 19)]
-    found += [Backbone(f"ResNet{depth}", "resnet", 224, 32, _STAGED) for depth in (50, 101, 152)]
-    found += [Backbone(f"ResNet{depth}V2", "resnet_v2", 224, 32, _STAGED) for depth in (50, 101, 152)]
-    found += [Backbone(f"DenseNet{depth}", "densenet", 224, 32, _STAGED) for depth in (121, 169, 201)]
-    found += [
-        Backbone(f"EfficientNetB{n}", "efficientnet", size, 32, _EFFICIENT)
-        for n, size in enumerate((224, 240, 260, 300, 380, 456, 528, 600))
-    ]
-    second = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
-    found += [Backbone(f"EfficientNetV2{n}", "efficientnet_v2", s, 32, _EFFICIENT) for n, s in second.items()]
-    found += [
-        Backbone(f"ConvNeXt{size}", "convnext", 224, 32, _CONVNEXT)
-        for size in ("Tiny", "Small", "Base", "Large", "XLarge")
-    ]
-    return {_plain(backbone.name): backbone for backbone in found}
+    return {_plain(backbone.name): backbone for backbone in known}
 
 
 def _plain(name: str) -> str:

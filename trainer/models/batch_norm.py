@@ -17,7 +17,7 @@ _weight: ContextVar[Any] = ContextVar("weight", default=None)
 
 @contextmanager
 def counting(weight: Any) -> Iterator[None]:
-    """Within it, statistics are of the examples whose `weight`, float32 [b], is 1; None: of the whole batch."""
+    """Context in which batch statistics cover the examples whose `weight`, float32 [b], is 1; None: the whole batch."""
     token = _weight.set(weight)
     try:
         yield
@@ -26,9 +26,9 @@ def counting(weight: Any) -> Iterator[None]:
 
 
 class ExampleNormalization(keras.layers.BatchNormalization):
-    """What Keras' layer does when `synchronized`, with padding left out and two collectives in place of three.
+    """Keras' layer when `synchronized`, with padding left out and two collectives in place of three.
 
-    Keras' own mask is not synchronized, and no layer of a backbone would hand it on.
+    Keras' own mask is not synchronized, and no layer of a backbone would pass it through.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -46,7 +46,9 @@ class ExampleNormalization(keras.layers.BatchNormalization):
         # Not E(x^2) - E(x)^2, as Keras has it over replicas: in float32 that loses small variances.
         squares = _over_replicas(tf.reduce_sum(tf.square(x - mean) * rows, axes))
         variance = tf.math.divide_no_nan(squares, count)
-        step = tf.where(count > 0, 1.0 - self.momentum, 0.0)  # a piece that is all padding teaches nothing
+        step = tf.where(
+            count > 0, 1.0 - self.momentum, 0.0
+        )  # a micro-batch that is all padding must not move the averages
         for average, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
             before = tf.convert_to_tensor(average)
             average.assign(before + (now - before) * step)

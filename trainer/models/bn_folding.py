@@ -26,16 +26,16 @@ CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a convolution with the layer behind it: kernels and bias in the compute dtype."""
+    """Kernels and bias of a convolution with the BatchNormalization behind it folded in, in the compute dtype."""
 
-    kernels: tuple[tf.Tensor, ...]  # two where depth and points have their own
+    kernels: tuple[tf.Tensor, ...]  # two of a separable convolution: depthwise and pointwise
     bias: tf.Tensor
 
 
 def computed(
     network: keras.Model, inputs: Any, batch_norm_training: bool = False, weights: Mapping[str, Weights] | None = None
 ) -> Any:
-    """What `network(inputs, training=batch_norm_training)` is, to rounding; in a tf.function, with less work.
+    """`network(inputs, training=batch_norm_training)`, to rounding; in a tf.function, with less work.
 
     Layers that are trainable while `batch_norm_training` normalize with the statistics of the batch, as they would.
 
@@ -44,9 +44,7 @@ def computed(
     """
     if isinstance(inputs, keras.KerasTensor):  # of a model that is to have Keras' own layers
         return network(inputs, training=batch_norm_training)
-    norm_of = {
-        convolution.name: norm for convolution, norm in pairs(network) if not (batch_norm_training and norm.trainable)
-    }
+    norm_of = {conv.name: norm for conv, norm in pairs(network) if not (batch_norm_training and norm.trainable)}
     done = {norm.name for norm in norm_of.values()}
 
     def instead(operation: Any) -> Callable[..., Any]:
@@ -54,7 +52,7 @@ def computed(
             own = weights[operation.name] if weights is not None else _folded(operation, norm)
             return partial(_convolve, operation, own)
         if operation.name in done:
-            return lambda maps, **_: maps  # Keras also hands over a mask, of which images have none
+            return lambda maps, **_: maps  # Keras also passes a mask, of which images have none
         if isinstance(operation, keras.Layer) and "training" in inspect.signature(operation.call).parameters:
             return partial(operation, training=batch_norm_training)
         return operation
@@ -64,7 +62,7 @@ def computed(
 
 
 def folded(network: keras.Model) -> dict[str, Weights]:
-    """Of each convolution that has one such layer behind it, by name: as it is now, where nothing will train."""
+    """Folded weights, as they are now, by the name of each convolution with a BatchNormalization behind it."""
     return {convolution.name: _folded(convolution, norm) for convolution, norm in pairs(network)}
 
 
@@ -76,22 +74,15 @@ def pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNor
             for tensor in keras.tree.flatten(operation.input):
                 readers[id(tensor)].append(operation)
     ends = {id(producer_of(tensor)) for tensor in network.outputs}
-    found = []
+    folding = []
     for operation in network.operations:
-        if id(operation) in ends or not _is_linear(operation):
-            continue
-        own = readers[id(operation.output)]
-        if len(own) == 1 and isinstance(own[0], NORM) and own[0].axis in (-1, 3):
-            found.append((operation, own[0]))
-    return found
-
-
-def _is_linear(operation: Any) -> bool:
-    return (
-        isinstance(operation, CONVOLUTIONS)
-        and operation.activation in (None, keras.activations.linear)
-        and operation.data_format == "channels_last"
-    )
+        if isinstance(operation, CONVOLUTIONS) and id(operation) not in ends:
+            linear = operation.activation in (None, keras.activations.linear)
+            behind = readers[id(operation.output)]
+            is_norm = len(behind) == 1 and isinstance(behind[0], NORM) and behind[0].axis in (-1, 3)
+            if linear and is_norm and operation.data_format == "channels_last":
+                folding.append((operation, behind[0]))
+    return folding
 
 
 def _folded(convolution: Any, norm: Any) -> Weights:
@@ -122,11 +113,6 @@ def _convolve(convolution: Any, weights: Weights, maps: Any, **_: Any) -> Any:
         make = keras.ops.separable_conv
     elif isinstance(convolution, keras.layers.DepthwiseConv2D):
         make = keras.ops.depthwise_conv
-    made = make(
-        tf.cast(maps, convolution.compute_dtype),
-        *weights.kernels,
-        strides=convolution.strides,
-        padding=convolution.padding,
-        dilation_rate=convolution.dilation_rate,
-    )
+    options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
+    made = make(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
     return tf.nn.bias_add(made, weights.bias)  # which TensorFlow computes together with the convolution

@@ -52,12 +52,7 @@ class Classifier:
         return (keras.ops.mean if self.pooling == "avg" else keras.ops.max)(features, axis=(1, 2))
 
     def head_logits(
-        self,
-        features: Any,
-        training: bool = False,
-        seed: int = 0,
-        step: tf.Tensor | int = 0,
-        position: tf.Tensor | None = None,
+        self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None
     ) -> Any:
         """Feature maps [b, h, w, C] or pooled features [b, C] -> float32 logits [b, classes].
 
@@ -74,19 +69,12 @@ class Classifier:
         return self.output(x)
 
     def logits(
-        self,
-        images: Any,
-        *,
-        training: bool = False,
-        batch_norm_training: bool = False,
-        seed: int = 0,
-        step: tf.Tensor | int = 0,
-        position: tf.Tensor | None = None,
-        weight: tf.Tensor | None = None,
-    ) -> Any:
+        self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
+        position: Any = None, weight: Any = None,
+    ) -> Any:  # fmt: skip
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 logits [b, classes]."""
-        features = self.features(images, batch_norm_training, weight)
-        return self.head_logits(features, training, seed, step, position)
+        maps = self.features(images, batch_norm_training, weight)
+        return self.head_logits(maps, training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
         """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 [b, classes], each row summing to 1."""
@@ -109,23 +97,20 @@ class Classifier:
         """{"head/output/kernel": variable, ...}."""
         layers = {"hidden": self.hidden, "output": self.output}
         return {
-            f"head/{name}/{variable.name}": variable
-            for name, layer in layers.items()
-            if layer is not None
-            for variable in layer.weights
+            f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
         }
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
         """Every variable by a name that is the same in every process, backbone first, in the order of its layers."""
-        found: dict[str, keras.Variable] = {}
+        named: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in found:  # a nested block may hold two of a name
+                while key in named:  # a nested block may hold two of a name
                     key += "_"
-                found[key] = variable
-        return found | self.head_variables
+                named[key] = variable
+        return named | self.head_variables
 
 
 def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:
@@ -154,9 +139,7 @@ def build_classifier(model: config.Model, class_count: int, seed: int) -> Classi
 
 
 def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
-    initializer = keras.initializers.GlorotUniform(seed=seed)
-    layer = keras.layers.Dense(
-        units, activation=activation, kernel_initializer=initializer, dtype="float32", name=f"head_{name}"
-    )
+    drawn = keras.initializers.GlorotUniform(seed=seed)
+    layer = keras.layers.Dense(units, activation, kernel_initializer=drawn, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))
     return layer

@@ -1,4 +1,4 @@
-"""Which part of a classifier trains in a phase."""
+"""Freezing: the part of a classifier that trains in a phase."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.private_api import swap_class
 
 @dataclass(frozen=True)
 class Group:
-    """Variables that share a fate."""
+    """One row of the table of what trains."""
 
     name: str
     variables: int
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ThawPlan:
-    """What trains; covers every variable of the classifier exactly once."""
+    """Trainable and frozen variables; covers every variable of the classifier exactly once."""
 
     thaw: str
     batch_norm: str  # frozen | train
@@ -48,30 +48,21 @@ class ThawPlan:
         """The plan for people, one line a group."""
         where = f"all {self.layer_count} layers of the backbone are frozen"
         if self.first_thawed is not None:
-            where = (
-                f"{self.thawed_layers} of {self.layer_count} layers thawed, "
-                f"the first that trains is {self.first_thawed} ({self.first_name})"
-            )
-        table = [(g.name, f"{g.variables:,}", f"{g.parameters:,}", _size(g.bytes)) for g in self.groups]
+            where = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first that trains is "
+                     f"{self.first_thawed} ({self.first_name})")  # fmt: skip
         sums = [sum(getattr(g, part) for g in self.groups) for part in ("variables", "parameters", "bytes")]
-        table = [("", "variables", "parameters", "size"), *table]
-        table.append(("all", f"{sums[0]:,}", f"{sums[1]:,}", _size(sums[2])))
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
-        rows = [
-            f"  {name:<{widths[0]}}  {variables:>{widths[1]}}  {parameters:>{widths[2]}}  {size:>{widths[3]}}"
-            for name, variables, parameters, size in table
-        ]
+        groups = [*self.groups, Group("all", *sums)]
+        table = [(g.name, f"{g.variables:,}", f"{g.parameters:,}", f"{g.bytes / 1e6:,.2f} MB") for g in groups]
+        table.insert(0, ("", "variables", "parameters", "size"))
+        first, *others = [max(len(row[i]) for row in table) for i in range(4)]
+        rows = ["  " + "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in table]
         return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *self.lr_multiplier_lines]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
 
 
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` on every layer of the backbone by the rule `thaw`, and tell what came of it. The head trains.
+    """Set `.trainable` on every layer of the backbone by the rule `thaw`; the head always trains.
 
     `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | last_blocks:N | pattern:REGEX;
     layers are counted as `backbone.layers` lists them, `percent:P` is the last P %, a pattern is searched in the names
@@ -115,23 +106,15 @@ def _plan(classifier: Classifier, thaw: str, batch_norm: str, thawed: list[int],
     norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
     moving = {id(v) for i in thawed if isinstance(layers[i], NORM) for v in layers[i].non_trainable_weights}
     variables, head = classifier.variables, classifier.head_variables
-    members: dict[str, list[keras.Variable]] = {
-        name: []
-        for name in (
-            "head, trains",
-            "backbone, trains",
-            "batch norm, trains",
-            "batch norm, moving averages",
-            "backbone, frozen",
-            "batch norm, frozen",
-        )
-    }
+    order = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
+             "backbone, frozen", "batch norm, frozen")  # fmt: skip
+    members: dict[str, list[keras.Variable]] = {name: [] for name in order}
     for name, variable in variables.items():
         kind = "head" if name in head else "batch norm" if id(variable) in norms else "backbone"
-        fate = "trains" if name in head or id(variable) in trains else "frozen"
-        fate = "moving averages" if id(variable) in moving else fate
-        members[f"{kind}, {fate}"].append(variable)
-    groups = tuple(_group(name, found) for name, found in members.items() if found)
+        role = "trains" if name in head or id(variable) in trains else "frozen"
+        role = "moving averages" if id(variable) in moving else role
+        members[f"{kind}, {role}"].append(variable)
+    groups = tuple(_group(name, rows) for name, rows in members.items() if rows)
     known = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
     assert {id(v) for v in variables.values()} == known, "a variable is missing from the plan"
     assert sum(group.variables for group in groups) == len(known), "a variable is in the plan twice"
@@ -181,7 +164,6 @@ def _group(name: str, variables: Iterable[keras.Variable]) -> Group:
 
 
 def _chosen(classifier: Classifier, thaw: str) -> set[int]:
-    """The indices of the layers that the rule names."""
     names = [layer.name for layer in classifier.backbone.layers]
     rule, _, value = thaw.partition(":")
     count, what = len(names), f"thaw={thaw}"

@@ -1,4 +1,4 @@
-"""Where a classifier looked: Grad-CAM beside the probabilities and the embedding, in one pass over the backbone."""
+"""Grad-CAM heatmaps with the probabilities and the embedding, in one pass over the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from trainer.models.classifier import Classifier
 
 AT_ONCE = 32  # images
-Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> what `explain` says of them
+Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the arrays of `explain`
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
@@ -27,10 +27,10 @@ def make_explainer(classifier: Classifier) -> Explainer:
 
 
 def explain(classifier: Classifier, images: tf.Tensor, chosen: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
-    """What the classifier says of images, and where in them it saw that; works in a tf.function and a SavedModel.
+    """Probabilities, embeddings and Grad-CAM heatmaps of images; works in a tf.function and a SavedModel.
 
     Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization"): the feature maps are added up, each weighted by the mean over its places of the gradient of the
+    Localization"): the feature maps are added up, each weighted by the mean over its positions of the gradient of the
     class's logit, and what speaks against the class is cut off. Only the head is differentiated, so that an
     explanation costs little more than a prediction.
 

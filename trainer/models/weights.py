@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -31,25 +32,25 @@ def build_with_weights(
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
         return _download(backbone, image_size, alpha)
+    if weights == "none":
+        return backbone.build(image_size, alpha, None)
+    path = Path(weights).expanduser()
     if weights == "glyphs":
+        path = GLYPHS
         if (backbone.name, alpha) != ("MobileNetV2", 0.35):
-            width = f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else ""
             raise ModelError(
-                f"model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not "
-                f"{backbone.name}{width}"
+                "model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not "
+                + _with_width(backbone, alpha)
             )
-        if not GLYPHS.is_file():
+        if not path.is_file():
             raise ModelError(
-                f"model.weights=glyphs: the packaged file {GLYPHS.name} is missing; `make pretrained` makes it"
+                f"model.weights=glyphs: the packaged file {path.name} is missing; `make pretrained` makes it"
             )
-    path = GLYPHS if weights == "glyphs" else Path(weights).expanduser()
-    if weights != "none":
-        _check_file(path)  # before the seconds that building takes
+    _check_file(path)  # before the seconds that building takes
     network = backbone.build(image_size, alpha, None)
-    if weights != "none":
-        _load(network, path, backbone, image_size, alpha)
-        if backbone.module == "efficientnet":
-            _divide_as_published(network)
+    _load(network, path, backbone, image_size, alpha)
+    if backbone.module == "efficientnet":
+        _divide_as_published(network)
     return network
 
 
@@ -61,12 +62,10 @@ def _divide_as_published(network: keras.Model) -> None:
     deviation for `weights="imagenet"` alone (tensorflow#49930). Where it is missing, the variance of the Normalization
     takes that factor in. Values that were not made from ImageNet's have another mean or variance.
     """
-    place, norm = next(
-        (i, layer) for i, layer in enumerate(network.layers) if isinstance(layer, keras.layers.Normalization)
-    )
+    index, norm = next((i, one) for i, one in enumerate(network.layers) if isinstance(one, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
     other, wanted = np.square(IMAGENET_DEVIATION), np.power(IMAGENET_DEVIATION, 3)
-    if isinstance(network.layers[place + 1], keras.layers.Rescaling):
+    if isinstance(network.layers[index + 1], keras.layers.Rescaling):
         other, wanted = wanted, other
     if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other, atol=1e-3):
         norm.adapt_variance.assign(wanted)
@@ -74,7 +73,7 @@ def _divide_as_published(network: keras.Model) -> None:
 
 
 def settle_input(network: keras.Model) -> None:
-    """After the values of a trained network were assigned to another: make its input layers compute with them.
+    """Make the input layers of a network compute with the values that were just assigned to its variables.
 
     A Normalization computes with constants that it made of its variables when they were loaded, and a network that
     Keras built for `weights="imagenet"` divided a second time (`_divide_as_published`).
@@ -99,7 +98,8 @@ def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras
 
 
 def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    if not _is_legacy(path):
+    # The older HDF5 layout, which the published ImageNet files have, Keras checks itself.
+    if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
         _check_sizes(network, path, backbone, image_size, alpha)
     try:
         network.load_weights(path)
@@ -110,9 +110,12 @@ def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int,
         raise ModelError(_misfit(path, backbone, alpha, detail.strip())) from error
 
 
+def _with_width(backbone: Backbone, alpha: float | None) -> str:
+    return backbone.name + (f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else "")
+
+
 def _misfit(path: Path, backbone: Backbone, alpha: float | None, detail: str) -> str:
-    width = f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else ""
-    return f"model.weights={path} does not fit {backbone.name}{width} without its top: {detail}"
+    return f"model.weights={path} does not fit {_with_width(backbone, alpha)} without its top: {detail}"
 
 
 def _check_file(path: Path) -> None:
@@ -131,18 +134,13 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"model.weights={path} is not a Keras weights file (damaged, or only a pointer to one?)")
 
 
-def _is_legacy(path: Path) -> bool:
-    """Whether this is the older HDF5 layout, which the published ImageNet files have."""
-    return path.suffix != ".keras" and not path.name.endswith(".weights.h5")
-
-
-def _parameters_by_shape(path: Path) -> dict[tuple[int, ...], int]:
-    """How many arrays of each shape a Keras 3 file holds, the states of random generators left out."""
-    found: dict[tuple[int, ...], int] = {}
+def _parameters_by_shape(path: Path) -> Counter[tuple[int, ...]]:
+    """Number of arrays of each shape in a Keras 3 file, the states of random generators left out."""
+    shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
         if isinstance(item, h5py.Dataset) and "seed_generator" not in name and not name.startswith("optimizer"):
-            found[item.shape] = found.get(item.shape, 0) + 1
+            shapes[item.shape] += 1
 
     try:
         if path.suffix == ".keras":
@@ -153,14 +151,11 @@ def _parameters_by_shape(path: Path) -> dict[tuple[int, ...], int]:
                 file.visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.weights={path} is not a Keras weights file or is damaged ({error})") from error
-    return found
+    return shapes
 
 
-def _shapes(network: keras.Model) -> dict[tuple[int, ...], int]:
-    found: dict[tuple[int, ...], int] = {}
-    for variable in network.weights:
-        found[tuple(variable.shape)] = found.get(tuple(variable.shape), 0) + 1
-    return found
+def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(variable.shape) for variable in network.weights)
 
 
 def _check_sizes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
@@ -169,12 +164,10 @@ def _check_sizes(network: keras.Model, path: Path, backbone: Backbone, image_siz
     if given == wanted:
         return
     counts = f"the file holds {sum(given.values())} arrays, the backbone has {sum(wanted.values())}"
-    missing = {shape: n for shape, n in wanted.items() if given.get(shape, 0) < n}
-    if missing:
+    if missing := wanted - given:
         shape = max(missing, key=lambda s: (len(s), s))
-        counts += f"; none or too few of shape {list(shape)} (wanted {missing[shape]}, found {given.get(shape, 0)})"
-    others = [a for a in ALPHAS if a != (alpha or 1.0)] if backbone.takes_alpha else []
-    for other in others:
+        counts += f"; none or too few of shape {list(shape)} (wanted {wanted[shape]}, found {given[shape]})"
+    for other in [a for a in ALPHAS if a != (alpha or 1.0)] if backbone.takes_alpha else []:
         if _shapes(backbone.build(image_size, other, None)) == given:
             raise ModelError(_misfit(path, backbone, alpha, f"it is for alpha {other:g}; set model.alpha={other:g}"))
     raise ModelError(_misfit(path, backbone, alpha, counts))

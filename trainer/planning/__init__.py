@@ -1,1 +1,1 @@
-"""What a run would do, found out without doing it."""
+"""The dry run: the plan of a run, its sections and its checks."""

@@ -1,16 +1,14 @@
-"""The run's own code, led up to the point where it would begin to do something: its checks, words and errors."""
+"""Checks of a run that change nothing: data, output folder, warm start and teacher, with the run's own errors."""
 
 from __future__ import annotations
 
 import fcntl
-import fnmatch
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,40 +18,41 @@ import numpy as np
 
 from trainer.cluster.devices import described, devices_of
 from trainer.cluster.discovery import Cluster
-from trainer.config.schema import Model, RunConfig
-from trainer.data.remote import Prepared
+from trainer.config.schema import RunConfig
 from trainer.data.splits import part_sizes
-from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, look_for_teacher, read_teacher
+from trainer.data.tfds import missing_fractions, resolve_split, split_specs
+from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
 from trainer.planning.estimates import activation_bytes, bytes_of, parameters
-from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.checkpoints import CheckpointFolder, names_in
+from trainer.runs.reader import without_weights
 from trainer.runs.restore import local_checkpoints
-from trainer.storage.path import Entry, Place, place
+from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training import variables
-from trainer.types import Dataset, Shard, Split
+from trainer.types import Dataset, Split
 
 
 def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
-    """What `build_strategy` says before it starts anything, and the number of replicas of one worker.
+    """The devices in words, and the number of replicas of one worker.
 
     Raises:
-        ConfigError: as a run would, the batch cannot be shared or there are too few devices.
+        ConfigError: the batch cannot be shared or there are too few devices.
     """
     kind, wanted = devices_of(config.runtime, cluster.size)
     return described(kind, wanted, cluster, config), wanted
 
 
 @contextmanager
-def metadata(found: Prepared, address: str) -> Iterator[str]:
-    """A folder with all that a prepared folder in a bucket says of its shards, and none of them."""
+def metadata(address: str, entries: Iterable[Entry]) -> Iterator[str]:
+    """A temporary folder, named like the one in the bucket, with these files of it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
-        for name, entry in found.beside.items():
-            entry.place.download(folder / name, expected=entry)
+        for entry in entries:
+            entry.place.download(folder / entry.place.name, expected=entry)
         yield str(folder)
 
 
@@ -66,97 +65,74 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
     import tensorflow_datasets as tfds
 
     data = config.data
-    entries = place(root).list(recursive=False)
-    small = [e for e in entries if str(e.place).endswith((".json", ".txt"))]
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in small:
-            entry.place.download(Path(folder) / entry.place.name, expected=entry)
+    small = [e for e in place(root).list(recursive=False) if str(e.place).endswith((".json", ".txt"))]
+    with metadata(root, small) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
             names = data.class_names or tuple(info.features[data.label_field].names)
-            specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
-            specs = {name: spec or (name if name in info.splits else None) for name, spec in specs.items()}
-            pieces = {n: info.splits[spec].file_instructions for n, spec in specs.items() if spec}
         except Exception as error:  # TFDS raises what its JSON readers raise
             raise DataError(f"{root} is no TFDS folder that can be read: {str(error).splitlines()[0]}") from None
-    shards = {
-        name: tuple(Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in found if i.take)
-        for name, found in pieces.items()
-    }
-    counts = {name: sum(s.stop - s.start for s in found) for name, found in shards.items()}
-    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    fractions = {name: fraction for name, fraction in fractions.items() if name not in counts and fraction > 0}
-    carved = part_sizes(counts["train"], fractions)
-    counts |= carved | {"train": counts["train"] - sum(carved.get(name, 0) for name in fractions)}
+    specs = split_specs(data, info.splits)
+    shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
+    counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
+    carved = part_sizes(counts["train"], missing_fractions(data, counts))
+    counts |= carved | {"train": counts["train"] - sum(carved.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
     splits = {n: Split(n, np.zeros(c, np.int32), shards=shards.get(n, shards["train"])) for n, c in counts.items()}
     return Dataset(info.name, names, splits, fingerprint="")
 
 
-def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str]:
-    """The local path of what `stage` fetched before, None where it would have to fetch something; and its words.
+def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[Entry]]:
+    """The local path of an address, None where a run would have to fetch something; that in words; its files.
 
     Raises:
         DataError: as `stage`: nothing is there, it cannot be read, or it does not fit the budget.
     """
     copy = planned_copy(address, cache, budget)
-    missing = missing_from(copy.folder, copy.entries)
+    missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
     if not missing:
-        return copy.path, f"{address}: lies in {copy.folder}, fetched before"
+        return copy.path, f"{address}: lies in {copy.folder}, fetched before", entries
     size = sum(entry.size for entry in missing.values())
-    return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}"
-
-
-def listed(address: str) -> list[Entry]:
-    """The files that a folder or a pattern in a bucket names; nothing is fetched."""
-    folder = re.split(r"[*?\[]", address)[0]
-    if folder == address:
-        return place(address.rstrip("/")).list()
-    return [e for e in place(folder.rpartition("/")[0]).list() if fnmatch.fnmatch(str(e.place), address)]
-
-
-def output_place(config: RunConfig) -> Place:
-    """Where output_dir is."""
-    return place(config.output_dir or "")
+    return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}", entries
 
 
 def newest_state(config: RunConfig) -> dict[str, Any] | None:
     """The state of the newest checkpoint in output_dir that can be read; None where there is none."""
-    there = output_place(config)
+    there = place(config.output_dir or "")
     if there.is_local:
         checkpoints = CheckpointFolder(Path(str(there)) / "checkpoints", 1, lambda _: None)
         for step in reversed(checkpoints.steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
-    committed = (there / "checkpoints" / "LATEST").fetch()
-    names = committed[0].decode().split() if committed else []
+    names = names_in(there / "checkpoints" / "LATEST")
     return json.loads((there / "checkpoints" / names[0] / "state.json").read()) if names else None
 
 
 def holder(config: RunConfig) -> str | None:
-    """Who is training into output_dir, as far as its lock or lease tells."""
-    there = output_place(config)
+    """The process that trains into output_dir, by its lock or lease; None where there is none."""
+    there = place(config.output_dir or "")
     if there.is_local:
+        file = Path(str(there)) / ".lock"
         try:
-            with open(Path(str(there)) / ".lock") as lock:
+            with open(file) as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
         except BlockingIOError:
-            return (Path(str(there)) / ".lock").read_text().strip() or "another process"
+            return file.read_text().strip() or "another process"
         except OSError:
             pass
         return None
-    found = (there / ".lease").fetch()
+    written = (there / ".lease").fetch()
     with suppress(ValueError, AttributeError):
-        lease = json.loads(found[0]) if found else {}
+        lease = json.loads(written[0]) if written else {}
         if lease.get("holder") and lease.get("uid") != (os.environ.get("JOB_UID") or ""):
             return f"{lease['holder']}, last renewed at {lease.get('renewed')}"
     return None
 
 
 def probe_output(config: RunConfig) -> str:
-    """Write and delete a small file where the run would write; the words for it.
+    """Write and delete a small file where the run would write; returns a line about it.
 
     Raises:
         ConfigError, DataError, Interrupted: it cannot be written.
@@ -186,10 +162,10 @@ def probe_output(config: RunConfig) -> str:
 
 
 def find_warm_start(source: str) -> str:
-    """The words for a warm start that is there.
+    """A line about the checkpoints of a warm start.
 
     Raises:
-        DataError: there is no checkpoint.
+        DataError: there is none.
     """
     if is_remote(source):
         if not (place(source) / "checkpoints" / "LATEST").exists():
@@ -199,16 +175,16 @@ def find_warm_start(source: str) -> str:
     return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
-def find_teacher(address: str, classes: tuple[str, ...] | None) -> str:
-    """The words for a teacher that is there.
+def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
+    """The files of a teacher; `classes` are those of the data, where they are known.
 
     Raises:
         DataError, ConfigError: there is none, or it does not know these classes.
     """
-    found = look_for_teacher(address)
+    files = find_teacher(address)
     if classes is not None:
-        check_classes(address, found.classes, classes)
-    return found.words
+        check_classes(address, files.classes, classes)
+    return files
 
 
 @dataclass(frozen=True)
@@ -218,48 +194,38 @@ class TeacherPlan:
     words: str
     variables: int
     activations: int
-    answers: int  # that a worker keeps; 0 where the teacher answers in every step
+    answers: int  # that a worker stores; 0 where the teacher answers in every step
 
     def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
-        """What it takes of memory, every replica of a worker counted."""
-        rows = [("the teacher's variables", self.variables * replicas)]
-        rows += [("its activations", self.activations * replicas)] if self.activations else []
-        return [*rows, ("its answers", self.answers)] if self.answers else rows
+        """Bytes in memory, every replica of a worker counted."""
+        optional = [("its activations", self.activations * replicas), ("its answers", self.answers)]
+        return [("the teacher's variables", self.variables * replicas), *(row for row in optional if row[1])]
 
 
 def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, but for what lies in a bucket: of that no weights are read.
-
-    Args:
-        rows: training examples that a replica computes at once.
+    """Open the teacher as a run would, without reading weights in a bucket; a replica computes `rows` examples at once.
 
     Raises:
         DataError, ConfigError, ModelError: as a run would.
     """
-    told = config.distillation
-    if told is None:
+    if config.distillation is None:
         return None
-    found = look_for_teacher(told.teacher)
-    check_classes(told.teacher, found.classes, dataset.class_names)
+    address = config.distillation.teacher
+    files = check_teacher(address, dataset.class_names)
     begun = newest_state(config) if config.output_dir else None
-    check_same(str(config.output_dir), begun.get("teacher") if begun else None, found.fingerprint)
+    check_same(str(config.output_dir), begun.get("teacher") if begun else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
-    answers = 0 if every_step else count * len(found.classes) * 4
+    answers = 0 if every_step else count * len(files.classes) * 4
     how = "answers in every step" if every_step else f"answers once, for {count:,} training images"
-    if found.model is None:
-        size = _saved_model(told.teacher, found)
+    if files.model is None:
+        if not is_remote(address):
+            saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
+        size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
         return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {how}", size, 0, answers)
-    model = Model(**found.model.model_dump() | {"weights": "none"})  # each of its values is in the checkpoint
-    classifier = build_classifier(model, len(found.classes), config.seed)
-    if not is_remote(told.teacher):
-        variables.write(classifier.variables, read_teacher(found), f"distillation.teacher={told.teacher}")
+    model = without_weights(files.model)
+    classifier = build_classifier(model, len(files.classes), config.seed)
+    if not is_remote(address):
+        variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
     words = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {how}"
     activations = activation_bytes(classifier, None, rows if every_step else ROWS)
     return TeacherPlan(words, bytes_of(classifier.variables.values()), activations, answers)
-
-
-def _saved_model(address: str, found: TeacherFiles) -> int:
-    """Bytes of its variables, after a look at its signature where it is here."""
-    if not is_remote(address):
-        saved_model_as_teacher(Path(str(found.home)), address)
-    return sum(size for name, size in found.files.items() if name.startswith("variables/"))

@@ -1,11 +1,9 @@
-"""What a run would do, found out without doing it: data, storage, phases, network, memory and bytes."""
+"""The dry run: opens the data, builds the network and plans phases, memory and bytes without training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from trainer.config.auto import advise
 from trainer.config.schema import Data, RunConfig
@@ -20,47 +18,37 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
 from trainer.planning import checks, estimates, network_plot
 from trainer.planning.estimates import PhasePlan
-from trainer.planning.sections import (
-    WIDTH,
-    Plan,
-    Rows,
-    show_bytes,
-    show_data,
-    show_memory,
-    show_phases,
-    show_storage,
-)
+from trainer.planning.sections import WIDTH, Plan, Rows, show_bytes, show_data, show_memory, show_phases, show_storage
 from trainer.runs.folder import check_fingerprint, inspect_folder
+from trainer.runs.reader import without_weights
 from trainer.storage.staging import is_remote, prepared_folder
 from trainer.training.losses import class_weights
 from trainer.types import Dataset
 
 
 def find_data(plan: Plan) -> Rows:
-    """Open the data where that takes no download; what would be staged is only listed."""
-
+    """Open the data where that takes no download; files that would be staged are only listed."""
     config, data = plan.config, plan.config.data
     cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
     changes: dict[str, Any] = {"root": data.root, "pattern": data.pattern}
     if is_remote(data.data_dir) and data.name:
         changes |= {"root": prepared_folder(str(data.data_dir), data.name), "data_dir": None}
     rows: Rows = []
-    missing = None
     ahead = data.source == "tfds" and is_remote(changes["root"]) and not data.group_field
     if ahead and (prepared := prepared_at(changes["root"])):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{changes['root']}: {coming(prepared, budget)}"))
-        with checks.metadata(prepared, changes["root"]) as folder:
+        with checks.metadata(changes["root"], prepared.beside.values()) as folder:
             _open(plan, data.model_copy(update={**changes, "root": folder}), arriving=True)
         return rows
+    missing = None
     for key in ("root", "pattern"):
-        if is_remote(changes[key]):
-            address = changes[key]
-            path, said = checks.staged(address, cache, budget)
-            rows.append(("bucket", said))
-            changes[key], missing = path, missing if path else address
+        if is_remote(address := changes[key]):
+            changes[key], line, entries = checks.staged(address, cache, budget)
+            rows.append(("bucket", line))
+            if changes[key] is None:
+                missing, plan.to_stage = address, entries
     if missing:
-        plan.to_stage = checks.listed(missing)
         if data.source != "tfds":
             return [*rows, ("not opened", "no plan downloads data: classes and counts show once it is staged")]
         plan.dataset, plan.labels_known = checks.outline_of_bucket(config, missing), False
@@ -71,17 +59,15 @@ def find_data(plan: Plan) -> Rows:
 
 
 def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
-    """Open what is on this machine, as a run would; False where the run would download it first."""
-
+    """Open data on this machine, as a run would; False where the run would download it first."""
     config = plan.config
-    closed = data.model_copy(update={"download": False})
 
     def note(text: str) -> None:
         if text.startswith("reading"):
             print(text, flush=True)
 
     try:
-        dataset = open_run_dataset(config, closed, note, arriving=arriving)
+        dataset = open_run_dataset(config, data.model_copy(update={"download": False}), note, arriving=arriving)
     except DataError as error:
         if data.download and "is not prepared in" in str(error):
             return False
@@ -94,11 +80,10 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
     return True
 
 
-def advised(plan: Plan, found: Dataset) -> RunConfig:
-    """The configuration with what is `auto` chosen as the run would choose it."""
-
+def resolve_auto(plan: Plan, dataset: Dataset) -> RunConfig:
+    """The configuration with `auto` values resolved as the run would resolve them."""
     if plan.config.auto:
-        plan.config, plan.reasons = advise(plan.config, found.splits["train"].count, len(found.class_names))
+        plan.config, plan.reasons = advise(plan.config, dataset.splits["train"].count, len(dataset.class_names))
         checks.devices(plan.config, plan.cluster)  # another batch may be one that cannot be shared
     if plan.reasons:
         plan.section("advice", [("auto", reason) for reason in plan.reasons])
@@ -106,56 +91,54 @@ def advised(plan: Plan, found: Dataset) -> RunConfig:
 
 
 def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) -> list[PhasePlan]:
-    """Data, storage, phases, network, memory and bytes; all that needs the network."""
-
+    """Data, storage, phases, network, memory and bytes: the sections that need data or network."""
     rows: Rows = []
     before = len(plan.faults)
     with plan.fault():
         rows = find_data(plan)
     problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > before else ""
-    found = plan.dataset
-    if found is None:
+    dataset = plan.dataset
+    if dataset is None:
         if rows:
             plan.section("data", rows)
         show_storage(plan, problem)
         return []
     with plan.fault():
-        require_validation(found)
-    config = advised(plan, found)
+        require_validation(dataset)
+    config = resolve_auto(plan, dataset)
+    classes, workers = len(dataset.class_names), plan.cluster.size
     kind = find_backbone(config.model.backbone)
     pixels = config.model.image_size or kind.default_size
-    caches = plan_image_caches(config, found, pixels, train_once=False)
+    caches = plan_image_caches(config, dataset, pixels, train_once=False)
     show_data(plan, rows, caches)
     show_storage(plan, problem)
     resident = estimates.resident()
     fetched = config.model.weights == "imagenet" or is_remote(config.model.weights)
-    model = config.model.model_copy(update={"weights": "none"}) if fetched else config.model  # nothing is downloaded
-    classifier = build_classifier(model, len(found.class_names), config.seed)
+    model = without_weights(config.model) if fetched else config.model  # nothing is downloaded
+    classifier = build_classifier(model, classes, config.seed)
     budget = max(config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget)
-    choices = plan_features(config, divide(config, classifier), found, budget)
+    choices = plan_features(config, divide(config, classifier), dataset, budget)
     features = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     reads = {name: choice.reads for name, choice in choices.items()}
-    once = config.data.cache == "auto" and train_images_read_once(config, reads)
-    if once:
+    once = train_images_read_once(config, reads)
+    if once and config.data.cache == "auto":
         features.append(("", "the training images are read once, and not kept"))
-        caches = plan_image_caches(config, found, pixels, train_once=True)
-    images_kept = "features" if once else caches["train"].where
-    train, workers, batch = found.splits["train"], plan.cluster.size, config.training.batch_size
-    sharding = plan_sharding(config.data.shard_by, train, workers, batch, images_kept, {})
+    caches = plan_image_caches(config, dataset, pixels, train_once=once)
+    images_kept, batch = "features" if once else caches["train"].where, config.training.batch_size
+    sharding = plan_sharding(config.data.shard_by, dataset.splits["train"], workers, batch, images_kept, {})
     epoch = sharding.steps_per_epoch
-    per_replica = batch // (replicas * plan.cluster.size * config.training.accumulate)
-    phases = estimates.plan_phases(config, classifier, epoch, max(per_replica, 1))
+    per_replica = max(batch // (replicas * workers * config.training.accumulate), 1)
+    phases = estimates.plan_phases(config, classifier, epoch, per_replica)
     show_phases(plan, phases, estimates.parameters(classifier), epoch, sharding.by)
     plan.section("features", features)
-    widths = " -> ".join(
-        f"{n:,}" for n in [classifier.backbone.output_shape[-1], config.model.hidden, len(found.class_names)] if n
-    )
+    units = [classifier.backbone.output_shape[-1], config.model.hidden, classes]
+    widths = " -> ".join(f"{n:,}" for n in units if n)
     teacher = None
     with plan.fault():
-        teacher = checks.plan_teacher(config, found, max(per_replica, 1))
+        teacher = checks.plan_teacher(config, dataset, per_replica)
     taught = [("teacher", teacher.words)] if teacher else []
-    drawn = [("drawing", str(network_plot.draw(classifier, phases, len(found.class_names), plot)))] if plot else []
-    head = sum(int(np.prod(v.shape)) for v in classifier.head_variables.values())
+    drawn = [("drawing", str(network_plot.draw(classifier, phases, classes, plot)))] if plot else []
+    head = estimates.count(classifier.head_variables.values())
     plan.section("model", [
         ("backbone", f"{kind.name}, weights {config.model.weights}, "
                      f"{estimates.parameters(classifier) - head:,} parameters "
@@ -164,8 +147,8 @@ def show_network(plan: Plan, replicas: int, plot: Path | None, summary: bool) ->
         ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters"), *taught, *drawn])  # fmt: skip
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
-    rest = teacher.memory_rows(replicas) if teacher else []
-    show_memory(plan, estimates.memory_rows(classifier, phases, caches, replicas, resident) + rest)
-    weights = estimates.checkpoint_bytes(classifier, phases)
-    show_bytes(plan, phases, caches, weights, 4 * estimates.parameters(classifier))
+    memory = estimates.memory_rows(classifier, phases, caches, replicas, resident)
+    show_memory(plan, memory + (teacher.memory_rows(replicas) if teacher else []))
+    checkpoint = estimates.bytes_of(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
+    show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
     return phases

@@ -20,7 +20,7 @@ from trainer.types import Split
 
 
 def bytes_of_split(split: Split) -> int:
-    """Bytes of its files, or of its part of each shard; 0 for what is not on this disk."""
+    """Bytes of the files of a split, or of its part of each shard; 0 where they are not on this disk."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -32,7 +32,7 @@ def bytes_of_split(split: Split) -> int:
 COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else added up to 806 MB (TensorFlow 2.21)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhasePlan:
     """One phase; sizes in bytes, activations of one replica's piece of a batch."""
 
@@ -52,9 +52,7 @@ class PhasePlan:
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
     """Apply each phase's thaw in turn; the classifier is left as the last phase has it.
 
-    Args:
-        epoch: steps of an epoch.
-        rows: examples that a replica computes at once.
+    `epoch` is in steps; a replica computes `rows` examples at once.
 
     Raises:
         ModelError: a rule of freezing matches nothing.
@@ -70,36 +68,34 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
         optimizer.build(list(thaw.trainable.values()))
         sizes = bytes_of(thaw.trainable.values())
         layers = classifier.backbone.layers
-        plans.append(
-            PhasePlan(
-                name=name,
-                steps=steps,
-                epochs=steps / epoch,
-                thaw=thaw,
-                trainable=sum(math.prod(v.shape) for v in thaw.trainable.values()),
-                trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
-                gradients=sizes,
-                optimizer=bytes_of(optimizer.variables),
-                averages=sizes if config.training.ema else 0,
-                activations=activation_bytes(classifier, thaw.first_thawed, rows),
-                saves=math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1),
-            )
-        )
+        saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
+        plans.append(PhasePlan(
+            name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
+            trainable=count(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
+            trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
+            optimizer=bytes_of(optimizer.variables),
+            activations=activation_bytes(classifier, thaw.first_thawed, rows),
+        ))  # fmt: skip
     return plans
 
 
 def bytes_of(variables: Any) -> int:
-    """Of memory, one copy of each."""
+    """Bytes of one copy of some variables."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
+def count(variables: Any) -> int:
+    """Number of parameters in some variables."""
+    return sum(math.prod(v.shape) for v in variables)
+
+
 def parameters(classifier: Classifier) -> int:
-    """Of backbone and head, moving averages included."""
-    return sum(math.prod(v.shape) for v in classifier.variables.values())
+    """Number of parameters of backbone and head, moving averages included."""
+    return count(classifier.variables.values())
 
 
 def activation_bytes(classifier: Classifier, first_thawed: int | None, rows: int) -> int:
-    """What the layers put out for `rows` examples: all that gradients flow through is kept, below it two at a time."""
+    """Bytes of the layers' outputs for `rows` examples: all that gradients flow through, below those two at a time."""
     sizes = [rows * _output_bytes(layer) for layer in classifier.backbone.layers]
     border = len(sizes) if first_thawed is None else first_thawed
     return sum(sizes[border:]) + sum(sorted(sizes[:border])[-2:])
@@ -111,17 +107,16 @@ def _output_bytes(layer: keras.Layer) -> int:
 
 
 def resident() -> int:
-    """The most bytes of memory that this process had so far."""
+    """Peak memory of this process so far, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """What takes memory, and how much, in the phase that takes most; every replica of this worker counted.
+    """Memory by use, bytes, in the phase that takes most, every replica of this worker counted.
 
-    Args:
-        before: bytes of the process with its libraries, before the network.
+    The process took `before` bytes with its libraries, before the network.
     """
     most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
@@ -133,8 +128,3 @@ def memory_rows(
         ("compiled steps and buffers, about", COMPILED),
         ("decoded images kept in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
-
-
-def checkpoint_bytes(classifier: Classifier, phases: list[PhasePlan]) -> int:
-    """Of the largest one."""
-    return bytes_of(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)

@@ -1,9 +1,10 @@
-"""The network in a drawing: its stages, and which phase trains them."""
+"""A drawing of the network: its stages, and which phase trains them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import keras
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import PhasePlan, parameters
+from trainer.planning.estimates import PhasePlan, count, parameters
 from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
 
 FROZEN, PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # how a stage is drawn
@@ -21,20 +22,15 @@ MIDDLE, OUTPUT, LAYERS, PARAMETERS, FIRST_PHASE, STEP = 2.9, 6.3, 9.6, 11.6, 12.
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers `first` to `last` of the backbone, drawn as one."""
+    """Layers of the backbone that are drawn as one."""
 
     name: str
-    first: int
-    last: int
-    shape: tuple[int, ...]  # of what comes out, without the batch
+    layers: range  # indices in backbone.layers
+    shape: tuple[int, ...]  # of the output, without the batch
     parameters: int
 
-    @property
-    def layers(self) -> range:
-        return range(self.first, self.last + 1)
 
-
-Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output, layers, parameters, what it is
+Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output, layers, parameters, stage or "head"
 
 
 def stages(classifier: Classifier) -> list[Stage]:
@@ -51,37 +47,33 @@ def stages(classifier: Classifier) -> list[Stage]:
         edges.append(("top", end + 1))
     edges = edges or [(classifier.kind.name, 0)]
     borders = [first for _, first in edges[1:]] + [len(names)]
-    found = [_stage(classifier, n, first, after - 1) for (n, first), after in zip(edges, borders, strict=True)]
-    if len(found) <= MOST_ROWS:
-        return found
-    groups: list[list[Stage]] = []
-    for stage in found:
-        if groups and groups[-1][0].shape[:2] == stage.shape[:2]:
-            groups[-1].append(stage)
-        else:
-            groups.append([stage])
-    return [
-        _stage(classifier, g[0].name if len(g) == 1 else f"{g[0].name} to {g[-1].name}", g[0].first, g[-1].last)
-        for g in groups
-    ]
+    single = [_stage(classifier, n, range(first, after)) for (n, first), after in zip(edges, borders, strict=True)]
+    if len(single) <= MOST_ROWS:
+        return single
+    merged: list[Stage] = []
+    for _, group in groupby(single, key=lambda stage: stage.shape[:2]):
+        alike = list(group)
+        name = alike[0].name if len(alike) == 1 else f"{alike[0].name} to {alike[-1].name}"
+        merged.append(_stage(classifier, name, range(alike[0].layers.start, alike[-1].layers.stop)))
+    return merged
 
 
-def _stage(classifier: Classifier, name: str, first: int, last: int) -> Stage:
-    layers = classifier.backbone.layers
-    count = sum(math.prod(v.shape) for layer in layers[first : last + 1] for v in layer.weights)
-    return Stage(name, first, last, tuple(layers[last].output.shape[1:]), count)
+def _stage(classifier: Classifier, name: str, indices: range) -> Stage:
+    layers = classifier.backbone.layers[indices.start : indices.stop]
+    weights = [variable for layer in layers for variable in layer.weights]
+    return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count(weights))
 
 
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
     """The network from images to probabilities as a PNG: one row a stage, as wide as its feature maps, coloured by
     what trains in the last phase, with a column for every phase.
     """
-    size, found = classifier.image_size, stages(classifier)
-    head = sum(math.prod(v.shape) for v in classifier.head_variables.values())
+    size, drawn = classifier.image_size, stages(classifier)
+    head = count(classifier.head_variables.values())
     hidden = f"hidden {classifier.hidden.units}, " if classifier.hidden is not None else ""
     rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
-    rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in found]
-    rows.append((f"{classifier.pooling} pooling", (found[-1].shape[-1],), 0, 0, None))
+    rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in drawn]
+    rows.append((f"{classifier.pooling} pooling", (drawn[-1].shape[-1],), 0, 0, None))
     rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + bool(hidden), head, "head"))
 
     width = FIRST_PHASE + STEP * len(phases)
@@ -110,14 +102,14 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
 
 
 def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int) -> None:
-    name, shape, layers, count, _ = row
+    name, shape, layers, size_of, _ = row
     # The side of the feature maps on a scale of logarithms: 48 -> 24 -> 12 narrows by the same amount each time.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
     wide, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
     _box(axes, MIDDLE - wide / 2, y, wide, 0.6, colours[-1])
     axes.text(MIDDLE, y, label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
-    for x, number in ((LAYERS, layers), (PARAMETERS, count)):
+    for x, number in ((LAYERS, layers), (PARAMETERS, size_of)):
         axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
     for column, colour in enumerate(colours):
         if colour:
@@ -126,21 +118,13 @@ def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int
 
 def _box(axes: Axes, left: float, middle: float, width: float, height: float, colour: str | None) -> None:
     """A filled box, or an empty one with an edge where there is no colour."""
-    axes.add_patch(
-        FancyBboxPatch(
-            (left, middle - height / 2),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.11",
-            facecolor=colour or "white",
-            edgecolor="none" if colour else MUTED,
-            linewidth=0.8,
-        )
-    )
+    face, edge, style = colour or "white", "none" if colour else MUTED, "round,pad=0,rounding_size=0.11"
+    corner = (left, middle - height / 2)
+    axes.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge, linewidth=0.8))
 
 
 def _colour(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """By the share of its layers with weights that train; frozen batch norm does not make a stage a partial one."""
+    """By the fraction of its layers with weights that train; frozen batch norm does not make a stage a partial one."""
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     norm = keras.layers.BatchNormalization

@@ -1,4 +1,4 @@
-"""The sections of a plan: what each says of a run. TensorFlow is imported by none of them before it is needed."""
+"""The sections of a plan. TensorFlow is imported by none of them before it is needed."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # columns where the output is no terminal
 FEW = 5  # names that are listed
-DOMINANT = 0.6  # share of the training examples above which one class is worth a warning
+DOMINANT = 0.6  # fraction of the training examples above which one class is worth a warning
 Rows = list[tuple[str, str]]
 
 
 @dataclass
 class Plan:
-    """What is known so far; sections print as they become known."""
+    """State of a dry run; sections print as they become known."""
 
     config: RunConfig
     cluster: Cluster
@@ -45,12 +45,11 @@ class Plan:
     faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
     dataset: Dataset | None = None
     labels_known: bool = True
-    reasons: list[str] = field(default_factory=list)  # of what is `auto`, one line a choice
-    to_stage: list[Entry] = field(default_factory=list)  # what a run would fetch from a bucket first
+    reasons: list[str] = field(default_factory=list)  # for `auto` values, one line a choice
+    to_stage: list[Entry] = field(default_factory=list)  # files that a run would fetch from a bucket first
 
     @property
     def bytes_to_stage(self) -> int:
-        """Bytes of them."""
         return sum(entry.size for entry in self.to_stage)
 
     def section(self, title: str, rows: Rows, width: int = 14) -> None:
@@ -63,14 +62,14 @@ class Plan:
         self.print(Text(f"\n{title}", style="bold"), table)
 
     def print(self, *parts: RenderableType) -> None:
-        """Without the blanks that tables are padded with at the right."""
+        """Print without the blanks that tables are padded with at the right."""
         with self.console.capture() as captured:
             self.console.print(*parts, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
 
     @contextmanager
     def fault(self) -> Iterator[None]:
-        """What a run would end with here is said at the end; the rest of the plan goes on without it."""
+        """Collect an error that a run would end with, for the end of the plan; the rest continues without it."""
         try:
             yield
         except TrainerError as error:
@@ -78,7 +77,7 @@ class Plan:
                 self.faults.append(error)
 
     def conclude(self) -> None:
-        """Show the warnings, and raise what a run would end with."""
+        """Show the warnings, and raise the errors that a run would end with."""
         if self.warnings:
             self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
@@ -87,15 +86,15 @@ class Plan:
             raise ConfigError("\n".join(map(str, self.faults)))
 
     def tried(self, action: Callable[[], str]) -> str:
-        """A tick and what was found, or a cross and why not."""
-        words = ""
+        """A tick and the result, or a cross and the error, which is collected as by `fault`."""
+        line = ""
         with self.fault():
             try:
-                return f"✓ {action()}"
+                line = f"✓ {action()}"
             except TrainerError as error:
-                words = f"✗ {error}"
+                line = f"✗ {error}"
                 raise
-        return words
+        return line
 
 
 def size(count: float) -> str:
@@ -106,7 +105,7 @@ def size(count: float) -> str:
 
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
-    """What was asked for, what of it differs from the chosen groups, and what is in output_dir."""
+    """The chosen groups, the values that differ from them, and the state of output_dir."""
     from trainer.planning import checks
 
     config, output = plan.config, plan.config.output_dir
@@ -125,9 +124,9 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 state = "finished already (it holds DONE): the run would end at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = adopted(config, begun)
-                found = checks.newest_state(config) or {"step": 0, "phase": 0}
-                phase = ([*plan.config.phases, "the end"])[found["phase"]]
-                state = f"holds this run: it would go on at step {found['step']:,}, phase {phase}"
+                saved = checks.newest_state(config) or {"step": 0, "phase": 0}
+                phase = ([*plan.config.phases, "the end"])[saved["phase"]]
+                state = f"holds this run: it would go on at step {saved['step']:,}, phase {phase}"
             if (by := checks.holder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
@@ -140,7 +139,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 
 
 def show_cluster(plan: Plan, devices: str) -> None:
-    """Who trains."""
+    """Workers, devices, and each replica's part of a batch."""
     cluster, some = plan.cluster, plan.cluster.addresses[:FEW]
     count = f"1, {cluster.source}" if cluster.size == 1 else f"{cluster.size}, found from {cluster.source}"
     rows: Rows = [("workers", f"{count}" + (f"; this is number {cluster.index}" if cluster.size > 1 else ""))]
@@ -156,18 +155,18 @@ def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
     """Names, counts, bytes, balance, and where decoded images would live."""
     from trainer.planning.estimates import bytes_of_split
 
-    found = plan.dataset
-    assert found
-    names = found.class_names
+    dataset = plan.dataset
+    assert dataset
+    names = dataset.class_names
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    shown: Rows = [("name", found.name), ("classes", f"{len(names)}: {', '.join(names[:FEW])}{more}")]
-    for name, split in found.splits.items():
+    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {', '.join(names[:FEW])}{more}")]
+    for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = bytes_of_split(split)
-        shown.append((name, f"{split.count:,} examples{shards}" + (f", {size(on_disk)}" if on_disk else "")))
+        on_disk = f", {size(count)}" if (count := bytes_of_split(split)) else ""
+        shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
-        counts = np.bincount(found.splits["train"].labels, minlength=len(names))
+        counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
         most, fewest = int(counts.argmax()), int(counts.argmin())
         shown.append(("balance", f"most training examples {counts[most]:,} ({names[most]}), "
                                  f"fewest {counts[fewest]:,} ({names[fewest]})"))  # fmt: skip
@@ -175,35 +174,31 @@ def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
             part = counts[most] / counts.sum()
             plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: always answering that is "
                                  f"right {part:.0%} of the time; training.class_weights=balanced may help")  # fmt: skip
+    words = {"memory": "kept in memory", "disk": f"kept in {plan.config.runtime.cache_dir}", "none": "not kept"}
     for name, cache in caches.items():
-        words = {"memory": "kept in memory", "disk": f"kept in {plan.config.runtime.cache_dir}", "none": "not kept"}
         shown.append(("decoded" if name == "train" else "", f"{name}: {size(cache.bytes)}, {words[cache.where]}"))
-    plan.section("data", [*shown, *rows, *(("note", note) for note in found.notes)])
+    plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
-    """Can it read, can it write, is there what it starts from? `problem`: why the data could not be opened."""
+    """Probes of input and output, warm start, teacher and weights; `problem`: why the data could not be opened."""
     from trainer.planning import checks
 
-    config, found = plan.config, plan.dataset
-
-    def read() -> str:
+    config, dataset, read = plan.config, plan.dataset, problem or "not here yet"
+    if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
-            entry = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size)
-            return f"{entry.place}: {len(entry.place.read_range(0, 64))} bytes read"
-        assert found
-        split = found.splits["train"]
-        path = split.files[0] if split.files else split.shards[0].path
-        return f"{path}: {len(place(Path(path)).read_range(0, 64))} bytes read"
-
-    here = found is not None or plan.bytes_to_stage
-    rows: Rows = [("read data", plan.tried(read) if here else problem or "not here yet")]
-    rows.append(("write output", plan.tried(lambda: checks.probe_output(config))))
+            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).place
+        else:
+            assert dataset
+            split = dataset.splits["train"]
+            path = place(Path(split.files[0] if split.files else split.shards[0].path))
+        read = plan.tried(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
+    rows: Rows = [("read data", read), ("write output", plan.tried(lambda: checks.probe_output(config)))]
     if config.warm_start:
         rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))
     if config.distillation:
-        address, classes = config.distillation.teacher, found.class_names if found else None
-        rows.append(("teacher", plan.tried(lambda: checks.find_teacher(address, classes))))
+        address, classes = config.distillation.teacher, dataset.class_names if dataset else None
+        rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).words)))
     weights = config.model.weights
     if is_remote(weights):
         rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))
@@ -213,7 +208,7 @@ def show_storage(plan: Plan, problem: str) -> None:
 
 
 def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
-    """A line a phase."""
+    """A table with one line a phase."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
     for name in ("steps", "epochs", "trains", "layers"):
@@ -221,14 +216,15 @@ def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by:
     for name in ("thaw", "optimizer", "rate and schedule"):
         table.add_column(name, overflow="fold")
     for phase in phases:
-        told = plan.config.phases[phase.name]
-        warmup = told.schedule.warmup.steps(epoch, plan.config.training.batch_size)
-        rate = f"{told.optimizer.learning_rate:g} {told.schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
-        rate += f", backbone x {told.backbone_rate:g}" if told.backbone_rate != 1 else ""
-        rate += f", x {told.layer_decay:g} a block" if told.layer_decay != 1 else ""
+        settings = plan.config.phases[phase.name]
+        optimizer, schedule = settings.optimizer, settings.schedule
+        warmup = schedule.warmup.steps(epoch, plan.config.training.batch_size)
+        rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
+        rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
+        rate += f", x {settings.layer_decay:g} a block" if settings.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
-        row = (f"  {phase.name}", *counts, layers, told.thaw, told.optimizer.name, rate)
+        row = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in row))
     shared = f"; shared by {by}" if plan.cluster.size > 1 else ""
     steps = sum(phase.steps for phase in phases)
@@ -237,21 +233,19 @@ def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by:
 
 
 def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
-    """An estimate beside the machine's limit."""
+    """An estimate of memory by use, with the machine's limit."""
     from trainer.data.host import memory_limit
 
     limit, total = memory_limit(), sum(count for _, count in rows)
     shown = [*rows, ("all together", total), ("limit of this machine", limit)]
     plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
     if total > limit:
-        plan.warnings.append(
-            f"the estimate of {size(total)} is above this machine's {size(limit)}: lower training.batch_size, raise "
-            "training.accumulate, or set data.cache=none"
-        )
+        plan.warnings.append(f"the estimate of {size(total)} is above this machine's {size(limit)}: lower "
+                             "training.batch_size, raise training.accumulate, or set data.cache=none")  # fmt: skip
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Read and written by the whole run."""
+    """Bytes read and written by the whole run."""
     from trainer.planning.estimates import bytes_of_split
 
     assert plan.dataset
@@ -270,8 +264,8 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
 
 
 def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:
-    """What would run, but hardly as it was meant."""
-    config, warn, found = plan.config, plan.warnings.append, plan.dataset
+    """Warn of settings that would run, but hardly as they were meant."""
+    config, warn, dataset = plan.config, plan.warnings.append, plan.dataset
     frozen = [name for name, phase in config.phases.items() if phase.batch_norm == "frozen" and not config.auto]
     if config.model.weights == "none" and not config.warm_start and frozen:
         warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalisation stays as drawn, and the "
@@ -279,22 +273,18 @@ def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:
     limits = [f"debug.{key}={value}" for key, value in config.debug if value]
     if limits:
         warn(f"{', '.join(limits)}: this is a trial, not the real run")
-    if not phases or found is None:
+    if not phases or dataset is None:
         return
     epoch = max(phases[0].steps / phases[0].epochs, 1)
     every = config.runtime.checkpoint_every.steps(round(epoch), config.training.batch_size)
-    short = [phase.name for phase in phases if every > phase.steps]
-    if short:
-        warn(
-            f"runtime.checkpoint_every={every:,} steps is longer than {', '.join(short)}: a stop costs up to all of it"
-        )
-    count = found.splits["train"].count
+    if short := ", ".join(phase.name for phase in phases if every > phase.steps):
+        warn(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of it")
+    count = dataset.splits["train"].count
     if config.training.batch_size > count:
         warn(f"training.batch_size={config.training.batch_size} is more than the {count:,} training examples: "
              "each batch is the whole split and padding")  # fmt: skip
-    if "test" not in found.splits and not config.debug.overfit:
+    if "test" not in dataset.splits and not config.debug.overfit:
         warn("there is no test split: the score is of the split that chose the checkpoint; set data.test_fraction")
-    validation = found.splits["validation"].count if "validation" in found.splits else 0
-    told = any("validation has only" in note for note in found.notes)
-    if 0 < validation < 100 and not told:
+    validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
+    if 0 < validation < 100 and not any("validation has only" in note for note in dataset.notes):
         warn(f"validation has only {validation:,} examples: each is {100 / validation:.1f} points of accuracy")

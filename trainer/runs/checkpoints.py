@@ -1,4 +1,4 @@
-"""Checkpoints: written beside, verified, made visible by one rename.
+"""Checkpoints: written to a temporary folder, verified, made visible by one rename.
 
 A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by name, exact), `state.json` and
 `manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
@@ -24,13 +24,20 @@ from trainer.storage.path import Place, place
 PREFIX = "step-"
 
 
-def _checksum(content: bytes) -> str:
+def checksum(content: bytes | np.ndarray) -> str:
+    """CRC32C as 8 hex digits."""
     return f"{google_crc32c.value(content):08x}"
 
 
 def step_of(name: str) -> int:
     """The step of a checkpoint by the name of its folder, `step-00000420`, in a bucket `step-00000420-1a2b3c4d`."""
     return int(name[len(PREFIX) :].partition("-")[0])
+
+
+def names_in(pointer: Place) -> list[str]:
+    """The names of checkpoints in a pointer such as LATEST; empty where there is none."""
+    content = pointer.fetch()
+    return content[0].decode().split() if content else []
 
 
 def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -43,7 +50,7 @@ def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray
     try:
         manifest = json.loads((folder / "manifest.json").read())
         contents = {name: (folder / name).read() for name in manifest}
-        damaged = [name for name, content in contents.items() if _checksum(content) != manifest[name]["crc32c"]]
+        damaged = [name for name, content in contents.items() if checksum(content) != manifest[name]["crc32c"]]
         if not damaged:
             return json.loads(contents["state.json"]), unpack(contents["variables.npz"])
     except (DataError, ValueError, KeyError) as error:
@@ -64,7 +71,6 @@ class CheckpointFolder:
         self.folder, self.keep, self.note = folder, keep, note
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
         return self.folder / f"{PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:
@@ -83,7 +89,7 @@ class CheckpointFolder:
         beside.mkdir(parents=True)
         try:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
-            manifest = {n: {"bytes": len(c), "crc32c": _checksum(c)} for n, c in contents.items()}
+            manifest = {n: {"bytes": len(c), "crc32c": checksum(c)} for n, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
                 write_whole(beside / name, content)
             if final.exists():  # the same step again, by a run that was killed before it could say so
@@ -113,11 +119,7 @@ class CheckpointFolder:
             shutil.rmtree(self.path(step))
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """State and variables of a checkpoint.
-
-        Raises:
-            DataError: it is missing or damaged.
-        """
+        """As `read_checkpoint`."""
         return read_checkpoint(place(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

@@ -1,4 +1,4 @@
-"""The clock of a run: where its time went since its first start, and what it is at now."""
+"""Time accounting of a run since its first start, by category."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trainer.monitoring.health import health
 from trainer.storage.local import write_json
 
 CATEGORIES = (
-    "train",  # steps whose result is kept: productive
+    "train",  # steps whose result the run still has: productive
     "wait",  # the device had no data
     "compile",  # setting a phase up, and its first call
     "start",  # from the start of the process to the first phase
-    "features",  # productive too: what frozen layers make of the images, once
+    "features",  # productive too: computing the features of frozen layers, once
     "checkpoint",
     "evaluation",
     "finish",  # export and report
@@ -30,18 +30,14 @@ WRITE_SECONDS = 5.0  # between two writes: what a kill can hide from the account
 class Clock:
     """Seconds by category; every second since the first start is in exactly one.
 
-    Time goes to the innermost span that is open, to `start` outside of all. A span also tells `/healthz` what the
-    process is at.
-
-    Attributes:
-        seconds: category -> seconds since the first start of the run.
+    Time goes to the innermost open span, to `start` outside of all. A span also sets the activity of `/healthz`.
     """
 
     def __init__(self, file: Path | None, began: float) -> None:
-        """`file`: where the account is kept, None: nowhere. `began`: time.time() at which this process started."""
+        """`file`: where the account is written, None: nowhere. `began`: time.time() at which this process started."""
         self.file, self._last, self._written = file, began, 0.0
         self._category, self._waited = "start", 0.0
-        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)  # since the first start of the run
         if file and file.exists():
             try:
                 before = json.loads(file.read_text())
@@ -52,7 +48,7 @@ class Clock:
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time within to `category`; `activity` says in a few words what the process is at."""
+        """Count the time within to `category`; `activity` is a few words for `/healthz`."""
         outer, was = self._category, health.activity
         self._attribute(category)
         if activity:
@@ -73,7 +69,6 @@ class Clock:
         self._attribute(self._category)
 
     def _attribute(self, following: str) -> None:
-        """Close the account of the open category and go on with the following one."""
         now = time.time()
         spent = max(now - self._last, 0.0)
         waited = min(self._waited, spent)
@@ -83,15 +78,15 @@ class Clock:
         if now - self._written > WRITE_SECONDS:
             self.write()
 
-    def resumed(self, kept: float) -> None:
-        """The run goes on from a checkpoint that was made after `kept` seconds of training."""
-        lost = max(self.seconds["train"] - kept, 0.0)
+    def resumed(self, saved: float) -> None:
+        """Count training time since the checkpoint that the run resumes from, made after `saved` seconds, as lost."""
+        lost = max(self.seconds["train"] - saved, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost
 
     @property
     def goodput(self) -> float:
-        """Share of the time since the first start in which steps were taken, or features computed, that are kept."""
+        """Fraction of the time since the first start that went into steps or features that the run still has."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def report(self, images: float) -> dict[str, Any]:
@@ -105,7 +100,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Keep the account; from any thread."""
+        """Write the account; from any thread."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

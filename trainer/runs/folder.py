@@ -1,4 +1,4 @@
-"""The folder that names a run: new, to be continued, or finished."""
+"""The output folder of a run: new, to be resumed, or finished."""
 
 from __future__ import annotations
 
@@ -27,81 +27,75 @@ from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import say
 from trainer.runs.publisher import Publisher
-from trainer.storage.lease import Lease
 from trainer.storage.lease import take as take_lease
 from trainer.storage.local import write_json, write_whole
-from trainer.storage.path import Place, place
+from trainer.storage.path import place
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
 
 @dataclass
 class RunFolder:
-    """An output folder held by this process.
+    """An output folder held by this process."""
 
-    `path` is where the run writes; where `output_dir` is in a bucket, that is a folder of the cache, and `publisher`
-    copies it to `address`.
-    """
-
-    path: Path
+    path: Path  # the run writes here; of an output_dir in a bucket a folder in the cache, published to `address`
     address: str  # as the user gave it
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
     publisher: Publisher
-    config: RunConfig  # of the run; where it was begun before, with what it chose then for what is `auto`
+    config: RunConfig  # of the run; where it began before, with the values it chose then for `auto`
 
     def record(self, config: RunConfig) -> None:
         """Write config.yaml: from now on the folder holds this run."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
-        """Write run.json: what first started the run stays, every attempt is added.
+        """Write run.json: the facts of the first start stay, every attempt is added.
 
         Raises:
             DataError: the data is not what the run began with.
         """
         run = read_facts(self.path)
         check_fingerprint(self.address, run, fingerprint)
-        attempts = [*run.get("attempts", []), attempt() | workers]
+        attempts = [*run.get("attempts", []), _attempt() | workers]
         note_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": attempts})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What run.json of a run's folder says; nothing where there is none yet."""
+    """Contents of run.json in a run's folder; empty where there is none yet."""
     file = folder / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def started_with(folder: Path) -> str:
-    """The command of the last start of a run, as one types it."""
+    """The shell command of the last start of a run."""
     return shlex.join(read_facts(folder)["attempts"][-1]["command"])
 
 
 def note_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `facts` into run.json, for the starts to come; what else it says stays."""
+    """Update run.json with `facts`."""
     write_json(folder / "run.json", read_facts(folder) | facts)
 
 
-def attempt() -> dict[str, Any]:
+def _attempt() -> dict[str, Any]:
     """This process: when, where and with which versions."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "command": ["python", "-m", "trainer", *sys.argv[1:]],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("tensorflow", "keras", "numpy")}
-        | {"kubetune": trainer.__version__},
+        "versions": versions(),
         "git": _git_commit(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bits of a run."""
+    """Versions of the packages that decide the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
 def source_digest() -> str:
-    """16 hex digits over the package's own Python files: two images of one version may still differ."""
+    """16 hex digits over the package's own Python files: two container images of one version may still differ."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -114,10 +108,10 @@ def _git_commit() -> str | None:
     here = Path(trainer.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def _fresh_folder(name: str | None) -> Path:
@@ -164,40 +158,33 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
             that hangs, which is not for long.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
-    remote = place(address) if is_remote(address) else None
-    path = _scratch(config, address) if remote else Path(address).expanduser()
-    lock = _hold(path, workers)
-    publisher = Publisher(path, remote, _lease(remote) if remote else None)
+    remote, path = place(address) if is_remote(address) else None, _local_folder(config, address)
+    lock, lease = _hold(path, workers), None
+    if remote:  # the same Kubernetes Job (JOB_UID) takes the lease over at once from a pod that is gone
+        pod = os.environ.get("HOSTNAME") or platform.node()
+        lease = take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
+    publisher = Publisher(path, remote, lease)
     try:
         publisher.fetch()
-        return _take(config, path, address, lock, publisher)
+        record, names = path / "config.yaml", [p.name for p in path.iterdir()]
+        begun = check_folder(config, address, names, record.read_text() if record.exists() else None)
+        folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
+        if begun is not None:
+            (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
+        if begun is not None or config.auto is None:  # else there is no run before what is `auto` is chosen
+            folder.record(folder.config)
+        return folder
     except BaseException:
         publisher.close(publish=False)
         raise
 
 
-def _take(config: RunConfig, path: Path, address: str, lock: TextIO, publisher: Publisher) -> RunFolder:
-    record = path / "config.yaml"
-    begun = check_folder(
-        config, address, (p.name for p in path.iterdir()), record.read_text() if record.exists() else None
-    )
-    folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
-    if begun is not None:
-        (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-    if begun is not None or config.auto is None:  # else there is no run before what is `auto` is chosen
-        folder.record(folder.config)
-    return folder
-
-
 def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
-    """Decide whether a run may have the folder that its output_dir names.
+    """The configuration with which a run resumes in the folder of its output_dir; None where it begins there.
 
     Args:
-        names: of what lies in the folder.
+        names: of the files in the folder.
         record: its config.yaml; None: there is none.
-
-    Returns:
-        the configuration with which the run goes on there; None where it begins.
 
     Raises:
         ConfigError: the folder belongs to another run, to none, or `resume` forbids it.
@@ -215,10 +202,7 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
 
 
 def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """What a start would find in output_dir, which is only read.
-
-    Returns:
-        as `check_folder`; and what run.json says, nothing where there is none.
+    """`check_folder` for the output_dir of a configuration, which is only read, and its run.json (empty: none).
 
     Raises:
         ConfigError: as `check_folder`.
@@ -243,7 +227,7 @@ def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> 
 
 
 def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
-    """`config`, with what the run that began as `before` chose for what is `auto`.
+    """`config`, with the values that the run that began as `before` chose for `auto`.
 
     Raises:
         ConfigError: it is another run.
@@ -259,7 +243,7 @@ def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run that `config.output_dir` holds is this one, and nothing of it is left to do. Only reads."""
+    """True if `config.output_dir` holds this run, finished. Only reads."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = place(config.output_dir)
@@ -272,11 +256,11 @@ def is_finished(config: RunConfig) -> bool:
 
 
 class Finished(Exception):
-    """The run that was asked for has ended well; nothing of it is left to do."""
+    """The run is finished already."""
 
 
 def require_unfinished(config: RunConfig) -> None:
-    """Raise `Finished` where nothing of the run is left to do."""
+    """Raise `Finished` where the run is finished."""
     if is_finished(config):
         folder = config.output_dir
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
@@ -291,26 +275,21 @@ def require_output_dir(config: RunConfig, workers: int) -> None:
 def follow_run_folder(config: RunConfig) -> RunFolder:
     """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
     address = config.output_dir or ""
-    path = _scratch(config, address) if is_remote(address) else Path(address).expanduser()
+    path = _local_folder(config, address)
     return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
-def _scratch(config: RunConfig, address: str) -> Path:
-    """Where a run whose output_dir is in a bucket writes first."""
-    digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
-    return Path(config.runtime.cache_dir).expanduser() / "runs" / digest
-
-
-def _lease(remote: Place) -> Lease:
-    """Hold the bucket's folder. The same Kubernetes Job (JOB_UID) takes it over at once from a pod that is gone."""
-    pod = os.environ.get("HOSTNAME") or platform.node()
-    return take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
+def _local_folder(config: RunConfig, address: str) -> Path:
+    """The folder a run writes into: output_dir itself, or one in the cache where that is in a bucket."""
+    if not is_remote(address):
+        return Path(address).expanduser()
+    return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
 
 
 def resolve_auto(
     config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Choose what is `auto`, as this run did when it began, or now by the advice table; and why: a line per choice."""
+    """Resolve `auto` values as this run did when it began, or now by the advice table; and why: a line per choice."""
 
     def choose() -> tuple[dict[str, Any], list[str]]:
         if folder.resuming:

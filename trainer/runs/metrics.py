@@ -1,10 +1,11 @@
-"""What a run says while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
+"""Metrics of a run while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainer.monitoring import log as lines
 from trainer.monitoring.health import health
 from trainer.storage.local import write_whole
 
-VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # what TensorBoard shows of an epoch
+VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # the scores of an epoch in TensorBoard
 
 
 def clock(seconds: float) -> str:
@@ -28,20 +29,18 @@ def clock(seconds: float) -> str:
 
 
 def cut_back(metrics: Path, logs: Path, step: int) -> None:
-    """Forget what was written after `step`: the run goes on from there and will write it again."""
+    """Delete metrics and TensorBoard records after `step`: the run resumes from there and will write them again."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         write_whole(metrics, "".join(line + "\n" for line in lines))
     for file in logs.glob("*/events.out.tfevents.*"):
-        kept = []
-        try:
+        records = []
+        with suppress(tf.errors.DataLossError):  # the kill came in the middle of a record
             for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                 if Event.FromString(record).step <= step:
-                    kept.append(record)
-        except tf.errors.DataLossError:  # the kill came in the middle of a record
-            pass
+                    records.append(record)
         with tf.io.TFRecordWriter(str(file) + ".cut") as writer:
-            for record in kept:
+            for record in records:
                 writer.write(record)
         Path(str(file) + ".cut").replace(file)
 
@@ -54,14 +53,14 @@ def _step_of(line: str) -> float:
 
 
 class MetricsWriter:
-    """Writes the story of the run; nothing here feeds back into training.
+    """Writes the metrics of a run; nothing here feeds back into training.
 
     Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"); what depends on the
     machine and the moment is under "timing", everything else is the same for the same run.
     """
 
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
-        """`folder`: None on a worker that is not the chief, which neither writes nor tells."""
+        """`folder`: None on a worker that is not the chief, which neither writes nor prints."""
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.bar: Progress | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
@@ -71,12 +70,12 @@ class MetricsWriter:
         """Steps of the whole run; a progress bar begins here."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
-            self.bar = Progress(
+            columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
-                console=Console(highlight=False),
             )
+            self.bar = Progress(*columns, console=Console(highlight=False))
             self._task = self.bar.add_task("", total=total_steps, line="")
             self.bar.start()
 
@@ -88,71 +87,43 @@ class MetricsWriter:
             lines.say(text, **facts)
 
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
-        """Log an interval of training.
+        """Log an interval of training: `examples` in `seconds`, of which the device `waited` for data.
 
-        Args:
-            entry: phase, epoch, step, loss, accuracy, learning_rate.
-            examples: that the interval took.
-            seconds: of it, and how many of them the device `waited` for data.
-            goodput: of the run so far, in 0..1.
+        `entry` holds phase, epoch, step, loss, accuracy and learning_rate; `goodput` is that of the run, in 0..1.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
         left = (self.total_steps - entry["step"]) * self.batch_size / rate
-        timing = {
-            "images_per_second": round(rate, 1),
-            "data_wait": round(wait, 4),
-            "goodput": round(goodput, 4),
-            "time": time.time(),
-        }
-        self._write({"kind": "train", **entry, "timing": timing})
+        rounded = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "goodput": round(goodput, 4)}
+        phase, epoch, step = entry["phase"], entry["epoch"], entry["step"]
+        self._write({"kind": "train", **entry, "timing": rounded | {"time": time.time()}})
         health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
-        self._scalars(
-            entry["phase"],
-            entry["step"],
-            {
-                "train/loss": entry["loss"],
-                "train/accuracy": entry["accuracy"],
-                "train/learning_rate": entry["learning_rate"],
-                "speed/images_per_second": rate,
-                "speed/data_wait": wait,
-                "speed/goodput": goodput,
-            },
-        )
+        scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
+        scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
+        self._scalars(phase, step, scalars)
         line = (
             f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
             f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {clock(left)}"
         )
         if self.bar:
-            self.bar.update(
-                self._task, completed=entry["step"], description=f"{entry['phase']} epoch {entry['epoch']}", line=line
-            )
+            self.bar.update(self._task, completed=step, description=f"{phase} epoch {epoch}", line=line)
         else:
-            step, share = entry["step"], entry["step"] / self.total_steps
-            facts = entry | {key: value for key, value in timing.items() if key != "time"}
-            self.say(
-                f"{entry['phase']}  epoch {entry['epoch']}  step {step}/{self.total_steps} ({share:.0%})  {line}",
-                **facts,
-            )
+            progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
+            self.say(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **rounded)
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """One finished epoch with its validation scores."""
         self._write({"kind": "epoch", **entry, "timing": timing})
-        self._scalars(
-            entry["phase"],
-            entry["step"],
-            {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry},
-        )
+        scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry}
+        self._scalars(entry["phase"], entry["step"], scores)
         self.flush()
-        self.say(
+        top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
+        text = (
             f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
             f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
-            f"val_accuracy {entry['val_accuracy']:.4f}"
-            + (f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else "")
-            + ("  (best)" if best else ""),
-            **entry,
-            **timing,
+            f"val_accuracy {entry['val_accuracy']:.4f}{top_5}{'  (best)' if best else ''}"
         )
+        self.say(text, **entry, **timing)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.folder is None:
@@ -170,12 +141,12 @@ class MetricsWriter:
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Flush the TensorBoard files."""
         for writer in self._writers.values():
             writer.flush()
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
-        """To be called with the run's step between calls to the device: traces [first, last) for TensorBoard."""
+        """Trace the steps [first, last) of `window` for TensorBoard; call it between calls to the device."""
         if self.folder is None:
             return
         if window and not self._profiling and window[0] <= step < window[1]:

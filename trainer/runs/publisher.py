@@ -1,4 +1,4 @@
-"""What a run writes into its local folder, copied to its folder in a bucket behind the training.
+"""Publication of a run's local folder to its folder in a bucket, in the background of training.
 
 The layout is the same in both, but for the checkpoints: in the bucket each lies under a name that is used once
 (`checkpoints/step-00000420-<token>/`), and `checkpoints/LATEST` names those that count, the newest first. Writing
@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 
 from trainer.monitoring.health import health
+from trainer.runs.checkpoints import PREFIX, names_in
 from trainer.storage.base import Place
 from trainer.storage.lease import Lease
 
-PUBLISH_SECONDS = 30.0  # between two looks at what has grown: metrics, TensorBoard, the ledger
+PUBLISH_SECONDS = 30.0  # between two checks for files that have grown: metrics, TensorBoard, the clock
 TRANSFERS = 8  # files on their way at once
-STEP, LATEST, BEST, DONE = "step-", "checkpoints/LATEST", "checkpoints/BEST", "DONE"
+LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"
 LAST = ("report/", "export/")  # published at the end
 
 
@@ -39,10 +40,10 @@ class Publisher:
         self._closed = threading.Event()
         if remote:
             self._pool = ThreadPoolExecutor(1, "publisher")
-            threading.Thread(target=self._look_every_so_often, name="publish", daemon=True).start()
+            threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def fetch(self) -> None:
-        """Make `local` what the run left in the bucket, complete checkpoints only; what was there before is dropped.
+        """Replace `local` by the run's files in the bucket, complete checkpoints only.
 
         Raises:
             DataError: the bucket cannot be read.
@@ -52,8 +53,7 @@ class Publisher:
             return
         shutil.rmtree(self.local, ignore_errors=True)
         self.local.mkdir(parents=True)
-        committed = (self.remote / LATEST).fetch()
-        names = committed[0].decode().split() if committed else []
+        names = names_in(self.remote / LATEST)
         self._names = {_step_of(name): name for name in names}
         wanted: list[tuple[Place, Path]] = []
         for entry in self.remote.list():
@@ -61,20 +61,19 @@ class Publisher:
             top, _, rest = name.partition("/")
             if name.startswith((".", *LAST)) or name in (DONE, LATEST, BEST):
                 continue
-            if top == "checkpoints" and rest.startswith(STEP):
+            if top == "checkpoints" and rest.startswith(PREFIX):
                 folder, _, file = rest.partition("/")
                 if folder in names:
                     wanted.append((entry.place, self.local / "checkpoints" / _step_of(folder) / file))
             else:
                 wanted.append((entry.place, self.local / name))
+        for _, target in wanted:
+            target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            for _ in pool.map(lambda pair: pair[0].download(_with_folder(pair[1])), wanted):
-                pass
-        if names:
-            (self.local / LATEST).write_text(_step_of(names[0]) + "\n")
-        best = (self.remote / BEST).fetch()
-        if best:
-            (self.local / BEST).write_text(_step_of(best[0].decode().strip()) + "\n")
+            list(pool.map(lambda pair: pair[0].download(pair[1]), wanted))
+        for pointer, named in ((LATEST, names), (BEST, names_in(self.remote / BEST))):
+            if named:
+                (self.local / pointer).write_text(_step_of(named[0]) + "\n")
 
     def checkpoint(self) -> None:
         """Begin to publish the checkpoints that are here now; call `wait` before the next one is written."""
@@ -83,7 +82,7 @@ class Publisher:
         self._submit(partial(self._publish_checkpoints, time.monotonic()))
 
     def wait(self) -> None:
-        """Until what was begun is published.
+        """Wait until the checkpoint in progress is published.
 
         Raises:
             Interrupted: the bucket does not answer, or the lease was lost.
@@ -93,7 +92,7 @@ class Publisher:
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong in the background since the last time, or that the lease is lost."""
+        """Raise an error of the background thread, or that the lease is lost."""
         if self._error:
             raise self._error
         if self.lease:
@@ -113,7 +112,7 @@ class Publisher:
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
-        """Publish what the files say now, as far as that is possible, and give the lease back."""
+        """Publish the files as they are now, as far as that is possible, and release the lease."""
         if not self.remote or self._closed.is_set():
             return
         self._closed.set()
@@ -129,18 +128,16 @@ class Publisher:
     # ------------------------------------------------------------------------------------------------------------
 
     def _submit(self, work: Callable[[], None]) -> None:
-        if not self.remote or self._closed.is_set():
-            return
-
-        def noted() -> None:
+        def recorded() -> None:
             try:
                 work()
             except BaseException as error:
                 self._error = error
 
-        self._pending = self._pool.submit(noted)
+        if self.remote and not self._closed.is_set():
+            self._pending = self._pool.submit(recorded)
 
-    def _look_every_so_often(self) -> None:
+    def _publish_periodically(self) -> None:
         while not self._closed.wait(PUBLISH_SECONDS):
             if self._pending is None or self._pending.done():
                 self._submit(self._publish_files)
@@ -148,13 +145,11 @@ class Publisher:
     def _publish_checkpoints(self, written: float) -> None:
         assert self.remote
         assert self.lease
-        here = sorted((p.name for p in (self.local / "checkpoints").glob(f"{STEP}*")), reverse=True)
+        here = sorted((p.name for p in (self.local / "checkpoints").glob(f"{PREFIX}*")), reverse=True)
         for name in here:
             if name not in self._names:
-                there = f"{name}-{self.token}"
-                folder = self.local / "checkpoints" / name
-                files = sorted((f for f in folder.iterdir()), key=lambda f: f.name == "manifest.json")  # that last
-                for file in files:
+                there, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
+                for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # that last
                     (self.remote / f"checkpoints/{there}/{file.name}").upload(file)
                     health.progress()
                 self._names[name] = there
@@ -166,7 +161,7 @@ class Publisher:
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (self.remote / BEST).write(self._names[name] + "\n")
         for old in (self.remote / "checkpoints").folders():
-            if old.name.startswith(STEP) and old.name not in self._names.values():
+            if old.name.startswith(PREFIX) and old.name not in self._names.values():
                 old.delete_tree()
 
     def _publish_files(self, everything: bool = False) -> None:
@@ -177,9 +172,10 @@ class Publisher:
         for file in sorted(self.local.rglob("*")):
             name = file.relative_to(self.local).as_posix()
             hidden = any(part.startswith(".") for part in Path(name).parts)
-            if hidden or not file.is_file() or name in (DONE, LATEST, BEST) or name.startswith(f"checkpoints/{STEP}"):
+            later = () if everything else LAST
+            if hidden or name in (DONE, LATEST, BEST) or name.startswith((f"checkpoints/{PREFIX}", *later)):
                 continue
-            if name.startswith(LAST) and not everything:
+            if not file.is_file():
                 continue
             facts = file.stat()
             now = (facts.st_size, facts.st_mtime_ns)
@@ -192,8 +188,3 @@ class Publisher:
 def _step_of(name: str) -> str:
     """ "step-00000420-1a2b3c4d" -> "step-00000420"."""
     return "-".join(name.split("-")[:2])
-
-
-def _with_folder(file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file

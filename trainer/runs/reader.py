@@ -1,4 +1,4 @@
-"""A run that was trained before, found by its output_dir, here or in a bucket: what it was told, and its weights."""
+"""Reading a trained run by its output_dir, here or in a bucket: its configuration and its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from trainer.config.schema import Model, RunConfig, load
 from trainer.errors import ConfigError, DataError
-from trainer.runs.checkpoints import PREFIX, read_checkpoint, step_of, weights_of
+from trainer.runs.checkpoints import PREFIX, names_in, read_checkpoint, step_of, weights_of
 from trainer.storage.path import Place, place
 from trainer.types import Dataset
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run's folder says of it."""
+    """A run as its folder describes it."""
 
     address: str  # as the user gave it
     home: Place
@@ -31,10 +31,7 @@ class FinishedRun:
 
 
 def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
-    """The folder of a run, its configuration as it was written, and what run.json says: `classes`, `data_fingerprint`.
-
-    Args:
-        address: its output_dir, local or gs://.
+    """The folder of a run, its configuration as written, and run.json with `classes` and `data_fingerprint`.
 
     Raises:
         DataError: there is no run, or its files are damaged.
@@ -53,11 +50,7 @@ def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read what a run was told.
-
-    Args:
-        address: its output_dir, local or gs://.
-        changes: values that replace its own, {"data.root": "/elsewhere"}.
+    """Read a run by its output_dir, local or gs://; `changes`, {"data.root": "/elsewhere"}, replace its own values.
 
     Raises:
         DataError: there is no run, or its files are damaged.
@@ -77,27 +70,24 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
 
 
 def exported_checkpoint(run: FinishedRun) -> str:
-    """Which checkpoint a run exports at its end: best | last."""
+    """The checkpoint that a run exports at its end: best | last."""
     return run.config.training.keep
 
 
 def find_checkpoint(run: FinishedRun, which: str) -> Place:
-    """The folder of a checkpoint.
-
-    Args:
-        which: best | last | the number of a step.
+    """The folder of a checkpoint; `which` is best, last or the number of a step.
 
     Raises:
         ConfigError: `which` is none of these.
         DataError: the run has none, or not that one.
     """
     folder = run.home / "checkpoints"
-    latest = _names_in(folder / "LATEST")
+    latest = names_in(folder / "LATEST")
     there = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
-    if not run.home.is_local:
-        there = {name: child for name, child in there.items() if name in latest}  # what counts in a bucket
+    if not run.home.is_local:  # in a bucket a checkpoint is committed once LATEST names it
+        there = {name: child for name, child in there.items() if name in latest}
     if which in ("best", "last"):
-        names = latest[:1] if which == "last" else _names_in(folder / "BEST")
+        names = latest[:1] if which == "last" else names_in(folder / "BEST")
     elif which.isdigit():
         names = [name for name in there if step_of(name) == int(which)]
     else:
@@ -110,43 +100,31 @@ def find_checkpoint(run: FinishedRun, which: str) -> Place:
     raise DataError(f"run={run.address} has no checkpoint {which}; the steps it has: {steps}")
 
 
-def _names_in(pointer: Place) -> list[str]:
-    found = pointer.fetch()
-    return found[0].decode().split() if found else []
-
-
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint of a run as an evaluation needs it.
+    """A checkpoint of a run as an evaluation needs it."""
 
-    Attributes:
-        name: best, last or step-420.
-        history: one entry per epoch until then.
-        phases: how the phases that had ended by then have ended; of the last checkpoint, as the run's report has them.
-        values: of the model's variables by name, averaged where EMA is on.
-    """
-
-    name: str
+    name: str  # best, last or step-420
     step: int
-    history: list[dict[str, Any]]
-    phases: dict[str, Any]
-    values: dict[str, np.ndarray]
+    history: list[dict[str, Any]]  # one entry per epoch until then
+    phases: dict[str, Any]  # summaries of the finished phases; of the last checkpoint, as the run's report has them
+    values: dict[str, np.ndarray]  # of the model's variables by name, averaged where EMA is on
 
 
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint; `which` is best, last, a step, or None: what the run exported.
+    """Read a checkpoint; `which` is best, last, a step, or None: the one that the run exported.
 
     Raises:
         ConfigError: it is none of these.
         DataError: it is missing or damaged.
     """
-    kept = which or exported_checkpoint(run)
-    state, values = read_checkpoint(find_checkpoint(run, kept))
+    chosen = which or exported_checkpoint(run)
+    state, values = read_checkpoint(find_checkpoint(run, chosen))
     report = (run.home / "report" / "report.json").fetch()
     phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
         phases = state.get("finished", {})
-    name = kept if kept in ("best", "last") else f"step-{state['step']}"
+    name = chosen if chosen in ("best", "last") else f"step-{state['step']}"
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, weights_of(values))
 
 
@@ -154,8 +132,9 @@ def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifie
     """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
     import keras
 
-    precision = run.config.runtime.precision
-    keras.config.set_dtype_policy(precision if precision == "float32" else f"mixed_{precision}")
+    from trainer.cluster.devices import POLICIES
+
+    keras.config.set_dtype_policy(POLICIES[run.config.runtime.precision])
     classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
     return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
 
@@ -178,27 +157,24 @@ def check_classes(run: FinishedRun, dataset: Dataset) -> None:
     )
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _some(names: list[str]) -> str:
     """ "'a' is", "'a', 'b' are", "'a', 'b', 'c' and 7 more are"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more} {'is' if len(names) == 1 else 'are'}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def without_weights(model: Model) -> Model:
-    """The model for one whose every value comes from a checkpoint."""
+    """The model with `weights=none`, where every value comes from elsewhere or none is needed."""
     return model.model_copy(update={"weights": "none"})
 
 
 def rebuild_classifier(
     model: Model, class_count: int, seed: int, values: dict[str, np.ndarray], source: str
 ) -> Classifier:
-    """The classifier that was trained, computing what it computed then.
+    """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it under the strategy's scope and after the global Keras precision policy was set.
-
-    Args:
-        values: of each of its variables, by name; others are ignored.
-        source: where they come from, for messages.
+    Call it under the strategy's scope and after the global Keras precision policy was set. `source` names the values
+    in messages.
 
     Raises:
         ModelError: the backbone cannot be had.

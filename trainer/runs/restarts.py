@@ -1,4 +1,4 @@
-"""How the starts of a run ended, kept beside its checkpoints: a run that never gets anywhere must not retry for ever.
+"""Restart history of a run, stored beside its checkpoints: a run that makes no progress must not retry for ever.
 
 Exit code 75 asks for another start, and a Kubernetes Job grants it for free. Starts that make no progress are counted
 here, and after enough of them in a row the run gives up with exit code 3.
@@ -14,19 +14,19 @@ from typing import Any
 from trainer.errors import BUG, INTERRUPTED, GaveUp
 from trainer.storage.local import write_json
 
-KEPT = 100  # attempts in the file
+MAX_ENTRIES = 100  # attempts in the file
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
 
 
 class RestartHistory:
     """The attempts of one run, the last one being this process.
 
-    One entry is {"step", "started", "kind", "reason"}: the step it went on from, and how it ended. Kind and reason are
+    One entry is {"step", "started", "kind", "reason"}: the step it resumed from, and how it ended. Kind and reason are
     None as long as it runs, and remain so where it was killed.
     """
 
     def __init__(self, file: Path | None) -> None:
-        """`file`: None on a worker that is not the chief, which keeps no account."""
+        """`file`: None on a worker that is not the chief, which writes nothing."""
         self.file, self._ours = file, False
         try:
             self.entries: list[dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else []
@@ -34,14 +34,15 @@ class RestartHistory:
             self.entries = []
 
     def begin(self, step: int, most_fruitless: int) -> None:
-        """Enter this attempt, which goes on from `step`.
+        """Add this attempt, which resumes from `step`.
 
         Raises:
             GaveUp: the last `most_fruitless` restarts ended without a signal and without a step of progress.
         """
         fruitless = self._fruitless(step)
         if len(fruitless) >= most_fruitless:
-            reasons = "\n".join(f"  {e['started']}: {_reason(e)}" for e in fruitless[-3:])
+            killed = "ended without a word (killed; out of memory?)"
+            reasons = "\n".join(f"  {e['started']}: {e['reason'] or killed}" for e in fruitless[-3:])
             raise GaveUp(
                 f"{len(fruitless)} restarts in a row made no step of progress beyond step {step}; mend the cause, then "
                 f"delete {self.file} or raise runtime.max_fruitless_restarts. The last ones ended so:\n{reasons}"
@@ -53,31 +54,22 @@ class RestartHistory:
 
     def _fruitless(self, step: int) -> list[dict[str, Any]]:
         """Restarts since the last progress that count, oldest first."""
-        found: list[dict[str, Any]] = []
-        for number in range(len(self.entries) - 1, 0, -1):  # the first entry is a start, not a restart
-            entry = self.entries[number]
-            if step > entry["step"]:
-                break
-            if entry["kind"] not in (STOPPED, REFUSED):
-                found.insert(0, entry)
-        return found
+        restarts = self.entries[1:]  # the first entry is a start, not a restart
+        last = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)
+        return [entry for entry in restarts[last:] if entry["kind"] not in (STOPPED, REFUSED)]
 
     def end(self, kind: str, reason: str) -> None:
-        """Say how this attempt ends."""
+        """Record how this attempt ends."""
         if self._ours and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             self._write()
 
     def failed(self, code: int, reason: str) -> None:
-        """Say with which exit code, and why, this attempt ends."""
+        """Record with which exit code, and why, this attempt ends."""
         self.end(FAILED if code in (INTERRUPTED, BUG) else REFUSED, reason)
 
     def _write(self) -> None:
         # The first entry of all stays first: it is the one start that is no restart.
-        kept = self.entries if len(self.entries) <= KEPT else [self.entries[0], *self.entries[-KEPT + 1 :]]
+        entries = [*self.entries[:1], *self.entries[1:][-MAX_ENTRIES + 1 :]]
         if self.file:
-            write_json(self.file, kept)
-
-
-def _reason(entry: dict[str, Any]) -> str:
-    return entry["reason"] or "ended without a word (killed; out of memory?)"
+            write_json(self.file, entries)

@@ -1,4 +1,4 @@
-"""Trained values into a classifier: those of its own checkpoint, or of another run (warm start)."""
+"""Restoring the variables of a classifier from its own checkpoint, or from another run (warm start)."""
 
 from __future__ import annotations
 
@@ -31,13 +31,10 @@ def assign_values(classifier: Classifier, chosen: dict[str, Any], values: dict[s
 
 def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:
     """Assign every variable of the same name and shape from another run's best (or newest) checkpoint, averaged where
-    that run had EMA on, on every worker; the chief reads.
-
-    Args:
-        source: output_dir of the other run, or one of its checkpoints; local or gs://.
+    that run had EMA on, on every worker; the chief reads. `source` is its output_dir or a checkpoint, local or gs://.
 
     Returns:
-        the checkpoint, and how many variables were assigned.
+        the path of the checkpoint, and the number of assigned variables.
 
     Raises:
         DataError: there is no checkpoint, or none of its variables fits.

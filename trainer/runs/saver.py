@@ -9,40 +9,33 @@ import numpy as np
 from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
 from trainer.monitoring.log import say
-from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.checkpoints import CheckpointFolder, weights_of
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import RestartHistory
 from trainer.training import variables
 
 
 class Saver:
-    """What is kept of one run; the chief alone writes, on the other workers every method is immediate.
+    """Saves one run; the chief alone writes, on the other workers every method is immediate.
 
-    Attributes:
-        path: the folder that the run writes into.
-        address: the output_dir as the user gave it.
-        saved_step: the step of the newest checkpoint.
+    `saved_step` is the step of the newest checkpoint; `path` and `address` are those of the `RunFolder`.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
-        """`keep`: newest checkpoints that are kept (`runtime.keep_checkpoints`)."""
+        """`keep`: number of newest checkpoints to keep (`runtime.keep_checkpoints`)."""
         self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, say)
         self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """State and variables of the newest checkpoint, which the chief reads, on every worker; None: there is none.
-
-        Args:
-            resuming: on the chief, whether the folder holds a run.
-        """
-        found = self.checkpoints.newest() if resuming and self.control.is_chief else None
-        state = self.control.broadcast("state", lambda: found[0] if found else None)
+        """State and variables of the newest checkpoint, on every worker; None, {}: there is none. The chief reads."""
+        newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
+        state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
             return None, {}
         self.saved_step = state["step"]
-        return state, self.control.broadcast_arrays("checkpoint", found[1] if found else {})
+        return state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
 
     def save(self, state: dict[str, Any], live: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint of the `live` variables, by name, and begin to publish it."""
@@ -54,27 +47,23 @@ class Saver:
             self.publisher.checkpoint()
 
     def read_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
-        """The model's variables `names` of a checkpoint, averaged where EMA is on, on every worker.
+        """The step and the model's variables `names` of a checkpoint, averaged where EMA is on, on every worker.
 
         A damaged checkpoint is replaced by the one of `last_step`.
-
-        Returns:
-            the step that was read, and the values by name.
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
             try:
-                values = self.checkpoints.read(step)[1]
+                weights = weights_of(self.checkpoints.read(step)[1])
             except DataError as error:
                 if step == last_step:
                     raise
                 say(f"{error}; the last weights go on instead")
-                step, values = last_step, self.checkpoints.read(last_step)[1]
-            weights = {name: values.get(f"ema/{name}", values[name]) for name in names}
+                step, weights = last_step, weights_of(self.checkpoints.read(last_step)[1])
+            weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)
         return step, self.control.broadcast_arrays("weights", weights)
 
     @property
     def resume_hint(self) -> str:
-        """How to go on, for people."""
         return f"Start the same command again with output_dir={self.address} to go on"

@@ -1,4 +1,4 @@
-"""Which epoch was best, and when to stop looking for a better one."""
+"""The best epoch of a phase, and early stopping."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from trainer.training.state import RunState
 
 
 def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
-    """Take a finished epoch into the state's best-so-far; returns whether it is the new best.
+    """Update the best epoch of `state` with a finished one; returns whether that is the new best.
 
     Ties in accuracy go to the lower validation loss, so that a saturated accuracy does not keep the earliest epoch.
     """
     key = "val_accuracy" if rule.metric == "accuracy" else "val_loss"
     value = epoch[key] if rule.metric == "accuracy" else -epoch[key]
     best = state.best
-    better = best is None or value > best["value"] + rule.min_delta
-    tie = (
-        best is not None
-        and rule.metric == "accuracy"
-        and value == best["value"]
-        and epoch["val_loss"] < best["val_loss"]
-    )
+    better, tie = best is None, False
+    if best is not None:
+        better = value > best["value"] + rule.min_delta
+        tie = rule.metric == "accuracy" and value == best["value"] and epoch["val_loss"] < best["val_loss"]
     if better or tie:
         state.best = {"step": state.step, "epoch": epoch["epoch"], "value": value, "val_loss": epoch["val_loss"]}
     state.bad_epochs = 0 if better else state.bad_epochs + 1
@@ -44,7 +41,7 @@ def best_step(state: RunState, rule: EarlyStopping) -> int | None:
 
 
 def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int:
-    """The step whose weights go on after a phase: its best one's, or its last one's where `training.keep` is last.
+    """The step whose weights the next phase starts from: the best one, or the last where `training.keep` is last.
 
     A phase that never beat what it began with has no best of its own (`best_step`).
     """
@@ -53,26 +50,25 @@ def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int
 
 
 def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is recorded of a finished phase whose weights are those of `step`, and that step's entry of the history.
+    """The record of a finished phase whose weights are those of `step`, and that step's entry of the history.
 
     Where these are the weights of an earlier phase, `kept_from` names it beside the best accuracy of the phase itself.
     """
     assert state.best is not None
     own = [entry for entry in state.history if entry["phase"] == name]
-    kept = next(entry for entry in state.history if entry["step"] == step)
+    chosen = next(entry for entry in state.history if entry["step"] == step)
     best_own = next(entry for entry in own if entry["step"] == state.best["step"])
     summary = {
-        **{key: value for key, value in kept.items() if key.startswith("val_")},
+        **{key: value for key, value in chosen.items() if key.startswith("val_")},
         "epochs": len(own),
         "best_epoch": state.best["epoch"],
         "kept_step": step,
         "seconds": sum(entry["seconds"] for entry in own),
     }
-    if kept["phase"] != name:
-        summary |= {"kept_from": kept["phase"], "own_val_accuracy": best_own["val_accuracy"]}
-    return summary, kept
+    if chosen["phase"] != name:
+        summary |= {"kept_from": chosen["phase"], "own_val_accuracy": best_own["val_accuracy"]}
+    return summary, chosen
 
 
 def exhausted(state: RunState, rule: EarlyStopping) -> bool:
-    """Whether patience has run out."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience

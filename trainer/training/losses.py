@@ -1,4 +1,4 @@
-"""What a step minimises: the loss of each example against its label, and against a teacher's answer."""
+"""The loss of each example against its label, and against a teacher's answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TINY = 1.2e-38  # the smallest normal float32; probabilities are floored here b
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What shapes the loss of an example."""
+    """Settings of the loss of an example."""
 
     label_smoothing: float = 0.0
     focal_gamma: float | None = None  # None: cross-entropy
     class_weights: tuple[float, ...] | None = None  # one a class
-    alpha: float = 1.0  # share of the label's part where a teacher answers, too
+    alpha: float = 1.0  # weight of the label's loss where a teacher answers, too
     temperature: float = 1.0  # both answers are softened by, where a teacher answers
 
 
@@ -76,7 +76,7 @@ def divergence(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float 
     """KL(teacher, student) of each example times temperature squared, float32 [b].
 
     Hinton et al. 2015, "Distilling the knowledge in a neural network": softened answers have gradients that shrink with
-    1 / T^2; the factor keeps the share of the labels what it is for any T.
+    1 / T^2; the factor keeps the weight of the labels what it is for any T.
 
     Args:
         teacher_logits: float32 [b, classes]; the logarithms of its probabilities do as well.
@@ -108,7 +108,7 @@ def weighted_losses(
     soft = None
     if teacher_logits is not None:
         soft = (1.0 - settings.alpha) * divergence(teacher_logits, logits, settings.temperature)
-    found = []
+    weighted = []
     for labels, weights in parts:
         if settings.focal_gamma is None:
             losses = cross_entropy(labels, logits, settings.label_smoothing)
@@ -118,12 +118,12 @@ def weighted_losses(
             losses = settings.alpha * losses + soft
         if settings.class_weights:
             weights = weights * tf.gather(tf.constant(settings.class_weights), labels)
-        found.append(losses * weights)
-    return found[0] if len(found) == 1 else found[0] + found[1]
+        weighted.append(losses * weights)
+    return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
 
 
 def hits(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
-    """1.0 where the answer is correct, float32 [b]; of a mixed example the share of the class that was answered."""
+    """1.0 where the answer is correct, float32 [b]; of a mixed example the fraction of the class that was answered."""
     answers = tf.argmax(logits, -1, tf.int32)
     correct = tf.cast(answers == batch["label"], tf.float32)
     if "mix" not in batch:

@@ -15,7 +15,7 @@ schedules = keras.optimizers.schedules
 
 
 class WarmUp(LearningRateSchedule):
-    """A linear climb over `steps` steps, then `after` counted from its own step 0.
+    """Linear warm-up over `steps` steps, then the schedule `after` from its own step 0.
 
     Step s < steps has the rate peak * (s + 1) / (steps + 1): the first step already learns.
     """
@@ -72,14 +72,8 @@ def build_optimizer(
         lr_multipliers: factors of `rate`, one for each variable that the optimizer will be built with; empty: `rate`
             for all, and Keras' own class.
     """
-    kinds = {
-        "adam": keras.optimizers.Adam,
-        "adamw": keras.optimizers.AdamW,
-        "adamax": keras.optimizers.Adamax,
-        "sgd": keras.optimizers.SGD,
-        "rmsprop": keras.optimizers.RMSprop,
-    }
-    kind = kinds[optimizer.name]
+    kinds = {"adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop"}
+    kind = getattr(keras.optimizers, kinds[optimizer.name])
     if lr_multipliers:
         kind = _with_lr_multipliers(kind, lr_multipliers)
     # A fixed name: Keras would number a second optimizer of the process, and a resumed run has but one.
@@ -87,7 +81,7 @@ def build_optimizer(
 
 
 def _with_lr_multipliers(kind: Any, lr_multipliers: tuple[float, ...]) -> Any:
-    """The optimizer `kind` with a learning rate of its own for each variable: what as many optimizers would do.
+    """The optimizer class `kind` with a learning rate of its own for each variable.
 
     Not the gradient is scaled, which Adam and its like would divide out again, but the rate that `update_step` is
     given, and with it AdamW's weight decay, which Keras multiplies by the rate.

@@ -1,4 +1,4 @@
-"""Where a run stands: everything but the variables."""
+"""Progress of a run: everything a checkpoint holds but the variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Saved with every checkpoint as JSON; floats survive it exactly."""
+    """Progress of a run, saved with every checkpoint as JSON; floats survive it exactly."""
 
     phase: int = 0  # index of the phase in progress
     epoch: int = 0  # finished epochs of the run, phases included; seeds order and augmentation
@@ -23,16 +23,14 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry a finished phase
     images: float = 0.0  # trained on since the first start
-    train_seconds: float = 0.0  # of the ledger, when this was saved
+    train_seconds: float = 0.0  # of the clock, when this was saved
     starts: int = 0
     sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"} it was trained with
     teacher: str | None = None  # fingerprint of the one it learned from
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The reverse of `to_json`."""
         return cls(**values)

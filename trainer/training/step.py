@@ -29,19 +29,12 @@ FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
 class Network(Protocol):
-    """What a step needs of a classifier (`trainer/models/classifier.py`)."""
+    """The part of a classifier that a step needs (`trainer/models/classifier.py`)."""
 
     def logits(
-        self,
-        images: Any,
-        *,
-        training: bool = False,
-        batch_norm_training: bool = False,
-        seed: int = 0,
-        step: Any = 0,
-        position: Any = None,
-        weight: Any = None,
-    ) -> Any:
+        self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
+        position: Any = None, weight: Any = None,
+    ) -> Any:  # fmt: skip
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
 
     def l2_loss(self) -> tf.Tensor:
@@ -49,7 +42,7 @@ class Network(Protocol):
 
 
 class Teacher(Protocol):
-    """What a step needs of a teacher (`trainer/distillation/teacher.py`)."""
+    """The part of a teacher that a step needs (`trainer/distillation/teacher.py`)."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
         """Float32 [b, classes], no gradient, for images in 0..255, [b, S, S, 3]."""
@@ -57,7 +50,7 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(LossSettings):
-    """What shapes a step beside the network and the optimizer."""
+    """Settings of a step beside the network and the optimizer."""
 
     seed: int
     clip_norm: float | None = None
@@ -69,7 +62,7 @@ class StepSettings(LossSettings):
 
     @classmethod
     def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool) -> StepSettings:
-        """What a configuration says of a step over a dataset."""
+        """Settings of a step over the training examples of a dataset."""
         training, runtime, distillation = config.training, config.runtime, config.distillation
         teaching = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
         return cls(
@@ -113,7 +106,7 @@ class Averages:
 
 
 def _ask_host(question: Callable[[], float]) -> tf.Tensor:
-    """What the host answers when the graph gets here, float64."""
+    """The value of `question` on the host when the graph gets here, float64."""
     answer = tf.numpy_function(lambda: np.float64(question()), [], tf.float64)
     answer.set_shape([])
     return answer
@@ -127,18 +120,11 @@ def _now() -> tf.Tensor:
 def _all_reduce(values: Any, replicas: int) -> Any:
     if replicas == 1:
         return values
-    context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 class TrainingStep:
-    """Several optimizer steps in one device call, over any strategy.
-
-    Attributes:
-        loss_scale: float32 variables [scale, good steps in a row], saved with the run; None but for float16.
-        averages: the EMA weights; None without EMA.
-        traced: whether a call was made; the first one takes long.
-    """
+    """Several optimizer steps in one device call, over any strategy."""
 
     def __init__(
         self,
@@ -153,26 +139,21 @@ class TrainingStep:
     ) -> None:
         """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there.
 
-        `teacher` answers for the images of each step; where batches hold its answers (`teacher`, probabilities), or
-        nothing is distilled, it is None.
+        `teacher` answers for the images of each step; None: batches hold its probabilities, or nothing is distilled.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
-        self.variables = list(trained.values())
-        self.settings = settings
-        self.replicas, self.stop = strategy.num_replicas_in_sync, stop
+        self.variables, self.settings, self.stop = list(trained.values()), settings, stop
+        self.replicas = strategy.num_replicas_in_sync
         with strategy.scope():
             optimizer.build(self.variables)
-            self.loss_scale = (
-                [tf.Variable(FIRST_LOSS_SCALE, trainable=False), tf.Variable(0.0, trainable=False)]
-                if settings.loss_scaling
-                else None
-            )
-            self.averages = (
-                Averages({n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}, trained)
-                if settings.ema
-                else None
-            )
-        self.traced = False
+            self.loss_scale: list[tf.Variable] | None = None  # float32 [scale, good steps in a row]
+            if settings.loss_scaling:
+                self.loss_scale = [tf.Variable(first, trainable=False) for first in (FIRST_LOSS_SCALE, 0.0)]
+            self.averages: Averages | None = None
+            if settings.ema:
+                shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}
+                self.averages = Averages(shadows, trained)
+        self.traced = False  # the first call takes long
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_gradients: Callable[..., Any] = self._gradients
         if settings.xla:
@@ -181,13 +162,13 @@ class TrainingStep:
             self._replica_gradients = lambda *arguments: compiled(*arguments)
 
     def checkpointed(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the network's own variables, by name."""
+        """Variables that a checkpoint holds beside the network's own, by name."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
         return by_name.of_optimizer(self.optimizer) | shadows | scale
 
     def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
-        """Take `steps` steps from the iterator `batches`, fewer when told to stop.
+        """Take `steps` steps from the iterator `batches`, fewer when asked to stop.
 
         Args:
             run_step: the run's step before the first of them; seeds dropout.
@@ -195,7 +176,7 @@ class TrainingStep:
 
         Returns:
             float32 [steps taken, 3]: sum of losses, correct examples, examples of each step, over all workers; the
-            seconds that this worker waited for data; whether it was told to stop, the same on every worker.
+            seconds that this worker waited for data; whether it was asked to stop, the same on every worker.
         """
         per_step, waited, stopped = self._compiled_loop(
             batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
@@ -208,7 +189,7 @@ class TrainingStep:
         in_replicas, local = self.strategy.run, self.strategy.experimental_local_results
         gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
 
-        def goes_on(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+        def unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped))
 
         def one_step(i: Any, _stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
@@ -225,7 +206,7 @@ class TrainingStep:
         # Not a `while`, which autograph would have to convert: its first use in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
         begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(goes_on, one_step, begin)
+        _, stopped, _, waited, per_step = tf.while_loop(unfinished, one_step, begin)
         sums = per_step.stack()
         if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # each has added up its own replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
@@ -243,8 +224,7 @@ class TrainingStep:
     def _global_counts(self, batch: Batch, stop_vote: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """In a replica: the examples of the global batch, and how many replicas vote to stop; float32 scalars."""
         both = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_vote]), self.replicas)
-        examples, stop_votes = tf.unstack(both)
-        return examples, stop_votes
+        return tuple(tf.unstack(both))
 
     def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
@@ -265,14 +245,9 @@ class TrainingStep:
         with tf.GradientTape(watch_accessed_variables=False) as tape:  # what is frozen leaves nothing on the tape
             tape.watch(raw)
             logits = self.network.logits(
-                batch["image"],
-                training=True,
-                batch_norm_training=settings.batch_norm_training,
-                seed=settings.seed,
-                step=run_step,
-                position=batch["position"],
-                weight=batch["weight"],
-            )
+                batch["image"], training=True, batch_norm_training=settings.batch_norm_training, seed=settings.seed,
+                step=run_step, position=batch["position"], weight=batch["weight"],
+            )  # fmt: skip
             losses = weighted_losses(rows, logits, settings, teacher_logits)
             penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
             loss = tf.reduce_sum(losses) / examples + penalty
