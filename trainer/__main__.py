@@ -19,7 +19,7 @@ from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
 from trainer.config.diff import in_common
-from trainer.config.schema import load, without_regularisation
+from trainer.config.schema import apply_overfit, load
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -45,7 +45,7 @@ def main() -> None:
         composed = compose_or_sweep(sys.argv[1:])
         if composed is None:  # --help, --cfg or a finished sweep
             return
-        config = without_regularisation(load(composed))
+        config = apply_overfit(load(composed))
         configure_log(config.runtime)
         cluster = discover(os.environ)
         start_monitoring(config, cluster.index, cluster.size)

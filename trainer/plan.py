@@ -22,7 +22,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import asks_for_sweep, compose
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
-from trainer.config.schema import load, without_regularisation
+from trainer.config.schema import apply_overfit, load
 from trainer.errors import ConfigError
 from trainer.planning.sections import WIDTH, Plan, look_for_trouble, show_cluster, show_configuration
 from trainer.storage.base import within
@@ -44,7 +44,7 @@ def main() -> None:
         composed = compose(rest)
         if composed is None:  # --cfg
             return
-        config = without_regularisation(load(composed))
+        config = apply_overfit(load(composed))
         cluster = discover(os.environ)
         with quiet_start():
             from trainer.exporting.formats import check_formats

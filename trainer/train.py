@@ -42,8 +42,9 @@ from trainer.runs.metrics import MetricsWriter, cut_back
 from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
 from trainer.training import variables
-from trainer.training.early_stopping import best_step, exhausted, judge, select_phase_weights, summarise_phase
+from trainer.training.early_stopping import exhausted, judge
 from trainer.training.optimizers import build_optimizer, build_schedule
+from trainer.training.phase_weights import best_step, select_phase_weights, summarise_phase
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite
 

@@ -1,4 +1,4 @@
-"""The small types that the rooms hand each other."""
+"""The small types that packages hand each other."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ def test_workers_take_the_choice_in_plain_values() -> None:
 
 
 def test_overfitting_one_batch_keeps_the_batch_that_was_loaded() -> None:
-    from trainer.config.schema import without_regularisation
+    from trainer.config.schema import apply_overfit
 
-    config, reasons = advise(without_regularisation(asked("debug=overfit")), 32, 10)
+    config, reasons = advise(apply_overfit(asked("debug=overfit")), 32, 10)
     assert config.training.batch_size == 32
     assert len(reasons) == 2

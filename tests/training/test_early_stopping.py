@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trainer.config.phases import EarlyStopping
-from trainer.training.early_stopping import best_step, exhausted, judge
+from trainer.training.early_stopping import exhausted, judge
+from trainer.training.phase_weights import best_step
 from trainer.training.state import RunState
 
 

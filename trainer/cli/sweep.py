@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from trainer.cli.compose import asks_for_sweep, compose, resolved
 from trainer.config.diff import flat, is_free
-from trainer.config.schema import RunConfig, load, without_regularisation
+from trainer.config.schema import RunConfig, apply_overfit, load
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import log as lines
 from trainer.monitoring import termination
@@ -137,7 +137,7 @@ class Sweep:
         self._stop_here()
         arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         target = str(tree["output_dir"] or f"{self.folder}/{name}")
-        config = without_regularisation(load(tree | {"output_dir": target}))
+        config = apply_overfit(load(tree | {"output_dir": target}))
         finished = is_finished(config)
         if not finished:
             _refuse_another(config)

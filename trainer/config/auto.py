@@ -1,5 +1,5 @@
-"""The advice table: rules of thumb from the published recipes that choose what is `auto`, once the training images have
-been counted (docs/phases.md).
+"""The advice table for `model=auto`, `phases=auto` and their batch size: rules of thumb that published recipes give; it
+chooses once the training images have been counted (docs/phases.md).
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def load(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(describe_faults(error, RunConfig, tree)) from None
 
 
-def without_regularisation(config: RunConfig) -> RunConfig:
+def apply_overfit(config: RunConfig) -> RunConfig:
     """The configuration that is trained: with debug.overfit nothing may stand between the model and one batch."""
     if not config.debug.overfit:
         return config

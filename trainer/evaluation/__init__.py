@@ -1,1 +1,1 @@
-"""From labels and probabilities to numbers, figures and a page: what a run has learned, and how sure that is."""
+"""From labels and probabilities to scores, intervals and tests: what a run has learned, and how sure that is."""

@@ -1,1 +1,1 @@
-"""The compiled step, optimizers and schedules, run state and checkpoints, telemetry."""
+"""The compiled step, optimizers and schedules, losses, early stopping and the state of a run."""
