@@ -64,6 +64,13 @@ class BatchSource(Protocol):
         """The gate at which a pipeline waits for its shards; the arguments are those of `ShardGate`."""
 
 
+def tensor_over(array: np.ndarray | None) -> tf.Tensor:
+    """An array as a tensor over the same memory (DLPack): nothing is copied, and pages of a file load on demand."""
+    assert array is not None
+    with tf.device("CPU:0"):
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
 @dataclass
 class Pixels:
     """The decoded images of a split. Batches are the same bits whether and wherever they are cached."""
@@ -108,10 +115,7 @@ class Pixels:
         return self.array.nbytes if self.array is not None and self.kept == "memory" else 0
 
     def tensor(self) -> tf.Tensor:
-        """`array` as a tensor over the same memory (DLPack): nothing is copied, and pages of a file load on demand."""
-        assert self.array is not None
-        with tf.device("CPU:0"):
-            return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
+        return tensor_over(self.array)
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         return tf.gather(tensor, index)

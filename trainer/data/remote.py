@@ -6,13 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.schema import RunConfig
+from trainer.config.schema import Data, RunConfig
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
 from trainer.errors import DataError
 from trainer.storage.base import Entry
 from trainer.storage.path import place
 from trainer.storage.shard_cache import Note, ShardCache
 from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
+
+
+def resolve_addresses(data: Data) -> tuple[Data, str | None]:
+    """Where data lies, for a run and for its plan.
+
+    Returns:
+        `data` with a dataset that is named in a bucket given by its folder; and the folder of a bucket whose shards
+        may come while they are used. None: all is copied before the start, as where groups are read, which stand in
+        the records alone.
+    """
+    if is_remote(data.data_dir) and data.name:
+        folder = prepared_folder(str(data.data_dir), data.name)
+        data = data.model_copy(update={"root": folder, "data_dir": None})
+    streams = data.source == "tfds" and is_remote(data.root) and not data.group_field
+    return data, str(data.root).rstrip("/") if streams else None
 
 
 def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) -> tuple[RunConfig, dict[str, str]]:
@@ -34,18 +49,17 @@ def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) ->
         addresses[path] = address.rstrip("/")
         return path
 
-    data: dict[str, str | None] = {key: local(getattr(config.data, key)) for key in ("root", "pattern")}
-    if is_remote(config.data.data_dir) and config.data.name:
-        data |= {"root": local(_dataset(config)), "data_dir": None}
+    data, _ = resolve_addresses(config.data)
+    data = data.model_copy(update={key: local(getattr(data, key)) for key in ("root", "pattern")})
     model = config.model.model_copy(update={"weights": local(config.model.weights)})
-    return config.model_copy(update={"data": config.data.model_copy(update=data), "model": model}), addresses
+    return config.model_copy(update={"data": data, "model": model}), addresses
 
 
 def copies_ahead(
     config: RunConfig, note: Note, check: Callable[[str], None]
 ) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
-    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket, except
-    where groups are read: they stand in the records alone.
+    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket where
+    `resolve_addresses` says so.
 
     Returns:
         the third is the cache that fetches them while they are read, None where everything is here.
@@ -54,23 +68,12 @@ def copies_ahead(
         DataError: as `stage`; or a shard is no longer what the manifest says.
         Interrupted: as `stage`.
     """
-    address, shards = _dataset(config), None
-    if is_remote(address) and not config.data.group_field:
-        address = str(address).rstrip("/")
-        shards = _open_shards(address, config.runtime.cache_folder, config.runtime.disk_budget, note, check)
-    if shards:
-        here = {"root": str(shards.folder), "data_dir": None}
-        config = config.model_copy(update={"data": config.data.model_copy(update=here)})
+    runtime, shards = config.runtime, None
+    data, address = resolve_addresses(config.data)
+    if address and (shards := _open_shards(address, runtime.cache_folder, runtime.disk_budget, note, check)):
+        config = config.model_copy(update={"data": data.model_copy(update={"root": str(shards.folder)})})
     local, addresses = local_copies(config, note, check)
-    return local, addresses | ({str(shards.folder): address or ""} if shards else {}), shards
-
-
-def _dataset(config: RunConfig) -> str | None:
-    """The folder of a TFDS dataset that is named by folder, or by name in a bucket."""
-    data = config.data
-    if is_remote(data.data_dir) and data.name:
-        return prepared_folder(str(data.data_dir), data.name)
-    return data.root if data.source == "tfds" else None
+    return local, addresses | ({str(shards.folder): str(address)} if shards else {}), shards
 
 
 @dataclass(frozen=True)

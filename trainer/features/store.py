@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.host import fresh_array, usable_cpus
+from trainer.data.images import tensor_over
 from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
@@ -64,9 +65,7 @@ class Features:
         return bytes_of(self.shape, self.dtype, self.views, len(self.own))
 
     def tensor(self) -> tf.Tensor:
-        assert self.array is not None
-        with tf.device("CPU:0"):
-            return tf.experimental.dlpack.from_dlpack(self.array.__dlpack__())
+        return tensor_over(self.array)
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         """Rows [b, *shape] at int64 indices [b], each of the view that belongs to its epoch, int64 [b]."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import tempfile
 import uuid
@@ -108,27 +106,6 @@ def newest_state(config: RunConfig) -> dict[str, Any] | None:
         return None
     names = names_in(there / "checkpoints" / "LATEST")
     return json.loads((there / "checkpoints" / names[0] / "state.json").read()) if names else None
-
-
-def holder(config: RunConfig) -> str | None:
-    """The process that trains into output_dir, by its lock or lease; None where there is none."""
-    there = place(config.output_dir or "")
-    if there.is_local:
-        file = Path(str(there)) / ".lock"
-        try:
-            with open(file) as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
-        except BlockingIOError:
-            return file.read_text().strip() or "another process"
-        except OSError:
-            pass
-        return None
-    written = (there / ".lease").fetch()
-    with suppress(ValueError, AttributeError):
-        lease = json.loads(written[0]) if written else {}
-        if lease.get("holder") and lease.get("uid") != (os.environ.get("JOB_UID") or ""):
-            return f"{lease['holder']}, last renewed at {lease.get('renewed')}"
-    return None
 
 
 def probe_output(config: RunConfig) -> str:

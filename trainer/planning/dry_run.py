@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from trainer.config.auto import advise
 from trainer.config.schema import Data, RunConfig
 from trainer.data.host import memory_budget_default
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import coming, prepared_at
+from trainer.data.remote import coming, prepared_at, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.errors import DataError
 from trainer.features.plan import divide, plan_features, train_images_read_once
@@ -21,29 +20,26 @@ from trainer.planning.estimates import PhasePlan
 from trainer.planning.sections import WIDTH, Plan, Rows, show_bytes, show_data, show_memory, show_phases, show_storage
 from trainer.runs.folder import check_fingerprint, inspect_folder
 from trainer.runs.reader import without_weights
-from trainer.storage.staging import is_remote, prepared_folder
+from trainer.storage.staging import is_remote
 from trainer.training.losses import class_weights
 from trainer.types import Dataset
 
 
 def find_data(plan: Plan) -> Rows:
     """Open the data where that takes no download; files that would be staged are only listed."""
-    config, data = plan.config, plan.config.data
+    config = plan.config
+    data, streamed = resolve_addresses(config.data)
     cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
-    changes: dict[str, Any] = {"root": data.root, "pattern": data.pattern}
-    if is_remote(data.data_dir) and data.name:
-        changes |= {"root": prepared_folder(str(data.data_dir), data.name), "data_dir": None}
     rows: Rows = []
-    ahead = data.source == "tfds" and is_remote(changes["root"]) and not data.group_field
-    if ahead and (prepared := prepared_at(changes["root"])):
+    if streamed and (prepared := prepared_at(streamed)):
         plan.to_stage = list(prepared.shards.values())
-        rows.append(("bucket", f"{changes['root']}: {coming(prepared, budget)}"))
-        with checks.metadata(changes["root"], prepared.beside.values()) as folder:
-            _open(plan, data.model_copy(update={**changes, "root": folder}), arriving=True)
+        rows.append(("bucket", f"{streamed}: {coming(prepared, budget)}"))
+        with checks.metadata(streamed, prepared.beside.values()) as folder:
+            _open(plan, data.model_copy(update={"root": folder}), arriving=True)
         return rows
-    missing = None
-    for key in ("root", "pattern"):
-        if is_remote(address := changes[key]):
+    missing, changes = None, {"root": data.root, "pattern": data.pattern}
+    for key, address in changes.items():
+        if address and is_remote(address):
             changes[key], line, entries = checks.staged(address, cache, budget)
             rows.append(("bucket", line))
             if changes[key] is None:

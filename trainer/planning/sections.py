@@ -19,7 +19,7 @@ from trainer.config.auto import adopted
 from trainer.config.diff import flat
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, TrainerError
-from trainer.runs.folder import inspect_folder, is_finished, require_output_dir
+from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
@@ -127,7 +127,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 saved = checks.newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
                 state = f"holds this run: it would go on at step {saved['step']:,}, phase {phase}"
-            if (by := checks.holder(config)) and not state.startswith("finished"):
+            if (by := holder_of_folder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would be refused: {plan.faults[-1]}"

@@ -27,11 +27,14 @@ from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import say
 from trainer.runs.publisher import Publisher
+from trainer.storage.lease import holder_of
 from trainer.storage.lease import take as take_lease
 from trainer.storage.local import write_json, write_whole
 from trainer.storage.path import place
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
+
+LOCK = ".lock"  # in a folder of this machine, held with flock by the process that trains into it
 
 
 @dataclass
@@ -131,7 +134,7 @@ def _fresh_folder(name: str | None) -> Path:
 def _hold(folder: Path, workers: int) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115  held until the process ends
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115  held until the process ends
     except OSError as error:
         raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
     try:
@@ -147,6 +150,26 @@ def _hold(folder: Path, workers: int) -> TextIO:
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def holder_of_folder(config: RunConfig) -> str | None:
+    """The process that trains into output_dir, by its lock or lease; None where there is none. Changes nothing.
+
+    Raises:
+        DataError: the lease cannot be read.
+    """
+    there = place(config.output_dir or "")
+    if not there.is_local:
+        return holder_of(there, os.environ.get("JOB_UID") or None)
+    file = Path(str(there)) / LOCK
+    try:
+        with open(file) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+    except BlockingIOError:
+        return file.read_text().strip() or "another process"
+    except OSError:
+        return None
+    return None
 
 
 def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
@@ -190,7 +213,7 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
         ConfigError: the folder belongs to another run, to none, or `resume` forbids it.
     """
     if record is None:
-        others = sorted(set(names) - {".lock", "config.yaml"})
+        others = sorted(set(names) - {LOCK, "config.yaml"})
         if config.resume == "must":
             raise ConfigError(f"resume=must, but output_dir={address} holds no run")
         if others:

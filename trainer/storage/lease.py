@@ -162,15 +162,15 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
     watched: tuple[int | None, float] | None = None  # the version we saw first, and when
     while True:
         there, version = _read(file)
-        free = there is None or there.holder is None or (uid is not None and there.uid == uid)
-        if there is not None and not free:
+        held, free = _held_by_another(there, uid), True
+        if held:
             watched = watched or (version, time.monotonic())
             if version != watched[0] or not wait:
                 raise ConfigError(
-                    f"{folder}: is in use by {_name(there)}{', ' + there.note if there.note else ''}; "
+                    f"{folder}: is in use by {_name(held)}{', ' + held.note if held.note else ''}; "
                     "choose another output_dir, or end that run first"
                 )
-            free = time.monotonic() - watched[1] > max(seconds, there.seconds)
+            free = time.monotonic() - watched[1] > max(seconds, held.seconds)
         if free:
             commit = there.commit if there else None
             state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
@@ -185,6 +185,17 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
             lease._thread.start()
             return lease
         time.sleep(seconds / 10)
+
+
+def holder_of(folder: Place, uid: str | None) -> str | None:
+    """Who keeps `uid` out of a folder, and when it last renewed its lease; None where `uid` takes the lease at once."""
+    held = _held_by_another(_read(folder / NAME)[0], uid)
+    return f"{held.holder}, last renewed at {held.renewed}" if held else None
+
+
+def _held_by_another(there: _State | None, uid: str | None) -> _State | None:
+    free = there is None or there.holder is None or (uid is not None and there.uid == uid)
+    return None if free else there
 
 
 def _now() -> str:
