@@ -16,10 +16,10 @@ import pytest
 
 from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import faults
-from trainer.errors import ConfigError, Interrupted
+from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage import lease as leases
 from trainer.storage.base import within
-from trainer.storage.lease import Lease, take
+from trainer.storage.lease import Lease, holder_of, take
 from trainer.storage.path import Place, place
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +119,19 @@ def test_a_lease_is_taken_renewed_and_given_back(home: Place) -> None:
     began = time.monotonic()
     take(home, "host-b/1").release()
     assert time.monotonic() - began < SECONDS / 2
+
+
+@here_and_there
+def test_a_plan_names_who_would_keep_it_out(home: Place) -> None:
+    assert holder_of(home, None) is None
+    with take(home, "host-a/1", "job-1"):
+        assert str(holder_of(home, None)).startswith("host-a/1, last renewed at 20")
+        assert str(holder_of(home, "job-2")).startswith("host-a/1, ")
+        assert holder_of(home, "job-1") is None  # its own Job would take it at once
+    assert holder_of(home, None) is None
+    (home / ".lease").write("rubbish")
+    with pytest.raises(DataError, match="is not a lease"):
+        holder_of(home, None)
 
 
 @here_and_there
