@@ -16,7 +16,7 @@ from trainer.config.schema import load
 from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.reader import FinishedRun, check_classes
+from trainer.runs.finished_run import FinishedRun, check_classes
 from trainer.storage.path import place
 from trainer.training import variables
 from trainer.training.state import RunState
@@ -28,7 +28,7 @@ CLASSES = [str(digit) for digit in range(10)]
 PROGRAM = """
 import sys
 import keras, numpy as np
-from trainer.runs.reader import find_run, load_checkpoint, open_classifier
+from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
 folder, images, seen = sys.argv[1:]
 run = find_run(folder)
 backbone = open_classifier(run, load_checkpoint(run, "last")).backbone

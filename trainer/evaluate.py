@@ -26,7 +26,7 @@ from trainer.cli.process import configure_log, configure_log_early, exit_with_co
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
-from trainer.runs.reader import FinishedRun, load_checkpoint, read_run
+from trainer.runs.finished_run import FinishedRun, load_checkpoint, read_run
 
 OWN = {"run": "say once what to evaluate", "checkpoint": "", "split": "", "output": ""}
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")

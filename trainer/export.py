@@ -29,7 +29,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
 from trainer.monitoring.log import say
-from trainer.runs.reader import FinishedRun, exported_checkpoint, find_run, load_checkpoint
+from trainer.runs.finished_run import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
 CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
 OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}

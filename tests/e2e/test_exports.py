@@ -24,7 +24,7 @@ from trainer.data.decoding import decode_image
 from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
-from trainer.runs.reader import find_run, load_checkpoint, open_classifier
+from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
 from trainer.storage.path import place
 
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from trainer.evaluation.scoring import Scorer
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import say
-from trainer.runs.reader import rebuild_classifier
+from trainer.runs.finished_run import rebuild_classifier
 from trainer.storage.local import write_whole
 from trainer.training.losses import log_probs
 

@@ -18,7 +18,7 @@ from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import say
-from trainer.runs.reader import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
+from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
 from trainer.storage.local import write_json
 from trainer.types import Scored
 

@@ -25,7 +25,7 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
 from trainer.planning.estimates import activation_bytes, bytes_of, parameters
 from trainer.runs.checkpoints import CheckpointFolder, names_in
-from trainer.runs.reader import without_weights
+from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
 from trainer.storage.path import Entry, place
 from trainer.storage.staging import is_remote, missing_from, planned_copy

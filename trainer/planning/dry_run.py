@@ -18,8 +18,8 @@ from trainer.models.classifier import build_classifier
 from trainer.planning import checks, estimates, network_plot
 from trainer.planning.estimates import PhasePlan
 from trainer.planning.sections import WIDTH, Plan, Rows, show_bytes, show_data, show_memory, show_phases, show_storage
+from trainer.runs.finished_run import without_weights
 from trainer.runs.folder import check_fingerprint, inspect_folder
-from trainer.runs.reader import without_weights
 from trainer.storage.staging import is_remote
 from trainer.training.losses import class_weights
 from trainer.types import Dataset

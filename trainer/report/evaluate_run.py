@@ -23,7 +23,7 @@ from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import say
 from trainer.report.build import build_report
-from trainer.runs.reader import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
+from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
 from trainer.storage.path import place
 
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."

@@ -1,4 +1,4 @@
-"""Reading a trained run by its output_dir, here or in a bucket: its configuration and its weights."""
+"""A trained run by its output_dir, here or in a bucket: its configuration, its checkpoints, its classifier rebuilt."""
 
 from __future__ import annotations
 
