@@ -24,19 +24,18 @@ def test_twelve_kills_change_nothing(tmp_path: Path) -> None:
     assert run(*SMALL, PATIENT, f"output_dir={calm}").returncode == 0
     whole = time.monotonic() - began
     rng = np.random.default_rng(11)
-    survived = 0
-    for _ in range(KILLS):
+    kills, runs = 0, 1
+    while kills < KILLS:
         child = start(*SMALL, PATIENT, f"output_dir={folder}")
         time.sleep(rng.uniform(0.25, 0.95) * whole)
-        if child.poll() is not None:  # it got to its end: begin a new run, so that every kill hits something
-            assert_same_run(calm, folder)
-            folder = tmp_path / f"killed-{survived}"
-            survived += 1
-            child = start(*SMALL, PATIENT, f"output_dir={folder}")
-            time.sleep(rng.uniform(0.4, 0.9) * whole)
         os.kill(child.pid, signal.SIGKILL)
-        child.communicate()
-        assert child.returncode == -signal.SIGKILL
+        said, _ = child.communicate()
+        if child.returncode == 0:  # it got to its end: begin a new run, so that every kill hits something
+            assert_same_run(calm, folder)
+            folder, runs = tmp_path / f"killed-{runs}", runs + 1
+        else:
+            assert child.returncode == -signal.SIGKILL, said
+            kills += 1
     result = run(*SMALL, PATIENT, f"output_dir={folder}")
     assert result.returncode == 0, result.stderr
     assert_same_run(calm, folder)
