@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.workers import free_ports
+from scripts.same_bits import free_ports
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError, differences
 from trainer.cluster.discovery import Cluster, discover
 from trainer.cluster.rendezvous import rendezvous

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL
-from tests.e2e.workers import SHARED, Workers, free_ports, start_workers
+from tests.e2e.workers import SHARED, Workers, start_workers
 from tests.monitoring.test_http import get, metrics
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, assert_same_weights, command, run
 
 # As `running.SMALL`, with a batch that 1, 2, 3 and 4 workers can share, and pieces of the same size for all of them:
@@ -28,15 +28,6 @@ SHARED = (
     "runtime.start_timeout=60",
     "export.formats=[saved_model]",
 )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class Workers:

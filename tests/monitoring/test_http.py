@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.workers import free_ports
+from scripts.same_bits import free_ports
 from trainer.errors import WRONG_INPUT, ConfigError
 from trainer.monitoring.health import Health
 from trainer.monitoring.http import serve
