@@ -47,6 +47,7 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.phase_weights import best_step, select_phase_weights, summarise_phase
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite
+from trainer.types import scored_split
 
 AFTER = "after training had ended"
 
@@ -303,7 +304,6 @@ def inputs_of(run: RunContext, name: str) -> Inputs:
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     """Give the next phase, or the export, the weights that `training.keep` names: averaged ones where EMA is on."""
     state, training = run.state, run.config.training
-    assert state.best is not None
     step = select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
     step, weights = run.saver.read_weights(step, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
@@ -475,7 +475,7 @@ def finish(run: RunContext) -> None:
     health.enter_phase(FINISH)
     images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
     with clock.span("evaluation", "evaluation"):
-        split = "test" if "test" in dataset.splits else "validation"
+        split = scored_split(dataset.splits)
         say(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -94,3 +95,8 @@ class EvaluationResult:
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
     names: tuple[str, ...]  # file or record of each example
     metrics: dict[str, object]  # see trainer/evaluation/metrics.py
+
+
+def scored_split(splits: Container[str]) -> str:
+    """The split that a run is scored on at its end: test, or validation where the data has no test split."""
+    return "test" if "test" in splits else "validation"

@@ -18,7 +18,7 @@ from trainer.data.splits import Note, RawData, at_most, fingerprint, open_tfreco
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
-from trainer.types import Dataset
+from trainer.types import Dataset, scored_split
 
 TINY = 30  # examples: below this one example moves a score by more than 3 points
 IMBALANCE = 3  # most over fewest training examples of a class
@@ -115,8 +115,7 @@ def open_dataset(
     if max_examples:
         raw.splits = {name: at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
-        scored = "test" if "test" in raw.splits else "validation"
-        for name in raw.splits if all_groups else {scored} & raw.splits.keys():
+        for name in raw.splits if all_groups else {scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
     raw.notes += _remarks(raw, limited=max_examples is not None)

@@ -20,7 +20,7 @@ from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import say
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
 from trainer.storage.local import write_json
-from trainer.types import Scored
+from trainer.types import Scored, scored_split
 
 READ_AT_ONCE = 256  # images
 EXAMPLES = 1000  # of the scored split are sent through every exported file
@@ -93,7 +93,7 @@ def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> di
     """Export a checkpoint of a finished run below `home`; returns the facts by format, as `export_formats`."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
-    split = "test" if "test" in images.dataset.splits else "validation"
+    split = scored_split(images.dataset.splits)
     say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
     return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
