@@ -8,8 +8,6 @@ Each row is a process of its own, so that none inherits another's memory. Beside
 their own: quickstart, workers, scaling, storage, augmentation, recipes.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

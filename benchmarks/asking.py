@@ -1,7 +1,5 @@
 """What every row can be asked: the same arguments for all of them, and the data they mean."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import tempfile

@@ -7,8 +7,6 @@ Rounds are interleaved; the ratio of images/s is taken round by round. Processor
 process for an image; of none, decoding and all; of the others, what they add to that.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -3,8 +3,6 @@
 python -m benchmarks.feature_pass --data FOLDER --weights FILE --alpha 0.35
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

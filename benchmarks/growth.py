@@ -6,8 +6,6 @@ One epoch of the head phase, a fifth of the photos validating. Time should be li
 memory flat.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -6,8 +6,6 @@ Every side is a process of its own, which opens the folder, reads one epoch (col
 and does nothing else with the batches. The files are in the page cache. Op determinism is on for our sides alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """Photos to measure with: noise where none are given, and folders of links to those that are."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The pipeline of a real run, as benchmarks open it."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

@@ -7,8 +7,6 @@ fit, seconds of each epoch after the first of a phase, validation accuracy after
 stand wherever the recipe says nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

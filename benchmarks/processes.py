@@ -1,7 +1,5 @@
 """Programs as processes of their own: when they said what, how long they took, how much memory they had."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

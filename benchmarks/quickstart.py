@@ -4,8 +4,6 @@ Every run is a process of its own, started by the command line that anyone would
 in `model.weights`; the simple methods see the same images, the same labelled ones where only few are labelled.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

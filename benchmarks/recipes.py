@@ -7,8 +7,6 @@ of alpha 1.0 and 0.35. Accuracy is of the validation split for the flowers (a fi
 for the beans, over all seeds together, with Wilson's 95 % interval of one seed's number of examples.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """What one row measured: pairs of interleaved runs, kept as JSON from which the page is made."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -7,8 +7,6 @@ a forward pass (TensorFlow's profiler, convolutions and matrix products). Assume
 efficiency = compute / (compute + all-reduce), no overlap: one packed collective waits for the whole backward pass.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Every client keeps one connection and asks again as soon as it is answered. Late
 last one read; processor time is the server's own, and means something on a busy machine too.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import io

@@ -6,8 +6,6 @@ The run is that of the recipe, its head phase cut to one step. What happened whe
 tracing is the ledger's `compile`, which is the first call of the step: tracing, and one step.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

@@ -7,8 +7,6 @@ of a real run (decoded cache, shuffling, optional augmentation), "bare" repeats 
 ratio is taken round by round.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Iterator

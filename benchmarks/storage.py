@@ -8,8 +8,6 @@ answer of the bucket a tenth of a second late, the seconds that checkpoints stal
 training (as runs do) and waited for.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

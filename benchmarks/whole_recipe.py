@@ -6,8 +6,6 @@ Each run is a process of its own. Both sides read the same {train,validation}/<c
 on the i-th of five disjoint folds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -7,8 +7,6 @@ Real runs of the command line on the built-in digits. Workers are processes; eac
 network: what two hosts lose on theirs comes on top (`python -m benchmarks.scaling` estimates it).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ matplotlib ships, then bent, thickened, blurred and recoloured until they look l
 handwriting under a bad scanner.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path

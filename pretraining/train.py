@@ -5,8 +5,6 @@ momentum 0.9 (Keras gives MobileNetV2 0.999, which never catches up in a short t
 estimated once more at the end over the clean training pictures.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 The pictures are those that come with scikit-learn.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Write docs/configuration.md from the validated tree itself: `python scripts/configuration_page.py`."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import types

@@ -4,8 +4,6 @@ kustomize sorts keys and drops comments. Both are taken from its sources again: 
 has a remark at, and every order of keys, is found in the result by its path.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

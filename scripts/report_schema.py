@@ -1,7 +1,5 @@
 """Write docs/report.schema.json, what report.json holds: `python scripts/report_schema.py`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

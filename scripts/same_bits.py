@@ -9,8 +9,6 @@ state), metrics.jsonl, predictions.csv, report.json, config.yaml, and the export
 weights. Prints "same bits" and exits with 0, or lists what differs and exits with 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

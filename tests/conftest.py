@@ -1,7 +1,5 @@
 """What every test gets: quiet TensorFlow, a cache of its own, and no GPU test where there is no GPU."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Ask TensorBoard as its page in a browser would."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Benchmarks: what they count, the folders they make, the page they write; and that every row still runs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The verdict on a log of predictions: numbers, exit codes, a figure; and what cannot be judged is one sentence."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What an evaluation scores is the model that was trained."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`make help` and what `make setup` says when it cannot go on."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What the layers of pyproject.toml do not say: how long a module may be, and what must start without TensorFlow."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages that are made from the code are not stale."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`python -m trainer.plan`: it says what a run would do, and does nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """`python -m trainer.prepare`, as a person types it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

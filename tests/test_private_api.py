@@ -1,7 +1,5 @@
 """What the package uses of other libraries' private API: it is there in the installed versions, and listed in one place."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """Every preset says what its recipe says, and nothing that it does not."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run says and imports at its start."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import subprocess

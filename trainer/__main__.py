@@ -3,8 +3,6 @@
 Hydra composes, `config.schema.load` validates, `train.train_run` trains.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

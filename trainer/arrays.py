@@ -1,7 +1,5 @@
 """Named NumPy arrays as bytes, exact: what checkpoints hold and workers send each other."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

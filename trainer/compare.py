@@ -5,8 +5,6 @@ The first is what the others are compared with. Prints a table and writes a page
 said). Exit code 0, or 2 where runs cannot be compared.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run context: the objects that one training process holds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

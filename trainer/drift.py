@@ -10,8 +10,6 @@ Exit codes: 0 nothing has shifted; 4 something has; 2 the reference or the log c
 docs/drift.md says what is measured.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The errors that are explained to the user, and the exit codes of the process."""
 
-from __future__ import annotations
-
 DONE = 0
 BUG = 1
 WRONG_INPUT = 2

@@ -9,8 +9,6 @@ The data is the run's own, or what `data=...` and `data.KEY=...` say; `runtime..
 `debug.max_examples` may be changed as well. Exit codes are those of a run.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from typing import Any

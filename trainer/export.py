@@ -11,8 +11,6 @@ the model of a run in other formats, or again.
 `data.KEY=...` and `runtime.KEY=...` say where the data is now. Exit codes are those of a run.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ Exit code 0, or what the run would end with at its start, with the same message.
 probe that is deleted again. `--plot=FILE.png` draws the network, `--summary` prints its layers.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ and writes the splits in TFDS's folder format; read them with `data=tfds data.ro
 `tfds.builder_from_directory`.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

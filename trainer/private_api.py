@@ -34,8 +34,6 @@ Public by name, documented nowhere, and used where the last column says:
 Libraries are imported inside the functions: modules that start without TensorFlow import this one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

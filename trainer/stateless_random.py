@@ -5,8 +5,6 @@ that it can be made again after a kill, on another worker, or in another batch s
 finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
-from __future__ import annotations
-
 import tensorflow as tf
 
 # Streams keep apart what would otherwise share coordinates.

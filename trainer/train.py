@@ -3,8 +3,6 @@
 set up -> restore -> plan -> for each phase: thaw, inputs, epochs of steps and validation -> finish
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The arguments of a verb: what it takes, what it hands on, and what it refuses."""
 
-from __future__ import annotations
-
 import pytest
 
 from trainer import compare, drift, evaluate, export, plan, prepare, serve

@@ -1,7 +1,5 @@
 """The event files of a sweep, read back by TensorBoard's own HParams page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

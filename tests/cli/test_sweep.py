@@ -1,7 +1,5 @@
 """Where the jobs of a sweep go, what the page beside them is told, and how a sweep ends."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

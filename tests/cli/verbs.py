@@ -1,7 +1,5 @@
 """The verbs of the command line in this process."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Preflight and peers over real sockets: who is missing, who disagrees, who is gone. Workers are processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

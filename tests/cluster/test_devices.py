@@ -1,7 +1,5 @@
 """TensorFlow's pools follow the quota of a container."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the environment of a process to its place among the workers, and what is said when that cannot be."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

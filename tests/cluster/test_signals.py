@@ -1,7 +1,5 @@
 """Signals reach the flag while the main thread is inside TensorFlow, also after TensorFlow took them away."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The advice table: what it chooses from counts, why, and that it chooses once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

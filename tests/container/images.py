@@ -8,8 +8,6 @@ Images, containers and what pip fetched lie in a store of their own. The base an
 the next run; `rm -r ~/.cache/kubetune-containers` removes all.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import json

@@ -1,7 +1,5 @@
 """The image: what is in it, what a change of code rebuilds, that it runs and stops as a pod must, and finds CUDA."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

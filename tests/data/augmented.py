@@ -1,7 +1,5 @@
 """Pictures of noise, and the very numbers that are drawn for them."""
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

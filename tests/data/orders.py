@@ -1,7 +1,5 @@
 """The whole order of an epoch."""
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

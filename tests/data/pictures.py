@@ -1,7 +1,5 @@
 """Small pictures in class folders."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A small split as image files, and the same images as record shards."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Each change against a closed form or SciPy, with the very numbers that were drawn."""
 
-from __future__ import annotations
-
 import colorsys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Crops: what is drawn, against rejection sampling, and what is seen, against a closed form."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tensorflow as tf

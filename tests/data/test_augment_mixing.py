@@ -1,7 +1,5 @@
 """Mixup and cutmix: images and labels against closed forms, and that they know no padding, batch size or company."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Each operation of RandAugment against Pillow, and who goes through which."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

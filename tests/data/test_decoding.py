@@ -1,7 +1,5 @@
 """Decoding against Pillow, formats and sizes of all kinds, and in a SavedModel."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Where decoded images are kept, and what is said about those that cannot be read."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource

@@ -1,7 +1,5 @@
 """Opening every source: splits, labels, limits, fingerprints, and what a person is told."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The order of an epoch, and where any step of it lies."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tensorflow as tf

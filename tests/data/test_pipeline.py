@@ -1,7 +1,5 @@
 """Batches: exact positions, the same bits from every cache and after every resume."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """TFRecord shards: what is written, what TFDS and TensorFlow read, and what damage is called."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

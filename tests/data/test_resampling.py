@@ -1,7 +1,5 @@
 """The compiled resampling against TensorFlow's own op, which does the same in floating point."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tensorflow as tf

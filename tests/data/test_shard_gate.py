@@ -1,7 +1,5 @@
 """Every shard that a pipeline opens was asked for before, and the batches are those of local shards, bit for bit."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import shutil

@@ -1,7 +1,5 @@
 """How workers share the training data: the choice, its reason, and when a checkpoint can go on with it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A prepared dataset is opened from manifest and labels alone, and is the same dataset as with its shards."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

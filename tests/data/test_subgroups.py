@@ -1,7 +1,5 @@
 """Groups of examples, read from one more field of their records."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a teacher is found, and what is said where there is none or another one than needed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

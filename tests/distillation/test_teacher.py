@@ -1,7 +1,5 @@
 """Teachers answer as the network they are made of, at their own size, and take no gradient."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

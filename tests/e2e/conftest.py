@@ -1,7 +1,5 @@
 """What several files of whole runs need."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Start the real command line as a user would, and compare what two runs left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What a user gets wrong, and what a machine does: one sentence, the documented exit code, nothing lost."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Data, weights and output in a bucket: the bits of a local run, whatever the network and the nodes do."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

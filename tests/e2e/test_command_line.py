@@ -1,7 +1,5 @@
 """Answers of the command line that must not wait for TensorFlow."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Whole runs that learn from a teacher: what they say, that kills and workers change no bit, and what is refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`python -m trainer.evaluate` on a run of the built-in digits: the same scores as the run's own, and what else it can."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Exports of whole runs by the command line: made at the end or later, scored, refused, and judged for drift."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

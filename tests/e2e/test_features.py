@@ -1,7 +1,5 @@
 """Whole runs on cached features: the weights of a live run, whatever kills them, on any number of workers."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A whole run whose scores are told apart by a field of its records."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

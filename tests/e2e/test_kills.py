@@ -1,7 +1,5 @@
 """kill -9 at random moments: the run that goes on ends with the bits of the run that was left alone."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Rates of their own and what is `auto`, in whole runs: killed, continued, and on several workers."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A run as a pod has it (`runtime=pod`): asked for its health and metrics, read line by line, ended with a reason."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

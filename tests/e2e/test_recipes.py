@@ -1,7 +1,5 @@
 """Every preset runs: on a small set with its classes, fields and splits, small images, no weights, two steps a phase."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Whole runs by the command line: what they leave, how they stop, how they go on."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A run whose shards come from a bucket while it trains: the bits of a local run, in a small part of the disk."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sweeps: grids and searches, what fails in them, stopping one and going on."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Several workers train what one trains; they stop, fail and go on together."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

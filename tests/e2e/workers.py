@@ -1,7 +1,5 @@
 """Several workers of one run as processes of this machine, each told by TF_CONFIG who it is."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ https://chromedevtools.github.io/devtools-protocol; `--remote-debugging-pipe` re
 writes answers to 4, JSON between zero bytes.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

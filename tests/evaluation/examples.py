@@ -1,7 +1,5 @@
 """Small results and histories made by a formula."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

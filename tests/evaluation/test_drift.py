@@ -1,7 +1,5 @@
 """What the measures of drift are, when chance alone would reach their limits, and that a shift goes over them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Copies are found, whatever was done to the file; what only looks alike is not."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

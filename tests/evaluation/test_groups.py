@@ -1,7 +1,5 @@
 """The table of groups against scikit-learn and by hand, and how report and card show it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Confident learning, by hand and on labels that were made wrong on purpose."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from trainer.evaluation.label_errors import describe_label_errors, find_label_errors

@@ -1,7 +1,5 @@
 """Scores against numbers worked out by hand and against scikit-learn."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

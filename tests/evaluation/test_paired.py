@@ -1,7 +1,5 @@
 """McNemar's exact test against its closed form, and intervals against simulation."""
 
-from __future__ import annotations
-
 from math import comb
 
 import numpy as np

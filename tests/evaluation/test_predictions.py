@@ -1,7 +1,5 @@
 """predictions.csv: exact bytes."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The scores of an epoch against scikit-learn."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score

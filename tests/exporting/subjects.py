@@ -1,7 +1,5 @@
 """A small network, what is exported of it, and the examples that its files are tried on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import keras

@@ -1,7 +1,5 @@
 """On how many examples an export is tried, and how many its reference is of."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

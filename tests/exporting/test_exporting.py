@@ -1,7 +1,5 @@
 """Exports load back in and answer as the model did, from pixels and from the bytes of files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

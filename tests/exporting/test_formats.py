@@ -1,7 +1,5 @@
 """Every format is written, loaded back by the library it is for, and scored; what is too far off is not kept."""
 
-from __future__ import annotations
-
 import io
 import subprocess
 import sys

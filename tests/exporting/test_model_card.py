@@ -1,7 +1,5 @@
 """The model card says what it was trained on, how good it is, and how to call it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

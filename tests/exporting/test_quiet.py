@@ -1,7 +1,5 @@
 """What libraries say of every model is left out, and nothing else."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """Where a classifier is cut, and that its tail learns from features what the whole learns from images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cached features or images: what is chosen for a phase, and why."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

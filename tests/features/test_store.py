@@ -1,7 +1,5 @@
 """Features on disk and in memory: what is whole is taken over, what is not is missing, and nothing else is read."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """A run as the pods of a Kubernetes Indexed Job: real hosts, real names, and the environment that the Job gives."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time

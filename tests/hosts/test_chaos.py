@@ -1,7 +1,5 @@
 """Twenty random calamities on two hosts: the run that goes on ends with the bits of the run that was left alone."""
 
-from __future__ import annotations
-
 import json
 import signal
 import statistics

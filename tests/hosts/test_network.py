@@ -1,7 +1,5 @@
 """The hosts the host tests run on: names, bytes, signals, cut links, and nothing left behind."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Runs of several workers on several hosts: how they find each other, what a lost one does to them, how they go on."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Iterator

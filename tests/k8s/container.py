@@ -6,8 +6,6 @@ the Dockerfile gives, on this machine's /usr and Python packages. /etc/passwd kn
 that no image has heard of. Left out: limits of CPU, memory and disk, GPUs, and seccomp.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

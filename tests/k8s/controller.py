@@ -5,8 +5,6 @@ and messages are those that `kubectl describe job` shows. Left out: success poli
 pause before a replacement (10 s, doubled with every failure of the index, ignored ones too, up to 10 minutes).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

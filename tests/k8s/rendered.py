@@ -1,7 +1,5 @@
 """The manifests as a cluster would get them, and the pods in them."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

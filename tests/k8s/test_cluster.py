@@ -1,7 +1,5 @@
 """The cluster that plays Kubernetes for tests: its containers are what the manifests say, and end as pods end."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """What manifests and trainer must agree on: environment, command line, ports, exit codes, disk, metrics."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The rules of a Job, applied to pods that have ended."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What becomes of exports on a cluster: the engine that a Job builds of one, and the watch at night."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

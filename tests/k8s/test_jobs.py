@@ -3,8 +3,6 @@
 What a user edits is edited in tests/k8s/overlays: the bucket, and a small run in the place of the experiment.
 """
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

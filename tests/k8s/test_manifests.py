@@ -1,7 +1,5 @@
 """The two files that one `kubectl apply -f` takes are what the kustomizations say, and read well."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

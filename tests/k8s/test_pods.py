@@ -1,7 +1,5 @@
 """Every pod could run in a namespace that enforces the Pod Security level *restricted*, and has what it mounts."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Kubernetes, from the oldest version that is supported to the newest known, takes every object as it is."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What stands beside the runs takes the arguments that its manifest gives."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

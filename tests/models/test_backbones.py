@@ -1,7 +1,5 @@
 """The registry against Keras itself, through Keras' public functions."""
 
-from __future__ import annotations
-
 import re
 
 import keras

@@ -1,7 +1,5 @@
 """Frozen BatchNormalization as part of the convolutions before it: the same answers and gradients, fewer operations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

@@ -1,7 +1,5 @@
 """What a classifier computes, how its weights come in, and that nothing in it is random but by its coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which layers each rule thaws, counted as Keras lists them, and that the plan covers everything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import keras

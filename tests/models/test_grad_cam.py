@@ -1,7 +1,5 @@
 """Grad-CAM against its closed forms, and what stands beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

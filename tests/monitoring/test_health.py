@@ -1,7 +1,5 @@
 """When a process counts as stuck, and when its silence means nothing."""
 
-from __future__ import annotations
-
 import time
 
 from trainer.monitoring.health import Health

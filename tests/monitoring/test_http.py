@@ -1,7 +1,5 @@
 """`/healthz` and `/metrics` as a kubelet and a Prometheus ask for them."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """With `runtime.log_format=json` whatever Python writes is one JSON object a line, with Cloud Logging's field names."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The termination message: on every way out, short enough, and never in the way."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a report shows of the augmentation, and what it looks for duplicates in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Runs side by side: what is shared, who is better, and what is refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Every figure is drawn, holds something, and fits a screen: for few and for many classes."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The page in a real browser: nothing asked of a network, no complaint in the console, and what a finger can do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The report: what report.json says, and a page that is safe and needs nothing from outside."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

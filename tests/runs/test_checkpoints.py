@@ -1,7 +1,5 @@
 """Checkpoints appear whole, are verified, and outlive a damaged neighbour."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

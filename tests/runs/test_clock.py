@@ -1,7 +1,5 @@
 """Every second of a run is in one category of its clock, across restarts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """What a run says: each line once, cut back on resume, nothing of it in the way of a killed file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Restarts without progress are counted; those that were told to stop are not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

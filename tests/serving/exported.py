@@ -1,7 +1,5 @@
 """A small export with everything that one of a run has, and what its model says without any server."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pictures that a stranger may send: fine ones, and ones that are made to hurt."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """Images of many requests in one call: when it is made, with whom, and what happens when it fails."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

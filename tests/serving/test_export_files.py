@@ -1,7 +1,5 @@
 """Which SavedModel an address means; what the SavedModel holds does not matter here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is refused by its header alone, in little time and memory."""
 
-from __future__ import annotations
-
 import time
 import tracemalloc
 

@@ -1,7 +1,5 @@
 """What is seen of predictions: drift as metrics, every n-th in the log."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """From bodies to images: both forms, their limits, and whatever a stranger sends."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import json

@@ -1,7 +1,5 @@
 """What `python -m trainer.serve` may be told, and what it says of anything else."""
 
-from __future__ import annotations
-
 import pytest
 
 from trainer.errors import ConfigError

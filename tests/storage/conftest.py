@@ -1,7 +1,5 @@
 """An emulator for each module, and pauses that suit tests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

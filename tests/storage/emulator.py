@@ -1,7 +1,5 @@
 """The real fake-gcs-server, by default on a free port of loopback, stopped and started at will."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

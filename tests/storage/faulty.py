@@ -1,7 +1,5 @@
 """A proxy that breaks one answer in so many, in the ways that networks and servers do."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import http.client

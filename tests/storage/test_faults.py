@@ -1,7 +1,5 @@
 """A network that misbehaves: never a wrong byte, always the right end, and one clear sentence where it stays away."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """What moves to and from a bucket is a sign of life, and a checkpoint counts once it is committed there."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

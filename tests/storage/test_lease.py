@@ -1,7 +1,5 @@
 """The lease: one holder of many, and nothing published by who lost it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Places: the same promises on disk and in a bucket."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import resource

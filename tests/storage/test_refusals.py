@@ -1,7 +1,5 @@
 """What a refusal says: who was refused, which permission is missing, how to get credentials."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Shards on a bounded part of the disk: what is needed is there, the rest fits the budget, and nothing wrong is read."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """Local copies of what lies in a bucket: complete, current, within the budget; fetched once."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A network of a few hundred weights with what a training step asks of a classifier, and its batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import keras

@@ -1,7 +1,5 @@
 """Which epoch is the best, and when patience ends."""
 
-from __future__ import annotations
-
 from trainer.config.phases import EarlyStopping
 from trainer.training.early_stopping import exhausted, judge
 from trainer.training.phase_weights import best_step

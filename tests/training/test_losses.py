@@ -1,7 +1,5 @@
 """Every loss against Keras, a closed form or a hand-made sum in float64."""
 
-from __future__ import annotations
-
 import keras
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """Schedules and optimizers against their formulas and against plain Keras, step by step; rates of single variables."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """The compiled step against plain Keras, against itself in other shapes, and its switches."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

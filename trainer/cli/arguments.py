@@ -1,7 +1,5 @@
 """The `key=value` arguments of the verbs of the command line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Composing the configuration from the arguments of a command, with Hydra."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import re

@@ -1,7 +1,5 @@
 """The parts of every process of the command line: a quiet start, monitoring, and the exit code."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

@@ -5,8 +5,6 @@ it; it carries scores, checkpoints on resume and the order to stop, and a beat e
 waits for a dead or frozen peer may wait for ever; the silence on this connection is what ends it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Devices, precision, determinism and the strategy: everything TensorFlow must know before it creates anything."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable

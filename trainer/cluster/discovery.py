@@ -20,8 +20,6 @@ Four sources, of which the first that is set counts:
 2222). A variable that is set but empty counts as not set: that is what the downward API makes of a missing label.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

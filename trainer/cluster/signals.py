@@ -1,7 +1,5 @@
 """Requests to stop: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

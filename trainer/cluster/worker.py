@@ -1,7 +1,5 @@
 """This process as one of the workers of a run: its control channel, its devices, and whether it should stop."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import tensorflow as tf

@@ -2,8 +2,6 @@
 chooses once the training images have been counted (docs/phases.md).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from trainer.config.schema import Phase, RunConfig

@@ -1,7 +1,5 @@
 """The base of every section of the configuration, and validation errors as sentences."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from types import UnionType

@@ -1,7 +1,5 @@
 """The differences of two configurations: those that the halves of a run may have, and those that its workers may."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from trainer.config.phases import UNITS

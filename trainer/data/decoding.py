@@ -1,7 +1,5 @@
 """From the bytes of an image file to pixels, one way in training, evaluation and export; datasets of decoded rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Literal

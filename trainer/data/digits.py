@@ -1,7 +1,5 @@
 """The embedded data set: 1,797 real handwritten digits, 8x8 pixels, shipped inside scikit-learn."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Memory and processors that this process may use; a container's limits count, not the host's size."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os

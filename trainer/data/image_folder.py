@@ -1,7 +1,5 @@
 """Pictures in class folders."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """The images of one split, decoded once and cached (in memory or on disk), or decoded whenever they are read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """From `data.*` to a `Dataset`: class names, splits, counts and a fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace

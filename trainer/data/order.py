@@ -5,8 +5,6 @@ All of it is in the graph. One Python function in a dataset would do the same, b
 know what a stateful op does (grappler's make_deterministic).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

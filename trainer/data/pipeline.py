@@ -1,7 +1,5 @@
 """Batches with exact positions: any (epoch, step) can be the first, and the bits are those of the unbroken stream."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Any data that a run can read, written as sharded TFRecords in TFDS's folder format."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -4,8 +4,6 @@ The frame of a record (https://www.tensorflow.org/tutorials/load_data/tfrecord):
 length, the payload, masked CRC32C of the payload, all little-endian. The payload is a serialized `tf.train.Example`.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import struct

@@ -1,7 +1,5 @@
 """Local copies of the data and weights that a configuration names in buckets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

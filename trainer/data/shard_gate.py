@@ -6,8 +6,6 @@ can open until the next gate. They follow from the order alone: `order.block_rea
 from which the pipeline makes its blocks.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterator

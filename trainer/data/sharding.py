@@ -1,7 +1,5 @@
 """Sharding of the training data over the workers of a run, by record or by file, and the steps of an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Splits of a dataset: drawing examples, fingerprints, and the labels of TFRecord shards."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import io

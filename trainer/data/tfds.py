@@ -1,7 +1,5 @@
 """Datasets that TFDS prepared: by name, or as a folder that holds one version."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Container

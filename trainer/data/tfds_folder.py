@@ -1,7 +1,5 @@
 """A dataset in TFDS's folder format while it is written, here or in a bucket: shards first, metadata last."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Writing labelled images as sharded TFRecords in TFDS's folder format. Nothing at module level imports TensorFlow."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The files of a teacher in the folder that `distillation.teacher` names, here or in a bucket."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

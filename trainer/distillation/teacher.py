@@ -2,8 +2,6 @@
 enough.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Callable

@@ -9,8 +9,6 @@ with a limit that chance alone does not reach:
   Frechet inception distance of Heusel et al. 2017), as a fraction of the reference's own variance.
 """
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ make candidates; what decides is the correlation of the thumbnails. So copies th
 another quality or slightly brightened are found, crops and mirror images are not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise

@@ -1,7 +1,5 @@
 """Confidence intervals of a proportion, a mean and macro F1."""
 
-from __future__ import annotations
-
 import numpy as np
 
 DRAWS = 400  # of the bootstrap

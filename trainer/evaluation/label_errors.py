@@ -1,7 +1,5 @@
 """Labels that may be wrong, by confident learning (Northcutt, Jiang, Chuang 2021, JAIR 70, section 3)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

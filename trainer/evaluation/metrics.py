@@ -1,7 +1,5 @@
 """Scores of one pass over a split: accuracy, F1, calibration, and the gap between groups of examples. NumPy alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

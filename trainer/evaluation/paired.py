@@ -1,7 +1,5 @@
 """Two classifiers on the same examples: how far they differ, and whether that is more than chance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """predictions.csv, the model's answer for every example; and names as a report can show them."""
 
-from __future__ import annotations
-
 import csv
 import io
 from pathlib import Path

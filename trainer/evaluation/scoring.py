@@ -1,7 +1,5 @@
 """Scoring a split over all replicas and workers, and the few numbers that an epoch is judged by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 

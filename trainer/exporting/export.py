@@ -1,7 +1,5 @@
 """Exporting a scored classifier, and the choice of the examples that its files are checked on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

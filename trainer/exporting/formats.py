@@ -1,7 +1,5 @@
 """All export formats by name: each is written, loaded back by the library that it is for, scored, and kept or not."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """The files beside the exported model for people: the class names and the model card."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

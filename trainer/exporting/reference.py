@@ -1,7 +1,5 @@
 """reference.json: a model's answers for examples that it did not learn from, which later answers are compared with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

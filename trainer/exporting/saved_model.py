@@ -1,7 +1,5 @@
 """The SavedModel: TensorFlow Serving's format, with the decoding of images inside."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """LiteRT (TFLite) files, for phones and small machines, in four precisions; no decoding inside."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

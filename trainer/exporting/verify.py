@@ -1,7 +1,5 @@
 """Checking an exported file: loaded by the library that it is for, and its answers and time beside the trainer's."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Features of a run's phases: those that earlier starts left on the disk, completed by all workers."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """One pass over the images that computes the features of frozen trunks, on all workers at the same time."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass

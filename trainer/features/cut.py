@@ -4,8 +4,6 @@ Below the cut nothing trains, so what it makes of an image is the same in every 
 above learns from that what it would learn from images.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Inputs of a phase: images, or cached features of its frozen layers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from trainer.cluster.worker import Worker

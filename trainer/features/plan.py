@@ -1,7 +1,5 @@
 """The choice between cached features of frozen layers and images for each phase (docs/features.md)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

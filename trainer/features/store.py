@@ -4,8 +4,6 @@ On disk a file holds all rows, and a list beside it says which of them are there
 grow, so a start takes over the rows of any earlier one: those that are missing or damaged are computed again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """BatchNormalization that trains on the examples of the global batch: those of all replicas, and no padding."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -6,8 +6,6 @@ gradient through that. (Jacob et al. 2018, "Quantization and Training of Neural 
 Integer-Arithmetic-Only Inference", section 3.2, with averages that do not move.)
 """
 
-from __future__ import annotations
-
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A classifier: preprocessing, backbone, pooling and head, as plain functions over Keras variables."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

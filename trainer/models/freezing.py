@@ -1,7 +1,5 @@
 """Freezing: the part of a classifier that trains in a phase."""
 
-from __future__ import annotations
-
 import bisect
 import difflib
 import math

@@ -1,7 +1,5 @@
 """Grad-CAM heatmaps with the probabilities and the embedding, in one pass over the backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

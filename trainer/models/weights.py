@@ -1,7 +1,5 @@
 """The first values of a backbone: ImageNet's, the packaged ones, those of a file, or random ones."""
 
-from __future__ import annotations
-
 import zipfile
 from collections import Counter
 from pathlib import Path

@@ -3,8 +3,6 @@
 Nothing here waits, locks or draws: any thread may call anything at any time.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

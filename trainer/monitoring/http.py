@@ -4,8 +4,6 @@ Served by threads of their own, so that a main thread that hangs in TensorFlow i
 Python's lock lets nothing answer: then the probe runs into its time limit, which means the same.
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 import threading

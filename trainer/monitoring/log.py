@@ -5,8 +5,6 @@ Hydra configures it anew and disables loggers, a sweep silences it, and the last
 lock of a handler.
 """
 
-from __future__ import annotations
-
 import atexit
 import datetime
 import io

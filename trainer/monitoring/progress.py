@@ -1,7 +1,5 @@
 """The progress of writing images, as a bar on a terminal or as lines of a log."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 A process that SIGKILL ends leaves none; `terminationMessagePolicy: FallbackToLogsOnError` then shows the log's end.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from trainer.errors import BUG, DONE, GAVE_UP, INTERRUPTED, WRONG_INPUT

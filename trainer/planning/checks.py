@@ -1,7 +1,5 @@
 """Checks of a run that change nothing: data, output folder, warm start and teacher, with the run's own errors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

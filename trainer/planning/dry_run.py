@@ -1,7 +1,5 @@
 """The dry run: opens the data, builds the network and plans phases, memory and bytes without training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from trainer.config.auto import advise

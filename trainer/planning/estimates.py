@@ -1,7 +1,5 @@
 """Steps, parameters, memory and bytes of a run that has not begun."""
 
-from __future__ import annotations
-
 import math
 import os
 import resource

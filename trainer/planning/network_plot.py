@@ -1,7 +1,5 @@
 """A drawing of the network: its stages, and which phase trains them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Building a report from scores: its pictures, heatmaps and duplicates, and its figures in TensorBoard."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs side by side: their scores on the examples they have in common, and the page that shows them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Reading the reports of runs to compare, and the comparison on a terminal."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The figure of drift: a log of predictions beside the reference."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluating a run that was trained before: a checkpoint on a split of its own data, or of other data."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -3,8 +3,6 @@
 No pyplot, no global state.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -1,7 +1,5 @@
 """The page of a run: one HTML file that needs nothing beside it, on a laptop or a phone, in light or dark."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

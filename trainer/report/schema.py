@@ -1,7 +1,5 @@
 """The schema of report.json. `python scripts/report_schema.py` writes docs/report.schema.json from it."""
 
-from __future__ import annotations
-
 from typing import Annotated, NotRequired
 
 from pydantic import ConfigDict, Field, with_config

@@ -1,7 +1,5 @@
 """The last lines of a run on the terminal: its scores, its files, and the next command."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report: figures, predictions.csv, report.json and one self-contained page."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by
 `manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

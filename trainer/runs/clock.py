@@ -1,7 +1,5 @@
 """Time accounting of a run since its first start, by category."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

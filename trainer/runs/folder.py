@@ -1,7 +1,5 @@
 """The output folder of a run: new, to be resumed, or finished."""
 
-from __future__ import annotations
-
 import datetime
 import fcntl
 import hashlib

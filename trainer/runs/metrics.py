@@ -1,7 +1,5 @@
 """Metrics of a run while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -5,8 +5,6 @@ The layout is the same in both, but for the checkpoints: in the bucket each lies
 LATEST through the lease is what commits a checkpoint; `DONE` is written last, in the same way.
 """
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time

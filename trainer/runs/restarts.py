@@ -4,8 +4,6 @@ Exit code 75 asks for another start, and a Kubernetes Job grants it for free. St
 here, and after enough of them in a row the run gives up with exit code 3.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Restoring the variables of a classifier from its own checkpoint, or from another run (warm start)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saving a run: checkpoints on the local disk, their publication behind training, and how each of its starts ended."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

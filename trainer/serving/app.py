@@ -1,7 +1,5 @@
 """The routes: what a client may ask, and the form of the answers."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io

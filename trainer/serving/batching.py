@@ -1,7 +1,5 @@
 """Images of many requests in one call of the model, in the order they came."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import deque

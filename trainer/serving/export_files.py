@@ -3,8 +3,6 @@
 Nothing here imports TensorFlow: only files are read, and no code of the model runs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

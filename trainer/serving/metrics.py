@@ -1,7 +1,5 @@
 """Prometheus metrics of requests and predictions, the prediction log, and drift."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -1,7 +1,5 @@
 """The SavedModel as the server asks it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Requests: bodies are read and parsed within limits, and the headers of their images checked."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

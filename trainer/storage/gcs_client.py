@@ -1,7 +1,5 @@
 """The one client of the process for Google Cloud Storage: identity, retries, deadlines, and the meaning of refusals."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import random

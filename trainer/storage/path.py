@@ -6,8 +6,6 @@
 Why not a path library: none offers writes that are conditional on a generation, see docs/storage.md.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ those. The first stay until the reader asks for others; the rest is fetched behi
 What gives way is what is needed latest, or by nobody.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

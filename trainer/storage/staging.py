@@ -1,7 +1,5 @@
 """Files of a bucket on the local disk: fetched in parallel, verified, cached for the next start on this machine."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json

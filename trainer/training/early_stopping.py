@@ -1,7 +1,5 @@
 """Early stopping: whether an epoch is the best of its phase, and when the phase has had enough."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from trainer.config.phases import EarlyStopping

@@ -1,7 +1,5 @@
 """The loss of each example against its label, and against a teacher's answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

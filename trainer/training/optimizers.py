@@ -1,7 +1,5 @@
 """Keras optimizers and learning-rate schedules by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

@@ -1,7 +1,5 @@
 """Which weights go on after a phase, to the next one or to the export."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from trainer.config.phases import EarlyStopping

@@ -1,7 +1,5 @@
 """Reading and writing variables by name, whatever strategy holds them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

@@ -5,8 +5,6 @@ image of 224 pixels, and this 0.75 (docs/log.md). XLA makes a loop of each funct
 be slower: a loop that picks pixels uses no vector instructions, and so the arithmetic has loops of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Random changes to training images: each is a function of (seed, epoch, index), whatever else is in the batch."""
 
-from __future__ import annotations
-
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation

@@ -1,7 +1,5 @@
 """Changes of colour: contrast, brightness, saturation, hue; images stay within 0..255."""
 
-from __future__ import annotations
-
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation

@@ -1,7 +1,5 @@
 """The random numbers of the examples of a batch, and the values made of them."""
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

@@ -4,8 +4,6 @@ The partner of the example at `position` in the global batch is the one at `posi
 even part of a batch (a worker's, a replica's) holds both, and the pairs are those of one replica alone.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

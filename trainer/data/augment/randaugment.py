@@ -4,8 +4,6 @@ The operations, and how strong each is at a magnitude, are those of torchvision'
 there they work on whole bytes; unlike there the geometric ones interpolate, and fill as all others here do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
