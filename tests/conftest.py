@@ -10,6 +10,7 @@ import absl.logging
 import pytest
 
 from tests.evaluation.browser import find_chromium
+from trainer.monitoring.log import configure
 
 # absl takes sys.stderr as it finds it, which is pytest's own file, and closes that when Hydra configures logging.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -23,6 +24,12 @@ def _own_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="kubetune-tests-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBETUNE_CACHE", str(Path(folder) / "cache"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_text() -> None:
+    """Set up the log as a command does that has not read its configuration yet."""
+    configure()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

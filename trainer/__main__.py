@@ -12,7 +12,7 @@ from trainer.cluster.signals import StopFlag, end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from trainer.cli.process import configure_log, configure_log_early, exit_with_code, quiet_start, start_monitoring
+from trainer.cli.process import configure_log, exit_with_code, quiet_start, start_monitoring
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
@@ -21,7 +21,7 @@ from trainer.config.schema import apply_overfit, load
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.folder import (
     Finished,
     follow_run_folder,
@@ -38,7 +38,6 @@ CHECK_SECONDS = 15.0  # between two checks of the output folder while the other 
 def main() -> None:
     """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        configure_log_early(sys.argv[1:])
         began = time.time()
         composed = compose_or_sweep(sys.argv[1:])
         if composed is None:  # --help, --cfg or a finished sweep
@@ -61,9 +60,9 @@ def main() -> None:
             require_unfinished(config)
             require_output_dir(config, cluster.size)
             health.set_activity("meeting the other workers")
-            control = rendezvous(cluster, config.runtime.start_timeout, say, check)
+            control = rendezvous(cluster, config.runtime.start_timeout, log.info, check)
         except Finished as finished:
-            say(str(finished))
+            log.info(str(finished))
             return termination.outcome(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")

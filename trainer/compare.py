@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.cli.arguments import read_arguments, usage
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         found = compare_runs(runs)
         show(found)
         write_comparison(output, found)
-        say(f"page: {output}")
+        log.info(f"page: {output}")
 
 
 if __name__ == "__main__":

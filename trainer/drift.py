@@ -19,7 +19,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import measures, read_log, read_reference, verdict, words
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.storage.path import place
 
 REQUEST = "name a reference and a log, each once"
@@ -51,7 +51,7 @@ def main() -> None:
             draw(drawn, reference, window, found)
             place(output).write(drawn.read_bytes())
         level = verdict(found)
-        say("\n".join([f"verdict: {level}", *words(found, unusable), f"  figure   {output}"]))
+        log.info("\n".join([f"verdict: {level}", *words(found, unusable), f"  figure   {output}"]))
         if level == "shifted":
             moved = ", ".join(m.name for m in found if m.level == "shifted")
             raise Drifted(

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
-from trainer.cli.process import configure_log, configure_log_early, exit_with_code, quiet_start
+from trainer.cli.process import configure_log, exit_with_code, quiet_start
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
@@ -59,7 +59,6 @@ def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
 def main() -> None:
     """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        configure_log_early(sys.argv[1:])
         own, rest = read_arguments(sys.argv[1:], __doc__, OWN, rest=r"[^-~].*=(?s:.*)")
         home, tree, facts = read_run(own["run"])
         config = configuration(tree, rest)

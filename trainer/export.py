@@ -26,7 +26,7 @@ import yaml
 from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError, ModelError
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.finished_run import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
 CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
@@ -75,7 +75,7 @@ def main() -> None:
         record_exports(run, home, is_own, outcomes)
         for name, facts in outcomes.items():
             file = "not kept" if facts["refused"] else home / facts["path"]
-            say(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
+            log.info(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
                 f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
                 f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  {file}")  # fmt: skip
         try:

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
-from trainer.cli.process import configure_log, configure_log_early, exit_with_code, start_monitoring
+from trainer.cli.process import configure_log, exit_with_code, start_monitoring
 from trainer.config.schema import load
 from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
@@ -36,7 +36,6 @@ def _end(number: int, _frame: object) -> None:
 def main() -> None:
     """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        configure_log_early(sys.argv[1:])
         own, rest = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
         composed = compose(rest)
         if composed is None:  # --cfg

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from trainer.cli.arguments import ALL, read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.serving.export_files import Export, find_export
 from trainer.serving.settings import Settings, read_settings
 
@@ -48,9 +48,9 @@ def main() -> None:
         for package in EXTRA:
             if find_spec(package) is None:
                 raise ConfigError(f"serving needs {package}, which is not installed: pip install 'kubetune[serve]'")
-        export = find_export(settings.model, Path(settings.cache_dir).expanduser(), say)
+        export = find_export(settings.model, Path(settings.cache_dir).expanduser(), log.info)
         if export.reference is None:
-            say(f"{export.folder} has no reference.json: drift is not measured; export again to have it", "WARNING")
+            log.warning(f"{export.folder} has no reference.json: drift is not measured; export again to have it")
         from trainer.serving.server import serve
 
         serve(settings, export, _load)

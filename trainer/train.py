@@ -33,7 +33,7 @@ from trainer.features.plan import Division, FeaturePlan, choose_features, divide
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
 from trainer.runs.folder import RunFolder, note_facts, resolve_auto, started_with
 from trainer.runs.metrics import MetricsWriter, cut_back
@@ -83,27 +83,27 @@ def set_up(
     config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> tuple[RunContext, dict[str, Division]]:
     """Open data, devices and model, and divide the model for each phase; devices come before the first tensor."""
-    say(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
+    log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(config.export.formats, config.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(config, say, lambda address: stop.check(f"while {address} was fetched"))
+    data = open_run_data(config, log.info, lambda address: stop.check(f"while {address} was fetched"))
     dataset = data.dataset
     require_validation(dataset)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
-    say(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
+    log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
     config, reasons = resolve_auto(config, folder, control, dataset)
     stop.check("before training began")
     health.set_activity("building the model")
-    worker = Worker(control, build_strategy(config, control, say, usable_cpus()), stop)
+    worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service takes the handlers away
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide(config, classifier)  # before anything is written: a mistake in the last phase costs no other
-    say(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
+    log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": control.size, "found_by": control.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
     control.broadcast("run", lambda: folder.note_start(facts, dataset.fingerprint, workers))
@@ -137,12 +137,12 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
     if state:
         run.state = RunState.from_json(state)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
-        say(f"weights: this run's checkpoint at step {run.state.step}")
+        log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
         where, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)
-        say(f"weights: warm start from {where}, {count} of {len(classifier.variables)} variables")
+        log.info(f"weights: warm start from {where}, {count} of {len(classifier.variables)} variables")
     else:
-        say(f"weights: backbone {config.model.weights}, head from the seed")
+        log.info(f"weights: backbone {config.model.weights}, head from the seed")
     step = run.state.step
     health.set_gauges(step=step, epoch=run.state.epoch + 1)
     if control.is_chief:
@@ -170,7 +170,7 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     check_resumable(sharding, state.sharding, state.epoch_step)
     state.sharding = sharding.facts
     if worker.size > 1:
-        say(sharding.describe(split, worker.index))
+        log.info(sharding.describe(split, worker.index))
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)
     run.metrics.expect(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
@@ -208,10 +208,10 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-    say(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
+    log.info(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in thaw.lines():
-        say(f"  {line}")
+        log.info(f"  {line}")
     run.images.train_once = train_images_read_once(run.config, run.plan.features.reads, state.phase)
 
     def over() -> bool:
@@ -232,7 +232,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
                 save(run, part)
             if over() and state.phase_step < total:
                 rule = phase.early_stopping
-                say(f"phase {name}: no better {rule.metric} in {rule.patience} epochs, stopping early")
+                log.info(f"phase {name}: no better {rule.metric} in {rule.patience} epochs, stopping early")
             if run.worker.should_stop("after an epoch"):
                 save_and_leave(run, part)
             if over():
@@ -292,7 +292,7 @@ def inputs_of(run: RunContext, name: str) -> Inputs:
             f"phase {name} began with cached features, and there is no room for them: give it with "
             f"runtime.disk_budget_gb, runtime.memory_budget_gb or runtime.cache_dir. {run.saver.resume_hint}"
         )
-    say(f"features of phase {name}: live after all, there is no room for them")
+    log.info(f"features of phase {name}: live after all, there is no room for them")
     go_live(name, run.images, run.plan.features)
     if run.worker.is_chief:
         note_facts(run.saver.path, {"features": run.plan.features.reads})
@@ -310,10 +310,10 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     state.finished[name] = summary | {"trainable_parameters": trainable}
     epoch = f"epoch {kept['epoch']}{', averaged' if training.ema else ''}"
     if "kept_from" in summary:
-        say(f"phase {name}: val_accuracy {summary['own_val_accuracy']:.4f} at best, it began with "
+        log.info(f"phase {name}: val_accuracy {summary['own_val_accuracy']:.4f} at best, it began with "
             f"{kept['val_accuracy']:.4f}: the weights of {kept['phase']} ({epoch}) go on")  # fmt: skip
     else:
-        say(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {training.keep} weights ({epoch}) go on")
+        log.info(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {training.keep} weights ({epoch}) go on")
     state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
     state.carried = step if training.keep == "best" else None
 
@@ -474,7 +474,7 @@ def finish(run: RunContext) -> None:
     images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
     with clock.span("evaluation", "evaluation"):
         split = scored_split(dataset.splits)
-        say(f"evaluating {dataset.splits[split].count:,} {split} examples")
+        log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
@@ -487,12 +487,12 @@ def finish(run: RunContext) -> None:
     explain = make_explainer(run.classifier)
     with clock.span("finish", "export"):
         shutil.rmtree(saver.path / "export", ignore_errors=True)
-        say("exporting")
+        log.info("exporting")
         exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check)
         exports = {name: facts | {"path": f"export/{facts['path']}"} for name, facts in exports.items()}
         check()
         clock.lap()
-        say("writing the report")
+        log.info("writing the report")
         health.set_activity("report")
         facts = {
             "title": config.experiment_name or dataset.name,

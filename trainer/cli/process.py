@@ -5,25 +5,23 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from trainer.cli.compose import conf_folder
+from trainer.cli.compose import compose_alone
 from trainer.cluster.signals import take_no_signal
-from trainer.config.schema import RunConfig, Runtime
-from trainer.errors import BUG, DONE, INTERRUPTED, TrainerError
-from trainer.monitoring import log as lines
+from trainer.config.schema import RunConfig, Runtime, load
+from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import without
+from trainer.monitoring.log import configure, log, log_traceback, without
 
 # What TensorFlow says on every machine without a GPU, before its log level counts.
 _CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
 # Keras imports them for wrappers and plots that nothing here uses, which takes seconds.
 _NEEDLESS = ("sklearn", "matplotlib")
+
+_log_is_configured = False
 
 
 @contextmanager
@@ -53,32 +51,6 @@ def quiet_start() -> Iterator[None]:
         yield
 
 
-def configure_log_early(arguments: list[str]) -> None:
-    """Set the format of the log and the termination message from the arguments, until the configuration is known.
-
-    So faults of the configuration appear where they are looked for. `--help` and `--cfg` are read by people.
-    """
-    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
-        return
-    given = {m[1]: m[2] for a in arguments if (m := re.match(r"\+*([\w.]+)=(.*)", a))}
-    settings = _preset(given.get("runtime", "default"))
-    if given.get("runtime.log_format", settings.get("log_format")) == "json":
-        lines.as_json()
-    file = given.get("runtime.termination_log", settings.get("termination_log"))
-    if file and file != "null" and "$" not in file:
-        termination.leave_in(file.strip("'\""))
-
-
-def _preset(name: str) -> dict[str, Any]:
-    """The values in a file of the group `runtime`, over its defaults; none where there is no such file."""
-    file = conf_folder() / "runtime" / f"{name}.yaml"
-    own = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    settings: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        settings |= own if base == "_self_" else _preset(base)
-    return settings | own
-
-
 def start_monitoring(config: RunConfig, worker: int, workers: int) -> None:
     """Set up the log, the termination message, and `/healthz` and `/metrics` as the section `runtime` says.
 
@@ -96,10 +68,22 @@ def start_monitoring(config: RunConfig, worker: int, workers: int) -> None:
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
     """Set up the log, with these labels in JSON, and the termination message."""
+    global _log_is_configured
     health.stuck_after = runtime.stuck_after
     termination.leave_in(runtime.termination_log)
-    if runtime.log_format == "json":
-        lines.as_json(**labels)
+    configure(json_lines=runtime.log_format == "json", **labels)
+    _log_is_configured = True
+
+
+def _configure_log_for_error() -> None:
+    """Set up the log of a process that ends before its configuration is known, from what its arguments say of
+    `runtime`: in a pod the error is where one looks for it.
+    """
+    if not any(re.match(r"\+*runtime[.=]", a) for a in sys.argv[1:]):
+        return
+    for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):  # the others may be the error
+        with suppress(ConfigError):
+            return configure_log(load(compose_alone(sys.argv[1:], keys)).runtime)
 
 
 @contextmanager
@@ -109,22 +93,25 @@ def exit_with_code() -> Iterator[None]:
     Failures we can explain become one message on stderr, all others a traceback; either is the termination message too.
     """
     code, reason = DONE, ""
+    configure()
     try:
         yield
     except TrainerError as error:
+        if not _log_is_configured:
+            _configure_log_for_error()
         code, reason = error.exit_code, str(error)
         if code == INTERRUPTED:
-            lines.say(f"interrupted: {reason}", "WARNING", exit_code=code)
+            log.warning(f"interrupted: {reason}", extra={"fields": {"exit_code": code}})
         else:
-            lines.say(f"error: {reason}", "ERROR", exit_code=code)
+            log.error(f"error: {reason}", extra={"fields": {"exit_code": code}})
     except KeyboardInterrupt:
         code, reason = INTERRUPTED, "interrupted before anything was trained"
-        lines.say(reason, "WARNING", exit_code=code)
+        log.warning(reason, extra={"fields": {"exit_code": code}})
     except SystemExit as stop:  # Hydra's --help
         code = stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE)
     except Exception as error:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
-        lines.say_traceback(error)
+        log_traceback(error)
     termination.leave(code, reason)
     take_no_signal()
     sys.exit(code)

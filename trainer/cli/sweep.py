@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from trainer.cli.compose import asks_for_sweep, compose, resolved
+from trainer.cli.process import configure_log
 from trainer.config.diff import flat, is_free
 from trainer.config.schema import RunConfig, apply_overfit, load
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
-from trainer.monitoring import log as lines
 from trainer.monitoring import termination
+from trainer.monitoring.log import log
 from trainer.private_api import is_grid, session_end_summary
 from trainer.runs.folder import is_finished, of_one_run
 from trainer.storage.path import place
@@ -138,12 +139,13 @@ class Sweep:
         arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         target = str(tree["output_dir"] or f"{self.folder}/{name}")
         config = apply_overfit(load(tree | {"output_dir": target}))
+        configure_log(config.runtime)
         finished = is_finished(config)
         if not finished:
             _refuse_another(config)
         given = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
         job = Job(name, target, arguments, given)
-        lines.say(f"sweep: job {name}: {self._differing(job)} -> {target}{' is finished already' * finished}")
+        log.info(f"sweep: job {name}: {self._differing(job)} -> {target}{' is finished already' * finished}")
         job.code = DONE if finished else self._process([*arguments, f"output_dir={target}"])
         if job.code == INTERRUPTED or job.code < 0:
             self._stop_here()
@@ -214,7 +216,7 @@ class Sweep:
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
             termination.outcome(text[-3])
-        lines.say("\n".join(text))
+        log.info("\n".join(text))
         if failed and (not self.search or not scored):
             names = ", ".join(job.name for job in failed)
             error = TrainerError(f"{len(failed)} of {len(self.jobs)} jobs failed ({names}); their messages are above")
@@ -236,7 +238,10 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
             "a file of the group sweep: sweep=learning_rates"
         )
     arguments, folder = _in_one_folder(arguments)
-    logging.disable(logging.INFO)  # Optuna reports on its study
+    with suppress(ImportError):  # the extra `sweep`
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports on its study
     sweep = Sweep(folder)
     try:
         compose(arguments, run_job=sweep.run)

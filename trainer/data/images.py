@@ -24,7 +24,7 @@ from trainer.data.order import Block, Read, block_reads, sequence_blocks
 from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
 from trainer.data.splits import PARTS
 from trainer.errors import DataError
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
 from trainer.storage.shard_cache import Note, ShardCache
 from trainer.types import Dataset, Split
@@ -394,7 +394,7 @@ class ImageStore:
             self._check(f"while the {name} images were decoded")
 
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
-        pixels = Pixels(split, size, resize, on_error, threads, note=say, check=check, shards=shards)
+        pixels = Pixels(split, size, resize, on_error, threads, note=log.info, check=check, shards=shards)
         plan = plan_image_cache(cache, image_bytes(split, size), self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         return pixels

@@ -13,7 +13,7 @@ from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, 
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.monitoring.progress import written_images
 from trainer.storage.path import place
 from trainer.types import Split
@@ -31,11 +31,11 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
     if field in ("image", "label") and field != config.data.label_field:
         raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
     dataset = open_dataset(
-        local_copies(config, say, lambda _address: health.progress())[0].data,
+        local_copies(config, log.info, lambda _address: health.progress())[0].data,
         seed=config.seed,
         cache_dir=config.runtime.cache_folder,
         max_examples=config.debug.max_examples,
-        note=say,
+        note=log.info,
         all_groups=field is not None,
     )
     splits, groups = {}, {}
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
         return
     for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
-        say(f"skipped {fault}")
+        log.info(f"skipped {fault}")
     _say_at_the_end(
         f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
         f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: python -m trainer "
@@ -93,5 +93,5 @@ def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
 
 
 def _say_at_the_end(text: str) -> None:
-    say(text)
+    log.info(text)
     termination.outcome(text)

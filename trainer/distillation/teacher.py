@@ -24,7 +24,7 @@ from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.finished_run import rebuild_classifier
 from trainer.storage.local import write_whole
 from trainer.training.losses import log_probs
@@ -122,7 +122,7 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
     facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.facts if files else None)
     check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
     check_same(run, before, facts["fingerprint"])
-    say(f"teacher: {facts['words']}; loss = {alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
+    log.info(f"teacher: {facts['words']}; loss = {alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
         + (f" at temperature {temperature:g}" if temperature != 1 else ""))  # fmt: skip
 
     def build() -> Teacher:
@@ -131,7 +131,7 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: st
 
     if config.augmentation.active:
         network = build()
-        say("  it answers in every step, for what augmentation made of the images")
+        log.info("  it answers in every step, for what augmentation made of the images")
         return OpenedTeacher(facts["fingerprint"], network=network)
     return OpenedTeacher(facts["fingerprint"], answers=_answers(worker, images, sharding, facts, build))
 
@@ -163,11 +163,11 @@ def _answers(
     file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
     cached = _read_answers(file, (split.count, classes)) if worker.is_chief else None
     if control.broadcast("teacher's answers cached", lambda: cached is not None):
-        say(f"  its answers: taken from {file}, made by an earlier start")
+        log.info(f"  its answers: taken from {file}, made by an earlier start")
         return control.broadcast_arrays("teacher's answers", {} if cached is None else {"answers": cached})["answers"]
     teacher = build()
     health.set_activity("the teacher's answers")
-    say(f"  it answers for {split.count:,} training images at {teacher.image_size} px, once; kept in {file}")
+    log.info(f"  it answers for {split.count:,} training images at {teacher.image_size} px, once; kept in {file}")
     same = (teacher.image_size, resize) == (images.size, config.model.resize)
     pixels = images.split("train") if same else images.at("train", teacher.image_size, resize)
     batch_size = ROWS * worker.replicas * worker.size
@@ -181,7 +181,7 @@ def _answers(
         try:
             write_whole(file, pack({"answers": answers}))
         except OSError as error:
-            say(f"  they cannot be kept in {file.parent} ({error.strerror}); another start will ask again")
+            log.info(f"  they cannot be kept in {file.parent} ({error.strerror}); another start will ask again")
     return answers
 
 

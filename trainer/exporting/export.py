@@ -15,7 +15,7 @@ from trainer.exporting.model_card import write_labels, write_model_card
 from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
 from trainer.storage.local import write_json
 from trainer.types import Scored, scored_split
@@ -71,7 +71,7 @@ def open_images(run: FinishedRun, size: int) -> ImageStore:
     """The images of a finished run's data at a size in pixels, decoded when they are read."""
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
-    data = open_run_data(config, say, lambda _: None, stream=False)
+    data = open_run_data(config, log.info, lambda _: None, stream=False)
     check_classes(run, data.dataset)
     return ImageStore(data, config, size, lambda _: None)
 
@@ -92,7 +92,7 @@ def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> di
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = scored_split(images.dataset.splits)
-    say(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
+    log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
     return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
 

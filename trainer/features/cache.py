@@ -15,7 +15,7 @@ from trainer.features.compute import FeaturePass, FeatureRequest, rows_at_once
 from trainer.features.plan import FeaturePlan, stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 
 _FORMAT = 2  # of features on disk; counts up when they change
 
@@ -95,7 +95,9 @@ class FeatureCache:
             own = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
         else:
             own = own_examples(examples, self.sharding)
-        features = Features(examples, cut.shape, dtype, views=views, own=own, threads=runtime.data_threads, note=say)
+        features = Features(
+            examples, cut.shape, dtype, views=views, own=own, threads=runtime.data_threads, note=log.info
+        )
         if memory_budget < 0 and beside + features.bytes > runtime.disk_budget:
             return None
         images = cache_name(examples, self.classifier.image_size, config.model.resize, self.images.dataset.fingerprint)

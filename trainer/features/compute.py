@@ -17,7 +17,7 @@ from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 
 # A replica computes this many at once, whatever the batch: so workers and batch size change no bit.
 ROWS = {"CPU": 32, "GPU": 128}
@@ -65,11 +65,11 @@ class FeaturePass:
             if np.any(of_views):
                 some.append(one)
             elif one.needed:
-                say(f"  features of {split.name}: taken from {one.features.where}, computed before")
+                log.info(f"  features of {split.name}: taken from {one.features.where}, computed before")
         if not some:
             return True
         of_view = np.logical_or.reduce(missing)
-        say(f"  features of {split.name}: {int(np.sum(of_view)):,} images to compute; kept in "
+        log.info(f"  features of {split.name}: {int(np.sum(of_view)):,} images to compute; kept in "
             + " and ".join(one.features.where for one in some))  # fmt: skip
         pixels = self.images.split(split.name)
         with data_errors(pixels):
@@ -202,7 +202,7 @@ class FeaturePass:
                     one.features.write(view, piece["index"], piece[f"rows{number}"], bad)
             except OSError as error:
                 one.failed = True
-                say(f"  features cannot be kept in {one.features.where}: {error.strerror}")
+                log.info(f"  features cannot be kept in {one.features.where}: {error.strerror}")
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

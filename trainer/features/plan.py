@@ -14,7 +14,7 @@ from trainer.features.cut import Cut, find_cut, is_moving
 from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.folder import note_facts, read_facts
 from trainer.types import Dataset
 
@@ -140,7 +140,7 @@ def choose_features(
 
     reads, lines = control.broadcast("features", choose)
     for line in lines:
-        say(line)
+        log.info(line)
     return reads
 
 

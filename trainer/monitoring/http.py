@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 import trainer
 from trainer.errors import ConfigError
 from trainer.monitoring.health import Health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 
 GAUGES = {
     "step": "Optimizer steps of the run so far",
@@ -132,4 +132,4 @@ def _log_once(reason: str | None, reported: threading.Event) -> None:
         reported.set()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        say(f"{reason}; the main thread is at:\n{stack}", "ERROR")
+        log.error(f"{reason}; the main thread is at:\n{stack}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 
 Progress = Callable[[int, int], None]  # what is done, of how many
 
@@ -28,7 +28,8 @@ def written_images(kind: str) -> Iterator[Progress]:
         now = time.monotonic()
         if done != said and (done == total or now - last >= 10):
             last, said = now, done
-            say(f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)", done=done, total=total)
+            text = f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)"
+            log.info(text, extra={"fields": {"done": done, "total": total}})
 
     with ExitStack() as stack:
         show = line

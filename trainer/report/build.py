@@ -17,7 +17,7 @@ from trainer.evaluation.duplicates import MEMBERS, SIDE, Member, described, find
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.models.grad_cam import Explainer
 from trainer.monitoring.health import health
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.report.page import MEMBERS_SHOWN, SHOWN, Pictures, Repeats, Samples
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
@@ -154,4 +154,4 @@ def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], ste
             image = tf.io.decode_png((folder / file).read_bytes(), channels=3)
             tf.summary.image(f"report/{name}", image[None])
     writer.close()
-    say(f"figures: {folder}, and in TensorBoard under {logs.name}")
+    log.info(f"figures: {folder}, and in TensorBoard under {logs.name}")

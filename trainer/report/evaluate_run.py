@@ -19,7 +19,7 @@ from trainer.data.open import open_run_data
 from trainer.errors import ConfigError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.report.build import build_report
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
 from trainer.storage.path import place
@@ -44,15 +44,15 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     """
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
     bare = config.model_copy(update={"model": without_weights(config.model)})
-    data = open_run_data(bare, say, lambda address: stop.check(f"while {address} was fetched"))
+    data = open_run_data(bare, log.info, lambda address: stop.check(f"while {address} was fetched"))
     dataset = data.dataset
     check_classes(run, dataset)
-    worker = Worker(control, build_strategy(config, control, say, usable_cpus()), stop)
+    worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
         classes, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
         classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.values, source)
-    say(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
+    log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 
     split = own.get("split")
@@ -63,7 +63,7 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     own_data = dataset.fingerprint == run.fingerprint
     undivided = not own_data and list(dataset.splits) == ["train"]
     what = "" if undivided else f"{split} "
-    say(f"evaluating {dataset.splits[split].count:,} {what}examples of {dataset.name}")
+    log.info(f"evaluating {dataset.splits[split].count:,} {what}examples of {dataset.name}")
     scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING)
     facts: dict[str, Any] = {
@@ -92,6 +92,8 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
                 (home / file.name).upload(file)
     images.close()
     test = report["test"]
-    say(f"{what}accuracy {test['accuracy']:.4f} (95 % interval {test['interval'][0]:.4f} to {test['interval'][1]:.4f}, "
-        f"n = {test['n']}); macro F1 {test['macro_f1']:.4f}\n  report   {home}/index.html")  # fmt: skip
+    log.info(
+        f"{what}accuracy {test['accuracy']:.4f} (95 % interval {test['interval'][0]:.4f} to {test['interval'][1]:.4f}, "
+        f"n = {test['n']}); macro F1 {test['macro_f1']:.4f}\n  report   {home}/index.html"
+    )
     return report

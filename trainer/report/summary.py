@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.monitoring import termination
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.metrics import clock
 
 
@@ -32,7 +32,7 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
           for facts in report["export"].values()),
         f"next:  tensorboard --logdir {folder}/logs",
     ]  # fmt: skip
-    say("\n".join(lines))
+    log.info("\n".join(lines))
     termination.outcome(f"{lines[1]}; {folder}/report/index.html")
 
 

@@ -23,7 +23,7 @@ from trainer.config.auto import adopted, advise, choice_of, settled
 from trainer.config.diff import differences
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.publisher import Publisher
 from trainer.storage.lease import holder_of
 from trainer.storage.lease import take as take_lease
@@ -322,5 +322,5 @@ def resolve_auto(
 
     choice, reasons = control.broadcast("advice", choose) if config.auto else ({}, [])
     for reason in reasons:
-        say(reason)
+        log.info(reason)
     return settled(config, choice), reasons

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.monitoring import log as lines
 from trainer.monitoring.health import health
+from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
 
 VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # the scores of an epoch in TensorBoard
@@ -77,12 +77,12 @@ class MetricsWriter:
             self._task = self.bar.add_task("", total=total_steps, line="")
             self.bar.start()
 
-    def say(self, text: str, **facts: Any) -> None:
-        """Print a line, above the bar if there is one; `facts` are its numbers, for a log of JSON."""
+    def log(self, text: str, **fields: Any) -> None:
+        """Log a line, above the bar if there is one; `fields` are its numbers, for a log of JSON."""
         if self.bar:
             self.bar.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
-            lines.say(text, **facts)
+            log.info(text, extra={"fields": fields})
 
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
         """Log an interval of training: `examples` in `seconds`, of which the device `waited` for data.
@@ -107,7 +107,7 @@ class MetricsWriter:
             self.bar.update(self._task, completed=step, description=f"{phase} epoch {epoch}", line=line)
         else:
             progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-            self.say(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **rounded)
+            self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **rounded)
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """One finished epoch with its validation scores."""
@@ -121,7 +121,7 @@ class MetricsWriter:
             f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
             f"val_accuracy {entry['val_accuracy']:.4f}{top_5}{'  (best)' if best else ''}"
         )
-        self.say(text, **entry, **timing)
+        self.log(text, **entry, **timing)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.folder is None:

@@ -9,7 +9,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import settle_input
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, weights_of
 from trainer.runs.publisher import Publisher
 from trainer.storage.path import place
@@ -67,7 +67,7 @@ def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
         DataError: there is none.
     """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-    there = CheckpointFolder(home / "checkpoints", 1, say)
+    there = CheckpointFolder(home / "checkpoints", 1, log.info)
     if not there.steps():
         raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
     return there

@@ -6,7 +6,7 @@ import numpy as np
 
 from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
-from trainer.monitoring.log import say
+from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, weights_of
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import RestartHistory
@@ -23,7 +23,7 @@ class Saver:
         """`keep`: number of newest checkpoints to keep (`runtime.keep_checkpoints`)."""
         self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
         self.control, self.saved_step = control, 0
-        self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, say)
+        self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
         self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
@@ -56,7 +56,7 @@ class Saver:
             except DataError as error:
                 if step == last_step:
                     raise
-                say(f"{error}; the last weights go on instead")
+                log.info(f"{error}; the last weights go on instead")
                 step, weights = last_step, weights_of(self.checkpoints.read(last_step)[1])
             weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)

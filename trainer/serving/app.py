@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trainer.monitoring.log import say_traceback
+from trainer.monitoring.log import log_traceback
 from trainer.serving.batching import Batcher, Full
 from trainer.serving.export_files import Answer, Export, Unreadable
 from trainer.serving.metrics import Observed
@@ -136,7 +136,7 @@ class Service:
                 full = busy(f"of the {self.settings.queue} images that may wait there is no room for yours")
                 return _json({"error": full.text}, full.status, full.headers)
             except Exception as error:
-                say_traceback(error)
+                log_traceback(error)
                 return _json({"error": "a bug in the server; its log has the traceback"}, 500)
 
         return safely

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 import trainer
 from trainer.errors import ConfigError
 from trainer.evaluation.drift import Window, embedding_distance, merged, population_stability
-from trainer.monitoring.log import say, timestamp
+from trainer.monitoring.log import log, timestamp
 from trainer.serving.export_files import Answer, Export
 from trainer.serving.settings import Settings, batch_sizes
 
@@ -78,7 +78,7 @@ class Observed(Collector):
             try:
                 os.write(self._log, lines.encode())
             except OSError as error:  # answers matter more
-                say(f"log={self._settings.log} cannot be written ({error.strerror}); it ends here", "WARNING")
+                log.warning(f"log={self._settings.log} cannot be written ({error.strerror}); it ends here")
                 self._log = None
 
     def _projected(self, embedding: np.ndarray | None) -> np.ndarray | None:

@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainer.errors import INTERRUPTED, ConfigError, Interrupted
-from trainer.monitoring.log import last_words, say
+from trainer.monitoring.log import last_words, log
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
 from trainer.serving.settings import Settings
@@ -161,7 +161,7 @@ async def _serve(
         if service.model is None:
             last_words(f"interrupted: {number.name} before the model was loaded; nothing is lost")
             os._exit(INTERRUPTED)  # the thread that loads cannot be stopped
-        say(f"{number.name}: taking requests for {settings.linger:g} s more, then answering what is left")
+        log.info(f"{number.name}: taking requests for {settings.linger:g} s more, then answering what is left")
         loop.call_later(settings.linger, setattr, server, "should_exit", True)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -170,7 +170,7 @@ async def _serve(
     loading = asyncio.create_task(_load(service, server, load))
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    say(f"listening on http://{host}:{port}/ while {export.folder} is loaded")
+    log.info(f"listening on http://{host}:{port}/ while {export.folder} is loaded")
     await server.serve(sockets=[listener])
     for task in (loading, *workers):
         task.cancel()
@@ -179,7 +179,7 @@ async def _serve(
     await asyncio.sleep(0.1)  # for what was cut off to be counted
     if lost := service.lost + service.active:
         raise Interrupted(f"{_requests(lost)} not answered within drain={settings.drain:g} s")
-    say(f"{signals[0]}: every request that was taken is answered")
+    log.info(f"{signals[0]}: every request that was taken is answered")
 
 
 def _requests(count: int) -> str:
@@ -198,4 +198,4 @@ async def _load(service: Service, server: Server, load: Callable[[Export], Serve
     except Exception:
         server.should_exit = True
         raise
-    say(f"ready: {len(service.export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")
+    log.info(f"ready: {len(service.export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")
