@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.storage.emulator import environment, running
 from tests.storage.faulty import faults
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fine_tune.epochs=6", "export.formats=[]",
        "runtime.checkpoint_every='10 steps'", "runtime.progress=lines")  # fmt: skip
@@ -41,7 +41,7 @@ def seconds_of(data: str, output: str, cache: Path, program: list[str] = TRAINER
     began = time.monotonic()
     command = [sys.executable, *program, *RUN, f"data.root={data}", f"output_dir={output}"]
     subprocess.run(command, check=True, env={**os.environ, "KUBETUNE_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
-    report = json.loads((place(output) / "report" / "report.json").read_text())
+    report = json.loads((storage_path(output) / "report" / "report.json").read_text())
     steps = sum(phase["epochs"] for phase in report["phases"].values())
     return {**report["timing"]["seconds"], "epoch": report["timing"]["seconds"]["train"] / steps,
             "whole": time.monotonic() - began}  # fmt: skip
@@ -60,7 +60,7 @@ def main() -> None:
         stalls: dict[str, list[float]] = {"behind": [], "waited for": []}
         with running(scratch / "objects") as server:
             for file in (scratch / "digits").glob("[!.]*"):
-                (place("gs://bucket/digits") / file.name).upload(file)
+                (storage_path("gs://bucket/digits") / file.name).upload(file)
             for turn in range(rounds):
                 own = scratch / f"cache-{turn}"
                 found["local"].append(seconds_of(f"{scratch}/digits", f"{scratch}/run-{turn}", scratch / "local"))

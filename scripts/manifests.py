@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 K8S = Path(__file__).parent.parent / "k8s"
-Place = tuple[str, ...]  # ("Job", "spec", "template", ...); items of lists by their name
+StoragePath = tuple[str, ...]  # ("Job", "spec", "template", ...); items of lists by their name
 
 HEADERS = {
     "job.yaml": """\
@@ -98,11 +98,11 @@ def plain(node: yaml.Node) -> Any:
     return node.value
 
 
-def nodes_of(text: str) -> dict[Place, tuple[int, yaml.Node]]:
+def nodes_of(text: str) -> dict[StoragePath, tuple[int, yaml.Node]]:
     """The line that each key and item begins in, and its value; its own place comes before those of what is in it."""
-    found: dict[Place, tuple[int, yaml.Node]] = {}
+    found: dict[StoragePath, tuple[int, yaml.Node]] = {}
 
-    def walk(node: yaml.Node, place: Place) -> None:
+    def walk(node: yaml.Node, place: StoragePath) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 found[*place, key.value] = key.start_mark.line, value
@@ -119,15 +119,15 @@ def nodes_of(text: str) -> dict[Place, tuple[int, yaml.Node]]:
     return found
 
 
-def remarks_of(text: str) -> tuple[dict[Place, list[str]], dict[Place, str]]:
+def remarks_of(text: str) -> tuple[dict[StoragePath, list[str]], dict[StoragePath, str]]:
     """The comments above keys and items, and those beside them."""
     ends: dict[int, int] = {}
     for token in yaml.scan(text):
         if not isinstance(token, yaml.BlockEndToken | yaml.StreamEndToken):
             ends[token.end_mark.line] = token.end_mark.column
     lines = text.splitlines()
-    above: dict[Place, list[str]] = {}
-    beside: dict[Place, str] = {}
+    above: dict[StoragePath, list[str]] = {}
+    beside: dict[StoragePath, str] = {}
     taken: set[int] = set()
     for place, (number, _) in nodes_of(text).items():
         if number in taken:
@@ -144,7 +144,7 @@ def remarks_of(text: str) -> tuple[dict[Place, list[str]], dict[Place, str]]:
     return above, beside
 
 
-def merge_order(order: dict[Place, list[str]], tree: Any, place: Place) -> None:
+def merge_order(order: dict[StoragePath, list[str]], tree: Any, place: StoragePath) -> None:
     """Learn the order of keys and items; what is new goes before the known one that follows it."""
     if isinstance(tree, list):
         tree = {name_of(item, index): item for index, item in enumerate(tree)}
@@ -159,7 +159,7 @@ def merge_order(order: dict[Place, list[str]], tree: Any, place: Place) -> None:
         merge_order(order, tree[name], (*place, name))
 
 
-def arranged(tree: Any, order: dict[Place, list[str]], in_line: set[Place], place: Place) -> Any:
+def arranged(tree: Any, order: dict[StoragePath, list[str]], in_line: set[StoragePath], place: StoragePath) -> Any:
     """The same tree in the learnt order; lists that the sources have in one line are marked."""
     known = order.get(place, [])
     if isinstance(tree, dict):
@@ -196,10 +196,10 @@ _Dumper.add_representer(str, _Dumper.text)
 def manifest(file: str) -> str:
     """The text of k8s/<file>."""
     trees = rendered(FOLDERS[file])
-    above: dict[Place, list[str]] = {}
-    beside: dict[Place, str] = {}
-    order: dict[Place, list[str]] = {}
-    in_line: set[Place] = set()
+    above: dict[StoragePath, list[str]] = {}
+    beside: dict[StoragePath, str] = {}
+    order: dict[StoragePath, list[str]] = {}
+    in_line: set[StoragePath] = set()
     for path in sources(K8S / FOLDERS[file]):
         text = path.read_text()
         over, behind = remarks_of(text)

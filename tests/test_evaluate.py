@@ -15,7 +15,7 @@ from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.finished_run import FinishedRun, check_classes
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
 from trainer.types import Dataset, Split
@@ -47,7 +47,7 @@ np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").in
 def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], words: str, tmp_path: Path) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    run = FinishedRun("runs/1", place(str(tmp_path)), load(tree), ("daisy", "rose"), "")
+    run = FinishedRun("runs/1", storage_path(str(tmp_path)), load(tree), ("daisy", "rose"), "")
     data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
     with pytest.raises(DataError) as refused:
         check_classes(run, data)

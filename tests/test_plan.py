@@ -22,7 +22,7 @@ from trainer.data.digits import digits_folder
 from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
 
@@ -202,7 +202,7 @@ def test_a_bucket_that_is_not_there_is_named(planned: Planned, tmp_path: Path) -
 def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: Path) -> None:
     local = digits_folder(tmp_path / "made")
     with running(tmp_path / "buckets"):
-        there = place(f"gs://{BUCKET}/digits")
+        there = storage_path(f"gs://{BUCKET}/digits")
         for file in local.iterdir():
             (there / file.name).upload(file)
         cache, output = tmp_path / "cache", f"gs://{BUCKET}/runs/1"
@@ -224,7 +224,7 @@ def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: 
         assert "train 1,257 examples in 1 shard" in out
         assert "names and counts are from its metadata" in out
         assert not list(cache.rglob("*tfrecord*"))
-        assert place(f"gs://{BUCKET}/runs").list() == []
+        assert storage_path(f"gs://{BUCKET}/runs").list() == []
 
 
 def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import measures, read_log, read_reference, verdict, words
 from trainer.monitoring.log import log
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 REQUEST = "name a reference and a log, each once"
 KEYS = {"reference": REQUEST, "log": REQUEST, "hours": "", "output": ""}
@@ -49,7 +49,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             drawn = Path(folder) / "drift.png"
             draw(drawn, reference, window, found)
-            place(output).write(drawn.read_bytes())
+            storage_path(output).write(drawn.read_bytes())
         level = verdict(found)
         log.info("\n".join([f"verdict: {level}", *words(found, unusable), f"  figure   {output}"]))
         if level == "shifted":

@@ -44,7 +44,7 @@ class Interrupted(TrainerError):
     exit_code = INTERRUPTED
 
 
-class ToldToStop(Interrupted):
+class StopRequested(Interrupted):
     """Stopped by a signal, here or on another worker."""
 
 

@@ -25,7 +25,7 @@ from trainer.data.pipeline import training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import open_teacher
-from trainer.errors import INTERRUPTED, Interrupted, ToldToStop
+from trainer.errors import INTERRUPTED, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, go_live, open_inputs
@@ -329,7 +329,7 @@ def train_epoch(run: RunContext, part: PhaseRun) -> None:
     Raises:
         DataError: an example cannot be read.
         Diverged: the loss is not finite.
-        ToldToStop: everything is saved.
+        StopRequested: everything is saved.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
@@ -345,7 +345,9 @@ def train_epoch(run: RunContext, part: PhaseRun) -> None:
         with run.clock.span(*activity), data_errors(part.inputs.training):
             try:
                 late = part.gate.wait_for(count * batch_size // run.worker.size)
-            except ToldToStop:  # several workers end as they are: the others may be inside a step that needs this one
+            except (
+                StopRequested
+            ):  # several workers end as they are: the others may be inside a step that needs this one
                 if run.worker.size > 1:
                     raise
                 save_and_leave(run, part)
@@ -438,7 +440,7 @@ def leave(run: RunContext, where: str) -> NoReturn:
     """All workers at the same point: each ends for itself, with everything saved."""
     run.worker.control.disconnect()
     reason = run.worker.stop.reason or "told to stop by another worker"
-    raise ToldToStop(f"{reason} {where}; everything is saved. {run.saver.resume_hint}")
+    raise StopRequested(f"{reason} {where}; everything is saved. {run.saver.resume_hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -452,7 +454,7 @@ def finish(run: RunContext) -> None:
     All workers score; the chief alone exports and writes, while the others wait for it.
 
     Raises:
-        ToldToStop: the next start begins here again.
+        StopRequested: the next start begins here again.
         ModelError: an export lost too much accuracy; all else is written, but not DONE.
     """
     # SciPy and matplotlib: seconds that the first step need not wait for

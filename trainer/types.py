@@ -69,7 +69,7 @@ class Batch(TypedDict):
     label: tf.Tensor  # int32 [b]
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
     index: tf.Tensor  # int64 [b]: the example's index in its split
-    position: tf.Tensor  # int64 [b]: place in the global batch
+    position: tf.Tensor  # int64 [b]: index in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: with mixup or cutmix, of what was mixed in
     mix: NotRequired[tf.Tensor]  # float32 [b]: and the share of `label`, 1 where nothing was
     teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: a teacher's probabilities, where it answered beforehand

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import signal, sys, time
 from trainer.cluster.signals import StopFlag
-from trainer.errors import ToldToStop
+from trainer.errors import StopRequested
 stop = StopFlag()
 stop.on_signal = lambda reason: print("told", reason, flush=True)
 print("ready", flush=True)
@@ -29,7 +29,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C, where no Pyt
 print("main thread is back", flush=True)
 try:
     stop.check("here")
-except ToldToStop as error:
+except StopRequested as error:
     print(error)
 """
 WAITING = "time.sleep(30)"

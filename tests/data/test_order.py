@@ -91,8 +91,8 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
         b = arrays(block(number))
         records = [(int(s), int(first + i)) for s, first, count in b["pieces"] for i in range(count)]
         assert len(records) <= 10
-        for place, index in zip(b["place"][b["weight"] > 0], b["index"][b["weight"] > 0], strict=True):
-            shard, record = records[place]
+        for offset, index in zip(b["offset"][b["weight"] > 0], b["index"][b["weight"] > 0], strict=True):
+            shard, record = records[offset]
             assert index == first_index[shard] + record - MANY.shards[shard].start
 
 

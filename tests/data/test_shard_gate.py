@@ -21,7 +21,7 @@ from trainer.data.order import Order, block_reads, sequence_blocks, training_blo
 from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.sharding import UNSHARDED, Sharding, steps_per_epoch
 from trainer.errors import DataError
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Shard, Split
 
@@ -89,7 +89,7 @@ def arriving(
 ) -> Pixels:
     """The same split with an empty folder, a cache that fills it, and room for `part` of the bytes."""
     home = Path(split.shards[0].path).parent
-    entries = {entry.place.name: entry for entry in place(home).list()}
+    entries = {entry.path.name: entry for entry in storage_path(home).list()}
     budget = int(part * sum(entry.size for entry in entries.values()))
     cache = kind(str(home), entries, folder, budget, print, lambda: None)
     assert not list(cache.folder.iterdir())

@@ -14,7 +14,7 @@ from trainer.config.schema import load
 from trainer.distillation.source import check_classes, find_teacher, read_teacher, write_saved_model
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 CLASSES = ("cat", "dog", "owl")
 VALUES = {"a/kernel": np.ones(3, np.float32), "ema/a/kernel": np.full(3, 2, np.float32), "optimizer/0/m": np.zeros(3)}
@@ -45,9 +45,9 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         for file in folder.rglob("*"):
             if file.is_file() and file.name not in ("LATEST", "BEST"):
                 name = file.relative_to(folder).as_posix().replace("/step-00000001/", "/step-00000001-ab/")
-                (place(there) / name).upload(file)
-        (place(there) / "checkpoints/LATEST").write("step-00000002\nstep-00000001-ab\n")
-        (place(there) / "checkpoints/BEST").write("step-00000001-ab\n")
+                (storage_path(there) / name).upload(file)
+        (storage_path(there) / "checkpoints/LATEST").write("step-00000002\nstep-00000001-ab\n")
+        (storage_path(there) / "checkpoints/BEST").write("step-00000001-ab\n")
         yield there
 
 
@@ -91,7 +91,7 @@ def test_a_saved_model_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
     assert (here.kind, here.classes, here.model) == ("SavedModel", CLASSES, None)
     with running(tmp_path / "objects"):
         for name in contents:
-            (place(f"gs://{BUCKET}/m") / name).upload(home / name)
+            (storage_path(f"gs://{BUCKET}/m") / name).upload(home / name)
         there = find_teacher(f"gs://{BUCKET}/m")
         files = read_teacher(there)
     assert there.fingerprint == here.fingerprint

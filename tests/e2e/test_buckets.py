@@ -18,7 +18,7 @@ from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
 from trainer.errors import INTERRUPTED, WRONG_INPUT
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 WEIGHTS = ROOT / "trainer" / "models" / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
 DATA, SHARDS = "gs://bucket/digits", 4
@@ -40,8 +40,8 @@ def server(prepared: Path, tmp_path: Path) -> Iterator[Emulator]:
     with running(tmp_path / "objects") as emulator:
         for file in prepared.iterdir():
             if file.is_file() and not file.name.startswith("."):
-                (place(DATA) / file.name).upload(file)
-        (place("gs://bucket/weights") / WEIGHTS.name).upload(WEIGHTS)
+                (storage_path(DATA) / file.name).upload(file)
+        (storage_path("gs://bucket/weights") / WEIGHTS.name).upload(WEIGHTS)
         yield emulator
 
 
@@ -53,19 +53,19 @@ def start(folder: Path, cache: Path, *overrides: str, output: str = "gs://bucket
     )  # fmt: skip
 
 
-def fetched(there: Place, to: Path, prepared: Path) -> Path:
+def fetched(there: StoragePath, to: Path, prepared: Path) -> Path:
     """A run's folder out of the bucket, its checkpoints and records under the names of the local run."""
     for entry in there.list():
-        entry.place.download(to / str(entry.place).removeprefix(f"{there}/"))
+        entry.path.download(to / str(entry.path).removeprefix(f"{there}/"))
     by_step(to)
     with_data_at(to, DATA, str(prepared))
     return to
 
 
-def assert_tensorboard_reads(there: Place, to: Path) -> None:
+def assert_tensorboard_reads(there: StoragePath, to: Path) -> None:
     """What TensorBoard finds in the bucket of a run that is not finished."""
     for entry in (there / "logs" / "head").list():
-        entry.place.download(to / entry.place.name)
+        entry.path.download(to / entry.path.name)
     events = EventAccumulator(str(to)).Reload()
     assert {"train/loss", "validation/accuracy"} <= set(events.Tags()["tensors"])
 
@@ -80,13 +80,13 @@ def test_killed_and_started_on_an_empty_disk_it_ends_with_the_same_bits(
     first[0].send_signal(signal.SIGKILL)
     first.wait(30)
     assert f"{DATA}: fetching " in first.said(0)
-    assert_tensorboard_reads(place("gs://bucket/runs/1"), tmp_path / "seen")
+    assert_tensorboard_reads(storage_path("gs://bucket/runs/1"), tmp_path / "seen")
     began = time.monotonic()
     second = start(tmp_path / "2", tmp_path / "node-2")
     assert second.wait(200) == [0], second.said(0)
     assert time.monotonic() - began > 30  # it had to wait until the lease of the first ran out
     assert "weights: this run's checkpoint at step " in second.said(0)
-    there = place("gs://bucket/runs/1")
+    there = storage_path("gs://bucket/runs/1")
     assert_same_run(calm, fetched(there, tmp_path / "fetched", prepared))
     third = start(tmp_path / "3", tmp_path / "node-3")
     assert third.wait(60) == [0]
@@ -104,14 +104,14 @@ def test_sigterm_publishes_and_the_same_job_goes_on_at_once(calm: Path, prepared
         first[0].send_signal(signal.SIGTERM)
         assert first.wait(60) == [INTERRUPTED]
         assert "Start the same command again with output_dir=gs://bucket/runs/1 to go on" in first.said(0)
-        latest = (place("gs://bucket/runs/1") / "checkpoints" / "LATEST").read_text().split()[0]
+        latest = (storage_path("gs://bucket/runs/1") / "checkpoints" / "LATEST").read_text().split()[0]
         step = int(latest.split("-")[1])
         second = start(tmp_path / "2", tmp_path / "node-2")
         assert second.wait(200) == [0], second.said(0)
         assert f"weights: this run's checkpoint at step {step}" in second.said(0)
     finally:
         del os.environ["JOB_UID"]
-    assert_same_run(calm, fetched(place("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
+    assert_same_run(calm, fetched(storage_path("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
 
 
 def evaluate(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,18 +128,18 @@ def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> Non
         tmp_path / "1", tmp_path / "node-1", "phases.head.epochs=1", "phases.fine_tune.epochs=1", "export.formats=[]"
     )
     assert trained.wait(300) == [0], trained.said(0)
-    run = place("gs://bucket/runs/1")
+    run = storage_path("gs://bucket/runs/1")
     done = evaluate(tmp_path / "node-2", f"run={run}", f"data.root={DATA}")
     assert done.returncode == 0, done.stderr
     there = run / "evaluations" / "best-digits-test"
     assert f"report   {there}/index.html" in done.stdout
-    assert {entry.place.name for entry in there.list()} >= {"index.html", "report.json", "confusion.png"}
+    assert {entry.path.name for entry in there.list()} >= {"index.html", "report.json", "confusion.png"}
     mine, theirs = (json.loads((folder / "report.json").read()) for folder in (there, run / "report"))
     assert mine["test"] == theirs["test"]
     assert mine["phases"] == theirs["phases"]
     assert (there / "predictions.csv").read() == (run / "report" / "predictions.csv").read()
 
-    elsewhere = place("gs://bucket/first")
+    elsewhere = storage_path("gs://bucket/first")
     step = min(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").folders())
     done = evaluate(tmp_path / "node-2", f"run={run}", f"checkpoint={step}", "split=validation", f"output={elsewhere}")
     assert done.returncode == 0, done.stderr
@@ -168,7 +168,7 @@ def test_one_bad_answer_in_five_changes_nothing(server: Emulator, calm: Path, pr
         assert workers.wait(600) == [0], workers.said(0)
         bad = sum(count for kind, count in proxy.counts.items() if kind != "passed")
         assert bad > 0.1 * sum(proxy.counts.values())
-    assert_same_run(calm, fetched(place("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
+    assert_same_run(calm, fetched(storage_path("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
     time.sleep(8)
     server.start()
     assert workers.wait(300) == [0], workers.said(0)
-    assert_same_run(calm, fetched(place("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
+    assert_same_run(calm, fetched(storage_path("gs://bucket/runs/1"), tmp_path / "fetched", prepared))
 
 
 @pytest.mark.slow
@@ -212,13 +212,13 @@ def test_three_pods_prepare_one_dataset_in_the_bucket(tmp_path: Path) -> None:
 
     out = [pod(index, f"pod-{index}").communicate() for index in (0, 1)]
     assert all("the part that ends last finishes the dataset" in said for said, _ in out), out
-    assert not (place(target) / "dataset_info.json").exists()
+    assert not (storage_path(target) / "dataset_info.json").exists()
     said, error = pod(2, "pod-2").communicate()
     assert "holds 1797 images of 10 classes" in said, error
-    before = {str(e.place): (e.size, e.crc32c) for e in place(target).list()}
+    before = {str(e.path): (e.size, e.crc32c) for e in storage_path(target).list()}
     assert not any(name.rpartition("/")[2].startswith(".") for name in before)
     again, error = pod(1, "other-node").communicate()  # a pod that is started once more changes nothing
     assert "holds 1797 images" in again, error
-    assert {str(e.place): (e.size, e.crc32c) for e in place(target).list()} == before
+    assert {str(e.path): (e.size, e.crc32c) for e in storage_path(target).list()} == before
     labels = [np.load(file) for file in (tmp_path / "pod-2" / "labels").glob("*.npy")]
     assert sum(map(len, labels)) == 1797

@@ -23,7 +23,7 @@ from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
 from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
 LAST = ("report", "export")  # folders that a run publishes at its end
@@ -186,10 +186,10 @@ def test_a_file_that_lost_its_accuracy_ends_the_run_with_2_and_the_rest_stays(tr
 @pytest.mark.timeout(1200)
 def test_two_workers_with_a_bucket_end_with_2_and_publish_the_rest(trained: Path, tmp_path: Path) -> None:
     with running(tmp_path / "objects"):
-        there, out = place("gs://bucket/runs/1"), spoilt(trained, tmp_path / "run")
+        there, out = storage_path("gs://bucket/runs/1"), spoilt(trained, tmp_path / "run")
         for file in out.rglob("*"):
             if file.is_file() and not file.name.startswith(".") and file.relative_to(out).parts[0] not in LAST:
-                place(f"{there}/{file.relative_to(out)}").upload(file)
+                storage_path(f"{there}/{file.relative_to(out)}").upload(file)
         steps = sorted((folder.name for folder in (out / "checkpoints").glob("step-*")), reverse=True)
         (out / "LATEST").write_text("\n".join(steps) + "\n")  # a bucket's names all that count
         (there / "checkpoints" / "LATEST").upload(out / "LATEST")
@@ -200,7 +200,7 @@ def test_two_workers_with_a_bucket_end_with_2_and_publish_the_rest(trained: Path
         assert workers.wait() == [2, 2], workers.said(0) + workers.said(1)
         assert "error: too much accuracy is lost in tflite_int8 (0." in workers.said(0)
         assert "too much accuracy is lost in tflite_int8 (0." in workers.said(1)
-        held = {str(entry.place).removeprefix(f"{there}/") for entry in there.list()}
+        held = {str(entry.path).removeprefix(f"{there}/") for entry in there.list()}
         assert {"export/model.tflite", "export/model_card.md", "report/index.html", "report/report.json"} <= held
         assert not {"export/model_int8.tflite", "DONE"} & held
 

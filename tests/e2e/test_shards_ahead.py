@@ -11,7 +11,7 @@ from tests.e2e.running import SMALL, assert_same_run, with_data_at
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, running
 from trainer.errors import INTERRUPTED, WRONG_INPUT
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 DATA, SHARDS = "gs://bucket/digits", 30
 # All 1,257 training digits in 30 shards, nothing of them kept; two windows are a sixth of them.
@@ -26,7 +26,7 @@ LIVE = (
 def server(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
     with running(tmp_path_factory.mktemp("objects")) as emulator:
         for file in prepared.iterdir():
-            (place(DATA) / file.name).upload(file)
+            (storage_path(DATA) / file.name).upload(file)
         yield emulator
 
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(prepared: Path, tmp_p
     (shard, *_) = sorted(changed.glob("*train.tfrecord*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     for file in changed.iterdir():
-        (place("gs://bucket/changed") / file.name).upload(file)
+        (storage_path("gs://bucket/changed") / file.name).upload(file)
     other = start(tmp_path / "2", "gs://bucket/changed", tmp_path / "c2")
     assert other.wait(120) == [WRONG_INPUT]
     assert f"gs://bucket/changed/{shard.name} is not what kubetune_shards.json says any more" in other.said(0)

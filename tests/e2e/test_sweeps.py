@@ -13,7 +13,7 @@ import yaml
 from tests.e2e.running import ROOT, run, start
 from tests.storage.emulator import running
 from tests.tensorboard import answer
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 TINY = ("debug=fast", "phases=head_only", "phases.head.epochs=1", "export.formats=[]")
 RATE = "phases.head.optimizer.learning_rate"
@@ -143,8 +143,8 @@ def test_a_sweep_into_a_bucket_goes_on_there_from_another_disk(tmp_path: Path) -
         first = run(*sweep, f"runtime.cache_dir={tmp_path / 'one'}")
         assert first.returncode == 0, first.stderr
         assert "-> gs://bucket/sweep/1" in first.stdout
-        assert (place("gs://bucket/sweep/0") / "DONE").exists()
-        assert (place("gs://bucket/sweep/1") / "DONE").exists()
+        assert (storage_path("gs://bucket/sweep/0") / "DONE").exists()
+        assert (storage_path("gs://bucket/sweep/1") / "DONE").exists()
         again = run(*sweep, f"runtime.cache_dir={tmp_path / 'other'}")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is finished already") == 2

@@ -18,7 +18,7 @@ from tests.k8s.controller import Verdict
 from tests.k8s.rendered import here
 from tests.storage.emulator import Emulator, environment
 from trainer.errors import DONE, INTERRUPTED
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 pytestmark = needs_root
 
@@ -122,4 +122,4 @@ def upload(folder: Path, storage: Emulator) -> None:
     """To gs://bucket/NAME."""
     with environment(storage.url):
         for file in folder.rglob("*.jpg"):
-            (place(f"gs://bucket/{folder.name}") / str(file.relative_to(folder))).upload(file)
+            (storage_path(f"gs://bucket/{folder.name}") / str(file.relative_to(folder))).upload(file)

@@ -80,7 +80,9 @@ def test_a_traceback_is_one_entry_of_severity_error() -> None:
 
 
 def test_a_traceback_of_a_thread_too() -> None:
-    program = "configure(json_lines=True)\nimport threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()"
+    program = (
+        "configure(json_lines=True)\nimport threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()"
+    )
     _, (entry,) = told(program)
     assert entry["severity"] == "ERROR"
     assert "ZeroDivisionError" in entry["message"]
@@ -102,12 +104,12 @@ threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
 
 
 def test_what_multiprocessing_leaves_behind_is_not_told() -> None:
-    program = (
-        "configure(json_lines=True)\nimport multiprocessing, os\nkept = multiprocessing.get_context('spawn').Lock()\nos._exit(75)"
-    )
+    program = "configure(json_lines=True)\nimport multiprocessing, os\nkept = multiprocessing.get_context('spawn').Lock()\nos._exit(75)"
     assert told(program, code=75) == ([], [])
 
 
 def test_last_words_before_the_end() -> None:
-    _, (entry,) = told("configure(json_lines=True)\nimport os\nlast_words('\\nSIGTERM: so long')\nos._exit(75)", code=75)
+    _, (entry,) = told(
+        "configure(json_lines=True)\nimport os\nlast_words('\\nSIGTERM: so long')\nos._exit(75)", code=75
+    )
     assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")

@@ -8,7 +8,7 @@ import pytest
 from tests.storage.emulator import BUCKET, running
 from trainer.errors import DataError
 from trainer.serving.export_files import find_export
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 
 def saved_model(folder: Path, labels: str = "cat\ndog\n") -> Path:
@@ -74,7 +74,7 @@ def test_an_export_in_a_bucket_is_fetched(tmp_path: Path) -> None:
     with running(tmp_path / "buckets"):
         run = f"gs://{BUCKET}/runs/1"
         for name, content in (("saved_model.pb", "graph"), ("assets/labels.txt", "cat\ndog\n")):
-            (place(run) / f"export/saved_model/3/{name}").write(content)
+            (storage_path(run) / f"export/saved_model/3/{name}").write(content)
         folder, version, classes = found(run, tmp_path / "cache")
         assert (version, classes) == ("3", ("cat", "dog"))
         assert (folder / "saved_model.pb").read_text() == "graph"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.storage.emulator import BUCKET, Emulator, running
 from trainer.storage import gcs_client as retrying
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +18,16 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
 
 
 @pytest.fixture
-def in_bucket(emulator: Emulator, request: pytest.FixtureRequest) -> Place:  # noqa: ARG001 - it must run
+def in_bucket(emulator: Emulator, request: pytest.FixtureRequest) -> StoragePath:  # noqa: ARG001 - it must run
     """An empty folder in the emulator's bucket."""
-    return place(f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}")
+    return storage_path(f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}")
 
 
 @pytest.fixture(params=["local", "bucket"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
     """An empty folder, once on disk and once in a bucket."""
     if request.param == "local":
-        return place(tmp_path / "home")
+        return storage_path(tmp_path / "home")
     return request.getfixturevalue("in_bucket")
 
 

@@ -16,7 +16,7 @@ from trainer.errors import Interrupted
 from trainer.storage import gcs as bucket
 from trainer.storage import gcs_client as retrying
 from trainer.storage.base import within
-from trainer.storage.path import Conflict, Place, place
+from trainer.storage.path import Conflict, StoragePath, storage_path
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bucket, name, 1 << 16)
 
 
-def one_worker(home: Place, scratch: Path, seed: int, operations: int) -> None:
+def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> None:
     """Random operations in a folder of its own, each compared with what a dictionary would hold."""
     noise = np.random.default_rng([seed])
     held: dict[str, bytes] = {}
@@ -63,14 +63,14 @@ def one_worker(home: Place, scratch: Path, seed: int, operations: int) -> None:
                 file.delete()
                 held.pop(name, None), versions.pop(name, None)
         assert file.version() == versions.get(name)
-    assert {entry.place.name: entry.version for entry in home.list()} == versions
+    assert {entry.path.name: entry.version for entry in home.list()} == versions
     for name, content in held.items():
         assert (home / name).read() == content
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_hundreds_of_operations_with_one_bad_answer_in_five(
-    proxy: FaultyProxy, in_bucket: Place, tmp_path: Path
+    proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path
 ) -> None:
     def work(seed: int) -> None:
         (tmp_path / str(seed)).mkdir()
@@ -86,7 +86,7 @@ def test_hundreds_of_operations_with_one_bad_answer_in_five(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_parts")
-def test_each_kind_alone(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, kind: str) -> None:
+def test_each_kind_alone(proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path, kind: str) -> None:
     """Half of all answers bad in one way: corruption is found by its checksum, a lost answer is no conflict."""
     proxy.odds = {kind: 0.5 if kind not in ("corrupted", "corrupted_upload") else 0.3}
     version = None
@@ -100,7 +100,7 @@ def test_each_kind_alone(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path, k
     assert proxy.counts[kind] > 0
 
 
-def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bucket: Place) -> None:
+def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.verifies_uploads, proxy.odds = False, {"corrupted_upload": 0.3, "lost": 0.2}
     version = None
     for number in range(20):
@@ -109,7 +109,7 @@ def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bu
     assert proxy.counts["corrupted_upload"] > 2
 
 
-def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: Place) -> None:
+def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {}
     theirs = (in_bucket / "marker").write("same", only_if=None)
     proxy.odds = {"lost": 0.5}
@@ -119,7 +119,7 @@ def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_buck
     assert (in_bucket / "marker").version() == theirs
 
 
-def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: Place) -> None:
+def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds, proxy.retry_after = {"limited": 1.0}, "1"
     threading.Timer(0.3, proxy.odds.clear).start()
     began = time.monotonic()
@@ -127,7 +127,7 @@ def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: Place) -> None:
     assert 1.0 < time.monotonic() - began < 3
 
 
-def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy.odds = {}
     (in_bucket / "file").write("x" * 1000)
     monkeypatch.setattr(retrying, "SILENCE", 0.3)
@@ -139,7 +139,9 @@ def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: Place, monkeypatc
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_file_that_always_arrives_damaged_is_never_kept(proxy: FaultyProxy, in_bucket: Place, tmp_path: Path) -> None:
+def test_a_file_that_always_arrives_damaged_is_never_kept(
+    proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path
+) -> None:
     proxy.odds = {}
     (in_bucket / "file").write(os.urandom(200_000))
     proxy.odds, proxy.instead = {"corrupted": 1.0}, "passed"
@@ -150,7 +152,7 @@ def test_a_file_that_always_arrives_damaged_is_never_kept(proxy: FaultyProxy, in
 
 def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
     with running(tmp_path / "server") as server:
-        home = place(f"gs://{BUCKET}/run")
+        home = storage_path(f"gs://{BUCKET}/run")
         versions = [(home / "marker").write("0", only_if=None)]
         server.stop()
         threading.Timer(2.0, server.start).start()
@@ -163,11 +165,11 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
 def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying, "DEADLINE", 0.6)
     with running(tmp_path / "server") as server:
-        file = place(f"gs://{BUCKET}/x")
+        file = storage_path(f"gs://{BUCKET}/x")
         version = file.write("saved")
         server.stop()
         (tmp_path / "source").write_bytes(b"x" * 20)
-        acts: list[Callable[[Place], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.delete()]
+        acts: list[Callable[[StoragePath], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.delete()]
         acts += [lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source")]
         for act in acts:
             began = time.monotonic()
@@ -183,7 +185,7 @@ def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_busy_server_is_named_by_its_code(
-    proxy: FaultyProxy, in_bucket: Place, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrying, "DEADLINE", 0.3)
     proxy.odds = {"unavailable": 1.0}
@@ -191,7 +193,7 @@ def test_a_busy_server_is_named_by_its_code(
         in_bucket.list()
 
 
-def test_another_deadline_for_a_while(proxy: FaultyProxy, in_bucket: Place) -> None:
+def test_another_deadline_for_a_while(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {"unavailable": 1.0}
     with within(0.2), pytest.raises(Interrupted, match=r"did not answer for 0\.2 s"):
         in_bucket.delete()

@@ -9,7 +9,7 @@ from trainer.monitoring.health import Health
 from trainer.runs import publisher
 from trainer.runs.publisher import Publisher
 from trainer.storage import gcs as bucket
-from trainer.storage.base import Place
+from trainer.storage.base import StoragePath
 from trainer.storage.lease import take
 
 
@@ -29,7 +29,7 @@ def checkpoint_in(folder: Path) -> None:
 
 
 def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_committed(
-    in_bucket: Place, tmp_path: Path, health: Health
+    in_bucket: StoragePath, tmp_path: Path, health: Health
 ) -> None:
     checkpoint_in(tmp_path)
     lease = take(in_bucket, "a test", None)
@@ -52,7 +52,7 @@ def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, health: Health) -> 
     assert health.checkpoint_age is not None
 
 
-def test_parts_of_a_large_file_are_signs_of_life(in_bucket: Place, tmp_path: Path, health: Health) -> None:
+def test_parts_of_a_large_file_are_signs_of_life(in_bucket: StoragePath, tmp_path: Path, health: Health) -> None:
     whole = tmp_path / "large"
     whole.write_bytes(bytes(40 << 20))
     moments: list[float] = []

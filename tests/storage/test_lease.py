@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage import lease as leases
 from trainer.storage.base import within
 from trainer.storage.lease import Lease, holder_of, take
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1.5
@@ -28,11 +28,11 @@ HOLDER = """
 import sys
 from trainer.errors import TrainerError
 from trainer.storage import lease as leases
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 leases.LEASE_SECONDS = float(sys.argv[4])
 def say(text): print(text, flush=True)
 try:
-    held = leases.take(place(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
+    held = leases.take(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
     say("taken")
 except TrainerError as error:
     sys.exit(say(f"{type(error).__name__}: {error}") or error.exit_code)
@@ -48,7 +48,7 @@ held.release()
 class Holder:
     """Another process that holds, or wants, the lease of a folder."""
 
-    def __init__(self, home: Place, name: str, uid: str = "") -> None:
+    def __init__(self, home: StoragePath, name: str, uid: str = "") -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -77,10 +77,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
     """An empty folder in a bucket; on disk as well, by parametrisation."""
     return (
-        place(tmp_path / "home") if getattr(request, "param", "") == "local" else request.getfixturevalue("in_bucket")
+        storage_path(tmp_path / "home")
+        if getattr(request, "param", "") == "local"
+        else request.getfixturevalue("in_bucket")
     )
 
 
@@ -88,7 +90,7 @@ here_and_there = pytest.mark.parametrize("home", ["local", "bucket"], indirect=T
 
 
 @pytest.fixture
-def holder(home: Place) -> Iterator[Holder]:
+def holder(home: StoragePath) -> Iterator[Holder]:
     made = Holder(home, "host-a/1", "job-1")
     assert made.hear() == "taken"
     yield made
@@ -102,7 +104,7 @@ def refusal(act: object) -> str:
 
 
 @here_and_there
-def test_a_lease_is_taken_renewed_and_given_back(home: Place) -> None:
+def test_a_lease_is_taken_renewed_and_given_back(home: StoragePath) -> None:
     with take(home, "host-a/1") as lease:
         first = (home / ".lease").version()
         time.sleep(SECONDS)
@@ -120,7 +122,7 @@ def test_a_lease_is_taken_renewed_and_given_back(home: Place) -> None:
 
 
 @here_and_there
-def test_a_plan_names_who_would_keep_it_out(home: Place) -> None:
+def test_a_plan_names_who_would_keep_it_out(home: StoragePath) -> None:
     assert holder_of(home, None) is None
     with take(home, "host-a/1", "job-1"):
         assert str(holder_of(home, None)).startswith("host-a/1, last renewed at 20")
@@ -133,7 +135,7 @@ def test_a_plan_names_who_would_keep_it_out(home: Place) -> None:
 
 
 @here_and_there
-def test_one_of_many_takes_it(home: Place) -> None:
+def test_one_of_many_takes_it(home: StoragePath) -> None:
     taken: list[Lease] = []
     refused: list[str] = []
 
@@ -154,7 +156,7 @@ def test_one_of_many_takes_it(home: Place) -> None:
     taken[0].release()
 
 
-def test_another_process_is_refused_while_it_is_renewed(home: Place, holder: Holder) -> None:
+def test_another_process_is_refused_while_it_is_renewed(home: StoragePath, holder: Holder) -> None:
     with pytest.raises(ConfigError) as error:
         take(home, "host-b/1", "job-2", note="")
     assert str(error.value) == (
@@ -169,7 +171,7 @@ def test_another_process_is_refused_while_it_is_renewed(home: Place, holder: Hol
     assert holder.hear().startswith("done")
 
 
-def test_the_same_job_takes_over_at_once(home: Place, holder: Holder) -> None:
+def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:
     holder.tell("step-1")
     assert holder.hear().startswith("done")
     began = time.monotonic()
@@ -182,7 +184,7 @@ def test_the_same_job_takes_over_at_once(home: Place, holder: Holder) -> None:
         assert (home / "LATEST").read() == b"step-2"
 
 
-def test_a_dead_holder_is_waited_out(home: Place, holder: Holder) -> None:
+def test_a_dead_holder_is_waited_out(home: StoragePath, holder: Holder) -> None:
     os.kill(holder.process.pid, signal.SIGKILL)
     with pytest.raises(ConfigError, match="is in use by host-a/1"):
         take(home, "host-b/1", "job-2", wait=False)
@@ -192,7 +194,7 @@ def test_a_dead_holder_is_waited_out(home: Place, holder: Holder) -> None:
 
 
 @here_and_there
-def test_a_frozen_holder_that_thaws_can_publish_nothing(home: Place, holder: Holder) -> None:
+def test_a_frozen_holder_that_thaws_can_publish_nothing(home: StoragePath, holder: Holder) -> None:
     holder.tell("step-1")
     assert holder.hear().startswith("done")
     os.kill(holder.process.pid, signal.SIGSTOP)
@@ -213,7 +215,7 @@ def test_a_frozen_holder_that_thaws_can_publish_nothing(home: Place, holder: Hol
 
 @here_and_there
 @pytest.mark.parametrize("before", [None, "step-1"])
-def test_frozen_between_the_check_and_the_commit(home: Place, before: str | None) -> None:
+def test_frozen_between_the_check_and_the_commit(home: StoragePath, before: str | None) -> None:
     """The clock plays no part: even a holder that has just checked cannot get past a takeover."""
     old = take(home, "host-a/1", "job-1")
     if before:
@@ -228,7 +230,7 @@ def test_frozen_between_the_check_and_the_commit(home: Place, before: str | None
 
 @here_and_there
 @pytest.mark.parametrize("before", [None, "step-1"])
-def test_frozen_between_the_two_writes_of_a_commit(home: Place, before: str | None) -> None:
+def test_frozen_between_the_two_writes_of_a_commit(home: StoragePath, before: str | None) -> None:
     """What the lease has accepted is published, by the next holder if need be; and never twice."""
     old = take(home, "host-a/1", "job-1")
     if before:
@@ -247,7 +249,7 @@ def test_frozen_between_the_two_writes_of_a_commit(home: Place, before: str | No
     take(home, "host-c/1").release()
 
 
-def test_a_marker_that_is_deleted_between_two_runs_stays_deleted(home: Place) -> None:
+def test_a_marker_that_is_deleted_between_two_runs_stays_deleted(home: StoragePath) -> None:
     with take(home, "host-a/1") as lease:
         lease.commit("DONE", "yes")
     (home / "DONE").delete()
@@ -256,7 +258,7 @@ def test_a_marker_that_is_deleted_between_two_runs_stays_deleted(home: Place) ->
 
 
 @here_and_there
-def test_two_runs_that_commit_as_fast_as_they_can(home: Place) -> None:
+def test_two_runs_that_commit_as_fast_as_they_can(home: StoragePath) -> None:
     """Taken over again and again: every commit that was said to be done is in the order of the markers' versions."""
     done: list[tuple[int, str]] = []
 
@@ -284,7 +286,7 @@ def test_two_runs_that_commit_as_fast_as_they_can(home: Place) -> None:
 
 def test_a_storage_away_for_longer_than_the_lease(tmp_path: Path) -> None:
     with running(tmp_path / "server") as server:
-        home = place(f"gs://{BUCKET}/run")
+        home = storage_path(f"gs://{BUCKET}/run")
         lease = take(home, "host-a/1")
         lease.commit("LATEST", "step-1")
         server.stop()
@@ -301,7 +303,7 @@ def test_a_storage_away_for_longer_than_the_lease(tmp_path: Path) -> None:
 
 
 def test_a_lost_answer_is_not_a_lost_lease(
-    emulator: Emulator, in_bucket: Place, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 20.0)
     with faults(emulator.url, {"lost": 0.4, "reset": 0.1}, seed=3) as proxy, environment(proxy.url):
@@ -317,7 +319,7 @@ def test_a_lost_answer_is_not_a_lost_lease(
     assert (in_bucket / "LATEST").read() == b"last"
 
 
-def test_a_lease_that_is_none(home: Place) -> None:
+def test_a_lease_that_is_none(home: StoragePath) -> None:
     (home / ".lease").write("{}")
     with pytest.raises(leases.DataError, match=r"\.lease: is not a lease \('commit'\); delete it if no run uses"):
         take(home, "host-a/1")

@@ -13,11 +13,11 @@ import pytest
 from tests.storage.emulator import BUCKET
 from trainer.errors import ConfigError, DataError
 from trainer.storage import gcs as bucket
-from trainer.storage.path import Conflict, Entry, Place, place
+from trainer.storage.path import Conflict, ObjectInfo, StoragePath, storage_path
 
 
-def names(entries: list[Entry]) -> list[str]:
-    return [entry.place.name for entry in entries]
+def names(entries: list[ObjectInfo]) -> list[str]:
+    return [entry.path.name for entry in entries]
 
 
 @pytest.fixture
@@ -30,24 +30,24 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["gs://b", "gs://b/a", "gs://b/a/b.c", "/tmp/a", "a/b", "."])
 def test_a_place_is_a_value_that_reads_as_it_was_written(text: str) -> None:
-    here = place(text)
+    here = storage_path(text)
     assert str(here) == text
-    assert here == place(text)
-    assert len({here, place(text), place(here)}) == 1
+    assert here == storage_path(text)
+    assert len({here, storage_path(text), storage_path(here)}) == 1
     assert pickle.loads(pickle.dumps(here)) == here
     assert here.is_local is not text.startswith("gs://")
 
 
 def test_joining_and_parents() -> None:
-    here = place("gs://b/runs/")
+    here = storage_path("gs://b/runs/")
     assert str(here / "7" / "a/b") == "gs://b/runs/7/a/b"
     assert (here / "7" / "LATEST").name == "LATEST"
     assert (here / "7").parent == here
-    assert here.parent == place("gs://b")
-    assert place("gs://b").parent == place("gs://b")
-    assert place("gs://b").name == "b"
-    assert place("a") / "b" / "c" == place("a/b/c")
-    assert place("a/b").parent == place("a")
+    assert here.parent == storage_path("gs://b")
+    assert storage_path("gs://b").parent == storage_path("gs://b")
+    assert storage_path("gs://b").name == "b"
+    assert storage_path("a") / "b" / "c" == storage_path("a/b/c")
+    assert storage_path("a/b").parent == storage_path("a")
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ def test_joining_and_parents() -> None:
 )
 def test_what_is_no_place(text: str | Path, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        place(text)
+        storage_path(text)
     assert str(error.value) == message
 
 
 def test_dots_mean_nothing_in_a_bucket() -> None:
     with pytest.raises(ConfigError, match=r"gs://b/a/\.\./c: '\.\.' means nothing in a bucket"):
-        place("gs://b/a") / "../c"
+        storage_path("gs://b/a") / "../c"
 
 
-def test_writing_and_reading(home: Place) -> None:
+def test_writing_and_reading(home: StoragePath) -> None:
     file = home / "a" / "b.txt"
     assert (file.exists(), file.version(), file.stat(), file.fetch()) == (False, None, None, None)
     version = file.write("grüße")
@@ -89,7 +89,7 @@ def test_writing_and_reading(home: Place) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_ranges(home: Place) -> None:
+def test_ranges(home: StoragePath) -> None:
     for size in (100, 200_000):
         content = os.urandom(size)
         (home / "file").write(content)
@@ -97,7 +97,7 @@ def test_ranges(home: Place) -> None:
             assert (home / "file").read_range(start, length) == content[start : start + length]
 
 
-def test_conditional_writes(home: Place) -> None:
+def test_conditional_writes(home: StoragePath) -> None:
     file = home / "LATEST"
     first = file.write("1", only_if=None)
     with pytest.raises(Conflict) as error:
@@ -114,12 +114,12 @@ def test_conditional_writes(home: Place) -> None:
     assert not file.exists()
 
 
-def test_versions_never_come_back(home: Place) -> None:
+def test_versions_never_come_back(home: StoragePath) -> None:
     versions = [(home / "marker").write("same") for _ in range(20)]
     assert len(set(versions)) == 20
 
 
-def test_one_of_many_conditional_writers_wins(home: Place) -> None:
+def test_one_of_many_conditional_writers_wins(home: StoragePath) -> None:
     file = home / "marker"
     for _ in range(5):
         version, won = file.version(), []
@@ -140,12 +140,10 @@ def test_one_of_many_conditional_writers_wins(home: Place) -> None:
         assert file.read_text() == str(won[0])
 
 
-def test_listing(home: Place) -> None:
+def test_listing(home: StoragePath) -> None:
     for name in ("a/b/2", "a/b/10", "a/b/c/d", "a/bc", "a/b.x", "z"):
         (home / name).write(name)
-    assert [str(entry.place) for entry in (home / "a/b").list()] == [
-        f"{home}/a/b/{name}" for name in ("10", "2", "c/d")
-    ]
+    assert [str(entry.path) for entry in (home / "a/b").list()] == [f"{home}/a/b/{name}" for name in ("10", "2", "c/d")]
     assert names((home / "a/b").list(recursive=False)) == ["10", "2"]
     assert names((home / "a").list()) == ["b.x", "10", "2", "d", "bc"]
     assert names(home.list(recursive=False)) == ["z"]
@@ -160,15 +158,15 @@ def test_listing(home: Place) -> None:
     assert entry.crc32c == (None if home.is_local else google_crc32c.value(b"a/bc"))
 
 
-def test_listing_takes_many_pages(in_bucket: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_takes_many_pages(in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(23):
         (in_bucket / f"{number:02d}").write("")
-    one_page = bucket.BucketPlace._page
-    monkeypatch.setattr(bucket.BucketPlace, "_page", lambda here, token, delimiter: one_page(here, token, delimiter, 5))
+    one_page = bucket.GcsPath._page
+    monkeypatch.setattr(bucket.GcsPath, "_page", lambda here, token, delimiter: one_page(here, token, delimiter, 5))
     assert names(in_bucket.list()) == [f"{number:02d}" for number in range(23)]
 
 
-def test_deleting(home: Place) -> None:
+def test_deleting(home: StoragePath) -> None:
     for name in ("a/b/1", "a/b/2", "a/bc"):
         (home / name).write(name)
     (home / "a/bc").delete()
@@ -182,7 +180,7 @@ def test_deleting(home: Place) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 16) + 1, 1_000_003])
 @pytest.mark.usefixtures("small_parts")
-def test_upload_and_download(home: Place, tmp_path: Path, size: int) -> None:
+def test_upload_and_download(home: StoragePath, tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     source, target = tmp_path / "source", tmp_path / "new" / "target"
     source.write_bytes(content)
@@ -198,13 +196,13 @@ def test_upload_and_download(home: Place, tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_large_content_is_written_as_well(home: Place) -> None:
+def test_large_content_is_written_as_well(home: StoragePath) -> None:
     content = os.urandom(4_000_000)  # more than 32 parts of 64 KiB
     version = (home / "file").write(content)
     assert (home / "file").fetch() == (content, version)
 
 
-def test_parts_of_a_killed_upload_do_not_show_and_are_deleted(in_bucket: Place) -> None:
+def test_parts_of_a_killed_upload_do_not_show_and_are_deleted(in_bucket: StoragePath) -> None:
     (in_bucket / f"file.parts-{'0' * 32}" / "00").write("left behind")
     (in_bucket / "file").write("whole")
     assert names(in_bucket.list()) == ["file"]
@@ -213,7 +211,7 @@ def test_parts_of_a_killed_upload_do_not_show_and_are_deleted(in_bucket: Place) 
     assert not in_bucket.is_folder()
 
 
-def test_a_download_of_what_was_replaced_says_so_and_leaves_nothing(home: Place, tmp_path: Path) -> None:
+def test_a_download_of_what_was_replaced_says_so_and_leaves_nothing(home: StoragePath, tmp_path: Path) -> None:
     (home / "file").write("1")
     entry = home.list()[0]
     (home / "file").write("22")
@@ -222,7 +220,7 @@ def test_a_download_of_what_was_replaced_says_so_and_leaves_nothing(home: Place,
     assert list(tmp_path.glob("new/*")) == []
 
 
-def test_a_failed_download_leaves_the_file_that_was_there(home: Place, tmp_path: Path) -> None:
+def test_a_failed_download_leaves_the_file_that_was_there(home: StoragePath, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("before")
     with pytest.raises(DataError, match="there is no such"):
         (home / "absent").download(tmp_path / "file")
@@ -230,7 +228,7 @@ def test_a_failed_download_leaves_the_file_that_was_there(home: Place, tmp_path:
     assert sorted(os.listdir(tmp_path)) in (["file"], ["file", "home"])
 
 
-def test_what_is_absent_says_so(home: Place) -> None:
+def test_what_is_absent_says_so(home: StoragePath) -> None:
     kind = "file" if home.is_local else "object"
     for act in (lambda f: f.read(), lambda f: f.size(), lambda f: f.download(Path("never"))):
         with pytest.raises(DataError) as error:
@@ -238,10 +236,10 @@ def test_what_is_absent_says_so(home: Place) -> None:
         assert str(error.value) == f"{home}/absent: there is no such {kind}"
 
 
-def test_no_such_bucket_says_so(in_bucket: Place, tmp_path: Path) -> None:  # noqa: ARG001
-    file = place("gs://nobody-has-this/a")
+def test_no_such_bucket_says_so(in_bucket: StoragePath, tmp_path: Path) -> None:  # noqa: ARG001
+    file = storage_path("gs://nobody-has-this/a")
     (tmp_path / "x").write_text("x")
-    acts: list[Callable[[Place], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.is_folder()]
+    acts: list[Callable[[StoragePath], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.is_folder()]
     acts += [lambda f: f.folders(), lambda f: f.write("x"), lambda f: f.upload(tmp_path / "x")]
     for act in acts:
         with pytest.raises(DataError) as error:
@@ -252,13 +250,13 @@ def test_no_such_bucket_says_so(in_bucket: Place, tmp_path: Path) -> None:  # no
 def test_a_local_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"folder: cannot be read \(Is a directory\)"):
-        place(tmp_path / "folder").read()
+        storage_path(tmp_path / "folder").read()
     with pytest.raises(DataError, match="nowhere: there is no such file"):
-        place(f"gs://{BUCKET}/x").upload(tmp_path / "nowhere")
+        storage_path(f"gs://{BUCKET}/x").upload(tmp_path / "nowhere")
 
 
 def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
-    file = place(tmp_path / "file")
+    file = storage_path(tmp_path / "file")
     file.write("before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -272,7 +270,7 @@ def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_conditional_write_is_for_small_content(in_bucket: Place) -> None:
+def test_a_conditional_write_is_for_small_content(in_bucket: StoragePath) -> None:
     with pytest.raises(ValueError, match="a conditional write is for markers"):
         in_bucket.write(b"x" * 100_000, only_if=None)
 
@@ -280,5 +278,5 @@ def test_a_conditional_write_is_for_small_content(in_bucket: Place) -> None:
 def test_text_may_begin_with_the_home_of_its_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a").write_text("mine")
-    assert place("~/a").read_text() == "mine"
-    assert str(place("~/a")) == str(tmp_path / "a")
+    assert storage_path("~/a").read_text() == "mine"
+    assert str(storage_path("~/a")) == str(tmp_path / "a")

@@ -16,7 +16,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from tests.storage.emulator import free_port
 from trainer.errors import DataError
 from trainer.storage import gcs_client as client
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 POOL = "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/pool/providers/cluster"
 HOW = (
@@ -85,9 +85,9 @@ def use(credentials: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(folder / "credentials.json"))
 
 
-def refusal(act: Callable[[Place], object], address: str = "gs://b/x") -> str:
+def refusal(act: Callable[[StoragePath], object], address: str = "gs://b/x") -> str:
     with pytest.raises(DataError) as error:
-        act(place(address))
+        act(storage_path(address))
     assert error.value.exit_code == 2
     return str(error.value)
 
@@ -103,7 +103,7 @@ def refusal(act: Callable[[Place], object], address: str = "gs://b/x") -> str:
     ],
 )
 @pytest.mark.usefixtures("service_account")
-def test_a_service_account_without_the_permission(act: Callable[[Place], object], permission: str) -> None:
+def test_a_service_account_without_the_permission(act: Callable[[StoragePath], object], permission: str) -> None:
     message = refusal(act)
     begin = (
         f"gs://b/x: service account trainer@project.iam.gserviceaccount.com lacks the permission {permission} (403: "

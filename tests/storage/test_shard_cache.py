@@ -13,7 +13,7 @@ from tests.storage.emulator import Emulator
 from trainer.errors import DataError, Interrupted
 from trainer.storage import gcs_client as retrying
 from trainer.storage import shard_cache
-from trainer.storage.path import Place
+from trainer.storage.path import StoragePath
 from trainer.storage.shard_cache import ShardCache
 
 SIZE = 10_000
@@ -25,16 +25,16 @@ def content(name: str) -> bytes:
 
 
 @pytest.fixture
-def shards(in_bucket: Place) -> Place:
+def shards(in_bucket: StoragePath) -> StoragePath:
     for name in NAMES:
         (in_bucket / name).write(content(name))
     return in_bucket
 
 
 @contextmanager
-def opened(shards: Place, cache: Path, holds: float, notes: list[str] | None = None) -> Iterator[ShardCache]:
+def opened(shards: StoragePath, cache: Path, holds: float, notes: list[str] | None = None) -> Iterator[ShardCache]:
     """A cache with a budget for `holds` shards."""
-    entries = {entry.place.name: entry for entry in shards.list()}
+    entries = {entry.path.name: entry for entry in shards.list()}
     note = (notes if notes is not None else []).append
     made = ShardCache(str(shards), entries, cache, int(holds * SIZE), note, lambda: None, ["info.json"])
     try:
@@ -57,7 +57,9 @@ def there(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
 
 
-def test_what_is_required_is_there_and_the_rest_follows_in_the_order_of_need(shards: Place, tmp_path: Path) -> None:
+def test_what_is_required_is_there_and_the_rest_follows_in_the_order_of_need(
+    shards: StoragePath, tmp_path: Path
+) -> None:
     with opened(shards, tmp_path, holds=5) as cache:
         assert cache.require("a", NAMES[:2], NAMES[2:]) > 0
         assert {"s00", "s01"} <= there(cache.folder)
@@ -69,7 +71,7 @@ def test_what_is_required_is_there_and_the_rest_follows_in_the_order_of_need(sha
         assert settled(cache) == {"s10", "s11", "s00", "s01", "s02"}
 
 
-def test_the_budget_holds_at_every_moment(shards: Place, tmp_path: Path) -> None:
+def test_the_budget_holds_at_every_moment(shards: StoragePath, tmp_path: Path) -> None:
     sizes: list[int] = []
     over = threading.Event()
     with opened(shards, tmp_path, holds=4.5) as cache:
@@ -98,7 +100,7 @@ def test_the_budget_holds_at_every_moment(shards: Place, tmp_path: Path) -> None
     assert 3 * SIZE < max(sizes) <= 4.5 * SIZE
 
 
-def test_what_one_reader_requires_no_other_reader_pushes_out(shards: Place, tmp_path: Path) -> None:
+def test_what_one_reader_requires_no_other_reader_pushes_out(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=4) as cache:
         cache.require("training", ["s00", "s01"], NAMES[2:])
         for name in NAMES[4:]:
@@ -109,7 +111,7 @@ def test_what_one_reader_requires_no_other_reader_pushes_out(shards: Place, tmp_
         assert "s02" in there(cache.folder)
 
 
-def test_more_than_the_budget_at_once_is_refused(shards: Place, tmp_path: Path) -> None:
+def test_more_than_the_budget_at_once_is_refused(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=3) as cache:
         cache.require("evaluation", ["s11"])
         with pytest.raises(
@@ -118,7 +120,7 @@ def test_more_than_the_budget_at_once_is_refused(shards: Place, tmp_path: Path) 
             cache.require("training", NAMES[:3])
 
 
-def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: Place, tmp_path: Path) -> None:
+def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         cache.require("a", NAMES)
         folder = cache.folder
@@ -139,7 +141,7 @@ def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: Place,
         assert {name: (folder / name).read_bytes() for name in NAMES} == expected
 
 
-def test_a_file_that_vanished_is_fetched_again(shards: Place, tmp_path: Path) -> None:
+def test_a_file_that_vanished_is_fetched_again(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         cache.require("a", ["s00", "s01"])
         (cache.folder / "s00").unlink()
@@ -149,7 +151,7 @@ def test_a_file_that_vanished_is_fetched_again(shards: Place, tmp_path: Path) ->
         assert (cache.folder / "s00").read_bytes() == content("s00")
 
 
-def test_two_processes_have_folders_of_their_own(shards: Place, tmp_path: Path) -> None:
+def test_two_processes_have_folders_of_their_own(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=2) as one:
         with opened(shards, tmp_path, holds=2) as two:
             assert one.folder != two.folder
@@ -159,7 +161,7 @@ def test_two_processes_have_folders_of_their_own(shards: Place, tmp_path: Path) 
 
 
 def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
-    emulator: Emulator, shards: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, shards: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrying, "DEADLINE", 0.5)
     monkeypatch.setattr(shard_cache, "STALL_SECONDS", 0.2)
@@ -178,7 +180,7 @@ def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
         assert settled(cache) == set(NAMES)
 
 
-def test_a_shard_that_is_gone_is_named_when_it_is_needed(shards: Place, tmp_path: Path) -> None:
+def test_a_shard_that_is_gone_is_named_when_it_is_needed(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         (shards / "s07").delete()
         cache.require("a", NAMES[:7], NAMES[7:])
@@ -187,7 +189,7 @@ def test_a_shard_that_is_gone_is_named_when_it_is_needed(shards: Place, tmp_path
             cache.require("a", ["s07"])
 
 
-def test_who_waits_can_be_told_to_leave(emulator: Emulator, shards: Place, tmp_path: Path) -> None:
+def test_who_waits_can_be_told_to_leave(emulator: Emulator, shards: StoragePath, tmp_path: Path) -> None:
     class Stop(Exception): ...
 
     def leave() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import DataError, Interrupted, ToldToStop
-from trainer.storage.base import Place
+from trainer.errors import DataError, Interrupted, StopRequested
+from trainer.storage.base import StoragePath
 from trainer.storage.staging import VERSIONS, prepared_folder, stage
 
 
@@ -28,7 +28,7 @@ def test_a_local_address_stays_as_it_is(tmp_path: Path) -> None:
     assert stage("some/folder", tmp_path, 0, pytest.fail, lambda: None) == "some/folder"
 
 
-def test_a_folder_is_fetched_once_and_follows_the_bucket(in_bucket: Place, tmp_path: Path) -> None:
+def test_a_folder_is_fetched_once_and_follows_the_bucket(in_bucket: StoragePath, tmp_path: Path) -> None:
     photos = in_bucket / "photos"
     for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
         (photos / name).write(name)
@@ -50,7 +50,7 @@ def test_a_folder_is_fetched_once_and_follows_the_bucket(in_bucket: Place, tmp_p
     assert contents(folder) == {"a/1.jpg": b"another", "a/2.jpg": b"a/2.jpg"}
 
 
-def test_a_pattern_and_a_single_file(in_bucket: Place, tmp_path: Path) -> None:
+def test_a_pattern_and_a_single_file(in_bucket: StoragePath, tmp_path: Path) -> None:
     for name in ("x-0.tfrec", "x-1.tfrec", "y.txt"):
         (in_bucket / "data" / name).write(name)
     path, _ = staged(f"{in_bucket}/data/x-*.tfrec", tmp_path)
@@ -61,7 +61,7 @@ def test_a_pattern_and_a_single_file(in_bucket: Place, tmp_path: Path) -> None:
     assert (file.parent / "x-0.tfrec").exists()
 
 
-def test_what_is_missing_or_too_large_is_named(in_bucket: Place, tmp_path: Path) -> None:
+def test_what_is_missing_or_too_large_is_named(in_bucket: StoragePath, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"there is nothing in {in_bucket}/no; check the address"):
         staged(f"{in_bucket}/no", tmp_path)
     with pytest.raises(DataError, match=r"nothing fits .*/no-\*; check the address"):
@@ -71,12 +71,12 @@ def test_what_is_missing_or_too_large_is_named(in_bucket: Place, tmp_path: Path)
         staged(f"{in_bucket}/d", tmp_path, budget=999)
 
 
-def test_told_to_stop_it_leaves_and_goes_on_later(in_bucket: Place, tmp_path: Path) -> None:
+def test_told_to_stop_it_leaves_and_goes_on_later(in_bucket: StoragePath, tmp_path: Path) -> None:
     for i in range(40):
         (in_bucket / "d" / f"{i:02d}").write(str(i))
 
     def check() -> None:
-        raise ToldToStop("SIGTERM")
+        raise StopRequested("SIGTERM")
 
     with pytest.raises(Interrupted):
         stage(f"{in_bucket}/d", tmp_path, 10**9, lambda _: None, check)
@@ -85,7 +85,7 @@ def test_told_to_stop_it_leaves_and_goes_on_later(in_bucket: Place, tmp_path: Pa
     assert "fetching 40 files" not in notes[0]
 
 
-def test_the_newest_version_of_a_prepared_dataset_is_found(in_bucket: Place) -> None:
+def test_the_newest_version_of_a_prepared_dataset_is_found(in_bucket: StoragePath) -> None:
     for version in ("1.0.0", "2.9.0", "2.10.0", "not-a-version"):
         (in_bucket / "datasets" / "beans" / version / "dataset_info.json").write("{}")
     assert prepared_folder(f"{in_bucket}/datasets", "beans") == f"{in_bucket}/datasets/beans/2.10.0"

@@ -32,7 +32,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, session_end_summary
 from trainer.runs.folder import is_finished, of_one_run
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Sweep:
             raise Interrupted(f"job {name} of the sweep ended {why}; {self._go_on()}")
         self.jobs.append(job)
         if job.code == DONE:
-            report = json.loads((place(target) / "report" / "report.json").read_text())
+            report = json.loads((storage_path(target) / "report" / "report.json").read_text())
             job.scores[OBJECTIVE] = float(list(report["phases"].values())[-1]["val_accuracy"])
             if report["test"]["split"] == "test":
                 job.scores["test_accuracy"] = float(report["test"]["accuracy"])
@@ -184,11 +184,13 @@ class Sweep:
     def _show_on_tensorboard(self, job: Job, tree: dict[str, Any]) -> None:
         values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not is_free(key)}
         before, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
-        if not (place(job.folder) / "config.yaml").exists():  # it failed so early that its folder must stay empty
+        if not (
+            storage_path(job.folder) / "config.yaml"
+        ).exists():  # it failed so early that its folder must stay empty
             return
-        (place(job.folder) / FILE).write(row(job.name, values, job.scores, job.code == DONE))
+        (storage_path(job.folder) / FILE).write(row(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > before:
-            (place(self.folder or "") / FILE).write(columns(list(self.columns)))
+            (storage_path(self.folder or "") / FILE).write(columns(list(self.columns)))
 
     def _differing(self, job: Job) -> str:
         """The overrides of a job that not all jobs have; all of them where there is one job."""
@@ -283,7 +285,7 @@ def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def _refuse_another(config: RunConfig) -> None:
     """Raise a ConfigError if another run is in the folder of a job: then the sweep is another one."""
-    record = place(config.output_dir or "") / "config.yaml"
+    record = storage_path(config.output_dir or "") / "config.yaml"
     if record.exists():
         of_one_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
 

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from trainer.errors import INTERRUPTED, ToldToStop
+from trainer.errors import INTERRUPTED, StopRequested
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
@@ -73,11 +73,11 @@ class StopFlag:
         """Leave if the flag is set; for loops that wait, each with a time limit of its own, and have nothing to save.
 
         Raises:
-            ToldToStop: the flag is set.
+            StopRequested: the flag is set.
         """
         health.progress()
         if self.reason:
-            raise ToldToStop(f"{self.reason} {where}; nothing is lost. Start the same command again to go on")
+            raise StopRequested(f"{self.reason} {where}; nothing is lost. Start the same command again to go on")
 
     def _watch(self) -> None:
         while True:

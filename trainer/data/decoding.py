@@ -180,7 +180,7 @@ def decoded_rows(
         block, number = row["block"], row["number"]
         at = tf.minimum(number, tf.size(block["index"], tf.int64) - 1)
         example = {k: block[k][at] for k in COLUMNS}
-        record = {"record": tf.gather(block["records"], block["place"][at])} if split.shards else {}
+        record = {"record": tf.gather(block["records"], block["offset"][at])} if split.shards else {}
         used = tf.logical_and(tf.equal(number, at), example["weight"] > 0)
         image = tf.cond(used, lambda: decode({**example, **record}), lambda: black)
         if failures is None:

@@ -41,10 +41,10 @@ class Order:
 
 # A stretch of an epoch: r rows in order, and the records that have to be read for them.
 #   pieces   int64 [k, 3]  shard number, first record, count; none for image files
-#   place    int64 [r]     where among those records the row's example lies
+#   offset   int64 [r]     index of the row's example among those records
 #   index    int64 [r]     the row's example (0 in padding)
 #   weight   float32 [r]   1 for an example, 0 for padding
-#   position int64 [r]     place in the global batch
+#   position int64 [r]     index in the global batch
 #   epoch    int64 [r]
 Block = dict[str, tf.Tensor]
 
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """Some rows of an epoch in the order in which they are trained on; as in a block, without its padding."""
 
     pieces: tf.Tensor
-    place: tf.Tensor
+    offset: tf.Tensor
     index: tf.Tensor
 
 
@@ -74,7 +74,7 @@ class _Records:
         self.total = int(sizes[self.chosen].sum())
 
     def stretch(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Places [start, stop) of these shards: the pieces to read, and the indices of their examples."""
+        """Positions [start, stop) of these shards: the pieces to read, and the indices of their examples."""
         sizes = tf.gather(tf.constant(self.sizes), shards)
         ends = tf.cumsum(sizes)
         begins = ends - sizes
@@ -118,21 +118,21 @@ def windows(
         pieces, index = records.stretch(shards, start, stop)
         if not shuffle:
             return Part(pieces, tf.range(stop - start), index)
-        place = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
-        return Part(pieces, place, tf.gather(index, place))
+        offset = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        return Part(pieces, offset, tf.gather(index, offset))
 
     return -(-records.total // window), of_records
 
 
 def _block(part: Part, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
     """A block whose first row is row `start` of the epoch; the one that ends it is padded by `padding` rows."""
-    pieces, place, index = part
+    pieces, offset, index = part
     rows = tf.size(index, tf.int64)
     padding = tf.where(start + rows >= total, tf.constant(padding, tf.int64), 0)
     behind = tf.stack([tf.constant(0, tf.int64), padding])[None, :]
     return {
         "pieces": pieces,
-        "place": tf.pad(place, behind),
+        "offset": tf.pad(offset, behind),
         "index": tf.pad(index, behind),
         "weight": tf.pad(tf.ones_like(index, tf.float32), behind),
         "position": (start + tf.range(rows + padding)) % batch,
@@ -186,10 +186,10 @@ def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[
     def block(number: tf.Tensor) -> Block:
         first, last = tf.gather(tf.constant(edges), number), tf.gather(tf.constant(edges), number + 1)
         index = tf.constant(chosen, tf.int64)[first:last]
-        pieces, place = _nothing_to_read(), index - index[0]
+        pieces, offset = _nothing_to_read(), index - index[0]
         if split.shards:
             pieces, _ = records.stretch(tf.constant(records.chosen, tf.int64), index[0], index[-1] + 1)
-        return _block(Part(pieces, place, index), first, len(chosen), batch_size, zero, -len(chosen) % batch_size)
+        return _block(Part(pieces, offset, index), first, len(chosen), batch_size, zero, -len(chosen) % batch_size)
 
     return len(edges) - 1 if len(chosen) else 0, block
 

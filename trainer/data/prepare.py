@@ -15,7 +15,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import written_images
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.types import Split
 
 
@@ -49,7 +49,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
         on_error=config.data.on_error,
         scratch=config.runtime.cache_folder / "prepared",
     )
-    target = place(output)
+    target = storage_path(output)
     with written_images(config.runtime.progress) as progress:
         group_field = field if field != "label" else None  # every record has a label, and can be grouped by it
         images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)

@@ -7,8 +7,8 @@ from pathlib import Path
 from trainer.config.schema import Data, RunConfig
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
 from trainer.errors import DataError
-from trainer.storage.base import Entry
-from trainer.storage.path import place
+from trainer.storage.base import ObjectInfo
+from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import Note, ShardCache
 from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
 
@@ -78,8 +78,8 @@ def copies_ahead(
 class Prepared:
     """A folder in a bucket that `python -m trainer.prepare` wrote: its shards, and the files beside them, by name."""
 
-    shards: dict[str, Entry]
-    beside: dict[str, Entry]
+    shards: dict[str, ObjectInfo]
+    beside: dict[str, ObjectInfo]
 
 
 def prepared_at(address: str) -> Prepared | None:
@@ -88,10 +88,10 @@ def prepared_at(address: str) -> Prepared | None:
     Raises:
         DataError: a shard is no longer what the manifest says.
     """
-    there = {entry.place.name: entry for entry in place(address).list(recursive=False)}
+    there = {entry.path.name: entry for entry in storage_path(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= there.keys():
         return None
-    manifest = manifest_of(there[MANIFEST].place.read())
+    manifest = manifest_of(there[MANIFEST].path.read())
     for shard in manifest.values():
         entry = there.get(shard.file)
         if entry is None:

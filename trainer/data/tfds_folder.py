@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.storage.base import Place
+from trainer.storage.base import StoragePath
 
 MANIFEST = "kubetune_shards.json"
 LABELS = "kubetune_labels.npz"  # int32 [records] of each shard, by its file name: what saves reading them
@@ -47,7 +47,7 @@ class DatasetFolder:
         scratch: the local folder in which shards are written before they are there.
     """
 
-    def __init__(self, folder: Place, scratch: Path | None) -> None:
+    def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
         self.folder = folder
         self.scratch = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
 
@@ -64,7 +64,7 @@ class DatasetFolder:
             if self.folder.is_local:
                 names = [path.name for path in self.scratch.iterdir()]
             else:
-                names = [entry.place.name for entry in self.folder.list(recursive=False)]
+                names = [entry.path.name for entry in self.folder.list(recursive=False)]
         except OSError as error:
             raise DataError(f"{self.folder} cannot be written to: {error.strerror}; give an empty folder") from None
         others = sorted(name for name in names if name not in known and not name.startswith(ours))
@@ -76,7 +76,7 @@ class DatasetFolder:
 
     def entries(self) -> dict[str, ShardEntry]:
         """The shards that were written before, by file name."""
-        there = {entry.place.name: entry.place for entry in self.folder.list(recursive=False)}
+        there = {entry.path.name: entry.path for entry in self.folder.list(recursive=False)}
         lines = json.loads(there[MANIFEST].read_text()) if MANIFEST in there else []
         lines += [json.loads(path.read_text()) for name, path in there.items() if _is_record(name)]
         return {entry.file: entry for entry in map(_entry, lines)}
@@ -143,8 +143,8 @@ class DatasetFolder:
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
         for there in self.folder.list(recursive=False):
-            if _is_record(there.place.name):
-                there.place.delete()
+            if _is_record(there.path.name):
+                there.path.delete()
         if self.folder.is_local:
             for left in self.scratch.glob(".*.tmp"):
                 left.unlink()

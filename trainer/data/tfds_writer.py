@@ -22,8 +22,8 @@ import numpy as np
 from trainer.data.records import RecordAt, frame, read_image, serialize
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import INTERRUPTED, DataError
-from trainer.storage.base import Place
-from trainer.storage.path import place
+from trainer.storage.base import StoragePath
+from trainer.storage.path import storage_path
 from trainer.storage.staging import origin
 
 ImageSource = str | Path | bytes | RecordAt
@@ -188,7 +188,7 @@ def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -
 
 
 def write_dataset(
-    folder: str | Path | Place,
+    folder: str | Path | StoragePath,
     images: LabelledImages,
     options: WriteOptions = USUAL,
     *,
@@ -212,7 +212,7 @@ def write_dataset(
     Raises:
         DataError: the folder is taken or cannot be written; an image is missing or (on_error="fail") cannot be decoded.
     """
-    out = DatasetFolder(folder if isinstance(folder, Place) else place(folder), options.scratch)
+    out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:

@@ -13,7 +13,7 @@ from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.model_card import label_lines
 from trainer.runs.checkpoints import checksum, names_in, read_checkpoint, weights_of
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
 ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
@@ -26,7 +26,7 @@ class TeacherFiles:
 
     address: str  # as the user gave it
     kind: str  # SavedModel | checkpoint
-    home: Place
+    home: StoragePath
     classes: tuple[str, ...]
     fingerprint: str  # of its weights
     files: dict[str, int]  # name below `home` -> bytes
@@ -56,7 +56,7 @@ def find_teacher(address: str) -> TeacherFiles:
         DataError: there is neither.
         ConfigError: the run's config.yaml is of another version.
     """
-    home = place(address)
+    home = storage_path(address)
     if (home / _GRAPH).exists():
         return _saved_model(address, home)
     if (home / "config.yaml").exists():
@@ -67,20 +67,20 @@ def find_teacher(address: str) -> TeacherFiles:
     )
 
 
-def _saved_model(address: str, home: Place) -> TeacherFiles:
+def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         raise DataError(f"distillation.teacher={address} is a SavedModel without {_LABELS}: kubetune did not export it")
-    entries = {str(e.place).removeprefix(f"{home}/"): e for e in home.list()}
+    entries = {str(e.path).removeprefix(f"{home}/"): e for e in home.list()}
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
-        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else checksum(entry.place.read())
+        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else checksum(entry.path.read())
         digest.update(f"{name} {entry.size} {known}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
     sizes = {name: entry.size for name, entry in entries.items()}
     return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
 
 
-def _checkpoint(address: str, home: Place) -> TeacherFiles:
+def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
         settings = config.load(yaml.safe_load((home / "config.yaml").read_text()))
     except ConfigError as error:

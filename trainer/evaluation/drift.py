@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 MODERATE, SHIFTED = 0.1, 0.25  # of a PSI, as is usual
 NEAR, FAR = 0.05, 0.1  # of an embedding: moderate and shifted, as fractions of the reference's variance
@@ -209,7 +209,7 @@ def read_reference(address: str) -> dict[str, Any]:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    root = place(address)
+    root = storage_path(address)
     below = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
     files = [root] if address.endswith(".json") else [root / name for name in below]
     fetched = next((content for file in files if (content := file.fetch())), None)
@@ -233,11 +233,8 @@ def lines_of(address: str) -> Iterator[str]:
     Raises:
         DataError: there is none.
     """
-    root = place(address)
-    if root.exists():
-        files = [root]
-    else:
-        files = [e.place for e in root.list(recursive=False) if e.place.name.endswith(".jsonl")]
+    root = storage_path(address)
+    files = [root] if root.exists() else [e.path for e in root.list(recursive=False) if e.path.name.endswith(".jsonl")]
     if not files:
         raise DataError(f"log={address}: there is no such file, and no folder with *.jsonl")
     for file in sorted(files, key=str):

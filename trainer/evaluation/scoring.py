@@ -11,7 +11,7 @@ from trainer.data.images import BatchSource, data_errors
 from trainer.data.pipeline import Batches, evaluation_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import UNSHARDED, Sharding
-from trainer.errors import ToldToStop
+from trainer.errors import StopRequested
 from trainer.evaluation.metrics import TOP, macro_f1, top_k
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
@@ -112,7 +112,7 @@ class Scorer:
         """Wait for the shards of the next batch; False where this worker was asked to stop."""
         try:
             seconds = gate.wait_for(rows)
-        except ToldToStop:
+        except StopRequested:
             return False
         if seconds > 0:
             self.waited(seconds)

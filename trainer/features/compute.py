@@ -12,7 +12,7 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
 from trainer.data.images import ImageStore, Pixels, data_errors
 from trainer.data.pipeline import View, chosen_batches
-from trainer.errors import ToldToStop
+from trainer.errors import StopRequested
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
@@ -137,7 +137,7 @@ class FeaturePass:
                 gate.wait_for(self.rows)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
-        except ToldToStop:  # while it waited for a shard
+        except StopRequested:  # while it waited for a shard
             return
         finally:
             gate.close()

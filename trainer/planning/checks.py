@@ -25,7 +25,7 @@ from trainer.planning.estimates import activation_bytes, bytes_of, parameters
 from trainer.runs.checkpoints import CheckpointFolder, names_in
 from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
-from trainer.storage.path import Entry, place
+from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote, missing_from, planned_copy
 from trainer.training import variables
 from trainer.types import Dataset, Split
@@ -42,13 +42,13 @@ def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
 
 
 @contextmanager
-def metadata(address: str, entries: Iterable[Entry]) -> Iterator[str]:
+def metadata(address: str, entries: Iterable[ObjectInfo]) -> Iterator[str]:
     """A temporary folder, named like the one in the bucket, with these files of it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
         for entry in entries:
-            entry.place.download(folder / entry.place.name, expected=entry)
+            entry.path.download(folder / entry.path.name, expected=entry)
         yield str(folder)
 
 
@@ -61,7 +61,7 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
     import tensorflow_datasets as tfds
 
     data = config.data
-    small = [e for e in place(root).list(recursive=False) if str(e.place).endswith((".json", ".txt"))]
+    small = [e for e in storage_path(root).list(recursive=False) if str(e.path).endswith((".json", ".txt"))]
     with metadata(root, small) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
@@ -79,7 +79,7 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
     return Dataset(info.name, names, splits, fingerprint="")
 
 
-def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[Entry]]:
+def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
     """The local path of an address, None where a run would have to fetch something; that in words; its files.
 
     Raises:
@@ -95,7 +95,7 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, lis
 
 def newest_state(config: RunConfig) -> dict[str, Any] | None:
     """The state of the newest checkpoint in output_dir that can be read; None where there is none."""
-    there = place(config.output_dir or "")
+    there = storage_path(config.output_dir or "")
     if there.is_local:
         checkpoints = CheckpointFolder(Path(str(there)) / "checkpoints", 1, lambda _: None)
         for step in reversed(checkpoints.steps()):
@@ -115,7 +115,7 @@ def probe_output(config: RunConfig) -> str:
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
     if is_remote(address):
-        probe = place(address) / name
+        probe = storage_path(address) / name
         try:
             probe.write("probe", only_if=None)
             probe.delete()
@@ -143,7 +143,7 @@ def find_warm_start(source: str) -> str:
         DataError: there is none.
     """
     if is_remote(source):
-        if not (place(source) / "checkpoints" / "LATEST").exists():
+        if not (storage_path(source) / "checkpoints" / "LATEST").exists():
             raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
         return f"{source}: has a committed checkpoint"
     steps = local_checkpoints(source, Path(source).expanduser()).steps()

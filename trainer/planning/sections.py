@@ -20,7 +20,7 @@ from trainer.config.diff import flat
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, TrainerError
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
-from trainer.storage.path import Entry, place
+from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
@@ -46,7 +46,7 @@ class Plan:
     dataset: Dataset | None = None
     labels_known: bool = True
     reasons: list[str] = field(default_factory=list)  # for `auto` values, one line a choice
-    to_stage: list[Entry] = field(default_factory=list)  # files that a run would fetch from a bucket first
+    to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would fetch from a bucket first
 
     @property
     def bytes_to_stage(self) -> int:
@@ -187,11 +187,11 @@ def show_storage(plan: Plan, problem: str) -> None:
     config, dataset, read = plan.config, plan.dataset, problem or "not here yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
-            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).place
+            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path
         else:
             assert dataset
             split = dataset.splits["train"]
-            path = place(Path(split.files[0] if split.files else split.shards[0].path))
+            path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
         read = plan.tried(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
     rows: Rows = [("read data", read), ("write output", plan.tried(lambda: checks.probe_output(config)))]
     if config.warm_start:
@@ -201,7 +201,7 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).words)))
     weights = config.model.weights
     if is_remote(weights):
-        rows.append(("weights", plan.tried(lambda: f"{weights}: {size(place(weights).size())}")))
+        rows.append(("weights", plan.tried(lambda: f"{weights}: {size(storage_path(weights).size())}")))
     elif weights == "imagenet":
         rows.append(("weights", "imagenet: Keras fetches them at the start, unless ~/.keras/models has them"))
     plan.section("storage", rows)

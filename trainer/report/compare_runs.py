@@ -14,7 +14,7 @@ from rich.table import Table
 
 from trainer.errors import DataError
 from trainer.report.compare import Comparison, Scored, configuration_differences, verdict
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 
 def read_scored(address: str, name: str) -> Scored:
@@ -23,7 +23,7 @@ def read_scored(address: str, name: str) -> Scored:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    root = place(address)
+    root = storage_path(address)
     folder = root if (root / "report.json").exists() else root / "report"
     content, rows = (folder / "report.json").fetch(), (folder / "predictions.csv").fetch()
     if content is None or rows is None:
@@ -41,14 +41,14 @@ def read_scored(address: str, name: str) -> Scored:
         raise DataError(f"{folder} is damaged: {error}") from None
 
 
-def _history(root: Place) -> list[dict[str, Any]]:
+def _history(root: StoragePath) -> list[dict[str, Any]]:
     """The epochs of a run whose report lacks them."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
 
 
-def _configuration(root: Place) -> dict[str, Any]:
+def _configuration(root: StoragePath) -> dict[str, Any]:
     """The configuration of a run; for an evaluation that of the run two folders up, if there is one."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():

@@ -22,7 +22,7 @@ from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.report.build import build_report
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
 UNDIVIDED_NOTE = (
@@ -81,7 +81,7 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     elif split == "train" or config.debug.overfit:
         facts["note"] = TRAIN_NOTE
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
-    home = place(own["output"]) if own.get("output") else run.home / "evaluations" / name
+    home = storage_path(own["output"]) if own.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if own_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
         local = Path(str(home)) if home.is_local else Path(beside)

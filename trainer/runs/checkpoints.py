@@ -17,7 +17,7 @@ import numpy as np
 from trainer.arrays import pack, unpack
 from trainer.errors import DataError
 from trainer.storage.local import sync, write_whole
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 
 PREFIX = "step-"
 
@@ -32,13 +32,13 @@ def step_of(name: str) -> int:
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
-def names_in(pointer: Place) -> list[str]:
+def names_in(pointer: StoragePath) -> list[str]:
     """The names of checkpoints in a pointer such as LATEST; empty where there is none."""
     content = pointer.fetch()
     return content[0].decode().split() if content else []
 
 
-def read_checkpoint(folder: Place) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """State and variables of the checkpoint in a folder, here or in a bucket.
 
     Raises:
@@ -118,7 +118,7 @@ class CheckpointFolder:
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """As `read_checkpoint`."""
-        return read_checkpoint(place(self.path(step)))
+        return read_checkpoint(storage_path(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """The newest checkpoint that can be read; damaged ones are set aside with a message."""

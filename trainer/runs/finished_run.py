@@ -12,7 +12,7 @@ import yaml
 from trainer.config.schema import Model, RunConfig, load
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import PREFIX, names_in, read_checkpoint, step_of, weights_of
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 from trainer.types import Dataset
 
 if TYPE_CHECKING:
@@ -24,19 +24,19 @@ class FinishedRun:
     """A run as its folder describes it."""
 
     address: str  # as the user gave it
-    home: Place
+    home: StoragePath
     config: RunConfig
     class_names: tuple[str, ...]
     fingerprint: str  # of its data
 
 
-def read_run(address: str) -> tuple[Place, dict[str, Any], dict[str, Any]]:
+def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
     """The folder of a run, its configuration as written, and run.json with `classes` and `data_fingerprint`.
 
     Raises:
         DataError: there is no run, or its files are damaged.
     """
-    home = place(address)
+    home = storage_path(address)
     written = (home / "config.yaml").fetch()
     if written is None:
         raise DataError(f"run={address} holds no run (no config.yaml in it); give the output_dir of one")
@@ -74,7 +74,7 @@ def exported_checkpoint(run: FinishedRun) -> str:
     return run.config.training.keep
 
 
-def find_checkpoint(run: FinishedRun, which: str) -> Place:
+def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
     """The folder of a checkpoint; `which` is best, last or the number of a step.
 
     Raises:

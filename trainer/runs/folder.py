@@ -28,7 +28,7 @@ from trainer.runs.publisher import Publisher
 from trainer.storage.lease import holder_of
 from trainer.storage.lease import take as take_lease
 from trainer.storage.local import write_json, write_whole
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
@@ -156,7 +156,7 @@ def holder_of_folder(config: RunConfig) -> str | None:
     Raises:
         DataError: the lease cannot be read.
     """
-    there = place(config.output_dir or "")
+    there = storage_path(config.output_dir or "")
     if not there.is_local:
         return holder_of(there, os.environ.get("JOB_UID") or None)
     file = Path(str(there)) / LOCK
@@ -179,7 +179,7 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
             that hangs, which is not for long.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
-    remote, path = place(address) if is_remote(address) else None, _local_folder(config, address)
+    remote, path = storage_path(address) if is_remote(address) else None, _local_folder(config, address)
     lock, lease = _hold(path, workers), None
     if remote:  # the same Kubernetes Job (JOB_UID) takes the lease over at once from a pod that is gone
         pod = os.environ.get("HOSTNAME") or platform.node()
@@ -228,8 +228,8 @@ def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]
     Raises:
         ConfigError: as `check_folder`.
     """
-    there = place(config.output_dir or "")
-    names = {child.name for child in [*(entry.place for entry in there.list(recursive=False)), *there.folders()]}
+    there = storage_path(config.output_dir or "")
+    names = {child.name for child in [*(entry.path for entry in there.list(recursive=False)), *there.folders()]}
     if not there.is_local:  # markers, and what is made at the end, are not fetched
         names = {n for n in names if not n.startswith(".") and n not in ("DONE", "report", "export")}
     record, facts = (there / "config.yaml").fetch(), (there / "run.json").fetch()
@@ -267,7 +267,7 @@ def is_finished(config: RunConfig) -> bool:
     """True if `config.output_dir` holds this run, finished. Only reads."""
     if not config.output_dir or config.resume == "never":
         return False
-    folder = place(config.output_dir)
+    folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
     before = load(yaml.safe_load((folder / "config.yaml").read_text()))

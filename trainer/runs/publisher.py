@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.monitoring.health import health
 from trainer.runs.checkpoints import PREFIX, names_in
-from trainer.storage.base import Place
+from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
 
 PUBLISH_SECONDS = 30.0  # between two checks for files that have grown: metrics, TensorBoard, the clock
@@ -28,7 +28,7 @@ LAST = ("report/", "export/")  # published at the end
 class Publisher:
     """Copies `local` to `remote`; without a remote every operation is immediate and does nothing."""
 
-    def __init__(self, local: Path, remote: Place | None, lease: Lease | None) -> None:
+    def __init__(self, local: Path, remote: StoragePath | None, lease: Lease | None) -> None:
         self.local, self.remote, self.lease = local, remote, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # checkpoint here -> its name in the bucket
@@ -53,18 +53,18 @@ class Publisher:
         self.local.mkdir(parents=True)
         names = names_in(self.remote / LATEST)
         self._names = {_step_of(name): name for name in names}
-        wanted: list[tuple[Place, Path]] = []
+        wanted: list[tuple[StoragePath, Path]] = []
         for entry in self.remote.list():
-            name = str(entry.place).removeprefix(f"{self.remote}/")
+            name = str(entry.path).removeprefix(f"{self.remote}/")
             top, _, rest = name.partition("/")
             if name.startswith((".", *LAST)) or name in (DONE, LATEST, BEST):
                 continue
             if top == "checkpoints" and rest.startswith(PREFIX):
                 folder, _, file = rest.partition("/")
                 if folder in names:
-                    wanted.append((entry.place, self.local / "checkpoints" / _step_of(folder) / file))
+                    wanted.append((entry.path, self.local / "checkpoints" / _step_of(folder) / file))
             else:
-                wanted.append((entry.place, self.local / name))
+                wanted.append((entry.path, self.local / name))
         for _, target in wanted:
             target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(TRANSFERS) as pool:

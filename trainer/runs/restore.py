@@ -12,7 +12,7 @@ from trainer.models.weights import settle_input
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, weights_of
 from trainer.runs.publisher import Publisher
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.training import variables
 
@@ -52,7 +52,7 @@ def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
     folder = Path(source).expanduser()
     if is_remote(source):
         folder = cache_folder / "warm_start"
-        Publisher(folder, place(source), None).fetch()
+        Publisher(folder, storage_path(source), None).fetch()
     there = local_checkpoints(source, folder)
     pointer = there.folder / "BEST"
     name = folder.name if there.folder.parent != folder else pointer.read_text().strip() if pointer.exists() else ""

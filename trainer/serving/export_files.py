@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.drift import BINS
-from trainer.storage.path import Place, place
+from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.staging import is_remote, stage
 
 GRAPH, LABELS, REFERENCE = "saved_model.pb", "assets/labels.txt", "assets/reference.json"
@@ -68,7 +68,7 @@ def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> E
         DataError: there is none, or kubetune did not export it.
         Interrupted: the bucket does not answer.
     """
-    home = place(address)
+    home = storage_path(address)
     newest = _newest(address, home)
     folder = Path(stage(str(newest), cache_dir, LARGEST, note, lambda: None))
     if not (folder / LABELS).exists():
@@ -77,7 +77,7 @@ def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> E
     return Export(address, folder, newest.name if newest.name.isdigit() else "1", classes, _reference(folder, classes))
 
 
-def _newest(address: str, home: Place) -> Place:
+def _newest(address: str, home: StoragePath) -> StoragePath:
     if (home / GRAPH).exists():
         return home
     for base in (home, home / "saved_model", home / "export" / "saved_model"):

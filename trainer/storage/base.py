@@ -25,8 +25,8 @@ class _Any(Enum):
 
 ANY = _Any.ANY
 OnlyIf = int | None | Literal[_Any.ANY]
-Entries = list["Entry"]  # by these names: inside a place, `list` is its method
-Places = list["Place"]
+ObjectInfos = list["ObjectInfo"]  # by these names: inside a StoragePath, `list` is its method
+StoragePaths = list["StoragePath"]
 
 # `.name.<digits>-<digits>` beside a local file, `.parts-<token>` beside a large object.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
@@ -38,16 +38,16 @@ def is_unfinished(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file or object: `size` in bytes, `version` as `Place.version`, `crc32c` (None for local files)."""
+class ObjectInfo:
+    """One file or object: `size` in bytes, `version` as `StoragePath.version`, `crc32c` (None for local files)."""
 
-    place: Place
+    path: StoragePath
     size: int
     version: int
     crc32c: int | None = None
 
 
-class Place(ABC):
+class StoragePath(ABC):
     """A file or folder, here or in a bucket. Two equal places are equal values; `str` gives back what was written.
 
     Folders need not be made: writing below one makes it. Errors of every operation: `DataError` for what trying
@@ -61,7 +61,7 @@ class Place(ABC):
     def __str__(self) -> str: ...
 
     @abstractmethod
-    def __truediv__(self, name: str) -> Place: ...
+    def __truediv__(self, name: str) -> StoragePath: ...
 
     @property
     @abstractmethod
@@ -70,10 +70,10 @@ class Place(ABC):
 
     @property
     @abstractmethod
-    def parent(self) -> Place: ...
+    def parent(self) -> StoragePath: ...
 
     @abstractmethod
-    def stat(self) -> Entry | None:
+    def stat(self) -> ObjectInfo | None:
         """Size and version of the file, None where there is none (a folder is none)."""
 
     @abstractmethod
@@ -93,11 +93,11 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def list(self, recursive: bool = True) -> Entries:
+    def list(self, recursive: bool = True) -> ObjectInfos:
         """The files in this folder (and below), sorted by name; empty where there is no such folder."""
 
     @abstractmethod
-    def folders(self) -> Places:
+    def folders(self) -> StoragePaths:
         """The folders directly in this one, sorted by name."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Place(ABC):
         """Delete all that is below this folder, unfinished transfers as well; an absent one is fine."""
 
     @abstractmethod
-    def download(self, to: Path, expected: Entry | None = None) -> Entry:
+    def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file, which appears whole: verified beside, then renamed.
 
         `expected`, an entry of `list`, saves asking for size and version again, and has that very version copied.
@@ -148,7 +148,7 @@ class Place(ABC):
     def is_folder(self) -> bool:
         """Whether there is anything below."""
 
-    def _existing(self) -> Entry:
+    def _existing(self) -> ObjectInfo:
         entry = self.stat()
         if entry is None:
             raise self._absent()

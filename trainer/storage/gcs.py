@@ -1,4 +1,4 @@
-"""Places in a Google Cloud Storage bucket, through google-cloud-storage; every request under `gcs_client.persist`."""
+"""Paths in a Google Cloud Storage bucket, through google-cloud-storage; every request under `gcs_client.persist`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
-from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, is_unfinished, within
+from trainer.storage.base import (
+    ANY,
+    Conflict,
+    ObjectInfo,
+    ObjectInfos,
+    OnlyIf,
+    StoragePath,
+    StoragePaths,
+    is_unfinished,
+    within,
+)
 from trainer.storage.gcs_client import NO_BUCKET, Damaged, Limits, client, persist
-from trainer.storage.local import LocalPlace, temporary_file
+from trainer.storage.local import LocalPath, temporary_file
 
 AT_ONCE = 8  # requests of one transfer at the same time
 LARGE = 32 << 20  # bytes above which a download goes in chunks
@@ -64,12 +74,12 @@ def _in_parallel(do: Callable[[Item], Result], items: Iterable[Item], most: int 
 class _Replaced(DataError):
     """The generation that was asked for is gone."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(f"{place}: was replaced or deleted while it was read")
+    def __init__(self, path: StoragePath) -> None:
+        super().__init__(f"{path}: was replaced or deleted while it was read")
 
 
 @dataclass(frozen=True)
-class BucketPlace(Place):
+class GcsPath(StoragePath):
     """`gs://bucket/key`; the bucket itself has the empty key."""
 
     bucket: str
@@ -79,7 +89,7 @@ class BucketPlace(Place):
     def __str__(self) -> str:
         return f"gs://{self.bucket}/{self.key}" if self.key else f"gs://{self.bucket}"
 
-    def __truediv__(self, name: str) -> BucketPlace:
+    def __truediv__(self, name: str) -> GcsPath:
         parts = [part for part in f"{self.key}/{name}".split("/") if part not in ("", ".")]
         if ".." in parts:
             raise ConfigError(f"{self}/{name}: '..' means nothing in a bucket; write the whole address")
@@ -90,11 +100,11 @@ class BucketPlace(Place):
         return self.key.rpartition("/")[2] or self.bucket
 
     @property
-    def parent(self) -> BucketPlace:
+    def parent(self) -> GcsPath:
         return replace(self, key=self.key.rpartition("/")[0])
 
-    def stat(self) -> Entry | None:
-        def get(limits: Limits) -> Entry | None:
+    def stat(self) -> ObjectInfo | None:
+        def get(limits: Limits) -> ObjectInfo | None:
             blob = self._blob()
             try:
                 blob.reload(timeout=limits, retry=None)
@@ -121,7 +131,7 @@ class BucketPlace(Place):
         return persist(str(self), "storage.objects.get", get)
 
     def read_range(self, start: int, length: int) -> bytes:
-        """As in `Place`. The storage has no checksum of a part: a small object is read and verified whole, of a
+        """As in `StoragePath`. The storage has no checksum of a part: a small object is read and verified whole, of a
         large one the range is read twice and must be the same. For headers and indexes; to read much, download."""
         entry = self._existing()
         length = min(length, entry.size - start)
@@ -147,7 +157,7 @@ class BucketPlace(Place):
         return self._send_parts(len(data), lambda start, length: data[start : start + length])
 
     def upload(self, source: Path) -> int:
-        with LocalPlace(source)._reading():
+        with LocalPath(source)._reading():
             file = open(source, "rb")  # noqa: SIM115 - closed below
         with file:
             size = os.fstat(file.fileno()).st_size
@@ -155,7 +165,7 @@ class BucketPlace(Place):
                 return self._send(os.pread(file.fileno(), size, 0), ANY)
             return self._send_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
 
-    def download(self, to: Path, expected: Entry | None = None) -> Entry:
+    def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         with temporary_file(to) as beside:
             for _ in range(DAMAGED_FILES):
                 entry = expected or self._existing()
@@ -170,12 +180,12 @@ class BucketPlace(Place):
                     return entry
         raise Interrupted(f"{self}: arrived damaged {DAMAGED_FILES} times (CRC32C); start the same command again")
 
-    def list(self, recursive: bool = True) -> Entries:
+    def list(self, recursive: bool = True) -> ObjectInfos:
         entries = [entry for page, _ in self._pages("" if recursive else "/") for entry in page]
-        whole = [entry for entry in entries if not is_unfinished(str(entry.place))]
-        return sorted(whole, key=lambda entry: str(entry.place).encode())
+        whole = [entry for entry in entries if not is_unfinished(str(entry.path))]
+        return sorted(whole, key=lambda entry: str(entry.path).encode())
 
-    def folders(self) -> Places:
+    def folders(self) -> StoragePaths:
         names = {prefix for _, prefixes in self._pages("/") for prefix in prefixes if not is_unfinished(prefix)}
         return [replace(self, key=name.rstrip("/")) for name in sorted(names)]
 
@@ -188,7 +198,7 @@ class BucketPlace(Place):
 
     def delete_tree(self) -> None:
         entries = [entry for page, _ in self._pages("") for entry in page]
-        _in_parallel(lambda entry: entry.place.delete(), entries)
+        _in_parallel(lambda entry: entry.path.delete(), entries)
 
     def _blob(self, generation: int | None = None) -> Any:
         return client().bucket(self.bucket).blob(self.key, generation=generation)
@@ -201,20 +211,22 @@ class BucketPlace(Place):
                 return DataError(f"{self}: {NO_BUCKET}")
         return DataError(f"{self}: there is no such object")
 
-    def _entry(self, blob: Any) -> Entry:
-        return Entry(self, int(blob.size), int(blob.generation), _decoded(blob.crc32c))
+    def _entry(self, blob: Any) -> ObjectInfo:
+        return ObjectInfo(self, int(blob.size), int(blob.generation), _decoded(blob.crc32c))
 
-    def _pages(self, delimiter: str) -> Iterator[tuple[Entries, set[str]]]:
+    def _pages(self, delimiter: str) -> Iterator[tuple[ObjectInfos, set[str]]]:
         token: str | None = ""
         while token is not None:
             page, prefixes, token = self._page(token, delimiter)
             yield page, prefixes
 
-    def _page(self, token: str | None, delimiter: str, most: int | None = None) -> tuple[Entries, set[str], str | None]:
+    def _page(
+        self, token: str | None, delimiter: str, most: int | None = None
+    ) -> tuple[ObjectInfos, set[str], str | None]:
         """One page of what is below, the prefixes in it, and the token of the next page (None at the end)."""
         prefix = f"{self.key}/" if self.key else ""
 
-        def get(limits: Limits) -> tuple[Entries, set[str], str | None]:
+        def get(limits: Limits) -> tuple[ObjectInfos, set[str], str | None]:
             listing = client().list_blobs(
                 self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None, max_results=most,
                 fields=_FIELDS, timeout=limits, retry=None,
@@ -226,13 +238,13 @@ class BucketPlace(Place):
 
         return persist(str(self), "storage.objects.list", get)
 
-    def _pinned(self, entry: Entry) -> bytes:
+    def _pinned(self, entry: ObjectInfo) -> bytes:
         content = self.fetch(entry.version)
         if content is None:
             raise _Replaced(self)
         return content[0]
 
-    def _slice(self, entry: Entry, start: int, length: int, limits: Limits) -> bytes:
+    def _slice(self, entry: ObjectInfo, start: int, length: int, limits: Limits) -> bytes:
         """`length` bytes of one generation; for `persist`."""
         try:
             data = self._blob(entry.version).download_as_bytes(
@@ -244,7 +256,7 @@ class BucketPlace(Place):
             raise Damaged(f"{len(data)} bytes of {length}")
         return data
 
-    def _download(self, to: Path, entry: Entry) -> bool:
+    def _download(self, to: Path, entry: ObjectInfo) -> bool:
         """Copy that generation to a file; whether its CRC32C is the object's (chunks cannot be checked one by one)."""
 
         def chunk(start: int) -> None:
@@ -316,7 +328,7 @@ class BucketPlace(Place):
             health.progress()
             return sent
 
-        def join(limits: Limits) -> Entry:
+        def join(limits: Limits) -> ObjectInfo:
             blob = self._blob()
             blob.content_type = "application/octet-stream"
             sent = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]

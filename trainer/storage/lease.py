@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.storage.base import Conflict, Place, within
+from trainer.storage.base import Conflict, StoragePath, within
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"
@@ -59,7 +59,7 @@ class _State:
 class Lease:
     """A lease as `take` returns it. Any thread may use it; a thread of its own renews it until `release`."""
 
-    def __init__(self, folder: Place, state: _State, version: int, taken_at: float) -> None:
+    def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
         self._state, self._version, self._renewed_at = state, version, taken_at
         self._lost: str | None = None
@@ -151,7 +151,7 @@ class Lease:
                 self._lost = f"the lease cannot be renewed ({error})"
 
 
-def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
+def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
     """The lease on a folder.
 
     `holder` names us to whoever is kept out (pod, host and process). The same `uid` takes over at once. From
@@ -187,7 +187,7 @@ def take(folder: Place, holder: str, uid: str | None = None, note: str = "", wai
         time.sleep(seconds / 10)
 
 
-def holder_of(folder: Place, uid: str | None) -> str | None:
+def holder_of(folder: StoragePath, uid: str | None) -> str | None:
     """Who keeps `uid` out of a folder, and when it last renewed its lease; None where `uid` takes the lease at once."""
     held = _held_by_another(_read(folder / NAME)[0], uid)
     return f"{held.holder}, last renewed at {held.renewed}" if held else None
@@ -212,7 +212,7 @@ def _dump(state: _State) -> str:
     return json.dumps(asdict(state), indent=1, ensure_ascii=False) + "\n"
 
 
-def _read(file: Place) -> tuple[_State | None, int | None]:
+def _read(file: StoragePath) -> tuple[_State | None, int | None]:
     """The lease and its version; None and None where there is none."""
     content = file.fetch()
     if content is None:

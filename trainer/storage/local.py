@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
-from trainer.storage.base import ANY, Conflict, Entries, Entry, OnlyIf, Place, Places, is_unfinished
+from trainer.storage.base import (
+    ANY,
+    Conflict,
+    ObjectInfo,
+    ObjectInfos,
+    OnlyIf,
+    StoragePath,
+    StoragePaths,
+    is_unfinished,
+)
 
 _BLOCK = 1 << 22  # bytes copied at a time
 
@@ -62,7 +71,7 @@ def _write_synced(path: Path, content: bytes | str) -> None:
 
 
 @dataclass(frozen=True)
-class LocalPlace(Place):
+class LocalPath(StoragePath):
     """A path on disk."""
 
     path: Path
@@ -71,18 +80,18 @@ class LocalPlace(Place):
     def __str__(self) -> str:
         return str(self.path)
 
-    def __truediv__(self, name: str) -> LocalPlace:
-        return LocalPlace(self.path / name)
+    def __truediv__(self, name: str) -> LocalPath:
+        return LocalPath(self.path / name)
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def parent(self) -> LocalPlace:
-        return LocalPlace(self.path.parent)
+    def parent(self) -> LocalPath:
+        return LocalPath(self.path.parent)
 
-    def stat(self) -> Entry | None:
+    def stat(self) -> ObjectInfo | None:
         with self._reading():
             try:
                 status = self.path.stat()
@@ -112,7 +121,7 @@ class LocalPlace(Place):
             _write_synced(beside, content)
             return self._put(beside, only_if)
 
-    def list(self, recursive: bool = True) -> Entries:
+    def list(self, recursive: bool = True) -> ObjectInfos:
         entries = []
         with self._reading():
             for folder, folders, files in os.walk(self.path, onerror=_raise_unless_absent):
@@ -120,12 +129,12 @@ class LocalPlace(Place):
                     path = Path(folder, name)
                     if not is_unfinished(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                            entries.append(LocalPlace(path)._entry(path.stat()))
+                            entries.append(LocalPath(path)._entry(path.stat()))
                 if not recursive:
                     folders.clear()
-        return sorted(entries, key=lambda entry: str(entry.place).encode())
+        return sorted(entries, key=lambda entry: str(entry.path).encode())
 
-    def folders(self) -> Places:
+    def folders(self) -> StoragePaths:
         with self._reading():
             if not self.path.is_dir():
                 return []
@@ -139,7 +148,7 @@ class LocalPlace(Place):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             shutil.rmtree(self.path)
 
-    def download(self, to: Path, expected: Entry | None = None) -> Entry:
+    def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         entry = self._existing()
         if expected is not None and expected.version != entry.version:
             raise DataError(f"{self}: was replaced after it was listed; list it again")
@@ -153,7 +162,7 @@ class LocalPlace(Place):
 
     def upload(self, source: Path) -> int:
         with temporary_file(self.path) as beside:
-            with LocalPlace(source)._reading():
+            with LocalPath(source)._reading():
                 file = open(source, "rb")  # noqa: SIM115 - as above
             with file, open(beside, "wb") as target:
                 shutil.copyfileobj(file, target, _BLOCK)
@@ -161,8 +170,8 @@ class LocalPlace(Place):
                 os.fsync(target.fileno())
             return self._put(beside, ANY)
 
-    def _entry(self, status: os.stat_result) -> Entry:
-        return Entry(self, status.st_size, status.st_mtime_ns)
+    def _entry(self, status: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(self, status.st_size, status.st_mtime_ns)
 
     def _absent(self) -> DataError:
         return DataError(f"{self}: there is no such file")

@@ -1,6 +1,6 @@
 """One type for a path on disk and an address in a bucket.
 
-    folder = place("gs://bucket/runs/7")          # or place("outputs/7"): the same from here on
+    folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7"): the same from here on
     version = (folder / "LATEST").write("step-420", only_if=None)
 
 Why not a path library: none offers writes that are conditional on a generation, see docs/storage.md.
@@ -10,19 +10,19 @@ import re
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.storage.base import ANY, Conflict, Entry, OnlyIf, Place
-from trainer.storage.local import LocalPlace
+from trainer.storage.base import ANY, Conflict, ObjectInfo, OnlyIf, StoragePath
+from trainer.storage.local import LocalPath
 
-__all__ = ["ANY", "Conflict", "Entry", "LocalPlace", "OnlyIf", "Place", "place"]
+__all__ = ["ANY", "Conflict", "LocalPath", "ObjectInfo", "OnlyIf", "StoragePath", "storage_path"]
 
 
-def place(text: str | Path | Place) -> Place:
+def storage_path(text: str | Path | StoragePath) -> StoragePath:
     """The place that `text` names: `gs://bucket/a/b`, else a local path; as text it may begin with `~`.
 
     Raises:
         ConfigError: another scheme, or no bucket.
     """
-    if isinstance(text, Place):
+    if isinstance(text, StoragePath):
         return text
     if isinstance(text, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
         if scheme[1] != "gs" or not text.startswith("gs://"):
@@ -30,9 +30,9 @@ def place(text: str | Path | Place) -> Place:
         bucket, _, key = text.removeprefix("gs://").partition("/")
         if not bucket:
             raise ConfigError(f"{text}: names no bucket; write it as gs://bucket/folder")
-        from trainer.storage.gcs import BucketPlace  # Google's client takes long to import
+        from trainer.storage.gcs import GcsPath  # Google's client takes long to import
 
-        return BucketPlace(bucket) / key
+        return GcsPath(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
         raise ConfigError(f"{text}: an address in a bucket must be given as text, pathlib drops one of its slashes")
-    return LocalPlace(Path(text).expanduser() if isinstance(text, str) else text)
+    return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)

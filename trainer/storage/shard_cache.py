@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer.errors import DataError, Interrupted
-from trainer.storage.base import Entry
+from trainer.storage.base import ObjectInfo
 
 TRANSFERS = 8  # shards at once; a large one comes in several chunks at a time
 STALL_SECONDS = 5.0  # of waiting, after which it is reported
@@ -54,7 +54,7 @@ class ShardCache:
     def __init__(
         self,
         address: str,
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, ObjectInfo],
         cache_dir: Path,
         budget: int,
         note: Note,
@@ -211,7 +211,7 @@ class ShardCache:
     def _fetch(self, name: str) -> None:
         entry, file, failure = self.entries[name], self.folder / name, None
         try:
-            entry.place.download(file, expected=entry)
+            entry.path.download(file, expected=entry)
             os.utime(file, ns=(time.time_ns(), entry.version))
         except Exception as error:
             failure = error

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.storage.base import Entry, is_unfinished
+from trainer.storage.base import ObjectInfo, is_unfinished
 from trainer.storage.local import write_json
-from trainer.storage.path import place
+from trainer.storage.path import storage_path
 
 TRANSFERS = 16  # files at once
 REPORT_SECONDS = 5.0
@@ -57,7 +57,7 @@ class Copy:
 
     folder: Path
     pattern: str  # the part of the address with wildcards, or the name of a single file; "" for a folder
-    entries: dict[str, Entry]
+    entries: dict[str, ObjectInfo]
 
     @property
     def path(self) -> str:
@@ -68,7 +68,7 @@ class Copy:
 def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     """The copy that `stage` would make; nothing is fetched. Arguments and errors are those of `stage`."""
     root, pattern = _root_and_pattern(address)
-    listed = {str(entry.place).removeprefix(f"{root}/"): entry for entry in place(root).list()}
+    listed = {str(entry.path).removeprefix(f"{root}/"): entry for entry in storage_path(root).list()}
     entries = {name: entry for name, entry in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
     if not entries:
         nothing = f"nothing fits {root}/{pattern}" if pattern else f"there is nothing in {root}"
@@ -93,7 +93,7 @@ def prepared_folder(data_dir: str, name: str) -> str:
         DataError: it is not there.
     """
     builder, _, version = name.partition(":")
-    folder = place(data_dir) / builder
+    folder = storage_path(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
     if not versions or (version and version not in versions):
         raise DataError(
@@ -107,12 +107,14 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
     """The folder above the first wildcard (or above a single file), and the rest."""
     parts = address.rstrip("/").split("/")
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
-    if first == len(parts) and place(address).exists():
+    if first == len(parts) and storage_path(address).exists():
         first -= 1
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: Note, check: Callable[[], None]) -> None:
+def fetch_missing(
+    address: str, entries: dict[str, ObjectInfo], folder: Path, note: Note, check: Callable[[], None]
+) -> None:
     """Fetch those of `entries` (by name below `address`) that are not in the local folder in the same version."""
     versions, missing = _versions(folder) or {}, missing_from(folder, entries)
     if not missing:
@@ -126,7 +128,7 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
     def fetch(name: str) -> str:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        missing[name].place.download(target, expected=missing[name])
+        missing[name].path.download(target, expected=missing[name])
         return name
 
     with ThreadPoolExecutor(TRANSFERS, "staging") as pool:
@@ -146,11 +148,11 @@ def fetch_missing(address: str, entries: dict[str, Entry], folder: Path, note: N
             write_json(folder / VERSIONS, versions)
 
 
-def missing_from(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
     """Those of the entries that a local folder does not hold in the same version."""
     versions = _versions(folder) or {}
 
-    def is_here(name: str, entry: Entry) -> bool:
+    def is_here(name: str, entry: ObjectInfo) -> bool:
         try:
             return versions.get(name) == entry.version and (folder / name).stat().st_size == entry.size
         except OSError:
