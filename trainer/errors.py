@@ -1,4 +1,4 @@
-"""The errors that are explained to the user, and the exit codes of the process."""
+"""Errors that are explained to the user, and the exit codes of the process."""
 
 DONE = 0
 BUG = 1
@@ -9,13 +9,28 @@ INTERRUPTED = 75
 
 
 class TrainerError(Exception):
-    """A failure we can explain. The message is one clear sentence: what, where, what to do."""
+    """A failure with an explanation: `KEY=VALUE: problem; fix`.
+
+    Attributes:
+        problem: what is wrong, and where.
+        key: the configuration key, command-line argument or environment variable at fault; None where there is none.
+        value: the value of `key`; None leaves it out of the message.
+        fix: what the user can do.
+    """
 
     exit_code = BUG
 
+    def __init__(self, problem: str, *, key: str | None = None, value: object = None, fix: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.key, self.value, self.fix = problem, key, value, fix
+
+    def __str__(self) -> str:
+        subject = "" if self.key is None else f"{self.key}: " if self.value is None else f"{self.key}={self.value}: "
+        return subject + self.problem + (f"; {self.fix}" if self.fix else "")
+
 
 class ConfigError(TrainerError):
-    """The configuration is wrong; trying again cannot help."""
+    """The configuration is wrong; another try cannot help."""
 
     exit_code = WRONG_INPUT
 
@@ -27,7 +42,7 @@ class DataError(TrainerError):
 
 
 class ModelError(TrainerError):
-    """The backbone, its weights or a freezing rule cannot be had as asked."""
+    """The backbone, its weights or a freezing rule cannot be used as configured."""
 
     exit_code = WRONG_INPUT
 
@@ -39,7 +54,7 @@ class Diverged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """Stopped from outside with everything saved: start the same command again and it goes on."""
+    """Stopped from outside with everything saved; the same command resumes."""
 
     exit_code = INTERRUPTED
 
@@ -49,12 +64,12 @@ class StopRequested(Interrupted):
 
 
 class GaveUp(TrainerError):
-    """Started again and again without a step of progress."""
+    """Restarted too often without progress."""
 
     exit_code = GAVE_UP
 
 
 class Drifted(TrainerError):
-    """The images or predictions of a model have shifted from its test split: an answer, not a failure."""
+    """The images or predictions of a model have shifted from its test split: a result, not a failure."""
 
     exit_code = DRIFTED

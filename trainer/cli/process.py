@@ -100,10 +100,12 @@ def exit_with_code() -> Iterator[None]:
         if not _log_is_configured:
             _configure_log_for_error()
         code, reason = error.exit_code, str(error)
+        named = {"key": error.key, "value": error.value, "fix": error.fix}
+        fields = {"exit_code": code} | {name: value for name, value in named.items() if value is not None}
         if code == INTERRUPTED:
-            log.warning(f"interrupted: {reason}", extra={"fields": {"exit_code": code}})
+            log.warning(f"interrupted: {reason}", extra={"fields": fields})
         else:
-            log.error(f"error: {reason}", extra={"fields": {"exit_code": code}})
+            log.error(f"error: {reason}", extra={"fields": fields})
     except KeyboardInterrupt:
         code, reason = INTERRUPTED, "interrupted before anything was trained"
         log.warning(reason, extra={"fields": {"exit_code": code}})
