@@ -1,13 +1,13 @@
 """`python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]`:
-has what a model sees and says moved since it was exported?
+compare the logged predictions of a served model with those on its test split.
 
-    reference=...   a run's output_dir, its export/, a SavedModel, or a reference.json; local or gs://
-    log=...         predictions that the server logged, JSON lines; a file, or a folder with *.jsonl; local or gs://
-    hours=24        only predictions of the last so many hours
-    output=FILE.png the figure; drift.png where it is left out; local or gs://
+    reference=...   output_dir of a run, its export/, a SavedModel, or a reference.json; local or gs://
+    log=...         predictions logged by the server, JSON lines; a file, or a folder with *.jsonl; local or gs://
+    hours=24        only predictions of the last 24 hours; by default all of them
+    output=FILE.png path of the figure, drift.png by default; local or gs://
 
-Exit codes: 0 nothing has shifted; 4 something has; 2 the reference or the log cannot be used; 75 the bucket is away.
-docs/drift.md says what is measured.
+Exit codes: 0 stable or moderate; 4 shifted; 2 the reference or the log cannot be used; 75 the bucket does not respond.
+docs/drift.md describes the measures.
 """
 
 import sys
@@ -18,11 +18,11 @@ from pathlib import Path
 from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
-from trainer.evaluation.drift import measures, read_log, read_reference, verdict, words
+from trainer.evaluation.drift import format_measures, measures, read_log, read_reference, verdict
 from trainer.monitoring.log import log
 from trainer.storage.path import storage_path
 
-REQUEST = "name a reference and a log, each once"
+REQUEST = "give reference=... and log=..., each once"
 KEYS = {"reference": REQUEST, "log": REQUEST, "hours": "", "output": ""}
 
 
@@ -30,32 +30,32 @@ def _hours(text: str) -> float:
     with suppress(ValueError):
         if (hours := float(text)) > 0:
             return hours
-    raise ConfigError(f"hours={text}: must be a number above 0")
+    raise ConfigError("is not a number above 0", key="hours", value=text, fix="give hours, such as hours=24")
 
 
 def main() -> None:
     """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        given, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, KEYS)
-        hours = _hours(given["hours"]) if "hours" in given else None
-        output = given.get("output", "drift.png")
+        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, KEYS)
+        hours = _hours(arguments["hours"]) if "hours" in arguments else None
+        output = arguments.get("output", "drift.png")
         if not output.endswith(".png"):
-            raise ConfigError(f"output={output}: must end in .png")
-        reference = read_reference(given["reference"])
-        window, unusable = read_log(given["log"], reference, hours)
-        found = measures(reference, window)
+            raise ConfigError("does not end in .png", key="output", value=output, fix="give the path of a PNG file")
+        reference = read_reference(arguments["reference"])
+        window, invalid = read_log(arguments["log"], reference, hours)
+        measured = measures(reference, window)
         from trainer.report.drift import draw
 
         with tempfile.TemporaryDirectory() as folder:
-            drawn = Path(folder) / "drift.png"
-            draw(drawn, reference, window, found)
-            storage_path(output).write(drawn.read_bytes())
-        level = verdict(found)
-        log.info("\n".join([f"verdict: {level}", *words(found, unusable), f"  figure   {output}"]))
+            figure = Path(folder) / "drift.png"
+            draw(figure, reference, window, measured)
+            storage_path(output).write(figure.read_bytes())
+        level = verdict(measured)
+        log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
         if level == "shifted":
-            moved = ", ".join(m.name for m in found if m.level == "shifted")
+            shifted, name = ", ".join(m.name for m in measured if m.level == "shifted"), arguments["reference"]
             raise Drifted(
-                f"{moved} shifted against {given['reference']}: look at {output}, label some of what is new, retrain"
+                f"{shifted} shifted from reference={name}", fix=f"open {output}, label some of the new images, retrain"
             )
 
 

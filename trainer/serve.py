@@ -1,21 +1,20 @@
-"""`python -m trainer.serve model=OUTPUT_DIR`, of a run, or its export: answer over HTTP with the model exported there.
+"""`python -m trainer.serve model=OUTPUT_DIR` (of a run, or its export): serve an exported model over HTTP.
 
-Arguments are `key=value` of `trainer.serving.settings.Settings`; docs/serving.md has them with the routes. Exit code 0:
-told to stop, and everything that was taken is answered.
+Arguments are `key=value` of `trainer.serving.settings.Settings`; docs/serving.md describes them and the routes. Exit
+code 0: stopped by a signal after every accepted request was answered.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # before the imports below, which take seconds
 
 from trainer.cli.arguments import ALL, read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
@@ -26,8 +25,6 @@ from trainer.serving.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
-
-EXTRA = ("python_multipart", "starlette", "uvicorn", "h11")
 
 
 def _load(export: Export) -> ServedModel:
@@ -41,18 +38,18 @@ def main() -> None:
     with exit_with_code():
         fields = Settings.model_fields
         lines = [f"  {key}" if field.is_required() else f"  {key}={field.default}" for key, field in fields.items()]
-        keys = dict.fromkeys(fields, "") | {"model": "say what to serve"}
-        # `read_settings` refuses unknown keys, beside everything else that is wrong.
-        given, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *lines]), keys, more=ALL)
-        settings = read_settings(given, os.environ.get("KUBETUNE_CACHE"))
-        for package in EXTRA:
-            if find_spec(package) is None:
-                raise ConfigError(f"serving needs {package}, which is not installed: pip install 'kubetune[serve]'")
+        keys = dict.fromkeys(fields, "") | {"model": "give model=..."}
+        # `read_settings` reports unknown keys together with all other faults.
+        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *lines]), keys, more=ALL)
+        settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
+        try:
+            from trainer.serving.server import serve
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            raise ConfigError(f"{package} is not installed", fix="run pip install 'kubetune[serve]'") from None
         export = find_export(settings.model, Path(settings.cache_dir).expanduser(), log.info)
         if export.reference is None:
-            log.warning(f"{export.folder} has no reference.json: drift is not measured; export again to have it")
-        from trainer.serving.server import serve
-
+            log.warning(f"{export.folder} has no reference.json: drift is not measured; export again to measure it")
         serve(settings, export, _load)
 
 

@@ -1,23 +1,15 @@
-"""One export and one server for all tests that only ask."""
-
-from __future__ import annotations
+"""One export and one server for all tests that do not stop it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.serving.running import Served
-
-if TYPE_CHECKING:
-    from tests.serving.exported import Exported
+from tests.serving.running import Exported, Served
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    from tests.serving.exported import export  # TensorFlow, which most tests here do without
-
-    return export(tmp_path_factory.mktemp("run"))
+    return Exported.create(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A server in a process of its own, asked over the network."""
+"""A small export, a server of it in a process of its own, and a client."""
 
 from __future__ import annotations
 
@@ -9,33 +9,66 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import httpx
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds for TensorFlow to be imported and a model to be warm, on a machine that does other things
+PATIENCE = 240.0  # seconds to import TensorFlow and warm a model up on a busy machine
+
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run's `output_dir` with an export, and its model; TensorFlow is imported only by the tests that need it."""
+
+    folder: Path
+    model: keras.Model
+
+    @classmethod
+    def create(cls, folder: Path) -> Exported:
+        from tests.exporting.subjects import small_model, subject_for
+        from trainer.exporting.saved_model import export_saved_model
+
+        model = small_model()
+        export_saved_model(subject_for(model), folder / "export" / "saved_model" / "1")
+        return cls(folder, model)
+
+    @property
+    def names(self) -> list[str]:
+        return (self.folder / "export/saved_model/1/assets/labels.txt").read_text(encoding="utf-8").splitlines()
+
+    def probabilities(self, files: list[bytes]) -> np.ndarray:
+        """Float32 [n, classes], decoded and classified as in the evaluation."""
+        import tensorflow as tf
+
+        from trainer.data.decoding import decode_image
+
+        pixels = [decode_image(tf.constant(data), 32, "stretch") for data in files]
+        return np.asarray(self.model(tf.cast(tf.stack(pixels), tf.float32), training=False))
 
 
 class Served:
-    """`python -m trainer.serve` on a free port; `with` ends it."""
+    """`python -m trainer.serve` on a free port; leaving the `with` block kills it."""
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = arguments
+        command = [sys.executable, "-m", "trainer.serve", "port=0", *arguments]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.serve", "port=0", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.port = int(self.said(r"listening on http://127\.0\.0\.1:(\d+)/")[1])
+        self.port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)/")[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -48,18 +81,18 @@ class Served:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def said(self, pattern: str) -> re.Match[str]:
-        """Wait until it has said something."""
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait until the output matches."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
-            if found := re.search(pattern, self.output):
-                return found
+            if match := re.search(pattern, self.output):
+                return match
             assert self.process.poll() is None or self._reader.is_alive(), f"ended: {self.output}"
             time.sleep(0.05)
-        raise AssertionError(f"never said {pattern!r}: {self.output}")
+        raise AssertionError(f"no {pattern!r} in {self.output}")
 
     def ready(self) -> Served:
-        self.said(r"ready: \d+ classes")
+        self.wait_for(r"ready: \d+ classes")
         return self
 
     def metrics(self) -> dict[str, float]:
@@ -71,11 +104,10 @@ class Served:
             for s in family.samples
         }
 
-    def tell(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def send(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def end(self, seconds: float = 60) -> int:
-        """Its exit code."""
+    def exit_code(self, seconds: float = 60) -> int:
         code = self.process.wait(seconds)
         self._reader.join(10)
         return code
@@ -83,7 +115,7 @@ class Served:
     def __enter__(self) -> Served:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.client.close()
         if self.process.poll() is None:
             self.process.kill()

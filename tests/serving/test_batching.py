@@ -1,4 +1,4 @@
-"""Images of many requests in one call: when it is made, with whom, and what happens when it fails."""
+"""Batches: when they are formed, of which images, and failed calls."""
 
 import asyncio
 import threading
@@ -9,129 +9,124 @@ from typing import Any
 
 import pytest
 
-from trainer.serving.batching import Batcher, Full
-from trainer.serving.requests import Picture
-
-Ask = Callable[[list[bytes]], list[Any]]
+from trainer.serving.batching import Batcher
+from trainer.serving.requests import EncodedImage
 
 
-def pictures(*names: str, pixels: int = 1) -> list[Picture]:
-    return [Picture(name.encode(), name, pixels) for name in names]
+def images(*names: str, pixels: int = 1) -> list[EncodedImage]:
+    return [EncodedImage(name.encode(), name, pixels) for name in names]
 
 
-def running(ask: Ask, story: Callable[[Batcher], Awaitable[None]], **limits: Any) -> None:
-    async def run() -> None:
+def run(
+    model: Callable[[list[bytes]], list[Any]], scenario: Callable[[Batcher], Awaitable[None]], **limits: Any
+) -> None:
+    async def run_both() -> None:
         with ThreadPoolExecutor(1) as pool:
-            batcher = Batcher(ask, pool, **({"size": 4, "window": 0.0, "queue": 8, "pixels": 100} | limits))
-            work = asyncio.create_task(batcher.work())
-            await story(batcher)
-            work.cancel()
+            batcher = Batcher(model, pool, **({"size": 4, "window": 0.0, "queue": 8, "pixels": 100} | limits))
+            task = asyncio.create_task(batcher.run())
+            await scenario(batcher)
+            task.cancel()
 
-    asyncio.run(run())
+    asyncio.run(run_both())
 
 
 class Model:
-    """Answers with the names; waits where it is told to."""
+    """Predicts the names in upper case; blocks while `may_run` is cleared."""
 
     def __init__(self) -> None:
         self.calls: list[list[bytes]] = []
-        self.may = threading.Event()
-        self.may.set()
+        self.may_run = threading.Event()
+        self.may_run.set()
 
     def __call__(self, images: list[bytes]) -> list[Any]:
         self.calls.append(images)
-        assert self.may.wait(20)
+        assert self.may_run.wait(20)
         return [image.decode().upper() for image in images]
 
 
-def asking(batcher: Batcher, *names: str) -> asyncio.Task[list[Any]]:
-    return asyncio.create_task(batcher.ask(pictures(*names)))
+def request(batcher: Batcher, *names: str) -> asyncio.Task[list[Any]]:
+    return asyncio.create_task(batcher.predict(images(*names)))
 
 
-async def busy_with_a(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
-    """A request for "a", which the model works at until it may go on."""
-    model.may.clear()
-    first = asking(batcher, "a")
+async def block_with_a(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
+    """A request for "a", which occupies the model until `may_run` is set."""
+    model.may_run.clear()
+    first = request(batcher, "a")
     while not model.calls:
         await asyncio.sleep(0.01)
     return first
 
 
-def test_what_gathers_while_the_model_works_goes_together() -> None:
+def test_images_that_arrive_while_the_model_is_busy_form_one_batch() -> None:
     model = Model()
 
-    async def story(batcher: Batcher) -> None:
-        first = await busy_with_a(model, batcher)
-        others = [asking(batcher, *names) for names in ("bc", "d", "ef")]
+    async def scenario(batcher: Batcher) -> None:
+        first = await block_with_a(model, batcher)
+        others = [request(batcher, *names) for names in ("bc", "d", "ef")]
         await asyncio.sleep(0.05)
         assert len(batcher) == 5
-        model.may.set()
+        model.may_run.set()
         assert await first == ["A"]
         assert await asyncio.gather(*others) == [["B", "C"], ["D"], ["E", "F"]]
 
-    running(model, story)
+    run(model, scenario)
     assert model.calls == [[b"a"], [b"b", b"c", b"d", b"e"], [b"f"]]
 
 
-def test_an_idle_model_waits_for_others_but_not_long() -> None:
+def test_an_idle_model_waits_for_the_window_or_a_full_batch() -> None:
     model = Model()
 
-    async def story(batcher: Batcher) -> None:
+    async def scenario(batcher: Batcher) -> None:
         began = time.monotonic()
-        alone = await batcher.ask(pictures("a"))
+        assert await batcher.predict(images("a")) == ["A"]
         assert time.monotonic() - began >= 0.3
-        assert alone == ["A"]
         began = time.monotonic()
-        await asyncio.gather(*(batcher.ask(pictures(name)) for name in "bcde"))
-        assert time.monotonic() - began < 0.3  # full: nobody waits
+        await asyncio.gather(*(batcher.predict(images(name)) for name in "bcde"))
+        assert time.monotonic() - began < 0.3
 
-    running(model, story, window=0.3)
+    run(model, scenario, window=0.3)
     assert [len(call) for call in model.calls] == [1, 4]
 
 
-def test_large_images_go_in_smaller_batches_and_in_order() -> None:
+def test_large_images_are_in_smaller_batches_and_in_order() -> None:
     model = Model()
+    sizes = {"a": 60, "b": 50, "c": 25, "d": 25, "e": 500}
 
-    async def story(batcher: Batcher) -> None:
-        many = [
-            *pictures("a", pixels=60),
-            *pictures("b", pixels=50),
-            *pictures("c", "d", pixels=25),
-            *pictures("e", pixels=500),
-        ]
-        assert await batcher.ask(many) == ["A", "B", "C", "D", "E"]
+    async def scenario(batcher: Batcher) -> None:
+        requested = [image for name, pixels in sizes.items() for image in images(name, pixels=pixels)]
+        assert await batcher.predict(requested) == ["A", "B", "C", "D", "E"]
 
-    running(model, story)
+    run(model, scenario)
     assert model.calls == [[b"a"], [b"b", b"c", b"d"], [b"e"]]
 
 
-def test_a_full_queue_takes_all_of_a_request_or_nothing() -> None:
+def test_a_full_queue_accepts_all_images_of_a_request_or_none() -> None:
     model = Model()
 
-    async def story(batcher: Batcher) -> None:
-        first = await busy_with_a(model, batcher)
-        waiting = asking(batcher, *"bcdefgh")
+    async def scenario(batcher: Batcher) -> None:
+        first = await block_with_a(model, batcher)
+        queued = request(batcher, *"bcdefgh")
         await asyncio.sleep(0)
-        with pytest.raises(Full):
-            await batcher.ask(pictures("x", "y"))
-        last = asking(batcher, "i")
+        with pytest.raises(asyncio.QueueFull):
+            await batcher.predict(images("x", "y"))
+        last = request(batcher, "i")
         await asyncio.sleep(0)
         assert len(batcher) == 8
-        model.may.set()
-        assert [*await first, *await waiting, *await last] == list("ABCDEFGHI")
+        model.may_run.set()
+        assert [*await first, *await queued, *await last] == list("ABCDEFGHI")
 
-    running(model, story)
+    run(model, scenario)
 
 
-def test_a_call_that_fails_fails_for_those_in_it_alone() -> None:
-    def ask(images: list[bytes]) -> list[Any]:
+def test_a_call_that_fails_fails_for_its_own_requests_only() -> None:
+    def model(images: list[bytes]) -> list[Any]:
         if b"bad" in images:
             raise RuntimeError("no memory")
         return list(images)
 
-    async def story(batcher: Batcher) -> None:
+    async def scenario(batcher: Batcher) -> None:
         with pytest.raises(RuntimeError, match="no memory"):
-            await batcher.ask(pictures("a", "bad"))
-        assert await batcher.ask(pictures("b")) == [b"b"]
+            await batcher.predict(images("a", "bad"))
+        assert await batcher.predict(images("b")) == [b"b"]
 
-    running(ask, story)
+    run(model, scenario)

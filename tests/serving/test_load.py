@@ -1,45 +1,36 @@
-"""Thousands of requests from another process: none fails, and those that find no room are told so."""
-
-from __future__ import annotations
+"""Thousands of requests from another process: none fails, and those without room in the queue get 503."""
 
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.serving.running import ROOT, Served
-
-if TYPE_CHECKING:
-    from tests.serving.exported import Exported
+from tests.serving.running import ROOT, Exported, Served
 
 
-def ask(served: Served, *arguments: str) -> dict[str, Any]:
-    """`benchmarks/serving.py` against a server: its figures."""
+def load(served: Served, *arguments: str) -> dict[str, Any]:
+    """The figures of `benchmarks/serving.py` on a server."""
     command = [sys.executable, "-m", "benchmarks.serving", f"--url={served.url}", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
-def test_two_hundred_requests_without_an_error(served: Served) -> None:
-    found = ask(served, "--requests=200", "--clients=8")
-    assert found["codes"] == {"200": 200}
-    assert 0 < found["p50_ms"] <= found["p99_ms"]
+@pytest.mark.parametrize(("requests", "clients"), [(200, 8), pytest.param(3000, 32, marks=pytest.mark.slow)])
+def test_no_request_fails(served: Served, requests: int, clients: int) -> None:
+    figures = load(served, f"--requests={requests}", f"--clients={clients}")
+    assert figures["codes"] == {"200": requests}
+    assert 0 < figures["p50_ms"] <= figures["p99_ms"]
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_without_an_error(served: Served) -> None:
-    assert ask(served, "--requests=3000", "--clients=32")["codes"] == {"200": 3000}
-
-
-@pytest.mark.slow
-def test_a_full_queue_says_come_again(exported: Exported) -> None:
+def test_a_full_queue_answers_503_with_retry_after(exported: Exported) -> None:
     with Served(f"model={exported.folder}", "queue=2", "batch=1", "max_images=1") as served:
         served.ready()
-        found = ask(served, "--requests=600", "--clients=24")
-        assert found["codes"].keys() == {"200", "503"}
-        assert sum(found["codes"].values()) == 600
-        assert found["without_retry_after"] == 0
-        assert served.metrics()["kubetune_serving_requests_total{503,/predict}"] == found["codes"]["503"]
+        figures = load(served, "--requests=600", "--clients=24")
+        assert figures["codes"].keys() == {"200", "503"}
+        assert sum(figures["codes"].values()) == 600
+        assert figures["without_retry_after"] == 0
+        assert served.metrics()["kubetune_serving_requests_total{503,/predict}"] == figures["codes"]["503"]

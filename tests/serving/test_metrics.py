@@ -1,4 +1,4 @@
-"""What is seen of predictions: drift as metrics, every n-th in the log."""
+"""Drift as metrics, and every n-th prediction in the log."""
 
 import json
 from pathlib import Path
@@ -7,60 +7,46 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.evaluation.drift import BINS, Window
-from trainer.serving.export_files import Answer, Export
-from trainer.serving.metrics import LEAST, Observed
+from trainer.exporting.reference import projection_of, reference_distribution
+from trainer.serving.export_files import Export, Prediction
+from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics
 from trainer.serving.settings import read_settings
 
 CLASSES = ("a", "b", "c")
-WIDE, NARROW = 6, 2  # of an embedding, and of what is compared of it
+WIDTH = 20  # of an embedding; it is projected to 16
 
 
-def answers(count: int, seed: int, shift: float = 0.0, favourite: float = 0.0) -> list[Answer]:
-    """Of a model whose embeddings are normal, and whose classes are as probable as each other."""
+def predictions(count: int, seed: int, shift: float = 0.0, favourite: float = 0.0) -> list[Prediction]:
+    """Normal embeddings, and equally probable classes if `favourite` is 0."""
     draw = np.random.default_rng(seed)
     logits = draw.standard_normal((count, 3)) + np.array([favourite, 0, 0])
-    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    embeddings = draw.standard_normal((count, WIDE)) + shift
-    return [Answer(p.astype(np.float32), e.astype(np.float32)) for p, e in zip(shares, embeddings, strict=True)]
+    rows = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    embeddings = draw.standard_normal((count, WIDTH)) + shift
+    return [Prediction(p.astype(np.float32), e.astype(np.float32)) for p, e in zip(rows, embeddings, strict=True)]
 
 
 def reference() -> dict[str, Any]:
-    window = Window(3)
-    projection = np.eye(WIDE)[:, :NARROW]
-    for answer in answers(2000, 1):
-        assert answer.embedding is not None
-        chosen = int(answer.probabilities.argmax())
-        window.add(chosen, float(answer.probabilities[chosen]), answer.embedding @ projection)
-    mean, covariance = window.gaussian()
-    return {
-        "n": window.n,
-        "class_frequencies": (window.classes / window.n).tolist(),
-        "confidence_histogram": {"edges": np.linspace(0, 1, BINS + 1).tolist(), "counts": window.confidences.tolist()},
-        "embedding": {"mean": mean.tolist(), "covariance": covariance.tolist(), "projection": projection.tolist()},
-    }
+    rows = predictions(2000, 1)
+    probabilities, embeddings = (np.array([getattr(row, x) for row in rows]) for x in ("probabilities", "embedding"))
+    return reference_distribution("test", CLASSES, probabilities, embeddings, 96, "stretch")
 
 
-def observed(*arguments: str, of: dict[str, Any] | None = None) -> Observed:
-    export = Export("any", Path("any"), "1", CLASSES, of)
-    return Observed(
-        read_settings({"model": "any"} | dict(a.split("=") for a in arguments)), export, lambda: 3, lambda: 4
-    )
+def make_metrics(*arguments: str, of: dict[str, Any] | None = None) -> ServingMetrics:
+    settings = read_settings({"model": "any"} | dict(a.split("=") for a in arguments))
+    return ServingMetrics(settings, Export("any", Path("any"), "1", CLASSES, of))
 
 
-def drift(seen: Observed) -> dict[str, float]:
+def drift(metrics: ServingMetrics) -> dict[str, float]:
     names = ("kubetune_serving_population_stability_index", "kubetune_serving_embedding_distance")
-    return {
-        s.labels.get("of", "embedding"): s.value
-        for family in seen.registry.collect() if family.name in names for s in family.samples
-    }  # fmt: skip
+    samples = [s for family in metrics.registry.collect() if family.name in names for s in family.samples]
+    return {s.labels.get("of", "embedding"): s.value for s in samples}
 
 
-def test_what_is_like_the_reference_is_told_from_what_is_not() -> None:
-    same, moved, other = (observed(of=reference()) for _ in range(3))
-    same.predicted(answers(1000, 2))
-    moved.predicted(answers(1000, 2, shift=2.0))
-    other.predicted(answers(1000, 2, favourite=3.0))
+def test_each_measure_sees_its_own_shift() -> None:
+    same, moved, other = (make_metrics(of=reference()) for _ in range(3))
+    same.record(predictions(1000, 2))
+    moved.record(predictions(1000, 2, shift=2.0))
+    other.record(predictions(1000, 2, favourite=3.0))
     assert drift(same).keys() == {"classes", "confidence", "embedding"}
     assert max(drift(same).values()) < 0.1
     assert drift(moved)["embedding"] > 1
@@ -70,49 +56,48 @@ def test_what_is_like_the_reference_is_told_from_what_is_not() -> None:
     assert drift(other)["embedding"] == pytest.approx(drift(same)["embedding"])
 
 
-def test_drift_is_of_the_last_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.serving.metrics.RECENT", 500)
-    seen = observed(of=reference())
-    seen.predicted(answers(500, 2, favourite=5.0))
-    assert drift(seen)["classes"] > 1
-    seen.predicted(answers(500, 3))
-    assert drift(seen)["classes"] < 0.1
+def test_drift_is_of_the_latest_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.serving.metrics.WINDOW", 500)
+    metrics = make_metrics(of=reference())
+    metrics.record(predictions(500, 2, favourite=5.0))
+    assert drift(metrics)["classes"] > 1
+    metrics.record(predictions(500, 3))
+    assert drift(metrics)["classes"] < 0.1
 
 
-def test_too_few_predictions_and_no_reference_tell_nothing() -> None:
-    seen, without = observed(of=reference()), observed()
-    seen.predicted(answers(LEAST - 1, 2))
-    without.predicted(answers(1000, 2))
-    assert drift(seen) == drift(without) == {}
-    seen.predicted(answers(1, 3))
-    assert len(drift(seen)) == 3
+def test_without_a_reference_or_enough_predictions_there_is_no_drift() -> None:
+    metrics, without = make_metrics(of=reference()), make_metrics()
+    metrics.record(predictions(MIN_PREDICTIONS - 1, 2))
+    without.record(predictions(1000, 2))
+    assert drift(metrics) == drift(without) == {}
+    metrics.record(predictions(1, 3))
+    assert len(drift(metrics)) == 3
 
 
 def test_every_nth_prediction_is_logged(tmp_path: Path) -> None:
     file = tmp_path / "new" / "log.jsonl"
-    seen = observed(f"log={file}", "log_sample=0.3", of=reference())
-    given = answers(100, 4)
+    metrics = make_metrics(f"log={file}", "log_sample=0.3", of=reference())
+    recorded = predictions(100, 4)
     for at in range(0, 100, 7):
-        seen.predicted(given[at : at + 7])
+        metrics.record(recorded[at : at + 7])
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 30
-    first = given[3]  # the first one at which 0.3 a prediction make a whole
+    first = recorded[3]  # 4 x 0.3 is the first number above 1
     assert first.embedding is not None
+    projected = first.embedding @ projection_of(WIDTH)
     assert lines[0]["class"] == CLASSES[first.probabilities.argmax()]
     assert lines[0]["confidence"] == float(first.probabilities.max())
     assert list(lines[0]["probabilities"]) == [CLASSES[i] for i in np.argsort(-first.probabilities)]
-    np.testing.assert_allclose(lines[0]["embedding"], first.embedding[:NARROW], atol=1e-5)
-    again = observed(f"log={file}", "log_sample=0")
-    again.predicted(given)
-    assert len(file.read_text().splitlines()) == 30  # what was there stays
-    nothing = observed(f"log={file}")
-    nothing.predicted(given[:1])
-    assert "embedding" not in json.loads(file.read_text().splitlines()[-1])  # without a reference none is compared
+    np.testing.assert_allclose(lines[0]["embedding"], projected, atol=1e-5)
+    make_metrics(f"log={file}", "log_sample=0").record(recorded)
+    assert len(file.read_text().splitlines()) == 30  # the file is appended to
+    make_metrics(f"log={file}").record(recorded[:1])
+    assert "embedding" not in json.loads(file.read_text().splitlines()[-1])  # without a reference
 
 
-def test_a_full_disk_ends_the_log_and_not_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    seen = observed("log=/dev/full")
-    seen.predicted(answers(2, 5))
-    seen.predicted(answers(2, 6))
-    told = capsys.readouterr().err
-    assert told == "log=/dev/full cannot be written (No space left on device); it ends here\n"
+def test_a_full_disk_ends_the_log_and_not_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = make_metrics("log=/dev/full")
+    metrics.record(predictions(2, 5))
+    metrics.record(predictions(2, 6))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("log=/dev/full: cannot be written (No space left on device)")

@@ -1,4 +1,4 @@
-"""From bodies to images: both forms, their limits, and whatever a stranger sends."""
+"""From bodies to images: both formats, their limits, and arbitrary input."""
 
 import base64
 import functools
@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 
-from tests.serving.pictures import mutated, photo
-from trainer.serving.requests import Asked, Refused, Room, read_instances, read_predict
+from tests.serving.images import mutated, photo
+from trainer.serving.requests import CONCURRENT_BODIES, MemoryBudget, PredictRequest, read_instances, read_predict
 from trainer.serving.settings import read_settings
 
 SETTINGS = read_settings({"model": "any", "max_images": "3", "max_pixels": "5000"})
@@ -19,14 +20,12 @@ B64 = base64.b64encode(photo()).decode()
 
 def form(*files: tuple[str, tuple[str, bytes]], **fields: str) -> tuple[bytes, str]:
     """A body and its content type, as another library writes them."""
-    kind = {
-        "content-type": "multipart/form-data; boundary=here"
-    }  # a random one would give a test another name each time
+    kind = {"content-type": "multipart/form-data; boundary=here"}  # a random one would be in the names of the tests
     request = httpx.Request("POST", "http://any/", files=list(files), data=fields, headers=kind)
     return request.read(), request.headers["content-type"]
 
 
-def predict(body: bytes, kind: str, query: dict[str, str] | None = None) -> Asked:
+def predict(body: bytes, kind: str, query: dict[str, str] | None = None) -> PredictRequest:
     return read_predict(body, kind, query or {}, SETTINGS)
 
 
@@ -34,28 +33,32 @@ def as_json(tree: Any) -> tuple[bytes, str]:
     return json.dumps(tree).encode(), "application/json; charset=utf-8"
 
 
-def refusal(call: Any, *arguments: Any) -> tuple[int, str]:
-    with pytest.raises(Refused) as caught:
+def result(call: Any, *arguments: Any) -> tuple[int, str]:
+    """HTTP status and error."""
+    try:
         call(*arguments)
-    return caught.value.status, caught.value.text
+    except HTTPException as error:
+        return error.status_code, error.detail
+    return 200, ""
 
 
-def test_a_form_holds_files_and_wishes() -> None:
+def test_a_form_has_files_and_parameters() -> None:
     first, second = photo(1), photo(2, "PNG")
-    asked = predict(*form(("file", ("a.jpg", first)), ("other", ("ü.png", second)), top_k="2", explain="true"))
-    assert [(p.name, p.data) for p in asked.pictures] == [("a.jpg", first), ("ü.png", second)]
-    assert (asked.top_k, asked.explain) == (2, True)
-    asked = predict(*form(("file", ("a.jpg", first))), query={"top_k": "7"})
-    assert (asked.top_k, asked.explain) == (7, False)
+    parsed = predict(*form(("file", ("a.jpg", first)), ("other", ("ü.png", second)), top_k="2", explain="true"))
+    assert [(image.name, image.data) for image in parsed.images] == [("a.jpg", first), ("ü.png", second)]
+    assert (parsed.top_k, parsed.explain) == (2, True)
+    parsed = predict(*form(("file", ("a.jpg", first))), query={"top_k": "7"})
+    assert (parsed.top_k, parsed.explain) == (7, False)
 
 
-def test_json_holds_base64() -> None:
-    asked = predict(*as_json({"images": [B64, {"b64": B64}], "top_k": 1, "explain": False}))
-    assert [(p.name, p.data) for p in asked.pictures] == [("images[0]", photo()), ("images[1]", photo())]
+def test_json_has_base64() -> None:
+    parsed = predict(*as_json({"images": [B64, {"b64": B64}], "top_k": 1, "explain": False}))
+    names = [(image.name, image.data) for image in parsed.images]
+    assert names == [("images[0]", photo()), ("images[1]", photo())]
 
 
 @pytest.mark.parametrize(
-    ("body", "kind", "status", "words"),
+    ("body", "kind", "status", "text"),
     [
         (photo(), "image/jpeg", 415, "send images as multipart/form-data"),
         (b"", "", 415, "send images as"),
@@ -71,10 +74,10 @@ def test_json_holds_base64() -> None:
         (*as_json({"images": [7]}), 400, "images[0] must be an image in base64"),
         (*as_json({"images": [{"b64": B64, "x": 1}]}), 400, "images[0] must be an image in base64"),
         (*as_json({"images": [base64.b64encode(b"no").decode()]}), 400, "images[0] is not an image"),
-        (*as_json({"images": [B64], "top_k": 0}), 400, "top_k must be a whole number"),
-        (*as_json({"images": [B64], "top_k": True}), 400, "top_k must be a whole number"),
+        (*as_json({"images": [B64], "top_k": 0}), 400, "top_k must be a positive integer"),
+        (*as_json({"images": [B64], "top_k": True}), 400, "top_k must be a positive integer"),
         (*as_json({"images": [B64], "explain": "perhaps"}), 400, "explain must be true or false"),
-        (*as_json({"images": [B64], "topk": 1}), 400, "'topk' means nothing here"),
+        (*as_json({"images": [B64], "topk": 1}), 400, "unknown parameter 'topk'"),
         (b"--x--\r\n", "multipart/form-data", 400, "the form is damaged"),
         (b"no form", "multipart/form-data; boundary=x", 400, "the form is damaged"),
         (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "there is no image"),
@@ -83,50 +86,47 @@ def test_json_holds_base64() -> None:
         (*form(("file", ("a.jpg", photo())), **{f"f{i}": "" for i in range(20)}), 400, "more than 16 fields"),
     ],
 )
-def test_what_is_wrong_is_said(body: bytes, kind: str, status: int, words: str) -> None:
-    found = refusal(predict, body, kind)
-    assert found[0] == status
-    assert words in found[1]
+def test_an_invalid_request_is_an_error(body: bytes, kind: str, status: int, text: str) -> None:
+    response = result(predict, body, kind)
+    assert (response[0], text in response[1]) == (status, True), response
 
 
-def test_half_a_form_is_no_form() -> None:
+def test_half_a_form_is_damaged() -> None:
     body, kind = form(("file", ("a.jpg", photo())), ("file", ("b.jpg", photo())))
-    assert refusal(predict, body[: len(body) - 200], kind)[1].startswith("the form is damaged")
+    assert result(predict, body[: len(body) - 200], kind)[1].startswith("the form is damaged")
 
 
 @pytest.mark.parametrize("value", [{"b64": B64}, {"image_bytes": {"b64": B64}}])
 def test_the_protocol_of_tensorflow_serving(value: Any) -> None:
-    asked = read_instances(json.dumps({"instances": [value, value]}).encode(), SETTINGS)
-    assert ([p.data for p in asked.pictures], asked.columns, asked.explain) == ([photo()] * 2, False, False)
+    parsed = read_instances(json.dumps({"instances": [value, value]}).encode(), SETTINGS)
+    assert ([image.data for image in parsed.images], parsed.columnar, parsed.explain) == ([photo()] * 2, False, False)
 
 
-def test_its_columns_too() -> None:
-    for inputs in ([{"b64": B64}], {"image_bytes": [{"b64": B64}]}):
-        body = json.dumps({"signature_name": "explain", "inputs": inputs}).encode()
-        asked = read_instances(body, SETTINGS)
-        assert ([p.data for p in asked.pictures], asked.columns, asked.explain) == ([photo()], True, True)
+@pytest.mark.parametrize("inputs", [[{"b64": B64}], {"image_bytes": [{"b64": B64}]}])
+def test_the_columnar_format(inputs: Any) -> None:
+    parsed = read_instances(json.dumps({"signature_name": "explain", "inputs": inputs}).encode(), SETTINGS)
+    assert ([image.data for image in parsed.images], parsed.columnar, parsed.explain) == ([photo()], True, True)
 
 
 @pytest.mark.parametrize(
-    ("tree", "words"),
+    ("tree", "text"),
     [
-        ({}, 'needs "instances"'),
-        ({"instances": [], "inputs": []}, 'needs "instances"'),
+        ({}, 'needs either "instances"'),
+        ({"instances": [], "inputs": []}, 'needs either "instances"'),
         ({"instances": []}, "there is no image"),
         ({"instances": "no"}, '"instances" must be a list'),
         ({"instances": [[0.5]]}, "instances[0] must be an image in base64"),
         ({"instances": [{"images": 1}]}, "instances[0] must be an image in base64"),
-        ({"instances": [{"b64": B64}], "signature_name": "images"}, "'images' is not served here"),
-        ({"instances": [{"b64": B64}], "signature_name": ["\ud800"]}, "is not served here"),
+        ({"instances": [{"b64": B64}], "signature_name": "images"}, "unknown signature_name 'images'"),
+        ({"instances": [{"b64": B64}], "signature_name": ["\ud800"]}, "unknown signature_name"),
     ],
 )
-def test_what_is_wrong_with_instances_is_said(tree: Any, words: str) -> None:
-    found = refusal(read_instances, json.dumps(tree).encode(), SETTINGS)
-    assert found[0] == 400
-    assert words in found[1]
+def test_invalid_instances_are_an_error(tree: Any, text: str) -> None:
+    response = result(read_instances, json.dumps(tree).encode(), SETTINGS)
+    assert (response[0], text in response[1]) == (400, True), response
 
 
-def test_no_change_of_a_body_raises_anything_else() -> None:
+def test_a_mutated_body_raises_nothing_else() -> None:
     (body, kind), (tree, json_kind) = form(("file", ("a.jpg", photo())), top_k="2"), as_json({"images": [B64]})
     calls: list[Any] = []
     for number in range(500):
@@ -136,24 +136,15 @@ def test_no_change_of_a_body_raises_anything_else() -> None:
             functools.partial(predict, mutated(tree, number), json_kind),
             functools.partial(read_instances, mutated(tree.replace(b"images", b"instances"), number), SETTINGS),
         ]
-    seen = Counter(map(status_of, calls))
-    assert seen.keys() <= {200, 400, 413, 415}
-    assert min(seen[200], seen[400]) > 100
+    statuses = Counter(result(call)[0] for call in calls)
+    assert statuses.keys() <= {200, 400, 413, 415}
+    assert min(statuses[200], statuses[400]) > 100
 
 
-def status_of(call: Any) -> int:
-    try:
-        call()
-    except Refused as refused:
-        return refused.status
-    return 200
-
-
-def test_memory_for_bodies_is_shared_and_given_back() -> None:
-    room = Room(100)
-    with room.held() as one, room.held() as other:
-        one(60)
-        other(40)
-        status, text = refusal(other, 1)
-        assert (status, text) == (503, "too many large requests at once; try again")
-    assert room.taken == 0
+def test_memory_for_bodies_is_limited_and_released() -> None:
+    memory = MemoryBudget(100)
+    with memory.reservation() as first, memory.reservation() as second:
+        first(60)
+        second(100 * CONCURRENT_BODIES - 60)
+        assert result(second, 1) == (503, "too many large requests at once; try again")
+    assert memory.reserved == 0

@@ -1,4 +1,4 @@
-"""What `python -m trainer.serve` may be told, and what it says of anything else."""
+"""The arguments of `python -m trainer.serve`."""
 
 import pytest
 
@@ -6,30 +6,27 @@ from trainer.errors import ConfigError
 from trainer.serving.settings import read_settings
 
 
-def test_values_are_read_as_what_they_are() -> None:
-    told = read_settings(
-        {"model": "outputs/a", "port": "8080", "window_ms": "0.5", "log_sample": "0.01", "name": "1"}, "/c"
-    )
-    assert (told.model, told.port, told.window_ms, told.log_sample) == ("outputs/a", 8080, 0.5, 0.01)
-    assert told.name == "1"
-    assert told.cache_dir == "/c"
-    assert told.host == "127.0.0.1"  # nobody else, unless it is said
+def test_values_get_the_type_of_their_setting() -> None:
+    values = {"model": "outputs/a", "port": "8080", "window_ms": "0.5", "log_sample": "0.01", "name": "1"}
+    settings = read_settings(values, "/c")
+    assert (settings.model, settings.port, settings.window_ms, settings.log_sample) == ("outputs/a", 8080, 0.5, 0.01)
+    assert (settings.name, settings.cache_dir) == ("1", "/c")
+    assert settings.host == "127.0.0.1"  # by default not reachable from other machines
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "problem"),
     [
-        (["model=a", "batsh=3"], "batsh: there is no such key. Did you mean batch?"),
-        (["model=a", "port=99999"], "port: input should be less than or equal to 65535 (is '99999')"),
-        (["model=a", "batch=many"], "batch: input should be a valid integer"),
-        (["model=a", "window_ms=nan"], "window_ms: input should be a finite number"),
-        (["model=a", "log_sample=2"], "log_sample: input should be less than or equal to 1"),
-        (["model=a", "name=a/b"], "name: string should match pattern"),
-        (["model=a", "max_images=65", "queue=64"], "max_images=65 is more than queue=64"),
-        (["model=a", "queue=0", "batch=0"], "the configuration has 2 faults"),
+        (["batsh=3"], "batsh.*batch"),
+        (["port=99999"], "port.*65535"),
+        (["batch=many"], "batch.*valid integer"),
+        (["window_ms=nan"], "window_ms.*finite"),
+        (["log_sample=2"], "log_sample.*equal to 1"),
+        (["name=a/b"], "name.*pattern"),
+        (["max_images=65", "queue=64"], "max_images=65 is more than queue=64"),
+        (["queue=0", "batch=0"], "(?s)batch.*queue"),
     ],
 )
-def test_every_fault_is_told(arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_settings(dict(argument.split("=") for argument in arguments))
-    assert message in str(caught.value)
+def test_every_fault_is_reported(arguments: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read_settings(dict(argument.split("=") for argument in ["model=a", *arguments]))

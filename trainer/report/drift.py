@@ -1,4 +1,4 @@
-"""The figure of drift: a log of predictions beside the reference."""
+"""Figure of drift: the predictions of a log next to those of the reference."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from trainer.evaluation.drift import BINS, Measure, Window
 from trainer.report import figures
 from trainer.report.figures import INK, TRAINING, VALIDATION, canvas, heading, label, tidy
 
-SHOWN = 15  # classes in the figure, those that moved most
+SHOWN = 15  # classes in the figure, those that changed most
 COLOURS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
 
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Sequence[Measure]) -> None:
-    """Draw predicted classes, confidence, and each measure beside its limit, as PNG at `path`."""
+    """Draw predicted classes, confidence, and each measure over its limit, as PNG at `path`."""
     before = np.asarray(reference["class_frequencies"])
     now = window.classes / window.n
     shown = np.argsort(-np.abs(now - before), kind="stable")[:SHOWN]
@@ -28,7 +28,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     axes.set_yticks(rows, [label(reference["classes"][i]) for i in shown])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    heading(axes, "Share of each predicted class" + (", those that moved most" if len(before) > SHOWN else ""))
+    heading(axes, "Fraction of predictions per class" + (", largest changes" if len(before) > SHOWN else ""))
     tidy(axes, "x")
     left, right = (figure.add_subplot(grid[1, column]) for column in (0, 1))
     counts = np.asarray(reference["confidence_histogram"]["counts"])

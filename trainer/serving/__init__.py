@@ -1,1 +1,1 @@
-"""An export answers over HTTP: requests, batches, metrics, and how far what comes has moved from the reference."""
+"""HTTP server of an export: requests, batches, metrics, and drift from the reference."""

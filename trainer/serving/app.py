@@ -1,11 +1,12 @@
-"""The routes: what a client may ask, and the form of the answers."""
+"""HTTP routes and their responses."""
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -21,84 +22,86 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainer.monitoring.log import log_traceback
-from trainer.serving.batching import Batcher, Full
-from trainer.serving.export_files import Answer, Export, Unreadable
-from trainer.serving.metrics import Observed
-from trainer.serving.requests import TOGETHER, Asked, Refused, Room, busy, read_body, read_instances, read_predict
+from trainer.serving.batching import Batcher
+from trainer.serving.export_files import Export, Prediction
+from trainer.serving.metrics import ServingMetrics
+from trainer.serving.requests import MemoryBudget, PredictRequest, read_body, read_instances, read_predict, unavailable
 from trainer.serving.settings import Settings
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
 ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
-POLICY = (  # of the page: it holds all it needs, and asks nobody but this server
+POLICY = (  # the page is self-contained and connects to this server only
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+Parse = Callable[[bytes], PredictRequest]
 LOADING = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Service:
-    """One model behind HTTP, from the first request that it refuses because it loads to the last that it answers.
+    """One model behind HTTP, from before it is loaded until the last response is sent.
 
     Attributes:
-        model: None until it is loaded and warm.
-        leaving: asked to stop: not ready any more, and connections end with their next answer.
-        active: requests that are being answered.
-        lost: requests that the end of the process cut off.
+        model: None until it is loaded and warmed up.
+        stopping: a signal was received: not ready, and each response closes its connection.
+        active: requests in progress.
+        lost: requests that were cancelled after `drain`.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
         self.model: ServedModel | None = None
-        self.leaving, self.active, self.lost = False, 0, 0
-        self.observed = Observed(settings, export, lambda: sum(map(len, self._batchers)), lambda: self.active)
-        self._room = Room(TOGETHER * settings.max_bytes)
-        self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: JSON takes many times its size in memory
-        self._asker = ThreadPoolExecutor(1, "model")
-        self._classifier, self._explainer = (self._batcher(explain) for explain in (False, True))
-        self._batchers = (self._classifier, self._explainer)
+        self.stopping, self.active, self.lost = False, 0, 0
+        self.metrics = ServingMetrics(settings, export)
+        self.metrics.ready.set_function(lambda: not self.not_ready())
+        self.metrics.active.set_function(lambda: self.active)
+        self.metrics.queued.set_function(lambda: sum(map(len, self._batchers.values())))
+        self._memory = MemoryBudget(settings.max_bytes)
+        self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: parsed JSON is many times its size
+        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._batchers = {explain: self._batcher(explain) for explain in (False, True)}
         self._page = resources.files("trainer.serving").joinpath("page.html").read_bytes()
-        models = "/v1/models/{name}"
+        models = [f"/v1/models/{{name}}{version}" for version in ("", "/versions/{version}")]
+        verbs = [f"{model}:{verb}" for model in models for verb in ("predict", "explain")]
         routes = [
-            Route("/", self.answered(self.home)),
-            Route("/healthz", self.answered(self.health)),
-            Route("/readyz", self.answered(self.readiness)),
-            Route("/metrics", self.answered(self.metrics)),
-            Route("/predict", self.answered(self.predict), methods=["POST"]),
-            Route("/v1/models", self.answered(self.models)),
-            *(Route(f"{models}{version}:{verb}", self.answered(self.instances), methods=["POST"])
-              for version in ("", "/versions/{version}") for verb in ("predict", "explain")),
-            *(Route(f"{models}{version}", self.answered(self.status)) for version in ("", "/versions/{version}")),
-        ]  # fmt: skip
-        self._routes: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+            Route("/", self.get_page),
+            Route("/healthz", Response("ok\n", media_type="text/plain"), methods=["GET"]),
+            Route("/readyz", self.get_readiness),
+            Route("/metrics", self.get_metrics),
+            Route("/predict", self.predict, methods=["POST"]),
+            Route("/v1/models", _json({"models": [settings.name]}), methods=["GET"]),
+            *(Route(path, self.predict_instances, methods=["POST"]) for path in verbs),
+            *(Route(path, self.get_status) for path in models),
+        ]
+        handlers: Any = {HTTPException: _respond_to_http_error, Exception: _respond_to_bug}
+        self._routes: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
 
     def _batcher(self, explain: bool) -> Batcher:
-        def ask(images: list[bytes]) -> list[Answer | Unreadable]:
+        def run_model(images: list[bytes]) -> list[Prediction | str]:
             assert self.model is not None
             began = time.monotonic()
-            answers = (self.model.explain if explain else self.model.classify)(images)
-            self.observed.batches.observe(len(images))
-            self.observed.batch_seconds.observe(time.monotonic() - began)
-            self.observed.predicted([answer for answer in answers if isinstance(answer, Answer)])
-            return answers
+            predictions = self.model.predict(images, explain)
+            self.metrics.batches.observe(len(images))
+            self.metrics.batch_seconds.observe(time.monotonic() - began)
+            self.metrics.record([p for p in predictions if isinstance(p, Prediction)])
+            return predictions
 
         s = self.settings
         limits = {"size": s.batch, "queue": s.queue, "pixels": s.max_pixels}
-        return Batcher(ask, self._asker, window=s.window_ms / 1000, **limits)
+        return Batcher(run_model, self._model_thread, window=s.window_ms / 1000, **limits)
 
-    def workers(self) -> list[asyncio.Task[None]]:
-        """The tasks that gather batches; they must run beside the server."""
-        return [asyncio.create_task(batcher.work()) for batcher in self._batchers]
+    def start_batching(self) -> list[asyncio.Task[None]]:
+        """Start the tasks that form batches; they run until they are cancelled."""
+        return [asyncio.create_task(batcher.run()) for batcher in self._batchers.values()]
 
     def not_ready(self) -> str:
-        """Why requests should go elsewhere; empty where they may come."""
-        return "stopping" if self.leaving else "" if self.model else "the model is being loaded"
+        """The reason why the server is not ready; "" if it is."""
+        return "stopping" if self.stopping else "" if self.model else "the model is being loaded"
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application: each request is counted, and the last answer of a connection says so."""
+        """The ASGI application: counts requests, and closes connections while stopping."""
         if scope["type"] != "http":
             return
         began, code = time.monotonic(), "none"
@@ -107,143 +110,113 @@ class Service:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = str(message["status"])
-                if self.leaving and not any(name.lower() == b"connection" for name, _ in message["headers"]):
+                if self.stopping and not any(name.lower() == b"connection" for name, _ in message["headers"]):
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         self.active += 1
         try:
-            await self._routes(scope, receive, count_and_send)
-        except asyncio.CancelledError:  # `drain` is over
+            with contextlib.suppress(Exception):  # Starlette raises it again after `_respond_to_bug`
+                await self._routes(scope, receive, count_and_send)
+        except asyncio.CancelledError:  # after `drain`
             self.lost += 1
             if code == "none":
-                await _json({"error": "the server has stopped; ask another"}, 503)(scope, receive, count_and_send)
+                response = _json({"error": "the server has stopped; send the request to another one"}, 503)
+                await response(scope, receive, count_and_send)
         finally:
             self.active -= 1
-            route = _route(scope["path"])
-            self.observed.requests.labels(route, code).inc()
-            self.observed.seconds.labels(route).observe(time.monotonic() - began)
+            route = _route_label(scope["path"])
+            self.metrics.requests.labels(route, code).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
-    def answered(self, handle: Handler) -> Handler:
-        """The same handler, whose refusals and bugs become answers."""
-
-        async def safely(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Refused as refusal:
-                return _json({"error": refusal.text}, refusal.status, refusal.headers)
-            except Full:
-                full = busy(f"of the {self.settings.queue} images that may wait there is no room for yours")
-                return _json({"error": full.text}, full.status, full.headers)
-            except Exception as error:
-                log_traceback(error)
-                return _json({"error": "a bug in the server; its log has the traceback"}, 500)
-
-        return safely
-
-    async def _asked(self, request: Request, read: Callable[[bytes], Asked]) -> tuple[Asked, list[Answer]]:
+    async def _run(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
         if self.model is None:
-            raise busy("the model is being loaded")
-        with self._room.held() as reserve:
+            raise unavailable("the model is being loaded")
+        with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
-            asked = await asyncio.get_running_loop().run_in_executor(self._parser, read, body)
+            parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
             del body
-            if asked.explain and not self.model.explains:
-                raise Refused(400, "this export has no signature `explain`; export again with this version of kubetune")
-            answers = await (self._explainer if asked.explain else self._classifier).ask(asked.pictures)
-        for picture, answer in zip(asked.pictures, answers, strict=True):
-            if isinstance(answer, Unreadable):
-                raise Refused(400, f"{picture.name} cannot be decoded ({answer.reason})")
-        return asked, answers
+            if parsed.explain and not self.model.explains:
+                raise HTTPException(400, "this export has no signature `explain`; export again with this version")
+            try:
+                predictions = await self._batchers[parsed.explain].predict(parsed.images)
+            except asyncio.QueueFull:
+                raise unavailable(f"the queue of {self.settings.queue} images has no room for yours") from None
+        for image, prediction in zip(parsed.images, predictions, strict=True):
+            if isinstance(prediction, str):
+                raise HTTPException(400, f"{image.name} cannot be decoded ({prediction})")
+        return parsed, predictions
 
     async def predict(self, request: Request) -> Response:
-        """The `top_k` most probable classes of each image, and where the model looked if that is asked."""
+        """The `top_k` most probable classes of each image, with `explain` also the heatmap."""
         kind, query = request.headers.get("content-type", ""), dict(request.query_params)
-        asked, answers = await self._asked(request, lambda body: read_predict(body, kind, query, self.settings))
-        predictions = []
-        for picture, answer in zip(asked.pictures, answers, strict=True):
-            best = np.argsort(-answer.probabilities, kind="stable")[: asked.top_k]
-            classes = [{"class": self.export.classes[i], "probability": float(answer.probabilities[i])} for i in best]
-            entry: dict[str, Any] = {"name": picture.name, "classes": classes}
-            if answer.heatmap is not None:
-                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: the centre of the image alone
-                entry["heatmap"] = {"png": _as_png(answer.heatmap), "resize": str(resize)}
-            predictions.append(entry)
-        return _json({"model": self.settings.name, "version": self.export.version, "predictions": predictions})
+        parsed, predictions = await self._run(request, lambda body: read_predict(body, kind, query, self.settings))
+        entries = []
+        for image, prediction in zip(parsed.images, predictions, strict=True):
+            p = prediction.probabilities
+            best = np.argsort(-p, kind="stable")[: parsed.top_k]
+            classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in best]
+            entry: dict[str, Any] = {"name": image.name, "classes": classes}
+            if prediction.heatmap is not None:
+                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: the central square of the image
+                entry["heatmap"] = {"png": _as_png(prediction.heatmap), "resize": str(resize)}
+            entries.append(entry)
+        return _json({"model": self.settings.name, "version": self.export.version, "predictions": entries})
 
-    async def instances(self, request: Request) -> Response:
-        """The REST API of KServe and TensorFlow Serving: rows of probabilities."""
-        self._known(request)
+    async def predict_instances(self, request: Request) -> Response:
+        """The REST API of KServe and TensorFlow Serving: probabilities, with `:explain` also embedding and heatmap."""
+        self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        asked, answers = await self._asked(request, lambda body: read_instances(body, self.settings, explain))
-        columns = {"probabilities": [answer.probabilities.tolist() for answer in answers]}
-        if asked.explain:
-            for name in ("embedding", "heatmap"):
-                columns[name] = [getattr(answer, name).tolist() for answer in answers]
-        if asked.columns:
-            return _json({"outputs": columns if asked.explain else columns["probabilities"]})
+        parsed, predictions = await self._run(request, lambda body: read_instances(body, self.settings, explain))
+        names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
+        columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
+        if not parsed.explain:
+            return _json({"outputs" if parsed.columnar else "predictions": columns["probabilities"]})
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return _json({"predictions": rows if asked.explain else columns["probabilities"]})
+        return _json({"outputs": columns} if parsed.columnar else {"predictions": rows})
 
-    def _known(self, request: Request) -> None:
+    def _check_model(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version", self.export.version)
         if name != self.settings.name:
-            raise Refused(404, f"there is no model {name!a} here, only {self.settings.name}")
+            raise HTTPException(404, f"there is no model {name!a}; available: {self.settings.name}")
         if version != self.export.version:
-            raise Refused(404, f"there is no version {version!a} here, only {self.export.version}")
+            raise HTTPException(404, f"there is no version {version!a}; available: {self.export.version}")
 
-    async def status(self, request: Request) -> Response:
+    async def get_status(self, request: Request) -> Response:
         """The status of the model for KServe (`ready`) and TensorFlow Serving (`model_version_status`)."""
-        self._known(request)
-        state = "UNLOADING" if self.leaving else "AVAILABLE" if self.model else "LOADING"
-        fine = {"error_code": "OK", "error_message": ""}
-        body = {
-            "name": self.settings.name,
-            "ready": not self.not_ready(),
-            "model_version_status": [{"version": self.export.version, "state": state, "status": fine}],
-        }
+        self._check_model(request)
+        state = "UNLOADING" if self.stopping else "AVAILABLE" if self.model else "LOADING"
+        status = {"error_code": "OK", "error_message": ""}
+        versions = [{"version": self.export.version, "state": state, "status": status}]
+        body = {"name": self.settings.name, "ready": not self.not_ready(), "model_version_status": versions}
         return _json(body, 503 if self.not_ready() else 200)
 
-    async def models(self, _request: Request) -> Response:
-        """The names of the models: one."""
-        return _json({"models": [self.settings.name]})
+    async def get_readiness(self, _request: Request) -> Response:
+        """Readiness: 503 while the model loads and while the server stops."""
+        reason = self.not_ready()
+        return Response(f"{reason or 'ready'}\n", 503 if reason else 200, media_type="text/plain")
 
-    async def health(self, _request: Request) -> Response:
-        """Liveness: 200 also while the model loads."""
-        return _text("ok\n")
-
-    async def readiness(self, _request: Request) -> Response:
-        """Readiness: 503 while the model loads and once the server is leaving."""
-        why = self.not_ready()
-        return _text(f"{why or 'ready'}\n", 503 if why else 200)
-
-    async def metrics(self, request: Request) -> Response:
-        """The metrics in the format that Prometheus asks for."""
-        self.observed.ready.set(not self.not_ready())
+    async def get_metrics(self, request: Request) -> Response:
+        """The metrics in the format that Prometheus accepts."""
         encode, kind = choose_encoder(request.headers.get("accept", ""))
-        text = await asyncio.to_thread(encode, self.observed.registry)
+        text = await asyncio.to_thread(encode, self.metrics.registry)
         return Response(text, headers={"Content-Type": kind})
 
-    async def home(self, request: Request) -> Response:
-        """The page for people; KServe's liveness for others."""
+    async def get_page(self, request: Request) -> Response:
+        """The page for browsers; KServe's liveness for other clients."""
         if "text/html" not in request.headers.get("accept", ""):
             return _json({"status": "alive"})
         if self.model is None:
             return Response(LOADING, 503, media_type="text/html", headers={"Retry-After": "2"})
-        facts = {
-            "name": self.settings.name,
-            "version": self.export.version,
-            "classes": len(self.export.classes),
-            "max_bytes": self.settings.max_bytes,
-            "explains": self.model.explains,
-        }
+        facts = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
+        facts |= {"max_bytes": self.settings.max_bytes, "explains": self.model.explains}
         page = self._page.replace(b"{{facts}}", json.dumps(facts).encode())
         guards = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         return Response(page, media_type="text/html", headers=guards)
 
 
-def _route(path: str) -> str:
-    """The label of a path in the metrics: one of a few, whatever is asked."""
+def _route_label(path: str) -> str:
+    """The label of a path in the metrics, one of a fixed set."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
@@ -251,22 +224,23 @@ def _route(path: str) -> str:
 
 
 def _as_png(heatmap: np.ndarray) -> str:
-    """A heatmap, float32 [h, w] in 0..1, as a grey PNG in base64."""
+    """Encode a heatmap, float32 [h, w] in 0..1, as a grey PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: nothing can go wrong
+def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: encoding cannot fail
 
 
-def _text(body: str, status: int = 200) -> Response:
-    return Response(body, status, media_type="text/plain")
+async def _respond_to_http_error(_request: Request, error: HTTPException) -> Response:
+    text = error.detail
+    if text == "Not Found":  # by the router
+        text = f"there is no such route; available: {' '.join(ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
+    return _json({"error": text}, error.status_code, error.headers)
 
 
-def _no_route(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    here = " ".join([*ROUTES, "/v1/models/NAME", "/v1/models/NAME:predict"])
-    text = f"here are {here}" if error.status_code == 404 else f"{error.detail.lower()}"
-    return _json({"error": text}, error.status_code, dict(error.headers or {}))
+async def _respond_to_bug(_request: Request, error: Exception) -> Response:
+    log_traceback(error)
+    return _json({"error": "internal error; the log of the server has the traceback"}, 500)

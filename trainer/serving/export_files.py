@@ -1,9 +1,5 @@
-"""The export at an address, and the answers of its model.
+"""Locate an export, read the files next to its graph, and define predictions; without TensorFlow."""
 
-Nothing here imports TensorFlow: only files are read, and no code of the model runs.
-"""
-
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +9,17 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.drift import BINS
+from trainer.evaluation.drift import parse_reference
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.staging import is_remote, stage
 
 GRAPH, LABELS, REFERENCE = "saved_model.pb", "assets/labels.txt", "assets/reference.json"
-LARGEST = 20 * 1024**3  # bytes of an export that is fetched
+MAX_EXPORT_BYTES = 20 * 1024**3  # of an export that is copied from a bucket
 
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on this machine, and the files beside its graph.
-
-    Attributes:
-        reference: reference.json, how test images looked to this model; None where the export has none.
-    """
+    """A SavedModel on the local disk; `reference` is its reference.json, None if it has none."""
 
     address: str
     folder: Path
@@ -37,13 +29,13 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """The outputs of the model for one image.
 
     Attributes:
         probabilities: float32 [classes].
-        embedding: float32 [C], the pooled features; None where the export does not give them.
-        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None where it was not asked for.
+        embedding: float32 [C], the pooled features; None if the export has no such output.
+        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None without `explain`.
     """
 
     probabilities: np.ndarray
@@ -51,30 +43,25 @@ class Answer:
     heatmap: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """An image with a valid header and pixels that cannot be decoded."""
-
-    reason: str
-
-
 def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> Export:
-    """The newest version of the export at an address, which is fetched where it is in a bucket.
+    """The newest version of the export at an address, copied to `cache_dir` from a bucket.
 
     Args:
-        address: of a run's output_dir, its `export`, a folder of numbered SavedModels, or one SavedModel.
+        address: output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel.
 
     Raises:
         DataError: there is none, or kubetune did not export it.
-        Interrupted: the bucket does not answer.
+        Interrupted: the bucket does not respond.
     """
-    home = storage_path(address)
-    newest = _newest(address, home)
-    folder = Path(stage(str(newest), cache_dir, LARGEST, note, lambda: None))
+    source = _newest(address, storage_path(address))
+    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, note, lambda: None))
     if not (folder / LABELS).exists():
-        raise DataError(f"model={address}: {newest} has no {LABELS}, so kubetune did not export it; export it again")
+        raise DataError(f"{source} has no {LABELS}", key="model", value=address, fix="export it with kubetune")
     classes = tuple((folder / LABELS).read_text(encoding="utf-8").splitlines())
-    return Export(address, folder, newest.name if newest.name.isdigit() else "1", classes, _reference(folder, classes))
+    reference = None
+    if (file := folder / REFERENCE).exists() and (reference := parse_reference(file.read_bytes(), classes)) is None:
+        raise DataError(f"{file} is damaged or of another model", key="model", value=address, fix="export again")
+    return Export(address, folder, source.name if source.name.isdigit() else "1", classes, reference)
 
 
 def _newest(address: str, home: StoragePath) -> StoragePath:
@@ -86,32 +73,23 @@ def _newest(address: str, home: StoragePath) -> StoragePath:
             return max(numbered, key=lambda folder: int(folder.name))
     if home.exists():
         raise DataError(
-            f"model={address} is a file; serving takes the folder of a SavedModel, which holds no Python code, or the "
-            "output_dir of a run that exported one"
+            "is a file, not a SavedModel", key="model", value=address, fix="give the folder of a SavedModel"
         )
     if not home.is_folder():
-        seen = "" if is_remote(address) or os.path.isabs(address) else f" (seen from {os.getcwd()})"
-        raise DataError(f"model={address} does not exist{seen}; give the output_dir of a run, or its export")
+        parent = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
+        raise DataError(
+            f"does not exist{parent}", key="model", value=address, fix="give the output_dir of a run, or its export"
+        )
     if (home / "config.yaml").exists():
         raise DataError(
-            f"model={address} is a run without a SavedModel (nothing in {home}/export/saved_model); let it end, with "
-            "saved_model in export.formats"
+            "the run has no export/saved_model",
+            key="model",
+            value=address,
+            fix="let it end, with saved_model in export.formats",
         )
     raise DataError(
-        f"model={address} holds no SavedModel (no {GRAPH} in it, in a numbered folder, in saved_model/ or in "
-        "export/saved_model/); give the output_dir of a run, or its export"
+        f"there is no {GRAPH} in it, in a numbered folder, in saved_model/ or in export/saved_model/",
+        key="model",
+        value=address,
+        fix="give the output_dir of a run, or its export",
     )
-
-
-def _reference(folder: Path, classes: tuple[str, ...]) -> dict[str, Any] | None:
-    file = folder / REFERENCE
-    if not file.exists():
-        return None
-    try:
-        reference = json.loads(file.read_text(encoding="utf-8"))
-        counts, seen = reference["confidence_histogram"]["counts"], int(reference["n"])
-        if len(reference["class_frequencies"]) != len(classes) or len(counts) != BINS or seen < 1:
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file} is damaged or of another model; export again") from None
-    return reference

@@ -1,4 +1,4 @@
-"""The settings of `python -m trainer.serve`: `key=value`, validated like the configuration of a run."""
+"""Settings of `python -m trainer.serve`: `key=value`, validated like the configuration of a run."""
 
 from __future__ import annotations
 
@@ -10,48 +10,41 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from trainer.config.base import Section, describe_faults
 from trainer.errors import ConfigError
 
-MEGABYTE = 1024**2
-
 
 class Settings(Section):
     """The settings of a server."""
 
     model: str = Field(min_length=1)  # output_dir of a run, its export, or a folder of SavedModel versions; also gs://
-    host: str = "127.0.0.1"  # 0.0.0.0, or :: for IPv6 as well: everyone who reaches this machine may ask
-    port: int = Field(8501, ge=0, le=65535)  # 0: any that is free
+    host: str = "127.0.0.1"  # 0.0.0.0, or :: for IPv6 as well: reachable from other machines
+    port: int = Field(8501, ge=0, le=65535)  # 0: any free port
     name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")  # in /v1/models/NAME:predict
-    batch: int = Field(32, ge=1, le=1024)  # images in one call of the model, at most
-    window_ms: float = Field(2.0, ge=0, le=1000)  # an image waits this long for others
-    queue: int = Field(256, ge=1)  # images that may wait; more are answered 503
-    max_bytes: int = Field(16 * MEGABYTE, ge=1024)  # of a request; eight times that of all that are being read
-    max_pixels: int = Field(50_000_000, ge=1)  # of an image, and of all that one call decodes
-    max_images: int = Field(64, ge=1)  # of a request
-    log: str | None = None  # a file that gets one JSON line a prediction
-    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # part of the predictions that is logged
-    linger: float = Field(2.0, ge=0, le=600)  # seconds that requests are still taken after SIGTERM
-    drain: float = Field(30.0, gt=0, le=3600)  # seconds in which what was taken must then be answered
-    # Models from gs:// are fetched into it.
+    batch: int = Field(32, ge=1, le=1024)  # largest number of images per call of the model
+    window_ms: float = Field(2.0, ge=0, le=1000)  # how long an image waits for others
+    queue: int = Field(256, ge=1)  # images in the queue; further ones get 503
+    max_bytes: int = Field(16 * 1024**2, ge=1024)  # per request; 8 times as many in all requests that are being read
+    max_pixels: int = Field(50_000_000, ge=1)  # per image, and per call of the model
+    max_images: int = Field(64, ge=1)  # per request
+    log: str | None = None  # a file that gets one JSON line per prediction
+    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # fraction of the predictions that is logged
+    linger: float = Field(2.0, ge=0, le=600)  # seconds after SIGTERM in which new requests are accepted
+    drain: float = Field(30.0, gt=0, le=3600)  # seconds after that in which accepted requests are answered
+    # Models from gs:// are copied to it.
     cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = "~/.cache/kubetune"
 
     @model_validator(mode="after")
-    def _a_request_fits_the_queue(self) -> Settings:
+    def _check_a_request_fits_the_queue(self) -> Settings:
         if self.max_images > self.queue:
-            raise ValueError(
-                f"max_images={self.max_images} is more than queue={self.queue}: such a request could never be taken"
-            )
+            raise ValueError(f"max_images={self.max_images} is more than queue={self.queue}: it would always get 503")
         return self
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is not smaller than `largest`: the sizes that batches are filled up to."""
+    """1, 2, 4, ... up to the first that is at least `largest`: the sizes that batches are padded to."""
     return [2**power for power in range((largest - 1).bit_length() + 1)]
 
 
 def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """Settings from the values on the command line.
-
-    Args:
-        cache_dir: the default of `Settings.cache_dir`, where there is another one.
+    """Validate the values of the command line; `cache_dir` replaces the default of that setting.
 
     Raises:
         ConfigError: with every fault.
@@ -60,4 +53,4 @@ def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Se
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe_faults(error, Settings, tree)) from None
+        raise ConfigError(describe_faults(error, Settings, tree), fix="run python -m trainer.serve --help") from None

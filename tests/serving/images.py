@@ -1,4 +1,4 @@
-"""Pictures that a stranger may send: fine ones, and ones that are made to hurt."""
+"""Encoded images, valid ones and malicious ones."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def photo(number: int = 0, kind: str = "JPEG", width: int = 80, height: int = 60) -> bytes:
-    """Smooth, another one for each number."""
+    """A smooth image, different for each number."""
     levels = np.random.default_rng(number).integers(0, 256, (4, 5, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC).save(out, kind)
@@ -17,29 +17,28 @@ def photo(number: int = 0, kind: str = "JPEG", width: int = 80, height: int = 60
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A valid PNG of one colour, small as a file: a line of zeros compresses to a thousandth."""
-    packer = zlib.compressobj(9)
-    line = b"\0" * (1 + 3 * width)
-    data = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
+def png(width: int, height: int, data: bytes) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG of one colour, a small file: a line of zeros compresses to a thousandth."""
+    packer = zlib.compressobj(9)
+    line = b"\0" * (1 + 3 * width)
+    return png(width, height, b"".join(packer.compress(line) for _ in range(height)) + packer.flush())
+
+
 def huge(width: int, height: int) -> bytes:
-    """A PNG that only says that it is large."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
+    """A PNG with this size in its header and almost no pixels."""
+    return png(width, height, zlib.compress(b"\0" * 100))
 
 
 def huge_jpeg(width: int, height: int) -> bytes:
-    """A JPEG whose head says that it is large."""
+    """A small JPEG with this size in its header."""
     data = bytearray(photo())
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -47,27 +46,27 @@ def huge_jpeg(width: int, height: int) -> bytes:
 
 
 def text_bomb() -> bytes:
-    """A PNG with a comment that unpacks to 200 MB."""
+    """A PNG with a comment that decompresses to 200 MB."""
     data = photo(kind="PNG")
     comment = b"Comment\0\0" + zlib.compress(b"\0" * 200_000_000, 9)
     return data[:33] + chunk(b"zTXt", comment) + data[33:]
 
 
 def animation(kind: str, frames: int = 3) -> bytes:
-    """A GIF or WebP that moves."""
-    pictures = [Image.open(io.BytesIO(photo(i))) for i in range(frames)]
+    """An animated GIF or WebP."""
+    images = [Image.open(io.BytesIO(photo(i))) for i in range(frames)]
     out = io.BytesIO()
-    pictures[0].save(out, kind, save_all=True, append_images=pictures[1:])
+    images[0].save(out, kind, save_all=True, append_images=images[1:])
     return out.getvalue()
 
 
 def cut(data: bytes) -> bytes:
-    """The first half: its header is fine."""
+    """The first half, with a valid header."""
     return data[: len(data) // 2]
 
 
 def mutated(data: bytes, number: int) -> bytes:
-    """Some bytes changed, dropped or doubled; another way for each number."""
+    """Some bytes changed, dropped or doubled, differently for each number."""
     draw = np.random.default_rng(number)
     out = bytearray(data)
     for _ in range(int(draw.integers(1, 12))):
