@@ -222,7 +222,9 @@ def read_reference(address: str) -> dict[str, Any]:
     files = [root] if address.endswith(".json") else [root / name for name in below]
     fetched = next((content for file in files if (content := file.fetch())), None)
     if fetched is None:
-        raise DataError("has no reference.json", key="reference", value=address, fix="give a run that was exported")
+        raise DataError(
+            "has no reference.json", key="reference", value=address, fix="give an exported run, or the file itself"
+        )
     if (reference := parse_reference(fetched[0])) is None:
         raise DataError("its reference.json is damaged", key="reference", value=address, fix="export the run again")
     return reference

@@ -97,7 +97,7 @@ class MemoryBudget:
 
 
 def unavailable(reason: str) -> HTTPException:
-    """503 with `Retry-After`."""
+    """HTTP error 503 with `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
 

@@ -119,7 +119,7 @@ def serve(settings: Settings, export: Export, load: Load) -> None:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on host={host} ({error})", key="port", value=port, fix="stop its user, or give another one"
+            f"cannot listen on host={host} ({error})", key="port", value=port, fix="free the port, or give another one"
         ) from None
     with listener:
         asyncio.run(_serve(settings, export, load, listener))
