@@ -451,7 +451,7 @@ def test_damaged_shards_fail_or_are_skipped(tmp_path: Path) -> None:
     assert images(dataset.splits["train"]) == [noise(k) for k in range(29) if k != 3]
     assert list(dataset.skipped) == [damaged, truncated]
     second.unlink()
-    with raises(DataError, problem=f"shard {second} cannot be read: No such file or directory"):
+    with raises(DataError, problem=f"{second} cannot be read: No such file or directory"):
         opened(tmp_path, **data, on_error="skip")
 
 

@@ -26,7 +26,7 @@ Examples = list[tuple[ImageSource, int]]
 
 
 def write_shard(path: Path, payloads: list[bytes]) -> Path:
-    path.write_bytes(b"".join(piece for p in payloads for piece in (frame(p)[0], p, frame(p)[1])))
+    path.write_bytes(b"".join(map(frame, payloads)))
     return path
 
 
@@ -221,7 +221,7 @@ def test_other_files_are_no_shards(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert index_shard(path).count == 0
     path.unlink()
-    with raises(DataError, problem=f"shard {path} cannot be read: No such file or directory"):
+    with raises(DataError, problem=f"{path} cannot be read: No such file or directory"):
         index_shard(path)
 
 

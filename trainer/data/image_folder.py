@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, combinations
 
 import numpy as np
 
@@ -38,9 +38,8 @@ class _Image:
 def open_image_folder(data: Data) -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
-    The split of an image depends on data.split_seed, its path below the root, and the size of its class: each class is
-    ordered by a hash of seed and path, and the first images validate. So a new image moves hardly any other. The
-    examples of a split are in the order of that hash, which mixes the classes.
+    Each class is ordered by a hash of data.split_seed and the path below the root, and the first images validate: a
+    new image moves hardly any other. The examples of a split are in the order of that hash, which mixes the classes.
 
     Raises:
         DataError: the folder is missing, unreadable, empty or laid out in another way; the splits have different
@@ -126,8 +125,8 @@ def _split_folders(root: str) -> dict[str, str]:
     others = [name for name in names if name not in splits]
     if "train" not in splits.values():
         if splits and not others:
-            problem = f"has {' and '.join(splits)} but no train folder"
-            raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
+            names = " and ".join(splits)
+            raise DataError(f"has {names} but no train folder", key="data.root", value=root, fix=LAYOUT)
         return {"train": root}
     if others:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
@@ -136,18 +135,18 @@ def _split_folders(root: str) -> dict[str, str]:
         problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(others[:5])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
-    for split in SPLITS:
-        named = [os.path.join(root, name) for name, meaning in splits.items() if meaning == split]
-        if len(named) > 1:
-            problem = f"{' and '.join(named)} are both the {split} split"
+    for name, split in splits.items():
+        folder = os.path.join(root, name)
+        if split in folders:
+            problem = f"{folders[split]} and {folder} are both the {split} split"
             raise DataError(problem, key="data.root", value=root, fix="remove one of them")
-        for folder in named:
-            if same := [earlier for earlier, other in folders.items() if os.path.samefile(folder, other)]:
-                problem = f"{split} and {same[0]} are the same folder ({os.path.realpath(folder)})"
-                fix = "use a folder of its own for each split: what is trained on cannot be scored"
-                raise DataError(problem, key="data.root", value=root, fix=fix)
-            folders[split] = folder
-    return folders
+        folders[split] = folder
+    for (split, folder), (other, same) in combinations(folders.items(), 2):
+        if os.path.samefile(folder, same):
+            problem = f"{split} and {other} are the same folder ({os.path.realpath(folder)})"
+            fix = "use a folder of its own for each split: what is trained on cannot be scored"
+            raise DataError(problem, key="data.root", value=root, fix=fix)
+    return {split: folders[split] for split in SPLITS if split in folders}
 
 
 def _image_files(folder: str, ignored: Counter[str]) -> list[str]:

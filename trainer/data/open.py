@@ -25,18 +25,12 @@ IMBALANCE = 3  # ratio of the largest to the smallest number of training example
 
 @dataclass(frozen=True)
 class OpenedData:
-    """The dataset of a run, with local copies of what is in buckets.
-
-    Attributes:
-        addresses: local path -> the address that it was fetched from.
-        shards: fetches record shards while they are read; None: all that is read is on the local disk.
-        weights: `model.weights`, or the local copy of it.
-    """
+    """The dataset of a run, with local copies of what is in buckets."""
 
     dataset: Dataset
-    addresses: dict[str, str]
-    shards: ShardCache | None
-    weights: str
+    addresses: dict[str, str]  # local path -> the address that it was fetched from
+    shards: ShardCache | None  # fetches record shards while they are read; None: all is on the local disk
+    weights: str  # `model.weights`, or the local copy of it
 
 
 def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
@@ -48,8 +42,7 @@ def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], s
         stream: fetch the shards of a prepared dataset while they are used, not before.
 
     Raises:
-        DataError: as `open_dataset`, or as `trainer.storage.staging.stage`.
-        Interrupted: as `stage`.
+        DataError, Interrupted: as `open_dataset` and `trainer.storage.staging.stage`.
     """
     local, addresses, shards = local_copies(config, note, check, stream)
     dataset = open_run_dataset(config, local.data, note, streamed=shards is not None)
@@ -57,15 +50,9 @@ def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], s
 
 
 def open_run_dataset(config: RunConfig, data: Data, note: Note, streamed: bool = False) -> Dataset:
-    """The dataset of a run as it trains on it: with debug.overfit one batch, which is also the validation split.
-
-    Args:
-        data: `config.data` with local paths.
-    """
-    cache_dir, limit = config.runtime.cache_folder, config.example_limit
-    dataset = open_dataset(
-        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, note=note, streamed=streamed
-    )
+    """Open `data`, `config.data` with local paths; with debug.overfit one batch, which is also the validation split."""
+    cache, limit = config.runtime.cache_folder, config.example_limit
+    dataset = open_dataset(data, seed=config.seed, cache_dir=cache, max_examples=limit, note=note, streamed=streamed)
     if config.debug.overfit:
         batch = dataset.splits["train"]
         dataset = Dataset(dataset.name, dataset.class_names, {"train": batch, "validation": batch}, dataset.fingerprint)

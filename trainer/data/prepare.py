@@ -21,9 +21,7 @@ from trainer.storage.path import storage_path
 def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
     """Write the dataset that the configuration names into `output`; a restart continues an interrupted one.
 
-    Args:
-        part: (i, n): write only every n-th shard, from the i-th on. The part that completes the shards finishes the
-            dataset.
+    With `part` (i, n) it writes every n-th shard, from the i-th on; the part that completes them finishes the dataset.
 
     Raises:
         DataError: the data cannot be read, an image cannot be decoded (on_error=fail), or `output` has other files.

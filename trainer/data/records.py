@@ -68,22 +68,21 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def frame(payload: bytes) -> tuple[bytes, bytes]:
-    """Header (12 bytes) and footer (4 bytes) of a payload."""
+def frame(payload: bytes) -> bytes:
+    """The bytes of one record: a header of 12 bytes, the payload, and a footer of 4 bytes."""
     length = struct.pack("<Q", len(payload))
-    return length + struct.pack("<I", masked_crc(length)), struct.pack("<I", masked_crc(payload))
+    return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
-    """The error of a shard that the operating system cannot read."""
-    return DataError(f"shard {path} cannot be read: {error.strerror}", fix="check that it exists and its permissions")
+    """The error of a file that the operating system cannot read."""
+    return DataError(f"{path} cannot be read: {error.strerror}", fix="check that it exists and its permissions")
 
 
 def index_shard(path: str | Path) -> ShardIndex:
     """Walk the length headers of a TFRecord file (about a million records per second).
 
-    A file that is truncated or damaged after its first header is no error: `fault` is the reason, and the records
-    before it are indexed.
+    A file that is truncated, or damaged after its first header, is indexed up to there; `fault` is the reason.
 
     Raises:
         DataError: the file is missing, unreadable, compressed, or no TFRecord file.

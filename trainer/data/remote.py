@@ -16,9 +16,8 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     """Resolve the addresses of the data, for a run and for its plan.
 
     Returns:
-        `data` with data.root set to the folder of a dataset that is named in a bucket; and the bucket folder whose
-        shards may be fetched while they are used. None: all is copied before the start. That holds with
-        data.group_field too, because groups are stored in the records only.
+        `data`, with data.root set to the folder of a dataset that is named in a bucket; and the bucket folder whose
+        shards may be fetched while they are used, None with data.group_field: groups are stored in the records only.
     """
     if is_remote(data.data_dir) and data.name:
         folder = prepared_folder(str(data.data_dir), data.name)
@@ -30,20 +29,18 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
 def local_copies(
     config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = False
 ) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
-    """Copy the data and weights of a configuration to the local disk.
+    """Copy the data and weights of a configuration from buckets to the local disk.
 
     Args:
         check: called with an address while it is copied; may raise to stop.
-        stream: leave the shards of a dataset that `python -m trainer.prepare` wrote in their bucket, if
-            `resolve_addresses` allows it.
+        stream: leave the shards of a prepared dataset in the bucket, if `resolve_addresses` allows it.
 
     Returns:
         The configuration with local paths; the address of each local path; and the cache that fetches the shards
-        while they are read, None where all is copied.
+        while they are read, None if all is copied.
 
     Raises:
-        DataError: as `trainer.storage.staging.stage`; or a shard differs from the manifest.
-        Interrupted: as `stage`.
+        DataError, Interrupted: as `trainer.storage.staging.stage`; or a shard differs from the manifest.
     """
     runtime = config.runtime
     addresses: dict[str, str] = {}

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +99,10 @@ def overlap(first: Split, second: Split) -> int:
     """Count the records (or files) that are in both splits."""
     if first.files or second.files:
         return len(set(first.files) & set(second.files))
-    ranges: dict[str, list[Shard]] = {}
-    for shard in first.shards:
-        ranges.setdefault(shard.path, []).append(shard)
     return sum(
-        max(0, min(shard.stop, other.stop) - max(shard.start, other.start))
-        for shard in second.shards
-        for other in ranges.get(shard.path, ())
+        max(0, min(one.stop, other.stop) - max(one.start, other.start))
+        for one, other in product(first.shards, second.shards)
+        if one.path == other.path
     )
 
 
@@ -138,13 +136,12 @@ class RecordSource:
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Read labels and facts of shards, and cache the labels on disk.
 
-    If the folder has a manifest and labels (`python -m trainer.prepare` writes both), the facts are the manifest's,
-    so that a dataset has the same fingerprint on the local disk and in a bucket. Local records are read all the same,
-    to verify their checksums.
+    In a folder that `python -m trainer.prepare` wrote, the facts are those of its manifest: a dataset has the same
+    fingerprint on a local disk and in a bucket. Local records are still read, to verify their checksums.
 
     Returns:
-        For each path int32 [records], -1 for a damaged record; for each path its name, size and CRC32C or hash of its
-        ends; and one sentence per damaged shard or record.
+        By path int32 [records], -1 for a damaged record; by path its name, size and CRC32C or hash of its ends; and
+        one sentence per damaged shard or record.
 
     Raises:
         DataError: a shard is missing or damaged (on_error="fail"), or its fields are not as expected.

@@ -20,9 +20,9 @@ from trainer.types import Shard, Split
 def open_tfds(data: Data, cache_dir: Path, note: Note, streamed: bool = False) -> RawData:
     """Resolve split strings to record ranges and read their labels.
 
-    If validation_split is null, validation is the dataset's own split of that name, else the last validation_fraction
-    of the training records (one contiguous range, so that every pass reads only what it needs), else, if a class is
-    missing there as in records sorted by class, a stratified draw by split_seed. The same holds for test.
+    If validation_split is null, validation is the dataset's own split, else the last validation_fraction of the
+    training records (one range, so that every pass reads only what it needs), else, if a class is missing there as in
+    records sorted by class, a stratified draw by split_seed. The same holds for test.
 
     Raises:
         DataError: the dataset is missing, not in TFRecords, or has no such split, image or label.

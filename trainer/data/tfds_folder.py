@@ -47,15 +47,11 @@ class ShardEntry:
 
 
 class DatasetFolder:
-    """A dataset that is being written: each finished shard is visible, with a small hidden record until the manifest.
-
-    Attributes:
-        scratch: the local folder in which shards are written before they are visible.
-    """
+    """A dataset that is being written: finished shards are visible, each with a small record until the manifest."""
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
-        self.folder = folder
-        self.scratch = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
+        local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
+        self.folder, self.scratch = folder, local  # shards are written in scratch before they are visible
 
     def make_room(self, expected: set[str]) -> None:
         """Create the folder.
@@ -112,10 +108,7 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_field: str | None = None,
     ) -> None:
-        """Write the manifest, the labels of each shard (by file name) and the metadata.
-
-        The features are image, label and `text_field`. Several processes may do it at once: all write the same bytes.
-        """
+        """Write manifest, labels of each shard by file name, and metadata. Several processes write the same bytes."""
         import tensorflow_datasets as tfds
 
         features: dict[str, Any] = {

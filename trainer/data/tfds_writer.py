@@ -19,7 +19,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from trainer.data.records import RecordAt, frame, read_image, serialize
+from trainer.data.records import RecordAt, frame, read_image, serialize, unreadable
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import INTERRUPTED, DataError
 from trainer.storage.base import StoragePath
@@ -60,11 +60,16 @@ USUAL = WriteOptions()
 class ShardJob:
     """One shard to write."""
 
+    split: str
     file: str
     examples: list[tuple[ImageSource, int]]
     texts: list[dict[str, str]]  # by example, then by field
     made_of: str
     verify: bool
+
+    def fits(self, entry: ShardEntry) -> bool:
+        """Return whether the entry is of a shard that was written from the same images."""
+        return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
 def _name_of(source: ImageSource) -> str:
@@ -143,11 +148,10 @@ def _write_shard(job: ShardJob, folder: Path) -> tuple[Path, ShardEntry]:
                 image = _read(source)
                 payload = serialize(as_stored(image) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
-                faults.append(f"{_name_of(source)}: {error}")
+                faults.append(f"{_name_of(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing.append(number)
             else:
-                before, after = frame(payload)
-                record = before + payload + after
+                record = frame(payload)
                 file.write(record)
                 crc, size, count = google_crc32c.extend(crc, record), size + len(record), count + 1
             with _done.get_lock():
@@ -157,11 +161,11 @@ def _write_shard(job: ShardJob, folder: Path) -> tuple[Path, ShardEntry]:
     return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
-def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -> dict[str, list[ShardJob]]:
+def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -> list[ShardJob]:
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
-    plan: dict[str, list[ShardJob]] = {split: [] for split in splits}
+    jobs: list[ShardJob] = []
     for split, examples in splits.items():
         count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
         bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
@@ -175,8 +179,8 @@ def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -
                 facts.append(texts)
             made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-            plan[split].append(ShardJob(file, chosen, texts, made_of, verify))
-    return plan
+            jobs.append(ShardJob(split, file, chosen, texts, made_of, verify))
+    return jobs
 
 
 def write_dataset(
@@ -187,46 +191,35 @@ def write_dataset(
 ) -> list[ShardEntry] | None:
     """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
 
-    Each shard is written to a temporary file, flushed, then renamed, and a record of it (count, bytes, CRC32C) is
-    stored. A shard whose record still fits is not written again, so that the same call continues an interrupted one.
-    JPEG and PNG bytes stay as they are, any other image becomes PNG. With `options.part`, the part that completes the
-    shards writes the metadata.
+    Each shard is written to a temporary file, flushed and renamed, then its record (count, bytes, CRC32C) is stored. A
+    shard whose record still fits is not written again: the same call continues an interrupted one. JPEG and PNG bytes
+    stay as they are, any other image becomes PNG.
 
     Args:
-        folder: local or in a bucket.
         progress: called with the images done and their total number.
 
     Returns:
-        The manifest, in the order of the splits; None while shards of other parts are missing.
+        The manifest, in the order of the splits; None while shards of other parts are missing. The part that completes
+        them writes the metadata.
 
     Raises:
-        DataError: `folder` has other files or cannot be written; an image is missing or (on_error="fail") cannot be
-            decoded.
+        DataError: `folder` has other files or cannot be written; an image is missing or (on_error="fail") damaged.
     """
     out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:
-        plan = _plan(name, images, options.shards, options.verify)
+        jobs = _plan(name, images, options.shards, options.verify)
     except OSError as error:
-        problem, fix = f"{error.filename} cannot be read: {error.strerror}", "check that it exists and its permissions"
-        raise DataError(problem, fix=fix) from None
-    jobs = [job for split_jobs in plan.values() for job in split_jobs]
+        raise unreadable(error.filename, error) from None
     out.make_room({job.file for job in jobs})
 
-    def written(jobs: list[ShardJob]) -> dict[str, ShardEntry]:
-        """The shards of these jobs that were written from the same images and are intact."""
-        entries = out.entries()
+    def finished() -> dict[str, ShardEntry]:
+        entries = {file: e for file, e in out.entries().items() if not e.skipped or options.on_error == "skip"}
+        fitting = {job.file: entries[job.file] for job in jobs if job.file in entries and job.fits(entries[job.file])}
+        return {file: entry for file, entry in fitting.items() if out.holds(entry)}
 
-        def fits(job: ShardJob) -> bool:
-            entry = entries.get(job.file)
-            if entry is None or entry.made_of != job.made_of or (entry.skipped and options.on_error == "fail"):
-                return False
-            return entry.count + len(entry.missing) == len(job.examples) and out.holds(entry)
-
-        return {job.file: entries[job.file] for job in jobs if fits(job)}
-
-    entries = written(jobs)
+    entries = finished()
     first, step = options.part
     mine = jobs[first::step]
     todo = [job for job in mine if job.file not in entries]
@@ -250,16 +243,17 @@ def write_dataset(
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     progress(total, total)
     if step > 1:  # other parts may have written theirs meanwhile
-        entries = written(jobs)
+        entries = finished()
     if len(entries) < len(jobs):
         return None
-    manifest = {split: [entries[job.file] for job in split_jobs] for split, split_jobs in plan.items()}
+    manifest: dict[str, list[ShardEntry]] = {}
     labels = {}  # int32 [records] of each shard
     for job in jobs:
+        manifest.setdefault(job.split, []).append(entries[job.file])
         missing = np.array(entries[job.file].missing, np.int64)
         labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing)
     out.finish(name, images.class_names, manifest, labels, images.group_field)
-    return [entry for entries in manifest.values() for entry in entries]
+    return [entries[job.file] for job in jobs]
 
 
 def _run(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
