@@ -125,8 +125,8 @@ def _split_folders(root: str) -> dict[str, str]:
     others = [name for name in names if name not in splits]
     if "train" not in splits.values():
         if splits and not others:
-            names = " and ".join(splits)
-            raise DataError(f"has {names} but no train folder", key="data.root", value=root, fix=LAYOUT)
+            problem = f"has {' and '.join(splits)} but no train folder"
+            raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         return {"train": root}
     if others:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))

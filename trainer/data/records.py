@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -124,15 +123,15 @@ def _walk(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
 
 
-def payloads(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield number, payload and stored checksum (4 bytes) of these records of a shard."""
+def examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any]]:
+    """Yield number, name and Example of these records of a shard; the Example of a damaged record is None."""
     if not index.count:  # an empty file cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number in numbers:
             start = int(index.offsets[number])
             end = start + int(index.lengths[number])
-            yield number, data[start:end], data[end : end + FOOTER]
+            yield number, f"record {number} of shard {path}", _parse(data[start:end], data[end : end + FOOTER])
 
 
 # tensorflow/core/example/{example,feature}.proto; importing it from TensorFlow would take eight seconds per process.
@@ -162,12 +161,12 @@ def example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
 
 
-def serialize(image: bytes, label: int, texts: Mapping[str, str] = MappingProxyType({})) -> bytes:
+def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
     """Serialize a `tf.train.Example` of the features `image` (bytes), `label` (int64) and `texts` by name (bytes)."""
     example = example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
-    for name, text in texts.items():
+    for name, text in (texts or {}).items():
         example.features.feature[name].bytes_list.value.append(text.encode())
     return example.SerializeToString(deterministic=True)
 
@@ -227,9 +226,7 @@ def read_labels(
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    for number, payload, crc in payloads(path, index, range(index.count)):
-        record = f"record {number} of shard {path}"
-        example = _parse(payload, crc)
+    for number, record, example in examples(path, index, range(index.count)):
         if example is None:
             faults.append(f"{record} is damaged (checksum mismatch)")
             continue
@@ -261,8 +258,7 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
     """
     groups: list[str] = []
     for shard in split.shards:
-        for number, payload, _ in payloads(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
-            example, record = example_class().FromString(payload), f"record {number} of shard {shard.path}"
+        for _, record, example in examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
             value = example.features.feature.get(field)
             values: list[Any] = [*value.bytes_list.value, *value.int64_list.value] if value else []
             if len(values) != 1:
