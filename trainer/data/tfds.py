@@ -102,7 +102,8 @@ def _named(data: Data) -> Any:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
     except Exception as error:  # network, checksum, missing extra packages, disk: all end here
-        problem, fix = f"TFDS cannot download and prepare it: {_first_line(error)}", "prepare it with TFDS, then set data.data_dir"
+        problem = f"TFDS cannot download and prepare it: {_first_line(error)}"
+        fix = "prepare it with TFDS elsewhere, and set data.data_dir to its folder"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 
