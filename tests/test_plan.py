@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from tests.cli.verbs import exit_code_of
-from tests.data.pictures import fill_folder
+from tests.data.images import fill_folder
 from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose

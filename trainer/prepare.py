@@ -1,8 +1,7 @@
 """`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords.
 
-Takes the configuration of a run (`data.*`, `seed`, `debug.max_examples`, `runtime.cache_dir` and `.progress` matter)
-and writes the splits in TFDS's folder format; read them with `data=tfds data.root=FOLDER`, or with
-`tfds.builder_from_directory`.
+Takes the configuration of a run (of which `data.*`, `seed`, `debug.max_examples` and `runtime.*` matter) and writes
+the splits in TFDS's folder format; read them with `data=tfds data.root=FOLDER`, or `tfds.builder_from_directory`.
 """
 
 import os
@@ -12,7 +11,7 @@ import sys
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # the imports below take seconds
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
@@ -26,7 +25,7 @@ from trainer.monitoring.log import last_words
 
 
 def _end(number: int, _frame: object) -> None:
-    """End at a signal: shards that are there stay, and the processes that write others end with this one."""
+    """Exit on a signal: finished shards stay, and the processes that write others end with this one."""
     reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
     last_words(f"interrupted: {reason}")
     termination.leave(INTERRUPTED, reason)
@@ -41,7 +40,7 @@ def main() -> None:
         if composed is None:  # --cfg
             return
         if "output" not in own:
-            raise ConfigError(f"say once where to write: {usage(__doc__)}")
+            raise ConfigError("is missing", key="output", fix=f"type {usage(__doc__)}")
         config = load(composed)
         configure_log(config.runtime)
         part = part_of_job(os.environ)

@@ -1,50 +1,61 @@
-"""TFRecord shards: what is written, what TFDS and TensorFlow read, and what damage is called."""
+"""TFRecord shards: their content, reading them with TFDS and TensorFlow, and errors of damaged ones."""
 
 import gzip
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.pictures import fill_folder, picture
-from trainer.data.records import RecordAt, frame, index_shard, read_image, read_labels, serialize
-from trainer.data.tfds_folder import MANIFEST
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from tests.data.images import fill_folder, noise
+from tests.errors import raises
+from trainer.data.records import frame, index_shard, read_image, read_labels, records_of, serialize
+from trainer.data.tfds_folder import MANIFEST, ShardEntry
+from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
+from trainer.types import Shard, Split
 
 CLASSES = ("cat", "dog")
-
-
-def count_records(path: Path) -> int:
-    index = index_shard(path)
-    if index.fault:
-        raise DataError(index.fault)
-    return index.count
+Examples = list[tuple[ImageSource, int]]
 
 
 def write_shard(path: Path, payloads: list[bytes]) -> Path:
-    path.write_bytes(b"".join(piece for p in payloads for piece in (frame(p)[0], p, frame(p)[1])))
+    path.write_bytes(b"".join(map(frame, payloads)))
     return path
 
 
-def small_set(root: Path, count: int = 12) -> list[tuple[Path, int]]:
-    fill_folder(root, dict.fromkeys(CLASSES, count // 2))
+def write(out: Path, examples: Sequence[tuple[ImageSource, int]], **options: Any) -> list[ShardEntry]:
+    return write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
+
+
+def images(path: Path, field: str = "image") -> list[bytes]:
+    count = index_shard(path).count
+    split = Split("train", np.zeros(count, np.int32), shards=(Shard(str(path), count, 0, count),), image_field=field)
+    return [read_image(record) for record in records_of(split)]
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Examples:
+    """Six images of each class."""
+    root = fill_folder(tmp_path / "photos", dict.fromkeys(CLASSES, 6))
     return [(path, CLASSES.index(path.parent.name)) for path in sorted(root.glob("*/*"))]
 
 
 def test_tensorflow_reads_our_records_and_examples(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    payloads = [serialize(picture(i), i) for i in range(3)]
+    payloads = [serialize(noise(i), i) for i in range(3)]
     path = write_shard(tmp_path / "a.tfrec", payloads)
     records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
     assert records == payloads
     example = tf.train.Example.FromString(records[2])
-    assert example.features.feature["image"].bytes_list.value[0] == picture(2)
+    assert example.features.feature["image"].bytes_list.value[0] == noise(2)
     assert example.features.feature["label"].int64_list.value[0] == 2
     assert example.SerializeToString(deterministic=True) == records[2]
 
@@ -62,16 +73,13 @@ def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
     with tf.io.TFRecordWriter(path) as writer:
         for _ in range(5):
             writer.write(payload)
-    index = index_shard(path)
-    assert count_records(path) == index.count == 5
-    assert read_labels(path, index, "class", "photo", 2)[0].tolist() == [1] * 5
-    assert read_image(RecordAt(path, 4, int(index.offsets[4]), int(index.lengths[4]), "photo")) == b"bytes"
+    assert read_labels(path, index_shard(path), "class", "photo", 2)[0].tolist() == [1] * 5
+    assert images(Path(path), "photo") == [b"bytes"] * 5
 
 
-def test_tfds_reads_what_is_written(tmp_path: Path) -> None:
+def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
     import tensorflow_datasets as tfds
 
-    examples = small_set(tmp_path / "photos")
     photos = LabelledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
     manifest = write_dataset(tmp_path / "out", photos, WriteOptions(shards=2))
     builder = tfds.builder_from_directory(tmp_path / "out")
@@ -95,181 +103,157 @@ def test_tfds_reads_what_is_written(tmp_path: Path) -> None:
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
-def test_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
-    examples, seen = small_set(tmp_path / "photos"), []
-    images = LabelledImages("x", CLASSES, {"train": examples})
-    one = write_dataset(tmp_path / "one", images, WriteOptions(shards=3))
-    options = WriteOptions(shards=3, workers=2)
-    two = write_dataset(tmp_path / "two", images, options, progress=lambda *p: seen.append(p))
+def test_processes_write_the_same_bytes_as_one(tmp_path: Path, examples: Examples) -> None:
+    seen: list[tuple[int, int]] = []
+    dataset = LabelledImages("x", CLASSES, {"train": examples})
+    one = write(tmp_path / "one", examples, shards=3)
+    two = write_dataset(tmp_path / "two", dataset, WriteOptions(3, workers=2), lambda *counts: seen.append(counts))
     assert one == two
     assert seen[-1] == (12, 12)
     assert [e.file for e in one] == [f"x-train.tfrecord-0000{i}-of-00003" for i in range(3)]
 
 
-def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
-    examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    before = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
+def test_finished_shards_are_not_written_again(tmp_path: Path, examples: Examples) -> None:
+    out = tmp_path / "out"
+    before = write(out, examples, shards=3)
     shards = [out / entry.file for entry in before]
-    kept = [path.stat().st_mtime_ns for path in shards]
+    times = [path.stat().st_mtime_ns for path in shards]
     damaged = bytearray(shards[1].read_bytes())
     damaged[100] ^= 1
     shards[1].write_bytes(bytes(damaged))  # as after a torn write: same size, another checksum
     (out / ".x-train.tfrecord-00002-of-00003.0a1b.tmp").write_bytes(b"half a shard")
-    assert write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3)) == before
-    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, kept, strict=True)] == [True, False, True]
+    assert write(out, examples, shards=3) == before
+    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times, strict=True)] == [True, False, True]
     assert google_crc32c.value(shards[1].read_bytes()) == int(before[1].crc32c, 16)
     assert not list(out.glob(".*"))
+    examples[0] = (examples[0][0], 1)  # another label
+    after = write(out, examples, shards=3)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True]
 
 
-def test_a_run_that_dies_leaves_what_it_finished_and_no_dataset(tmp_path: Path) -> None:
-    examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
+def test_an_interrupted_write_leaves_finished_shards_and_no_dataset(tmp_path: Path, examples: Examples) -> None:
+    out = tmp_path / "out"
 
-    def die(done: int, _total: int) -> None:
+    def interrupt(done: int, _total: int) -> None:
         if done >= 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), progress=die)
+        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), interrupt)
     assert not (out / "dataset_info.json").exists()
     first = out / "x-train.tfrecord-00000-of-00003"
     time = first.stat().st_mtime_ns
-    manifest = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
+    manifest = write(out, examples, shards=3)
     assert first.stat().st_mtime_ns == time
     assert (out / "dataset_info.json").exists()
-    assert manifest == write_dataset(
-        tmp_path / "whole", LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3)
-    )
+    assert manifest == write(tmp_path / "whole", examples, shards=3)
 
 
-def test_a_changed_label_is_written_again(tmp_path: Path) -> None:
-    examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    before = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
-    examples[0] = (examples[0][0], 1)
-    after = write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3))
-    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True]
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError) as error:
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}))
-    assert str(error.value) == (
-        f"{out} holds other files (thesis.txt); give an empty folder, or one where the same dataset was begun"
-    )
-    with pytest.raises(DataError) as error:
-        write_dataset(out / "thesis.txt", LabelledImages("x", CLASSES, {"train": examples}))
-    assert str(error.value) == f"{out}/thesis.txt cannot be written to: File exists; give an empty folder"
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, examples: Examples) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with raises(DataError, "output", str(tmp_path), "set an empty folder", r"other files \(photos, thesis.txt\)"):
+        write(tmp_path, examples)
+    with raises(DataError, "output", f"{tmp_path}/thesis.txt", "set an empty folder", r"written to \(File exists\)"):
+        write(tmp_path / "thesis.txt", examples)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")])
-def test_jpeg_and_png_bytes_are_kept(tmp_path: Path, kind: str, mode: str) -> None:
-    image = picture(1, kind, mode)
-    (entry,) = write_dataset(tmp_path, LabelledImages("x", CLASSES, {"train": [(image, 0)]}))
-    path = str(tmp_path / entry.file)
-    index = index_shard(path)
-    assert read_image(RecordAt(path, 0, int(index.offsets[0]), int(index.lengths[0]), "image")) == image
+def test_jpeg_and_png_bytes_are_unchanged(tmp_path: Path, kind: str, mode: str) -> None:
+    image = noise(1, kind, mode)
+    (entry,) = write(tmp_path, [(image, 0)])
+    assert images(tmp_path / entry.file) == [image]
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF"])
 def test_other_formats_become_png_without_loss(tmp_path: Path, kind: str) -> None:
-    image = picture(1, kind)
-    (entry,) = write_dataset(tmp_path, LabelledImages("x", CLASSES, {"train": [(image, 0)]}))
-    path = str(tmp_path / entry.file)
-    index = index_shard(path)
-    stored = Image.open(
-        io.BytesIO(read_image(RecordAt(path, 0, int(index.offsets[0]), int(index.lengths[0]), "image")))
-    )
+    image = noise(1, kind)
+    (entry,) = write(tmp_path, [(image, 0)])
+    (content,) = images(tmp_path / entry.file)
+    stored = Image.open(io.BytesIO(content))
     assert stored.format == "PNG"
     assert stored.convert("RGB").tobytes() == Image.open(io.BytesIO(image)).convert("RGB").tobytes()
 
 
-def test_damaged_images_are_named_or_skipped(tmp_path: Path) -> None:
-    examples, out = small_set(tmp_path / "photos"), tmp_path / "out"
-    for path, _ in (examples[1], examples[7]):
+def test_damaged_images_are_named_or_skipped(tmp_path: Path, examples: Examples) -> None:
+    out, damaged = tmp_path / "out", [Path(str(examples[i][0])) for i in (1, 7)]
+    for path in damaged:
         path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(DataError) as error:
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2))
-    lines = str(error.value).splitlines()
-    assert lines[0] == "2 images cannot be decoded; repair or remove them, or set data.on_error=skip:"
-    assert lines[1].startswith(f"  {examples[1][0]}: ")
-    assert lines[2].startswith(f"  {examples[7][0]}: ")
+    problem = rf"2 images cannot be decoded:\n  {damaged[0]}: .*\n  {damaged[1]}: "
+    with raises(DataError, fix="data.on_error=skip", problem=problem):
+        write(out, examples, shards=2)
     assert not (out / "dataset_info.json").exists()
-    manifest = write_dataset(
-        out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2, on_error="skip")
-    )
+    manifest = write(out, examples, shards=2, on_error="skip")
     assert [entry.count for entry in manifest] == [5, 5]
-    assert str(examples[1][0]) in manifest[0].skipped[0]
-    with pytest.raises(DataError, match="2 images cannot be decoded"):  # the finished shards do not hide them
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=2))
+    assert str(damaged[0]) in manifest[0].skipped[0]
+    with raises(DataError, problem=problem):  # the finished shards do not hide them
+        write(out, examples, shards=2)
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as error:
-        write_dataset(tmp_path / "out", LabelledImages("x", CLASSES, {"train": [(tmp_path / "gone.jpg", 0)]}))
-    assert str(error.value) == f"{tmp_path}/gone.jpg cannot be read: No such file or directory"
+    with raises(DataError, fix="exists", problem=f"^{tmp_path}/gone.jpg cannot be read: No such file or directory"):
+        write(tmp_path / "out", [(tmp_path / "gone.jpg", 0)])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 400])
 def test_a_truncated_shard_is_named_with_the_record(tmp_path: Path, cut: int) -> None:
-    path = write_shard(tmp_path / "a.tfrec", [serialize(picture(i), 0) for i in range(4)])
-    assert count_records(path) == 4
+    path = write_shard(tmp_path / "a.tfrec", [serialize(noise(i), 0) for i in range(4)])
     os.truncate(path, path.stat().st_size - cut)
-    with pytest.raises(DataError) as error:
-        count_records(path)
-    assert str(error.value) == (
-        f"shard {path} is truncated: it ends inside record 3, {cut} bytes early; "
-        "fetch or write it again, or set data.on_error=skip to use the records before it"
-    )
-    assert index_shard(path).count == 3
+    index = index_shard(path)
+    assert index.fault == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
+    assert index.count == 3
 
 
 def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tfrec", [b"x" * 50] * 3)
     content = path.read_bytes()
     path.write_bytes(content[: 2 * 66 + 5])
-    with pytest.raises(DataError, match=r"a\.tfrec is truncated: it ends inside record 2, 7 bytes early"):
-        count_records(path)
+    assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).fault)
     path.write_bytes(content[:66] + b"\xff" + content[67:])
-    with pytest.raises(DataError, match=r"a\.tfrec is damaged at the head of record 1: fetch or write it again"):
-        count_records(path)
+    assert "is damaged at the header of record 1" in str(index_shard(path).fault)
 
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrec"
-    advice = "uncompressed TFRecord files of tf.train.Example are read"
-    path.write_bytes(b"something else entirely")
-    with pytest.raises(DataError) as error:
-        count_records(path)
-    assert str(error.value) == f"shard {path} is no TFRecord file; {advice}"
-    path.write_bytes(gzip.compress(b"something"))
-    with pytest.raises(DataError) as error:
-        count_records(path)
-    assert str(error.value) == f"shard {path} is gzip-compressed; {advice}"
-    with pytest.raises(DataError) as error:
-        count_records(tmp_path / "gone")
-    assert str(error.value) == f"shard {tmp_path}/gone cannot be read: No such file or directory"
+    for content, problem in ((b"something else entirely", "is no TFRecord file"), (gzip.compress(b"x"), "is gzip")):
+        path.write_bytes(content)
+        with raises(DataError, fix="an uncompressed TFRecord file", problem=f"shard {path} {problem}"):
+            index_shard(path)
     path.write_bytes(b"")
-    assert count_records(path) == 0
+    assert index_shard(path).count == 0
+    path.unlink()
+    with raises(DataError, problem=f"{path} cannot be read: No such file or directory"):
+        index_shard(path)
 
 
-def test_wrong_labels_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("label", "image", "key", "fix", "problem"),
+    [
+        (
+            "class",
+            "image",
+            "label_field",
+            r"image \(bytes\), label \(int64\)",
+            "record 0 of shard {} has no such field",
+        ),
+        (
+            "label",
+            "photo",
+            "image_field",
+            r"image \(bytes\), label \(int64\)",
+            "record 0 of shard {} has no image bytes",
+        ),
+        (
+            "image",
+            "image",
+            "label_field",
+            r"image \(bytes\), label \(int64\)",
+            "record 0 of shard {} has not one int64",
+        ),
+        ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
+    ],
+)
+def test_wrong_labels_are_named(tmp_path: Path, label: str, image: str, key: str, fix: str, problem: str) -> None:
     path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), serialize(b"image", 7)]))
-    index, has = index_shard(path), "it has image (bytes), label (int64)"
-
-    def message(label: str, image: str) -> str:
-        with pytest.raises(DataError) as error:
-            read_labels(path, index, label, image, 5)
-        return str(error.value)
-
-    assert message("class", "image") == f"record 0 of shard {path} has no field 'class'; {has}: set data.label_field"
-    assert message("label", "photo") == (
-        f"record 0 of shard {path} has no image bytes in the field 'photo'; {has}: set data.image_field"
-    )
-    assert message("image", "image") == (
-        f"the label field 'image' of record 0 of shard {path} is not one int64; {has}: set data.label_field"
-    )
-    assert message("label", "image") == (
-        f"the label 7 in the field 'label' of record 1 of shard {path} is outside 0..4: there are 5 class names"
-    )
+    value = image if key == "image_field" else label
+    with raises(DataError, f"data.{key}", value, fix, problem.format(path)):
+        read_labels(path, index_shard(path), label, image, 5)

@@ -9,21 +9,21 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tests.data.pictures import picture
-from tests.data.test_open import CLASSES, opened, refusal, write_records
-from trainer.config.schema import Data, load
-from trainer.data.open import open_dataset
+from tests.data.images import noise
+from tests.data.test_open import CLASSES, opened, write_records
+from tests.errors import raises
+from trainer.config.schema import load
 from trainer.data.prepare import prepare
 from trainer.data.records import read_groups
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.types import Shard, Split
 
 SITES = ("north", "south")
-ANY = {"model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}  # of no matter here
+REST = {"model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}  # of no matter here
 
 
 def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 2) -> Path:
-    """A TFDS folder as TFDS itself would prepare it: image, label, a text, a number, a named number and a share.
+    """A TFDS folder as TFDS itself would prepare it: image, label, a text, a number, a named number and a float.
 
     Example k (counted over the splits) has label k % 3, camera "a", "b" or "a b", ward k % 4, site k % 2.
     """
@@ -46,7 +46,7 @@ def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 
         "camera": tfds.features.Text(),
         "ward": tfds.features.Scalar(np.int64),
         "site": tfds.features.ClassLabel(names=list(SITES)),
-        "share": tfds.features.Scalar(np.float32),
+        "quality": tfds.features.Scalar(np.float32),
     }
     tfds.folder_dataset.write_metadata(
         data_dir=root, features=features, split_infos=infos, filename_template=template, version="1.0.0",
@@ -67,8 +67,8 @@ def _record(k: int) -> bytes:
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
     feature = {
-        "image": text(picture(k)), "label": number(k % 3), "camera": text(camera(k).encode()), "ward": number(k % 4),
-        "site": number(k % 2), "share": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5])),
+        "image": text(noise(k)), "label": number(k % 3), "camera": text(camera(k).encode()), "ward": number(k % 4),
+        "site": number(k % 2), "quality": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5])),
     }  # fmt: skip
     return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
@@ -94,82 +94,70 @@ def test_a_field_of_text_numbers_or_names_gives_each_test_example_its_group(
     assert plain.fingerprint == dataset.fingerprint
 
 
-def test_the_groups_of_validation_where_there_is_no_test_split_and_of_what_is_left(
-    tmp_path: Path, clinic: Path
-) -> None:
-    dataset = opened(tmp_path, source="tfds", root=str(clinic), group_field="ward", test_split="train[:0%]+train[20:]",
-                     train_split="train[:10]", validation_split="train[10:20]", max_examples=6)  # fmt: skip
+def test_groups_follow_the_examples_that_max_examples_selects(tmp_path: Path, clinic: Path) -> None:
+    splits = {"train_split": "train[:10]", "validation_split": "train[10:20]", "test_split": "train[:0%]+train[20:]"}
+    dataset = opened(tmp_path, source="tfds", root=str(clinic), group_field="ward", max_examples=6, **splits)
     split = dataset.splits["test"]
-    numbers = [shard.start + 15 * ("00001-of" in shard.path) for shard in split.shards for _ in (0,)]
-    assert split.count == 6
-    assert split.groups is not None
-    assert len(split.groups) == 6
-    assert split.groups[0] == str(numbers[0] % 4)
+    numbers = [n + 15 * ("00001-of" in s.path) for s in split.shards for n in range(s.start, s.stop)]
+    assert split.count == len(numbers) == 6
+    assert split.groups == tuple(str(number % 4) for number in numbers)
 
 
 def test_tfrecord_patterns_have_groups_too(tmp_path: Path, clinic: Path) -> None:
-    dataset = opened(
-        tmp_path, source="tfrecords", pattern=f"{clinic}/clinic-train*", class_names=CLASSES, group_field="camera",
-        validation_fraction=0.5,
-    )  # fmt: skip
+    data = {"source": "tfrecords", "pattern": f"{clinic}/clinic-train*", "class_names": CLASSES}
+    dataset = opened(tmp_path, **data, group_field="camera", validation_fraction=0.5)
     assert dataset.splits["validation"].groups == tuple(camera(k) for k in range(15))
+    with raises(DataError, "data.group_field", "nothing", problem="has not one text or whole number there"):
+        opened(tmp_path, **data, group_field="nothing")
 
 
-def test_what_is_no_group_is_named(tmp_path: Path, clinic: Path) -> None:
-    data: dict[str, Any] = {"source": "tfds", "root": str(clinic)}
-    assert refusal(tmp_path, **data, group_field="sites") == (
-        "clinic has no feature 'sites' for data.group_field (it has camera, image, label, share, site, ward; "
-        "python -m trainer.prepare keeps image and label, and a group field that it is told of). Did you mean site?"
-    )
-    assert refusal(tmp_path, **data, group_field="share") == (
-        f"data.group_field=share: record 0 of shard {clinic}/clinic-test.tfrecord-00000-of-00002 has not one text or "
-        "whole number there; it has camera (bytes), image (bytes), label (int64), share (float), site (int64), "
-        "ward (int64)"
-    )
-    patterns: dict[str, Any] = {"source": "tfrecords", "pattern": f"{clinic}/*.tfrecord*", "class_names": CLASSES}
-    assert "has not one text or whole number there" in refusal(tmp_path, **patterns, group_field="nothing")
+def test_fields_without_groups_are_named(tmp_path: Path, clinic: Path) -> None:
     prepared = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10})
-    assert "(it has image, label; python -m trainer.prepare keeps image and label, and a group field" in refusal(
-        tmp_path, source="tfds", root=str(prepared), group_field="site"
-    )
+    listed = r"camera \(bytes\), image \(bytes\), label \(int64\), quality \(float\)"
+    for root, field, fix, problem in (
+        (clinic, "sites", "set data.group_field=site$", "no such feature; it has camera, image, label, quality, site"),
+        (clinic, "quality", listed, f"record 0 of shard {clinic}/clinic-test.tfrecord-00000-of-00002 has not one text"),
+        (prepared, "site", "python -m trainer.prepare", "pets has no such feature; it has image, label"),
+    ):
+        with raises(DataError, "data.group_field", field, fix, problem):
+            opened(tmp_path, source="tfds", root=str(root), group_field=field)
 
 
 @pytest.mark.parametrize("field", ["camera", "ward", "site", "label"])
-def test_a_prepared_dataset_keeps_the_field_in_every_split(tmp_path: Path, clinic: Path, field: str) -> None:
+def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic: Path, field: str) -> None:
     data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
     runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
-    prepare(load({**ANY, "data": data, "runtime": runtime}), str(tmp_path / "out"))
-    before = open_dataset(Data(**data), seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
-    again = Data(source="tfds", root=str(tmp_path / "out"), group_field=field)
-    after = open_dataset(again, seed=1, cache_dir=tmp_path, max_examples=None, note=print, all_groups=True)
+    prepare(load({**REST, "data": data, "runtime": runtime}), str(tmp_path / "out"))
+    before = opened(tmp_path, **data, all_groups=True)
+    again = {**data, "root": str(tmp_path / "out")}
+    after = opened(tmp_path, **again, all_groups=True)
     assert set(after.splits) == {"train", "validation", "test"}
     for name, split in after.splits.items():
         assert split.groups is not None
         pairs = Counter(zip(split.groups, split.labels.tolist(), strict=True))
         source = before.splits[name]
         assert pairs == Counter(zip(source.groups or (), source.labels.tolist(), strict=True))
-    scored = opened(tmp_path, source="tfds", root=str(tmp_path / "out"), group_field=field)
+    scored = opened(tmp_path, **again)
     assert scored.splits["test"].groups == after.splits["test"].groups
     assert scored.splits["train"].groups is None
 
 
 def test_a_field_that_prepared_records_need_is_refused(tmp_path: Path, clinic: Path) -> None:
-    data = {"source": "tfrecords", "pattern": f"{clinic}/*", "class_names": ["a", "b", "c"], "label_field": "ward",
-            "group_field": "label"}  # fmt: skip
-    with pytest.raises(ConfigError, match="group_field=label: prepared records call the image image and the class"):
-        prepare(load({**ANY, "data": data}), str(tmp_path / "out"))
+    names = {"class_names": ["a", "b", "c"], "label_field": "ward", "group_field": "label"}
+    config = load({**REST, "data": {"source": "tfrecords", "pattern": f"{clinic}/*", **names}})
+    with raises(ConfigError, "data.group_field", "label", "set another field", "under image and label"):
+        prepare(config, str(tmp_path / "out"))
 
 
-def test_a_field_with_a_value_an_example_is_no_group(tmp_path: Path) -> None:
+def test_a_field_with_a_value_per_example_is_no_group(tmp_path: Path) -> None:
     path = str(tmp_path / "a.tfrec")
     with tf.io.TFRecordWriter(path) as writer:
         for k in range(120):
             value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[f"patient {k:03d}".encode()]))
             writer.write(tf.train.Example(features=tf.train.Features(feature={"who": value})).SerializeToString())
     split = Split("test", np.zeros(120, np.int32), shards=(Shard(path, 120, 0, 120),))
-    with pytest.raises(
-        Exception, match="who has 120 different values among the 120 test examples, such as 'patient 000'"
-    ):
+    problem = "120 different values among the 120 test examples, such as 'patient 000'"
+    with raises(DataError, "data.group_field", "who", "at most 100", problem):
         read_groups(split, "who")
     few = Split("test", np.zeros(3, np.int32), shards=(Shard(path, 120, 5, 7), Shard(path, 120, 9, 10)))
     assert read_groups(few, "who") == ("patient 005", "patient 006", "patient 009")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.pictures import fill_folder
+from tests.data.images import fill_folder
 from tests.e2e.running import ROOT, assert_same_run, catches
 from tests.hosts.network import needs_root
 from tests.k8s.cluster import STORAGE, Cluster

@@ -1,4 +1,4 @@
-"""Memory and processors that this process may use; a container's limits count, not the host's size."""
+"""Memory and processors that this process may use, by the limits of the container (cgroup) and of the machine."""
 
 import contextlib
 import mmap
@@ -10,18 +10,17 @@ import numpy as np
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def _number(file: Path) -> int | None:
+def _numbers(file: Path) -> list[int]:
     try:
-        return int(file.read_text().split()[0])
-    except (OSError, ValueError, IndexError):  # absent, or "max"
-        return None
+        return [int(text) for text in file.read_text().split()]
+    except (OSError, ValueError):  # the file is missing, or holds "max"
+        return []
 
 
 def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Bytes of memory: the machine's, or the container's limit (cgroup v2 or v1) where that is less."""
+    """Bytes of memory: of the machine, or the container's limit (cgroup v2 or v1) if that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [_number(cgroup / "memory.max"), _number(cgroup / "memory" / "memory.limit_in_bytes")]
-    return min([machine, *(limit for limit in limits if limit is not None)])
+    return min([machine, *_numbers(cgroup / "memory.max"), *_numbers(cgroup / "memory" / "memory.limit_in_bytes")])
 
 
 def memory_budget_default(cgroup: Path = CGROUP) -> int:
@@ -30,21 +29,18 @@ def memory_budget_default(cgroup: Path = CGROUP) -> int:
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """Processors this process may keep busy, at least 1: its affinity and its container's quota, rounded up."""
+    """Processors this process may use, at least 1: its affinity and its container's quota, rounded up."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = _number(cgroup / "cpu" / "cpu.cfs_quota_us"), _number(cgroup / "cpu" / "cpu.cfs_period_us")
-    with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-        quota, period = (int(word) for word in (cgroup / "cpu.max").read_text().split())
-    if quota and period and quota > 0:
-        cpus = min(cpus, -(-quota // period))
-    return max(cpus, 1)
+    v1 = [number for name in ("quota", "period") for number in _numbers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
+    quota = _numbers(cgroup / "cpu.max") or v1  # microseconds per period, and the period; -1 or "max" is no quota
+    return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
 
 
 def fresh_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros on pages of their own: aligned as DLPack wants them, and counted against the process only once written."""
+    """Zeros in newly mapped pages: aligned for DLPack, and part of the process' memory only once written."""
     size = int(np.prod(shape)) * dtype.itemsize
     content = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            content.madvise(mmap.MADV_HUGEPAGE)  # else the first write to every 4 KB costs more than what it writes
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            content.madvise(mmap.MADV_HUGEPAGE)  # faster: the first write to each 4 KB page costs more than its data
     return np.frombuffer(content, dtype).reshape(shape)

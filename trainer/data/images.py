@@ -22,7 +22,7 @@ from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, Read, block_reads, sequence_blocks
 from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
-from trainer.data.splits import PARTS
+from trainer.data.splits import SPLITS
 from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
@@ -313,7 +313,7 @@ def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once
     """The caches that a run would use for the decoded images of each split, of side `size` pixels."""
     plans: dict[str, CachePlan] = {}
     memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
-    for name in [part for part in PARTS if part in dataset.splits]:
+    for name in [part for part in SPLITS if part in dataset.splits]:
         once = name == "train" and train_once
         plan = plan_image_cache(config.data.cache, image_bytes(dataset.splits[name], size), memory, disk, once)
         memory -= plan.bytes if plan.where == "memory" else 0

@@ -1,13 +1,13 @@
-"""Any data that a run can read, written as sharded TFRecords in TFDS's folder format."""
+"""Write the dataset of a configuration as sharded TFRecords in TFDS's folder format."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from trainer.config.schema import RunConfig
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
-from trainer.data.records import RecordAt, index_shard
+from trainer.data.records import records_of
 from trainer.data.remote import local_copies
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
@@ -16,82 +16,64 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import written_images
 from trainer.storage.path import storage_path
-from trainer.types import Split
 
 
 def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
+    """Write the dataset that the configuration names into `output`; a restart continues an interrupted one.
 
-    Of `part` (i, n) only every n-th shard is written; the part that finds all shards there finishes the dataset.
+    With `part` (i, n) it writes every n-th shard, from the i-th on; the part that completes them finishes the dataset.
 
     Raises:
-        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), or `output` is taken.
+        DataError: the data cannot be read, an image cannot be decoded (on_error=fail), or `output` has other files.
     """
     field = config.data.group_field
     if field in ("image", "label") and field != config.data.label_field:
-        raise ConfigError(f"data.group_field={field}: prepared records call the image image and the class label")
+        problem, fix = "prepared records store the image and the class under image and label", "set another field"
+        raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
+    cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
+    data = local_copies(config, log.info, lambda _address: health.progress())[0].data
     dataset = open_dataset(
-        local_copies(config, log.info, lambda _address: health.progress())[0].data,
-        seed=config.seed,
-        cache_dir=config.runtime.cache_folder,
-        max_examples=config.debug.max_examples,
-        note=log.info,
-        all_groups=field is not None,
+        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, note=log.info, all_groups=field is not None
     )
     splits, groups = {}, {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard holds every class
-        order = np.random.default_rng([config.data.split_seed, split.count]).permutation(split.count)
-        splits[name] = _examples(split, order)
+        order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
+        sources: Sequence[ImageSource] = split.files or records_of(split)
+        splits[name] = [(sources[i], int(split.labels[i])) for i in order]
         groups[name] = [split.groups[i] for i in order] if split.groups else []
-    options = WriteOptions(
-        shards=config.data.shards,
-        workers=config.runtime.data_threads or usable_cpus(),
-        on_error=config.data.on_error,
-        scratch=config.runtime.cache_folder / "prepared",
-    )
+    workers = config.runtime.data_threads or usable_cpus()
+    options = WriteOptions(data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part)
     target = storage_path(output)
+    group_field = field if field != "label" else None  # every record has a label, which can also be the group
+    images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)
     with written_images(config.runtime.progress) as progress:
-        group_field = field if field != "label" else None  # every record has a label, and can be grouped by it
-        images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)
-        entries = write_dataset(target, images, options, progress=progress, part=part)
+        entries = write_dataset(target, images, options, progress)
     if entries is None:
-        _say_at_the_end(f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset")
-        return
-    for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
-        log.info(f"skipped {fault}")
-    _say_at_the_end(
-        f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
-        f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: python -m trainer "
-        f"data=tfds data.root={target}"
-    )
+        outcome = f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset"
+    else:
+        for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
+            log.info(f"skipped {fault}")
+        outcome = (
+            f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
+            f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
+            f"python -m trainer data=tfds data.root={target}"
+        )
+    log.info(outcome)
+    termination.outcome(outcome)
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The index of this pod and the number of pods: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job."""
-    try:
-        pods = int(environment.get("WORKER_COUNT") or 1)
-        index = int(environment.get("JOB_COMPLETION_INDEX") or 0)
-    except ValueError:
-        raise ConfigError("JOB_COMPLETION_INDEX and WORKER_COUNT must be whole numbers") from None
+    """Return the index of this pod and the number of pods: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job.
+
+    Raises:
+        ConfigError: one of them is no whole number, or the index is not below the number of pods.
+    """
+    values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
+    for key, value in values.items():
+        if not value.strip().isdecimal():
+            raise ConfigError("is no whole number", key=key, value=value, fix="set a whole number in the manifest")
+    index, pods = map(int, values.values())
     if not 0 <= index < pods:
-        raise ConfigError(
-            f"JOB_COMPLETION_INDEX={index} is none of 0..{pods - 1}: set WORKER_COUNT to the Job's completions"
-        )
+        problem, fix = f"is not in 0..{pods - 1}", "set WORKER_COUNT to the completions of the Job"
+        raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=index, fix=fix)
     return index, pods
-
-
-def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
-    sources: list[ImageSource] = list(split.files)
-    if not sources:
-        index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
-        sources = [
-            RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
-            for s in split.shards
-            for n in range(s.start, s.stop)
-        ]
-    return [(sources[i], int(split.labels[i])) for i in order]
-
-
-def _say_at_the_end(text: str) -> None:
-    log.info(text)
-    termination.outcome(text)

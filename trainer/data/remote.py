@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from trainer.config.schema import Data, RunConfig
+from trainer.config.schema import Data, RunConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
 from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo
@@ -14,12 +13,11 @@ from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, s
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Where data lies, for a run and for its plan.
+    """Resolve the addresses of the data, for a run and for its plan.
 
     Returns:
-        `data` with a dataset that is named in a bucket given by its folder; and the folder of a bucket whose shards
-        may come while they are used. None: all is copied before the start, as where groups are read, which stand in
-        the records alone.
+        `data`, with data.root set to the folder of a dataset that is named in a bucket; and the bucket folder whose
+        shards may be fetched while they are used, None with data.group_field: groups are stored in the records only.
     """
     if is_remote(data.data_dir) and data.name:
         folder = prepared_folder(str(data.data_dir), data.name)
@@ -28,14 +26,21 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     return data, str(data.root).rstrip("/") if streams else None
 
 
-def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) -> tuple[RunConfig, dict[str, str]]:
-    """The same configuration with local paths for the data and the weights; `check(address)` may raise to leave.
+def local_copies(
+    config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = False
+) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
+    """Copy the data and weights of a configuration from buckets to the local disk.
+
+    Args:
+        check: called with an address while it is copied; may raise to stop.
+        stream: leave the shards of a prepared dataset in the bucket, if `resolve_addresses` allows it.
 
     Returns:
-        it, and the address of each local path.
+        The configuration with local paths; the address of each local path; and the cache that fetches the shards
+        while they are read, None if all is copied.
 
     Raises:
-        DataError, Interrupted: as `trainer.storage.staging.stage`.
+        DataError, Interrupted: as `trainer.storage.staging.stage`; or a shard differs from the manifest.
     """
     runtime = config.runtime
     addresses: dict[str, str] = {}
@@ -47,76 +52,58 @@ def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) ->
         addresses[path] = address.rstrip("/")
         return path
 
-    data, _ = resolve_addresses(config.data)
+    data, address = resolve_addresses(config.data)
+    shards = _open_shards(address, runtime, note, check) if stream and address else None
+    if address and shards:
+        addresses[str(shards.folder)] = address
+        data = data.model_copy(update={"root": str(shards.folder)})
     data = data.model_copy(update={key: local(getattr(data, key)) for key in ("root", "pattern")})
     model = config.model.model_copy(update={"weights": local(config.model.weights)})
-    return config.model_copy(update={"data": data, "model": model}), addresses
-
-
-def copies_ahead(
-    config: RunConfig, note: Note, check: Callable[[str], None]
-) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
-    """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket where
-    `resolve_addresses` says so.
-
-    Returns:
-        the third is the cache that fetches them while they are read, None where everything is here.
-
-    Raises:
-        DataError: as `stage`; or a shard is no longer what the manifest says.
-        Interrupted: as `stage`.
-    """
-    runtime, shards = config.runtime, None
-    data, address = resolve_addresses(config.data)
-    if address and (shards := _open_shards(address, runtime.cache_folder, runtime.disk_budget, note, check)):
-        config = config.model_copy(update={"data": data.model_copy(update={"root": str(shards.folder)})})
-    local, addresses = local_copies(config, note, check)
-    return local, addresses | ({str(shards.folder): str(address)} if shards else {}), shards
+    return config.model_copy(update={"data": data, "model": model}), addresses, shards
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder in a bucket that `python -m trainer.prepare` wrote: its shards, and the files beside them, by name."""
+    """A bucket folder that `python -m trainer.prepare` wrote: its shards, and its other files, by name."""
 
     shards: dict[str, ObjectInfo]
-    beside: dict[str, ObjectInfo]
+    metadata: dict[str, ObjectInfo]
 
 
 def prepared_at(address: str) -> Prepared | None:
-    """The dataset in a folder of a bucket; None where it has no labels file.
+    """The prepared dataset in a bucket folder; None if the folder has no labels file.
 
     Raises:
-        DataError: a shard is no longer what the manifest says.
+        DataError: a shard is missing, or differs from the manifest.
     """
-    there = {entry.path.name: entry for entry in storage_path(address).list(recursive=False)}
-    if not {MANIFEST, LABELS, INFO} <= there.keys():
+    files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
+    if not {MANIFEST, LABELS, INFO} <= files.keys():
         return None
-    manifest = manifest_of(there[MANIFEST].path.read())
+    manifest = manifest_of(files[MANIFEST].path.read())
     for shard in manifest.values():
-        entry = there.get(shard.file)
-        if entry is None:
-            raise DataError(f"{address}/{shard.file} is gone; prepare the dataset again")
-        if entry.size != shard.bytes or (entry.crc32c is not None and f"{entry.crc32c:08x}" != shard.crc32c):
-            raise DataError(f"{address}/{shard.file} is not what {MANIFEST} says any more; prepare the dataset again")
-    beside = {name: there[name] for name in (*METADATA, MANIFEST, LABELS) if name in there}
-    return Prepared({name: there[name] for name in manifest}, beside)
+        info = files.get(shard.file)
+        if info is None:
+            raise DataError(f"{address}/{shard.file} is missing", fix="prepare the dataset again")
+        if info.size != shard.bytes or (info.crc32c is not None and f"{info.crc32c:08x}" != shard.crc32c):
+            raise DataError(f"{address}/{shard.file} differs from {MANIFEST}", fix="prepare the dataset again")
+    metadata = {name: files[name] for name in (*METADATA, MANIFEST, LABELS) if name in files}
+    return Prepared({name: files[name] for name in manifest}, metadata)
 
 
-def _open_shards(
-    address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[str], None]
-) -> ShardCache | None:
-    """A cache of the shards in a prepared folder, with its metadata beside them; None where it has no labels file."""
+def _open_shards(address: str, runtime: Runtime, note: Note, check: Callable[[str], None]) -> ShardCache | None:
+    """A cache of the shards of a prepared folder, after its metadata is fetched; None if it has no labels file."""
     prepared = prepared_at(address)
     if prepared is None:
         return None
-    shards = ShardCache(address, prepared.shards, cache_dir, budget, note, lambda: check(address), prepared.beside)
-    fetch_missing(address, prepared.beside, shards.folder, note, lambda: check(address))
-    note(f"{address}: {coming(prepared, budget)}, to {shards.folder}")
+    budget, metadata = runtime.disk_budget, prepared.metadata
+    shards = ShardCache(address, prepared.shards, runtime.cache_folder, budget, note, lambda: check(address), metadata)
+    fetch_missing(address, metadata, shards.folder, note, lambda: check(address))
+    note(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
     return shards
 
 
-def coming(prepared: Prepared, budget: int) -> str:
-    """Number and size of shards that come while they are used, as text."""
-    size = sum(entry.size for entry in prepared.shards.values())
+def describe_shards(prepared: Prepared, budget: int) -> str:
+    """Number and size of the shards that are fetched while they are used, as text."""
+    size = sum(info.size for info in prepared.shards.values())
     count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
     return f"{count}, {size / 1e6:,.1f} MB, come while they are used, {min(size, budget) / 1e6:,.1f} MB at a time"

@@ -1,4 +1,4 @@
-"""Datasets that TFDS prepared: by name, or as a folder that holds one version."""
+"""Datasets that TFDS prepared: by name, or the folder of one version."""
 
 import difflib
 import os
@@ -10,47 +10,44 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.splits import Note, RawData, RecordSource, overlap, part_sizes, read_shards, split_of, take, turns
+from trainer.data.splits import RawData, RecordSource, class_rank, overlap, read_shards, split_of, split_sizes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
+from trainer.storage.shard_cache import Note
 from trainer.types import Shard, Split
 
 
-def open_tfds(data: Data, cache_dir: Path, note: Note, arriving: bool = False) -> RawData:
+def open_tfds(data: Data, cache_dir: Path, note: Note, streamed: bool = False) -> RawData:
     """Resolve split strings to record ranges and read their labels.
 
-    A null validation_split means the dataset's own "validation" where there is one, else the last
-    validation_fraction of the training records (one contiguous piece, so that every pass reads only what it needs);
-    where that piece lacks a class, as in records sorted by class, a stratified draw by split_seed instead. A null
-    test_split means "test" where there is one, else test_fraction of the training records in the same way.
+    If validation_split is null, validation is the dataset's own split, else the last validation_fraction of the
+    training records (one range, so that every pass reads only what it needs), else, if a class is missing there as in
+    records sorted by class, a stratified draw by split_seed. The same holds for test.
 
     Raises:
-        DataError: the dataset is not there, not in TFRecords, or has no such split, image or label.
+        DataError: the dataset is missing, not in TFRecords, or has no such split, image or label.
     """
-    builder = _folder(os.path.expanduser(data.root)) if data.root else _named(data)
-    info = builder.info
+    info = (_folder(os.path.expanduser(data.root)) if data.root else _named(data)).info
     kind = info.file_format.value if info.file_format else "tfrecord"
     if kind != "tfrecord":
-        advice = "only tfrecord is read: prepare it with file_format=tfrecord"
-        raise DataError(f"{info.name} is stored as {kind}, and {advice}")
+        raise DataError(f"{info.name} is stored as {kind}", fix="prepare it with file_format=tfrecord")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs = split_specs(data, info.splits)
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
-    classes = len(class_names)
-    source = RecordSource(data.image_field, data.label_field, classes, cache_dir, data.on_error, note, arriving)
+    source = RecordSource(data, len(class_names), cache_dir, note, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, facts, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}
     notes = _check_overlaps(splits, specs)
     if fractions := missing_fractions(data, splits):
-        carved, how = carve(splits["train"], fractions, data.split_seed)
+        carved, reasons = carve(splits["train"], fractions, data.split_seed)
         splits |= carved
-        notes += how
+        notes += reasons
     return RawData(info.name, class_names, splits, facts, skipped, notes, group_names)
 
 
 def split_specs(data: Data, own: Container[str]) -> dict[str, str]:
-    """Split strings by split; a null one means the dataset's own split of that name, where `own` has it."""
+    """Split strings by split; a null one means the dataset's own split of that name, if `own` has it."""
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in own}
 
@@ -65,14 +62,14 @@ def _folder(root: str) -> Any:
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        below = sorted(str(path.parent) for path in Path(root).glob("*/dataset_info.json"))
-        below += sorted(str(path.parent) for path in Path(root).glob("*/*/dataset_info.json"))
-        hint = f"did you mean data.root={below[0]}?" if below else "write one with python -m trainer.prepare"
-        raise DataError(f"data.root={root} holds no prepared dataset (no dataset_info.json in it): {hint}")
+        below = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        fix = f"set data.root={below[0].parent}" if below else "write one with python -m trainer.prepare"
+        raise DataError("holds no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
     except Exception as error:  # TFDS raises what its JSON and protocol readers raise
-        raise DataError(f"data.root={root} is no TFDS folder that can be read: {_first_line(error)}") from None
+        problem = f"TFDS cannot read this folder: {_first_line(error)}"
+        raise DataError(problem, key="data.root", value=root, fix="prepare the dataset again") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -83,137 +80,125 @@ def _named(data: Data) -> Any:
     import tensorflow_datasets as tfds
 
     assert data.name
-    where = os.path.expanduser(data.data_dir) if data.data_dir else None
+    folder = os.path.expanduser(data.data_dir) if data.data_dir else None
+    prepared_in = folder or tfds.core.constants.DATA_DIR
     try:
-        builder = tfds.builder(data.name, data_dir=where)
+        builder = tfds.builder(data.name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)  # the others are asked for over the network
+        known = tfds.list_builders(with_community_datasets=False)  # listing the others takes the network
         close = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], known, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise DataError(
-            f"TFDS knows no dataset {data.name!r}, and none of that name is prepared in "
-            f"{where or tfds.core.constants.DATA_DIR}.{hint}"
-        ) from None
+        fix = f"set data.name={close[0]}" if close else "set a name that TFDS lists, or data.data_dir to its folder"
+        problem = f"no dataset of TFDS has this name, and none is prepared in {prepared_in}"
+        raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
-        raise DataError(f"TFDS cannot open data.name={data.name}: {_first_line(error)}") from None
-    if not builder.info.splits:
-        if not data.download:
-            raise DataError(
-                f"the dataset {data.name} is not prepared in {where or tfds.core.constants.DATA_DIR}: "
-                "set data.download=true to download it, or data.data_dir to where it lies"
-            )
-        try:
-            with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it says nothing for hours
-                builder.download_and_prepare(file_format="tfrecord")
-        except Exception as error:  # network, checksum, missing extra packages, disk: all end here
-            raise DataError(f"TFDS cannot download and prepare {data.name}: {_first_line(error)}") from None
+        problem, fix = f"TFDS cannot open it: {_first_line(error)}", "set a version and config that TFDS lists"
+        raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
+    if builder.info.splits:
+        return builder
+    if not data.download:
+        fix = "set data.download=true to download it, or data.data_dir to its folder"
+        raise DataError(f"is not prepared in {prepared_in}", key="data.name", value=data.name, fix=fix)
+    try:
+        with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
+            builder.download_and_prepare(file_format="tfrecord")
+    except Exception as error:  # network, checksum, missing extra packages, disk: all end here
+        problem = f"TFDS cannot download and prepare it: {_first_line(error)}"
+        fix = "prepare it with TFDS elsewhere, and set data.data_dir to its folder"
+        raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 
 
 def _class_names(info: Any, data: Data) -> tuple[str, ...]:
-    """The names of the label.
-
-    Raises:
-        DataError: the features of image and label are absent or of other kinds.
-    """
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
     shown = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
-    wanted = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
-    for kind, name, expected in wanted:
+    required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
+    for kind, name, expected in required:
         feature = features.get(name)
         named = kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar)
         if isinstance(feature, expected) or named:
             continue
         fitting = [n for n, f in features.items() if isinstance(f, expected)]
-        advice = f"set data.{kind}_field={fitting[0]}" if fitting else f"no feature of it is a {expected.__name__}"
-        what = "has no feature" if feature is None else f"has no {expected.__name__} as"
-        raise DataError(f"{info.name} {what} {name!r} (it has {shown}): {advice}")
+        fix = f"set data.{kind}_field={fitting[0]}" if fitting else f"use a dataset with a feature {expected.__name__}"
+        problem = f"{info.name} has no {expected.__name__} of this name; it has {shown}"
+        raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     return data.class_names or tuple(features[data.label_field].names)
 
 
 def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
-    """The names of the feature that groups examples, where it has some."""
+    """Names of the values of data.group_field, if the feature has some."""
     if not data.group_field:
         return None
     features = dict(info.features)
-    feature = features.get(data.group_field)
-    if feature is None:
+    if data.group_field not in features:
         close = difflib.get_close_matches(data.group_field, list(features), 1)
-        hint = f". Did you mean {close[0]}?" if close else ""
-        raise DataError(
-            f"{info.name} has no feature {data.group_field!r} for data.group_field (it has "
-            f"{', '.join(sorted(features))}; python -m trainer.prepare keeps image and label, and a group field "
-            f"that it is told of){hint}"
-        )
-    return tuple(getattr(feature, "names", None) or ()) or None
+        fix = "set another field, or prepare the data again with data.group_field (python -m trainer.prepare)"
+        fix = f"set data.group_field={close[0]}" if close else fix
+        problem = f"{info.name} has no such feature; it has {', '.join(sorted(features))}"
+        raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
+    return tuple(getattr(features[data.group_field], "names", None) or ()) or None
 
 
-def resolve_split(info: Any, spec: str, part: str) -> list[Shard]:
-    """ "train[:80%]" -> the ranges of its shards, by TFDS's own rules.
+def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
+    """Resolve "train[:80%]" to the ranges of its shards, by TFDS's own rules.
 
     Raises:
-        DataError: there is no such split, or it is empty.
+        DataError: the dataset has no such split, or it is empty.
     """
+    known = ", ".join(f"{split} ({facts.num_examples})" for split, facts in info.splits.items())
+    key, fix = f"data.{name}_split", f"set a split string over {known}"
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError and AssertionError, by the kind of mistake
-        known = ", ".join(f"{name} ({split.num_examples})" for name, split in info.splits.items())
-        raise DataError(
-            f"data.{part}_split={spec}: {info.name} has no such split ({_first_line(error)}); it has {known}"
-        ) from None
+        raise DataError(f"{info.name} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     if not shards:
-        raise DataError(f"data.{part}_split={spec} of {info.name} is empty")
+        raise DataError(f"is empty in {info.name}", key=key, value=spec, fix=fix)
     return shards
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
     for name in ("validation", "test"):
-        if name in splits and (shared := overlap(splits["train"], splits[name])):
-            raise DataError(
-                f"data.train_split={specs['train']} and data.{name}_split={specs[name]} share {shared} examples: "
-                "what is trained on cannot be scored"
-            )
-    if "validation" in splits and "test" in splits and (shared := overlap(splits["validation"], splits["test"])):
-        return [f"validation and test share {shared} examples: the test score also chose the checkpoint"]
+        if name in splits and (common := overlap(splits["train"], splits[name])):
+            problem = f"has {common} examples in common with data.train_split={specs['train']}"
+            fix = "set a split that is not trained on"
+            raise DataError(problem, key=f"data.{name}_split", value=specs[name], fix=fix)
+    if "validation" in splits and "test" in splits and (common := overlap(splits["validation"], splits["test"])):
+        return [f"validation and test have {common} examples in common: the test score also chose the checkpoint"]
     return []
 
 
 def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Take parts out of the training records: the tail where it is a fair sample, else a stratified draw.
+    """Divide the training records: the new splits are their tail, or a stratified draw if the tail is no fair sample.
 
     Returns:
-        The new splits, `train` among them, and what is worth a note.
+        The new splits and what is left of `train`; and notes.
     """
-    count, sizes = train.count, part_sizes(train.count, fractions)
+    count, sizes = train.count, split_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts from the end of an order of the records on, each as ascending positions."""
-        stop, parts = count, {}
+        """Cut the splits off the end of an order of the records, each as ascending positions."""
+        stop, cuts = count, {}
         for name in reversed(fractions):
-            parts[name] = np.sort(order[stop - sizes[name] : stop])
+            cuts[name] = np.sort(order[stop - sizes[name] : stop])
             stop -= sizes[name]
-        return parts | {"train": np.sort(order[:stop])}
+        return cuts | {"train": np.sort(order[:stop])}
 
-    parts = cut(np.arange(count))
-    # A fair sample that would hold three of a class lacks all of them once in twenty draws.
-    expected = {name: classes * len(positions) / count for name, positions in parts.items()}
-    unfair = [
-        name
-        for name, positions in parts.items()
-        if ((np.bincount(train.labels[positions], minlength=len(classes)) == 0) & (expected[name] >= 3)).any()
-        or (name == "train" and set(train.labels.tolist()) - set(train.labels[positions].tolist()))
-    ]
-    notes = []
-    if unfair:
-        turn = (turns(train.labels, seed) + 0.5) / classes[train.labels]  # in 0..1 within each class
-        parts = cut(np.argsort(turn, kind="stable"))
+    def is_unfair(name: str, positions: np.ndarray) -> bool:
+        """True if a class is absent that a fair sample lacks once in twenty draws (three expected examples or more)."""
+        absent = np.bincount(train.labels[positions], minlength=len(classes)) == 0
+        expected = classes * len(positions) / count
+        return bool((absent & ((expected >= 3) | ((name == "train") & (classes > 0)))).any())
+
+    cuts, notes = cut(np.arange(count)), []
+    if any(is_unfair(name, positions) for name, positions in cuts.items()):
+        rank = (class_rank(train.labels, seed) + 0.5) / classes[train.labels]  # in 0..1 within each class
+        cuts = cut(np.argsort(rank, kind="stable"))
         notes.append(
-            f"the tail of the training records lacks classes (they lie sorted), so {' and '.join(fractions)} "
+            f"the tail of the training records lacks classes (they are sorted), so {' and '.join(fractions)} "
             f"{'was' if len(fractions) == 1 else 'were'} drawn record by record with data.split_seed={seed}; shards "
             "written by python -m trainer.prepare read faster, or set data.validation_split"
         )
-    return {name: replace(take(train, positions), name=name) for name, positions in parts.items()}, notes
+    return {name: replace(take(train, positions), name=name) for name, positions in cuts.items()}, notes

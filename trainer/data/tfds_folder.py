@@ -1,4 +1,4 @@
-"""A dataset in TFDS's folder format while it is written, here or in a bucket: shards first, metadata last."""
+"""Write a dataset in TFDS's folder format, on a local disk or in a bucket: shards first, metadata last."""
 
 import io
 import json
@@ -8,31 +8,37 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 
+from trainer.arrays import unpack
 from trainer.errors import DataError
-from trainer.storage.base import StoragePath
+from trainer.storage.base import ObjectInfo, StoragePath
 
 MANIFEST = "kubetune_shards.json"
-LABELS = "kubetune_labels.npz"  # int32 [records] of each shard, by its file name: what saves reading them
-INFO = "dataset_info.json"  # what makes a folder a dataset: written last
+LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard, so that no shard is read for its labels
+INFO = "dataset_info.json"  # makes a folder a dataset: written last
 METADATA = (INFO, "features.json", "label.labels.txt")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A finished shard: a line of the manifest."""
+    """A finished shard: one entry of the manifest."""
 
     file: str
     count: int
     bytes: int
     crc32c: str  # hex, of the whole file
-    made_of: str  # hash of the images (by name, size and time) and labels it was written from
+    made_of: str  # hash of its source images (by name, size and time) and labels
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
-    missing: tuple[int, ...] = ()  # their positions among the images that the shard was to hold
+    missing: tuple[int, ...] = ()  # their positions among the source images
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        lists = {"skipped": tuple(value["skipped"]), "missing": tuple(value.get("missing", ()))}
+        return cls(**{**value, **lists})
 
     @property
     def facts(self) -> str:
@@ -41,52 +47,48 @@ class ShardEntry:
 
 
 class DatasetFolder:
-    """A dataset in the making: shards become visible, each with a small record beside it until the manifest is there.
-
-    Attributes:
-        scratch: the local folder in which shards are written before they are there.
-    """
+    """A dataset that is being written: finished shards are visible, each with a small record until the manifest."""
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
-        self.folder = folder
-        self.scratch = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
+        local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
+        self.folder, self.scratch = folder, local  # shards are written in scratch before they are visible
 
     def make_room(self, expected: set[str]) -> None:
         """Create the folder.
 
         Raises:
-            DataError: it holds anything but an earlier try at the same dataset, or cannot be written to.
+            DataError: it holds anything but an earlier start of the same dataset, or cannot be written to.
         """
         known = {MANIFEST, LABELS, *METADATA} | expected
         ours = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*expected, LABELS, *METADATA)))
+        fix = "set an empty folder, or one where the same dataset was begun"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            if self.folder.is_local:
-                names = [path.name for path in self.scratch.iterdir()]
-            else:
-                names = [entry.path.name for entry in self.folder.list(recursive=False)]
+            files = self.scratch.iterdir() if self.folder.is_local else [info.path for info in self._files()]
+            others = sorted(file.name for file in files if file.name not in known and not file.name.startswith(ours))
         except OSError as error:
-            raise DataError(f"{self.folder} cannot be written to: {error.strerror}; give an empty folder") from None
-        others = sorted(name for name in names if name not in known and not name.startswith(ours))
+            problem = f"cannot be written to ({error.strerror})"
+            raise DataError(problem, key="output", value=str(self.folder), fix=fix) from None
         if others:
-            raise DataError(
-                f"{self.folder} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
-                "give an empty folder, or one where the same dataset was begun"
-            )
+            problem = f"holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+            raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def entries(self) -> dict[str, ShardEntry]:
         """The shards that were written before, by file name."""
-        there = {entry.path.name: entry.path for entry in self.folder.list(recursive=False)}
-        lines = json.loads(there[MANIFEST].read_text()) if MANIFEST in there else []
-        lines += [json.loads(path.read_text()) for name, path in there.items() if _is_record(name)]
-        return {entry.file: entry for entry in map(_entry, lines)}
+        files = {info.path.name: info.path for info in self._files()}
+        values = json.loads(files[MANIFEST].read_text()) if MANIFEST in files else []
+        values += [json.loads(path.read_text()) for name, path in files.items() if _is_record(name)]
+        return {entry.file: entry for entry in map(ShardEntry.from_json, values)}
+
+    def _files(self) -> list[ObjectInfo]:
+        return self.folder.list(recursive=False)
 
     def holds(self, entry: ShardEntry) -> bool:
-        """Whether the shard is there, byte for byte as its record says."""
-        there = (self.folder / entry.file).stat()
-        if there is None or there.size != entry.bytes:
+        """Return whether the shard exists, with the size and checksum of its record."""
+        info = (self.folder / entry.file).stat()
+        if info is None or info.size != entry.bytes:
             return False
-        crc = _crc_of(self.scratch / entry.file) if there.crc32c is None else there.crc32c
+        crc = _crc_of(self.scratch / entry.file) if info.crc32c is None else info.crc32c
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
@@ -106,71 +108,59 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_field: str | None = None,
     ) -> None:
-        """Write the manifest, the labels of each shard (by file name) and the metadata, which names `text_field` beside
-        image and label. Several that do it at the same time write the same bytes.
-        """
+        """Write manifest, labels of each shard by file name, and metadata. Several processes write the same bytes."""
         import tensorflow_datasets as tfds
 
         features: dict[str, Any] = {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "label": tfds.features.ClassLabel(names=list(class_names)),
-        }
-        if text_field:
-            features[text_field] = tfds.features.Text()
+        } | ({text_field: tfds.features.Text()} if text_field else {})
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
         arrays = io.BytesIO()
         np.savez_compressed(arrays, **labels)  # type: ignore[arg-type]
         (self.folder / LABELS).write(arrays.getvalue())
-        with tempfile.TemporaryDirectory() as beside:
-            for entry in manifest:  # TFDS looks only whether shards of these names are there
-                (Path(beside) / str(entry["file"])).touch()
-            template = tfds.core.ShardedFileTemplate(data_dir=beside, dataset_name=name, filetype_suffix="tfrecord")
-            infos = [
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[entry.count for entry in entries],
-                    num_bytes=sum(entry.bytes for entry in entries),
-                    filename_template=template.replace(split=split),
+        with tempfile.TemporaryDirectory() as local:
+            for entry in manifest:  # TFDS checks only that shards of these names exist
+                Path(local, str(entry["file"])).touch()
+            template = tfds.core.ShardedFileTemplate(data_dir=local, dataset_name=name, filetype_suffix="tfrecord")
+            infos = []
+            for split, entries in splits.items():
+                lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
+                names = template.replace(split=split)
+                infos.append(
+                    tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=names)
                 )
-                for split, entries in splits.items()
-            ]
             tfds.folder_dataset.write_metadata(
-                data_dir=beside, features=features, split_infos=infos, filename_template=template, version="1.0.0",
+                data_dir=local, features=features, split_infos=infos, filename_template=template, version="1.0.0",
                 check_data=False,
             )  # fmt: skip
-            for file in sorted(Path(beside).iterdir(), key=lambda file: file.name == INFO):
+            for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
-        for there in self.folder.list(recursive=False):
-            if _is_record(there.path.name):
-                there.path.delete()
+        for info in self._files():
+            if _is_record(info.path.name):
+                info.path.delete()
         if self.folder.is_local:
-            for left in self.scratch.glob(".*.tmp"):
-                left.unlink()
-
-
-def _entry(line: Mapping[str, Any]) -> ShardEntry:
-    """From a line of the manifest, or a record."""
-    return ShardEntry(**{**line, "skipped": tuple(line["skipped"]), "missing": tuple(line.get("missing", ()))})
+            for unfinished in self.scratch.glob(".*.tmp"):
+                unfinished.unlink()
 
 
 def manifest_of(content: bytes | str) -> dict[str, ShardEntry]:
-    """The shards of a manifest by file name; empty where it is no manifest."""
+    """The shards of a manifest by file name; empty if it is no manifest."""
     try:
-        return {entry.file: entry for entry in map(_entry, json.loads(content))}
+        return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
     except (ValueError, KeyError, TypeError):
         return {}
 
 
 def known_shards(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
-    """Entries and labels (int32 [records]) of the shards of a prepared folder, by file name, from manifest and labels
-    file. Empty where those are absent or do not fit each other: the shards have to be read then.
+    """Entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
+
+    Both are empty if the manifest or the labels file is missing or they contradict: the shards have to be read then.
     """
     try:
-        entries = manifest_of((folder / MANIFEST).read_bytes())
-        with np.load(folder / LABELS, allow_pickle=False) as arrays:
-            labels = {name: arrays[name] for name in arrays.files}
+        entries, labels = manifest_of((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
     except (OSError, ValueError, zipfile.BadZipFile):
         return {}, {}
     fit = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
@@ -182,8 +172,8 @@ def _is_record(name: str) -> bool:
 
 
 def _crc_of(path: Path) -> int:
-    checksum = google_crc32c.Checksum()
+    crc = 0
     with open(path, "rb") as file:
-        for _ in checksum.consume(file, 2**22):
-            pass
-    return int.from_bytes(checksum.digest(), "big")
+        while block := file.read(2**22):
+            crc = google_crc32c.extend(crc, block)
+    return crc

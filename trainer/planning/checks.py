@@ -15,7 +15,7 @@ import numpy as np
 from trainer.cluster.devices import described, devices_of
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig
-from trainer.data.splits import part_sizes
+from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
 from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
 from trainer.distillation.teacher import saved_model_as_teacher
@@ -71,7 +71,7 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
     specs = split_specs(data, info.splits)
     shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
-    carved = part_sizes(counts["train"], missing_fractions(data, counts))
+    carved = split_sizes(counts["train"], missing_fractions(data, counts))
     counts |= carved | {"train": counts["train"] - sum(carved.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}

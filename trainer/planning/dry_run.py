@@ -7,7 +7,7 @@ from trainer.config.schema import Data, RunConfig
 from trainer.data.host import memory_budget_default
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import coming, prepared_at, resolve_addresses
+from trainer.data.remote import describe_shards, prepared_at, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.errors import DataError
 from trainer.features.plan import divide, plan_features, train_images_read_once
@@ -31,9 +31,9 @@ def find_data(plan: Plan) -> Rows:
     rows: Rows = []
     if streamed and (prepared := prepared_at(streamed)):
         plan.to_stage = list(prepared.shards.values())
-        rows.append(("bucket", f"{streamed}: {coming(prepared, budget)}"))
-        with checks.metadata(streamed, prepared.beside.values()) as folder:
-            _open(plan, data.model_copy(update={"root": folder}), arriving=True)
+        rows.append(("bucket", f"{streamed}: {describe_shards(prepared, budget)}"))
+        with checks.metadata(streamed, prepared.metadata.values()) as folder:
+            _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
     missing, changes = None, {"root": data.root, "pattern": data.pattern}
     for key, address in changes.items():
@@ -52,7 +52,7 @@ def find_data(plan: Plan) -> Rows:
     return rows
 
 
-def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
+def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
     """Open data on this machine, as a run would; False where the run would download it first."""
     config = plan.config
 
@@ -61,7 +61,7 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
             print(text, flush=True)
 
     try:
-        dataset = open_run_dataset(config, data.model_copy(update={"download": False}), note, arriving=arriving)
+        dataset = open_run_dataset(config, data.model_copy(update={"download": False}), note, streamed=streamed)
     except DataError as error:
         if data.download and "is not prepared in" in str(error):
             return False
