@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.exporting.subjects import SIZE, small_model, subject_for
+from tests.exporting.subjects import SIZE, bundle_for, small_model
 from trainer.data.decoding import decode_image
 from trainer.exporting.saved_model import export_saved_model
 
@@ -33,5 +33,5 @@ class Exported:
 def export(folder: Path) -> Exported:
     """The network that the tests of exports have; its "heatmap" is how red an image is."""
     model = small_model()
-    export_saved_model(subject_for(model), folder / "export" / "saved_model" / "1")
+    export_saved_model(bundle_for(model), folder / "export" / "saved_model" / "1")
     return Exported(folder, model)

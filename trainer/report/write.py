@@ -122,10 +122,8 @@ def write_report(
         The content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
     """
     began = time.monotonic()
-    test: dict[str, Any] = {"split": result.split}
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
-    if note:
-        test["note"] = note
+    test = {"split": result.split} | ({"note": note} if note else {})
     report: Report = _plain(
         {
             "title": run.get("title", "run"),
