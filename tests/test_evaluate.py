@@ -1,4 +1,4 @@
-"""What an evaluation scores is the model that was trained."""
+"""An evaluation scores the model that was trained."""
 
 import json
 import subprocess
@@ -22,39 +22,37 @@ from trainer.types import Dataset, Split
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [str(digit) for digit in range(10)]
-# In a process of its own, since a strategy has to come before the first tensor.
+# Runs in its own process, since a strategy must be created before the first tensor.
 PROGRAM = """
 import sys
 import keras, numpy as np
 from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
-folder, images, seen = sys.argv[1:]
+folder, images, output = sys.argv[1:]
 run = find_run(folder)
 backbone = open_classifier(run, load_checkpoint(run, "last")).backbone
-np.save(seen, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
+np.save(output, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
 """
 
 
 @pytest.mark.parametrize(
-    ("classes", "words"),
+    ("classes", "names"),
     [
-        (("rust", "spot", "moss", "rot", "mould"), "the data has 5: 'rust', 'spot', 'moss' and 2 more are unknown to it; "
-         "'daisy', 'rose' are missing in the data; give data with"),
-        (("rose", "daisy", "tulip"), "the data has 3: 'tulip' is unknown to it; give data with"),
-        (("daisy",), "the data has 1: 'rose' is missing in the data; give data with"),
-        (("rose", "daisy"), "the data has 2: the same in another order, 'rose' where it has 'daisy'; give data with"),
+        (("rust", "spot", "moss", "rot", "mould"), "5.*'rust', 'spot', 'moss' and 2 more.*'daisy', 'rose'"),
+        (("rose", "daisy", "tulip"), "3.*'tulip'"),
+        (("daisy",), "1.*'rose'"),
+        (("rose", "daisy"), "order.*'rose'.*'daisy'"),
     ],
-)  # fmt: skip
-def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], words: str, tmp_path: Path) -> None:
+)
+def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], names: str, tmp_path: Path) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
     run = FinishedRun("runs/1", storage_path(str(tmp_path)), load(tree), ("daisy", "rose"), "")
     data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError, match=names):
         check_classes(run, data)
-    assert f"run=runs/1 knows 2 classes and {words} the same classes in the same order" == str(refused.value)
 
 
-def test_an_efficient_net_that_began_from_imagenet_sees_what_it_saw_in_training(tmp_path: Path) -> None:
+def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(tmp_path: Path) -> None:
     model = {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}
     tree = {"data": {"source": "digits"}, "model": model, "phases": {"head": {"thaw": "none", "epochs": 1}}}
     source = build_classifier(load(tree).model, len(CLASSES), 1)
@@ -65,14 +63,16 @@ def test_an_efficient_net_that_began_from_imagenet_sees_what_it_saw_in_training(
     config = load(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
     trained = build_classifier(config.model, len(CLASSES), 1)
 
-    run, images, seen = tmp_path / "run", tmp_path / "images.npy", tmp_path / "seen.npy"
+    run, images, output = tmp_path / "run", tmp_path / "images.npy", tmp_path / "output.npy"
     CheckpointFolder(run / "checkpoints", 1, print).save(
         RunState(step=1).to_json(), variables.read(trained.variables), None
     )
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))
     np.save(images, np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32"))
-    subprocess.run([sys.executable, "-c", PROGRAM, str(run), str(images), str(seen)], cwd=ROOT, check=True, timeout=120)
-    shown = keras.Model(trained.backbone.input, trained.backbone.get_layer("stem_conv_pad").input)(np.load(images))
-    np.testing.assert_allclose(np.load(seen), shown, rtol=1e-4, atol=1e-5)
-    assert np.abs(shown).max() > 4  # divided twice, as the published values want it
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(run), str(images), str(output)], cwd=ROOT, check=True, timeout=120
+    )
+    expected = keras.Model(trained.backbone.input, trained.backbone.get_layer("stem_conv_pad").input)(np.load(images))
+    np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected).max() > 4  # normalised twice, as the published weights require

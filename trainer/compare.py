@@ -1,8 +1,8 @@
-"""`python -m trainer.compare RUN RUN ... [output=FILE.html]`: runs side by side, on the examples they share.
+"""`python -m trainer.compare RUN RUN ... [output=FILE.html]`: compare runs on the examples they have in common.
 
-Each RUN is the output_dir of a finished run, here or in a bucket, or a folder that `python -m trainer.evaluate` wrote.
-The first is what the others are compared with. Prints a table and writes a page (compare.html where nothing else is
-said). Exit code 0, or 2 where runs cannot be compared.
+Each RUN is the output_dir of a finished run, local or in a bucket, or a folder written by `python -m trainer.evaluate`.
+The first is the reference. Prints a table and writes a page (default: compare.html). Exit code 0, or 2 if the runs
+cannot be compared.
 """
 
 import sys
@@ -19,17 +19,16 @@ def main() -> None:
     with exit_with_code():
         own, addresses = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
         if len(addresses) < 2 or len(set(addresses)) != len(addresses):
-            raise ConfigError(f"name at least two runs, each once: {usage(__doc__)}")
+            raise ConfigError("at least two different runs are required", fix=f"write {usage(__doc__)}")
         output = Path(own.get("output", "compare.html")).expanduser()
         if output.suffix != ".html":
-            raise ConfigError(f"output={output}: give the name of a page, such as output=compare.html")
-        from trainer.report.compare import compare_runs, write_comparison  # matplotlib is imported only now
-        from trainer.report.compare_runs import names_of, read_scored, show
+            raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
+        from trainer.report import compare  # matplotlib is imported only now
 
-        runs = [read_scored(address, name) for address, name in zip(addresses, names_of(addresses), strict=True)]
-        found = compare_runs(runs)
-        show(found)
-        write_comparison(output, found)
+        named = zip(addresses, compare.short_names(addresses), strict=True)
+        comparison = compare.compare_runs([compare.read_scored_run(address, name) for address, name in named])
+        compare.print_comparison(comparison)
+        compare.write_comparison(output, comparison)
         log.info(f"page: {output}")
 
 

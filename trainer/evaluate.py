@@ -1,12 +1,12 @@
 """`python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] [split=test] [output=FOLDER] [data=...]`:
-score a checkpoint of a run, and write the report on it.
+score a checkpoint of a run, and write the report.
 
-    checkpoint=best|last|STEP   which weights; what the run exported where it is left out
-    split=train|validation|test which examples; test where the data has it, else validation, else train
-    output=FOLDER               where to; <output_dir>/evaluations/<checkpoint>-<data>-<split> where it is left out
+    checkpoint=best|last|STEP   which weights (default: those that the run exported)
+    split=train|validation|test which examples (default: test if the data has it, else validation, else train)
+    output=FOLDER               where to write (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
 
-The data is the run's own, or what `data=...` and `data.KEY=...` say; `runtime...`, `training.batch_size` and
-`debug.max_examples` may be changed as well. Exit codes are those of a run.
+The data is that of the run, or that of `data=...` and `data.KEY=...`; `runtime...`, `training.batch_size` and
+`debug.max_examples` can be changed as well. Exit codes are those of a run.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # the imports below take seconds
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
@@ -26,27 +26,28 @@ from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.runs.finished_run import FinishedRun, load_checkpoint, read_run
 
-OWN = {"run": "say once what to evaluate", "checkpoint": "", "split": "", "output": ""}
+OWN = {"run": "give once the run to evaluate", "checkpoint": "", "split": "", "output": ""}
 FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 
 
 def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
-    """The run's configuration with the changes that the arguments ask for.
+    """Return the run's configuration with the changes of the arguments.
 
     Raises:
-        ConfigError: an argument would change the model, or is wrong.
+        ConfigError: an argument is wrong or would change the model.
     """
     keys = [a.split("=", 1)[0].lstrip("+") for a in arguments]
     for key in keys:
         if not FREE.fullmatch(key):
             raise ConfigError(
-                f"{key}: an evaluation takes the model as it is; only data, runtime, training.batch_size and "
-                "debug.max_examples can be changed"
+                "cannot be changed in an evaluation",
+                key=key,
+                fix="change only data, runtime, training.batch_size and debug.max_examples",
             )
     composed = compose(arguments)
-    assert composed is not None, "no argument asks Hydra itself"
+    assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        tree["debug"]["overfit"] = False  # of the data that was overfitted
+        tree["debug"]["overfit"] = False  # it applied to the data of the run
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group before the values in it
         old, new = tree, composed
         *path, last = key.split(".")
@@ -67,7 +68,7 @@ def main() -> None:
         checkpoint = load_checkpoint(run, own.get("checkpoint"))
         health.enter_phase("evaluate")
         with quiet_start():
-            from trainer.report.evaluate_run import evaluate  # TensorFlow only now: mistakes must answer at once
+            from trainer.report.evaluate_run import evaluate  # TensorFlow, after all arguments have been checked
         evaluate(run, checkpoint, own)
 
 

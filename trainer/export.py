@@ -1,14 +1,14 @@
 """`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]`:
-the model of a run in other formats, or again.
+export the model of a run again or in other formats.
 
-    formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx; those that the
-                                run exported where it is left out
-    checkpoint=best|last|STEP   which weights; what the run exported where it is left out
-    output=FOLDER               where to; <run>/export where it is left out: its report.json and model card are brought
-                                up to date, and formats that are not asked for stay
-    max_accuracy_drop=0.01      of the scored examples; a file that is worse is not kept
+    formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx (default: those
+                                that the run exported)
+    checkpoint=best|last|STEP   which weights (default: those that the run exported)
+    output=FOLDER               where to write (default: <run>/export, whose report.json and model card are updated and
+                                whose other formats stay)
+    max_accuracy_drop=0.01      fraction of the scored examples; a format that loses more is deleted
 
-`data.KEY=...` and `runtime.KEY=...` say where the data is now. Exit codes are those of a run.
+`data.KEY=...` and `runtime.KEY=...` set where the data is now. Exit codes are those of a run.
 """
 
 import sys
@@ -19,43 +19,45 @@ from typing import Any
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # the imports below take seconds
 
 import yaml
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
-from trainer.errors import ConfigError, ModelError
+from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.runs.finished_run import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
 CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
-OWN = {"run": "say once which run", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
+OWN = {"run": "give once the run to export", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
 
 
 def changes(given: Mapping[str, str]) -> dict[str, Any]:
-    """The values that the arguments change in the run's configuration, {"export.formats": ["keras"]}."""
+    """Return the values that the arguments change in the run's configuration: {"export.formats": ["keras"]}."""
     values = {k: yaml.safe_load(text) for k, text in given.items() if k in CHANGES or "." in k}
-    if isinstance(one := values.get("formats"), str):
-        values["formats"] = [one]
+    if isinstance(name := values.get("formats"), str):
+        values["formats"] = [name]
     return {f"export.{k}" if k in CHANGES else k: value for k, value in values.items()}
 
 
 def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
-    """The folder to write into, and whether it is the run's own.
+    """Return the folder to write to, and whether it is the run's own.
 
     Raises:
-        ConfigError: `output` must name the folder.
+        ConfigError: `output` is required.
     """
     if output := own.get("output"):
         return Path(output).expanduser(), False
     if not run.home.is_local:
-        raise ConfigError(f"run={run.address} is in a bucket: give output=FOLDER on this machine")
+        raise ConfigError("is in a bucket", key="run", value=run.address, fix="give output=FOLDER on this machine")
     exported = exported_checkpoint(run)
-    if (asked := own.get("checkpoint", exported)) != exported:
+    if (checkpoint := own.get("checkpoint", exported)) != exported:
         raise ConfigError(
-            f"checkpoint={asked} is not what the run exported ({exported}): give output=FOLDER, so that one folder "
-            "holds one model"
+            f"the run exported another checkpoint ({exported}), and a folder holds one model",
+            key="checkpoint",
+            value=checkpoint,
+            fix="give output=FOLDER",
         )
     return Path(str(run.home)) / "export", True
 
@@ -66,22 +68,19 @@ def main() -> None:
         own, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, OWN, more=r"(data|runtime)\..+")
         run = find_run(own["run"], changes(own))
         home, is_own = target(run, own)
-        checkpoint = load_checkpoint(run, own.get("checkpoint"))  # mistakes answer before TensorFlow is imported
+        checkpoint = load_checkpoint(run, own.get("checkpoint"))  # before TensorFlow is imported
         with quiet_start():
             from trainer.exporting.export import export_run, record_exports
-            from trainer.exporting.formats import check_formats, refuse
+            from trainer.exporting.formats import check_formats, raise_if_refused
         check_formats(run.config.export.formats, run.config.model.backbone)
         outcomes = export_run(run, home, checkpoint)
         record_exports(run, home, is_own, outcomes)
         for name, facts in outcomes.items():
-            file = "not kept" if facts["refused"] else home / facts["path"]
+            file = "deleted" if facts["refused"] else home / facts["path"]
             log.info(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
                 f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
-                f"{facts['timing']['milliseconds_per_image']:7.2f} ms an image  {file}")  # fmt: skip
-        try:
-            refuse(outcomes, run.config.export.max_accuracy_drop)
-        except ModelError as error:
-            raise ModelError(str(error).replace("export.formats", "formats").replace("export.max", "max")) from None
+                f"{facts['timing']['milliseconds_per_image']:7.2f} ms per image  {file}")  # fmt: skip
+        raise_if_refused(outcomes, run.config.export.max_accuracy_drop, section="")
 
 
 if __name__ == "__main__":

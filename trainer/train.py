@@ -459,7 +459,7 @@ def finish(run: RunContext) -> None:
     """
     # SciPy and matplotlib: seconds that the first step need not wait for
     from trainer.exporting.export import export_classifier
-    from trainer.exporting.formats import refuse
+    from trainer.exporting.formats import raise_if_refused
     from trainer.exporting.model_card import write_model_card
     from trainer.models.grad_cam import make_explainer
     from trainer.report.build import build_report, show_in_tensorboard
@@ -514,7 +514,7 @@ def finish(run: RunContext) -> None:
     if any(facts["refused"] for facts in exports.values()):
         saver.publisher.results()
         summarise(report, saver.address)
-        refuse(exports, config.export.max_accuracy_drop)
+        raise_if_refused(exports, config.export.max_accuracy_drop)
     saver.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": run.state.step}) + "\n")
     control.broadcast_bytes("done")
     summarise(report, saver.address)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.exporting.subjects import SIZE, small_model, some_images, subject_for
+from tests.exporting.subjects import SIZE, bundle_for, small_model, some_images
 from trainer.config import schema as config
 from trainer.distillation.teacher import classifier_as_teacher, saved_model_as_teacher
 from trainer.errors import DataError
@@ -30,7 +30,7 @@ def model() -> keras.Model:
 @pytest.fixture(scope="module")
 def exported(model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "saved_model" / "1"
-    export_saved_model(subject_for(model), folder)
+    export_saved_model(bundle_for(model), folder)
     return folder
 
 

@@ -14,8 +14,7 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 
 from tests.e2e.running import ROOT, run
-from trainer.report.compare import compare_runs
-from trainer.report.compare_runs import read_scored
+from trainer.report.compare import compare_runs, read_scored_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -50,7 +49,7 @@ def test_the_runs_own_checkpoint_and_data_give_its_own_report(trained: Path) -> 
     assert mine["duplicates"] == theirs["duplicates"]
     assert (folder / "predictions.csv").read_bytes() == (trained / "report" / "predictions.csv").read_bytes()
     assert f"report   {folder}/index.html" in done.stdout
-    found = compare_runs([read_scored(str(trained), "run"), read_scored(str(folder), "again")])
+    found = compare_runs([read_scored_run(str(trained), "run"), read_scored_run(str(folder), "again")])
     assert (found.pairs[0].won, found.pairs[0].lost, found.pairs[0].p) == (0, 0, 1.0)
 
 

@@ -1,7 +1,7 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe: no port, no library.
+"""A headless Chromium, driven by its DevTools protocol over a pipe, without a port or a library.
 
 https://chromedevtools.github.io/devtools-protocol; `--remote-debugging-pipe` reads requests from file descriptor 3 and
-writes answers to 4, JSON between zero bytes.
+writes responses to 4, JSON separated by zero bytes.
 """
 
 import base64
@@ -18,7 +18,7 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
-# Becomes the browser, with the two ends of the pipes where it looks for them.
+# Executes the browser with the two ends of the pipes as file descriptors 3 and 4.
 LAUNCH = """
 import fcntl, os, sys
 ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
@@ -28,12 +28,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
-def find_chromium() -> str | None:
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
-
-
 class Tab:
-    """One page. `errors` holds what the console complained of, `requests` every address that was asked for."""
+    """One page, with the `errors` of its console and the addresses of its `requests`."""
 
     def __init__(self, out: Any, into: Any) -> None:
         self._out, self._into, self._number, self._session = out, into, 0, ""
@@ -46,7 +42,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
+        """Send a request and return its response."""
         self._number += 1
         request = {"id": self._number, "method": method, "params": parameters}
         request |= {"sessionId": self._session} if self._session else {}
@@ -66,22 +62,20 @@ class Tab:
         return dict(json.loads(line))
 
     def _note(self, message: dict[str, Any]) -> None:
-        kind, told = message.get("method"), message.get("params", {})
+        kind, event = message.get("method"), message.get("params", {})
         if kind == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(told["exceptionDetails"]))
-        elif kind == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(told["args"]))
-        elif kind == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.errors.append(told["entry"]["text"])
+            self.errors.append(json.dumps(event["exceptionDetails"]))
+        elif kind == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(event["args"]))
+        elif kind == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
+            self.errors.append(event["entry"]["text"])
         elif kind == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"])
+            self.requests.append(event["request"]["url"])
 
     def open(self, page: Path, width: int = 1280, height: int = 800, phone: bool = False, dark: bool = False) -> None:
-        """Show a file and wait until it is laid out."""
-        scale = 2 if phone else 1
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
-        )
+        """Open a file and wait until it is loaded."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -89,10 +83,10 @@ class Tab:
         self.until("document.readyState === 'complete'")
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+        """Return the value of a JavaScript expression in the page."""
+        response = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in response, response["exceptionDetails"]
+        return response["result"].get("value")
 
     def until(self, expression: str, seconds: float = 60.0) -> None:
         """Wait until an expression is true."""
@@ -101,55 +95,53 @@ class Tab:
             assert time.monotonic() < end, f"not in {seconds} s: {expression}"
             time.sleep(0.05)
 
-    def place_of(self, selector: str) -> tuple[float, float]:
-        """The middle of the first element that fits, in the window, after scrolling to it."""
-        found = self.run(
+    def centre(self, selector: str) -> tuple[float, float]:
+        """Scroll to the first element of a selector, and return its centre in the window."""
+        x, y = self.run(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)}); "
             "e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = e.getBoundingClientRect(); "
             "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
-        return float(found[0]), float(found[1])
+        return float(x), float(y)
 
     def point_at(self, selector: str) -> None:
         """Move the mouse over an element."""
-        x, y = self.place_of(selector)
+        x, y = self.centre(selector)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def click(self, selector: str) -> None:
-        """With the mouse, where the element is: what covers it is hit."""
-        x, y = self.place_of(selector)
+        """Click at the centre of an element; an element that covers it gets the click."""
+        x, y = self.centre(selector)
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def tap(self, selector: str) -> None:
-        """With a finger."""
-        x, y = self.place_of(selector)
+        x, y = self.centre(selector)
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
-    def screenshot(self, path: Path, whole: bool = True) -> Path:
-        """PNG of the window, or of the whole page."""
-        taken = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(taken["data"]))
-        return path
+    def screenshot(self) -> bytes:
+        """Return a PNG of the window."""
+        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=False)["data"])
+
+
+def find_chromium() -> str | None:
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Tab]:
-    """A browser of its own, ended afterwards."""
+    """Start a browser, and end it afterwards."""
     program = find_chromium()
-    assert program, "no Chromium here"
+    assert program, "Chromium is not installed"
     to_it, ours = os.pipe()
     theirs, from_it = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
     flags += ["--blink-settings=primaryHoverType=2,availableHoverTypes=2"]  # a mouse, which headless lacks
     command = [program, *flags, f"--user-data-dir={profile}", "about:blank"]
-    child = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(to_it), str(from_it), *command],
-        pass_fds=(to_it, from_it),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    launch = [sys.executable, "-c", LAUNCH, str(to_it), str(from_it), *command]
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(launch, pass_fds=(to_it, from_it), stdout=null, stderr=null)
     os.close(to_it)
     os.close(from_it)
     with os.fdopen(ours, "wb") as out, os.fdopen(theirs, "rb") as into:

@@ -1,4 +1,4 @@
-"""Small results and histories made by a formula."""
+"""Small synthetic results and histories."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ HOSTILE = '<b>"x"'
 
 
 def make_result(classes: int, n: int, *, right: bool = False, empty: Sequence[int] = ()) -> EvaluationResult:
-    """A result with some mistakes (none where `right`) and no example of the classes in `empty`."""
+    """Return a result with some mistakes (none if `right`) and no example of the classes in `empty`."""
     rng = np.random.default_rng([classes, n])
     present = [k for k in range(classes) if k not in empty]
     labels = rng.choice(present, n).astype(np.int32)
@@ -25,20 +25,20 @@ def make_result(classes: int, n: int, *, right: bool = False, empty: Sequence[in
 
 
 def make_history(*lengths: int) -> list[dict[str, Any]]:
-    """Epochs of as many phases as there are lengths."""
+    """Return the epochs of one phase per length."""
     rows: list[dict[str, Any]] = []
     for phase, length in enumerate(lengths):
         for _ in range(length):
             epoch = len(rows) + 1
             accuracy = 1 - 0.5 / epoch
             scores = {"loss": 1 / epoch, "accuracy": accuracy, "val_loss": 1.1 / epoch, "val_accuracy": accuracy - 0.01}
-            place = {"phase": f"phase_{phase}", "epoch": epoch, "step": 10 * epoch}
-            rows.append({**place, **scores, "learning_rate": 1e-3, "seconds": 0.5})
+            row = {"phase": f"phase_{phase}", "epoch": epoch, "step": 10 * epoch}
+            rows.append({**row, **scores, "learning_rate": 1e-3, "seconds": 0.5})
     return rows
 
 
 def make_phases(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the training loop would say of each phase."""
+    """Return the summaries of the phases of a history."""
     last = {row["phase"]: row for row in history}
     return {
         name: {
@@ -53,5 +53,5 @@ def make_phases(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def fetch(indices: Sequence[int]) -> np.ndarray:
-    """Pictures of 8 x 8 pixels by index."""
+    """Return images of 8 x 8 pixels by index."""
     return np.stack([np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in indices])

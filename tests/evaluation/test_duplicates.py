@@ -1,4 +1,4 @@
-"""Copies are found, whatever was done to the file; what only looks alike is not."""
+"""Copies are detected whatever was done to the file; similar images are not."""
 
 import io
 from typing import Any
@@ -8,13 +8,13 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from trainer.evaluation import duplicates
-from trainer.evaluation.duplicates import Member, described, find_duplicates, perceptual_hashes, shrink
+from trainer.evaluation.duplicates import find_duplicates, perceptual_hashes, shrink
 
 SIDE = 96
 
 
 def photo(seed: int) -> Image.Image:
-    """A picture with structure at every scale, 300 x 200."""
+    """Return an image with structure at every scale, 300 x 200."""
     rng = np.random.default_rng(seed)
     layers = [
         np.asarray(Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((300, 200), 3), np.float32)
@@ -23,8 +23,7 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(sum(layers) / 4 + 1.5 * (sum(layers) / 4 - 128), 0, 255).astype(np.uint8))
 
 
-def seen(image: Image.Image) -> np.ndarray:
-    """As the model sees it."""
+def decoded(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
@@ -44,54 +43,60 @@ COPIES: dict[str, Any] = {
 }
 
 
-def found_in(splits: dict[str, tuple[list[np.ndarray], list[int]]]) -> duplicates.Duplicates:
+def describe(split: str, index: int) -> dict[str, Any]:
+    return {"split": split, "index": index, "file": f"{split}/{index}.jpg", "label": "ab"[split == "test"]}
+
+
+def search(splits: dict[str, tuple[list[np.ndarray], list[int]]]) -> tuple[list[list[tuple[str, int]]], dict[str, Any]]:
+    """Return the members of the groups, and `duplicates` of report.json."""
     small = {name: (np.arange(len(images)), shrink(np.stack(images))) for name, (images, _) in splits.items()}
-    return find_duplicates(small, {name: np.array(labels) for name, (_, labels) in splits.items()})
+    facts = find_duplicates(small, {name: np.array(labels) for name, (_, labels) in splits.items()}, describe)
+    return [[(m["split"], m["index"]) for m in group["members"]] for group in facts["groups"]], facts
+
+
+def counts(facts: dict[str, Any]) -> tuple[int, int, int]:
+    return facts["across_splits"], facts["different_labels"], facts["within_one_split_and_class"]
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_in_another_split_is_found_and_nothing_else(how: str) -> None:
-    train = [seen(photo(k)) for k in range(20)]
-    test = [seen(photo(100 + k)) for k in range(5)] + [seen(COPIES[how](photo(17)))]
-    found = found_in({"train": (train, [0] * 20), "test": (test, [0] * 6)})
-    assert found.groups == [[("train", 17), ("test", 5)]]
-    assert (found.across, found.relabelled, found.harmless) == (1, 0, 0)
-    assert found.compared == {"train": 20, "test": 6}
+def test_a_copy_in_another_split_is_detected_and_nothing_else(how: str) -> None:
+    train = [decoded(photo(k)) for k in range(20)]
+    test = [decoded(photo(100 + k)) for k in range(5)] + [decoded(COPIES[how](photo(17)))]
+    groups, facts = search({"train": (train, [0] * 20), "test": (test, [0] * 6)})
+    assert groups == [[("train", 17), ("test", 5)]]
+    assert counts(facts) == (1, 0, 0)
+    assert facts["compared"] == {"train": 20, "test": 6}
 
 
-def test_what_is_grave_comes_first_and_copies_in_one_class_are_only_counted() -> None:
-    images = [seen(photo(k)) for k in range(4)]
+def test_severe_groups_come_first_and_copies_in_one_class_are_only_counted() -> None:
+    images = [decoded(photo(k)) for k in range(4)]
     train = ([*images, images[0], images[1]], [0, 1, 2, 3, 0, 2])  # 0 twice in a class, 1 in two classes
     test = ([images[2], images[3]], [2, 0])  # 2 across splits; 3 across splits, with another label
-    found = found_in({"train": train, "test": test})
-    assert found.groups == [
-        [("train", 3), ("test", 1)],
-        [("train", 1), ("train", 5)],
-        [("train", 2), ("test", 0)],
-    ]
-    assert (found.across, found.relabelled, found.harmless) == (2, 2, 1)
+    groups, facts = search({"train": train, "test": test})
+    assert groups == [[("train", 3), ("test", 1)], [("train", 1), ("train", 5)], [("train", 2), ("test", 0)]]
+    assert counts(facts) == (2, 2, 1)
 
 
 def test_many_copies_are_one_group() -> None:
-    images = [seen(photo(1))] * 500
-    found = found_in({"train": (images, [0] * 499 + [1])})
-    assert [len(group) for group in found.groups] == [500]
+    images = [decoded(photo(1))] * 500
+    _, facts = search({"train": (images, [0] * 499 + [1])})
+    assert [group["count"] for group in facts["groups"]] == [500]
 
 
-def test_pictures_that_show_nothing_are_no_duplicates() -> None:
+def test_blank_images_are_no_duplicates() -> None:
     blank = [np.full((SIDE, SIDE, 3), grey, np.uint8) for grey in (0, 0, 255)]
-    found = found_in({"train": (blank, [0, 1, 0]), "test": ([blank[0]], [1])})
-    assert (found.groups, found.harmless) == ([], 0)
+    groups, facts = search({"train": (blank, [0, 1, 0]), "test": ([blank[0]], [1])})
+    assert (groups, counts(facts)) == ([], (0, 0, 0))
 
 
-def test_colour_tells_pictures_apart_whose_grey_is_the_same() -> None:
-    red = seen(photo(3)).copy()
+def test_images_of_equal_grey_differ_by_colour() -> None:
+    red = decoded(photo(3)).copy()
     red[..., 1:] //= 4
     blue = red[..., ::-1].copy()
-    assert found_in({"train": ([red], [0]), "test": ([blue], [0])}).groups == []
+    assert search({"train": ([red], [0]), "test": ([blue], [0])})[0] == []
 
 
-def test_close_hashes_are_those_that_trying_all_pairs_finds() -> None:
+def test_close_hashes_equal_those_of_all_pairs() -> None:
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 300, dtype=np.uint64)
     near = hashes[:200] ^ np.array(
@@ -107,7 +112,7 @@ def test_close_hashes_are_those_that_trying_all_pairs_finds() -> None:
     assert len(expected) > 50
 
 
-def test_a_thumbnail_is_the_mean_of_the_area_below_each_pixel() -> None:
+def test_a_thumbnail_is_the_mean_over_areas() -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     expected = images.reshape(3, 16, 4, 16, 4, 3).mean(axis=(2, 4))
     np.testing.assert_array_equal(shrink(images), np.rint(expected.astype(np.float32)).astype(np.uint8))
@@ -115,29 +120,29 @@ def test_a_thumbnail_is_the_mean_of_the_area_below_each_pixel() -> None:
     np.testing.assert_array_equal(shrink(small), small.repeat(2, axis=1).repeat(2, axis=2))
 
 
-def test_hashes_bear_noise() -> None:
-    small = shrink(np.stack([seen(photo(k)) for k in range(20)]))
+def test_hashes_are_robust_to_noise() -> None:
+    small = shrink(np.stack([decoded(photo(k)) for k in range(20)]))
     noise = np.random.default_rng(0).integers(-2, 3, small.shape)
     other = perceptual_hashes(np.clip(small.astype(int) + noise, 0, 255).astype(np.uint8))
     assert np.bitwise_count(perceptual_hashes(small) ^ other).max() <= duplicates.BITS
     assert np.bitwise_count(perceptual_hashes(small)[:-1] ^ perceptual_hashes(small)[1:]).min() > duplicates.BITS
 
 
-def test_what_a_report_says_of_a_group() -> None:
-    image = seen(photo(1))
-    found = found_in({"train": ([image] * 30, [0] * 30), "test": ([image], [1])})
-    named = [[Member(split, index, f"{split}/{index}.jpg", "ab"[split == "test"]) for split, index in found.groups[0]]]
-    facts = described(found, named)
-    assert (facts["across_splits"], facts["different_labels"]) == (1, 1)
+@pytest.mark.parametrize(("count", "labels"), [(3, ["a", "b"]), (30, ["a"])])
+def test_a_group_in_the_report(count: int, labels: list[str]) -> None:
+    image = decoded(photo(1))
+    _, facts = search({"train": ([image] * count, [0] * count), "test": ([image], [1])})
+    assert counts(facts) == (1, 1, 0)
     (group,) = facts["groups"]
-    assert (group["count"], group["across_splits"], group["labels"]) == (31, True, ["a", "b"])
-    assert group["members"][-1] == {"split": "test", "index": 0, "file": "test/0.jpg", "label": "b"}
+    assert (group["count"], group["across_splits"], group["labels"]) == (count + 1, True, labels)
+    members = [describe("train", k) for k in range(count)] + [describe("test", 0)]
+    assert group["members"] == members[: duplicates.MEMBERS]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_thousand_pictures_take_a_bounded_time() -> None:
-    """Whether they have nothing in common or are a thousand scenes a hundred times each."""
+def test_a_hundred_thousand_images_take_a_bounded_time() -> None:
+    """All different, or a hundred copies of each of a thousand."""
     import time
 
     rng = np.random.default_rng(0)
@@ -145,6 +150,6 @@ def test_a_hundred_thousand_pictures_take_a_bounded_time() -> None:
     noisy = np.clip(scenes[np.arange(100_000) % 1000] + rng.integers(-6, 7, (100_000, 16, 16, 3)), 0, 255)
     for small, groups in ((noisy.astype(np.uint8), 1000), (rng.integers(0, 256, noisy.shape, dtype=np.uint8), 0)):
         began = time.process_time()
-        found = find_duplicates({"train": (np.arange(100_000), small)}, {"train": np.zeros(100_000, np.int64)})
-        assert found.harmless == groups
+        facts = find_duplicates({"train": (np.arange(100_000), small)}, {"train": np.zeros(100_000, int)}, describe)
+        assert counts(facts) == (0, 0, groups)
         assert time.process_time() - began < 120

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from trainer.evaluation.intervals import of_macro_f1, of_mean
+from trainer.evaluation.intervals import macro_f1_interval, mean_interval
 from trainer.evaluation.paired import compare_paired, holm
 
 
@@ -27,15 +27,14 @@ def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
     assert pair.interval[0] <= pair.difference <= pair.interval[1]
 
 
-def test_swapping_the_two_turns_the_sign_alone() -> None:
+def test_swapping_the_two_changes_only_the_sign() -> None:
     one, other = outcomes(30, 4, 11, 9)
-    there, back = compare_paired(one, other), compare_paired(other, one)
-    assert back.difference == -there.difference
-    assert back.p == there.p
-    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
+    pair, swapped = compare_paired(one, other), compare_paired(other, one)
+    assert (swapped.difference, swapped.p) == (-pair.difference, pair.p)
+    assert swapped.interval == pytest.approx((-pair.interval[1], -pair.interval[0]))
 
 
-def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_difference_in_95_percent_of_cases() -> None:
     rng, held = np.random.default_rng(0), 0
     for _ in range(1000):
         cell = rng.choice(4, 200, p=[0.7, 0.05, 0.12, 0.13])
@@ -44,9 +43,8 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
     assert 930 <= held <= 975
 
 
-def test_equally_good_ones_are_called_different_in_less_than_one_case_of_twenty() -> None:
-    rng = np.random.default_rng(1)
-    p_values = []
+def test_equally_good_classifiers_differ_significantly_in_less_than_5_percent_of_cases() -> None:
+    rng, p_values = np.random.default_rng(1), []
     for _ in range(1000):
         cell = rng.choice(4, 200, p=[0.7, 0.08, 0.08, 0.14])
         p_values.append(compare_paired(np.isin(cell, (0, 1)), np.isin(cell, (0, 2))).p)
@@ -59,7 +57,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.2]) == [0.2]
 
 
-def test_the_interval_of_macro_f1_is_that_of_drawing_examples_anew() -> None:
+def test_the_interval_of_macro_f1_is_that_of_resampled_examples() -> None:
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 4, 300)
     answers = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
@@ -68,16 +66,16 @@ def test_the_interval_of_macro_f1_is_that_of_drawing_examples_anew() -> None:
     drawn = [rng.integers(0, 300, 300) for _ in range(400)]
     scores = [f1_score(labels[d], answers[d], average="macro") for d in drawn]
     expected = np.percentile(scores, [2.5, 97.5])
-    low, high = of_macro_f1(table)
+    low, high = macro_f1_interval(table)
     assert (low, high) == pytest.approx(tuple(expected), abs=0.015)
     assert low < f1_score(labels, answers, average="macro") < high
-    assert of_macro_f1(table) == (low, high)
-    assert of_macro_f1(np.diag([5, 5])) == (1.0, 1.0)
+    assert macro_f1_interval(table) == (low, high)
+    assert macro_f1_interval(np.diag([5, 5])) == (1.0, 1.0)
 
 
 def test_the_interval_of_a_mean() -> None:
-    assert of_mean(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
-    assert of_mean(np.array([2.0])) == (2.0, 2.0)
-    low, high = of_mean(np.arange(100.0))
+    assert mean_interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
+    assert mean_interval(np.array([2.0])) == (2.0, 2.0)
+    low, high = mean_interval(np.arange(100.0))
     assert (low + high) / 2 == pytest.approx(49.5)
     assert high - low == pytest.approx(2 * 1.96 * 29.011 / 10, rel=1e-3)

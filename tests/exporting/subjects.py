@@ -1,4 +1,4 @@
-"""A small network, what is exported of it, and the examples that its files are tried on."""
+"""A small network, its export bundle, and the examples of the parity check."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SIZE = 32
 
 
 def small_model(precision: str = "float32") -> keras.Model:
-    """A small convolutional classifier of 0..255 pixels, another network nested in it as a backbone is."""
+    """Build a small convolutional classifier of 0..255 pixels with a nested network as its backbone."""
     with_policy = {"dtype": precision}
     inner_in = keras.Input((SIZE, SIZE, 3))
     x = keras.layers.Conv2D(8, 3, 2, "same", kernel_initializer=keras.initializers.HeNormal(1), **with_policy)(inner_in)
@@ -32,8 +32,8 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
     return levels.repeat(SIZE // 2, axis=1).repeat(SIZE // 2, axis=2)
 
 
-def subject_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
-    """What is exported of a network without a classifier around it; its "heatmap" is how red an image is."""
+def bundle_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
+    """Return the bundle of a bare network; its "heatmap" is the red channel."""
 
     def explain(images: tf.Tensor) -> dict[str, tf.Tensor]:
         return {
@@ -43,11 +43,11 @@ def subject_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
         }
 
     images = some_images(40)
-    reference = reference_distribution("test", NAMES, said_by(model, images), images.mean((1, 2)), SIZE, resize)
+    reference = reference_distribution("test", NAMES, predictions_of(model, images), images.mean((1, 2)), SIZE, resize)
     return ExportBundle(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
 
 
-def said_by(model: keras.Model, images: np.ndarray) -> np.ndarray:
+def predictions_of(model: keras.Model, images: np.ndarray) -> np.ndarray:
     return model.predict(images.astype("float32"), verbose=0)
 
 
@@ -56,5 +56,5 @@ def held_out(probabilities: np.ndarray, images: np.ndarray) -> ParityExamples:
 
 
 def largest_difference(path: Path, probabilities: np.ndarray, images: np.ndarray) -> float:
-    """Of any probability, between a file and what it should say."""
+    """Return the largest difference of any probability between a file and `probabilities`."""
     return float(score(load_export(path), held_out(probabilities, images))["largest_difference"])

@@ -1,4 +1,4 @@
-"""On how many examples an export is tried, and how many its reference is of."""
+"""Number of examples of the parity check and of the reference."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
-from trainer.exporting.export import EXAMPLES, READ_AT_ONCE, export_classifier, score_all
+from trainer.exporting.export import PARITY_EXAMPLES, READ_BATCH, export_classifier, score_all
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.types import Dataset, Scored, Split
 
 
-def told(on_error: str = "fail") -> RunConfig:
+def make_config(on_error: str = "fail") -> RunConfig:
     return load({
         "data": {"source": "digits", "cache": "none", "on_error": on_error},
         "model": {"backbone": "MobileNetV2", "alpha": 0.35, "image_size": 32, "weights": "none"},
@@ -26,48 +26,50 @@ def told(on_error: str = "fail") -> RunConfig:
     })  # fmt: skip
 
 
-def stored(folder: Path, count: int, config: RunConfig) -> ImageStore:
-    """So many small pictures of three classes, as the train and the test split."""
+def image_store(folder: Path, count: int, config: RunConfig) -> ImageStore:
+    """Return `count` small images of three classes, as the train and the test split."""
     rng, files = np.random.default_rng(0), [folder / f"{i:04}.png" for i in range(count)]
     for file in files:
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
     labels = rng.integers(0, 3, count).astype(np.int32)
     splits = {name: Split(name, labels, files=tuple(map(str, files))) for name in ("train", "test")}
-    return ImageStore(
-        OpenedData(Dataset("x", ("a", "b", "c"), splits, ""), {}, None, "none"), config, 32, lambda _: None
-    )
+    data = OpenedData(Dataset("x", ("a", "b", "c"), splits, ""), {}, None, "none")
+    return ImageStore(data, config, 32, lambda _: None)
 
 
-def test_the_reference_is_of_all_examples_and_the_files_are_tried_on_a_thousand(
+def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, count = stored(tmp_path, EXAMPLES + 105, told()), EXAMPLES + 100
-    classifier, labels = build_classifier(told().model, 3, 1), images.dataset.splits["test"].labels[5:]
-    answers = np.full((count, 3), 0.1, np.float32)
-    answers[np.arange(count), labels] = 0.8
-    scored = Scored("test", np.arange(5, count + 5), labels, answers)
-    asked: list[tuple[str, Any]] = []
+    config, count = make_config(), PARITY_EXAMPLES + 100
+    images = image_store(tmp_path, count + 5, config)
+    classifier, labels = build_classifier(config.model, 3, 1), images.dataset.splits["test"].labels[5:]
+    probabilities = np.full((count, 3), 0.1, np.float32)
+    probabilities[np.arange(count), labels] = 0.8
+    scored = Scored("test", np.arange(5, count + 5), labels, probabilities)
+    read: list[tuple[str, Any]] = []
     rows = images.rows
-    monkeypatch.setattr(images, "rows", lambda name, some: asked.append((name, some)) or rows(name, some))
+    monkeypatch.setattr(images, "rows", lambda name, some: read.append((name, some)) or rows(name, some))
     facts = export_classifier(tmp_path / "export", classifier, images, scored, make_explainer(classifier))
     reference = json.loads((tmp_path / "export" / "reference.json").read_text())
-    assert (facts["keras"]["examples"], reference["embedding"]["n"], reference["n"]) == (EXAMPLES, EXAMPLES, count)
+    assert (facts["keras"]["examples"], reference["embedding"]["n"]) == (PARITY_EXAMPLES, PARITY_EXAMPLES)
+    assert reference["n"] == count
     np.testing.assert_allclose(reference["class_frequencies"], np.bincount(labels) / count)
-    ((split, indices),) = asked  # by no other format than int8 are training images wanted
-    assert (split, indices.min() >= 5, len(set(indices.tolist()))) == ("test", True, EXAMPLES)
+    ((split, indices),) = read  # training images are read for int8 only
+    assert (split, indices.min() >= 5, len(set(indices.tolist()))) == ("test", True, PARITY_EXAMPLES)
     assert (tmp_path / "export" / "labels.txt").read_text() == "a\nb\nc\n"
 
 
 def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    classifier, images = build_classifier(told().model, 3, 1), stored(tmp_path, READ_AT_ONCE + 4, told("skip"))
+    classifier = build_classifier(make_config().model, 3, 1)
+    images = image_store(tmp_path, READ_BATCH + 4, make_config("skip"))
     split = images.dataset.splits["test"]
-    Path(split.files[7]).write_bytes(b"no picture")
+    Path(split.files[7]).write_bytes(b"no image")
     scored = score_all(make_explainer(classifier), images, "test")
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
     assert capsys.readouterr().out.count("skipped ") == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))
-    some = images.rows("test", [6, READ_AT_ONCE + 2])
-    np.testing.assert_allclose(scored.probabilities[[6, READ_AT_ONCE + 1]], classifier.probabilities(some), atol=1e-6)
-    failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), told(), 32, lambda _: None)
+    some = images.rows("test", [6, READ_BATCH + 2])
+    np.testing.assert_allclose(scored.probabilities[[6, READ_BATCH + 1]], classifier.probabilities(some), atol=1e-6)
+    failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), make_config(), 32, lambda _: None)
     with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
         score_all(make_explainer(classifier), failing, "test")

@@ -1,4 +1,4 @@
-"""Runs side by side: what is shared, who is better, and what is refused."""
+"""Comparison of runs: common examples, verdicts, and what is refused."""
 
 import csv
 import json
@@ -8,27 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 
+from tests.errors import raises
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
-from trainer.report.compare import compare_runs, configuration_differences, verdict, write_comparison
-from trainer.report.compare_runs import names_of, read_scored
+from trainer.report.compare import (
+    compare_runs,
+    configuration_differences,
+    read_scored_run,
+    short_names,
+    verdict,
+    write_comparison,
+)
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("<b>cat", "dog", "owl")
 
 
-def make_run(folder: Path, right: float, seed: int = 0, n: int = 300, root: str = "photos", **config: Any) -> Path:
-    """What a run with that accuracy leaves behind, as far as a comparison reads it; equal seeds, equal truths."""
-    labels = np.random.default_rng(seed).integers(0, 3, n).astype(np.int32)
-    answers = np.where(np.random.default_rng([7, int(100 * right)]).random(n) < right, labels, (labels + 1) % 3)
+def make_run(folder: Path, accuracy: float, n: int = 300, root: str = "photos", **config: Any) -> Path:
+    """Write the files of a run with that accuracy that a comparison reads; the truths are always equal."""
+    labels = np.random.default_rng(0).integers(0, 3, n).astype(np.int32)
+    correct = np.random.default_rng([7, int(100 * accuracy)]).random(n) < accuracy
     probabilities = np.full((n, 3), 0.1, np.float32)
-    probabilities[np.arange(n), answers] = 0.8
+    probabilities[np.arange(n), np.where(correct, labels, (labels + 1) % 3)] = 0.8
     names = [f"{root}/{CLASSES[label]}/{k}.jpg" for k, label in enumerate(labels)]
     result = evaluate_arrays("test", CLASSES, labels, probabilities, names)
     report = {
@@ -45,69 +51,66 @@ def make_run(folder: Path, right: float, seed: int = 0, n: int = 300, root: str 
 
 
 def compared(*folders: Path) -> Any:
-    return compare_runs([read_scored(str(folder), folder.name) for folder in folders])
+    return compare_runs([read_scored_run(str(folder), folder.name) for folder in folders])
 
 
 def test_a_better_run_is_called_better_and_an_equal_one_is_not(tmp_path: Path) -> None:
-    found = compared(*(make_run(tmp_path / name, right) for name, right in (("a", 0.7), ("b", 0.9), ("c", 0.71))))
-    assert len(found.files) == 300
-    tables = [(tmp_path / name / "report" / "predictions.csv").read_text() for name in "ab"]
+    runs = [make_run(tmp_path / name, accuracy) for name, accuracy in (("a", 0.7), ("b", 0.9), ("c", 0.71))]
+    comparison = compared(*runs)
+    assert len(comparison.files) == 300
+    tables = [(run / "report" / "predictions.csv").read_text() for run in runs[:2]]
     rows = [list(csv.DictReader(table.splitlines())) for table in tables]
-    lost = sum(x["correct"] == "true" and y["correct"] == "false" for x, y in zip(*rows, strict=True))
-    won = sum(x["correct"] == "false" and y["correct"] == "true" for x, y in zip(*rows, strict=True))
-    assert (found.pairs[0].lost, found.pairs[0].won) == (lost, won)
-    assert verdict(found.pairs[0], found.p[0]) == "better"
-    assert verdict(found.pairs[1], found.p[1]) == "no difference shown"
-    assert found.p[0] >= found.pairs[0].p
-    back = compared(tmp_path / "b", tmp_path / "a")
-    assert verdict(back.pairs[0], back.p[0]) == "worse"
+    pairs = [(x["correct"], y["correct"]) for x, y in zip(*rows, strict=True)]
+    lost, won = (pairs.count(pair) for pair in (("true", "false"), ("false", "true")))
+    assert (comparison.pairs[0].lost, comparison.pairs[0].won) == (lost, won)
+    verdicts = [verdict(pair, p) for pair, p in zip(comparison.pairs, comparison.p, strict=True)]
+    assert verdicts == ["better", "no significant difference"]
+    assert comparison.p[0] >= comparison.pairs[0].p
+    swapped = compared(runs[1], runs[0])
+    assert verdict(swapped.pairs[0], swapped.p[0]) == "worse"
 
 
-def test_only_what_all_were_scored_on_counts(tmp_path: Path) -> None:
-    found = compared(make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b", 0.9, n=200))
-    # 200 draws of the same generator are the first 200 of 300
-    assert len(found.files) == 200
+def test_only_common_examples_count(tmp_path: Path) -> None:
+    comparison = compared(make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b", 0.9, n=200))
+    assert len(comparison.files) == 200  # 200 draws of the same generator are the first 200 of 300
 
 
-def test_the_same_data_in_another_place_is_recognised(tmp_path: Path) -> None:
-    found = compared(make_run(tmp_path / "a", 0.7, root="/mnt/x/photos"), make_run(tmp_path / "b", 0.9, root="other"))
-    assert len(found.files) == 300
-    assert verdict(found.pairs[0], found.p[0]) == "better"
+def test_the_same_data_below_another_root_is_recognised(tmp_path: Path) -> None:
+    runs = make_run(tmp_path / "a", 0.7, root="/mnt/x/photos"), make_run(tmp_path / "b", 0.9, root="other")
+    comparison = compared(*runs)
+    assert (len(comparison.files), verdict(comparison.pairs[0], comparison.p[0])) == (300, "better")
 
 
-def damage(folder: Path, **changes: Any) -> Path:
-    file = folder / "report" / "report.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return folder
+def test_runs_of_other_classes_examples_or_truths_are_refused(tmp_path: Path) -> None:
+    first, other = make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b", 0.7)
+    report, table = other / "report" / "report.json", other / "report" / "predictions.csv"
+    content, rows = report.read_text(), table.read_text()
+    report.write_text(
+        content.replace('"class_names": ["<b>cat", "dog", "owl"]', '"class_names": ["<b>cat", "dog", "fox"]')
+    )
+    with raises(DataError, problem="classes differ .*'fox'", fix="same classes"):
+        compared(first, other)
+    report.write_text(content)
+    table.write_text(rows.replace(".jpg", ".png"))
+    with raises(DataError, problem="no example was scored in all", fix="trainer.evaluate"):
+        compared(first, other)
+    header, line, *rest = rows.splitlines()
+    index, file, truth, *cells = line.split(",")
+    table.write_text("\n".join([header, ",".join([index, file, "dog" if truth == "owl" else "owl", *cells]), *rest]))
+    with raises(DataError, problem=r"label of photos/.*0\.jpg is '.*' in one and '.*' in the other", fix="same labels"):
+        compared(first, other)
+    with raises(DataError, problem="has no report", fix="output_dir of a finished run"):
+        read_scored_run(str(tmp_path / "nothing"), "nothing")
+    report.write_text("{")
+    with raises(DataError, problem="is damaged", fix="evaluate the run again"):
+        read_scored_run(str(other), "b")
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    one = make_run(tmp_path / "a", 0.7)
-    other = damage(make_run(tmp_path / "classes", 0.7), data={"class_names": ["<b>cat", "dog", "fox"]})
-    with pytest.raises(DataError, match="cannot be compared: they know other classes \\('fox'"):
-        compared(one, other)
-    others = make_run(tmp_path / "files", 0.7)
-    table = others / "report" / "predictions.csv"
-    table.write_text(table.read_text().replace(".jpg", ".png"))
-    with pytest.raises(DataError, match="cannot be compared: no example was scored in all of them"):
-        compared(one, others)
-    with pytest.raises(DataError, match="holds no report"):
-        read_scored(str(tmp_path / "nothing"), "nothing")
-    relabelled = make_run(tmp_path / "truth", 0.7)
-    table = relabelled / "report" / "predictions.csv"
-    lines = table.read_text().splitlines()
-    cells = lines[1].split(",")
-    cells[2] = "owl" if cells[2] != "owl" else "dog"
-    table.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
-    with pytest.raises(DataError, match=r"cannot be compared: photos/.*0\.jpg is '.*' in one and '.*' in the other"):
-        compared(one, relabelled)
-
-
-def test_configurations_differ_where_they_do(tmp_path: Path) -> None:
+def test_only_different_settings_are_listed(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", 0.7, training={"batch_size": 32, "ema": None}, export={"formats": ["keras", "onnx"]})
     training = {"batch_size": 64, "ema": True}
     other = make_run(tmp_path / "b", 0.7, training=training, export={"formats": ["keras"]}, extra=1)
-    runs = [read_scored(str(folder), folder.name) for folder in (one, other)]
+    runs = [read_scored_run(str(folder), folder.name) for folder in (one, other)]
     assert configuration_differences(runs) == [
         ("export.formats", ["[keras,onnx]", "[keras]"]),
         ("extra", ["–", "1"]),
@@ -116,24 +119,22 @@ def test_configurations_differ_where_they_do(tmp_path: Path) -> None:
     ]
 
 
-def test_the_page_stands_alone(tmp_path: Path) -> None:
-    found = compared(make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b & c", 0.9, training={"ema": 0.9}))
-    page = Page(write_comparison(tmp_path / "compare.html", found).read_text(encoding="utf-8"))
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    comparison = compared(make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b & c", 0.9, training={"ema": 0.9}))
+    page = Page(write_comparison(tmp_path / "compare.html", comparison).read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1
     assert "b" not in page.tags
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
-    for words in ("b & c", "better", "training.ema", "Validation accuracy", "last minus first", "<b>cat"):
-        assert words in page.text
-    pair = found.pairs[0]
-    assert f"{100 * pair.difference:+.2f}" in page.text
-    assert f"{pair.p:.3g}" in page.text
-    assert f"{pair.won:,} right now, wrong in the first" in page.text
+    pair = comparison.pairs[0]
+    numbers = [f"{100 * pair.difference:+.2f}", f"{pair.p:.3g}", f"{pair.won:,} correct here, wrong in the first"]
+    texts = ["b & c", "better", "training.ema", "Validation accuracy", "last minus first", "<b>cat"]
+    assert [text for text in texts + numbers if text not in page.text] == []
 
 
-def test_names_are_the_shortest_that_tell_runs_apart() -> None:
-    assert names_of(["outputs/a", "outputs/b/"]) == ["a", "b"]
-    assert names_of(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
-    assert names_of(["r", "r/evaluations/last"]) == ["r", "last"]
+def test_names_are_the_shortest_distinct_ends() -> None:
+    assert short_names(["outputs/a", "outputs/b/"]) == ["a", "b"]
+    assert short_names(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
+    assert short_names(["r", "r/evaluations/last"]) == ["r", "last"]
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -147,16 +148,17 @@ def test_the_command(tmp_path: Path) -> None:
     make_run(tmp_path / "b", 0.9)
     done = command("a", "b", "output=out/page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "on 300 shared examples" in done.stdout
+    assert "on 300 common examples" in done.stdout
     assert "better" in done.stdout
     assert "tensorflow" not in done.stderr
     assert (tmp_path / "out" / "page.html").is_file()
-    for arguments, sentence in (
-        (("a",), "error: name at least two runs, each once"),
-        (("a", "nowhere"), "error: nowhere holds no report"),
-        (("a", "b", "output=x.txt"), "error: output=x.txt: give the name of a page"),
-    ):
+    wrong = {
+        ("a",): "at least two",
+        ("a", "nowhere"): "nowhere has no report",
+        ("a", "b", "output=x.txt"): "output=x.txt:",
+    }
+    for arguments, start in wrong.items():
         done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 2
-        assert done.stderr.startswith(sentence)
+        assert done.stderr.startswith(f"error: {start}")
         assert done.stderr.count("\n") == 1

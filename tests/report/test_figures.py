@@ -1,9 +1,8 @@
-"""Every figure is drawn, holds something, and fits a screen: for few and for many classes."""
+"""Every figure is drawn, is not empty, and fits a screen, for few and for many classes."""
 
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,18 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.examples import fetch, make_history, make_phases, make_result
-from trainer.report.figures import (
-    INK,
-    PROPERTIES,
-    RIGHT,
-    SERIES,
-    WRONG,
-    Line,
-    draw_augmentation,
-    draw_calibration,
-    draw_confusion,
-    draw_curves,
-    draw_f1,
-    draw_most_wrong,
-    draw_predictions,
-    draw_samples,
-    find_most_wrong,
-    label,
-    line_chart,
-    save,
-    svg,
-)
+from trainer.report import figures
 from trainer.report.page import TEMPLATES
 
 
 def png(drawn: Any, path: Path) -> np.ndarray:
-    """The pixels of a figure, or of charts, uint8 [h, w, 3], as they are saved."""
-    figures = (
-        [getattr(part, "figure", part) for part in drawn]
-        if isinstance(drawn, list)
-        else getattr(drawn, "figure", drawn)
-    )
-    return np.asarray(Image.open(save(figures, path)))
+    """Return the saved pixels of figures or charts, uint8 [h, w, 3]."""
+    parts = drawn if isinstance(drawn, list) else [drawn]
+    return np.asarray(Image.open(figures.save([getattr(part, "figure", part) for part in parts], path)))
 
 
 def ink(drawn: Any, folder: Path) -> float:
-    """The share of pixels that are not white; checks that the size fits a screen."""
+    """Return the fraction of pixels that are not white; asserts that the size fits a screen."""
     pixels = png(drawn, folder / "drawn.png")
     assert 400 <= pixels.shape[1] <= 1400
     assert 100 <= pixels.shape[0] <= 2000
@@ -55,20 +30,19 @@ def ink(drawn: Any, folder: Path) -> float:
 
 
 def holds(pixels: np.ndarray, colour: str) -> bool:
-    """Whether at least 50 pixels have just this colour."""
-    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return int((pixels == wanted).all(axis=-1).sum()) >= 50
+    """Return True if at least 50 pixels have exactly this colour."""
+    return int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=-1).sum()) >= 50
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (3, 4), (30, 40), (2, 1, 2, 1, 3)])
 def test_curves(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     history = make_history(*lengths)
-    assert ink(draw_curves(history, make_phases(history)), tmp_path) > 0.01
+    assert ink(figures.draw_curves(history, make_phases(history)), tmp_path) > 0.01
 
 
 def test_curves_mark_the_start_of_later_phases(tmp_path: Path) -> None:
     one, two = make_history(6), make_history(3, 3)
-    pixels = [png(draw_curves(h), tmp_path / "curves.png").astype(int).mean(axis=-1) for h in (one, two)]
+    pixels = [png(figures.draw_curves(h), tmp_path / "curves.png").astype(int).mean(axis=-1) for h in (one, two)]
     columns = (np.abs(pixels[0] - pixels[1]) > 60).sum(axis=0)
     middle = int(0.4 * len(columns))
     line = middle + int(columns[middle:].argmax())
@@ -78,112 +52,98 @@ def test_curves_mark_the_start_of_later_phases(tmp_path: Path) -> None:
 
 def test_curves_without_validation(tmp_path: Path) -> None:
     history: list[dict[str, Any]] = [row | {"val_loss": None, "val_accuracy": float("nan")} for row in make_history(2)]
-    assert ink(draw_curves(history), tmp_path) > 0.01
+    assert ink(figures.draw_curves(history), tmp_path) > 0.01
 
 
-@pytest.mark.parametrize("classes", [3, 20, 120])
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(
+    ("classes", "right"), [(3, True), (3, False), (20, True), (20, False), (120, False), (300, False)]
+)
 def test_figures_of_scores(tmp_path: Path, classes: int, right: bool) -> None:
     result = make_result(classes, 4 * classes, right=right, empty=(2,))
     scores: dict[str, Any] = result.metrics
-    assert ink(draw_confusion(scores["confusion"], result.class_names), tmp_path) > 0.02
-    assert ink(draw_f1(scores["per_class"], scores["macro_f1"]), tmp_path) > 0.02
-    assert ink(draw_calibration(scores["calibration_bins"], scores["calibration_error"]), tmp_path) > 0.01
+    assert ink(figures.draw_confusion(scores["confusion"], result.class_names), tmp_path) > 0.02
+    assert ink(figures.draw_f1(scores["per_class"], scores["macro_f1"]), tmp_path) > 0.02
+    assert ink(figures.draw_calibration(scores["calibration_bins"], scores["calibration_error"]), tmp_path) > 0.01
 
 
-def test_f1_of_more_classes_than_fit(tmp_path: Path) -> None:
-    scores: dict[str, Any] = make_result(300, 900).metrics
-    assert ink(draw_f1(scores["per_class"], scores["macro_f1"]), tmp_path) > 0.02
+@pytest.mark.parametrize(
+    ("classes", "n", "right"), [(3, 200, False), (120, 2, False), (120, 200, False), (3, 2, True), (3, 20, True)]
+)
+def test_galleries_of_predictions(tmp_path: Path, classes: int, n: int, right: bool) -> None:
+    result = make_result(classes, n, right=right)
+    random, wrong = figures.find_random(result, 42), figures.find_most_wrong(result)
+    drawn = figures.draw_examples("random", result, fetch, random, named=False)
+    assert ink(drawn, tmp_path) > 0.3
+    mistakes = figures.draw_examples("wrong", result, fetch, wrong)
+    assert ink(mistakes, tmp_path) > (0.3 if wrong else 0.002)  # without mistakes a line of text
+    assert bool(wrong) is not right
+    pixels = png(drawn if right else mistakes, tmp_path / "drawn.png")
+    assert (holds(pixels, figures.RIGHT), holds(pixels, figures.WRONG)) == (right, not right)
 
 
-@pytest.mark.parametrize("classes", [3, 120])
-@pytest.mark.parametrize("n", [2, 200])
-def test_galleries_of_predictions(tmp_path: Path, classes: int, n: int) -> None:
-    result = make_result(classes, n)
-    assert ink(draw_predictions(result, fetch, 42), tmp_path) > 0.3
-    drawn = draw_most_wrong(result, fetch)
-    if find_most_wrong(result):
-        assert ink(drawn, tmp_path) > 0.3
-        assert holds(png(drawn, tmp_path / "drawn.png"), WRONG)
-        assert not holds(png(drawn, tmp_path / "drawn.png"), RIGHT)
+def test_the_random_examples_are_nine_different_ones_and_follow_the_seed() -> None:
+    first, again, other = (figures.find_random(make_result(3, 50), seed) for seed in (1, 1, 2))
+    assert len(set(first)) == 9
+    assert first == again != other
 
 
-def test_right_is_green_and_no_mistake_is_said_so(tmp_path: Path) -> None:
-    result = make_result(3, 20, right=True)
-    pixels = png(draw_predictions(result, fetch, 42), tmp_path / "predictions.png")
-    assert holds(pixels, RIGHT)
-    assert not holds(pixels, WRONG)
-    assert find_most_wrong(result) == []
-    assert ink(draw_most_wrong(result, fetch), tmp_path) > 0.002
-
-
-def test_the_random_predictions_are_nine_different_ones_and_follow_the_seed(tmp_path: Path) -> None:
-    asked: list[list[int]] = []
-
-    def noted(indices: Sequence[int]) -> np.ndarray:
-        asked.append(list(indices))
-        return fetch(indices)
-
-    result = make_result(3, 50)
-    paths = [save(draw_predictions(result, noted, seed), tmp_path / f"{k}.png") for k, seed in enumerate((1, 1, 2))]
-    assert len(set(asked[0])) == 9
-    assert asked[0] == asked[1] != asked[2]
-    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
-
-
-def test_the_most_wrong_are_the_surest_mistakes_in_order() -> None:
+def test_the_most_wrong_are_the_mistakes_of_highest_confidence_in_order() -> None:
     result = make_result(5, 300)
-    found = find_most_wrong(result)
-    surest = result.probabilities.max(axis=1)
+    indices = figures.find_most_wrong(result)
+    confidence = result.probabilities.max(axis=1)
     wrong = np.flatnonzero(result.probabilities.argmax(axis=1) != result.labels)
-    assert len(found) == 12
-    assert set(found) <= set(wrong.tolist())
-    assert [surest[i] for i in found] == sorted((surest[i] for i in wrong), reverse=True)[:12]
+    assert len(indices) == 12
+    assert set(indices) <= set(wrong.tolist())
+    assert [confidence[i] for i in indices] == sorted((confidence[i] for i in wrong), reverse=True)[:12]
 
 
 @pytest.mark.parametrize("side", [8, 48, 200])
 @pytest.mark.parametrize("count", [1, 18])
 def test_samples_and_augmentation(tmp_path: Path, side: int, count: int) -> None:
     images = np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    assert ink(draw_samples(images, ["class"] * count), tmp_path) > 0.2
-    assert ink(draw_augmentation(images[0], images), tmp_path) > 0.2
+    assert ink(figures.draw_samples(images, ["class"] * count), tmp_path) > 0.2
+    assert ink(figures.draw_augmentation(images[0], images), tmp_path) > 0.2
 
 
-def test_small_pictures_are_enlarged_without_blur(tmp_path: Path) -> None:
+def test_small_images_are_enlarged_without_blur(tmp_path: Path) -> None:
     board = (np.indices((8, 8)).sum(axis=0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, axis=-1)
-    pixels = png(draw_samples(board, ["a"]), tmp_path / "samples.png")
-    inside = pixels[120:-60, 200:-200]
-    assert np.isin(inside, (0, 255)).mean() > 0.99
+    pixels = png(figures.draw_samples(board, ["a"]), tmp_path / "samples.png")
+    assert np.isin(pixels[120:-60, 200:-200], (0, 255)).mean() > 0.99
 
 
 def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs_give_equal_bytes() -> None:
     def drawn(name: str) -> str:
-        lines = [Line(f"<b>{i} $x$", colour, [1, 2], [0.1, None if i else 0.2]) for i, colour in enumerate(SERIES)]
-        chart = line_chart("A & <i>", lines, fractions=True, marks={"<head>": 0.5, "rest": 1.5}, keys=True)
+        lines = [
+            figures.Line(f"<b>{i} $x$", colour, [1, 2], [0.1, None if i else 0.2])
+            for i, colour in enumerate(figures.SERIES)
+        ]
+        chart = figures.line_chart("A & <i>", lines, fractions=True, marks={"<head>": 0.5, "rest": 1.5}, keys=True)
         assert chart
-        return svg(name, chart)
+        return figures.svg(name, chart)
 
     first = drawn("a")
     assert first == drawn("a")
-    for words in ("A &amp; &lt;i&gt;", "&lt;b&gt;0 $x$", "&lt;head&gt; starts", "&lt;b&gt;0 $x$, epoch 2: 20.00 %"):
-        assert words in first
+    texts = ("A &amp; &lt;i&gt;", "&lt;b&gt;0 $x$", "&lt;head&gt; starts", "&lt;b&gt;0 $x$, epoch 2: 20.00 %")
+    assert [text for text in texts if text not in first] == []
     style = (TEMPLATES / "report.css").read_text()
-    assert [name for name in PROPERTIES.values() if style.count(f"{name}: #") != 2] == []  # in light, and in dark
+    assert [
+        name for name in figures.PROPERTIES.values() if style.count(f"{name}: #") != 2
+    ] == []  # in light, and in dark
     assert set(re.findall(r"var\((--\w+)\)", first)) == {"--ink", "--soft", "--rule", *(f"--s{i}" for i in range(6))}
     assert re.findall("#[0-9a-f]{6}", first) == []
     assert set(re.findall(' id="(.*?)"', first)).isdisjoint(re.findall(' id="(.*?)"', drawn("b")))
     assert set(re.findall('href="#(.*?)"', first)) <= set(re.findall(' id="(.*?)"', first))
-    assert line_chart("nothing", [Line("a", INK, [1], [None])]) is None
+    assert figures.line_chart("nothing", [figures.Line("a", figures.INK, [1], [None])]) is None
 
 
 def test_names_become_plain_short_text() -> None:
-    assert label("$x$") == r"\$x\$"
-    assert label("a\nb") == r"a\nb"
-    assert label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
-    assert label("bad \udcff") == r"bad \udcff"
+    assert figures.label("$x$") == r"\$x\$"
+    assert figures.label("a\nb") == r"a\nb"
+    assert figures.label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
+    assert figures.label("bad \udcff") == r"bad \udcff"
 
 
-def test_drawing_touches_neither_pyplot_nor_tensorflow() -> None:
+def test_drawing_imports_neither_pyplot_nor_tensorflow() -> None:
     code = "import sys, trainer.report.write; print(sorted({'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,5 +1,6 @@
-"""The page in a real browser: nothing asked of a network, no complaint in the console, and what a finger can do."""
+"""The page in a browser: no request, no console error, and its interactions by mouse and touch."""
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from tests.evaluation.browser import Tab, chromium
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
-from trainer.report.page import Pictures, Repeats
+from trainer.report.page import DuplicateImages, ReportImages
 
 pytestmark = pytest.mark.browser
 
@@ -20,38 +21,30 @@ SCREENS = {"laptop": (1366, 900, False), "tablet": (820, 1180, False), "phone": 
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything on it."""
     return write_whole_page(tmp_path_factory.mktemp("page"), 7, 60)
 
 
 def write_whole_page(folder: Path, classes: int, n: int) -> Path:
+    """Write a page with all sections."""
     members = [
         {"split": split, "index": 0, "file": f"{split}/a very long name of a folder {'x' * 90} <i>.jpg", "label": label}
         for split, label in (("train", HOSTILE), ("test", "other"))
     ]
     group = {"count": 2, "across_splits": True, "labels": [HOSTILE, "other"], "members": members}
-    found = {
-        "compared": {"train": 7, "test": n},
-        "across_splits": 1,
-        "different_labels": 1,
-        "within_one_split_and_class": 3,
-        "groups": [group],
-    }
+    facts = {"compared": {"train": 7, "test": n}, "across_splits": 1, "different_labels": 1}
+    facts |= {"within_one_split_and_class": 3, "groups": [group]}
 
     def explain(indices: Sequence[int]) -> np.ndarray:
         return np.stack([np.random.default_rng(i).random((4, 4)).astype(np.float32) for i in indices])
 
-    write(
-        folder,
-        make_result(classes, n),
-        pictures=Pictures(fetch, explain=explain, repeats=Repeats(found, [list(fetch([1, 2]))])),
-    )
+    images = ReportImages(fetch, explain=explain, duplicates=DuplicateImages(facts, [list(fetch([1, 2]))]))
+    write(folder, make_result(classes, n), images=images)
     return folder / "index.html"
 
 
@@ -62,9 +55,7 @@ def column(tab: Tab, number: int, table: str = "#classes table.sorts") -> list[A
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("screen", SCREENS)
-def test_it_fits_every_screen_and_asks_for_nothing(
-    tab: Tab, tmp_path: Path, page: Path, screen: str, dark: bool
-) -> None:
+def test_it_fits_every_screen_and_sends_no_request(tab: Tab, page: Path, screen: str, dark: bool) -> None:
     width, height, phone = SCREENS[screen]
     tab.errors.clear()
     tab.requests.clear()
@@ -74,7 +65,7 @@ def test_it_fits_every_screen_and_asks_for_nothing(
     assert tab.run(f"Math.min(...{small}.map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 11
     assert tab.errors == []
     assert [address for address in tab.requests if not address.startswith("data:")] == [page.as_uri()]
-    shot = np.asarray(Image.open(tab.screenshot(tmp_path / "page.png", whole=False)).convert("L"))
+    shot = np.asarray(Image.open(io.BytesIO(tab.screenshot())).convert("L"))
     assert (shot.mean() < 60) if dark else (shot.mean() > 180)
     assert shot.std() > 10
 
@@ -103,8 +94,8 @@ def test_many_classes_can_be_searched(tab: Tab, tmp_path: Path) -> None:
     tab.open(write_whole_page(tmp_path, 120, 240))
     tab.click("input.filter")
     tab.call("Input.insertText", text="CLASS 11")
-    shown = tab.run("[...document.querySelectorAll('#classes table.sorts tbody tr')].filter(r => !r.hidden).length")
-    assert shown == 11  # class 11, class 110 to class 119
+    rows = "[...document.querySelectorAll('#classes table.sorts tbody tr')]"
+    assert tab.run(f"{rows}.filter(r => !r.hidden).length") == 11  # class 11, class 110 to class 119
 
 
 def opacity(tab: Tab) -> float:
@@ -116,18 +107,18 @@ def test_the_overlay_shows_under_the_mouse(tab: Tab, page: Path) -> None:
     tab.open(page)
     tab.point_at("h1")
     assert opacity(tab) == 0
-    tab.point_at("#tab-most_wrong .picture")
+    tab.point_at("#tab-most_wrong .image")
     assert opacity(tab) == 1
     tab.point_at("h1")
     assert opacity(tab) == 0
 
 
-def test_the_overlay_shows_at_a_tap_and_goes_at_the_next(tab: Tab, page: Path) -> None:
+def test_a_tap_toggles_the_overlay(tab: Tab, page: Path) -> None:
     tab.open(page, *SCREENS["phone"])
     assert opacity(tab) == 0
-    tab.tap("#tab-most_wrong .picture")
+    tab.tap("#tab-most_wrong .image")
     assert opacity(tab) == 1
-    tab.tap("#tab-most_wrong .picture")
+    tab.tap("#tab-most_wrong .image")
     tab.run("document.activeElement.blur()")
     assert opacity(tab) == 0
 
@@ -139,12 +130,11 @@ def test_tabs_show_one_gallery_at_a_time(tab: Tab, page: Path) -> None:
     tab.click('[data-shows="tab-least_sure"]')
     assert tab.run(shown) == ["tab-least_sure"]
     assert tab.run("document.querySelectorAll('#tab-least_sure .shot').length") == 24
-    loaded = "[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)"
-    tab.until(loaded)
+    tab.until("[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)")
 
 
 def test_no_script_but_its_own_runs(tab: Tab, page: Path) -> None:
-    """The policy in the page stops what escaping would have to miss first."""
+    """The Content-Security-Policy stops what escaping would miss."""
     tab.open(page)
     tab.errors.clear()
     tab.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.odd = 1'}))")
@@ -169,9 +159,8 @@ def test_phases_and_history_are_in_the_charts(tab: Tab, tmp_path: Path) -> None:
     history = make_history(4, 6)
     write(tmp_path, make_result(3, 30), history=history, phases=make_phases(history))
     tab.open(tmp_path / "index.html")
-    tips = tab.run(
-        "[...document.querySelectorAll('#training .chart')].map(c => [...c.querySelectorAll('title')].map(t => t.textContent))"
-    )
+    charts = "[...document.querySelectorAll('#training .chart')]"
+    tips = tab.run(f"{charts}.map(c => [...c.querySelectorAll('title')].map(t => t.textContent))")
     marks = ["phase_0 starts", "phase_1 starts"]
     for chart in tips[:2]:
         assert [tip for tip in chart if "starts" in tip] == marks

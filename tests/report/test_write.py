@@ -1,4 +1,4 @@
-"""The report: what report.json says, and a page that is safe and needs nothing from outside."""
+"""The report: the content of report.json, and a page that is safe and self-contained."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import pytest
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson
 from trainer.report.figures import INK, Line, line_chart, svg
-from trainer.report.page import CATEGORY_COLOURS, Pictures, Samples
+from trainer.report.page import CATEGORY_COLOURS, ReportImages, Samples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock
 from trainer.types import Dataset, EvaluationResult, Split
@@ -30,7 +30,7 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags are closed in order."""
+    """Collect tags, attributes and text, and assert that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,17 +56,11 @@ class Page(HTMLParser):
 
 
 def facts(result: EvaluationResult) -> dict[str, Any]:
-    """What train.py would say of the run."""
+    """Return `run` as of `write_report`."""
     splits = {"train": Split("train", np.arange(len(result.class_names), dtype=np.int32))}
     splits["test"] = Split("test", result.labels, files=result.names)
-    data = Dataset(
-        "tiny",
-        result.class_names,
-        splits,
-        fingerprint="f00d",
-        skipped=("a<script>.jpg: truncated",),
-        notes=("class 2 is rare",),
-    )
+    skipped, notes = ("a<script>.jpg: truncated",), ("class 2 is rare",)
+    data = Dataset("tiny", result.class_names, splits, "f00d", skipped, notes)
     return {
         "title": f"run of {HOSTILE}",
         "seed": 7,
@@ -78,17 +72,16 @@ def facts(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
+def text_of(folder: Path) -> str:
+    """Return the text of the page in a folder."""
+    return Page((folder / "index.html").read_text(encoding="utf-8")).text
+
+
 def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]:
-    history = make_history(2, 3)
-    images = fetch(range(4))
-    given: dict[str, Any] = {
-        "result": result,
-        "history": history,
-        "phases": make_phases(history),
-        "run": facts(result),
-        "pictures": Pictures(fetch, Samples(images, [result.class_names[0]] * 4, images)),
-    }
-    report = write_report(folder, **(given | more))
+    history, images = make_history(2, 3), fetch(range(4))
+    shown = ReportImages(fetch, Samples(images, [result.class_names[0]] * 4, images))
+    given = {"history": history, "phases": make_phases(history), "run": facts(result), "images": shown}
+    report = write_report(folder, result=result, **(given | more))  # type: ignore[arg-type]
     jsonschema.validate(json.loads((folder / "report.json").read_text()), SCHEMA)
     return dict(report)
 
@@ -105,9 +98,9 @@ def test_report_json(tmp_path: Path) -> None:
     assert list(report["phases"]) == ["phase_0", "phase_1"]
     last = report["phases"]["phase_1"]
     assert (last["epochs"], last["seconds"], last["val_accuracy"]) == (3, 1.5, pytest.approx(0.89))
-    assert report["data"]["counts"] == {"train": 7, "test": 60}
-    assert sum(report["data"]["class_counts"]["test"]) == 60
-    assert report["data"]["skipped"] == ["a<script>.jpg: truncated"]
+    data = report["data"]
+    assert (data["counts"], sum(data["class_counts"]["test"])) == ({"train": 7, "test": 60}, 60)
+    assert data["skipped"] == ["a<script>.jpg: truncated"]
     assert report["export"] == {"saved_model": EXPORTED}
     assert report["timing"]["total_seconds"] == 12.5
     written = {path.name for path in tmp_path.iterdir()}
@@ -118,36 +111,33 @@ def test_report_json(tmp_path: Path) -> None:
     assert low < test["macro_f1"] < high
     assert report["label_errors"]["count"] >= len(report["label_errors"]["rows"])
     assert report["duplicates"] == {}
-
-
-def test_a_row_of_the_confusion_matrix_is_a_line(tmp_path: Path) -> None:
-    write(tmp_path, make_result(7, 60))
-    lines = (tmp_path / "report.json").read_text().splitlines()
+    lines = (tmp_path / "report.json").read_text().splitlines()  # a row of the confusion matrix is one line
     assert sum(bool(re.fullmatch(r"\s+\[ (\d+, ){6}\d+ \],?", line)) for line in lines) == 7
+    text = text_of(tmp_path).partition("95 % interval")[2]  # below the links to the sections
+    order = ["top-5 accuracy", "Training", "precision", "Data", "Configuration", "Versions"]
+    assert order == sorted(order, key=text.index)
 
 
-def test_equal_inputs_give_equal_files_but_for_timing(tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_files_except_for_timing(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, make_result(3, 40)) for name in ("first", "second"))
-    for report in (first, second):
-        del report["timing"]
-    assert json.dumps(first) == json.dumps(second)
+    assert json.dumps(first | {"timing": None}) == json.dumps(second | {"timing": None})
     for file in [*first["figures"].values(), "predictions.csv"]:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
-def test_validation_in_place_of_a_test_split_is_said(tmp_path: Path) -> None:
+def test_a_report_on_validation_has_a_note(tmp_path: Path) -> None:
     report = write(tmp_path, replace(make_result(3, 40), split="validation"))
     assert report["test"]["split"] == "validation"
     assert report["test"]["note"] == VALIDATION_NOTE
-    assert "also chose the checkpoint" in VALIDATION_NOTE
-    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert VALIDATION_NOTE in page.text
-    assert "validation accuracy" in page.text
-    assert "test accuracy" not in page.text
+    assert "also selected the checkpoint" in VALIDATION_NOTE
+    text = text_of(tmp_path)
+    assert VALIDATION_NOTE in text
+    assert "validation accuracy" in text
+    assert "test accuracy" not in text
 
 
 @pytest.mark.parametrize("classes", [3, 120])
-def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, classes: int) -> None:
+def test_the_page_is_self_contained_and_escapes_names(tmp_path: Path, classes: int) -> None:
     result = make_result(classes, 60, empty=(2,))
     write(tmp_path, result)
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
@@ -163,37 +153,24 @@ def test_the_page_stands_alone_and_escapes_names(tmp_path: Path, classes: int) -
     assert anchors
     assert {value.removeprefix("#") for value in anchors} <= named
     assert page.ids == len(named)  # those of every chart too
-    without_pictures = re.sub(r"data:image/[^'\x22]*", "", source)
-    for outside in ("http:", "https:", "url(", "@import", "xmlns"):
-        assert outside not in without_pictures
-    assert HOSTILE in page.text  # shown as text, in the title and the table
-    assert "counted for nothing: 2 examples" in page.text
-    assert "a<script>.jpg: truncated" in page.text
-    assert "b&.png: not an image" in page.text
-    assert f"{100 * result.metrics['accuracy']:.2f}\u202f%" in page.text  # type: ignore[operator]
-    assert "phases.head.epochs" in page.text
+    without_images = re.sub(r"data:image/[^'\x22]*", "", source)
+    assert [outside for outside in ("http:", "https:", "url(", "@import", "xmlns") if outside in without_images] == []
+    texts = [HOSTILE, "could not be read: 2 examples", "a<script>.jpg: truncated", "b&.png: not an image"]
+    texts += [f"{100 * result.metrics['accuracy']:.2f}\u202f%", "phases.head.epochs"]  # type: ignore[operator]
+    assert [text for text in texts if text not in page.text] == []
     assert "viewport" in [value for _, value in page.attributes]
     assert "prefers-color-scheme: dark" in source
 
 
-def test_headline_comes_first(tmp_path: Path) -> None:
-    write(tmp_path, make_result(7, 60))
-    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
-    text = text[text.index("95 % interval") :]  # below the links to the sections
-    order = ["95 % interval", "top-5 accuracy", "Training", "precision", "Data", "Configuration", "Versions"]
-    places = [text.index(word) for word in order]
-    assert places == sorted(places)
-
-
-def test_a_bare_run_without_history_samples_or_facts(tmp_path: Path) -> None:
+def test_a_report_without_history_samples_or_facts(tmp_path: Path) -> None:
     result = make_result(3, 10, right=True)
-    report = write(tmp_path, result, history=[], phases={}, run={}, pictures=Pictures(fetch))
+    report = write(tmp_path, result, history=[], phases={}, run={}, images=ReportImages(fetch))
     assert set(report["figures"]) == {"predictions", "most_wrong", "least_sure", "confusion", "f1", "calibration"}
     assert report["phases"] == {}
-    Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert text_of(tmp_path)
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     history = [row | {"val_loss": float("nan"), "val_accuracy": None} for row in make_history(1)]
     phases = {"phase_0": {"val_accuracy": float("nan"), "val_loss": np.float32("inf"), "best_epoch": np.int64(1)}}
     report = write(tmp_path, make_result(3, 10), history=history, phases=phases)
@@ -203,48 +180,47 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
-def test_the_headline_says_what_the_scores_were_after_each_phase(tmp_path: Path) -> None:
-    phases = {
-        "head": {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4},
-        "rest": {"val_accuracy": 0.9, "val_n": 100},
-    }
-    write(tmp_path, make_result(3, 10), phases=phases)
-    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+def test_the_headline_has_the_scores_after_each_phase(tmp_path: Path) -> None:
+    head = {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4}
+    phases = {"head": head, "rest": {"val_accuracy": 0.9, "val_n": 100}}
+    report = write(tmp_path, make_result(3, 10), phases=phases)
+    assert report["phases"]["rest"]["val_interval"] == list(wilson(90, 100))
+    text = text_of(tmp_path)
     assert "validation after head: 50.00\u202f% (40.4–59.6\u202f%); rest: 90.00\u202f% (82.6–94.5\u202f%)" in text
     assert "validation after head: 0.400" in text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_phase_that_kept_earlier_weights_shows_its_own_score_and_says_so(tmp_path: Path) -> None:
+def test_a_phase_that_retained_earlier_weights_shows_its_own_score(tmp_path: Path) -> None:
     history = make_history(2, 3)
     phases = make_phases(history)
     first = phases["phase_0"] | {"val_n": 100}
-    handed_on = {"val_accuracy": first["val_accuracy"], "val_loss": first["val_loss"], "val_n": 100}
-    phases["phase_1"] |= handed_on | {"kept_from": "phase_0", "own_val_accuracy": 0.7}
+    same = {"val_accuracy": first["val_accuracy"], "val_loss": first["val_loss"], "val_n": 100}
+    phases["phase_1"] |= same | {"kept_from": "phase_0", "own_val_accuracy": 0.7}
     write(tmp_path, make_result(3, 40), history=history, phases=phases | {"phase_0": first})
-    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
-    assert "phase_0: 74.00\u202f% (64.6–81.6\u202f%); phase_1: 74.00\u202f% (kept the weights of phase_0)" in text
-    assert "70.00\u202f%kept the weights of phase_0–" in text  # the row of the phase, with no loss of its own
+    text = text_of(tmp_path)
+    assert "phase_0: 74.00\u202f% (64.6–81.6\u202f%); phase_1: 74.00\u202f% (weights of phase_0)" in text
+    assert "70.00\u202f%retained the weights of phase_0–" in text  # the row of the phase, without a loss
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "row"),
     [
         ({}, "saved_modelexport/saved_model/14.8681.67\u202f%212e-069.50"),
-        ({"refused": True}, "saved_modelnot kept: it lost too much accuracy4.86"),
+        ({"refused": True}, "saved_modeldeleted: it lost too much accuracy4.86"),
         ({"largest_difference": None}, "21–9.50"),
     ],
 )
-def test_each_export_is_a_row(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_each_export_is_a_row(tmp_path: Path, changes: dict[str, Any], row: str) -> None:
     result = make_result(3, 40)
     write(tmp_path, result, run=facts(result) | {"export": {"saved_model": EXPORTED | changes}})
-    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
-    assert words in text
-    assert "sent 60 examples, of which the trainer has 82.50\u202f% right" in text
+    text = text_of(tmp_path)
+    assert row in text
+    assert "scored on 60 examples; the accuracy of the trainer on them is 82.50\u202f%" in text
 
 
-def test_every_place_where_time_goes_has_a_colour_of_its_own() -> None:
+def test_every_category_of_time_has_its_own_colour() -> None:
     assert set(clock.CATEGORIES) <= set(CATEGORY_COLOURS)
     assert len({colour for _, colour in CATEGORY_COLOURS.values()}) == len(CATEGORY_COLOURS)
 
@@ -257,21 +233,15 @@ def test_ticks_of_a_learning_rate_are_its_values() -> None:
 
 
 def test_a_thousand_classes_and_a_hundred_thousand_examples_stay_a_page(tmp_path: Path) -> None:
-    """Its size is bounded by pictures and classes, whatever the number of examples."""
+    """The size is bounded by images and classes, not by the number of examples."""
 
     def large(indices: Sequence[int]) -> np.ndarray:
         return np.stack([np.random.default_rng(i).integers(0, 256, (224, 224, 3), dtype=np.uint8) for i in indices])
 
     result = make_result(1000, 100_000)
     began = time.process_time()
-    write(tmp_path, result, pictures=Pictures(large))
+    write(tmp_path, result, images=ReportImages(large))
     spent, size = time.process_time() - began, (tmp_path / "index.html").stat().st_size
-    print(f"1,000 classes x 100,000 examples: {spent:.0f} s of a CPU, {size / 1e6:.1f} MB")
+    print(f"1,000 classes x 100,000 examples: {spent:.0f} s of CPU time, {size / 1e6:.1f} MB")
     assert size < 8e6
     assert spent < 300
-
-
-def test_the_number_of_validation_examples_gives_an_interval(tmp_path: Path) -> None:
-    phases = {"phase_0": {"val_accuracy": 0.9, "val_n": 100}}
-    report = write(tmp_path, make_result(3, 10), phases=phases)
-    assert report["phases"]["phase_0"]["val_interval"] == list(wilson(90, 100))

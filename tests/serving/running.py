@@ -34,11 +34,11 @@ class Exported:
 
     @classmethod
     def create(cls, folder: Path) -> Exported:
-        from tests.exporting.subjects import small_model, subject_for
+        from tests.exporting.bundles import small_model, bundle_for
         from trainer.exporting.saved_model import export_saved_model
 
         model = small_model()
-        export_saved_model(subject_for(model), folder / "export" / "saved_model" / "1")
+        export_saved_model(bundle_for(model), folder / "export" / "saved_model" / "1")
         return cls(folder, model)
 
     @property

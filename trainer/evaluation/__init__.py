@@ -1,1 +1,1 @@
-"""From labels and probabilities to scores, intervals and tests: what a run has learned, and how sure that is."""
+"""Evaluation: scores, confidence intervals, significance tests, label errors, duplicates and drift."""

@@ -1,4 +1,4 @@
-"""Labels that may be wrong, by confident learning (Northcutt, Jiang, Chuang 2021, JAIR 70, section 3)."""
+"""Possible label errors by confident learning (Northcutt, Jiang, Chuang 2021, JAIR 70, section 3)."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ import numpy as np
 
 from trainer.types import EvaluationResult
 
-LISTED = 100  # in a report
+LISTED = 100  # examples in a report
 
 
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Examples that the model confidently places in another class than their label's.
+    """Return the examples that the model confidently assigns to another class than their label.
 
-    The threshold of a class is the mean probability that the model gives it on the examples so labelled. An example is
-    counted in the most probable of the classes whose threshold it reaches; counted outside its label (off the diagonal
-    of the confident joint), it is a candidate. The examples must not be ones the model has learned from.
+    The threshold of a class is the mean probability of that class over the examples with its label. An example counts
+    for the most probable of the classes whose threshold it reaches; if this is not its label (off the diagonal of the
+    confident joint), it is a candidate. The model must not have been trained on the examples.
 
     Args:
         labels: int [n].
         probabilities: float [n, c].
 
     Returns:
-        indices int64 [m] and the classes they would rather belong to int64 [m]; the smallest margin of the label's
-        probability over that class's first.
+        indices int64 [m] and suggested classes int64 [m], in ascending order of the margin: the probability of the
+        label minus that of the suggestion.
     """
     n, classes = probabilities.shape
     counts = np.bincount(labels, minlength=classes)
     own = probabilities[np.arange(n), labels].astype(np.float64)
     sums = np.bincount(labels, weights=own, minlength=classes)
-    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # of an unseen class nothing is known
+    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # never a class without examples
     confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
     best = confident.argmax(axis=1)
     candidates = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
@@ -38,7 +38,7 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
-    """`label_errors` of report.json: their count, and the first 100 with file, label, suggestion and probabilities."""
+    """Return `label_errors` of report.json: their count, and the first `LISTED` as rows."""
     indices, suggested = find_label_errors(result.labels, result.probabilities)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Two classifiers on the same examples: how far they differ, and whether that is more than chance."""
+"""Paired comparison of two classifiers on the same examples: difference, interval and significance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ class Paired:
     """The second classifier against the first, on n examples.
 
     Attributes:
-        lost: examples that only the first has right.
-        won: examples that only the second has right.
-        difference: of the accuracies, second minus first.
-        interval: 95 %, of the difference.
-        p: probability of a split of the disagreements at least as uneven, if both were equally good.
+        lost: examples that only the first classifies correctly.
+        won: examples that only the second classifies correctly.
+        difference: accuracy of the second minus accuracy of the first.
+        interval: 95 % interval of the difference.
+        p: p value of McNemar's exact test.
     """
 
     n: int
@@ -28,13 +28,13 @@ class Paired:
 
 
 def compare_paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """McNemar's test in its exact form (McNemar 1947; a sign test on the disagreements, as Dietterich 1998 advises for
-    two classifiers and one test set), and Wald's interval of the difference after Agresti and Min 2005 (half an example
-    more in each cell).
+    """Compare by McNemar's exact test (McNemar 1947; advised by Dietterich 1998 for two classifiers and one test set).
+
+    The interval is Wald's with half an example more in each cell (Agresti and Min 2005).
 
     Args:
-        first: bool [n], whether the first classifier is right; n >= 1.
-        second: bool [n], the second one on the same examples.
+        first: bool [n], True where the first classifier is correct; n >= 1.
+        second: bool [n], the same of the second one.
     """
     n, lost, won = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     p = 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
@@ -45,9 +45,9 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The same p values in their order, adjusted for how many comparisons there are (Holm 1979)."""
-    raised, highest = [0.0] * len(p_values), 0.0
+    """Return the p values in their order, adjusted for the number of comparisons (Holm 1979)."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        raised[i] = highest
-    return raised
+        adjusted[i] = highest
+    return adjusted

@@ -1,4 +1,4 @@
-"""predictions.csv, the model's answer for every example; and names as a report can show them."""
+"""predictions.csv, the prediction for every example, and names that can be printed."""
 
 import csv
 import io
@@ -11,24 +11,24 @@ COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 
 
 def printable(text: str) -> str:
-    """The text without what cannot be encoded or shown on one line (file names may hold any bytes)."""
+    """Escape what cannot be encoded or printed on one line (file names may hold any bytes)."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> Path:
-    """Write one line an example, ordered by index.
+    """Write one line per example, ordered by index.
 
-    The columns are `COLUMNS`; truth and prediction are class names, probability is the prediction's with six decimals,
-    correct is true or false. UTF-8, "\\n" line ends; equal results give equal bytes.
+    The columns are `COLUMNS`: truth and prediction are class names, probability is that of the prediction with six
+    decimals, correct is true or false. UTF-8, "\\n" line ends; equal results give equal bytes.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    answers = result.probabilities.argmax(axis=1)
-    for index, (truth, answer) in enumerate(zip(result.labels, answers, strict=True)):
-        names = (result.names[index], result.class_names[truth], result.class_names[answer])
-        probability = f"{result.probabilities[index, answer]:.6f}"
-        rows.writerow((index, *map(printable, names), probability, "true" if truth == answer else "false"))
+    predictions = result.probabilities.argmax(axis=1)
+    for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
+        names = (result.names[index], result.class_names[truth], result.class_names[prediction])
+        probability = f"{result.probabilities[index, prediction]:.6f}"
+        rows.writerow((index, *map(printable, names), probability, "true" if truth == prediction else "false"))
     write_whole(path, text.getvalue())
     return path

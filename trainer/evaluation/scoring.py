@@ -1,4 +1,4 @@
-"""Scoring a split over all replicas and workers, and the few numbers that an epoch is judged by."""
+"""Scoring of a split over all replicas and workers, and the validation scores of an epoch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,11 +21,11 @@ class Network(Protocol):
     """A classifier, the tail of one, or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Float32 [b, classes] for images in 0..255, [b, S, S, 3], or what left the trunk."""
+        """Return float32 [b, classes] for images in 0..255, [b, S, S, 3], or for features of the trunk."""
 
 
 class Predictor:
-    """A network, compiled to answer for batches over the replicas of a strategy."""
+    """Compiled prediction of a network for batches over the replicas of a strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
@@ -37,18 +37,17 @@ class Predictor:
     def probabilities(
         self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index; padding
-        left out.
+        """Return float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index.
 
-        `ready()` is asked before each batch; once it is false, what has been scored so far.
+        Padding is left out. `ready()` is called before each batch; when it returns False, scoring ends early.
         """
         parts: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
         for _ in range(count):
             if not ready():
                 break
-            outcome, seen = self._predict(next(stream))
-            for p, *rest in zip(local(outcome), *(local(seen[k]) for k in ("label", "index", "weight")), strict=True):
+            outputs, batch = self._predict(next(stream))
+            for p, *rest in zip(local(outputs), *(local(batch[k]) for k in ("label", "index", "weight")), strict=True):
                 label, index, weight = (r.numpy() for r in rest)
                 real = weight > 0
                 parts.append((p.numpy()[real], label[real], index[real]))
@@ -56,7 +55,7 @@ class Predictor:
 
 
 class Scorer:
-    """Scores splits with a network, each example exactly once over all workers; workers do not wait for each other."""
+    """Scoring of splits with a network: each example exactly once over all workers, without a barrier."""
 
     def __init__(
         self,
@@ -65,20 +64,20 @@ class Scorer:
         sharding: Sharding = UNSHARDED,
         waited: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """`waited`: called with the seconds that this worker waited for shards."""
+        """`waited` is called with the seconds that this worker waited for shards."""
         self.worker, self.sharding, self.waited = worker, sharding, waited
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
     def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
-        """The network's answers for every example of `source`, or for the `part` of them that validation takes.
+        """Predict every example of `source`, or the fraction `part` that validation uses.
 
-        Each worker scores examples of its own. The chief gets all of them, the other workers their own part; so does
-        everyone where a worker is asked to stop meanwhile: ask `Worker.should_stop` after it.
+        Each worker scores its own shard. The chief returns all examples, the other workers their shard; after a stop
+        request every worker returns what it has, so call `Worker.should_stop` afterwards.
 
         Args:
-            batch_size: of the global batch.
-            topic: names the exchange between the workers.
+            batch_size: the global batch size.
+            topic: name of the gather between the workers.
 
         Raises:
             DataError: an example cannot be read.
@@ -90,14 +89,14 @@ class Scorer:
         gate.close()
         if self.worker.size > 1:
             names = ("probabilities", "labels", "indices")
-            everyone = self.worker.control.gather_arrays(topic, dict(zip(names, own, strict=True)))
-            if everyone:
-                own = by_index([tuple(one[name] for name in names) for one in everyone if len(one["labels"])])
+            shards = self.worker.control.gather_arrays(topic, dict(zip(names, own, strict=True)))
+            if shards:
+                own = by_index([tuple(shard[name] for name in names) for shard in shards if len(shard["labels"])])
         probabilities, labels, indices = own
         return Scored(source.split.name, indices, labels, probabilities)
 
     def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
-        """The batches of a source and their iterable; built once and not for each epoch."""
+        """Return the batches of a source and their iterable, built once and not per epoch."""
         for known, settings, batches, stream in self._opened:
             if known is source and settings == (batch_size, part):
                 return batches, stream
@@ -109,7 +108,7 @@ class Scorer:
         return batches, stream
 
     def _ready(self, gate: ShardGate, rows: int) -> bool:
-        """Wait for the shards of the next batch; False where this worker was asked to stop."""
+        """Wait for the shards of the next batch; False after a stop request."""
         try:
             seconds = gate.wait_for(rows)
         except StopRequested:
@@ -130,11 +129,11 @@ def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.nd
 
 
 def validation_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The scores of the validation split after an epoch, in float64.
+    """Return the scores of the validation split after an epoch, in float64.
 
     Returns:
-        val_loss (mean cross-entropy, probabilities floored at 1e-7 as in Keras), val_accuracy, val_macro_f1, val_n; and
-        val_top_5 where there are more than five classes.
+        val_loss (mean cross-entropy; probabilities are at least 1e-7, as in Keras), val_accuracy, val_macro_f1, val_n,
+        and with more than five classes val_top_5.
     """
     of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)

@@ -1,1 +1,1 @@
-"""The trained model in the formats that others load, and proof that it answers as it did in training."""
+"""Export of the trained model to serving formats, with a parity check of each."""

@@ -1,4 +1,4 @@
-"""The exported model with its metadata, and the examples that every exported file is checked on."""
+"""The model to export with its metadata, and the examples of the parity check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model with the metadata that goes into its files; S is the side of its images, pixels."""
+    """A trained model with the metadata of its files; S is the side of its images in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
     explain: Callable[[Any], dict[str, Any]]  # the same images -> `trainer.models.grad_cam`
@@ -26,12 +26,12 @@ class ExportBundle:
     image_size: int
     resize: Resize
     reference: Mapping[str, Any]  # `trainer.exporting.reference`
-    examples: Callable[[], np.ndarray]  # uint8 [k, S, S, 3] of the training split, for int8
+    examples: Callable[[], np.ndarray]  # uint8 [k, S, S, 3] of the training split, to calibrate int8
 
 
 @dataclass(frozen=True)
 class ParityExamples:
-    """Examples that the model did not learn from, and the trainer's own answers for them."""
+    """Examples that the model was not trained on, with the trainer's own predictions."""
 
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]
@@ -39,15 +39,15 @@ class ParityExamples:
 
 
 @contextmanager
-def plain(model: keras.Model) -> Iterator[None]:
-    """While this holds, `model` computes in float32, whatever precision it trained in, and has Keras' own layers only.
+def plain_float32(model: keras.Model) -> Iterator[None]:
+    """Make `model` compute in float32 and consist of Keras' own layers within the context.
 
-    LiteRT and ONNX have few kernels for half precision, and a file of our layers would load nowhere without us. What a
-    Normalization computes with is no tensor meanwhile, which tf2onnx would take for one more input.
+    LiteRT and ONNX have few kernels for half precision, and custom layers load only with this package. The statistics
+    of a Normalization become arrays, since tf2onnx would turn the tensors into inputs.
     """
 
-    def layers(of: Any) -> list[Any]:
-        return [of, *(inner for layer in getattr(of, "layers", ()) for inner in layers(layer))]
+    def layers(root: Any) -> list[Any]:
+        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in layers(layer))]
 
     before = [(layer, layer.dtype_policy, type(layer)) for layer in layers(model)]
     norms = [(layer, layer.mean, layer.variance) for layer, _, kind in before if kind.__name__ == "Normalization"]
@@ -56,7 +56,7 @@ def plain(model: keras.Model) -> Iterator[None]:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, kind in before:
             layer.dtype_policy = "float32"
-            if library_class(layer) is not kind:  # BatchNormalization that trained
+            if library_class(layer) is not kind:  # this package's BatchNormalization
                 swap_class(layer, library_class(layer))
         yield
     finally:

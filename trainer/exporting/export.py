@@ -1,4 +1,4 @@
-"""Exporting a scored classifier, and the choice of the examples that its files are checked on."""
+"""Export of a scored classifier, at the end of a run or of a checkpoint later."""
 
 import json
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_class
 from trainer.storage.local import write_json
 from trainer.types import Scored, scored_split
 
-READ_AT_ONCE = 256  # images
-EXAMPLES = 1000  # of the scored split are sent through every exported file
-REPRESENTATIVE = 200  # of the training split, which an int8 file takes its ranges from
+READ_BATCH = 256  # images
+PARITY_EXAMPLES = 1000  # at most, of the scored split
+REPRESENTATIVE = 200  # training images at most that calibrate an int8 file
 
 
 def chosen_examples(count: int, most: int) -> np.ndarray:
-    """int64: at most `most` indices below `count`, ascending; the same every time, spread over all classes."""
+    """Draw at most `most` of `count` indices, int64, ascending; the same every time, spread over all classes."""
     return np.sort(np.random.default_rng(count).permutation(count)[:most]).astype(np.int64)
 
 
@@ -38,18 +38,14 @@ def export_classifier(
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the formats of the configuration below `home`, each checked on held-out
-    examples: at the end of a run, and later for `python -m trainer.export`.
+    """Write labels.txt, reference.json and the configured formats below `home`; returns facts as `export_formats`.
 
     Args:
-        scored: the classifier's answers for all examples of a split that it did not learn from.
+        scored: the predictions for all examples of a split that the classifier was not trained on.
         check: as in `export_formats`.
-
-    Returns:
-        facts by format, as `export_formats`.
     """
     config, dataset, size = images.config, images.dataset, classifier.image_size
-    chosen = chosen_examples(len(scored.indices), EXAMPLES)
+    chosen = chosen_examples(len(scored.indices), PARITY_EXAMPLES)
     examples = images.rows(scored.split, scored.indices[chosen])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     bundle = ExportBundle(
@@ -68,7 +64,7 @@ def export_classifier(
 
 
 def open_images(run: FinishedRun, size: int) -> ImageStore:
-    """The images of a finished run's data at a size in pixels, decoded when they are read."""
+    """Open the images of a finished run's data at a size in pixels, without a cache."""
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, log.info, lambda _: None, stream=False)
@@ -77,11 +73,11 @@ def open_images(run: FinishedRun, size: int) -> ImageStore:
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """The probabilities of every example of a split that can be decoded."""
+    """Predict every example of a split that can be decoded."""
     labels = images.dataset.splits[split].labels
     parts = [
-        explainer(images.rows(split, np.arange(start, min(start + READ_AT_ONCE, len(labels)))))["probabilities"]
-        for start in range(0, len(labels), READ_AT_ONCE)
+        explainer(images.rows(split, np.arange(start, min(start + READ_BATCH, len(labels)))))["probabilities"]
+        for start in range(0, len(labels), READ_BATCH)
     ]
     good = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
     return Scored(split, good, labels[good], np.concatenate(parts)[good])
@@ -92,13 +88,13 @@ def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> di
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = scored_split(images.dataset.splits)
-    log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after it has answered for "
+    log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
     return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
 
 
 def record_exports(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
-    """Write the facts by format into the report and the card of the run, or to export.json beside the files."""
+    """Write the facts by format to the report and model card of the run, or to export.json next to the files."""
     path = home.parent / "report" / "report.json"
     if not is_own or not path.exists():
         write_json(home / "export.json", outcomes)

@@ -1,4 +1,4 @@
-"""reference.json: a model's answers for examples that it did not learn from, which later answers are compared with."""
+"""reference.json: the distribution of predictions on held-out examples, the reference of the drift check."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from trainer.evaluation.drift import BINS, Window
 from trainer.storage.local import write_whole
 
-WIDEST = 16  # numbers of an embedding that are compared: the covariance of 64 takes more examples than most splits have
+WIDEST = 16  # dimensions of a stored embedding: a covariance of 64 needs more examples than most splits have
 SEED = 8
 
 
@@ -22,18 +22,18 @@ def reference_distribution(
     image_size: int,
     resize: str,
 ) -> dict[str, Any]:
-    """The content of reference.json.
+    """Return the content of reference.json.
 
     Args:
-        split: of the examples: test | validation.
+        split: test or validation.
         probabilities: float32 [n, classes].
-        embeddings: float32 [m, C], of those examples or some of them.
+        embeddings: float32 [m, C] of (some of) these examples.
 
     Returns:
         `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the fraction of each predicted
         class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
-        `mean` [C'], `covariance` [C', C'] and, where C is above 16, `projection` [C, C'], whose columns are orthonormal
-        and drawn from a fixed seed: multiply an embedding by it first.
+        `mean` [C'], `covariance` [C', C'] and, if C > 16, `projection` [C, C'], orthonormal columns from a fixed seed,
+        to multiply an embedding by first.
     """
     window = Window(len(class_names))
     for row in probabilities:
@@ -42,11 +42,7 @@ def reference_distribution(
     if projection is not None:
         vectors = vectors @ projection
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
-    embedding: dict[str, Any] = {
-        "n": len(vectors),
-        "mean": _rounded(vectors.mean(0)),
-        "covariance": _rounded(covariance),
-    }
+    embedding = {"n": len(vectors), "mean": _rounded(vectors.mean(0)), "covariance": _rounded(covariance)}
     if projection is not None:
         embedding["projection"] = projection.tolist()
     edges, counts = [i / BINS for i in range(BINS + 1)], window.confidences.tolist()
@@ -63,7 +59,7 @@ def reference_distribution(
 
 
 def projection_of(width: int) -> np.ndarray | None:
-    """Float64 [width, 16] with orthonormal columns, the same for every model of that width; None where it is narrow."""
+    """Draw float64 [width, 16] with orthonormal columns, equal for all models of that width; None up to width 16."""
     if width <= WIDEST:
         return None
     drawn = np.random.default_rng([SEED, width]).standard_normal((width, WIDEST))
@@ -71,10 +67,10 @@ def projection_of(width: int) -> np.ndarray | None:
 
 
 def _rounded(values: np.ndarray) -> Any:
-    """Six digits: a file of a megabyte would be two otherwise."""
+    """Round to six digits, which halves the file."""
     return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
 
 
 def write_reference(path: Path, reference: Mapping[str, Any]) -> None:
-    """Write reference.json."""
+    """Write reference.json atomically."""
     write_whole(path, json.dumps(reference, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""The SavedModel: TensorFlow Serving's format, with the decoding of images inside."""
+"""SavedModel export, for TensorFlow Serving; it decodes images itself."""
 
 import os
 import shutil
@@ -15,23 +15,21 @@ from trainer.exporting.model_card import write_labels
 from trainer.exporting.reference import write_reference
 
 WARMUP = "assets.extra/tf_serving_warmup_requests"
-TOGETHER = 4  # images of the second request: what is compiled for one image may not serve several
-DECODED_AT_ONCE = 32  # images of one request
+WARMUP_BATCH = 4  # images of the larger request: a graph compiled for one image may not serve several
+DECODED_IN_PARALLEL = 32  # images of one request
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
-    """Write the warm-up requests into the folder of a SavedModel: one image and several, as bytes and to explain, and
-    one as pixels, of `image_size` pixels a side.
-    """
+    """Write the warm-up requests of a SavedModel: one and several encoded images per signature, and one as pixels."""
     ramp = np.linspace(0, 255, image_size, dtype=np.float32)
-    picture = np.broadcast_to(ramp[None, :, None], (image_size, image_size, 3))
-    encoded = tf.io.encode_jpeg(picture.astype(np.uint8)).numpy()
+    image = np.broadcast_to(ramp[None, :, None], (image_size, image_size, 3))
+    encoded = tf.io.encode_jpeg(image.astype(np.uint8)).numpy()
     (saved_model / WARMUP).parent.mkdir()
     with tf.io.TFRecordWriter(str(saved_model / WARMUP)) as records:
-        for count in (1, TOGETHER):
+        for count in (1, WARMUP_BATCH):
             for signature in ("serving_default", "image_bytes", "explain"):
                 records.write(_request(signature, "image_bytes", np.array([encoded] * count, object)))
-        records.write(_request("images", "images", picture[None]))
+        records.write(_request("images", "images", image[None]))
 
 
 def _request(signature: str, name: str, value: np.ndarray) -> bytes:
@@ -44,13 +42,13 @@ def _request(signature: str, name: str, value: np.ndarray) -> bytes:
 
 
 class _Served(tf.Module):
-    """The saved object: three signatures over one model, and its labels and reference as assets."""
+    """The saved object: three signatures of one model, with its labels and reference as assets."""
 
-    def __init__(self, subject: ExportBundle, labels: Path, reference: Path) -> None:
+    def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
-        self.model, self.explained = subject.model, subject.explain
+        self.model, self.explained = bundle.model, bundle.explain
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
-        self.image_size, self.resize = subject.image_size, subject.resize
+        self.image_size, self.resize = bundle.image_size, bundle.resize
         encoded = [tf.TensorSpec([None], tf.string, "image_bytes")]
         shape = [None, self.image_size, self.image_size, 3]
         self.images = tf.function(self._images, input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
@@ -71,37 +69,34 @@ class _Served(tf.Module):
             lambda data: decode_image(data, self.image_size, self.resize),
             image_bytes,
             fn_output_signature=tf.TensorSpec([self.image_size, self.image_size, 3], tf.uint8),
-            parallel_iterations=DECODED_AT_ONCE,
+            parallel_iterations=DECODED_IN_PARALLEL,
         )
         return tf.cast(pixels, tf.float32)
 
 
-def export_saved_model(subject: ExportBundle, folder: Path) -> None:
-    """Write `folder` whole or not at all; what was there is replaced.
+def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
+    """Write `folder` (".../saved_model/VERSION") atomically, replacing an older one.
 
     Signatures:
-    `image_bytes` (also `serving_default`): string [n], encoded images, decoded and resized as evaluation does, to
+    `image_bytes` (also `serving_default`): string [n], encoded images, decoded and resized as in the evaluation ->
     `probabilities` float32 [n, classes];
-    `images`: float32 [n, S, S, 3], RGB in 0..255, to the same;
-    `explain`: string [n] to `probabilities`, `embedding` float32 [n, C] and `heatmap` float32 [n, h, w] in 0..1, how
-    much each part of the image speaks for its most probable class.
+    `images`: float32 [n, S, S, 3], RGB in 0..255 -> the same;
+    `explain`: string [n] -> `probabilities`, `embedding` float32 [n, C] and `heatmap` float32 [n, h, w] in 0..1
+    (Grad-CAM of the most probable class).
 
-    Assets: `labels.txt`, one class a line, and `reference.json`. `assets.extra` holds the requests that TensorFlow
-    Serving sends the model before it opens its ports, so that no client waits for the first answer.
-
-    Args:
-        folder: its last part is the version: ".../saved_model/1".
+    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has the requests by which TensorFlow
+    Serving warms up the model before it opens its ports.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A name that a model server does not take for a version, should it list the folder before the rename.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        labels, reference, saved = (Path(beside) / name for name in ("labels.txt", "reference.json", "model"))
-        write_labels(labels, subject.class_names)
-        write_reference(reference, subject.reference)
-        served = _Served(subject, labels, reference)
+    # A model server that lists the folder before the rename does not read a dotted name as a version.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        labels, reference, saved = (Path(temporary) / name for name in ("labels.txt", "reference.json", "model"))
+        write_labels(labels, bundle.class_names)
+        write_reference(reference, bundle.reference)
+        served = _Served(bundle, labels, reference)
         signatures = {name: getattr(served, name) for name in ("image_bytes", "images", "explain")}
         tf.saved_model.save(served, str(saved), signatures={"serving_default": served.image_bytes, **signatures})
-        write_warmup(saved, subject.image_size)
+        write_warmup(saved, bundle.image_size)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(saved, folder)

@@ -1,11 +1,11 @@
-"""LiteRT (TFLite) files, for phones and small machines, in four precisions; no decoding inside."""
+"""LiteRT (TFLite) export in four precisions, for phones and small machines; input is pixels."""
 
 import contextlib
 import io
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -16,35 +16,35 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
-from trainer.exporting.bundle import ExportBundle, plain
+from trainer.exporting.bundle import ExportBundle, plain_float32
 from trainer.exporting.model_card import label_lines
 from trainer.monitoring.log import without
 from trainer.storage.local import write_whole
 
-# Of its converter and its interpreter.
-_CHATTER = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
+# Lines of its converter and interpreter without information.
+_NOISE = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Drop the chatter of a conversion or of a new interpreter; every other line still reaches stderr."""
-    return without(_CHATTER)
+    """Suppress the routine lines of a conversion or a new interpreter on stderr."""
+    return without(_NOISE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metadata of a LiteRT file: a description of its input, and its class names, as a zip at the end of the file
+# Metadata of a LiteRT file: a description of its input and output, and its class names as a zip at the end of the file
 
 NAME, IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
 LABELS = "labels.txt"
-_AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1  # of the enumerations and unions of the schema
-_MEAN, _DEVIATION = 0.0, 1.0  # unchanged: the file itself normalises
+_AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1  # enumerations and unions of the schema
+_MEAN, _DEVIATION = 0.0, 1.0  # identity: the model itself normalises
 
 
 def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """The model with a description of its images and its class names added."""
+    """Return the model with a description of its images and its class names added."""
     tree = schema.ModelT.InitFromPackedBuf(model, 0)
     tree.metadata = [entry for entry in tree.metadata or [] if entry.name != NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
-    buffer.data = list(_described())
+    buffer.data = list(_model_metadata())
     entry.name, entry.buffer = NAME, len(tree.buffers)
     tree.buffers.append(buffer)
     tree.metadata.append(entry)
@@ -56,8 +56,8 @@ def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     return whole.getvalue()
 
 
-def _described() -> bytes:
-    """A ModelMetadata table: one image in, one probability a class out."""
+def _model_metadata() -> bytes:
+    """Build a ModelMetadata table: one image as input, one probability per class as output."""
     builder = flatbuffers.Builder(1024)
 
     def table(*fields: tuple[str, int, int], slots: int) -> int:
@@ -67,33 +67,28 @@ def _described() -> bytes:
             prepend(slot, value, 0)
         return builder.EndObject()
 
-    def tables(offset: int) -> int:
+    def vector(value: float, prepend: Callable[[float], None] = builder.PrependUOffsetTRelative) -> int:
         builder.StartVector(4, 1, 4)
-        builder.PrependUOffsetTRelative(offset)
-        return builder.EndVector()
-
-    def numbers(value: float) -> int:
-        builder.StartVector(4, 1, 4)
-        builder.PrependFloat32(value)
+        prepend(value)
         return builder.EndVector()
 
     def text(slot: int, value: str) -> tuple[str, int, int]:
         return "offset", slot, builder.CreateString(value)
 
-    mean, deviation = numbers(_MEAN), numbers(_DEVIATION)
+    mean, deviation = (vector(value, builder.PrependFloat32) for value in (_MEAN, _DEVIATION))
     normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
     unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
     colours = table(("byte", 0, _RGB), slots=2)
     content = table(("byte", 0, _IMAGE), ("offset", 1, colours), slots=3)
-    units = tables(unit)
+    units = vector(unit)
     named = [text(0, "image"), text(1, "RGB in 0..255, resized as in training; the model normalises it itself")]
     image = table(*named, ("offset", 3, content), ("offset", 4, units), slots=7)
     named = [text(0, LABELS), text(1, "class names, one a line")]
-    labels = tables(table(*named, ("byte", 2, _AXIS_LABELS), slots=5))
+    labels = vector(table(*named, ("byte", 2, _AXIS_LABELS), slots=5))
     named = [text(0, "probability"), text(1, "of each class, summing to 1")]
-    answer = table(*named, ("offset", 6, labels), slots=7)
-    inputs, outputs = tables(image), tables(answer)
-    graphs = tables(table(("offset", 2, inputs), ("offset", 3, outputs), slots=8))
+    output = table(*named, ("offset", 6, labels), slots=7)
+    inputs, outputs = vector(image), vector(output)
+    graphs = vector(table(("offset", 2, inputs), ("offset", 3, outputs), slots=8))
     named = [text(0, "image classifier"), text(7, "1.0.0")]
     root = table(*named, ("offset", 3, graphs), slots=8)
     builder.Finish(root, IDENTIFIER)
@@ -106,37 +101,36 @@ def _described() -> bytes:
 Precision = Literal["float32", "float16", "dynamic", "int8"]
 
 
-def export_tflite(subject: ExportBundle, path: Path, precision: Precision) -> None:
-    """Write `path` whole or not at all: one input, images [n, S, S, 3] RGB in 0..255, one output, probabilities.
+def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> None:
+    """Write `path` atomically: one input, images [n, S, S, 3] RGB in 0..255; one output, probabilities.
 
     Args:
-        path: ".../model.tflite".
-        precision: `float32`; `float16`: weights of half the size; `dynamic`: weights in 8 bits, computing in float32
-            where there is no better kernel; `int8`: everything in 8 bits, uint8 pixels in and probabilities in steps
-            of 1/256 out, the ranges measured on `subject.examples`.
+        precision: `float32`; `float16`: weights of half the size; `dynamic`: weights in 8 bits, computation in float32
+            where there is no better kernel; `int8`: everything in 8 bits, uint8 pixels as input and probabilities in
+            steps of 1/256 as output, the ranges calibrated on `bundle.examples`.
     """
-    size = subject.image_size
+    size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with plain(subject.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
-        answer = tf.function(lambda images: subject.model(images, training=False), input_signature=spec)
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([answer.get_concrete_function()], subject.model)
+        predict = tf.function(lambda images: bundle.model(images, training=False), input_signature=spec)
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
         converter.experimental_lower_to_saved_model = False  # constants: 4 times as fast, and int8 needs them
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "float16":
             converter.target_spec.supported_types = [tf.float16]
         if precision == "int8":
-            converter.representative_dataset = partial(_one_by_one, subject.examples())
+            converter.representative_dataset = partial(_one_by_one, bundle.examples())
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         with quiet():
             content = converter.convert()
-    write_whole(path, with_metadata(content, subject.class_names))
+    write_whole(path, with_metadata(content, bundle.class_names))
 
 
 def _one_by_one(images: np.ndarray) -> Iterator[list[np.ndarray]]:
     images = images.copy()
-    images[0, 0, :2] = [[0], [255]]  # so that the input's range is 0..255 and a pixel is its own number
+    images[0, 0, :2] = [[0], [255]]  # the input's range is 0..255, so its scale is exactly 1
     for image in images:
         yield [image[None].astype(np.float32)]

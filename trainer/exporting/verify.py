@@ -1,4 +1,4 @@
-"""Checking an exported file: loaded by the library that it is for, and its answers and time beside the trainer's."""
+"""Parity check of an exported file: predictions and latency in its own library, against the trainer's predictions."""
 
 import time
 from collections.abc import Callable
@@ -16,8 +16,8 @@ Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 p
 
 BATCH = 32
 TIMED = 20  # images, one at a time
-UNTIMED = 3  # before them: the first ones allocate
-SURE = 1.645  # standard deviations: 1 in 20, on one side
+WARMUP = 3  # images before them, which allocate memory
+Z_ONE_SIDED = 1.645  # standard deviations: 5 %, one-sided
 
 
 def load_export(path: Path) -> Classify:
@@ -29,13 +29,13 @@ def load_export(path: Path) -> Classify:
     load = {".keras": _keras, ".tflite": _tflite, ".onnx": _onnx}.get(path.suffix, _saved_model)
     try:
         return load(path)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library has its own classes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{path} cannot be loaded: {reason}; export it again") from error
+        raise ModelError(f"{path} cannot be loaded: {reason}", fix="export it again") from error
 
 
 def _saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # the signature lives only as long as this
+    loaded = tf.saved_model.load(str(folder))  # keeps the signature alive
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 
@@ -43,8 +43,8 @@ def _keras(path: Path) -> Classify:
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    answer = tf.function(lambda images: model(tf.cast(images, tf.float32), training=False), reduce_retracing=True)
-    return lambda images: answer(tf.constant(images)).numpy()
+    predict = tf.function(lambda images: model(tf.cast(images, tf.float32), training=False), reduce_retracing=True)
+    return lambda images: predict(tf.constant(images)).numpy()
 
 
 def _tflite(path: Path) -> Classify:
@@ -61,11 +61,11 @@ def _tflite(path: Path) -> Classify:
             interpreter.allocate_tensors()
         interpreter.set_tensor(source["index"], images.astype(source["dtype"]))
         interpreter.invoke()
-        answers = interpreter.get_tensor(target["index"])
-        if answers.dtype == np.float32:
-            return answers
+        output = interpreter.get_tensor(target["index"])
+        if output.dtype == np.float32:
+            return output
         scale, zero = target["quantization"]
-        return (answers.astype(np.float32) - zero) * np.float32(scale)
+        return (output.astype(np.float32) - zero) * np.float32(scale)
 
     return classify
 
@@ -78,44 +78,43 @@ def _onnx(path: Path) -> Classify:
 
 
 def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Send the examples through an export; `check` is called before each batch and may raise to leave.
+    """Score an export on the examples; `check` is called before each batch and may raise to abort.
 
     Returns:
         `examples` n, `accuracy` and `trainer_accuracy` on them, `lost` and `gained`: how many only the trainer or only
-        the export gets right; `largest_difference` of any probability; `timing`: `milliseconds_per_image`, the median
-        of single images on this machine.
+        the export predicts correctly; `largest_difference` of any probability; `timing`: `milliseconds_per_image`, the
+        median of single images on this machine.
     """
-    images, parts = held_out.images, []
+    images, batches = held_out.images, []
     for start in range(0, len(images), BATCH):
         check()
-        parts.append(classify(images[start : start + BATCH]))
-    answers, seconds = np.concatenate(parts), []
-    for i in range(UNTIMED + TIMED):
-        one = images[i % len(images)][None]
+        batches.append(classify(images[start : start + BATCH]))
+    probabilities, seconds = np.concatenate(batches), []
+    for i in range(WARMUP + TIMED):
+        image = images[i % len(images)][None]
         began = time.perf_counter()
-        classify(one)
+        classify(image)
         seconds.append(time.perf_counter() - began)
-    differences = np.abs(answers - held_out.probabilities).max() if np.isfinite(answers).all() else np.inf
-    right, was_right = (p.argmax(-1) == held_out.labels for p in (answers, held_out.probabilities))
+    finite = np.isfinite(probabilities).all()
+    correct, expected = (p.argmax(-1) == held_out.labels for p in (probabilities, held_out.probabilities))
     return {
         "examples": len(images),
-        "accuracy": float(right.mean()),
-        "trainer_accuracy": float(was_right.mean()),
-        "lost": int((was_right & ~right).sum()),
-        "gained": int((right & ~was_right).sum()),
-        "largest_difference": float(differences),
-        "timing": {"milliseconds_per_image": round(float(np.median(seconds[UNTIMED:])) * 1000, 3)},
+        "accuracy": float(correct.mean()),
+        "trainer_accuracy": float(expected.mean()),
+        "lost": int((expected & ~correct).sum()),
+        "gained": int((correct & ~expected).sum()),
+        "largest_difference": float(np.abs(probabilities - held_out.probabilities).max()) if finite else np.inf,
+        "timing": {"milliseconds_per_image": round(float(np.median(seconds[WARMUP:])) * 1000, 3)},
     }
 
 
 def drops_too_far(facts: dict[str, Any], most: float) -> bool:
-    """Whether an export is worse than its trainer by more than the fraction `most` of the examples, and than chance.
+    """Return True if an export loses more than the fraction `most` of the examples, and more than chance.
 
-    Examples that only one of the two gets right go either way by chance where rounding alone decides them, so that the
-    net loss has a standard deviation of sqrt(lost + gained) (McNemar 1947): 2 lost of 60 say little, 6 say much. An
-    answer that is no number is a drop.
+    Rounding flips predictions either way by chance, so the net loss has a standard deviation of sqrt(lost + gained)
+    (McNemar 1947): 2 lost of 60 are not significant, 6 are. Probabilities that are not finite count as a drop.
     """
     if not np.isfinite(facts["largest_difference"]):
         return True
     net = facts["lost"] - facts["gained"]
-    return net > most * facts["examples"] and net > SURE * (facts["lost"] + facts["gained"]) ** 0.5
+    return net > most * facts["examples"] and net > Z_ONE_SIDED * (facts["lost"] + facts["gained"]) ** 0.5

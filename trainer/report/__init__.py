@@ -1,1 +1,1 @@
-"""The page, figures and tables of a run."""
+"""The report of a run: page, figures and tables."""

@@ -1,5 +1,9 @@
-"""Runs side by side: their scores on the examples they have in common, and the page that shows them."""
+"""Comparison of runs on the examples they have in common, as a table and as an HTML page."""
 
+import csv
+import io
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import yaml
 from markupsafe import Markup
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from trainer.config.diff import flat
 from trainer.errors import DataError
@@ -17,19 +25,20 @@ from trainer.evaluation.paired import Paired, compare_paired, holm
 from trainer.report.figures import SERIES, Line, line_chart, svg
 from trainer.report.page import NONE, number, percent, render
 from trainer.storage.local import write_whole
+from trainer.storage.path import StoragePath, storage_path
 
-SURE = 0.05  # p below which a difference is called one
-_IGNORED = ("output_dir", "runtime.cache_dir", "resume")  # differ between runs and say nothing
+SIGNIFICANT = 0.05  # p below which a run is called better or worse
+_IGNORED = {"output_dir", "runtime.cache_dir", "resume"}  # differ between runs without an effect
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRun:
     """A run, or an evaluation of a run: its report, predictions, configuration and epochs."""
 
     name: str
     address: str
     report: Mapping[str, Any]
-    answers: Mapping[str, tuple[str, str]]  # file -> truth, prediction
+    predictions: Mapping[str, tuple[str, str]]  # file -> truth, prediction
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
 
@@ -38,152 +47,215 @@ class Scored:
 class Comparison:
     """Several runs on the examples that all were scored on, the first of them as the reference."""
 
-    runs: Sequence[Scored]
+    runs: Sequence[ScoredRun]
     files: Sequence[str]  # the common examples
-    right: np.ndarray  # bool [runs, files]
+    correct: np.ndarray  # bool [runs, files]
     pairs: Sequence[Paired]  # each run after the first against it
     p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
 
 
-def _keys(runs: Sequence[Scored]) -> list[dict[str, str]]:
-    """The examples of each run by key: {key: file}. Keys are whole names, or, where no name is in all runs, names below
-    the folder that each run's files are in (the same data may lie elsewhere).
+def read_scored_run(address: str, name: str) -> ScoredRun:
+    """Read the report and predictions of a run or an evaluation.
+
+    Raises:
+        DataError: they are missing or damaged.
     """
-    whole = [{file: file for file in run.answers} for run in runs]
-    if set.intersection(*(set(keys) for keys in whole)):
+    root = storage_path(address)
+    folder = root if (root / "report.json").exists() else root / "report"
+    content, rows = (folder / "report.json").fetch(), (folder / "predictions.csv").fetch()
+    if content is None or rows is None:
+        raise DataError(
+            f"{address} has no report (report/report.json and predictions.csv)",
+            fix="give the output_dir of a finished run or a folder written by python -m trainer.evaluate",
+        )
+    try:
+        report = json.loads(content[0])
+        lines = csv.DictReader(io.StringIO(rows[0].decode()))
+        predictions = {line["file"]: (line["truth"], line["prediction"]) for line in lines}
+        history = report.get("history") or _read_epochs(root)
+        return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{folder} is damaged: {error}", fix="evaluate the run again") from None
+
+
+def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
+    """Read the epochs of a run whose report lacks them."""
+    metrics = (root / "metrics.jsonl").fetch()
+    rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
+    return [row for row in rows if row["kind"] == "epoch"]
+
+
+def _read_configuration(root: StoragePath) -> dict[str, Any]:
+    """Read the configuration of a run; for an evaluation that of the run two folders up, if there is one."""
+    for folder in (root, root.parent.parent):
+        if content := (folder / "config.yaml").fetch():
+            return dict(yaml.safe_load(content[0]))
+    return {}
+
+
+def short_names(addresses: Sequence[str]) -> list[str]:
+    """Return the shortest ends of addresses that are all different."""
+    parts = [address.rstrip("/").split("/") for address in addresses]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(addresses)
+
+
+def _keys(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
+    """Return {key: file} of the examples of each run.
+
+    Keys are whole names or, if no name is in all runs, names relative to the common folder of each run's files (the
+    root of the same data may differ).
+    """
+    whole = [{file: file for file in run.predictions} for run in runs]
+    if set.intersection(*map(set, whole)):
         return whole
-    below = []
+    relative = []
     for run in runs:
-        parents = [str(PurePosixPath(file).parent) for file in run.answers]
+        parents = [str(PurePosixPath(file).parent) for file in run.predictions]
         root = commonpath(parents) if len({p.startswith("/") for p in parents}) == 1 else ""
-        below.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.answers})
-    return below
+        relative.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.predictions})
+    return relative
 
 
-def compare_runs(runs: Sequence[Scored]) -> Comparison:
+def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
     """Compare runs on the examples that all of them were scored on.
 
     Raises:
-        DataError: they know other classes, share no example, or disagree on the truth of one.
+        DataError: their classes or truths differ, or they have no example in common.
     """
-    first, classes = runs[0], [set(run.report["data"]["class_names"]) for run in runs]
-    for run, known in zip(runs, classes, strict=True):
-        if odd := sorted(classes[0] ^ known):
+    first = runs[0]
+    for run in runs[1:]:
+        classes = (set(each.report["data"]["class_names"]) for each in (first, run))
+        if unmatched := sorted(set.symmetric_difference(*classes)):
             raise DataError(
-                f"{first.address} and {run.address} cannot be compared: they know other classes ({odd[0]!r} is known "
-                "to only one of them)"
+                f"{first.address} and {run.address} cannot be compared: their classes differ (only one of them has "
+                f"{unmatched[0]!r})",
+                fix="compare runs on data of the same classes",
             )
     keys = _keys(runs)
-    shared = sorted(set.intersection(*(set(k) for k in keys)))
-    if not shared:
+    common = sorted(set.intersection(*map(set, keys)))
+    if not common:
         raise DataError(
-            f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them; "
-            "evaluate them on the same data with python -m trainer.evaluate"
+            f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them",
+            fix="evaluate them on the same data with python -m trainer.evaluate",
         )
-    answers = [[run.answers[file_of[key]] for key in shared] for run, file_of in zip(runs, keys, strict=True)]
-    for run, own in zip(runs, answers, strict=True):
-        for key, (expected, _), (truth, _) in zip(shared, answers[0], own, strict=True):
+    rows = [[run.predictions[file_of[key]] for key in common] for run, file_of in zip(runs, keys, strict=True)]
+    for run, own in zip(runs, rows, strict=True):
+        for key, (expected, _), (truth, _) in zip(common, rows[0], own, strict=True):
             if truth != expected:
                 raise DataError(
-                    f"{first.address} and {run.address} cannot be compared: {key} is {expected!r} in one and {truth!r} "
-                    "in the other"
+                    f"{first.address} and {run.address} cannot be compared: the label of {key} is {expected!r} in one "
+                    f"and {truth!r} in the other",
+                    fix="evaluate both on the same labels",
                 )
-    right = np.array([[truth == answer for truth, answer in own] for own in answers], bool)
-    pairs = [compare_paired(right[0], row) for row in right[1:]]
-    return Comparison(runs, shared, right, pairs, holm([pair.p for pair in pairs]))
+    correct = np.array([[truth == prediction for truth, prediction in own] for own in rows], bool)
+    pairs = [compare_paired(correct[0], row) for row in correct[1:]]
+    return Comparison(runs, common, correct, pairs, holm([pair.p for pair in pairs]))
 
 
 def verdict(pair: Paired, p: float) -> str:
-    """The difference in words: better, worse, or none shown."""
-    if p >= SURE:
-        return "no difference shown"
-    return "better" if pair.difference > 0 else "worse"
+    """Return better, worse, or no significant difference."""
+    return "no significant difference" if p >= SIGNIFICANT else "better" if pair.difference > 0 else "worse"
 
 
-def configuration_differences(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
-    """(key, value in each run) of each setting that is not the same in all."""
+def configuration_differences(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+    """Return (key, its value in each run) for the settings that differ."""
     trees = [flat(dict(run.config)) for run in runs]
-    keys = sorted(set().union(*trees) - {*_IGNORED})
-    rows = [(key, [_as_typed(tree[key]) if key in tree else NONE for tree in trees]) for key in keys]
+    keys = sorted(set().union(*trees) - _IGNORED)
+    rows = [(key, [_as_argument(tree[key]) if key in tree else NONE for tree in trees]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _as_typed(value: Any) -> str:
-    """A value as one writes it on the command line."""
+def _as_argument(value: Any) -> str:
+    """Format a value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(map(_as_typed, value))}]" if isinstance(value, list) else str(value)
+    return f"[{','.join(map(_as_argument, value))}]" if isinstance(value, list) else str(value)
 
 
 def _rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Each run on the common examples; the first has no pair. `changed`: [(kind of change, files)]."""
-    rows, n, first = [], len(comparison.files), comparison.right[0]
-    for i, (run, right) in enumerate(zip(comparison.runs, comparison.right, strict=True)):
-        hits = int(right.sum())
-        row = {
-            "name": run.name,
-            "address": run.address,
-            "accuracy": hits / n,
-            "interval": wilson(hits, n),
-            "pair": None,
-        }
+    """Return the scores of each run on the common examples; the first has no pair. `changed`: [(change, files)]."""
+    rows, n, first = [], len(comparison.files), comparison.correct[0]
+    for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
+        hits = int(correct.sum())
+        row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
+        row |= {"accuracy": hits / n, "interval": wilson(hits, n)}
         if i > 0:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
             row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
-        changes = {"right now, wrong in the first": right & ~first, "wrong now, right in the first": first & ~right}
-        row["changed"] = [
-            (kind, [comparison.files[k] for k in np.flatnonzero(at).tolist()]) for kind, at in changes.items()
-        ]
+        masks = (correct & ~first, first & ~correct)
+        gained, lost = ([comparison.files[k] for k in np.flatnonzero(mask).tolist()] for mask in masks)
+        row["changed"] = [("correct here, wrong in the first", gained), ("wrong here, correct in the first", lost)]
         rows.append(row)
     return rows
 
 
-def _scores(runs: Sequence[Scored]) -> list[tuple[str, list[str]]]:
-    """Name, and its value in each run on the run's own examples."""
-    kinds: list[tuple[str, str, str, Callable[..., str]]] = [
-        ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
-        ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
-        ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
-        ("test", "split", "split", str), ("timing", "images_per_second", "images a second", partial(number, digits=0)),
-        ("timing", "goodput", "goodput", percent),
-    ]  # fmt: skip
-    rows = []
-    for part, key, name, show in kinds:
-        values = [run.report[part].get(key) for run in runs]
-        if any(value is not None for value in values):
-            rows.append((name, [show(value) for value in values]))
-    return rows
+# (section of report.json, key, name in the page, format)
+_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
+    ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
+    ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
+    ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
+    ("test", "split", "split", str), ("timing", "images_per_second", "images per second", partial(number, digits=0)),
+    ("timing", "goodput", "goodput", percent),
+]  # fmt: skip
 
 
-def _curves(runs: Sequence[Scored]) -> list[Markup]:
+def _scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+    """Return (name, its value in each run) of the scores on each run's own examples."""
+    rows = [(name, show, [run.report[part].get(key) for run in runs]) for part, key, name, show in _SCORES]
+    return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
+
+
+def _curves(runs: Sequence[ScoredRun]) -> list[Markup]:
     drawn = []
-    for key, title, fractions in (
-        ("val_accuracy", "Validation accuracy", True),
-        ("val_loss", "Validation loss", False),
-    ):
+    for key, title in (("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss")):
         lines = []
         for i, run in enumerate(runs):
             epochs, values = [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
             lines.append(Line(run.name, SERIES[i % len(SERIES)], epochs, values))
-        if chart := line_chart(title, lines, fractions=fractions):
+        if chart := line_chart(title, lines, fractions=key == "val_accuracy"):
             drawn.append(svg(key, chart))
     return drawn
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print a row per run, and the configuration keys that differ."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
+    table.add_column("run")
+    for name in ("accuracy", "difference", "95 %", "only first", "only this", "p"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
+        row = [escape(run.name), f"{correct.mean():.4f}"]
+        if i > 0:
+            pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
+            interval = "{:+.4f} to {:+.4f}".format(*pair.interval)
+            row += [f"{pair.difference:+.4f}", interval, f"{pair.lost:,}", f"{pair.won:,}"]
+            row += [f"{p:.3g}", verdict(pair, p)]
+        table.add_row(*row)
+    console.print(table)
+    for key, values in configuration_differences(comparison.runs):
+        console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> Path:
     """Write the comparison as one self-contained page; classes with the largest loss of F1 come first."""
     runs = comparison.runs
-    scores = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
-    names = sorted(scores[0], key=lambda name: min(s[name] - scores[0][name] for s in scores[1:]))
+    f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
+    names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
     page = render(
         "compare.html.j2",
         runs=_rows(comparison),
         n=len(comparison.files),
         scores=_scores(runs),
         charts=_curves(runs),
-        classes=[(name, [s[name] for s in scores]) for name in names],
+        classes=[(name, [each[name] for each in f1]) for name in names],
         differences=configuration_differences(runs),
-        sure=SURE,
+        significant=SIGNIFICANT,
         series=len(SERIES),
     )
     write_whole(path, page)

@@ -1,4 +1,4 @@
-"""Evaluating a run that was trained before: a checkpoint on a split of its own data, or of other data."""
+"""Evaluation of a finished run: a checkpoint on a split of its own or other data."""
 
 import re
 import shlex
@@ -24,20 +24,20 @@ from trainer.report.build import build_report
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
 from trainer.storage.path import storage_path
 
-TRAIN_NOTE = "The model has learned from these very examples: the scores say how well it remembers them."
+TRAIN_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
 UNDIVIDED_NOTE = (
-    "This data is not divided into splits, so all of it was scored; train is only its name here. The run learned from "
-    "other data, but may have seen some of these pictures there."
+    "This data is not divided into splits, so all of it was scored as the split train. The run was trained on other "
+    "data, which may contain some of these images."
 )
 DURING = "during the evaluation"
 
 
 def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> Mapping[str, Any]:
-    """Score a checkpoint of a run and report; returns the content of report.json.
+    """Score a checkpoint of a run and write the report; returns the content of report.json.
 
     Args:
-        own: the arguments `split` and `output`, where they are given. By default the split is the first of test,
-            validation and train that the data has, and the output a folder below the run.
+        own: the arguments `split` (default: the first of test, validation and train that the data has) and `output`
+            (default: a folder below the run).
 
     Raises:
         ConfigError: the data has no such split.
@@ -59,11 +59,11 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     if split is None:
         split = next(name for name in ("test", "validation", "train") if name in dataset.splits)
     if split not in dataset.splits:
-        raise ConfigError(f"split={split}: the data has {', '.join(dataset.splits)}")
+        raise ConfigError("no such split in the data", key="split", value=split, fix=f"use {', '.join(dataset.splits)}")
     own_data = dataset.fingerprint == run.fingerprint
     undivided = not own_data and list(dataset.splits) == ["train"]
-    what = "" if undivided else f"{split} "
-    log.info(f"evaluating {dataset.splits[split].count:,} {what}examples of {dataset.name}")
+    prefix = "" if undivided else f"{split} "
+    log.info(f"evaluating {dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING)
     facts: dict[str, Any] = {
@@ -83,17 +83,17 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
     home = storage_path(own["output"]) if own.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if own_data else [split]
-    with tempfile.TemporaryDirectory(prefix="kubetune-report-") as beside:
-        local = Path(str(home)) if home.is_local else Path(beside)
+    with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:
+        local = Path(str(home)) if home.is_local else Path(temporary)
         explainer = make_explainer(classifier)
         report = build_report(local, scored, images, explainer, facts, splits, lambda: stop.check(DURING))
         if not home.is_local:
             for file in sorted(local.iterdir()):
                 (home / file.name).upload(file)
     images.close()
-    test = report["test"]
+    test, (low, high) = report["test"], report["test"]["interval"]
     log.info(
-        f"{what}accuracy {test['accuracy']:.4f} (95 % interval {test['interval'][0]:.4f} to {test['interval'][1]:.4f}, "
-        f"n = {test['n']}); macro F1 {test['macro_f1']:.4f}\n  report   {home}/index.html"
+        f"{prefix}accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']}); macro F1 "
+        f"{test['macro_f1']:.4f}\n  report   {home}/index.html"
     )
     return report

@@ -1,28 +1,32 @@
-"""The schema of report.json. `python scripts/report_schema.py` writes docs/report.schema.json from it."""
+"""Schema of report.json; `python scripts/report_schema.py` writes docs/report.schema.json from it."""
 
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
-from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on only
+from typing_extensions import TypedDict  # pydantic supports that of typing from Python 3.12
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # 95 %
-Number = float | None  # null where it is not finite
+Number = float | None  # null if it is not finite
+
+
+def about(description: str) -> Any:
+    """Describe a key in the JSON Schema."""
+    return Field(description=description)
 
 
 class ClassScores(TypedDict):
-    """The scores of one class."""
+    """Scores of one class."""
 
     name: str
     precision: float
     recall: float
     f1: float
     support: int
-    undefined: list[str]
-    """Which of the scores are 0 only because there was nothing to divide by."""
+    undefined: Annotated[list[str], about("Scores that are 0 because of a division by zero.")]
 
 
 class CalibrationBin(TypedDict):
-    """Predictions whose probability is in (low, high]; means, null where there is none."""
+    """Predictions whose probability is in (low, high], with means (null if there are none)."""
 
     low: float
     high: float
@@ -32,7 +36,7 @@ class CalibrationBin(TypedDict):
 
 
 class GroupScores(TypedDict):
-    """The scores of one group of examples."""
+    """Scores of one group of examples."""
 
     name: str
     n: int
@@ -43,17 +47,16 @@ class GroupScores(TypedDict):
 
 
 class Gap(TypedDict):
-    """The gap between the best and the worst group."""
+    """Gap between the best and the worst group."""
 
     accuracy: float
     highest: str
     lowest: str
-    overlap: bool
-    """Whether their two intervals overlap."""
+    overlap: Annotated[bool, about("True if their intervals overlap.")]
 
 
 class Groups(TypedDict):
-    """Scores by group, where the data has groups."""
+    """Scores by group, if the data has groups."""
 
     field: str
     rows: list[GroupScores]
@@ -61,27 +64,23 @@ class Groups(TypedDict):
 
 
 class Scores(TypedDict):
-    """The scores of the split that was held out."""
+    """Scores of the held-out split."""
 
     split: str
-    note: NotRequired[str]
-    """How to read the scores."""
+    note: NotRequired[Annotated[str, about("How to read the scores.")]]
     n: int
     correct: int
     accuracy: float
     interval: Interval
     top_5: NotRequired[float]
     top_5_interval: NotRequired[Interval]
-    majority: float
-    """The accuracy of always answering the most frequent class."""
-    loss: float
-    """Mean cross entropy, nats."""
+    majority: Annotated[float, about("Accuracy of always predicting the most frequent class.")]
+    loss: Annotated[float, about("Mean cross entropy, nats.")]
     loss_interval: Interval
     macro_f1: float
     macro_f1_interval: Interval
     per_class: list[ClassScores]
-    confusion: list[list[int]]
-    """Rows: truth; columns: prediction."""
+    confusion: Annotated[list[list[int]], about("Rows: truth; columns: prediction.")]
     mean_confidence: float
     calibration_error: float
     calibration_bins: list[CalibrationBin]
@@ -89,15 +88,13 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """The outcome of one phase of training; val_ are scores of the weights that it ends with."""
+    """Result of one phase; val_ are scores of its phase weights."""
 
     epochs: float
     seconds: float
-    best_epoch: NotRequired[int]
-    """Counted over the whole run."""
+    best_epoch: NotRequired[Annotated[int, about("Counted over the whole run.")]]
     kept_step: NotRequired[int]
-    kept_from: NotRequired[str]
-    """The earlier phase whose weights were better than its own."""
+    kept_from: NotRequired[Annotated[str, about("Earlier phase whose weights were better than its own.")]]
     own_val_accuracy: NotRequired[Number]
     trainable_parameters: NotRequired[int]
     val_accuracy: Number
@@ -126,43 +123,37 @@ class Epoch(TypedDict):
 
 
 class Data(TypedDict, total=False):
-    """The data of the run."""
+    """Data of the run."""
 
     name: str
     fingerprint: str
     class_names: list[str]
-    counts: dict[str, int]
-    """Of each split."""
-    class_counts: dict[str, list[int]]
-    """Of each split, by class."""
+    counts: Annotated[dict[str, int], about("By split.")]
+    class_counts: Annotated[dict[str, list[int]], about("By split and class.")]
     notes: list[str]
-    skipped: list[str]
-    """Files that could not be read, with the reason."""
-    undecodable: list[str]
-    """Examples that counted for nothing, with the reason."""
+    skipped: Annotated[list[str], about("Files that could not be read, with the reason.")]
+    undecodable: Annotated[list[str], about("Examples that could not be decoded, with the reason.")]
 
 
 class ExportTiming(TypedDict):
-    """The speed of an export."""
+    """Speed of an export."""
 
     milliseconds_per_image: float
 
 
 class Export(TypedDict):
-    """One exported format, loaded back and tried."""
+    """One exported format with its parity check."""
 
     path: str
     bytes: int
     examples: int
     accuracy: float
     trainer_accuracy: float
-    lost: int
-    """Examples that only the trainer gets right."""
+    lost: Annotated[int, about("Examples that only the trainer predicts correctly.")]
     gained: int
-    largest_difference: Number
-    """Of any probability."""
+    largest_difference: Annotated[Number, about("Of any probability from the trainer's.")]
     timing: ExportTiming
-    refused: bool
+    refused: Annotated[bool, about("True if it lost too much accuracy and was deleted.")]
 
 
 class LabelError(TypedDict):
@@ -177,14 +168,14 @@ class LabelError(TypedDict):
 
 
 class LabelErrors(TypedDict):
-    """The number of labels that may be wrong, and the first of them."""
+    """Number of possible label errors, and the first of them."""
 
     count: int
     rows: list[LabelError]
 
 
 class Copy(TypedDict):
-    """One of the pictures that are the same."""
+    """One of several equal images."""
 
     split: str
     index: int
@@ -193,7 +184,7 @@ class Copy(TypedDict):
 
 
 class CopyGroup(TypedDict):
-    """Pictures that are the same, the first of them named."""
+    """Equal images, the first of them listed."""
 
     count: int
     across_splits: bool
@@ -202,40 +193,35 @@ class CopyGroup(TypedDict):
 
 
 class Duplicates(TypedDict, total=False):
-    """Pictures that occur more than once; empty without a search."""
+    """Images that occur more than once; empty without a search."""
 
-    compared: dict[str, int]
-    """Pictures of each split."""
+    compared: Annotated[dict[str, int], about("Images by split.")]
     across_splits: int
     different_labels: int
-    within_one_split_and_class: int
-    """Groups that are not listed."""
+    within_one_split_and_class: Annotated[int, about("Groups that are not listed.")]
     groups: list[CopyGroup]
 
 
-@with_config(ConfigDict(extra="allow", use_attribute_docstrings=True))
+@with_config(ConfigDict(extra="allow"))
 class Timing(TypedDict):
-    """Whatever differs between two equal runs."""
+    """Values that differ between two equal runs."""
 
-    written: str
-    """ISO 8601, UTC."""
+    written: Annotated[str, about("ISO 8601, UTC.")]
     report_seconds: float
-    seconds: NotRequired[dict[str, float]]
-    """The time since the first start, by category."""
+    seconds: NotRequired[Annotated[dict[str, float], about("Time since the first start by category.")]]
     goodput: NotRequired[float]
     images: NotRequired[int]
     images_per_second: NotRequired[float]
     starts: NotRequired[int]
     workers: NotRequired[int]
     command: NotRequired[str]
-    run: NotRequired[str]
-    """The run that was evaluated."""
+    run: NotRequired[Annotated[str, about("Evaluated run.")]]
     checkpoint_step: NotRequired[int]
 
 
-@with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))  # of all that is inside, too
+@with_config(ConfigDict(extra="forbid"))  # applies to the nested types, too
 class Report(TypedDict):
-    """A finished run, or an evaluation of one. Equal inputs give equal bytes but for `timing` and `seconds`."""
+    """A finished run, or an evaluation of one. Equal inputs give equal bytes except for `timing` and `seconds`."""
 
     title: str
     seed: int
@@ -247,6 +233,5 @@ class Report(TypedDict):
     versions: dict[str, str]
     label_errors: LabelErrors
     duplicates: Duplicates
-    figures: dict[str, str]
-    """Name -> file beside the report."""
+    figures: Annotated[dict[str, str], about("Name -> file in the folder of the report.")]
     timing: Timing

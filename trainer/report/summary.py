@@ -1,4 +1,4 @@
-"""The last lines of a run on the terminal: its scores, its files, and the next command."""
+"""Summary of a finished run on the terminal: scores, files and the next command."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from trainer.runs.metrics import clock
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
-    """Print the outcome of a run, and leave it as the termination message.
+    """Log the outcome of a run, and set it as the termination message.
 
     Args:
         report: the content of report.json.
@@ -21,9 +21,9 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
         "",
         f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
         + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
-        *_groups_apart(test),
+        *_describe_gap(test),
         *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
-          + (f" (the weights of {phase['kept_from']}; its own {phase['own_val_accuracy']:.4f} at best)"
+          + (f" (weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f})"
              if "kept_from" in phase else "") for name, phase in report["phases"].items()),
         f"trained {timing['images']:,} images in {clock(timing['seconds']['train'])} "
         f"({timing['images_per_second']:,.0f} images/s; goodput {timing['goodput']:.0%})",
@@ -36,21 +36,20 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
     termination.outcome(f"{lines[1]}; {folder}/report/index.html")
 
 
-def _groups_apart(test: Mapping[str, Any]) -> list[str]:
-    """A line on the gap between the groups, if there are several."""
+def _describe_gap(test: Mapping[str, Any]) -> list[str]:
     gap = test.get("groups", {}).get("gap")
     if not gap:
         return []
-    sure = "their 95 % intervals overlap" if gap["overlap"] else "their 95 % intervals do not overlap"
     between = f"between {gap['highest']} and {gap['lowest']}"
-    return [f"  by {test['groups']['field']}: at most {gap['accuracy']:.4f} apart, {between} ({sure})"]
+    overlap = "overlap" if gap["overlap"] else "do not overlap"
+    field = test["groups"]["field"]
+    return [f"  by {field}: largest gap {gap['accuracy']:.4f}, {between} (their 95 % intervals {overlap})"]
 
 
 def _describe_export(facts: dict[str, Any]) -> str:
-    """An exported file beside the trainer, in a few words."""
-    words = f"accuracy {facts['accuracy']:.4f} in place of {facts['trainer_accuracy']:.4f}"
+    accuracy = f"accuracy {facts['accuracy']:.4f}, trainer {facts['trainer_accuracy']:.4f}"
     if facts["refused"]:
-        return f"not kept: {words}"
+        return f"deleted: {accuracy}"
     if facts["lost"] == facts["gained"] == 0:
-        words = "answers as the trainer"
-    return f"{words}; {facts['timing']['milliseconds_per_image']:.2f} ms an image"
+        accuracy = "same predictions as the trainer"
+    return f"{accuracy}; {facts['timing']['milliseconds_per_image']:.2f} ms per image"

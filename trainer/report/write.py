@@ -1,4 +1,4 @@
-"""The report: figures, predictions.csv, report.json and one self-contained page."""
+"""Write the report: figures, predictions.csv, report.json and one self-contained page."""
 
 import json
 import math
@@ -17,34 +17,33 @@ from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report import figures
 from trainer.report.figures import Chart
-from trainer.report.page import Pictures, write_page
+from trainer.report.page import ReportImages, write_page
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import Dataset, EvaluationResult
 
 VALIDATION_NOTE = (
-    "The data has no test split. These are the validation examples, which also chose the checkpoint, "
-    "so the scores lean to the good side."
+    "The data has no test split. These are the validation examples, which also selected the checkpoint, "
+    "so the scores are optimistically biased."
 )
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """`data` of report.json: name, fingerprint, counts by split and class, notes, skipped files."""
-    classes = len(dataset.class_names)
-    by_class = {s.name: np.bincount(s.labels, minlength=classes).tolist() for s in dataset.splits.values()}
+    """Return `data` of report.json."""
+    splits, classes = dataset.splits.values(), len(dataset.class_names)
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "class_names": list(dataset.class_names),
-        "counts": {split.name: split.count for split in dataset.splits.values()},
-        "class_counts": by_class,
+        "counts": {split.name: split.count for split in splits},
+        "class_counts": {split.name: np.bincount(split.labels, minlength=classes).tolist() for split in splits},
         "notes": list(dataset.notes),
         "skipped": list(dataset.skipped),
     }
 
 
 def _plain(value: Any) -> Any:
-    """The value in the types of JSON, which has no NaN (null instead) and nothing of NumPy."""
+    """Convert a value to JSON types: NaN and infinity become None, NumPy values Python ones."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -69,29 +68,32 @@ def _summarise_phases(
 
 
 def _draw_all(
-    folder: Path, result: EvaluationResult, report: Report, pictures: Pictures
+    folder: Path, result: EvaluationResult, report: Report, images: ReportImages
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
-    """Draw all figures; returns the file name of each, and the charts that the page shows too."""
+    """Draw all figures; returns the file name of each, and the charts that the page shows as well."""
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
         "curves": figures.draw_curves(report["history"], report["phases"]) if report["history"] else [],
         "confusion": figures.draw_confusion(metrics["confusion"], result.class_names),
         "calibration": [figures.draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
+
+    def examples(title: str, indices: list[int], named: bool = True) -> Figure:
+        return figures.draw_examples(f"{title} ({result.split})", result, images.fetch, indices, named)
+
     drawn: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
-        "predictions": figures.draw_predictions(result, pictures.images, report["seed"]),
-        "most_wrong": figures.draw_most_wrong(result, pictures.images),
-        "least_sure": figures.draw_least_sure(result, pictures.images),
+        "predictions": examples("Random examples", figures.find_random(result, report["seed"]), named=False),
+        "most_wrong": examples("Wrong with the highest confidence", figures.find_most_wrong(result)),
+        "least_sure": examples("Least confident", figures.find_least_sure(result)),
         "confusion": [chart.figure for chart in charts["confusion"]],
         "f1": figures.draw_f1(metrics["per_class"], metrics["macro_f1"]),
         "calibration": charts["calibration"][0].figure,
     }
-    samples = pictures.samples
-    if samples is not None and len(samples.pictures):
-        drawn["samples"] = figures.draw_samples(samples.pictures, samples.class_names)
-        if samples.augmented is not None and len(samples.augmented):
-            drawn["augmentation"] = figures.draw_augmentation(samples.pictures[0], samples.augmented)
+    if samples := images.samples:
+        drawn["samples"] = figures.draw_samples(samples.images, samples.class_names)
+        if samples.augmented is not None:
+            drawn["augmentation"] = figures.draw_augmentation(samples.images[0], samples.augmented)
     return {name: figures.save(f, folder / f"{name}.png").name for name, f in drawn.items() if f}, charts
 
 
@@ -102,31 +104,26 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     phases: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
-    pictures: Pictures,
+    images: ReportImages,
 ) -> Report:
-    """Write figures, predictions.csv, report.json and index.html into `folder`, each whole or not at all.
+    """Write figures, predictions.csv, report.json and index.html to `folder`, each file atomically.
 
     Args:
-        folder: made where it does not exist.
-        result: of the test split, or of validation where the data has no test split.
-        history: one row a finished epoch, in order: phase, epoch (over the whole run, from 1), step, loss, accuracy,
-            val_loss, val_accuracy, learning_rate, seconds. Without rows there are no curves.
-        phases: for each phase in order val_accuracy, val_loss, epochs, best_epoch (over the whole run),
-            trainable_parameters; epochs and seconds are taken from the history where they are not given; `val_n`, the
-            number of validation examples, adds `val_interval`.
-        run: other facts; every key may be left out. title (str), seed (int), data (`describe_data`, and as
-            `undecodable` the examples skipped later), export (facts by format), config (the resolved tree), versions
-            (name to version), timing (whatever differs between two equal runs), note (str: how to read the scores).
-        pictures: the images to show.
+        folder: created if it does not exist.
+        result: of the test split, or of validation if the data has no test split.
+        history: rows of `trainer.report.schema.Epoch`; without rows there are no curves.
+        phases: values of `trainer.report.schema.Phase`; missing epochs and seconds are computed from the history, and
+            `val_interval` from `val_n`.
+        run: title, seed, data, export, versions and timing of `trainer.report.schema.Report`, `config` (the resolved
+            configuration) and `note` (how to read the scores); every key is optional.
+        images: the images to show.
 
     Returns:
-        The content of report.json. Equal inputs give equal bytes but for `timing` and `seconds`.
+        The content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
     """
     began = time.monotonic()
-    test: dict[str, Any] = {"split": result.split}
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
-    if note:
-        test["note"] = note
+    test = {"split": result.split} | ({"note": note} if note else {})
     report: Report = _plain(
         {
             "title": run.get("title", "run"),
@@ -138,18 +135,18 @@ def write_report(
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
             "label_errors": describe_label_errors(result),
-            "duplicates": pictures.repeats.facts if pictures.repeats else {},
+            "duplicates": images.duplicates.facts if images.duplicates else {},
         }
     )
-    report["figures"], charts = _draw_all(folder, result, report, pictures)
+    report["figures"], charts = _draw_all(folder, result, report, images)
     write_predictions(folder / "predictions.csv", result)
     report["timing"] = _plain(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, pictures, charts)
+    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, images, charts)
     text = json.dumps(report, indent=2, allow_nan=False)
-    # Lists of numbers stand on one line: a row of the confusion matrix is a line.
+    # Lists of numbers are joined: a row of the confusion matrix is one line.
     text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
     write_whole(folder / "report.json", text + "\n")
     return report

@@ -35,6 +35,6 @@ for (const tabs of document.querySelectorAll(".tabs")) {
   for (const button of tabs.children) button.addEventListener("click", () => show(button));
   show(tabs.children[0]);
 }
-for (const picture of document.querySelectorAll("button.picture"))
-  picture.addEventListener("click", () =>
-    picture.setAttribute("aria-pressed", picture.getAttribute("aria-pressed") !== "true"));
+for (const image of document.querySelectorAll("button.image"))
+  image.addEventListener("click", () =>
+    image.setAttribute("aria-pressed", image.getAttribute("aria-pressed") !== "true"));
