@@ -13,7 +13,7 @@ from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
 from trainer.report.figures import INK, MUTED, RULE, VALIDATION, canvas, save, tidy
 
-PAGE, CHART = Path("docs", "performance.md"), Path("docs", "pictures", "performance.png")
+PAGE, CHART = Path("docs", "performance.md"), Path("docs", "images", "performance.png")
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 INTRODUCTION = f"""# Performance

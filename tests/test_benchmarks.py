@@ -56,7 +56,7 @@ def test_the_page_says_what_was_kept(tmp_path: Path) -> None:
     assert "| all | 1.00 s | plain | 3.00 s | **3.00** | 3.00 to 3.00 | 1 |" in text
     assert "| start | 4.1 |" in text
     assert "In turns. 2 cores; 2026-11-22. `python -m benchmarks --only step`" in text
-    with Image.open(tmp_path / "docs" / "pictures" / "performance.png") as chart:
+    with Image.open(tmp_path / "docs" / "images" / "performance.png") as chart:
         assert chart.width > 800
 
 
