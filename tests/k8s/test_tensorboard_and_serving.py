@@ -1,4 +1,4 @@
-"""What stands beside the runs takes the arguments that its manifest gives."""
+"""TensorBoard and TensorFlow Serving accept the arguments and files of their manifests."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.k8s.rendered import objects, pods_of
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_locked_tensorboard_takes_its_arguments_and_reads_buckets() -> None:
+def test_the_locked_tensorboard_accepts_its_arguments_and_reads_buckets() -> None:
     (pods,) = pods_of("overlays/tensorboard")
     board = program.TensorBoard()
     board.configure(["tensorboard", *pods.arguments()])
@@ -23,7 +23,7 @@ def test_the_locked_tensorboard_takes_its_arguments_and_reads_buckets() -> None:
     assert board.flags.logdir.split("://")[0] in tf.io.gfile.get_registered_schemes()
 
 
-def test_serving_is_of_the_tensorflow_that_exports() -> None:
+def test_serving_has_the_version_of_the_tensorflow_that_exports() -> None:
     (pods,) = pods_of("overlays/serving")
     version = re.search(r"^tensorflow==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
     assert version
@@ -37,9 +37,7 @@ def test_serving_is_of_the_tensorflow_that_exports() -> None:
 
 
 def batching_parameters() -> Any:
-    """TensorFlow Serving's message, which no package has: tensorflow_serving/servables/tensorflow/
-    session_bundle_config.proto as of 2.21.
-    """
+    """The message of tensorflow_serving/servables/tensorflow/session_bundle_config.proto, 2.21, which is in no package."""
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
         name="batching.proto", syntax="proto3", dependency=["google/protobuf/wrappers.proto"]
@@ -56,7 +54,7 @@ def batching_parameters() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("BatchingParameters"))()
 
 
-def test_serving_gathers_batches_as_its_file_says() -> None:
+def test_serving_batches_as_configured() -> None:
     (pods,) = pods_of("overlays/serving")
     assert "--enable_batching" in pods.arguments()
     (path,) = [a.partition("=")[2] for a in pods.arguments() if a.startswith("--batching_parameters_file=")]
