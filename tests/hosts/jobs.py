@@ -63,7 +63,7 @@ def exits(workers: Workers, indexes: Iterable[int], since: float, seconds: float
             if code is not None:
                 ends[index] = code, time.monotonic() - since
         if time.monotonic() - since > seconds:
-            logs = "\n".join(f"--- {i}: {workers.said(i)[-1500:]}" for i in range(len(workers.processes)))
+            logs = "\n".join(f"--- {i}: {workers.output(i)[-1500:]}" for i in range(len(workers.processes)))
             workers.kill()
             raise AssertionError(f"after {seconds:.0f} s only these had ended: {ends}\n{logs}")
         time.sleep(0.01)

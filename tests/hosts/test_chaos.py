@@ -64,9 +64,9 @@ def test_twenty_faults_change_no_bits(tmp_path: Path, capsys: pytest.CaptureFixt
                 report(f"    {folders[-1].name} is done; its goodput was {goodput(folders[-1:]):.1%}")
                 folders.append(tmp_path / f"run-{len(folders) + 1}")
                 workers = start(folders[-1])
-            activity = (workers.said(0).strip().splitlines() or [""])[-1].strip()[:60]
-            started = bool(workers.said(victim))
-            connected = all("workers: all" in workers.said(i) for i in range(len(HOSTS)))
+            activity = (workers.output(0).strip().splitlines() or [""])[-1].strip()[:60]
+            started = bool(workers.output(victim))
+            connected = all("workers: all" in workers.output(i) for i in range(len(HOSTS)))
             ended = strike(event, victim, workers, network)
             last = max(seconds for index, (_, seconds) in ended.items() if index != victim or event != "SIGSTOP")
             # Before the rendezvous the other worker waits for the missing one.
@@ -80,7 +80,7 @@ def test_twenty_faults_change_no_bits(tmp_path: Path, capsys: pytest.CaptureFixt
                     possible |= {DONE, INTERRUPTED}
                 if index == victim and event == "SIGTERM" and not started:  # before a handler was installed
                     possible = {-signal.SIGTERM}
-                assert code in possible, f"worker {index} ended with {code}:\n{workers.said(index)[-3000:]}"
+                assert code in possible, f"worker {index} ended with {code}:\n{workers.output(index)[-3000:]}"
 
         assert start(folders[-1]).wait(600) == [DONE, DONE]
         assert_same_run(undisturbed, folders[-1])

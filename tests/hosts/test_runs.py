@@ -47,7 +47,7 @@ def finish(network: Network, folder: Path) -> Workers:
     """Start all workers, and assert that they complete the run."""
     workers = start_job(network, folder.parent / "last", *RUN, f"output_dir={folder}")
     codes = workers.wait(500)
-    assert codes == [DONE, DONE], workers.said(0)[-2000:] + workers.said(1)[-2000:]
+    assert codes == [DONE, DONE], workers.output(0)[-2000:] + workers.output(1)[-2000:]
     return workers
 
 
@@ -84,13 +84,13 @@ def test_workers_wait_for_a_chief_whose_name_is_published_late(network: Network,
     network.forget(HOSTS[0])
     workers = start_job(network, tmp_path, *RUN, f"output_dir={tmp_path / 'run'}")
     workers.wait_for(NO_NAME, index=1)
-    assert address(0) in workers.said(1)
+    assert address(0) in workers.output(1)
     workers.wait_for(address(1), index=0)
-    assert ALL_CONNECTED not in workers.said(0) + workers.said(1)
+    assert ALL_CONNECTED not in workers.output(0) + workers.output(1)
     network.remember(HOSTS[0])
     for index in range(2):
         workers.wait_for("\nrun: ", index)
-        assert ALL_CONNECTED in workers.said(index)
+        assert ALL_CONNECTED in workers.output(index)
     workers.kill()
 
 
@@ -100,11 +100,11 @@ def test_the_chief_waits_for_a_worker_whose_name_is_published_late(network: Netw
     chief.wait_for(f"{address(1)}: {NO_NAME}")
     worker = start_job(network, tmp_path / "1", *RUN, f"output_dir={tmp_path / 'run'}", only=[1])
     time.sleep(5)  # it has connected by now, but the chief cannot connect to it
-    assert ALL_CONNECTED not in chief.said(0) + worker.said(0)
+    assert ALL_CONNECTED not in chief.output(0) + worker.output(0)
     network.remember(HOSTS[1])
     for workers in (chief, worker):
         workers.wait_for("\nrun: ")
-        assert ALL_CONNECTED in workers.said(0)
+        assert ALL_CONNECTED in workers.output(0)
     for workers in (chief, worker):
         workers.kill()
 
@@ -119,7 +119,7 @@ def test_a_missing_worker_is_reported_and_the_start_is_not_counted(
     [(code, seconds)] = exits(workers, [0], began, 60).values()
     assert code == INTERRUPTED
     assert 8 <= seconds < 30
-    last_line = workers.said(0).splitlines()[-1]
+    last_line = workers.output(0).splitlines()[-1]
     assert address(missing) in last_line
     assert "runtime.start_timeout" in last_line
     assert not (tmp_path / "run" / "checkpoints" / "attempts.json").exists()
@@ -129,16 +129,16 @@ def test_a_worker_of_a_job_of_another_size_is_rejected(network: Network, tmp_pat
     overrides = (*RUN, "runtime.start_timeout=8", f"output_dir={tmp_path / 'run'}")
     workers = start_job(network, tmp_path / "log", *overrides, env={1: {"WORKER_COUNT": "3"}})
     assert workers.wait(90) == [INTERRUPTED, WRONG_INPUT]
-    assert re.search("worker 0 .*train with 2 workers.*train with 3", workers.said(1))
-    assert address(1) in workers.said(0)
+    assert re.search("worker 0 .*train with 2 workers.*train with 3", workers.output(1))
+    assert address(1) in workers.output(0)
 
 
 def test_a_worker_of_another_job_connects_to_its_own_chief(network: Network, tmp_path: Path) -> None:
     overrides = (*RUN, "runtime.start_timeout=8", f"output_dir={tmp_path / 'run'}")
     workers = start_job(network, tmp_path / "log", *overrides, env={1: {"JOB_NAME": "other"}})
     assert workers.wait(90) == [INTERRUPTED, INTERRUPTED]
-    assert re.search(rf"worker 0 \(other-0\.train-workers:{PORT}\).*{NO_NAME}", workers.said(1))
-    assert address(1) in workers.said(0)
+    assert re.search(rf"worker 0 \(other-0\.train-workers:{PORT}\).*{NO_NAME}", workers.output(1))
+    assert address(1) in workers.output(0)
 
 
 def test_workers_with_different_overrides_all_report_them(network: Network, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_workers_with_different_overrides_all_report_them(network: Network, tmp_
     workers = start_job(network, tmp_path / "log", *overrides, own={1: ["training.batch_size=24"]})
     assert workers.wait(90) == [WRONG_INPUT, WRONG_INPUT]
     for index in range(2):
-        assert re.search("training.batch_size.*12 on worker 0, 24 on worker 1", workers.said(index))
+        assert re.search("training.batch_size.*12 on worker 0, 24 on worker 1", workers.output(index))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -166,9 +166,9 @@ def test_a_lost_link_interrupts_both_workers_and_the_run_can_be_resumed(
     network.cut(HOSTS[victim])
     assert_all_interrupted(exits(workers, range(2), began, 90), f"link of worker {victim} down", capsys)
     for index in range(2):
-        assert f"lost {address(1 - index)}" in workers.said(index)
+        assert f"lost {address(1 - index)}" in workers.output(index)
     network.join(HOSTS[victim])
-    assert "weights: this run's checkpoint at step " in finish(network, folder).said(0)
+    assert "weights: this run's checkpoint at step " in finish(network, folder).output(0)
     assert_same_run(undisturbed, folder)
 
 
@@ -183,7 +183,7 @@ def test_a_stopped_worker_interrupts_the_other_and_itself_when_continued(
     workers[victim].send_signal(signal.SIGSTOP)
     other = 1 - victim
     assert_all_interrupted(exits(workers, [other], began, 90), f"worker {victim} stopped", capsys)
-    assert re.search(rf"lost {re.escape(address(victim))}\): .* 2\d s", workers.said(other))  # the heartbeat timeout
+    assert re.search(rf"lost {re.escape(address(victim))}\): .* 2\d s", workers.output(other))  # the heartbeat timeout
     before = file_versions(folder)
     began = time.monotonic()
     workers[victim].send_signal(signal.SIGCONT)
@@ -204,12 +204,12 @@ def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_complete_one(
         began = time.monotonic()
         workers[0].send_signal(signal.SIGKILL)
         assert_all_interrupted(exits(workers, [1], began, 90), "chief killed", capsys)
-        assert f"lost {address(0)}" in workers.said(1)
+        assert f"lost {address(0)}" in workers.output(1)
         if list(checkpoints.glob(".writing-step-*")):
             break
     else:
         raise AssertionError("no SIGKILL arrived while a checkpoint was written")
-    assert "weights: this run's checkpoint at step " in finish(network, folder).said(0)
+    assert "weights: this run's checkpoint at step " in finish(network, folder).output(0)
     assert not list(checkpoints.glob(".writing-step-*"))
     assert_same_run(undisturbed, folder)
 
@@ -222,7 +222,7 @@ def test_a_worker_lost_while_tensorflow_is_imported_is_reported(network: Network
     began = time.monotonic()
     workers[1].send_signal(signal.SIGKILL)
     assert exits(workers, [0], began, 60)[0][0] == INTERRUPTED
-    assert f"lost {address(1)}" in workers.said(0)
+    assert f"lost {address(1)}" in workers.output(0)
 
 
 def test_the_successor_of_a_stopped_chief_exits_with_interrupted(network: Network, tmp_path: Path) -> None:
@@ -237,5 +237,5 @@ def test_the_successor_of_a_stopped_chief_exits_with_interrupted(network: Networ
         successors = start_job(elsewhere, tmp_path / "successors", *RUN, f"output_dir={folder}")
         codes = successors.wait(120)
     workers.kill()
-    assert "another process" in successors.said(0)
+    assert "another process" in successors.output(0)
     assert codes == [INTERRUPTED, INTERRUPTED]
