@@ -36,7 +36,6 @@ def python_with(folder: Path, prelude: str) -> str:
 
 
 def copy_of_setup(folder: Path) -> Path:
-    """The setup script in a folder without a .venv."""
     script = folder / "scripts" / "setup.sh"
     script.parent.mkdir()
     script.write_text((ROOT / "scripts" / "setup.sh").read_text())
@@ -67,7 +66,6 @@ def test_setup_reports_an_unsuitable_python(tmp_path: Path, prelude: str | None,
 
 
 def hashes_of(lock: str) -> dict[str, list[str]]:
-    """Hashes of each `name==version` of a lock."""
     pins: dict[str, list[str]] = {}
     for line in (ROOT / lock).read_text().splitlines():
         if pin := re.match(r"[\w.-]+==\S+", line):

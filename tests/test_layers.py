@@ -36,7 +36,6 @@ def test_the_run_context_has_at_most_ten_fields() -> None:
 
 
 def run(program: str) -> tuple[str, str]:
-    """Standard output and standard error of a Python program."""
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     return done.stdout, done.stderr

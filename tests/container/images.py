@@ -123,8 +123,7 @@ def remove(*images: str) -> None:
 
 
 def inspect(image: str) -> dict[str, Any]:
-    images: list[dict[str, Any]] = json.loads(podman("image", "inspect", image))
-    return images[0]
+    return dict(json.loads(podman("image", "inspect", image))[0])
 
 
 def layers(image: str) -> list[tuple[str, int, str]]:
@@ -136,7 +135,6 @@ def layers(image: str) -> list[tuple[str, int, str]]:
 
 @contextmanager
 def tree_of(image: str) -> Iterator[Path]:
-    """The files of an image."""
     path = podman("image", "mount", image).strip()
     try:
         yield Path(path)
@@ -146,8 +144,6 @@ def tree_of(image: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Container:
-    """A started container."""
-
     name: str
 
     def state(self, field: str) -> str:
@@ -159,7 +155,6 @@ class Container:
         return subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def wait_for(self, text: str, seconds: float) -> None:
-        """Wait until the log contains `text`."""
         end = time.monotonic() + seconds
         while text not in self.logs():
             assert time.monotonic() < end, self.logs()
@@ -205,7 +200,5 @@ def started(
 
 
 def run(image: str, *arguments: str, seconds: float, **more: Any) -> tuple[int, str]:
-    """Run a container to completion: exit code and log."""
     with started(image, *arguments, **more) as container:
-        code = container.exit_code(seconds)
-        return code, container.logs()
+        return container.exit_code(seconds), container.logs()

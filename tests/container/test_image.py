@@ -26,10 +26,7 @@ pytestmark = [
 
 REVISION = "0123456789ab"
 BUILD_ARGUMENTS = (f"--build-arg=VERSION={trainer.__version__}", f"--build-arg=REVISION={REVISION}")
-SMALL = (
-    "experiment=quickstart", "output_dir=/outputs", "debug.max_examples=200", "phases.head.epochs=1",
-    "phases.fine_tune.epochs=1",
-)  # fmt: skip
+SMALL = ("output_dir=/outputs", "debug.max_examples=200", "phases.head.epochs=1", "phases.fine_tune.epochs=1")
 LIST_GPUS = """
 import ctypes, tensorflow as tf
 ctypes.CDLL("libnccl.so.2")
@@ -55,7 +52,6 @@ def image() -> Iterator[str]:
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print the seconds that a block takes."""
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.1f} s")
@@ -206,7 +202,6 @@ def test_a_missing_output_dir_is_reported(image: str) -> None:
 
 @pytest.fixture(scope="module")
 def gpu_image(image: str) -> Iterator[str]:
-    """The image for GPUs: with NVIDIA's libraries."""
     tag = f"{image}-gpu"
     with timed("\nimage for GPUs"):
         images.build(ROOT, tag, "--build-arg=DEVICE=gpu")

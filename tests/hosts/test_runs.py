@@ -24,7 +24,6 @@ ALL_CONNECTED = "workers: all 2"
 
 
 def address(index: int) -> str:
-    """A worker as messages name it, without the closing parenthesis."""
     return f"worker {index} ({HOSTS[index]}:{PORT}"
 
 
@@ -44,7 +43,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finish(network: Network, folder: Path) -> Workers:
-    """Start all workers, and assert that they complete the run."""
     workers = start_job(network, folder.parent / "last", *RUN, f"output_dir={folder}")
     codes = workers.wait(500)
     assert codes == [DONE, DONE], workers.output(0)[-2000:] + workers.output(1)[-2000:]
@@ -125,19 +123,20 @@ def test_a_missing_worker_is_reported_and_the_start_is_not_counted(
     assert not (tmp_path / "run" / "checkpoints" / "attempts.json").exists()
 
 
-def test_a_worker_of_a_job_of_another_size_is_rejected(network: Network, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "code", "message"),
+    [
+        ({"WORKER_COUNT": "3"}, WRONG_INPUT, "worker 0 .*train with 2 workers.*train with 3"),
+        ({"JOB_NAME": "other"}, INTERRUPTED, rf"worker 0 \(other-0\.train-workers:{PORT}\).*{NO_NAME}"),
+    ],
+)
+def test_a_worker_of_another_job_is_not_accepted(
+    environment: dict[str, str], code: int, message: str, network: Network, tmp_path: Path
+) -> None:
     overrides = (*RUN, "runtime.start_timeout=8", f"output_dir={tmp_path / 'run'}")
-    workers = start_job(network, tmp_path / "log", *overrides, env={1: {"WORKER_COUNT": "3"}})
-    assert workers.wait(90) == [INTERRUPTED, WRONG_INPUT]
-    assert re.search("worker 0 .*train with 2 workers.*train with 3", workers.output(1))
-    assert address(1) in workers.output(0)
-
-
-def test_a_worker_of_another_job_connects_to_its_own_chief(network: Network, tmp_path: Path) -> None:
-    overrides = (*RUN, "runtime.start_timeout=8", f"output_dir={tmp_path / 'run'}")
-    workers = start_job(network, tmp_path / "log", *overrides, env={1: {"JOB_NAME": "other"}})
-    assert workers.wait(90) == [INTERRUPTED, INTERRUPTED]
-    assert re.search(rf"worker 0 \(other-0\.train-workers:{PORT}\).*{NO_NAME}", workers.output(1))
+    workers = start_job(network, tmp_path / "log", *overrides, env={1: environment})
+    assert workers.wait(90) == [INTERRUPTED, code]
+    assert re.search(message, workers.output(1))
     assert address(1) in workers.output(0)
 
 

@@ -40,24 +40,15 @@ class ProbeState:
 
 @dataclass(eq=False)
 class Pod:
-    """One pod.
-
-    Attributes:
-        conditions: those that are true, such as `DisruptionTarget`.
-        deleted: whether `Cluster.delete` was called.
-        sigterm_time: moment of time.monotonic() at which SIGTERM was sent; None before.
-        reason: why it was sent.
-    """
-
     name: str
     host: str
     index: int
     container: Container
     probe: ProbeState
-    conditions: set[str] = field(default_factory=set)
-    deleted: bool = False
-    sigterm_time: float | None = None
-    reason: str = ""
+    conditions: set[str] = field(default_factory=set)  # those that are true, such as DisruptionTarget
+    deleted: bool = False  # by `Cluster.delete`
+    sigterm_time: float | None = None  # when SIGTERM was sent, by time.monotonic()
+    reason: str = ""  # of SIGTERM
 
     @property
     def exit_code(self) -> int:
@@ -96,21 +87,21 @@ class Cluster:
 
     def wait_until(self, reached: Callable[[], bool], what: str, seconds: float = 500) -> None:
         """Run the cluster until `reached()`. Fails when the Job ends before that."""
-        deadline = time.monotonic() + seconds
-        while not reached():
-            if time.monotonic() > deadline or self.condition:
-                raise AssertionError(f"{what} not reached; {self.condition}\n{self.describe()}")
-            self._reconcile()
-            time.sleep(0.02)
+        self._run_until(lambda: reached() or self.condition is not None, what, seconds)
+        assert reached(), f"{what} not reached; {self.condition}\n{self.describe()}"
 
     def finish(self, seconds: float = 900) -> JobCondition:
         """Run the cluster until the Job and all its pods have ended."""
+        self._run_until(lambda: self.condition is not None and not self.running, "the end of the Job", seconds)
+        assert self.condition is not None
+        return self.condition
+
+    def _run_until(self, reached: Callable[[], bool], what: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self.condition is None or self.running:
-            assert time.monotonic() < deadline, f"the Job does not end\n{self.describe()}"
+        while not reached():
+            assert time.monotonic() < deadline, f"{what} not reached\n{self.describe()}"
             self._reconcile()
             time.sleep(0.02)
-        return self.condition
 
     def preempt(self, index: int) -> Pod:
         """Disrupt a pod as the scheduler, a drain or an eviction does: set the condition, then delete the pod."""
@@ -125,7 +116,6 @@ class Cluster:
         self._terminate(pod, "deleted")
 
     def pod(self, index: int = 0) -> Pod:
-        """The running pod of this index."""
         (running,) = [pod for pod in self.running if pod.index == index]
         return running
 

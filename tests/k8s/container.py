@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +46,20 @@ def image() -> tuple[tuple[str, ...], dict[str, str]]:
 
 @dataclass
 class Container:
-    """A started container.
+    """A started container."""
 
-    Attributes:
-        spec: the container's part of the pod template.
-        process: its parent on this machine, which has the same exit code.
-        folder: its log, termination message and volumes.
-    """
-
-    spec: Mapping[str, Any]
-    process: subprocess.Popen[str]
-    folder: Path
-    _first: int | None = field(default=None, repr=False)
+    spec: Mapping[str, Any]  # the container's part of the pod template
+    process: subprocess.Popen[str]  # its parent on this machine, which has the same exit code
+    folder: Path  # of its log, termination message and volumes
 
     @property
     def pid(self) -> int | None:
         """Process id, on this machine, of the container's process 1; None before it is created."""
-        if self._first is None:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-                    if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
-                        self._first = int(child)  # root still sets up the mounts
-        return self._first
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
+                    return int(child)  # not root, which sets up the mounts
+        return None
 
     @property
     def exit_code(self) -> int | None:
@@ -75,12 +67,11 @@ class Container:
         return self.process.poll()  # the shell's, which follows the same rule
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to process 1."""
-        while self.process.poll() is None and self.pid is None:
+        while (pid := self.pid) is None and self.process.poll() is None:
             time.sleep(0.01)
-        if self.pid is not None:
+        if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(pid, number)
 
     @property
     def log(self) -> str:

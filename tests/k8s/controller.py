@@ -17,18 +17,12 @@ DEFAULT_LIMIT = 6
 
 @dataclass(frozen=True)
 class TerminatedPod:
-    """A pod with phase Succeeded or Failed.
-
-    Attributes:
-        index: completion index; 0 in a Job that is not Indexed.
-        exit_codes: by container.
-        conditions: those that are true, such as `DisruptionTarget`.
-    """
+    """A pod with phase Succeeded or Failed."""
 
     name: str
-    index: int
-    exit_codes: Mapping[str, int]
-    conditions: frozenset[str] = frozenset()
+    index: int  # completion index; 0 in a Job that is not Indexed
+    exit_codes: Mapping[str, int]  # by container
+    conditions: frozenset[str] = frozenset()  # those that are true, such as DisruptionTarget
 
     @property
     def succeeded(self) -> bool:
@@ -83,12 +77,7 @@ def failed_indexes(spec: Spec, terminated: Sequence[TerminatedPod]) -> set[int]:
 
 
 def final_condition(spec: Spec, terminated: Sequence[TerminatedPod]) -> JobCondition | None:
-    """The condition that ends the Job, after which its running pods are deleted; None while the Job runs.
-
-    Args:
-        spec: of the Job.
-        terminated: all its terminated pods, in the order of termination.
-    """
+    """The condition that ends the Job, by its pods in the order of termination; None while the Job runs."""
     actions = [action(spec, pod) for pod in terminated if not pod.succeeded]
     for name, message in actions:
         if name == "FailJob":

@@ -26,26 +26,19 @@ def objects(folder: str, kind: str | None = None) -> list[Object]:
 
 
 def only(folder: str, kind: str) -> Object:
-    """The only object of a kind."""
     (tree,) = objects(folder, kind)
     return tree
 
 
 @dataclass(frozen=True)
 class Pods:
-    """The pods of one object.
-
-    Attributes:
-        template: metadata and spec of each.
-        job: the spec of their Job; None for a Deployment.
-        job_name: the name of the Job in the cluster.
-    """
+    """The pods of one object."""
 
     overlay: str
     owner: Object
-    template: Object
-    job: Object | None
-    job_name: str
+    template: Object  # metadata and spec of each
+    job: Object | None  # the spec of their Job; None for a Deployment
+    job_name: str  # in the cluster
 
     @property
     def spec(self) -> Object:
@@ -53,7 +46,6 @@ class Pods:
 
     @property
     def container(self) -> Object:
-        """The only container of each pod."""
         (container,) = self.spec["containers"]
         return container
 
@@ -78,7 +70,6 @@ class Pods:
 
     @property
     def count(self) -> int:
-        """The number of pods that run at once."""
         return (self.job or {}).get("parallelism", 1)
 
     @property
@@ -116,7 +107,6 @@ class Pods:
         return environment
 
     def arguments(self, index: int = 0) -> list[str]:
-        """The command line after the entry point."""
         return [expanded(argument, self.environment(index)) for argument in self.container["args"]]
 
 
@@ -153,5 +143,4 @@ JOBS = [pods for pods in ALL if pods.job is not None]  # those that run the trai
 
 
 def name_of(pods: Pods) -> str:
-    """The overlay, as the id of a parametrized test."""
     return pods.overlay.removeprefix("overlays/")

@@ -51,7 +51,7 @@ def job_running(overlay: str, program: str, probed: bool = False, **changes: Any
     (container,) = spec["template"]["spec"]["containers"]
     container |= {"command": ["python", "-I", "-c", program], "args": []}
     for probe in ("startupProbe", "livenessProbe"):
-        container[probe] |= {"periodSeconds": 1, "failureThreshold": 2}
+        container[probe] |= {"periodSeconds": 1, "failureThreshold": 9 if probe == "startupProbe" else 2}
         if not probed:
             del container[probe]
     return dataclasses.replace(job, owner=owner, template=spec["template"], job=spec)
@@ -122,10 +122,10 @@ def test_deletion_sends_sigterm_only_while_the_grace_period_lasts(tmp_path: Path
         assert cluster.condition is None
 
 
-@pytest.mark.parametrize(
-    "program", [WAIT.format(on_term="None"), "import time\nprint('ready', flush=True)\ntime.sleep(60)"],
-    ids=["ignored", "no handler"],
-)  # fmt: skip
+NO_HANDLER = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize("program", [WAIT.format(on_term="None"), NO_HANDLER], ids=["ignored", "no handler"])
 def test_a_pod_that_ignores_sigterm_is_killed_after_the_grace_period(program: str, tmp_path: Path) -> None:
     """A signal without a handler does not end process 1 of a container; the log is the termination message."""
     with Cluster(job_running("multiworker", program, terminationGracePeriodSeconds=1), tmp_path) as cluster:

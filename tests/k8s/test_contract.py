@@ -1,6 +1,5 @@
 """Manifests and trainer agree on environment, command line, ports, exit codes, disk and metrics."""
 
-import ast
 import importlib
 import re
 from pathlib import Path
@@ -18,7 +17,8 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.prepare import part_of_job
 
 ROOT = Path(__file__).parents[2]
-VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|HOSTNAME|HOME")
+VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|HOSTNAME|HOME"
+READ = r'os\.(?:environ(?:\.\w+)?|getenv)[\[(]\s*"(\w+)"|"(\w+)" (?:not )?in os\.environ'
 # Variables that the trainer reads and these manifests do not set, with those who set them.
 SET_ELSEWHERE = {
     "JOB_COMPLETION_INDEX": "Kubernetes, in every pod of an Indexed Job",
@@ -38,18 +38,8 @@ SET_ELSEWHERE = {
 
 def variables_read(module: str, all_names: bool) -> set[str]:
     """Environment variables that a module reads from `os.environ`, or every string with the form of a name."""
-    names = set()
-    for node in ast.walk(ast.parse(module)):
-        match node:
-            case ast.Constant(value=str(text)) if all_names and VARIABLE.fullmatch(text):
-                names.add(text)
-            case (
-                ast.Call(func=source, args=[ast.Constant(value=str(text)), *_])
-                | ast.Subscript(value=source, slice=ast.Constant(value=str(text)))
-                | ast.Compare(left=ast.Constant(value=str(text)), comparators=[source])
-            ) if re.fullmatch(r"os\.(getenv|environ(\.\w+)?)", ast.unparse(source)):
-                names.add(text)
-    return names
+    pattern = rf'"({VARIABLE})"' if all_names else READ
+    return {name for match in re.finditer(pattern, module) for name in match.groups() if name}
 
 
 def variables_read_by_the_trainer() -> set[str]:
@@ -96,7 +86,6 @@ def test_cluster_discovery_returns_the_dns_names_of_all_pods(pods: Pods) -> None
 
 
 def host_domain(pods: Pods) -> str:
-    """The Service that publishes the names of a Job's pods."""
     assert "hostname" not in pods.spec  # set by the Job
     if pods.owner["kind"] == "JobSet":  # it creates the Service and sets the pods' subdomain
         network = pods.owner["spec"]["network"]
@@ -114,7 +103,6 @@ def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
 
 
 def configuration(pods: Pods) -> RunConfig:
-    """The configuration of a manifest's arguments."""
     composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith("output=")])
     assert composed is not None
     return load(composed)
@@ -175,7 +163,7 @@ def test_probes_allow_the_time_that_the_trainer_needs_to_respond(pods: Pods) -> 
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60  # a busy process may miss one
 
 
-def test_alerts_use_metrics_that_are_served() -> None:
+def test_prometheus_scrapes_the_trainer_and_alerts_use_its_metrics() -> None:
     server = importlib.import_module("trainer.monitoring.http")
     source = Path(server.__file__ or "").read_text()
     served = {f"kubetune_{name}" for name in server.GAUGES} | set(re.findall(r'"(kubetune_\w+)"', source))
@@ -185,9 +173,6 @@ def test_alerts_use_metrics_that_are_served() -> None:
     assert named >= {"kubetune_last_progress_age_seconds", "kubetune_checkpoint_age_seconds", "kubetune_goodput_ratio"}
     assert named <= served
     assert len({rule["alert"] for rule in rules}) == len(rules)
-
-
-def test_prometheus_scrapes_the_port_of_the_trainer() -> None:
     (endpoint,) = only("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] == "/metrics"
     for pods in JOBS:

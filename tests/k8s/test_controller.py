@@ -92,11 +92,6 @@ def test_the_condition_that_ends_a_job(
     assert (condition and condition.type) == (reason and ("Complete" if reason == "CompletionsReached" else "Failed"))
 
 
-def test_the_message_names_container_code_and_rule() -> None:
-    message = "Container trainer for pod default/kubetune-1 failed with exit code 2 matching FailJob rule at index 0"
-    assert action(PER_INDEX, pod(1, 2)) == ("FailJob", message)
-
-
 def test_failindex_fails_an_index_without_retries() -> None:
     rules = {"rules": [{"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [42]}}]}
     spec = {**INDEXED, "backoffLimitPerIndex": 5, "podFailurePolicy": rules}

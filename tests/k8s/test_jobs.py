@@ -29,7 +29,6 @@ KILLED = 128 + signal.SIGKILL
 
 
 def codes(cluster: Cluster) -> list[tuple[int, int]]:
-    """Index and exit code of every pod, in the order of their starts."""
     return [(pod.index, pod.exit_code) for pod in cluster.pods]
 
 
@@ -121,7 +120,6 @@ def test_four_pods_of_which_one_is_preempted_write_the_dataset_of_a_single_proce
 
 
 def upload(folder: Path, storage: Emulator) -> None:
-    """Upload a folder to gs://bucket/NAME."""
     with environment(storage.url):
         for file in folder.rglob("*.jpg"):
             (storage_path(f"gs://bucket/{folder.name}") / str(file.relative_to(folder))).upload(file)
