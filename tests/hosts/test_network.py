@@ -20,12 +20,12 @@ FIRST, SECOND, THIRD = NAMES = [f"train-{i}.train-workers" for i in range(3)]
 
 # Sends every client its address, then echoes what it receives.
 SERVER = """
-import socket, sys
+import contextlib, socket, sys
 with socket.create_server((sys.argv[1], 5000)) as server:
     print("ready", flush=True)
     while True:
         connection, (address, _) = server.accept()
-        with connection:
+        with connection, contextlib.suppress(ConnectionError):  # the client closes it at any time
             connection.sendall(address.encode())
             while chunk := connection.recv(65536):
                 connection.sendall(chunk)
