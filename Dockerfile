@@ -1,11 +1,11 @@
 # The image of a run: make image IMAGE=..., and for NVIDIA GPUs make image IMAGE=... DEVICE=gpu
 #
-# BASE may be any image that has Python 3.11 to 3.13 as `python`, and pip. An index other than PyPI is given to the build
-# as a secret, which leaves no trace in the image: --secret id=pip,src=pip.conf
+# BASE may be any image that has Python 3.11 to 3.13 as `python`, and pip. An index other than PyPI is passed to the build
+# as a secret, which is not stored in the image: --secret id=pip,src=pip.conf
 ARG BASE=docker.io/library/python:3.12-slim
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is installed, in an environment without pip. Of these stages only the environment is kept
+# Installed packages, in an environment without pip; only the environment is copied from these stages
 # ---------------------------------------------------------------------------------------------------------------
 FROM ${BASE} AS tools
 WORKDIR /build
@@ -13,9 +13,9 @@ RUN python -m venv --without-pip /opt/venv
 COPY requirements-image.lock ./
 
 FROM tools AS dependencies
-# As in scripts/setup.sh: what comes as source is built by the locked setuptools. TensorFlow's headers (393 MB) are for a
-# compiler, and there is none. Bytecode cannot be written where the root is read-only, and without it every start takes
-# 15 s more; it is never compared with its source again.
+# As in scripts/setup.sh: source packages are built with the locked setuptools. TensorFlow's headers (393 MB) are only
+# needed by compilers, and there is none. Bytecode cannot be written to a read-only root, and without it every start takes
+# 15 s more; unchecked-hash: it is never compared with its source.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     awk '/^[^ ]/ { keep = /^setuptools==/ } keep' requirements-image.lock > setuptools.lock \
     && awk '/^[^ ]/ { keep = !/^nvidia-/ } keep' requirements-image.lock > cpu.lock \
@@ -26,7 +26,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target
     && rm -r /opt/venv/lib/python3*/site-packages/tensorflow/include \
     && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
-# CUDA's libraries, in a layer of their own: larger than all else, and the driver is the node's.
+# CUDA's libraries, in a separate layer, which is the largest one; the driver is installed on the node.
 FROM tools AS cuda
 ARG DEVICE=cpu
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -35,7 +35,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target
         gpu) awk '/^[^ ]/ { keep = /^nvidia-/ } keep' requirements-image.lock > gpu.lock \
             && python -m pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps \
                 --root-user-action ignore -r gpu.lock ;; \
-        *) echo "DEVICE=$DEVICE: say cpu or gpu" >&2; exit 2 ;; \
+        *) echo "DEVICE=$DEVICE: unknown device; use cpu or gpu" >&2; exit 2 ;; \
     esac
 
 FROM tools AS code
@@ -46,10 +46,10 @@ RUN python -m compileall -q --invalidation-mode unchecked-hash trainer \
     && chmod -R a+rX .
 
 # ---------------------------------------------------------------------------------------------------------------
-# The image: what changes most comes last
+# The image, the most frequent changes last
 # ---------------------------------------------------------------------------------------------------------------
 FROM ${BASE}
-# The base comes without the bytecode of Python itself.
+# The base has no bytecode of the standard library.
 RUN echo 'kubetune:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
     && echo 'kubetune:x:65532:' >> /etc/group \
     && install --directory --owner 65532 --group 65532 /cache /outputs \
@@ -57,12 +57,12 @@ RUN echo 'kubetune:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
         "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 COPY --from=cuda /opt/venv /opt/venv
 COPY --from=dependencies /opt/venv /opt/venv
-# TensorFlow 2.21 looks for cuSOLVER in none of the folders that pip puts it into, and does without the GPU then.
+# TensorFlow 2.21 does not search the folders into which pip installs cuSOLVER, and ignores the GPU without it.
 RUN find /opt/venv -path '*/nvidia/*/lib' -prune -print > /etc/ld.so.conf.d/cuda.conf \
     && ldconfig && rm -rf /var/cache/ldconfig
 COPY --from=code /app /app
 
-# All that is written is written below /cache, /tmp and output_dir; a relative output_dir begins at /.
+# Files are written below /cache, /tmp and output_dir only; a relative output_dir begins at /.
 # GKE mounts the driver at /usr/local/nvidia.
 ENV PATH=/opt/venv/bin:/usr/local/nvidia/bin:$PATH \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \

@@ -1,13 +1,13 @@
-# What one types here. `make` alone lists it.
+# Commands of the project; `make` lists them.
 VENV := .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/requirements.lock
-# Of `make image`
+# Variables of `make image`
 IMAGE ?= kubetune
 DEVICE ?= cpu
 BUILD ?= docker build
-# The image's lock: no tool for development, and the libraries of GPUs, in the same versions
+# The image's lock: the same versions without development tools, with the libraries of GPUs
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	--quiet pyproject.toml
 
@@ -24,23 +24,23 @@ setup: $(READY) ## Make .venv with the locked packages (another Python: PYTHON=/
 $(READY): requirements.lock pyproject.toml
 	@sh scripts/setup.sh
 
-train: $(READY) ## Fine-tune; say what with ARGS="experiment=... phases.head.epochs=3"
+train: $(READY) ## Fine-tune, with ARGS="experiment=... phases.head.epochs=3"
 	$(BIN)/python -m trainer $(ARGS)
 
-test: $(READY) ## Run the quick tests
+test: $(READY) ## Run the quick tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 30 -m "not slow and not gpu"
 
-test-all: $(READY) ## Run every test that needs no GPU
+test-all: $(READY) ## Run every test that needs no GPU (about 80 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800
 
-lint: $(READY) ## Check style, types and YAML
+lint: $(READY) ## Check style, types, layers and YAML (about 1 minute)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m yamllint --strict .
 
-bench: $(READY) ## Measure, side by side, and write docs/performance.md
+bench: $(READY) ## Measure against plain Keras and TensorFlow, and write docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
 image: ## Build the container image: IMAGE=registry/name:tag DEVICE=gpu BUILD="podman build"
@@ -59,6 +59,6 @@ lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and wri
 	$(LOCK) --constraint requirements.lock --extra gpu --extra serve --output-file requirements-image.lock
 	@echo "lock: requirements.lock (make setup) and requirements-image.lock (make image) are written"
 
-clean: ## Remove .venv, caches and builds; what runs wrote to outputs/ stays
+clean: ## Remove .venv, caches and builds; outputs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,18 +1,18 @@
-"""`make bench`: every row of docs/performance.md, one after the other, then the page.
+"""Measure every row of docs/performance.md in sequence, and write the page: `make bench`.
 
     make bench ARGS="--data FOLDER --weights FILE --alpha 0.35"
-    make bench ARGS="--only step --rounds 3"       one row, printed and kept; the page stays
-    python -m benchmarks.page FOLDER               the page out of what was kept with --out FOLDER
+    make bench ARGS="--only step --rounds 3"       one row, printed and saved; the page is not written
+    python -m benchmarks.page FOLDER               the page from the results of --out FOLDER
 
-Each row is a process of its own, so that none inherits another's memory. Beside these rows stand modules with pages of
-their own: quickstart, workers, scaling, storage, augmentation, recipes.
+Each row runs in a separate process, so that none inherits another's memory. Other benchmarks, whose results are on
+other pages: quickstart, workers, scaling, storage, augmentation, recipes, serving.
 """
 
 import subprocess
 import sys
 
 from benchmarks import page
-from benchmarks.asking import arguments_of, folder_for
+from benchmarks.arguments import argument_parser, output_folder
 
 ROWS = {
     "recipe": "whole_recipe",
@@ -25,18 +25,18 @@ ROWS = {
 
 
 def main() -> None:
-    arguments = arguments_of(__doc__)
-    arguments.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure; the page is not written")
-    asked = arguments.parse_args()
-    out = folder_for(asked)
-    told = ["--weights", asked.weights, "--alpha", str(asked.alpha), "--out", str(out)]
-    told += ["--data", str(asked.data)] if asked.data else []
-    told += ["--rounds", str(asked.rounds)] if asked.rounds else []
-    for row in asked.only or ROWS:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure; the page is not written")
+    options = parser.parse_args()
+    out = output_folder(options)
+    common = ["--weights", options.weights, "--alpha", str(options.alpha), "--out", str(out)]
+    common += ["--data", str(options.data)] if options.data else []
+    common += ["--rounds", str(options.rounds)] if options.rounds else []
+    for row in options.only or ROWS:
         print(f"== benchmarks.{ROWS[row]}", flush=True)
-        subprocess.run([sys.executable, "-m", f"benchmarks.{ROWS[row]}", *told], check=True)
-    if asked.only:
-        print(f"the page out of all that is in {out}: python -m benchmarks.page {out}")
+        subprocess.run([sys.executable, "-m", f"benchmarks.{ROWS[row]}", *common], check=True)
+    if options.only:
+        print(f"write the page from all results in {out}: python -m benchmarks.page {out}")
     else:
         page.write(out)
 

@@ -1,10 +1,10 @@
-"""What each augmentation costs: the pipeline of a real run with it on, against the same pipeline with none.
+"""Cost of each augmentation: the pipeline of a run with it, against the same pipeline without augmentation.
 
     python -m benchmarks.augmentation --size 224
 
-Photos of 500 x 333 pixels (noise of several sizes, JPEG quality 90) are decoded and resized whenever they are read.
-Rounds are interleaved; the ratio of images/s is taken round by round. Processor time is that of all threads of the
-process for an image; of none, decoding and all; of the others, what they add to that.
+Photos of 500 x 333 pixels (noise of several sizes, JPEG quality 90) are decoded and resized in every epoch.
+Rounds are interleaved; the ratio of images/s is taken round by round. Processor time is that of all threads of
+the process per image: in the row `none` with decoding, in the others the difference to it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.asking import all_to_train
+from benchmarks.arguments import all_to_train
 from benchmarks.photos import write_photos
 from benchmarks.pipelines import open_training, stream
 from trainer.config.schema import Augmentation
@@ -43,12 +43,12 @@ SINGLE: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--size", type=int, default=224)
-    arguments.add_argument("--batch", type=int, default=32)
-    arguments.add_argument("--batches", type=int, default=8, help="in one round")
-    arguments.add_argument("--rounds", type=int, default=5)
-    options = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=8, help="in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
 
     _, pixels = open_training(all_to_train(write_photos(Path(tempfile.mkdtemp()), 96)), options.size, "none")
 
@@ -59,7 +59,7 @@ def main() -> None:
     images = options.batch * options.batches
     for turn in range(options.rounds + 1):
         for name, augmentation in chosen.items():
-            # Made anew each time: what the others have prefetched must not be at work while this one is measured.
+            # A new pipeline each time, so that no other one prefetches during the measurement.
             batches = iter(stream(pixels, options.batch, augmentation))
             for _ in range(6):
                 next(batches)

@@ -1,4 +1,4 @@
-"""The pass that computes features of frozen layers, against nothing but those layers over the same images in memory.
+"""The feature pass of a run, against the frozen layers alone on the same images in memory.
 
 python -m benchmarks.feature_pass --data FOLDER --weights FILE --alpha 0.35
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.asking import arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
-from benchmarks.results import Comparison, Result, keep
+from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
+from benchmarks.results import Comparison, Result, save
 from trainer.cli.compose import compose
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy
@@ -33,15 +33,15 @@ from trainer.models.classifier import Classifier, build_classifier
 
 PHASES = {"head": "the whole backbone, pooled", "fine_tune": "up to layer 97 (thawed from 100)"}
 HOW = """One process; the training images are decoded and in memory on both sides. Ours is the pass of a run: it reads
-them in order, computes, and keeps the features in memory and in a file with checksums. Bare is one compiled function
-over the same images, {rows} at once as ours, whose answers are dropped. Each was traced before. {data}; {model}."""
+them in order, computes, and stores the features in memory and in a file with checksums. Bare is one compiled function
+over the same images, {rows} at once as ours, whose outputs are discarded. Both were traced before. {data}; {model}."""
 
 
-def open_recipe(root: Path, asked: argparse.Namespace, scratch: Path) -> tuple[Worker, ImageStore, Classifier]:
+def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple[Worker, ImageStore, Classifier]:
     """The devices, images and classifier of the recipe as a run opens them."""
     tree = compose([
         "experiment=flowers_mobilenet_v2", "data=image_folder", f"data.root={root}", "data.cache=memory",
-        "augmentation=none", f"model.weights={asked.weights}", f"model.alpha={asked.alpha}",
+        "augmentation=none", f"model.weights={options.weights}", f"model.alpha={options.alpha}",
         f"output_dir={scratch / 'run'}", f"runtime.cache_dir={scratch / 'cache'}",
     ])  # fmt: skip
     assert tree is not None
@@ -55,7 +55,7 @@ def open_recipe(root: Path, asked: argparse.Namespace, scratch: Path) -> tuple[W
 def our_pass(
     worker: Worker, images: ImageStore, classifier: Classifier, cut: Cut, scratch: Path
 ) -> Callable[[], float]:
-    """Each call computes all features anew: images/s."""
+    """A function that computes all features, and returns images/s."""
     compute, split = FeaturePass(worker, images, classifier), images.dataset.splits["train"]
 
     def once() -> float:
@@ -72,7 +72,7 @@ def our_pass(
 
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
-    """Each call runs the layers below the cut over the same images: images/s."""
+    """A function that runs the layers below the cut on the same images, and returns images/s."""
     rows, pixels = rows_at_once(), images.split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
@@ -82,20 +82,20 @@ def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[
     def once() -> float:
         began = time.perf_counter()
         for batch in batches:
-            (made,) = forward(batch)
-        made.numpy()
+            (features,) = forward(batch)
+        features.numpy()
         return count / (time.perf_counter() - began)
 
     return once
 
 
-def measure(asked: argparse.Namespace) -> Result:
-    rounds, comparisons = asked.rounds or 7, []
-    with photos(asked) as root, tempfile.TemporaryDirectory() as name:
+def measure(options: argparse.Namespace) -> Result:
+    rounds, comparisons = options.rounds or 7, []
+    with photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        worker, images, classifier = open_recipe(root, asked, scratch)
+        worker, images, classifier = open_recipe(root, options, scratch)
         divisions = divide(images.config, classifier)
-        for phase, words in PHASES.items():
+        for phase, layers in PHASES.items():
             cut = divisions[phase].cut
             assert cut is not None
             ours = our_pass(worker, images, classifier, cut, scratch)
@@ -106,20 +106,20 @@ def measure(asked: argparse.Namespace) -> Result:
                     speed = once()
                     if turn:  # the first traces
                         speeds[side].append(speed)
-            comparisons.append(Comparison(words, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
-        named = {"data": data_in_words(asked, root), "model": model_in_words(asked), "rows": str(rows_at_once())}
+            comparisons.append(Comparison(layers, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
+        values = {"data": describe_data(options, root), "model": describe_model(options), "rows": str(rows_at_once())}
     return Result(
-        name=f"features-alpha-{asked.alpha:g}",
-        title=f"Feature pass, MobileNetV2 of width {asked.alpha:g}",
-        how=HOW.replace("\n", " ").format(**named),
-        command=command_of("features", asked, rounds),
+        name=f"features-alpha-{options.alpha:g}",
+        title=f"Feature pass, MobileNetV2 of width {options.alpha:g}",
+        how=HOW.replace("\n", " ").format(**values),
+        command=command_of("features", options, rounds),
         comparisons=comparisons,
     )
 
 
 def main() -> None:
-    asked = arguments_of(__doc__).parse_args()
-    keep(measure(asked), folder_for(asked))
+    options = argument_parser(__doc__).parse_args()
+    save(measure(options), output_folder(options))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
-"""What a run costs as its photos get more: 1x, 4x and 16x of them, by links, with nothing or the disk as cache.
+"""Cost of a run with 1x, 4x and 16x the photos, by links, without a cache and with one on disk.
 
     python -m benchmarks.growth --data FOLDER --weights FILE --alpha 0.35
 
-One epoch of the head phase, a fifth of the photos validating. Time should be linear (the same seconds for an image) and
-memory flat.
+One epoch of the head phase, with a fifth of the photos for validation. Time should be linear (the same seconds per
+image) and memory constant.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.asking import arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
+from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
 from benchmarks.photos import count_of, link_times
 from benchmarks.processes import TrainerRun, in_turns, train
-from benchmarks.results import Comparison, Result, Table, keep, spread
+from benchmarks.results import Comparison, Result, Table, save, spread
 
 TIMES = (1, 4, 16)
 CACHES = ("none", "disk")
-HOW = """Runs of one head epoch, in turns: {data} (1x), and 4 and 16 links to each; a fifth validates. {model}. Seconds
-run from opening the data to the end of training and count for each image. Memory is the most resident memory of the
-process; pages of a mapped file (the cache on disk) count in it, though the kernel may take them back, and not in "of
-its own"."""
+HOW = """Runs of one head epoch, interleaved: {data} (1x), and 4 and 16 links to each; a fifth is for validation.
+{model}. Seconds are from opening the data to the end of training. Memory is the peak resident memory of the process,
+which includes pages of mapped files (the cache on disk), though the kernel may reclaim them; anonymous memory does
+not."""
 
 
-def measure(asked: argparse.Namespace) -> Result:
-    rounds = asked.rounds or 3
-    found: dict[str, list[TrainerRun]] = {}
-    with photos(asked) as root, tempfile.TemporaryDirectory() as name:
+def measure(options: argparse.Namespace) -> Result:
+    rounds = options.rounds or 3
+    runs_of: dict[str, list[TrainerRun]] = {}
+    with photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         folders = {times: link_times(root, scratch / f"photos-{times}", times) for times in TIMES}
         counts = {times: count_of(folder) for times, folder in folders.items()}
@@ -38,22 +38,22 @@ def measure(asked: argparse.Namespace) -> Result:
                 "data=image_folder",
                 f"data.root={folders[times]}",
                 f"data.cache={cache}",
-                f"model.weights={asked.weights}",
-                f"model.alpha={asked.alpha}",
+                f"model.weights={options.weights}",
+                f"model.alpha={options.alpha}",
                 "augmentation=none",
                 "~phases.fine_tune",
                 "phases.head.epochs=1",
             )
             done = train(overrides, scratch)
-            found.setdefault(side, []).append(done)
-            print(f"round {turn + 1}, {side}: {done.training:.1f} s, {done.ended.peak_mb:,.0f} MB", flush=True)
-        how = HOW.replace("\n", " ").format(data=data_in_words(asked, root), model=model_in_words(asked))
-    comparisons, sizes = grown(found, counts)
+            runs_of.setdefault(side, []).append(done)
+            print(f"round {turn + 1}, {side}: {done.training:.1f} s, {done.process.peak_mb:,.0f} MB", flush=True)
+        how = HOW.replace("\n", " ").format(data=describe_data(options, root), model=describe_model(options))
+    comparisons, sizes = grown(runs_of, counts)
     return Result(
-        name=f"growth-alpha-{asked.alpha:g}",
+        name=f"growth-alpha-{options.alpha:g}",
         title="More photos",
         how=how,
-        command=command_of("growth", asked, rounds),
+        command=command_of("growth", options, rounds),
         comparisons=comparisons,
         tables=[sizes],
     )
@@ -63,40 +63,40 @@ def side_of(cache: str, times: int) -> str:
     return f"data.cache={cache}, {times}x"
 
 
-def grown(found: dict[str, list[TrainerRun]], counts: dict[int, int]) -> tuple[list[Comparison], Table]:
-    """Each size against the smallest with the same cache, and all of them in a table."""
+def grown(runs_of: dict[str, list[TrainerRun]], counts: dict[int, int]) -> tuple[list[Comparison], Table]:
+    """Compare each size with the smallest one with the same cache; and a table of all sizes."""
     comparisons, rows = [], []
     for cache in CACHES:
-        least = found[side_of(cache, TIMES[0])]
-        base = [counts[TIMES[0]] / r.training for r in least]
+        smallest = runs_of[side_of(cache, TIMES[0])]
+        base = [counts[TIMES[0]] / r.training for r in smallest]
         for times in TIMES:
             side = side_of(cache, times)
-            runs = found[side]
+            runs = runs_of[side]
             if times != TIMES[0]:
                 speeds = [counts[times] / r.training for r in runs]
                 comparisons += [
-                    Comparison(f"{side}: images in a second", "1x", "images/s", speeds, base),
-                    Comparison(f"{side}: memory", "1x", "MB", memory(runs), memory(least)),
-                    Comparison(f"{side}: memory of its own", "1x", "MB", own_memory(runs), own_memory(least)),
+                    Comparison(f"{side}: images/s", "1x", "images/s", speeds, base),
+                    Comparison(f"{side}: memory", "1x", "MB", memory(runs), memory(smallest)),
+                    Comparison(f"{side}: anonymous memory", "1x", "MB", own_memory(runs), own_memory(smallest)),
                 ]
             seconds = spread([r.training for r in runs], "{:.1f}")
             megabytes = [spread(each, "{:,.0f}") for each in (memory(runs), own_memory(runs))]
             rows.append([side, f"{counts[times]:,}", seconds, *megabytes])
-    header = ["run", "images", "seconds", "most resident MB", "of its own"]
+    header = ["run", "images", "seconds", "peak resident MB", "anonymous MB"]
     return comparisons, Table("Each size: median (range)", header, rows)
 
 
 def memory(runs: list[TrainerRun]) -> list[float]:
-    return [r.ended.peak_mb for r in runs]
+    return [r.process.peak_mb for r in runs]
 
 
 def own_memory(runs: list[TrainerRun]) -> list[float]:
-    return [r.ended.own_mb for r in runs]
+    return [r.process.own_mb for r in runs]
 
 
 def main() -> None:
-    asked = arguments_of(__doc__).parse_args()
-    keep(measure(asked), folder_for(asked))
+    options = argument_parser(__doc__).parse_args()
+    save(measure(options), output_folder(options))
 
 
 if __name__ == "__main__":

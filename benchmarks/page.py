@@ -1,4 +1,4 @@
-"""docs/performance.md and its bar chart out of what the rows kept.
+"""Write docs/performance.md and its bar chart from the results of the rows.
 
 python -m benchmarks.page FOLDER
 """
@@ -13,19 +13,19 @@ from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
 from trainer.report.figures import INK, MUTED, RULE, VALIDATION, canvas, save, tidy
 
-PAGE, CHART = Path("docs", "performance.md"), Path("docs", "pictures", "performance.png")
+PAGE, CHART = Path("docs", "performance.md"), Path("docs", "images", "performance.png")
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 INTRODUCTION = f"""# Performance
 
-Written by `make bench`. Every ratio is of interleaved runs, taken round by round: the median, then the range. Above 1,
-ours is better (faster, or smaller). What stands under "ours" and "against" are medians.
+Written by `make bench`. Every ratio is of interleaved runs, per round: the median, then the range. Above 1, ours is
+better (faster, or smaller). The columns "ours" and "against" hold medians.
 
-![ratios, each with its range]({CHART.relative_to("docs").as_posix()})"""
+![Ratios, each with its range]({CHART.relative_to("docs").as_posix()})"""
 
 
-def place_of(result: Result) -> tuple[int, str]:
-    """Sections in their order, widths of one row beside each other."""
+def sort_key(result: Result) -> tuple[int, str]:
+    """Sort key of sections: their order, then the widths of one row."""
     stem = result.name.split("-alpha-")[0]
     return ORDER.index(stem) if stem in ORDER else len(ORDER), result.name
 
@@ -49,34 +49,34 @@ def section(result: Result) -> str:
 
 
 def page(results: Sequence[Result]) -> str:
-    """All of it as Markdown."""
+    """The whole page as Markdown."""
     return "\n\n".join([INTRODUCTION, *map(section, results)]) + "\n"
 
 
 def draw(results: Sequence[Result], file: Path) -> None:
-    """A bar a ratio, on a logarithmic axis from 1, with its range."""
+    """Draw one bar per ratio, on a logarithmic axis from 1, with its range."""
     bars = [(f"{c.what}, against {c.against}", c.ratios, c.ratio) for r in results for c in r.comparisons]
     figure = canvas(1.0 + 0.24 * (len(bars) + 1.6 * len(results)), width=11.0)
     axes = figure.subplots()
     axes.set_xscale("log")
     tidy(axes, grid="x")
-    at, names, places = 0.0, [], []
+    at, names, positions = 0.0, [], []
     for result in results:
         axes.text(0, at, result.title, transform=axes.get_yaxis_transform(), fontsize=9, fontweight="bold",
                   color=INK, va="center")  # fmt: skip
         at += 1.2
         for _ in result.comparisons:
-            places.append(at)
+            positions.append(at)
             at += 1
         at += 0.4
-    for place, (name, ratios, median) in zip(places, bars, strict=True):
-        axes.barh(place, median - 1, left=1, height=0.7, color=VALIDATION if median >= 1 else MUTED)
-        axes.plot([min(ratios), max(ratios)], [place, place], color=INK, linewidth=1.2)
-        axes.annotate(f"{median:.2f}", (max(*ratios, 1), place), (4, 0), textcoords="offset points", fontsize=8,
+    for position, (name, ratios, median) in zip(positions, bars, strict=True):
+        axes.barh(position, median - 1, left=1, height=0.7, color=VALIDATION if median >= 1 else MUTED)
+        axes.plot([min(ratios), max(ratios)], [position, position], color=INK, linewidth=1.2)
+        axes.annotate(f"{median:.2f}", (max(*ratios, 1), position), (4, 0), textcoords="offset points", fontsize=8,
                       color=INK, va="center")  # fmt: skip
         names.append(name)
     axes.axvline(1, color=RULE, linewidth=1)
-    axes.set_yticks(places, names, fontsize=8)
+    axes.set_yticks(positions, names, fontsize=8)
     axes.set_ylim(at, -1)
     extremes = [ratio for _, ratios, _ in bars for ratio in ratios]
     axes.set_xlim(min(*extremes, 0.5) * 0.9, max(*extremes, 2) * 1.3)
@@ -87,14 +87,14 @@ def draw(results: Sequence[Result], file: Path) -> None:
 
 
 def write(folder: Path, root: Path = ROOT) -> None:
-    """Page and chart.
+    """Write page and chart.
 
     Raises:
-        SystemExit: nothing is kept in the folder.
+        SystemExit: the folder has no results.
     """
-    results = sorted(read(folder), key=place_of)
+    results = sorted(read(folder), key=sort_key)
     if not results:
-        sys.exit(f"{folder} holds no results: measure some with python -m benchmarks --out {folder}")
+        sys.exit(f"{folder}: has no results; run python -m benchmarks --out {folder}")
     (root / CHART).parent.mkdir(parents=True, exist_ok=True)
     draw(results, root / CHART)
     (root / PAGE).write_text(page(results))

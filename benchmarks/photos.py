@@ -1,4 +1,4 @@
-"""Photos to measure with: noise where none are given, and folders of links to those that are."""
+"""Photos of the benchmarks: generated noise, and folders of links to given photos."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,16 @@ from trainer.data.image_folder import EXTENSIONS
 
 
 def write_photos(root: Path, count: int, classes: int = 2) -> Path:
-    """Class folders of JPEG files of 500 x 333 pixels, quality 90: noise of several sizes, like photos to a decoder."""
+    """Write class folders of JPEG files of 500 x 333 pixels, quality 90: noise of several sizes."""
     rng = np.random.default_rng(0)
     for number in range(count):
-        picture = np.zeros((333, 500, 3))
+        image = np.zeros((333, 500, 3))
         for size in (4, 16, 64, 256):  # coarse and strong to fine and weak
             grain = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-            picture += np.asarray(grain.resize((500, 333), Image.Resampling.BICUBIC), float) * 2 / size**0.5
+            image += np.asarray(grain.resize((500, 333), Image.Resampling.BICUBIC), float) * 2 / size**0.5
         folder = root / f"class_{number % classes}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((picture * 255 / picture.max()).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        Image.fromarray((image * 255 / image.max()).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
     return root
 
 
@@ -30,26 +30,26 @@ def photos_of(root: Path) -> dict[str, list[Path]]:
 
 
 def count_of(root: Path) -> int:
-    """Photos in all class folders."""
+    """Number of photos in all class folders."""
     return sum(map(len, photos_of(root).values()))
 
 
 def link_fold(root: Path, to: Path, fold: int, folds: int = 5) -> Path:
-    """`to/{train,validation}/<class>` of links: one of the disjoint folds of every class validates, the others train.
+    """Link one of the disjoint folds of every class as `to/validation/<class>`, the others as `to/train/<class>`.
 
-    Any trainer that reads class folders so gets the same examples.
+    Any trainer that reads class folders gets the same examples.
     """
     rng = np.random.default_rng(42)
     for name, photos in photos_of(root).items():
-        for number, place in enumerate(rng.permutation(len(photos))):
+        for number, position in enumerate(rng.permutation(len(photos))):
             folder = to / ("validation" if number % folds == fold % folds else "train") / name
             folder.mkdir(parents=True, exist_ok=True)
-            os.symlink(photos[place].resolve(), folder / photos[place].name)
+            os.symlink(photos[position].resolve(), folder / photos[position].name)
     return to
 
 
 def link_times(root: Path, to: Path, times: int) -> Path:
-    """`to/<class>` with `times` links to each photo."""
+    """Create `to/<class>` with `times` links to each photo."""
     for name, photos in photos_of(root).items():
         (to / name).mkdir(parents=True)
         for photo in photos:

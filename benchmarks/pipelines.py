@@ -1,4 +1,4 @@
-"""The pipeline of a real run, as benchmarks open it."""
+"""The input pipeline of a run, for benchmarks."""
 
 import tempfile
 from pathlib import Path
@@ -14,16 +14,16 @@ from trainer.data.pipeline import training_batches
 from trainer.types import Dataset
 
 
-def open_training(source: Data, size: int, kept: Cache) -> tuple[Dataset, Pixels]:
-    """A dataset, and its training images at `size` x `size` pixels, decoded images kept as `data.cache` would say."""
+def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixels]:
+    """A dataset, and its training images at `size` x `size` pixels; `cached` is the value of `data.cache`."""
     cache = Path(tempfile.mkdtemp())
     dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
     pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", note=print)
-    plan = plan_image_cache(kept, image_bytes(pixels.split, size), memory_budget_default(), 0, once=False)
+    plan = plan_image_cache(cached, image_bytes(pixels.split, size), memory_budget_default(), 0, once=False)
     fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels
 
 
 def stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
-    """Shuffled training batches of one replica, endless."""
+    """Infinite stream of shuffled training batches of one replica."""
     return training_batches(pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation).dataset

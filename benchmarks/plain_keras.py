@@ -1,10 +1,10 @@
-"""The recipe R4 as its notebook has it, in plain Keras: what `python -m benchmarks.whole_recipe` compares with.
+"""The recipe R4 in plain Keras, as in its notebook: the baseline of `python -m benchmarks.whole_recipe`.
 
     python -m benchmarks.plain_keras SPLIT --weights FILE --alpha 0.35 --seed 1 --augment
 
 SPLIT holds {train,validation}/<class>. Prints one JSON object: seconds from opening the data to the end of the second
-fit, seconds of each epoch after the first of a phase, validation accuracy after each epoch. The defaults of Keras
-stand wherever the recipe says nothing.
+fit, seconds of each epoch after the first of a phase, validation accuracy after each epoch. Everything that the recipe
+does not specify has the default of Keras.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SIZE, BATCH, EPOCHS, FROM_LAYER = 160, 32, 5, 100
 
 
 class Clock(keras.callbacks.Callback):
-    """When each epoch ended, its validation included."""
+    """Times of the ends of epochs, validation included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Clock(keras.callbacks.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of every epoch but the first, which compiles."""
+        """Seconds of every epoch but the first, which compiles."""
         return [b - a for a, b in pairwise(self.ends)]
 
 
@@ -44,8 +44,8 @@ def open_split(folder: Path, seed: int) -> tuple[tf.data.Dataset, tf.data.Datase
     validation = keras.utils.image_dataset_from_directory(
         folder / "validation", image_size=(SIZE, SIZE), batch_size=BATCH, shuffle=False
     )
-    ahead = tf.data.AUTOTUNE
-    return train.cache().shuffle(1000).prefetch(ahead), validation.cache().prefetch(ahead), len(train.class_names)
+    autotune = tf.data.AUTOTUNE
+    return train.cache().shuffle(1000).prefetch(autotune), validation.cache().prefetch(autotune), len(train.class_names)
 
 
 def build(classes: int, weights: str, alpha: float, augment: bool) -> tuple[keras.Model, keras.Model]:
@@ -56,12 +56,9 @@ def build(classes: int, weights: str, alpha: float, augment: bool) -> tuple[kera
     backbone.trainable = False
     inputs = x = keras.Input((SIZE, SIZE, 3))
     if augment:
-        for layer in (
-            keras.layers.RandomFlip("horizontal"),
-            keras.layers.RandomRotation(0.2),
-            keras.layers.RandomZoom(0.2),
-        ):
-            x = layer(x)
+        x = keras.layers.RandomFlip("horizontal")(x)
+        x = keras.layers.RandomRotation(0.2)(x)
+        x = keras.layers.RandomZoom(0.2)(x)
     x = keras.applications.mobilenet_v2.preprocess_input(x)
     x = backbone(x, training=False)
     x = keras.layers.GlobalAveragePooling2D()(x)
@@ -70,10 +67,10 @@ def build(classes: int, weights: str, alpha: float, augment: bool) -> tuple[kera
 
 
 def fit(model: keras.Model, rate: float, data: Any, validation: Any, first_epoch: int) -> tuple[Clock, list[float]]:
-    """Compile and train five epochs; their clock and validation accuracies."""
+    """Compile and train five epochs; returns their times and validation accuracies."""
     clock = Clock()
     model.compile(keras.optimizers.Adam(rate), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    told = model.fit(
+    history = model.fit(
         data,
         validation_data=validation,
         initial_epoch=first_epoch,
@@ -81,34 +78,34 @@ def fit(model: keras.Model, rate: float, data: Any, validation: Any, first_epoch
         callbacks=[clock],
         verbose=0,
     )
-    return clock, [float(value) for value in told.history["val_accuracy"]]
+    return clock, [float(value) for value in history.history["val_accuracy"]]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("data", type=Path)
-    arguments.add_argument("--weights", default="none")
-    arguments.add_argument("--alpha", type=float, default=0.35)
-    arguments.add_argument("--seed", type=int, default=1)
-    arguments.add_argument("--augment", action="store_true")
-    asked = arguments.parse_args()
-    keras.utils.set_random_seed(asked.seed)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--alpha", type=float, default=0.35)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--augment", action="store_true")
+    options = parser.parse_args()
+    keras.utils.set_random_seed(options.seed)
     keras.utils.disable_interactive_logging()
     began = time.perf_counter()
-    data, validation, classes = open_split(asked.data, asked.seed)
-    model, backbone = build(classes, asked.weights, asked.alpha, asked.augment)
+    data, validation, classes = open_split(options.data, options.seed)
+    model, backbone = build(classes, options.weights, options.alpha, options.augment)
     head, first = fit(model, 1e-3, data, validation, 0)
     backbone.trainable = True
     for layer in backbone.layers[:FROM_LAYER]:
         layer.trainable = False
     tuned, second = fit(model, 1e-5, data, validation, EPOCHS)
     whole = time.perf_counter() - began
-    answer = {
+    result = {
         "seconds": whole,
         "epochs": {"head": head.seconds, "fine_tune": tuned.seconds},
         "val_accuracy": {"head": first, "fine_tune": second},
     }
-    print(json.dumps(answer))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

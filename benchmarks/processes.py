@@ -1,4 +1,4 @@
-"""Programs as processes of their own: when they said what, how long they took, how much memory they had."""
+"""Run programs as separate processes, and measure their time and memory, and the times of their log lines."""
 
 import datetime
 import json
@@ -19,34 +19,34 @@ POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that ended well.
+class Completed:
+    """A process that exited with 0.
 
     Attributes:
-        began: time.time() at which it was started.
-        said: its standard output.
-        peak_mb: most resident memory, pages of mapped files included.
-        own_mb: most memory that no file backs, looked at every 50 ms.
+        began: time.time() of its start.
+        output: its standard output.
+        peak_mb: peak resident memory, pages of mapped files included.
+        own_mb: peak anonymous memory, sampled every 50 ms.
     """
 
     began: float
-    said: str
+    output: str
     peak_mb: float
     own_mb: float
 
 
-def run(*command: str, environment: dict[str, str] | None = None) -> Ended:
-    """Run Python with these arguments, to its end.
+def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
+    """Run Python with these arguments.
 
     Raises:
-        SystemExit: it failed; with its command and the end of what it said.
+        SystemExit: it failed; with its command and the end of its output.
     """
     whole = [sys.executable, *command]
-    # Found in PYTHONPATH: the programs of this folder, wherever one stands.
-    given = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
+    # PYTHONPATH makes the modules of this folder available in every working directory.
+    whole_environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         began = time.time()
-        process = subprocess.Popen(whole, cwd=ROOT, env=given, stdout=out, stderr=errors)
+        process = subprocess.Popen(whole, cwd=ROOT, env=whole_environment, stdout=out, stderr=errors)
         own = 0.0
         try:
             while True:
@@ -62,39 +62,39 @@ def run(*command: str, environment: dict[str, str] | None = None) -> Ended:
                 process.wait()
         out.seek(0)
         errors.seek(0)
-        said = out.read().decode()
+        output = out.read().decode()
         if process.returncode:
-            end = (said + errors.read().decode(errors="replace"))[-2000:]
+            end = (output + errors.read().decode(errors="replace"))[-2000:]
             sys.exit(f"{shlex.join(whole)} ended with {process.returncode}:\n{end}")
-    return Ended(began, said, usage.ru_maxrss / 1024, own)
+    return Completed(began, output, usage.ru_maxrss / 1024, own)
 
 
 def _own_mb(pid: int) -> float:
     try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:  # it has just ended
+        match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:  # the process has just ended
         return 0.0
-    return int(found[1]) / 1024 if found else 0.0
+    return int(match[1]) / 1024 if match else 0.0
 
 
 @dataclass(frozen=True)
 class TrainerRun:
-    """A run of `python -m trainer`, by the lines of its log; times are in seconds since the process was started.
+    """A run of `python -m trainer` and the lines of its log; times are in seconds since the start of the process.
 
     Attributes:
-        lines: what it said, each with `message`, `at`, and the facts of an interval or an epoch.
-        places: seconds by place, of its ledger.
+        lines: its log records, each with `message`, `at`, and the values of an interval or an epoch.
+        breakdown: its time breakdown, seconds per category.
     """
 
-    ended: Ended
+    process: Completed
     lines: list[dict[str, Any]]
-    places: dict[str, float]
+    breakdown: dict[str, float]
 
     def at(self, start: str) -> float:
-        """When it first said a line that starts so.
+        """Time of the first line that starts with `start`.
 
         Raises:
-            SystemExit: it never did.
+            SystemExit: there is none.
         """
         for line in self.lines:
             if line["message"].startswith(start):
@@ -108,25 +108,25 @@ class TrainerRun:
 
     @property
     def training(self) -> float:
-        """From opening the data to the end of training: all but imports before and evaluation and report after."""
+        """Seconds from opening the data to the end of training, without imports, evaluation and report."""
         return self.at("evaluating ") - self.at("run: ")
 
 
 def train(overrides: Sequence[str], scratch: Path) -> TrainerRun:
-    """A run of the command line in a folder of its own, with caches of its own, nothing exported."""
+    """Run the command line with a new output folder and cache, without exports."""
     with tempfile.TemporaryDirectory(dir=scratch) as own:
         output = Path(own, "run")
         quiet = ("runtime.log_format=json", "runtime.progress=lines", "export.formats=[]", f"output_dir={output}")
-        ended = run("-m", "trainer", *overrides, *quiet, environment={"KUBETUNE_CACHE": f"{own}/cache"})
-        places = json.loads((output / "ledger.json").read_text())["seconds"]
-    lines = [json.loads(line) for line in ended.said.splitlines()]
+        process = run("-m", "trainer", *overrides, *quiet, environment={"KUBETUNE_CACHE": f"{own}/cache"})
+        breakdown = json.loads((output / "ledger.json").read_text())["seconds"]
+    lines = [json.loads(line) for line in process.output.splitlines()]
     for line in lines:
-        line["at"] = datetime.datetime.fromisoformat(line["time"]).timestamp() - ended.began
-    return TrainerRun(ended, lines, places)
+        line["at"] = datetime.datetime.fromisoformat(line["time"]).timestamp() - process.began
+    return TrainerRun(process, lines, breakdown)
 
 
 def in_turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
-    """(round, name): every round has each name once, and begins with another one than the round before."""
+    """Pairs (round, name): every round has each name once, and begins with a different one."""
     order = []
     for turn in range(rounds):
         first = turn % len(names)

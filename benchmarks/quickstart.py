@@ -1,7 +1,9 @@
-"""What transfer is worth on the quickstart's digits: `python -m benchmarks.quickstart` writes the table of its page.
+"""The benefit of transfer learning on the quickstart's digits, as the table of docs/quickstart.md.
 
-Every run is a process of its own, started by the command line that anyone would type. A row differs from the next only
-in `model.weights`; the simple methods see the same images, the same labelled ones where only few are labelled.
+    python -m benchmarks.quickstart
+
+Every run is a separate process of the command line. Rows differ only in `model.weights`; the simple methods train on
+the same images, with the same labels where only few are labelled.
 """
 
 import argparse
@@ -39,8 +41,8 @@ PAGE = ROOT / "docs" / "quickstart.md"
 CACHE = Path(os.environ.get("KUBETUNE_CACHE", "~/.cache/kubetune")).expanduser()
 BEGIN, END = "<!-- table: python -m benchmarks.quickstart -->", "<!-- end of table -->"
 
-# Labelled training images a class, and what the command line adds. With 100 images an epoch has 4 steps: the head gets
-# more epochs, so that its 160 steps come near the 200 of the whole data; chosen by the validation split of seed 1.
+# Labelled training images per class, and additional arguments. With 100 images an epoch has 4 steps: the head gets more
+# epochs, so that its 160 steps are close to the 200 of the whole data; chosen by the validation split of seed 1.
 SETTINGS: dict[int | None, list[str]] = {
     None: [],
     10: ["data.labels_per_class=10", "phases.head.epochs=40", "phases.fine_tune.epochs=60"],
@@ -56,19 +58,19 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers on the test split, and the seconds that getting there took."""
+    """Correct predictions on the test split, and the seconds of training and prediction."""
 
     correct: int
     n: int
     seconds: float  # wall clock of the whole process; of fit and predict for the simple methods
 
 
-Cell = tuple[int | None, str, str]  # labels a class, row, column
+Cell = tuple[int | None, str, str]  # labels per class, row, column
 Results = dict[Cell, list[Score]]
 
 
 def open_digits(labels_per_class: int | None, seed: int) -> Dataset:
-    """The very data of a run with these two settings."""
+    """The dataset of a run with these two settings."""
     data = Data(source="digits", labels_per_class=labels_per_class)
     return open_dataset(data, seed=seed, cache_dir=CACHE, max_examples=None, note=lambda _: None)
 
@@ -100,18 +102,18 @@ def simple_methods(labels_per_class: int | None, seed: int) -> dict[str, Score]:
         "support vectors (RBF, C=10) on pixels": SVC(C=10),
     }.items():
         began = time.monotonic()
-        answers = method.fit(train, splits["train"].labels).predict(test)
-        correct = int((answers == splits["test"].labels).sum())
-        scores[name] = Score(correct, len(answers), time.monotonic() - began)
+        predictions = method.fit(train, splits["train"].labels).predict(test)
+        correct = int((predictions == splits["test"].labels).sum())
+        scores[name] = Score(correct, len(predictions), time.monotonic() - began)
     return scores
 
 
 def write_fitted_random(path: Path, labels_per_class: int | None, seed: int) -> None:
-    """A random backbone that lets a signal through, as a weights file.
+    """Write the weights of a random backbone with fitted BatchNormalization statistics.
 
-    As Keras makes it, every BatchNormalization starts with mean 0 and variance 1; with random kernels the signal then
-    dies on its way through 50 layers, and nothing can be learned while the statistics stay frozen. Here they become
-    those of the training images of the run (without their labels), in one pass with momentum 0.
+    By default every BatchNormalization starts with mean 0 and variance 1; with random kernels the signal then vanishes
+    within 50 layers, and nothing can be learned while the statistics are frozen. Here they are those of the training
+    images of the run (without their labels), from one pass with momentum 0.
     """
     with quiet_start():
         import keras
@@ -128,14 +130,14 @@ def write_fitted_random(path: Path, labels_per_class: int | None, seed: int) -> 
 
 
 def train(arguments: Sequence[str], seed: int, home: Path) -> Score:
-    """One run in a process of its own.
+    """Train in a separate process.
 
     Raises:
-        SystemExit: the run failed; with its command and the end of what it said.
+        SystemExit: the run failed; with its command and the end of its output.
     """
     with tempfile.TemporaryDirectory(dir=home) as output:
-        asked = ["experiment=quickstart", *arguments, f"seed={seed}", "export.formats=[]", f"output_dir={output}/run"]
-        command = [sys.executable, "-m", "trainer", *asked]
+        options = ["experiment=quickstart", *arguments, f"seed={seed}", "export.formats=[]", f"output_dir={output}/run"]
+        command = [sys.executable, "-m", "trainer", *options]
         began = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -145,10 +147,10 @@ def train(arguments: Sequence[str], seed: int, home: Path) -> Score:
 
 
 def measure(seeds: Sequence[int], home: Path) -> Results:
-    """Every run and every simple method, one line each as it ends."""
+    """Train every run and fit every simple method; prints one line for each."""
     results: Results = {}
     began = time.monotonic()
-    # The last row stays at chance, whatever the seed: one of them is enough.
+    # The last row is at chance level with every seed: one seed is enough.
     plan = [(few, row, s) for few in SETTINGS for row in ROWS for s in (seeds[:1] if row == NONE else seeds)]
     total, done = 2 * len(plan), 0
     for few, row, seed in plan:
@@ -157,28 +159,28 @@ def measure(seeds: Sequence[int], home: Path) -> Results:
             weights = str(home / f"random-{few}-{seed}.weights.h5")
             write_fitted_random(Path(weights), few, seed)
         for column, extra in (("head only", HEAD_ONLY), ("fine-tuned", [])):
-            kept = [a for a in SETTINGS[few] if not (extra and a.startswith("phases.fine_tune"))]
-            score = train([f"model.weights={weights}", *kept, *extra], seed, home)
+            settings = [a for a in SETTINGS[few] if not (extra and a.startswith("phases.fine_tune"))]
+            score = train([f"model.weights={weights}", *settings, *extra], seed, home)
             results.setdefault((few, row, column), []).append(score)
             done += 1
             left = (time.monotonic() - began) / done * (total - done) / 60
-            _say(few, f"{row}, {column}", seed, score, f"run {done}/{total}, about {left:.0f} min left")
+            _report(few, f"{row}, {column}", seed, score, f"run {done}/{total}, about {left:.0f} min left")
     for few in SETTINGS:
         for seed in seeds:
             for name, score in simple_methods(few, seed).items():
                 results.setdefault((few, name, "simple"), []).append(score)
-                _say(few, name, seed, score, "")
+                _report(few, name, seed, score, "")
     return results
 
 
-def _say(few: int | None, what: str, seed: int, score: Score, progress: str) -> None:
-    labels = f"{few} labels a class" if few else "all labels"
+def _report(few: int | None, what: str, seed: int, score: Score, progress: str) -> None:
+    labels = f"{few} labels per class" if few else "all labels"
     accuracy = f"test {score.correct}/{score.n} = {score.correct / score.n:.4f} in {score.seconds:.1f} s"
     print(f"{labels}, {what}, seed {seed}: {accuracy}  {progress}".rstrip(), flush=True)
 
 
 def cell(scores: Sequence[Score]) -> str:
-    """Mean accuracy, the 95 % interval around it (n of one test split), and each seed's own where they differ."""
+    """Mean accuracy, its 95 % interval (n of one test split), and the accuracy of each seed where they differ."""
     n = scores[0].n
     mean = statistics.mean(score.correct for score in scores)
     low, high = wilson(round(mean), n)
@@ -191,7 +193,7 @@ def table(results: Results) -> str:
     """The Markdown table of all results."""
     lines = ["| labels | | head only | fine-tuned | seconds of a run |", "| --- | --- | --- | --- | --- |"]
     for few in SETTINGS:
-        labels = f"{few} a class" if few else "all 1,257"
+        labels = f"{few} per class" if few else "all 1,257"
         for row, title in ROWS.items():
             cells = [results[few, row, column] for column in ("head only", "fine-tuned")]
             seconds = " / ".join(f"{statistics.median(s.seconds for s in scores):.0f}" for scores in cells)
@@ -204,21 +206,21 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, and put it between its two marks in the page."""
-    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--seeds", type=int, default=3, help="seeds 1 to this (default: 3)")
-    options.add_argument("--out", type=Path, default=PAGE, help="page whose table is replaced (default: %(default)s)")
-    asked = options.parse_args()
-    if asked.seeds < 1:
-        options.error("--seeds must be at least 1")
-    page = asked.out.read_text()
+    """Measure, print the table, and insert it between the two marks of the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this (default: 3)")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page whose table is replaced (default: %(default)s)")
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds={options.seeds}: must be at least 1")
+    page = options.out.read_text()
     if BEGIN not in page or END not in page:
-        options.error(f"{asked.out} has no lines {BEGIN} and {END} to put the table between")
+        parser.error(f"--out={options.out}: has no lines {BEGIN} and {END}; add them where the table belongs")
     with tempfile.TemporaryDirectory() as home:
-        made = table(measure(range(1, asked.seeds + 1), Path(home)))
-    print(f"\n{made}")
+        text = table(measure(range(1, options.seeds + 1), Path(home)))
+    print(f"\n{text}")
     marks = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    asked.out.write_text(marks.sub(lambda _: f"{BEGIN}\n\n{made}\n\n{END}", page))
+    options.out.write_text(marks.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The scores of recipes on photos that you give: three seeds each, as a table for docs/recipes.md.
+"""Scores of the recipes on given photos, with three seeds each, as a table for docs/recipes.md.
 
     python -m benchmarks.recipes --flowers photos --beans leaves --weights wide.h5 --small narrow.h5
 
-`flowers` holds class folders, `beans` {train,validation,test}/<class>; the weights are MobileNetV2's without its top,
-of alpha 1.0 and 0.35. Accuracy is of the validation split for the flowers (a fifth, chosen on) and of the test split
-for the beans, over all seeds together, with Wilson's 95 % interval of one seed's number of examples.
+`flowers` has class folders, `beans` {train,validation,test}/<class>; the weights are MobileNetV2's without its top, of
+alpha 1.0 and 0.35. Accuracy is of the validation split for the flowers (a fifth, on which the weights are chosen) and
+of the test split for the beans, over all seeds, with Wilson's 95 % interval for the number of examples of one seed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SEEDS = (1, 2, 3)
 
 
 def score(output: Path, *overrides: str) -> tuple[int, int, float]:
-    """Right answers, examples, and seconds of training of one run."""
+    """Correct predictions, examples, and seconds of training of one run."""
     command = [sys.executable, "-m", "trainer", *overrides, f"output_dir={output}", "export.formats=[]"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     report = json.loads((output / "report" / "report.json").read_text())
@@ -31,7 +31,7 @@ def score(output: Path, *overrides: str) -> tuple[int, int, float]:
 
 
 def unbalanced(flowers: Path, to: Path) -> Path:
-    """The flowers with every class after the first two cut to a tenth for training; all of a fifth validates."""
+    """Link the flowers with all but two classes reduced to a tenth for training; a fifth is for validation."""
     for number, folder in enumerate(sorted(path for path in flowers.iterdir() if path.is_dir())):
         files = sorted(folder.iterdir())
         fifth = len(files) // 5
@@ -45,18 +45,17 @@ def unbalanced(flowers: Path, to: Path) -> Path:
 
 
 def main() -> None:
-    """Every recipe, every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("flowers", "beans", "weights", "small"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
-    asked = parser.parse_args()
-    wide, narrow = (f"model.weights={asked.weights}",), (f"model.weights={asked.small}", "model.alpha=0.35")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    options = parser.parse_args()
+    wide, narrow = (f"model.weights={options.weights}",), (f"model.weights={options.small}", "model.alpha=0.35")
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
-        few = unbalanced(asked.flowers.resolve(), scratch / "unbalanced")
-        photos = ("experiment=flowers_mobilenet_v2", "data=image_folder", f"data.root={asked.flowers}")
-        leaves = ("data=image_folder", f"data.root={asked.beans}", "model=mobilenet_v2", "model.image_size=224")
+        few = unbalanced(options.flowers.resolve(), scratch / "unbalanced")
+        photos = ("experiment=flowers_mobilenet_v2", "data=image_folder", f"data.root={options.flowers}")
+        leaves = ("data=image_folder", f"data.root={options.beans}", "model=mobilenet_v2", "model.image_size=224")
         skewed = (*photos[:2], f"data.root={few}", *narrow, "augmentation=none")
         teacher = scratch / "teacher"
         rows: dict[str, tuple[str, ...]] = {
@@ -78,19 +77,19 @@ def main() -> None:
         print("| run | accuracy | n | 95 % interval | each seed | seconds of training |")
         print("| --- | --- | --- | --- | --- | --- |")
         for name, overrides in rows.items():
-            if asked.only not in name:
+            if options.only not in name:
                 continue
-            found = []
+            scores = []
             for seed in SEEDS:
                 if str(teacher) in " ".join(overrides):
                     shutil.rmtree(teacher, ignore_errors=True)
                     score(teacher, *photos, *wide, "augmentation=none", f"seed={seed}")
-                found.append(score(scratch / f"{len(name)}-{seed}-{abs(hash(name))}", *overrides, f"seed={seed}"))
-            right, n = sum(f[0] for f in found), sum(f[1] for f in found)
+                scores.append(score(scratch / f"{len(name)}-{seed}-{abs(hash(name))}", *overrides, f"seed={seed}"))
+            right, n = sum(f[0] for f in scores), sum(f[1] for f in scores)
             low, high = wilson(round(right / len(SEEDS)), n // len(SEEDS))
-            each = ", ".join(f"{f[0] / f[1]:.3f}" for f in found)
+            each = ", ".join(f"{f[0] / f[1]:.3f}" for f in scores)
             print(f"| {name} | {right / n:.3f} | {n // len(SEEDS)} | {low:.3f} to {high:.3f} | {each} | "
-                  f"{sum(f[2] for f in found) / len(found):.0f} |", flush=True)  # fmt: skip
+                  f"{sum(f[2] for f in scores) / len(scores):.0f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What one row measured: pairs of interleaved runs, kept as JSON from which the page is made."""
+"""Results of one row: pairs of interleaved runs, saved as JSON from which the page is written."""
 
 import datetime
 import json
@@ -18,7 +18,7 @@ Unit = Literal["s", "images/s", "MB"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of ours against the same figure of something else, measured in turns: round i of both is a pair."""
+    """One figure of ours and of something else, interleaved: round i of both is a pair."""
 
     what: str
     against: str
@@ -28,7 +28,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Of each round; above 1 ours is better: faster, or smaller."""
+        """Ratio per round; above 1 ours is better: faster, or smaller."""
         pairs = zip(self.ours, self.other, strict=True)
         return [a / b if self.unit == "images/s" else b / a for a, b in pairs]
 
@@ -39,7 +39,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures that are no ratios; cells are text."""
+    """A table of other figures; cells are text."""
 
     title: str
     header: list[str]
@@ -51,9 +51,9 @@ class Result:
     """A section of the page.
 
     Attributes:
-        how: what was run and what the clock was on, in sentences.
-        command: what one types to measure it again.
-        machine: in general words.
+        how: description of the measurement, in sentences.
+        command: the command that repeats it.
+        machine: cores, processor and versions.
     """
 
     name: str  # of the file
@@ -67,7 +67,7 @@ class Result:
 
 
 def this_machine() -> str:
-    """Cores that may be used, kind of processor, versions."""
+    """Usable cores, kind of processor, versions."""
     packages = ", ".join(f"{name} {version(name.lower())}" for name in ("TensorFlow", "Keras"))
     gpu = "a GPU" if os.path.exists("/dev/nvidia0") else "no GPU"
     return f"{usable_cpus()} cores ({platform.machine()}), {gpu}, {packages}, Python {platform.python_version()}"
@@ -86,7 +86,7 @@ def amount(values: Sequence[float], unit: Unit) -> str:
     return f"{median:,.{digits}f} {unit}"
 
 
-def keep(result: Result, out: Path) -> None:
+def save(result: Result, out: Path) -> None:
     """Write `out/NAME.json`, and print the ratios."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{result.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
@@ -96,15 +96,15 @@ def keep(result: Result, out: Path) -> None:
               f"ratio {spread(c.ratios)}, {len(c.ratios)} rounds")  # fmt: skip
     for table in result.tables:
         print("\n".join([table.title, *(" | ".join(row) for row in [table.header, *table.rows])]))
-    print(f"kept in {out / result.name}.json", flush=True)
+    print(f"saved to {out / result.name}.json", flush=True)
 
 
 def read(folder: Path) -> list[Result]:
-    """All that was kept there, by name of file."""
-    found = []
+    """All results of a folder, by file name."""
+    results = []
     for file in sorted(folder.glob("*.json")):
         raw = json.loads(file.read_text())
         raw["comparisons"] = [Comparison(**c) for c in raw["comparisons"]]
         raw["tables"] = [Table(**t) for t in raw["tables"]]
-        found.append(Result(**raw))
-    return found
+        results.append(Result(**raw))
+    return results

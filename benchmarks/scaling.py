@@ -1,9 +1,9 @@
-"""A paper estimate of data-parallel scaling on 2 to 64 nodes with one GPU each: nothing here is measured on a cluster.
+"""Calculated estimate of data-parallel scaling on 2 to 64 nodes with one GPU each; nothing is measured on a cluster.
 
     python -m benchmarks.scaling
 
-Counted on the real models: what trains (`apply_thaw`, batch norm frozen, which is the default) and the multiply-adds of
-a forward pass (TensorFlow's profiler, convolutions and matrix products). Assumed: everything in the constants below.
+Counted on the models: trainable parameters (`apply_thaw`, batch norm frozen, which is the default) and the
+multiply-adds of a forward pass (TensorFlow's profiler, convolutions and matrix products). Assumed: all constants below.
 efficiency = compute / (compute + all-reduce), no overlap: one packed collective waits for the whole backward pass.
 """
 
@@ -25,8 +25,8 @@ NODES = (2, 4, 8, 16, 32, 64)
 LINES = (10, 100)  # Gb/s, full duplex
 LINE_EFFICIENCY = 0.8  # of the line rate, after framing and the stack
 HOP_SECONDS = 20e-6  # latency of one of the 2 * (W - 1) hops of a ring
-COLLECTIVES = 2  # a step: example count and packed gradients (counted in the step's graph); the sums are once a call
-NODE_BATCH, GLOBAL_BATCH = 64, 1024  # images: a GPU in weak scaling, a step in strong scaling
+COLLECTIVES = 2  # per step: example count and packed gradients (counted in its graph); the sums are once per call
+NODE_BATCH, GLOBAL_BATCH = 64, 1024  # images: per GPU in weak scaling, per step in strong scaling
 # Sustained FLOP/s of one A100 in mixed precision, 19 % of its peak of 312e12. NVIDIA (DeepLearningExamples, TensorFlow)
 # publishes 2,375 images/s for training ResNet50 v1.5, times 3 x 8.2 GFLOP = 58e12.
 GPU_RATE = 60e12
@@ -34,21 +34,21 @@ GPU_RATE = 60e12
 # 3 x 0.78 GFLOP = 5.8e12. A slower GPU hides more of the network, so GPU_RATE is the pessimistic figure for scaling.
 SLOW_RATE = GPU_RATE / 10
 FLOOR = 0.8  # "stops scaling" below this efficiency
-ASSUMPTIONS = f"""## Paper estimate: data-parallel scaling, one GPU a node
+ASSUMPTIONS = f"""## Calculated estimate: data-parallel scaling, one GPU per node
 
 - Not measured. One GPU sustains {GPU_RATE / 1e12:g} TFLOP/s (ResNet50 on an A100, mixed precision);
   depthwise networks (MobileNet, EfficientNet) about {SLOW_RATE / 1e12:g}: for them read "stops" at that.
 - 1 multiply-add (MAC) = 2 FLOPs. Head phase: a forward pass of the live backbone (not cached features); all: 3 x that.
 - Ring all-reduce of float32 gradients at {LINE_EFFICIENCY:g} of the line rate, no overlap with compute,
-  {COLLECTIVES} collectives a step with 2 (W - 1) x {HOP_SECONDS * 1e6:g} µs of latency each, batch norm frozen.
-- Weak: {NODE_BATCH} images a GPU. Strong: {GLOBAL_BATCH:,} over all. Cells: at {LINES[0]} / {LINES[1]} Gb/s."""
+  {COLLECTIVES} collectives per step with 2 (W - 1) x {HOP_SECONDS * 1e6:g} µs of latency each, batch norm frozen.
+- Weak: {NODE_BATCH} images per GPU. Strong: {GLOBAL_BATCH:,} over all. Cells: at {LINES[0]} / {LINES[1]} Gb/s."""
 
 
 @dataclass(frozen=True)
 class Phase:
     name: str  # two cells
-    parameters: int  # that train
-    flops: float  # an image: 2 a multiply-add
+    parameters: int  # trainable
+    flops: float  # per image: 2 per multiply-add
 
     def compute(self, images: int, rate: float = GPU_RATE) -> float:
         """Seconds for that many images on one GPU."""
@@ -64,7 +64,7 @@ class Phase:
         return transfer + COLLECTIVES * 2 * (nodes - 1) * HOP_SECONDS
 
     def efficiency(self, nodes: int, line: int, strong: bool, rate: float = GPU_RATE) -> float:
-        """Share of a step that is compute."""
+        """Fraction of a step that is compute."""
         compute = self.compute(math.ceil(GLOBAL_BATCH / nodes) if strong else NODE_BATCH, rate)
         return compute / (compute + self.all_reduce(nodes, line))
 
@@ -79,7 +79,7 @@ class Phase:
 
 
 def multiply_adds(classifier: Classifier) -> int:
-    """Of the backbone's forward pass for one image; the profiler counts 2 FLOPs for each."""
+    """Multiply-adds of the backbone's forward pass for one image; the profiler counts 2 FLOPs for each."""
     image = tf.TensorSpec((1, classifier.image_size, classifier.image_size, 3))
     # On a CPU Keras puts grouped convolutions into functions of their own: without this the profiler misses them.
     tf.config.run_functions_eagerly(True)
@@ -119,7 +119,7 @@ def pair(kind: str, of_line: Callable[[int], float]) -> str:
 
 
 def main() -> None:
-    tf.get_logger().setLevel("ERROR")  # the profiler is from TensorFlow 1 and says so
+    tf.get_logger().setLevel("ERROR")  # hides the profiler's deprecation warnings
     example = Phase("", 1_000_000, 60e9)
     assert example.traffic(4) == 6e6
     assert math.isclose(example.all_reduce(2, 10), 4e-3 + 2 * 40e-6)  # 10 Gb/s x 0.8 = 1 GB/s
@@ -134,8 +134,8 @@ def main() -> None:
         rows.append([p.name, f"{p.parameters:,}", f"{p.compute(NODE_BATCH):.5f}", *cells, pair(",.0f", p.fastest_gpu)])
     table(f"Nodes from which the efficiency is below {FLOOR:.0%}; last: of a GPU, weak, at most", columns, rows)
     per_node: dict[str, Callable[[Phase, int], str]] = {
-        "MB that a node sends (and receives) a step": lambda p, n: f"{p.traffic(n) / 1e6:.2f}",
-        "Seconds of all-reduce a step": lambda p, n: pair(".4f", lambda g: p.all_reduce(n, g)),
+        "MB that a node sends (and receives) per step": lambda p, n: f"{p.traffic(n) / 1e6:.2f}",
+        "Seconds of all-reduce per step": lambda p, n: pair(".4f", lambda g: p.all_reduce(n, g)),
         f"Weak efficiency, {GPU_RATE / 1e12:g} TFLOP/s": lambda p, n: pair(".2f", lambda g: p.efficiency(n, g, False)),
         f"Strong efficiency, {GPU_RATE / 1e12:g} TFLOP/s": lambda p, n: pair(".2f", lambda g: p.efficiency(n, g, True)),
     }

@@ -1,10 +1,10 @@
-"""Requests to a server that runs already, one image each, from this process:
+"""Throughput and latency of a running server, with requests of one image each:
 
     python -m trainer.serve model=outputs/flowers &
     python -m benchmarks.serving --data photos --requests 3000 --clients 32
 
-Every client keeps one connection and asks again as soon as it is answered. Latency is from the first byte sent to the
-last one read; processor time is the server's own, and means something on a busy machine too.
+Every client holds one connection and sends its next request when it has the response. Latency is from the first byte
+sent to the last one read; processor time is the server's own, and so is comparable on a busy machine too.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 @dataclass
-class Seen:
-    """What clients have seen, together."""
+class Responses:
+    """Responses to all clients."""
 
     codes: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # of requests that were answered with 200
-    without_retry_after: int = 0  # of those that were told 503
+    seconds: list[float] = field(default_factory=list)  # of requests with status 200
+    without_retry_after: int = 0  # number of 503 responses without that header
 
 
 def bodies(folder: Path | None) -> tuple[list[bytes], str]:
-    """Forms with one JPEG each, and their content type."""
+    """Request bodies with one JPEG each, and their content type."""
     if folder:
         files = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:500]]
     else:
@@ -45,67 +45,67 @@ def bodies(folder: Path | None) -> tuple[list[bytes], str]:
     return [head + data + b"\r\n--x--\r\n" for data in files], "multipart/form-data; boundary=x"
 
 
-def client(url: str, forms: list[bytes], kind: str, mine: range, seen: Seen) -> None:
-    """Ask for its share of the requests, one after the other."""
+def client(url: str, forms: list[bytes], kind: str, numbers: range, responses: Responses) -> None:
+    """Send the requests of one client, one after the other."""
     where = urlsplit(url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=300)
-    for number in mine:
+    for number in numbers:
         began = time.perf_counter()
         try:
             connection.request("POST", "/predict", forms[number % len(forms)], {"Content-Type": kind})
-            answer = connection.getresponse()
-            answer.read()
+            response = connection.getresponse()
+            response.read()
         except (OSError, http.client.HTTPException) as error:
-            seen.codes[type(error).__name__] += 1
+            responses.codes[type(error).__name__] += 1
             connection.close()
             continue
-        seen.codes[str(answer.status)] += 1
-        if answer.status == 200:
-            seen.seconds.append(time.perf_counter() - began)
-        elif answer.status == 503 and not answer.getheader("Retry-After"):
-            seen.without_retry_after += 1
+        responses.codes[str(response.status)] += 1
+        if response.status == 200:
+            responses.seconds.append(time.perf_counter() - began)
+        elif response.status == 503 and not response.getheader("Retry-After"):
+            responses.without_retry_after += 1
 
 
 def processor_seconds(url: str) -> float:
-    """That the server has used so far; NaN where there is none, since it was told to stop, say."""
+    """Processor seconds of the server so far; NaN where it does not respond."""
     try:
-        with urllib.request.urlopen(f"{url}/metrics") as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
     except OSError:
         return float("nan")
     return next(s.value for family in families for s in family.samples if s.name == "process_cpu_seconds_total")
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--url", default="http://127.0.0.1:8501")
-    arguments.add_argument("--data", type=Path, help="a folder with JPEGs; without it one of noise, 500 x 333")
-    arguments.add_argument("--requests", type=int, default=3000)
-    arguments.add_argument("--clients", type=int, default=32)
-    arguments.add_argument("--json", action="store_true", help="print one JSON object")
-    options = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8501")
+    parser.add_argument("--data", type=Path, help="a folder with JPEGs; default: one of noise, 500 x 333")
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
 
     forms, kind = bodies(options.data)
-    seen = Seen()
-    shares = [range(n, options.requests, options.clients) for n in range(options.clients)]
-    threads = [threading.Thread(target=client, args=(options.url, forms, kind, mine, seen)) for mine in shares]
+    responses = Responses()
+    numbers = [range(n, options.requests, options.clients) for n in range(options.clients)]
+    threads = [threading.Thread(target=client, args=(options.url, forms, kind, own, responses)) for own in numbers]
     began, used = time.perf_counter(), processor_seconds(options.url)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     spent, used = time.perf_counter() - began, processor_seconds(options.url) - used
-    p50, p99 = np.percentile(seen.seconds, [50, 99]) * 1000 if seen.seconds else (float("nan"), float("nan"))
-    found = {
-        "codes": dict(seen.codes),
+    p50, p99 = np.percentile(responses.seconds, [50, 99]) * 1000 if responses.seconds else (float("nan"), float("nan"))
+    summary = {
+        "codes": dict(responses.codes),
         "clients": options.clients,
-        "images_per_second": round(len(seen.seconds) / spent, 1),
-        "processor_ms_an_image": round(1000 * used / max(len(seen.seconds), 1), 2),
+        "images_per_second": round(len(responses.seconds) / spent, 1),
+        "processor_ms_an_image": round(1000 * used / max(len(responses.seconds), 1), 2),
         "p50_ms": round(float(p50), 1),
         "p99_ms": round(float(p99), 1),
-        "without_retry_after": seen.without_retry_after,
+        "without_retry_after": responses.without_retry_after,
     }
-    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    print(json.dumps(summary) if options.json else "\n".join(f"{name}: {value}" for name, value in summary.items()))
 
 
 if __name__ == "__main__":

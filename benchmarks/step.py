@@ -1,10 +1,10 @@
-"""The whole training loop against the bare compiled step on one batch held in memory.
+"""The whole training loop against the compiled step alone on one batch in memory.
 
     python -m benchmarks.step --data FOLDER --weights FILE --alpha 0.35
 
-"loop" and "bare" run the same compiled step (several steps a call): "loop" draws its batches from the pipeline
-of a real run (decoded cache, shuffling, optional augmentation), "bare" repeats one batch. Rounds are interleaved; the
-ratio is taken round by round.
+"loop" and "bare" run the same compiled step (several steps per call): "loop" takes its batches from the pipeline of a
+run (decoded cache, shuffling, optional augmentation), "bare" repeats one batch. Rounds are interleaved; the ratio is
+per round.
 """
 
 import argparse
@@ -16,21 +16,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from benchmarks.asking import (
+from benchmarks.arguments import (
     BATCH,
     FLIP_ROTATE_ZOOM,
     SIZE,
     all_to_train,
-    arguments_of,
+    argument_parser,
     command_of,
-    data_in_words,
-    folder_for,
-    model_in_words,
+    describe_data,
+    describe_model,
+    output_folder,
     photos,
 )
 from benchmarks.pipelines import open_training, stream
 from benchmarks.plain_keras import FROM_LAYER, build
-from benchmarks.results import Comparison, Result, keep
+from benchmarks.results import Comparison, Result, save
 from trainer.config.phases import Optimizer, Schedule
 from trainer.config.schema import Augmentation, Model
 from trainer.models.classifier import build_classifier
@@ -38,18 +38,19 @@ from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
-STEPS = 10  # in one call
+STEPS = 10  # per call
 KERAS = "Keras' step"
 RATIOS = (("loop", "bare step"), ("loop, augmented", "bare step, float images"), ("loop", KERAS))
 PHASES = {"none": "head", "from_layer:100": "from layer 100"}
-HOW = """The compiled step of a run, {steps} steps a call, in turns within one process: its batches from the pipeline of
-a run (decoded images in memory), against one batch held in memory; with augmentation (flip, rotation, zoom on the same
-cores), against one batch of float images. "Keras' step" is what `fit` calls for the same model and phase, compiled with
-`steps_per_execution={steps}`, on the same batch in memory, without what `fit` does around it. {data}; {model}."""
+HOW = """The compiled step of a run, {steps} steps per call, interleaved within one process: its batches from the
+pipeline of a run (decoded images in memory), against one batch in memory; with augmentation (flip, rotation, zoom on
+the same cores), against one batch of float images. "Keras' step" is the function that `fit` calls for the same model
+and phase, compiled with `steps_per_execution={steps}`, on the same batch in memory, without the rest of `fit`. {data};
+{model}."""
 
 
 def endless(batches: tf.data.Dataset) -> Iterator[Any]:
-    """The first batch for ever, from memory."""
+    """The first batch, repeated from memory."""
     return iter(tf.data.Dataset.from_tensors(next(iter(batches))).repeat())
 
 
@@ -62,9 +63,9 @@ def build_step(model: Model, classes: int, thaw: str) -> TrainingStep:
     return TrainingStep(tf.distribute.get_strategy(), classifier, plan.trainable, optimizer, StepSettings(seed=1))
 
 
-def keras_step(asked: argparse.Namespace, classes: int, thaw: str, batches: Iterator[Any]) -> Callable[[], object]:
-    """Each call takes `STEPS` steps as Keras would."""
-    model, backbone = build(classes, str(asked.weights), asked.alpha, augment=False)
+def keras_step(options: argparse.Namespace, classes: int, thaw: str, batches: Iterator[Any]) -> Callable[[], object]:
+    """A function that takes `STEPS` steps of Keras' own training function."""
+    model, backbone = build(classes, str(options.weights), options.alpha, augment=False)
     if thaw != "none":
         backbone.trainable = True
         for layer in backbone.layers[:FROM_LAYER]:
@@ -77,12 +78,12 @@ def keras_step(asked: argparse.Namespace, classes: int, thaw: str, batches: Iter
     return lambda: float(model.train_function(source)["loss"])
 
 
-def measure(asked: argparse.Namespace) -> Result:
-    rounds = asked.rounds or 9
+def measure(options: argparse.Namespace) -> Result:
+    rounds = options.rounds or 9
     comparisons = []
-    model = Model(backbone="MobileNetV2", weights=str(asked.weights), alpha=asked.alpha, image_size=SIZE)
+    model = Model(backbone="MobileNetV2", weights=str(options.weights), alpha=options.alpha, image_size=SIZE)
     tf.config.experimental.enable_op_determinism()
-    with photos(asked) as root:
+    with photos(options) as root:
         dataset, pixels = open_training(all_to_train(root), SIZE, "memory")
         plain, augmented = (stream(pixels, BATCH, kind) for kind in (Augmentation(), FLIP_ROTATE_ZOOM))
         for thaw, phase in PHASES.items():
@@ -96,7 +97,7 @@ def measure(asked: argparse.Namespace) -> Result:
             takes: dict[str, Callable[[], object]] = {
                 name: partial(step.run, batches, STEPS, 0, 0) for name, batches in sources.items()
             }
-            takes[KERAS] = keras_step(asked, len(dataset.class_names), thaw, endless(plain))
+            takes[KERAS] = keras_step(options, len(dataset.class_names), thaw, endless(plain))
             speeds: dict[str, list[float]] = {name: [] for name in takes}
             for turn in range(rounds + 1):
                 for name, take in takes.items():
@@ -106,19 +107,21 @@ def measure(asked: argparse.Namespace) -> Result:
                         speeds[name].append(BATCH * STEPS / (time.perf_counter() - began))
             for name, against in RATIOS:
                 comparisons.append(Comparison(f"{phase}: {name}", against, "images/s", speeds[name], speeds[against]))
-        how = HOW.replace("\n", " ").format(steps=STEPS, data=data_in_words(asked, root), model=model_in_words(asked))
+        how = HOW.replace("\n", " ").format(
+            steps=STEPS, data=describe_data(options, root), model=describe_model(options)
+        )
     return Result(
-        name=f"step-alpha-{asked.alpha:g}",
-        title=f"Training step, MobileNetV2 of width {asked.alpha:g}",
+        name=f"step-alpha-{options.alpha:g}",
+        title=f"Training step, MobileNetV2 of width {options.alpha:g}",
         how=how,
-        command=command_of("step", asked, rounds),
+        command=command_of("step", options, rounds),
         comparisons=comparisons,
     )
 
 
 def main() -> None:
-    asked = arguments_of(__doc__).parse_args()
-    keep(measure(asked), folder_for(asked))
+    options = argument_parser(__doc__).parse_args()
+    save(measure(options), output_folder(options))
 
 
 if __name__ == "__main__":

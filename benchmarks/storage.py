@@ -2,10 +2,10 @@
 
     python -m benchmarks.storage
 
-The bucket is a fake-gcs-server on loopback, so what is measured is the work of our side, not a network. Prints, as
-ratios within one pass: the time until the first step, the time of an epoch, the time of the whole; and, with each
-answer of the bucket a tenth of a second late, the seconds that checkpoints stall training, uploaded behind the
-training (as runs do) and waited for.
+The bucket is a fake-gcs-server on loopback, so that the client is measured and not a network. Prints, as ratios per
+round: the time until the first step, per epoch, and of the whole run; and, with each response of the bucket delayed by
+a tenth of a second, the seconds that checkpoints stall training, with asynchronous uploads (as in runs) and synchronous
+ones.
 """
 
 import argparse
@@ -37,7 +37,7 @@ main()
 
 
 def seconds_of(data: str, output: str, cache: Path, program: list[str] = TRAINER) -> dict[str, float]:
-    """The ledger of one run, and the mean time of an epoch."""
+    """The time breakdown of one run, and its mean time per epoch."""
     began = time.monotonic()
     command = [sys.executable, *program, *RUN, f"data.root={data}", f"output_dir={output}"]
     subprocess.run(command, check=True, env={**os.environ, "KUBETUNE_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
@@ -48,7 +48,7 @@ def seconds_of(data: str, output: str, cache: Path, program: list[str] = TRAINER
 
 
 def main() -> None:
-    """Local, bucket with an empty cache, bucket again on the same node; interleaved."""
+    """Compare local files, a bucket with an empty cache, and a bucket with the cache of the first run; interleaved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -56,26 +56,26 @@ def main() -> None:
         scratch = Path(scratch_name)
         prepare = [sys.executable, "-m", "trainer.prepare", "data=digits", f"output={scratch}/digits", "data.shards=8"]
         subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-        found: dict[str, list[dict[str, float]]] = {"local": [], "bucket, first": [], "bucket, again": []}
+        runs: dict[str, list[dict[str, float]]] = {"local": [], "bucket, first": [], "bucket, again": []}
         stalls: dict[str, list[float]] = {"behind": [], "waited for": []}
         with running(scratch / "objects") as server:
             for file in (scratch / "digits").glob("[!.]*"):
                 (storage_path("gs://bucket/digits") / file.name).upload(file)
             for turn in range(rounds):
                 own = scratch / f"cache-{turn}"
-                found["local"].append(seconds_of(f"{scratch}/digits", f"{scratch}/run-{turn}", scratch / "local"))
+                runs["local"].append(seconds_of(f"{scratch}/digits", f"{scratch}/run-{turn}", scratch / "local"))
                 for name in ("bucket, first", "bucket, again"):
                     output = f"gs://bucket/runs/{turn}-{name[8:]}"
-                    found[name].append(seconds_of("gs://bucket/digits", output, own))
+                    runs[name].append(seconds_of("gs://bucket/digits", output, own))
                 with faults(server.url, {"slow": 1.0}) as proxy, environment(proxy.url):
                     proxy.slow_seconds, proxy.instead = 0.1, "passed"
                     for name, program in (("behind", TRAINER), ("waited for", WAITS)):
                         output = f"gs://bucket/stalls/{turn}-{name[:6]}"
                         stalls[name].append(seconds_of(f"{scratch}/digits", output, own, program)["checkpoint"])
     for what in ("start", "epoch", "whole"):
-        local = [run[what] for run in found["local"]]
+        local = [run[what] for run in runs["local"]]
         for name in ("bucket, first", "bucket, again"):
-            ratios = [run[what] / base for run, base in zip(found[name], local, strict=True)]
+            ratios = [run[what] / base for run, base in zip(runs[name], local, strict=True)]
             print(f"{what}: {name} / local {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
                   f"local {statistics.median(local):.2f} s", flush=True)  # fmt: skip
     for name, seconds in stalls.items():

@@ -1,8 +1,8 @@
-"""The whole recipe R4, five epochs of the head and five from layer 100 up: plain Keras against ours, 3 seeds.
+"""The whole recipe R4, five epochs of the head and five from layer 100 on: plain Keras against ours, 3 seeds.
 
     python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 0.35
 
-Each run is a process of its own. Both sides read the same {train,validation}/<class> folders of links; seed i validates
+Each run is a separate process. Both sides read the same {train,validation}/<class> folders of links; seed i validates
 on the i-th of five disjoint folds.
 """
 
@@ -16,27 +16,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asking import arguments_of, command_of, data_in_words, folder_for, model_in_words, photos
+from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
 from benchmarks.photos import count_of, link_fold
-from benchmarks.processes import Ended, in_turns, run, train
-from benchmarks.results import Comparison, Result, Table, keep, spread
+from benchmarks.processes import Completed, in_turns, run, train
+from benchmarks.results import Comparison, Result, Table, save, spread
 from trainer.evaluation.intervals import wilson
 
 PLAIN = "plain Keras"
 LIVE = ["phases.head.features=live", "phases.fine_tune.features=live"]
 AUGMENTATIONS = {"no augmentation": "none", "flip, rotation, zoom": "standard"}
-OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> what the command line adds
+OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> additional arguments
     "no augmentation": {"ours": [], "ours, live": LIVE},
     "flip, rotation, zoom": {"ours, 2 fixed views in the head": ["phases.head.augmented_views=2"], "ours, live": LIVE},
 }
 PHASES = {"head": "head", "fine_tune": "from layer 100"}
-HOW = """One process a run, {rounds} seeds, in turns. {data}; seed i validates on the i-th of five disjoint folds, the
-same examples on both sides. {model}. The clock runs from opening the data (TensorFlow is imported) to the end of the
-second phase: decoding, features, building, tracing, training, validation and checkpoints count; imports, the last
-evaluation, exports and the report do not. An epoch is the time between the ends of two, its validation included and the
-first of a phase, which compiles, left out. Accuracy is that of the last epoch of a phase, with `training.keep=last` on
-our side. Plain Keras is `benchmarks/plain_keras.py`: `image_dataset_from_directory`, cache, shuffle, prefetch, the
-augmentation and preprocessing layers in the graph, the backbone called with `training=False`."""
+HOW = """One process per run, {rounds} seeds, interleaved. {data}; seed i validates on the i-th of five disjoint folds,
+the same examples on both sides. {model}. Time is measured from opening the data (TensorFlow is imported) to the end of
+the second phase: decoding, features, building, tracing, training, validation and checkpoints count; imports, the last
+evaluation, exports and the report do not. The time per epoch is between the ends of two epochs, with validation and
+without the first epoch of a phase, which compiles. Accuracy is that of the last epoch of a phase, with
+`training.keep=last` on our side. Plain Keras is `benchmarks/plain_keras.py`: `image_dataset_from_directory`, cache,
+shuffle, prefetch, the augmentation and preprocessing layers in the graph, the backbone called with `training=False`."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,29 @@ class Outcome:
     seconds: float
     epochs: dict[str, list[float]]  # phase -> seconds of every epoch but its first
     accuracy: dict[str, float]  # phase -> validation accuracy after its last epoch
-    places: dict[str, float]  # seconds by place of our ledger
-    ended: Ended
+    breakdown: dict[str, float]  # our time breakdown, seconds per category
+    process: Completed
 
 
-def plain(split: Path, asked: argparse.Namespace, augmentation: str, seed: int) -> Outcome:
+def plain(split: Path, options: argparse.Namespace, augmentation: str, seed: int) -> Outcome:
     flags = ["--augment"] if augmentation != "none" else []
-    model = ["--weights", str(asked.weights), "--alpha", str(asked.alpha)]
+    model = ["--weights", str(options.weights), "--alpha", str(options.alpha)]
     ended = run("-m", "benchmarks.plain_keras", str(split), *model, "--seed", str(seed), *flags)
-    answer: dict[str, Any] = json.loads(ended.said.splitlines()[-1])
-    last = {phase: values[-1] for phase, values in answer["val_accuracy"].items()}
-    return Outcome(answer["seconds"], answer["epochs"], last, {}, ended)
+    result: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
+    last = {phase: values[-1] for phase, values in result["val_accuracy"].items()}
+    return Outcome(result["seconds"], result["epochs"], last, {}, ended)
 
 
 def ours(
-    split: Path, asked: argparse.Namespace, augmentation: str, seed: int, extra: Sequence[str], scratch: Path
+    split: Path, options: argparse.Namespace, augmentation: str, seed: int, extra: Sequence[str], scratch: Path
 ) -> Outcome:
     done = train(
         [
             "experiment=flowers_mobilenet_v2",
             "data=image_folder",
             f"data.root={split}",
-            f"model.weights={asked.weights}",
-            f"model.alpha={asked.alpha}",
+            f"model.weights={options.weights}",
+            f"model.alpha={options.alpha}",
             f"augmentation={augmentation}",
             f"seed={seed}",
             "training.keep=last",
@@ -81,44 +81,44 @@ def ours(
         own = [line for line in done.epochs if line["phase"] == phase]
         epochs[phase] = [b["at"] - a["at"] for a, b in pairwise(own)]
         accuracy[phase] = own[-1]["val_accuracy"]
-    return Outcome(done.training, epochs, accuracy, done.places, done.ended)
+    return Outcome(done.training, epochs, accuracy, done.breakdown, done.process)
 
 
-def measure(asked: argparse.Namespace) -> list[Result]:
-    """The recipe, and the memory that its runs took."""
-    rounds = asked.rounds or 3
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    with photos(asked) as root, tempfile.TemporaryDirectory() as name:
+def measure(options: argparse.Namespace) -> list[Result]:
+    """Results of the recipe: time, and memory."""
+    rounds = options.rounds or 3
+    runs_of: dict[tuple[str, str], list[Outcome]] = {}
+    with photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         splits = [link_fold(root, scratch / f"fold-{turn}", turn) for turn in range(rounds)]
         examples = [count_of(split / "validation") for split in splits]
         for label, augmentation in AUGMENTATIONS.items():
             for turn, side in in_turns([PLAIN, *OURS[label]], rounds):
                 outcome = (
-                    plain(splits[turn], asked, augmentation, turn + 1)
+                    plain(splits[turn], options, augmentation, turn + 1)
                     if side == PLAIN
-                    else ours(splits[turn], asked, augmentation, turn + 1, OURS[label][side], scratch)
+                    else ours(splits[turn], options, augmentation, turn + 1, OURS[label][side], scratch)
                 )
-                found.setdefault((label, side), []).append(outcome)
+                runs_of.setdefault((label, side), []).append(outcome)
                 accuracy = outcome.accuracy["fine_tune"]
                 print(f"{label}, {side}, seed {turn + 1}: {outcome.seconds:.1f} s, {accuracy:.3f}", flush=True)
-        words = {"data": data_in_words(asked, root), "model": model_in_words(asked), "rounds": rounds}
-    how, alpha = HOW.replace("\n", " ").format(**words), f"{asked.alpha:g}"
+        values = {"data": describe_data(options, root), "model": describe_model(options), "rounds": rounds}
+    how, alpha = HOW.replace("\n", " ").format(**values), f"{options.alpha:g}"
     recipe = Result(
         name=f"recipe-alpha-{alpha}",
         title=f"Whole recipe, MobileNetV2 of width {alpha}",
         how=how,
-        command=command_of("recipe", asked, rounds),
-        comparisons=[c for label in AUGMENTATIONS for side in OURS[label] for c in comparisons(found, label, side)],
-        tables=[accuracies(found, examples), places(found)],
+        command=command_of("recipe", options, rounds),
+        comparisons=[c for label in AUGMENTATIONS for side in OURS[label] for c in comparisons(runs_of, label, side)],
+        tables=[accuracies(runs_of, examples), time_breakdowns(runs_of)],
     )
     memory = Result(
         name=f"recipe-memory-alpha-{alpha}",
         title=f"Memory of the whole recipe, MobileNetV2 of width {alpha}",
-        how="The most resident memory of the processes of the row above, imports and report included.",
-        command=command_of("recipe", asked, rounds),
+        how="The peak resident memory of the processes of the row above, imports and report included.",
+        command=command_of("recipe", options, rounds),
         comparisons=[
-            Comparison(f"{label}, {side}", PLAIN, "MB", peaks(found[label, side]), peaks(found[label, PLAIN]))
+            Comparison(f"{label}, {side}", PLAIN, "MB", peaks(runs_of[label, side]), peaks(runs_of[label, PLAIN]))
             for label in AUGMENTATIONS
             for side in OURS[label]
         ],
@@ -127,56 +127,52 @@ def measure(asked: argparse.Namespace) -> list[Result]:
 
 
 def peaks(outcomes: Sequence[Outcome]) -> list[float]:
-    return [outcome.ended.peak_mb for outcome in outcomes]
+    return [outcome.process.peak_mb for outcome in outcomes]
 
 
-def comparisons(found: dict[tuple[str, str], list[Outcome]], label: str, side: str) -> list[Comparison]:
-    """All of it, and an epoch of each phase."""
-    mine, other = found[label, side], found[label, PLAIN]
-    rows = [
-        Comparison(f"{label}, {side}: all of it", PLAIN, "s", [o.seconds for o in mine], [o.seconds for o in other])
-    ]
-    for phase, words in PHASES.items():
+def comparisons(runs_of: dict[tuple[str, str], list[Outcome]], label: str, side: str) -> list[Comparison]:
+    """Time of the whole recipe, and per epoch of each phase."""
+    mine, other = runs_of[label, side], runs_of[label, PLAIN]
+    rows = [Comparison(f"{label}, {side}: total", PLAIN, "s", [o.seconds for o in mine], [o.seconds for o in other])]
+    for phase, name in PHASES.items():
         each = [[statistics.median(o.epochs[phase]) for o in outcomes] for outcomes in (mine, other)]
-        rows.append(Comparison(f"{label}, {side}: an epoch, {words}", PLAIN, "s", *each))
+        rows.append(Comparison(f"{label}, {side}: per epoch, {name}", PLAIN, "s", *each))
     return rows
 
 
-def accuracies(found: dict[tuple[str, str], list[Outcome]], examples: Sequence[int]) -> Table:
+def accuracies(runs_of: dict[tuple[str, str], list[Outcome]], examples: Sequence[int]) -> Table:
     """Validation accuracy after each phase, over all seeds, with Wilson's interval: the folds are disjoint."""
     rows = []
-    for (label, side), outcomes in found.items():
-        for phase, words in PHASES.items():
+    for (label, side), outcomes in runs_of.items():
+        for phase, name in PHASES.items():
             each = [outcome.accuracy[phase] for outcome in outcomes]
             n = sum(examples)
-            right = round(sum(share * count for share, count in zip(each, examples, strict=True)))
+            right = round(sum(accuracy * count for accuracy, count in zip(each, examples, strict=True)))
             low, high = wilson(right, n)
             seeds = ", ".join(f"{value:.3f}" for value in each)
-            rows.append([label, side, words, f"{right / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
+            rows.append([label, side, name, f"{right / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
     header = ["augmentation", "side", "after", "accuracy", "95 % interval", "n", "each seed"]
     return Table("Validation accuracy", header, rows)
 
 
-def places(found: dict[tuple[str, str], list[Outcome]]) -> Table:
-    """Where our seconds went, by the ledger of the runs; `start` has the imports, `evaluation` and `finish` the end."""
+def time_breakdowns(runs_of: dict[tuple[str, str], list[Outcome]]) -> Table:
+    """Time breakdown of our runs."""
     rows = []
-    for (label, side), outcomes in found.items():
+    for (label, side), outcomes in runs_of.items():
         if side == PLAIN:
             continue
-        spent = {place: [o.places[place] for o in outcomes] for place in outcomes[0].places}
-        told = [f"{place} {spread(seconds, '{:.1f}')}" for place, seconds in spent.items() if max(seconds) >= 0.05]
-        rows.append([label, side, ", ".join(told)])
-    title = (
-        "Seconds by place in our ledger (`start` also has the imports, `evaluation` and `finish` what follows training)"
-    )
+        spent = {category: [o.breakdown[category] for o in outcomes] for category in outcomes[0].breakdown}
+        cells = [f"{name} {spread(seconds, '{:.1f}')}" for name, seconds in spent.items() if max(seconds) >= 0.05]
+        rows.append([label, side, ", ".join(cells)])
+    title = "Time breakdown of our runs (`start` includes the imports; `evaluation` and `finish` follow training)"
     return Table(title, ["augmentation", "side", "seconds: median (range)"], rows)
 
 
 def main() -> None:
-    asked = arguments_of(__doc__).parse_args()
-    out = folder_for(asked)
-    for result in measure(asked):
-        keep(result, out)
+    options = argument_parser(__doc__).parse_args()
+    out = output_folder(options)
+    for result in measure(options):
+        save(result, out)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Several workers on this machine: two with one core each against one with two, and goodput under preemption.
+"""Two workers with one core each against one worker with two cores, and goodput under preemption.
 
     python -m benchmarks.workers                 both
     python -m benchmarks.workers --rounds 3 --minutes 5
 
-Real runs of the command line on the built-in digits. Workers are processes; each is held to its cores. Loopback is no
-network: what two hosts lose on theirs comes on top (`python -m benchmarks.scaling` estimates it).
+Runs of the command line on the built-in digits. Workers are processes with CPU affinity, connected by loopback: the
+cost of a network between hosts is not included (`python -m benchmarks.scaling` estimates it).
 """
 
 import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from scripts.same_bits import free_ports
 
 BATCH = 64
 PREEMPTION_SECONDS = 60.0
@@ -26,11 +27,8 @@ SIZES = {"glyphs, 48 px": ["model=glyphs_mobilenet_v2"], "alpha 0.35, 128 px": [
 
 
 def start(folder: Path, workers: int, cores: list[set[int]], overrides: list[str]) -> list[subprocess.Popen[bytes]]:
-    """The workers of one run, each on its cores."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]
-    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
+    """Start the workers of one run, each on its cores."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     processes = []
     for index in range(workers):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
@@ -46,7 +44,7 @@ def start(folder: Path, workers: int, cores: list[set[int]], overrides: list[str
 
 
 def images_per_second(folder: Path) -> float:
-    """Of the steps alone, from the run's own report."""
+    """Images/s of the steps alone, from the report."""
     return json.loads((folder / "report" / "report.json").read_text())["timing"]["images_per_second"]
 
 
@@ -73,7 +71,7 @@ def compare(scratch: Path, rounds: int) -> None:
 
 
 def preempt(scratch: Path, minutes: float) -> None:
-    """Print the goodput of a run of two workers of which one gets a SIGTERM every minute."""
+    """Print the goodput of a run of two workers with a SIGTERM to one of them every minute."""
     folder, cores, turns = scratch / "preempted", sorted(os.sched_getaffinity(0)), 0
     overrides = [*SIZES["alpha 0.35, 128 px"], "phases.all.epochs=10000"]
     deadline = time.monotonic() + minutes * 60
@@ -87,13 +85,13 @@ def preempt(scratch: Path, minutes: float) -> None:
             sys.exit(f"exit codes {codes}: {(scratch / 'preempted-0.log').read_text()[-2000:]}")
     seconds = json.loads((folder / "ledger.json").read_text())["seconds"]
     whole = sum(seconds.values())
-    rest = ", ".join(f"{place} {spent / whole:.0%}" for place, spent in seconds.items() if place != "train")
-    share = f"{seconds['train'] / whole:.0%}"
-    print(f"goodput under a SIGTERM a minute ({turns} of them, {whole:.0f} s): {share}; the rest: {rest}")
+    rest = ", ".join(f"{name} {spent / whole:.0%}" for name, spent in seconds.items() if name != "train")
+    goodput = f"{seconds['train'] / whole:.0%}"
+    print(f"goodput with a SIGTERM per minute ({turns} of them, {whole:.0f} s): {goodput}; the rest: {rest}")
 
 
 def main() -> None:
-    """Both measurements; the first lines may be slower than the rest where nothing is cached yet."""
+    """Run both measurements; the first lines may be slower, while caches are empty."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5)

@@ -1,8 +1,7 @@
-"""Rendered glyphs: the pictures that the packaged backbone learns from.
+"""Rendered glyphs: the training images of the packaged backbone.
 
-Letters and signs (no digits: the quickstart's digits must be new to the backbone) are drawn with the fonts that
-matplotlib ships, then bent, thickened, blurred and recoloured until they look less like print and more like
-handwriting under a bad scanner.
+Letters and symbols (no digits: the quickstart's digits must be new to the backbone) are drawn with the fonts of
+matplotlib, then distorted, thickened, blurred and recoloured, so that they resemble scanned handwriting.
 """
 
 import unicodedata
@@ -16,14 +15,14 @@ from scipy import ndimage
 SIZE = 48  # pixels, the input size of the packaged backbone
 CANVAS = 72  # pixels, drawn larger so that a rotation cuts nothing off
 
-# Upper and lower case that differ only in size cannot be told apart after a random scale: they share a class.
+# Upper and lower case that differ only in size cannot be distinguished after random scaling: they are one class.
 SAME_SHAPE = set("COSVWXZUPK")
 LATIN = [
     c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c.upper() not in SAME_SHAPE or c.isupper()
 ]
 GREEK = list("ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφχψω")
-SIGNS = list("!?#$%&@*+=<>/()[]{}~§¶±÷€£¥©")
-CLASSES = [*LATIN, *GREEK, *SIGNS]
+SYMBOLS = list("!?#$%&@*+=<>/()[]{}~§¶±÷€£¥©")
+CLASSES = [*LATIN, *GREEK, *SYMBOLS]
 
 
 def font_files() -> list[Path]:
@@ -56,12 +55,12 @@ def glyph_bank() -> tuple[np.ndarray, np.ndarray]:
                 continue
             left, top, right, bottom = font.getbbox(character)
             width, height = right - left, bottom - top
-            picture = Image.new("L", (width + 8, height + 8), 0)
-            ImageDraw.Draw(picture).text((4 - left, 4 - top), character, fill=255, font=font)
+            image = Image.new("L", (width + 8, height + 8), 0)
+            ImageDraw.Draw(image).text((4 - left, 4 - top), character, fill=255, font=font)
             scale = 40 / max(width, height)
-            picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
             canvas = Image.new("L", (CANVAS, CANVAS), 0)
-            canvas.paste(picture, ((CANVAS - picture.width) // 2, (CANVAS - picture.height) // 2))
+            canvas.paste(image, ((CANVAS - image.width) // 2, (CANVAS - image.height) // 2))
             masks.append(np.asarray(canvas))
             labels.append(label)
     return np.stack(masks), np.asarray(labels, np.int64)
@@ -71,10 +70,10 @@ def _bend(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One random affine map plus a smooth elastic field (Simard et al. 2003), sampled once: [SIZE, SIZE] in 0..1."""
     angle = np.deg2rad(rng.normal(0, 9))
     shear = rng.normal(0, 0.18)
-    share = rng.uniform(0.65, 1.05)  # of the picture's side that the glyph's longer side takes
+    size = rng.uniform(0.65, 1.05)  # of the image's side that the glyph's longer side takes
     aspect = np.exp(rng.normal(0, 0.14))
     rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix = rotate @ np.array([[1, 0], [shear, 1]]) @ np.diag([aspect, 1 / aspect]) * (40 / SIZE / share)
+    matrix = rotate @ np.array([[1, 0], [shear, 1]]) @ np.diag([aspect, 1 / aspect]) * (40 / SIZE / size)
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij")).reshape(2, -1) - (SIZE - 1) / 2
     where = matrix @ grid + (CANVAS - 1) / 2 + rng.normal(0, 1.6, (2, 1))
     strength, smooth = rng.uniform(0, 1) ** 1.5 * 7, rng.uniform(5, 9)
@@ -96,13 +95,13 @@ def _stroke(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _bottleneck(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shrink to 8-20 pixels and back: scans are small, the quickstart's digits are 8x8."""
     side = int(rng.choice([8, 8, 9, 10, 12, 14, 16, 20]))
-    picture = Image.fromarray((image * 255).astype(np.uint8))
-    small = picture.resize((side, side), Image.Resampling.BOX)
+    image = Image.fromarray((image * 255).astype(np.uint8))
+    small = image.resize((side, side), Image.Resampling.BOX)
     return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32) / 255
 
 
 def draw(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One training picture, uint8 [SIZE, SIZE], from one bank mask (uint8 [CANVAS, CANVAS])."""
+    """One training image, uint8 [SIZE, SIZE], from one bank mask (uint8 [CANVAS, CANVAS])."""
     image = _bend(_stroke(mask, rng).astype(np.float32) / 255, rng).astype(np.float32)
     if rng.random() < 0.65:
         image = _bottleneck(np.clip(image, 0, 1), rng)
@@ -132,7 +131,7 @@ def _draw_many(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_dataset(count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` pictures, classes uniform: uint8 [count, SIZE, SIZE] and int64 [count]. Same bits for any `workers`."""
+    """`count` images, classes uniform: uint8 [count, SIZE, SIZE] and int64 [count]. Same bits for any `workers`."""
     chunk = 2_000
     jobs = [(i, min(chunk, count - i * chunk)) for i in range(-(-count // chunk))]
     with ProcessPoolExecutor(workers) as pool:
@@ -143,4 +142,4 @@ def draw_dataset(count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
 def describe() -> str:
     """One line on what the bank holds."""
     named = sum(unicodedata.category(c).startswith("L") for c in CLASSES)
-    return f"{len(CLASSES)} classes ({named} letters, {len(CLASSES) - named} signs) in {len(font_files())} fonts"
+    return f"{len(CLASSES)} classes ({named} letters, {len(CLASSES) - named} symbols) in {len(font_files())} fonts"

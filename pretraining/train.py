@@ -2,7 +2,7 @@
 
 One process, plain Keras: the recipe is here to be read and repeated, not to be fast. BatchNormalization learns with
 momentum 0.9 (Keras gives MobileNetV2 0.999, which never catches up in a short training) and its statistics are
-estimated once more at the end over the clean training pictures.
+estimated once more at the end over the clean training images.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def to_model_input(images: tf.Tensor) -> tf.Tensor:
 
 
 def batches(images: np.ndarray, labels: np.ndarray, training: bool) -> tf.data.Dataset:
-    """Batches of (pictures, labels); in training shuffled, shifted by up to 3 pixels and randomly inverted."""
+    """Batches of (images, labels); in training shuffled, shifted by up to 3 pixels and randomly inverted."""
 
     def vary(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = to_model_input(x)
@@ -96,7 +96,7 @@ def main() -> None:
     options = arguments.parse_args()
 
     keras.utils.set_random_seed(7)
-    print(f"drawing {options.glyphs:,} pictures: {glyphs.describe()}")
+    print(f"drawing {options.glyphs:,} images: {glyphs.describe()}")
     images, labels = glyphs.draw_dataset(options.glyphs, os.cpu_count() or 1)
     held_out = 4_000
     base = backbone()

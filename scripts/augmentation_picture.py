@@ -1,4 +1,4 @@
-"""Write docs/pictures/augmentation.jpg, one row an operation: `PYTHONPATH=. python scripts/augmentation_picture.py`.
+"""Write docs/images/augmentation.jpg, one row an operation: `PYTHONPATH=. python scripts/augmentation_picture.py`.
 
 The pictures are those that come with scikit-learn.
 """
@@ -67,7 +67,7 @@ def main() -> None:
         for axes, view in zip(panel.subplots(1, VIEWS), views(Augmentation(**options)), strict=True):
             axes.imshow(view)
             axes.set_axis_off()
-    target = ROOT / "docs" / "pictures" / "augmentation.jpg"
+    target = ROOT / "docs" / "images" / "augmentation.jpg"
     figure.savefig(target, dpi=90, pil_kwargs={"quality": 85})
 
 

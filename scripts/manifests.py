@@ -1,7 +1,6 @@
-"""Write k8s/job.yaml and k8s/multiworker.yaml from the kustomizations they stand for: `make manifests`.
+"""Write k8s/job.yaml and k8s/multiworker.yaml from their kustomizations: `make manifests`.
 
-kustomize sorts keys and drops comments. Both are taken from its sources again: every key and item that a source file
-has a remark at, and every order of keys, is found in the result by its path.
+kustomize sorts keys and drops comments. Both are restored from its source files, by the path of each key and item.
 """
 
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 K8S = Path(__file__).parent.parent / "k8s"
-StoragePath = tuple[str, ...]  # ("Job", "spec", "template", ...); items of lists by their name
+NodePath = tuple[str, ...]  # ("Job", "spec", "template", ...); items of lists by their name
 
 HEADERS = {
     "job.yaml": """\
@@ -35,139 +34,138 @@ HEADERS = {
 """,
 }
 COMMANDS = """\
-#   pause    kubectl patch job kubetune --patch '{{"spec": {{"suspend": true}}}}'    (saves first; false: it goes on)
+#   pause    kubectl patch job kubetune --patch '{{"spec": {{"suspend": true}}}}'    (saves a checkpoint; false resumes)
 #   stop     kubectl delete job kubetune --cascade=foreground    (saves a checkpoint, and waits for it)
-#   resume   start it again: under the same name the run goes on where it stopped
-#   delete   kubectl delete -f k8s/{file}    (what the run wrote stays in the bucket)
+#   resume   start it again: under the same name the run continues from its newest checkpoint
+#   delete   kubectl delete -f k8s/{file}    (the output of the run stays in the bucket)
 #
-# Pods that were preempted or evicted are started again without you. A finished run that is started again only says so.
+# Preempted and evicted pods are replaced automatically. A finished run that is started again exits with 0.
 # A Job cannot be changed: to change something stop it, and start the new one. With another name it is another run.
-# Made from k8s/{folder} by `make manifests`; change it there, or keep a copy of this file for yourself.
+# Made from k8s/{folder} by `make manifests`; change it there, or edit a copy of this file.
 """
 FOLDERS = {"job.yaml": "base", "multiworker.yaml": "overlays/multiworker"}
-# Remarks of the sources that speak of kustomize, as they read in a file of its own.
-INSTEAD = {
+# Comments of the sources that apply to kustomize only, and their text in the file.
+REPLACED_COMMENTS = {
     ("Job", "spec", "completions"): "# EDIT: workers, one GPU node each; the same number at WORKER_COUNT",
     ("Job", "spec", "template", "spec", "containers", "trainer", "env", "WORKER_COUNT", "value"): "# as completions",
 }
 
 
-class Fault(Exception):
-    """Why there are no manifests, in one sentence."""
+class ManifestError(Exception):
+    """The manifests cannot be written; the message is one sentence."""
 
 
 def kubectl() -> str:
-    """The locked kubectl (kustomize is in it) beside this Python, else that of the machine."""
-    found = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
-    if found is None:
-        raise Fault("kubectl is not installed; `make setup` installs it into .venv")
-    return found
+    """The locked kubectl, which contains kustomize, of this Python's environment, else that of the machine."""
+    program = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
+    if program is None:
+        raise ManifestError("kubectl is not installed; `make setup` installs it into .venv")
+    return program
 
 
 def rendered(folder: str) -> list[dict[str, Any]]:
-    """What `kubectl apply --kustomize k8s/<folder>` would apply."""
+    """Objects that `kubectl apply --kustomize k8s/<folder>` applies."""
     command = [kubectl(), "kustomize", str(K8S / folder)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    if answer.returncode:
-        raise Fault(f"k8s/{folder}: {answer.stderr.strip()}")
-    return list(yaml.safe_load_all(answer.stdout))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        raise ManifestError(f"k8s/{folder}: {done.stderr.strip()}")
+    return list(yaml.safe_load_all(done.stdout))
 
 
 def sources(folder: Path) -> list[Path]:
-    """The objects and patches that a kustomization is made of, in the order in which they are applied."""
+    """Files of the objects and patches of a kustomization, in the order in which they are applied."""
     tree = yaml.safe_load((folder / "kustomization.yaml").read_text())
     patches = [patch["path"] for patch in tree.get("patches", []) if "path" in patch]
-    found: list[Path] = []
+    files: list[Path] = []
     for name in [*tree.get("resources", []), *tree.get("components", []), *patches]:
         path = (folder / name).resolve()
-        found += sources(path) if path.is_dir() else [path]
-    return found
+        files += sources(path) if path.is_dir() else [path]
+    return files
 
 
 def name_of(item: Any, index: int) -> str:
-    """What an item of a list is called: its name, the key of KEY=VALUE, or its number."""
+    """Identifier of a list item: its name, the key of KEY=VALUE, or its number."""
     if isinstance(item, dict):
         return str(item.get("name", index))
     return str(item).split("=")[0]
 
 
 def plain(node: yaml.Node) -> Any:
-    """A node without its place in the text, as far as `name_of` looks."""
+    """The value of a node without its marks, to the depth that `name_of` needs."""
     if isinstance(node, yaml.MappingNode):
         return {key.value: value.value for key, value in node.value}
     return node.value
 
 
-def nodes_of(text: str) -> dict[StoragePath, tuple[int, yaml.Node]]:
-    """The line that each key and item begins in, and its value; its own place comes before those of what is in it."""
-    found: dict[StoragePath, tuple[int, yaml.Node]] = {}
+def nodes_of(text: str) -> dict[NodePath, tuple[int, yaml.Node]]:
+    """First line and value of each key and item, parents before their children."""
+    nodes: dict[NodePath, tuple[int, yaml.Node]] = {}
 
-    def walk(node: yaml.Node, place: StoragePath) -> None:
+    def walk(node: yaml.Node, path: NodePath) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                found[*place, key.value] = key.start_mark.line, value
-                walk(value, (*place, key.value))
+                nodes[*path, key.value] = key.start_mark.line, value
+                walk(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode) and not node.flow_style:
             for index, item in enumerate(node.value):
-                here = (*place, name_of(plain(item), index))
-                found[here] = item.start_mark.line, item
-                walk(item, here)
+                item_path = (*path, name_of(plain(item), index))
+                nodes[item_path] = item.start_mark.line, item
+                walk(item, item_path)
 
     for document in yaml.compose_all(text):
         kind = next(value.value for key, value in document.value if key.value == "kind")
         walk(document, (kind,))
-    return found
+    return nodes
 
 
-def remarks_of(text: str) -> tuple[dict[StoragePath, list[str]], dict[StoragePath, str]]:
-    """The comments above keys and items, and those beside them."""
+def comments_of(text: str) -> tuple[dict[NodePath, list[str]], dict[NodePath, str]]:
+    """Comments above keys and items, and comments on the same line."""
     ends: dict[int, int] = {}
     for token in yaml.scan(text):
         if not isinstance(token, yaml.BlockEndToken | yaml.StreamEndToken):
             ends[token.end_mark.line] = token.end_mark.column
     lines = text.splitlines()
-    above: dict[StoragePath, list[str]] = {}
-    beside: dict[StoragePath, str] = {}
-    taken: set[int] = set()
-    for place, (number, _) in nodes_of(text).items():
-        if number in taken:
+    above: dict[NodePath, list[str]] = {}
+    inline: dict[NodePath, str] = {}
+    visited: set[int] = set()
+    for path, (number, _) in nodes_of(text).items():
+        if number in visited:
             continue
-        taken.add(number)
+        visited.add(number)
         first = number
         while first > 0 and lines[first - 1].lstrip().startswith("#"):
             first -= 1
         if lines[first:number]:
-            above[place] = lines[first:number]
-        remark = lines[number][ends[number] :].strip()
-        if remark:
-            beside[place] = remark
-    return above, beside
+            above[path] = lines[first:number]
+        if comment := lines[number][ends[number] :].strip():
+            inline[path] = comment
+    return above, inline
 
 
-def merge_order(order: dict[StoragePath, list[str]], tree: Any, place: StoragePath) -> None:
-    """Learn the order of keys and items; what is new goes before the known one that follows it."""
+def merge_order(order: dict[NodePath, list[str]], tree: Any, path: NodePath) -> None:
+    """Merge the order of keys and items into `order`; a new one is inserted before the known one that follows it."""
     if isinstance(tree, list):
         tree = {name_of(item, index): item for index, item in enumerate(tree)}
     if not isinstance(tree, dict):
         return
-    known = order.setdefault(place, [])
+    known = order.setdefault(path, [])
     names = list(tree)
     for index, name in enumerate(names):
         if name not in known:
             after = next((known.index(other) for other in names[index + 1 :] if other in known), len(known))
             known.insert(after, name)
-        merge_order(order, tree[name], (*place, name))
+        merge_order(order, tree[name], (*path, name))
 
 
-def arranged(tree: Any, order: dict[StoragePath, list[str]], in_line: set[StoragePath], place: StoragePath) -> Any:
-    """The same tree in the learnt order; lists that the sources have in one line are marked."""
-    known = order.get(place, [])
+def arranged(tree: Any, order: dict[NodePath, list[str]], in_line: set[NodePath], path: NodePath) -> Any:
+    """The tree in the given order; lists that are written in one line in the sources become `_InLine`."""
+    known = order.get(path, [])
     if isinstance(tree, dict):
         names = sorted(tree, key=lambda name: known.index(name) if name in known else len(known))
-        return {name: arranged(tree[name], order, in_line, (*place, name)) for name in names}
+        return {name: arranged(tree[name], order, in_line, (*path, name)) for name in names}
     if isinstance(tree, list):
         items = {name_of(item, index): item for index, item in enumerate(tree)}
-        return (_InLine if place in in_line else list)(arranged(items, order, in_line, place).values())
+        return (_InLine if path in in_line else list)(arranged(items, order, in_line, path).values())
     return tree
 
 
@@ -176,7 +174,7 @@ class _InLine(list[Any]):
 
 
 class _Dumper(yaml.SafeDumper):
-    """As people write manifests: lists indented below their key, double quotes."""
+    """YAML in the usual style of manifests: lists indented below their key, double quotes."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
         super().increase_indent(flow, False)
@@ -196,32 +194,30 @@ _Dumper.add_representer(str, _Dumper.text)
 def manifest(file: str) -> str:
     """The text of k8s/<file>."""
     trees = rendered(FOLDERS[file])
-    above: dict[StoragePath, list[str]] = {}
-    beside: dict[StoragePath, str] = {}
-    order: dict[StoragePath, list[str]] = {}
-    in_line: set[StoragePath] = set()
+    above: dict[NodePath, list[str]] = {}
+    inline: dict[NodePath, str] = {}
+    order: dict[NodePath, list[str]] = {}
+    in_line: set[NodePath] = set()
     for path in sources(K8S / FOLDERS[file]):
         text = path.read_text()
-        over, behind = remarks_of(text)
-        above, beside = above | over, beside | behind
-        in_line |= {
-            place
-            for place, (_, node) in nodes_of(text).items()
-            if isinstance(node, yaml.SequenceNode) and node.flow_style
-        }
+        over, behind = comments_of(text)
+        above, inline = above | over, inline | behind
+        for node_path, (_, node) in nodes_of(text).items():
+            if isinstance(node, yaml.SequenceNode) and node.flow_style:
+                in_line.add(node_path)
         for tree in yaml.safe_load_all(text):
             merge_order(order, tree, (tree["kind"],))
-    beside |= INSTEAD
+    inline |= REPLACED_COMMENTS
     objects = [arranged(tree, order, in_line, (tree["kind"],)) for tree in trees]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=1000)
     lines = text.splitlines()
-    for place, (number, _) in reversed(nodes_of(text).items()):
-        if place in beside:
-            lines[number] += f" {beside[place]}"
-        if place in above:
-            lines[number:number] = above[place]
+    for path, (number, _) in reversed(nodes_of(text).items()):
+        if path in inline:
+            lines[number] += f" {inline[path]}"
+        if path in above:
+            lines[number:number] = above[path]
     body = "\n".join(lines) + "\n"
-    # One number for both: an anchor is all that plain YAML has (WORKER_COUNT is text, and needs its own).
+    # An anchor for the number of workers; WORKER_COUNT is text and cannot refer to it.
     if "  completions: " in body:
         count = next(tree["spec"]["completions"] for tree in objects if tree["kind"] == "Job")
         body = body.replace(f"  completions: {count}", f"  completions: &workers {count}")
@@ -233,8 +229,8 @@ def main() -> None:
     """Entry point of `make manifests`."""
     try:
         texts = {name: manifest(name) for name in FOLDERS}
-    except Fault as fault:
-        sys.exit(f"manifests: {fault}")
+    except ManifestError as error:
+        sys.exit(f"manifests: {error}")
     for name, text in texts.items():
         (K8S / name).write_text(text)
         print(f"manifests: k8s/{name} is written")

@@ -1,12 +1,12 @@
-"""Hold a refactoring to the bits: run the same small jobs on two commits and compare everything they compute.
+"""Compare the results of the same small runs on two commits, bit by bit.
 
     python scripts/same_bits.py BASE [HEAD] [--only CASE,...] [--folder FOLDER] [--jobs N]
 
-BASE and HEAD are commits; HEAD is the working tree where it is left out. Every case runs as a user would start it, in a
-process of its own, from a copy of the commit, in the environment of this interpreter. What a commit made is kept below
-FOLDER and used again. Compared are, without what depends on the machine and the moment: every checkpoint (variables and
-state), metrics.jsonl, predictions.csv, report.json, config.yaml, and the exported files that are a function of the
-weights. Prints "same bits" and exits with 0, or lists what differs and exits with 1.
+BASE and HEAD are commits; HEAD defaults to the working tree. Every case runs from the command line, in a separate
+process, from a copy of the commit, in the environment of this interpreter. The results of a commit are saved below
+FOLDER and reused. Compared are every checkpoint (variables and state), metrics.jsonl, predictions.csv, report.json,
+config.yaml, and the exported files that are a function of the weights, without values that depend on machine and time.
+Prints "same bits" and exits with 0, or lists the differences and exits with 1.
 """
 
 import argparse
@@ -26,7 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 1800  # seconds of one process
-IGNORED = {"timing", "seconds", "bytes", "train_seconds", "validation_seconds", "starts"}  # machine and moment
+# Keys of values that depend on machine and time
+IGNORED = {"timing", "seconds", "bytes", "train_seconds", "validation_seconds", "starts"}
 
 TINY = (
     "experiment=quickstart", "debug.max_examples=90", "training.batch_size=16", "phases.head.epochs=2",
@@ -36,8 +37,8 @@ TINY = (
 )  # fmt: skip
 LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
 
-# Each case is the commands that make it, one after the other; {workers: 2} commands run as two processes of one run.
-# A case may use what the cases named in NEEDS have made.
+# The commands of each case, in sequence: a module and its arguments, or a number of workers and the arguments of a run.
+# A case can read the results of its cases in NEEDS.
 Command = tuple[str, ...]
 CASES: dict[str, list[Command]] = {
     "quickstart": [("trainer", "output_dir=runs/quickstart", "runtime.cache_dir=cache")],
@@ -90,7 +91,7 @@ def unpack(commit: str | None, target: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on now."""
+    """Unused ports of this machine."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
@@ -98,9 +99,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_command(place: Path, command: Command, log: Path) -> None:
-    """Run one command of a case in `place`, whose `checkout` holds the code."""
-    environment = {**os.environ, "PYTHONPATH": str(place / "checkout"), "PYTHONHASHSEED": "0"}
+def run_command(folder: Path, command: Command, log: Path) -> None:
+    """Run one command of a case in `folder`, whose `checkout` holds the code."""
+    environment = {**os.environ, "PYTHONPATH": str(folder / "checkout"), "PYTHONHASHSEED": "0"}
     verb, *arguments = command
     if not verb.isdigit():
         programs = [([sys.executable, "-m", verb, *arguments], environment)]
@@ -112,47 +113,47 @@ def run_command(place: Path, command: Command, log: Path) -> None:
             own = [f"runtime.cache_dir=cache-{index}"] if index else []
             programs.append(([sys.executable, "-m", "trainer", *arguments, *own],
                              environment | {"TF_CONFIG": json.dumps(task)}))  # fmt: skip
-    with open(log, "a") as said:
+    with open(log, "a") as output:
         started = [
-            subprocess.Popen(program, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            subprocess.Popen(program, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             for program, env in programs
         ]
         codes = [process.wait(TIMEOUT) for process in started]
     if any(codes):
         raise SystemExit(
-            f"{' '.join(command)} ended with {codes} in {place}; the end of {log}:\n{log.read_text()[-3000:]}"
+            f"{' '.join(command)} ended with {codes} in {folder}; the end of {log}:\n{log.read_text()[-3000:]}"
         )
 
 
-def make(place: Path, cases: Sequence[str], jobs: int) -> None:
-    """Run those cases that `place` does not hold yet, `jobs` side by side, each after what it needs."""
+def make(folder: Path, cases: Sequence[str], jobs: int) -> None:
+    """Run the cases without results in `folder`, `jobs` at a time, each after the cases that it needs."""
 
-    def one(case: str) -> None:
-        done, log = place / f"{case}.done", place / f"{case}.log"
+    def run_case(case: str) -> None:
+        done, log = folder / f"{case}.done", folder / f"{case}.log"
         if done.exists():
             return
-        for path in (place / "runs" / case, log):
+        for path in (folder / "runs" / case, log):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         began = time.monotonic()
         for command in CASES[case]:
-            run_command(place, command, log)
+            run_command(folder, command, log)
         done.touch()
-        print(f"  {place.name[:12]}  {case}: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"  {folder.name[:12]}  {case}: {time.monotonic() - began:.0f} s", flush=True)
 
     for wave in ([c for c in cases if c not in NEEDS], [c for c in cases if c in NEEDS]):
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, wave))
+            list(pool.map(run_case, wave))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Comparing
+# Comparison
 
 
-def lasting(value: Any) -> Any:
-    """A JSON value without what depends on the machine and the moment."""
+def without_ignored(value: Any) -> Any:
+    """A JSON value without the keys that depend on machine and time."""
     if isinstance(value, dict):
-        return {k: lasting(v) for k, v in value.items() if k not in IGNORED}
-    return [lasting(v) for v in value] if isinstance(value, list) else value
+        return {k: without_ignored(v) for k, v in value.items() if k not in IGNORED}
+    return [without_ignored(v) for v in value] if isinstance(value, list) else value
 
 
 def read_npz(path: Path) -> dict[str, bytes]:
@@ -163,16 +164,16 @@ def read_npz(path: Path) -> dict[str, bytes]:
 
 
 def read_json(path: Path) -> Any:
-    return lasting(json.loads(path.read_text()))
+    return without_ignored(json.loads(path.read_text()))
 
 
 def read_state(path: Path) -> Any:
-    """A checkpoint's state, less the digest of its teacher's files: a SavedModel's graph file is never the same."""
+    """A checkpoint's state without the digest of its teacher's files: a SavedModel's graph file is not reproducible."""
     return {key: value for key, value in read_json(path).items() if key != "teacher"}
 
 
 def read_lines(path: Path) -> Any:
-    return [lasting(json.loads(line)) for line in path.read_text().splitlines()]
+    return [without_ignored(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -193,12 +194,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def differences(one: Any, other: Any, where: str) -> list[str]:
-    """The places in which two values differ, and how."""
+    """Paths at which two values differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found = [f"{where}: {key} is only in one" for key in sorted(one.keys() ^ other.keys())]
-        return found + [
-            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{where}: {key}")
-        ]
+        missing = [f"{where}: {key} is only in one" for key in sorted(one.keys() ^ other.keys())]
+        common = one.keys() & other.keys()
+        return missing + [d for key in common for d in differences(one[key], other[key], f"{where}: {key}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{where}[{i}]")]
     shown = [repr(value)[:60] for value in (one, other)]
@@ -206,53 +206,54 @@ def differences(one: Any, other: Any, where: str) -> list[str]:
 
 
 def compare(base: Path, head: Path, case: str) -> tuple[int, list[str]]:
-    """How many files of a case were compared, and what differs in them."""
-    count, found = 0, []
+    """Number of compared files of a case, and their differences."""
+    count, different = 0, []
     for pattern, read in READERS.items():
         names = [
-            {p.relative_to(place).as_posix() for p in (place / "runs" / case).glob(pattern)} for place in (base, head)
+            {p.relative_to(folder).as_posix() for p in (folder / "runs" / case).glob(pattern)}
+            for folder in (base, head)
         ]
-        found += [f"{name} is only in one of the two" for name in sorted(names[0] ^ names[1])]
+        different += [f"{name} is only in one of the two" for name in sorted(names[0] ^ names[1])]
         for name in sorted(names[0] & names[1]):
             count += 1
-            found += differences(read(base / name), read(head / name), name)
-    return count, found if count else [f"runs/{case}: there is nothing to compare"]
+            different += differences(read(base / name), read(head / name), name)
+    return count, different if count else [f"runs/{case}: has no files to compare"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
     parser.add_argument("head", nargs="?")
-    parser.add_argument("--only", help=f"cases, comma between them: {', '.join(CASES)}", default=",".join(CASES))
+    parser.add_argument("--only", help=f"cases, separated by commas: {', '.join(CASES)}", default=",".join(CASES))
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "same_bits")
     parser.add_argument("--jobs", type=int, default=2)
-    told = parser.parse_args()
-    wanted = told.only.split(",")
-    if strange := [case for case in wanted if case not in CASES]:
-        parser.error(f"no case is called {strange[0]}; there are {', '.join(CASES)}")
-    cases = [case for case in CASES if case in wanted or any(case in NEEDS.get(w, ()) for w in wanted)]
-    places = []
-    for name in (told.base, told.head):
+    options = parser.parse_args()
+    selected = options.only.split(",")
+    if unknown := [case for case in selected if case not in CASES]:
+        parser.error(f"--only={unknown[0]}: is no case; use {', '.join(CASES)}")
+    cases = [case for case in CASES if case in selected or any(case in NEEDS.get(s, ()) for s in selected)]
+    folders = []
+    for name in (options.base, options.head):
         commit = None
         if name is not None:
-            asked = ["git", "rev-parse", "--verify", f"{name}^{{commit}}"]
-            commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        place = told.folder.resolve() / (commit or "working-tree")
+            command = ["git", "rev-parse", "--verify", f"{name}^{{commit}}"]
+            commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        folder = options.folder.resolve() / (commit or "working-tree")
         if commit is None:
-            shutil.rmtree(place, ignore_errors=True)
-        if not (place / "checkout").is_dir():
-            unpack(commit, place / "checkout")
-        make(place, cases, told.jobs)
-        places.append(place)
-    total, faults = 0, 0
+            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "checkout").is_dir():
+            unpack(commit, folder / "checkout")
+        make(folder, cases, options.jobs)
+        folders.append(folder)
+    total, differing = 0, 0
     for case in cases:
-        count, found = compare(*places, case)
-        total, faults = total + count, faults + len(found)
-        print(f"{case}: {count} files, {'same bits' if not found else f'{len(found)} differences'}")
-        for line in found[:20]:
+        count, different = compare(*folders, case)
+        total, differing = total + count, differing + len(different)
+        print(f"{case}: {count} files, {'same bits' if not different else f'{len(different)} differences'}")
+        for line in different[:20]:
             print(f"  {line}")
-    print(f"same bits: {total} files of {len(cases)} cases" if not faults else f"not the same: {faults} differences")
-    sys.exit(1 if faults else 0)
+    print(f"not the same: {differing} differences" if differing else f"same bits: {total} files of {len(cases)} cases")
+    sys.exit(1 if differing else 0)
 
 
 if __name__ == "__main__":

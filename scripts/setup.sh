@@ -1,7 +1,7 @@
 #!/bin/sh
-# Make .venv from the first suitable Python and fill it with what requirements.lock names, nothing else.
-# `make setup` runs this. A virtual environment whose setup was interrupted, or whose lock is another one, is made
-# anew; the copy of the lock inside it is written last and says that it is whole.
+# Create .venv with the first suitable Python and install exactly requirements.lock: `make setup`. A virtual environment
+# whose setup was interrupted, or with another lock, is replaced; the copy of the lock in it is written last and marks it
+# as complete.
 set -eu
 cd "$(dirname "$0")/.."
 venv=.venv
@@ -11,7 +11,7 @@ fail() {
     exit 2
 }
 
-# One word on what keeps this Python from being used; nothing when it is fit. (Any Python from 2.6 on can run it.)
+# Prints why this Python cannot be used; nothing where it can. (Runs on Python 2.6 and later.)
 probe='
 import sys
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
@@ -25,23 +25,23 @@ else:
             break
 '
 
-explain() { # what was found, of which python
+explain() { # output of the probe, and the Python
     case "$1" in
-        version*) echo "$2 is Python ${1#version }, and 3.11, 3.12 or 3.13 is needed: name one with PYTHON=/path/to/python3" ;;
-        without*) set -- "${1#without }" "$2" && echo "$2 has no ${1#* }: install it (Debian, Ubuntu: apt-get install python${1% *}-venv) or name another Python with PYTHON=" ;;
-        *) echo "$2 is no Python that runs here: name Python 3.11, 3.12 or 3.13 with PYTHON=/path/to/python3" ;;
+        version*) echo "$2: is Python ${1#version }, not 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3" ;;
+        without*) set -- "${1#without }" "$2" && echo "$2: has no ${1#* }; install it (Debian, Ubuntu: apt-get install python${1% *}-venv) or set PYTHON=" ;;
+        *) echo "$2: cannot be run as Python; set PYTHON=/path/to/python3, of Python 3.11, 3.12 or 3.13" ;;
     esac
 }
 
-find_python() { # sets $python, or fails with what is wrong with the first candidate
+find_python() { # sets $python, or fails with the error of the first candidate
     python= reason=
     for candidate in "$@"; do
-        found=$("$candidate" -c "$probe" 2>/dev/null) || found="nothing"
-        if [ -z "$found" ]; then
+        error=$("$candidate" -c "$probe" 2>/dev/null) || error="nothing"
+        if [ -z "$error" ]; then
             python=$candidate
             return
         fi
-        [ -n "$reason" ] || reason=$(explain "$found" "$candidate")
+        [ -n "$reason" ] || reason=$(explain "$error" "$candidate")
     done
     fail "$reason"
 }
@@ -53,13 +53,13 @@ if ! cmp -s requirements.lock "$venv/requirements.lock" || ! "$venv/bin/python" 
     echo "setup: $venv with $("$python" --version 2>&1); about 2 GB to fetch and unpack, a minute or three"
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    # Two packages come as source: the setuptools that builds them is the locked one too, not the newest of the day.
+    # Two packages are built from source, with the locked setuptools instead of the newest one.
     awk '/^[^ ]/ { keep = /^setuptools==/ } keep' requirements.lock > "$venv/build.lock"
     $install -r "$venv/build.lock"
     $install --no-build-isolation --use-pep517 -r requirements.lock
 fi
 "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
-# Compiles what a run imports, even where Python was told to write no bytecode: every start would do it again, for 5 s.
+# Compile the modules of a run, even with PYTHONDONTWRITEBYTECODE: otherwise every start compiles them, for 5 s.
 env -u PYTHONDONTWRITEBYTECODE TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/python" -c "import trainer.train, trainer.report.build, trainer.serve" 2>/dev/null || true
 cp requirements.lock "$venv/requirements.lock"
 echo "setup: $venv is ready"

@@ -1,4 +1,4 @@
-"""What every test gets: quiet TensorFlow, a cache of its own, and no GPU test where there is no GPU."""
+"""Setup of every test: quiet TensorFlow, a separate cache, and skips of tests that need a GPU or a browser."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import pytest
 from tests.evaluation.browser import find_chromium
 from trainer.monitoring.log import configure
 
-# absl takes sys.stderr as it finds it, which is pytest's own file, and closes that when Hydra configures logging.
+# absl's handler holds sys.stderr, which here is a file of pytest, and closes it when Hydra configures logging.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is im
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache() -> Iterator[None]:
-    """Keep what the code caches between runs (`runtime.cache_dir`) out of the user's home, and fresh."""
+    """A new `runtime.cache_dir`, outside of the user's home."""
     with tempfile.TemporaryDirectory(prefix="kubetune-tests-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBETUNE_CACHE", str(Path(folder) / "cache"))
         yield
@@ -28,7 +28,7 @@ def _own_cache() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_as_text() -> None:
-    """Set up the log as a command does that has not read its configuration yet."""
+    """Configure the log as a command does before it reads its configuration."""
     configure()
 
 

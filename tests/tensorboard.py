@@ -1,4 +1,4 @@
-"""Ask TensorBoard as its page in a browser would."""
+"""Requests to TensorBoard, as its web page sends them."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
 from werkzeug.test import Client
 
 
-def answer(logdir: Path, route: str, question: dict[str, Any]) -> dict[str, Any]:
-    """What TensorBoard over `logdir` answers at /data/plugin/<route>."""
+def post(logdir: Path, route: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The response of TensorBoard on `logdir` to a request at /data/plugin/<route>."""
     board = program.TensorBoard(default.get_plugins())
     board.configure(["tensorboard", "--logdir", str(logdir), "--load_fast=false"])
     read = LocalDataIngester(board.flags)
@@ -19,6 +19,6 @@ def answer(logdir: Path, route: str, question: dict[str, Any]) -> dict[str, Any]
     runs.AddRunsFromDirectory(str(logdir))
     runs.Reload()
     pages = application.TensorBoardWSGIApp(board.flags, board.plugin_loaders, read.data_provider, None, runs)
-    response = Client(pages).post(f"/data/plugin/{route}", data=json.dumps(question), content_type="application/json")
+    response = Client(pages).post(f"/data/plugin/{route}", data=json.dumps(request), content_type="application/json")
     assert response.status_code == 200, response.text
     return dict(json.loads(response.text))

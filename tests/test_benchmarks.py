@@ -1,4 +1,4 @@
-"""Benchmarks: what they count, the folders they make, the page they write; and that every row still runs."""
+"""Benchmarks: figures, folders of photos, the page, and a run of every row."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from benchmarks import growth, page, whole_recipe
 from benchmarks.__main__ import ROWS
 from benchmarks.input_pipeline import ROWS as PIPELINES
 from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
-from benchmarks.processes import Ended, TrainerRun, in_turns, run
-from benchmarks.results import Comparison, Result, Table, amount, keep, read, spread
+from benchmarks.processes import Completed, TrainerRun, in_turns, run
+from benchmarks.results import Comparison, Result, Table, amount, read, save, spread
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("unit", "ratios"), [("s", [2.0, 0.5]), ("MB", [2.0, 0.5]), ("images/s", [0.5, 2.0])])
 def test_a_ratio_above_one_is_better_in_every_unit(unit: str, ratios: list[float]) -> None:
-    assert Comparison("whole", "other", unit, ours=[1.0, 8.0], other=[2.0, 4.0]).ratios == ratios  # type: ignore[arg-type]
+    comparison = Comparison("whole", "other", unit, ours=[1.0, 8.0], other=[2.0, 4.0])  # type: ignore[arg-type]
+    assert comparison.ratios == ratios
 
 
 def test_medians_with_their_range() -> None:
@@ -34,20 +35,14 @@ def test_medians_with_their_range() -> None:
     assert [amount([v], "s") for v in (1234.5, 12.34, 1.234, 0.1234)] == ["1,234 s", "12.3 s", "1.23 s", "0.123 s"]
 
 
-def test_the_page_says_what_was_kept(tmp_path: Path) -> None:
-    step = Result(
-        name="step-alpha-0.35",
-        title="Training step",
-        how="In turns.",
-        command="python -m benchmarks --only step",
-        comparisons=[Comparison("head: loop", "bare step", "images/s", [90.0, 99.0, 110.0], [100.0, 100.0, 100.0])],
-        tables=[Table("Places", ["place", "seconds"], [["start", "4.1"]])],
-        machine="2 cores",
-        date="2026-11-22",
-    )
+def test_the_page_has_the_saved_results(tmp_path: Path) -> None:
+    loop = Comparison("head: loop", "bare step", "images/s", [90.0, 99.0, 110.0], [100.0, 100.0, 100.0])
+    table = Table("Time", ["category", "seconds"], [["start", "4.1"]])
+    command = "python -m benchmarks --only step"
+    step = Result("step-alpha-0.35", "Training step", "In turns.", command, [loop], [table], "2 cores", "2026-11-22")
     first = Result("recipe-alpha-0.35", "Whole recipe", "", "", [Comparison("all", "plain", "s", [1.0], [3.0])])
     for result in (step, first):
-        keep(result, tmp_path / "out")
+        save(result, tmp_path / "out")
     assert {r.name: r for r in read(tmp_path / "out")} == {r.name: r for r in (step, first)}
     page.write(tmp_path / "out", tmp_path)
     text = (tmp_path / "docs" / "performance.md").read_text()
@@ -56,85 +51,83 @@ def test_the_page_says_what_was_kept(tmp_path: Path) -> None:
     assert "| all | 1.00 s | plain | 3.00 s | **3.00** | 3.00 to 3.00 | 1 |" in text
     assert "| start | 4.1 |" in text
     assert "In turns. 2 cores; 2026-11-22. `python -m benchmarks --only step`" in text
-    with Image.open(tmp_path / "docs" / "pictures" / "performance.png") as chart:
+    with Image.open(tmp_path / "docs" / "images" / "performance.png") as chart:
         assert chart.width > 800
 
 
 def test_a_recipe_is_compared_seed_by_seed() -> None:
-    def outcome(seconds: float, accuracy: float, **places: float) -> whole_recipe.Outcome:
+    def outcome(seconds: float, accuracy: float, **breakdown: float) -> whole_recipe.Outcome:
         epochs = {"head": [0.1, 0.2, 0.3], "fine_tune": [seconds / 10] * 4}
         last = {"head": 0.5, "fine_tune": accuracy}
-        return whole_recipe.Outcome(seconds, epochs, last, places, Ended(0.0, "", peak_mb=100 * seconds, own_mb=1.0))
+        return whole_recipe.Outcome(seconds, epochs, last, breakdown, Completed(0.0, "", 100 * seconds, own_mb=1.0))
 
-    found = {
+    outcomes = {
         ("none", "plain Keras"): [outcome(30, 0.75), outcome(60, 0.875)],
         ("none", "ours"): [outcome(10, 0.875, train=8, start=2, lost=0), outcome(15, 1.0, train=12, start=3, lost=0)],
     }
-    whole, head, tune = whole_recipe.comparisons(found, "none", "ours")
+    whole, head, tune = whole_recipe.comparisons(outcomes, "none", "ours")
     assert (whole.ratios, head.ratios, tune.ratios) == ([3.0, 4.0], [1.0, 1.0], [3.0, 4.0])
-    assert whole_recipe.peaks(found["none", "ours"]) == [1000.0, 1500.0]
-    rows = whole_recipe.accuracies(found, [40, 80]).rows  # 35 + 80 of 120
+    assert whole_recipe.peaks(outcomes["none", "ours"]) == [1000.0, 1500.0]
+    rows = whole_recipe.accuracies(outcomes, [40, 80]).rows  # 35 + 80 of 120
     assert rows[-1] == ["none", "ours", "from layer 100", "0.958", "0.906 to 0.982", "120", "0.875, 1.000"]
-    (spent,) = whole_recipe.places(found).rows
+    (spent,) = whole_recipe.time_breakdowns(outcomes).rows
     assert spent == ["none", "ours", "train 10.0 (8.0 to 12.0), start 2.5 (2.0 to 3.0)"]
 
 
-def test_growth_is_told_against_the_smallest_with_the_same_cache() -> None:
+def test_growth_is_relative_to_the_smallest_size_with_the_same_cache() -> None:
     def run_of(seconds: float, peak: float) -> TrainerRun:
         lines = [{"message": "run: here", "at": 4.0}, {"message": "evaluating 4", "at": 4.0 + seconds}]
-        return TrainerRun(Ended(0.0, "", peak, peak / 2), lines, {})
+        return TrainerRun(Completed(0.0, "", peak, peak / 2), lines, {})
 
     sizes = {1: (2.0, 100.0), 4: (4.0, 200.0), 16: (32.0, 100.0)}
-    found = {f"data.cache={cache}, {n}x": [run_of(*of)] for cache in ("none", "disk") for n, of in sizes.items()}
-    comparisons, table = growth.grown(found, {n: 10 * n for n in sizes})
+    outcomes = {f"data.cache={cache}, {n}x": [run_of(*of)] for cache in ("none", "disk") for n, of in sizes.items()}
+    comparisons, table = growth.grown(outcomes, {n: 10 * n for n in sizes})
     assert [c.ratio for c in comparisons] == [2.0, 0.5, 0.5, 1.0, 1.0, 1.0] * 2
     assert table.rows[2] == ["data.cache=none, 16x", "160", "32.0", "100", "50"]
 
 
 def test_no_page_without_results(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"holds no results: measure some with python -m benchmarks --out"):
+    with pytest.raises(SystemExit, match=r"no results; run python -m benchmarks --out"):
         page.write(tmp_path, tmp_path)
 
 
-def test_folds_are_disjoint_and_share_all_photos(photos: Path, tmp_path: Path) -> None:
+def test_folds_are_disjoint_and_contain_all_photos(photos: Path, tmp_path: Path) -> None:
     validated: list[str] = []
     for fold in range(5):
         split = link_fold(photos, tmp_path / str(fold), fold)
-        parts = {
-            part: {p.name for of in photos_of(split / part).values() for p in of} for part in ("train", "validation")
-        }
-        assert len(parts["train"]) == 16
-        assert not parts["train"] & parts["validation"]
-        assert all(len(of) == 2 for of in photos_of(split / "validation").values())
-        validated += parts["validation"]
+        train, validation = (photos_of(split / name) for name in ("train", "validation"))
+        assert count_of(split / "train") == 16
+        assert not {p.name for of in train.values() for p in of} & {p.name for of in validation.values() for p in of}
+        assert [len(of) for of in validation.values()] == [2, 2]
+        validated += [p.name for of in validation.values() for p in of]
     assert sorted(validated) == sorted(p.name for of in photos_of(photos).values() for p in of)
 
 
-def test_a_folder_of_links_has_every_photo_as_often(photos: Path, tmp_path: Path) -> None:
+def test_a_folder_of_links_has_every_photo_equally_often(photos: Path, tmp_path: Path) -> None:
     several = link_times(photos, tmp_path / "several", 3)
     assert count_of(several) == 60
     assert {name: len(of) for name, of in photos_of(several).items()} == {"class_0": 30, "class_1": 30}
 
 
-def test_every_round_has_everyone_once_and_begins_with_another() -> None:
+def test_every_round_has_every_side_once_and_begins_with_a_different_one() -> None:
     order = in_turns(["a", "b", "c"], 3)
     assert [name for turn, name in order if turn == 1] == ["b", "c", "a"]
     assert sorted(order) == [(turn, name) for turn in range(3) for name in "abc"]
 
 
-def test_a_process_is_watched_for_its_memory_and_its_end() -> None:
-    ended = run("-c", "import time; held = b'x' * 300_000_000; time.sleep(0.5); print('done')")
-    assert ended.said == "done\n"
-    assert ended.peak_mb > 280
-    assert ended.own_mb > 280
-    with pytest.raises(SystemExit, match=r"(?s)ended with 3:.*no luck"):
-        run("-c", "import sys; print('no luck', flush=True); sys.exit(3)")
+def test_the_memory_and_exit_code_of_a_process_are_measured() -> None:
+    completed = run("-c", "import time; held = b'x' * 300_000_000; time.sleep(0.5); print('done')")
+    assert completed.output == "done\n"
+    assert completed.peak_mb > 280
+    assert completed.own_mb > 280
+    with pytest.raises(SystemExit, match=r"(?s)ended with 3:.*failure"):
+        run("-c", "import sys; print('failure', flush=True); sys.exit(3)")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", sorted({side for _, mine, others in PIPELINES for side in (mine, *others)}))
 def test_every_side_of_the_input_reads_the_folder(side: str, photos: Path) -> None:
-    seconds = json.loads(run("-m", "benchmarks.input_pipeline", "--side", side, str(photos)).said.splitlines()[-1])
+    seconds = json.loads(run("-m", "benchmarks.input_pipeline", "--side", side, str(photos)).output.splitlines()[-1])
     assert 0 < seconds["later"] < seconds["cold"]
 
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works where there is no checkout."""
+"""The wheel: its contents, and that it works without a checkout."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with the wheel; the packages it needs are seen where they are now."""
+    """A new virtual environment with the wheel, and with access to this environment's packages."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -35,31 +35,23 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
         check=True,
     )
-    # A path named in a .pth file is searched, but the .pth files in it are not read: the checkout stays out of sight.
+    # The folder of a .pth file is searched for modules, but its own .pth files, such as the checkout's, are not read.
     (site,) = folder.glob("lib/python3*/site-packages")
-    (site / "seen.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
 
 
-def ask(installed: Path, elsewhere: Path, *arguments: str) -> str:
-    """Run the wheel's Python in a folder that has nothing to do with the project."""
+def run(installed: Path, folder: Path, program: str, *arguments: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    answer = subprocess.run(
-        [str(installed / "bin" / arguments[0]), *arguments[1:]],
-        cwd=elsewhere,
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
+    command = [str(installed / "bin" / program), *arguments]
+    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_the_wheel_holds_the_package_the_configuration_and_the_weights(wheel: Path) -> None:
+def test_the_wheel_contains_the_package_the_configuration_and_the_weights(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if not name.startswith("kubetune-")}
+        names = {name for name in archive.namelist() if not name.startswith("kubetune-")}
         license_text = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("licenses/LICENSE"))
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.py")}
     weights = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.h5")}
@@ -68,26 +60,26 @@ def test_the_wheel_holds_the_package_the_configuration_and_the_weights(wheel: Pa
     assert code
     assert conf
     assert {path.rpartition(".")[2] for path in templates} == {"j2", "css", "js"}
-    assert code | weights | conf | templates | {"trainer/serving/page.html"} <= held
-    assert not [name for name in held if not name.startswith("trainer/") or "__pycache__" in name]
+    assert code | weights | conf | templates | {"trainer/serving/page.html"} <= names
+    assert not [name for name in names if not name.startswith("trainer/") or "__pycache__" in name]
     assert "Apache License" in license_text
 
 
 def test_the_installed_package_is_not_the_checkout(installed: Path, tmp_path: Path) -> None:
-    where = ask(installed, tmp_path, "python", "-c", "import trainer; print(trainer.__file__)")
-    assert Path(where.strip()).is_relative_to(installed)
+    file = run(installed, tmp_path, "python", "-c", "import trainer; print(trainer.__file__)")
+    assert Path(file.strip()).is_relative_to(installed)
 
 
-def test_help_names_the_groups(installed: Path, tmp_path: Path) -> None:
-    text = ask(installed, tmp_path, "python", "-m", "trainer", "--help")
+def test_help_lists_the_groups(installed: Path, tmp_path: Path) -> None:
+    text = run(installed, tmp_path, "python", "-m", "trainer", "--help")
     for group in ("data", "model", "augmentation", "phases", "runtime", "experiment", "debug"):
         assert group in text
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", [("python", "-m", "trainer"), ("kubetune",)])
-def test_the_configuration_is_found_anywhere(installed: Path, tmp_path: Path, program: tuple[str, ...]) -> None:
-    text = ask(installed, tmp_path, *program, "--cfg", "job", "data=digits", "debug=fast")
+def test_the_configuration_is_read_from_the_package(installed: Path, tmp_path: Path, program: tuple[str, ...]) -> None:
+    text = run(installed, tmp_path, *program, "--cfg", "job", "data=digits", "debug=fast")
     for section in ("data:", "model:", "phases:", "debug:"):
         assert f"\n{section}" in f"\n{text}"
     assert list(tmp_path.iterdir()) == []

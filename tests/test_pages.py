@@ -1,4 +1,4 @@
-"""Pages that are made from the code are not stale."""
+"""Generated pages are current, and the pages of docs/ are indexed and linked correctly."""
 
 import re
 import subprocess
@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("script", "page"), [("configuration_page", "configuration.md"), ("report_schema", "report.schema.json")]
 )
-def test_a_page_is_what_the_code_says(script: str, page: str) -> None:
+def test_a_generated_page_is_current(script: str, page: str) -> None:
     program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.page())"
     made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert made.stdout == (ROOT / "docs" / page).read_text(), f"run: python scripts/{script}.py"
 
 
-def test_the_commands_of_the_kubernetes_page_can_be_pasted() -> None:
+def test_the_paths_of_the_kubernetes_page_exist_and_its_commands_parse() -> None:
     text = (ROOT / "docs" / "kubernetes.md").read_text()
     named = set(re.findall(r"(?<![\w/-])k8s/[\w./*-]*\w", text)) - {"k8s/overlays/NAME"}
     assert named >= {"k8s/job.yaml", "k8s/multiworker.yaml", "k8s/overlays/serving"}
@@ -30,11 +30,11 @@ def test_the_commands_of_the_kubernetes_page_can_be_pasted() -> None:
         assert (read.returncode, read.stderr) == (0, ""), block
 
 
-def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
+def test_every_page_is_in_the_index_and_every_link_target_exists() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or page.name in index, page.name
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)  # an index and a call in code look like a link
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)  # code can contain the syntax of a link
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tensorboard import answer
+from tests.tensorboard import post
 from trainer.cli import sweep as hparams
 
 
@@ -27,7 +27,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_the_page_names_the_columns(sweep: Path) -> None:
-    page = answer(sweep, "hparams/experiment", {"experimentName": ""})
+    page = post(sweep, "hparams/experiment", {"experimentName": ""})
     assert {h["name"] for h in page["hparamInfos"]} == {"phases.head.optimizer.learning_rate", "augmentation"}
     assert [m["name"]["tag"] for m in page["metricInfos"]] == ["val_accuracy", "test_accuracy"]
 
@@ -35,7 +35,7 @@ def test_the_page_names_the_columns(sweep: Path) -> None:
 def test_the_page_has_a_row_for_each_job(sweep: Path) -> None:
     statuses = ["STATUS_SUCCESS", "STATUS_FAILURE"]
     asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
-    page = answer(sweep, "hparams/session_groups", asked)
+    page = post(sweep, "hparams/session_groups", asked)
     first, second = sorted(page["sessionGroups"], key=lambda group: group["name"])
     assert first["name"] == "0"
     assert first["hparams"] == {"phases.head.optimizer.learning_rate": 0.01, "augmentation": "light"}

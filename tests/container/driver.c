@@ -1,4 +1,4 @@
-// A driver without a device behind it: enough for TensorFlow to look for the libraries that it needs on a GPU.
+// A stub of the driver, without a device: enough for TensorFlow to load the libraries that it needs on a GPU.
 // Shapes of the calls: cuda.h and nvml.h of CUDA 12. Attributes 75 and 76 are the compute capability.
 #include <stddef.h>
 #include <string.h>

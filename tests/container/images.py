@@ -1,11 +1,11 @@
-"""Build the image and run it as a cluster would, with buildah and podman.
+"""Build the image with buildah, and run it with podman as a cluster would.
 
-The base is made here of Debian's packages, from wherever this machine takes them: no image is fetched. Its Python is
-Debian's, and the bytecode of it is left out as in the official images. Another base, which is fetched:
+The base image is built from Debian's packages, from this machine's apt sources: no image is pulled. Its Python is
+Debian's, without bytecode as in the official images. Another base, which is pulled:
 KUBETUNE_TEST_BASE=docker.io/library/python:3.12-slim
 
-Images, containers and what pip fetched lie in a store of their own. The base and the installed packages stay there for
-the next run; `rm -r ~/.cache/kubetune-containers` removes all.
+Images, containers and the cache of pip have a store of their own, in which the base and the installed packages stay for
+the next run; `rm -r ~/.cache/kubetune-containers` removes it.
 """
 
 import fcntl
@@ -32,56 +32,52 @@ OWN_STORE = (f"--root={STORE}/images", "--runroot=/run/kubetune-containers", "--
 USER = 65532
 MEGABYTE = 1e6
 
-# What a pod of the restricted kind has, and no more: podman would add a writable /run, /var/tmp and some capabilities.
+# A pod under the restricted standard: podman's defaults add a writable /run, /var/tmp and some capabilities.
 CONFINED = (
     "--read-only", "--read-only-tmpfs=false", "--network=none", f"--user={USER}:{USER}", "--cap-drop=all",
     "--security-opt=no-new-privileges", "--log-driver=k8s-file",
-    "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096",  # podman's own may be more than this machine allows
+    "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096",  # podman's defaults may exceed this machine's limits
 )  # fmt: skip
 
 
 @functools.cache
-def why_not() -> str:
-    """Why no image can be built and run on this machine; empty where it can."""
-    if platform.system() != "Linux":
-        return "images are built on Linux only"
-    needed = {"buildah": "buildah", "podman": "podman", "runc": "runc"}
+def unsupported() -> str:
+    """The reason why this machine cannot build and run images; empty where it can."""
+    if platform.system() != "Linux" or os.geteuid() != 0:
+        return "building the image needs Linux and root: the files that it mounts must belong to another user"
+    needed = {"buildah": "buildah", "podman": "podman", "runc": "runc", "cc": "gcc"}
     if not os.environ.get("KUBETUNE_TEST_BASE"):
         needed |= {"mmdebstrap": "mmdebstrap", "apt-get": "apt"}
-    if shutil.which("cc") is None:
-        return "the stand-in of NVIDIA's driver needs a C compiler: apt-get install gcc"
     missing = sorted(package for program, package in needed.items() if shutil.which(program) is None)
     if missing:
         return f"building the image needs {' and '.join(missing)}: apt-get install {' '.join(missing)}"
-    if os.geteuid() != 0:
-        return "building the image needs root: the files that it mounts must belong to another user"
     if "mmdebstrap" in needed and not _debian_sources():
-        return "apt names no source of Debian's packages here: run apt-get update, or give KUBETUNE_TEST_BASE"
+        return "apt has no sources of Debian's packages: run apt-get update, or set KUBETUNE_TEST_BASE"
     return ""
 
 
-def said(*command: str, text: str | None = None) -> str:
-    """What a command prints. Fails, with its complaint, where it does."""
+def run_command(*command: str, text: str | None = None) -> str:
+    """Standard output of a command that must succeed."""
     (STORE / "tmp").mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "TMPDIR": f"{STORE}/tmp"}
-    answer = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, f"{' '.join(command)}: {answer.returncode}\n{answer.stdout}{answer.stderr}"
-    return answer.stdout
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def podman(*arguments: str) -> str:
-    return said("podman", *OWN_STORE, "--runtime=runc", *arguments)  # as most clusters; it knows all kinds of cgroups
+    return run_command("podman", *OWN_STORE, "--runtime=runc", *arguments)  # runc supports all versions of cgroups
 
 
 def _debian_sources() -> str:
     form = "deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
     command = ("apt-get", "indextargets", "--format", form, "Created-By: Packages", "Origin: Debian")
-    return "".join(sorted(set(said(*command).splitlines(keepends=True))))
+    return "".join(sorted(set(run_command(*command).splitlines(keepends=True))))
 
 
 @contextmanager
 def store() -> Iterator[None]:
-    """Have the store to oneself: to remove what one has built would take from another what he is building on."""
+    """Lock the store: removing images while another process builds on them would fail."""
     STORE.mkdir(parents=True, exist_ok=True)
     with open(STORE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -89,15 +85,13 @@ def store() -> Iterator[None]:
 
 
 def make_base() -> None:
-    """Debian with Python and pip, under the name `BASE`, unless it is there."""
-    if os.environ.get("KUBETUNE_TEST_BASE"):
-        return
-    if BASE in podman("images", "--format={{.Repository}}").split():
+    """Build Debian with Python and pip as the image `BASE`, unless it exists."""
+    if os.environ.get("KUBETUNE_TEST_BASE") or BASE in podman("images", "--format={{.Repository}}").split():
         return
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
     with tempfile.TemporaryDirectory(prefix="kubetune-base-") as folder:
         archive = f"{folder}/base.tar"
-        said(
+        run_command(
             "mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-pip,ca-certificates",
             '--customize-hook=ln -s python3 "$1/usr/bin/python"',
             '--customize-hook=find "$1/usr" -name __pycache__ -prune -exec rm -r {} +',
@@ -107,12 +101,13 @@ def make_base() -> None:
 
 
 def build(context: Path, tag: str, *options: str) -> str:
-    """Build the Dockerfile of `context` on `BASE`; returns what the build said.
+    """Build the Dockerfile of `context` on `BASE`, with this machine's pip.conf as a secret, and its certificates.
 
-    pip is told what this machine's pip is told, as a secret, and sees its certificates.
+    Returns:
+        the output of the build.
     """
     pip = next((p for p in (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf") if p.exists()), None)
-    return said(
+    return run_command(
         "buildah", *OWN_STORE, "build", "--layers", "--force-rm", "--isolation=chroot", "--network=host",
         f"--build-arg=BASE={BASE}",
         *([] if "KUBETUNE_TEST_BASE" in os.environ else ["--pull-never"]),
@@ -122,28 +117,24 @@ def build(context: Path, tag: str, *options: str) -> str:
 
 
 def remove(*images: str) -> None:
-    """And what was built on the way to them, but for what is kept for the next run."""
+    """Remove images and their intermediate ones, except those that are reused."""
     podman("image", "rm", "--force", *images)
     podman("image", "prune", "--force")
 
 
 def inspect(image: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = json.loads(podman("image", "inspect", image))
-    return found[0]
+    return dict(json.loads(podman("image", "inspect", image))[0])
 
 
 def layers(image: str) -> list[tuple[str, int, str]]:
-    """Of each layer from the base up: digest, bytes, and the instruction that made it."""
+    """Digest, bytes and instruction of each layer, the base first."""
     history = json.loads(podman("history", "--no-trunc", "--format=json", image))[::-1]
-    made = [(step["size"], step["CreatedBy"]) for step in history if step["size"]]
-    digests = inspect(image)["RootFS"]["Layers"]
-    assert len(made) == len(digests), history
-    return [(digest, size, by) for digest, (size, by) in zip(digests, made, strict=True)]
+    steps = [(step["size"], step["CreatedBy"]) for step in history if step["size"]]
+    return [(digest, *step) for digest, step in zip(inspect(image)["RootFS"]["Layers"], steps, strict=True)]
 
 
 @contextmanager
 def tree_of(image: str) -> Iterator[Path]:
-    """The files of an image."""
     path = podman("image", "mount", image).strip()
     try:
         yield Path(path)
@@ -153,21 +144,17 @@ def tree_of(image: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Container:
-    """A container that was started."""
-
     name: str
 
-    @property
-    def pid(self) -> int:
-        """Of its first process, seen from here."""
-        return int(podman("inspect", "--format={{.State.Pid}}", self.name))
+    def state(self, field: str) -> str:
+        """One field of `podman inspect`'s state, such as Pid, the id of process 1 on this machine."""
+        return podman("inspect", f"--format={{{{.State.{field}}}}}", self.name).strip()
 
     def logs(self) -> str:
         command = ["podman", *OWN_STORE, "logs", self.name]
         return subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def wait_for(self, text: str, seconds: float) -> None:
-        """Until it has said something."""
         end = time.monotonic() + seconds
         while text not in self.logs():
             assert time.monotonic() < end, self.logs()
@@ -175,10 +162,10 @@ class Container:
             time.sleep(0.1)
 
     def running(self) -> bool:
-        return podman("inspect", "--format={{.State.Running}}", self.name).strip() == "true"
+        return self.state("Running") == "true"
 
     def stop(self) -> tuple[int, float]:
-        """Send SIGTERM: the exit code, and the seconds until then. Nothing but the process itself ends it."""
+        """Send SIGTERM only: exit code, and seconds until the exit."""
         began = time.monotonic()
         podman("kill", "--signal=TERM", self.name)
         return self.exit_code(120), time.monotonic() - began
@@ -188,23 +175,23 @@ class Container:
         while self.running():
             assert time.monotonic() < end, f"still running after {seconds:.0f} s:\n{self.logs()}"
             time.sleep(0.1)
-        return int(podman("inspect", "--format={{.State.ExitCode}}", self.name))
+        return int(self.state("ExitCode"))
 
 
 @contextmanager
 def started(
     image: str, *arguments: str, volumes: Mapping[Path, str] | None = None, options: Sequence[str] = ()
 ) -> Iterator[Container]:
-    """A container, confined like a pod, with writable /tmp, /cache and what of this machine is mounted; removed after."""
+    """A container confined like a pod, with writable /tmp, /cache and `volumes`; removed afterwards."""
     name = f"kubetune-test-{uuid.uuid4().hex[:12]}"
     with tempfile.TemporaryDirectory(prefix="kubetune-") as folder:
-        places = dict(volumes or {})
-        for there in ("tmp", "cache"):
-            empty = Path(folder) / there
+        mounted = dict(volumes or {})
+        for name_inside in ("tmp", "cache"):
+            empty = Path(folder) / name_inside
             empty.mkdir()
             empty.chmod(0o777)  # as an emptyDir is
-            places[empty] = f"/{there}"
-        mounts = [f"--volume={path}:{there}:rw" for path, there in places.items()]
+            mounted[empty] = f"/{name_inside}"
+        mounts = [f"--volume={path}:{inside}:rw" for path, inside in mounted.items()]
         podman("run", "--detach", f"--name={name}", *CONFINED, *mounts, *options, image, *arguments)
         try:
             yield Container(name)
@@ -213,7 +200,5 @@ def started(
 
 
 def run(image: str, *arguments: str, seconds: float, **more: Any) -> tuple[int, str]:
-    """A container to its end: exit code and all that it said."""
     with started(image, *arguments, **more) as container:
-        code = container.exit_code(seconds)
-        return code, container.logs()
+        return container.exit_code(seconds), container.logs()

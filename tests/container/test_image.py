@@ -1,4 +1,4 @@
-"""The image: what is in it, what a change of code rebuilds, that it runs and stops as a pod must, and finds CUDA."""
+"""The image: contents, layers, execution and termination as in a pod, and CUDA."""
 
 import json
 import re
@@ -8,29 +8,25 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import trainer
 from tests.container import images
-from tests.container.images import BASE, DEPENDENCIES, MEGABYTE, ROOT, USER, run, started
+from tests.container.images import DEPENDENCIES, MEGABYTE, ROOT, USER, run, started
 from tests.e2e.running import catches, has_loaded
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(images.why_not() != "", reason=images.why_not()),
+    pytest.mark.skipif(images.unsupported() != "", reason=images.unsupported()),
     pytest.mark.timeout(1800),
 ]
 
 REVISION = "0123456789ab"
-SMALL = (
-    "experiment=quickstart",
-    "output_dir=/outputs",
-    "debug.max_examples=200",
-    "phases.head.epochs=1",
-    "phases.fine_tune.epochs=1",
-)
+BUILD_ARGUMENTS = (f"--build-arg=VERSION={trainer.__version__}", f"--build-arg=REVISION={REVISION}")
+SMALL = ("output_dir=/outputs", "debug.max_examples=200", "phases.head.epochs=1", "phases.fine_tune.epochs=1")
 LIST_GPUS = """
 import ctypes, tensorflow as tf
 ctypes.CDLL("libnccl.so.2")
@@ -41,35 +37,36 @@ print(tf.config.list_physical_devices("GPU"))
 @pytest.fixture(scope="module")
 def image() -> Iterator[str]:
     """The image of this checkout, for CPUs."""
-    with images.store():
-        yield from built()
-
-
-def built() -> Iterator[str]:
-    began = time.monotonic()
-    images.make_base()
-    print(f"\nbase {BASE}: {time.monotonic() - began:.0f} s")
-    began = time.monotonic()
-    images.build(ROOT, DEPENDENCIES, "--target=dependencies")
-    print(f"dependencies: {time.monotonic() - began:.0f} s")
-    began = time.monotonic()
     tag = f"localhost/kubetune-test:{uuid.uuid4().hex[:12]}"
-    images.build(ROOT, tag, f"--build-arg=VERSION={trainer.__version__}", f"--build-arg=REVISION={REVISION}")
-    print(f"image: {time.monotonic() - began:.0f} s, {images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
-    yield tag
-    images.remove(tag)
+    with images.store():
+        with timed("\nbase"):
+            images.make_base()
+        with timed("dependencies"):
+            images.build(ROOT, DEPENDENCIES, "--target=dependencies")
+        with timed("image"):
+            images.build(ROOT, tag, *BUILD_ARGUMENTS)
+        print(f"{images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
+        yield tag
+        images.remove(tag)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - began:.1f} s")
 
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
-    """A folder to mount that belongs to the image's user, as a volume with `fsGroup` would."""
+    """A folder to mount that is owned by the image's user, as a volume with `fsGroup`."""
     folder = tmp_path / "outputs"
     folder.mkdir()
     shutil.chown(folder, USER, USER)
     return folder
 
 
-def test_it_says_what_it_is_and_runs_as_nobody_in_particular(image: str) -> None:
+def test_its_labels_entry_point_and_unprivileged_user(image: str) -> None:
     config = images.inspect(image)["Config"]
     assert config["User"] == f"{USER}:{USER}"
     assert config["Entrypoint"] == ["python", "-m", "trainer"]
@@ -85,7 +82,7 @@ def test_it_says_what_it_is_and_runs_as_nobody_in_particular(image: str) -> None
     }
 
 
-def test_a_change_of_code_rebuilds_one_thin_layer(image: str, tmp_path: Path) -> None:
+def test_a_change_of_code_rebuilds_one_small_layer(image: str, tmp_path: Path) -> None:
     context = tmp_path / "checkout"
     context.mkdir()
     for name in ("Dockerfile", ".dockerignore", "requirements-image.lock"):
@@ -94,25 +91,27 @@ def test_a_change_of_code_rebuilds_one_thin_layer(image: str, tmp_path: Path) ->
         shutil.copytree(ROOT / name, context / name)
     with open(context / "trainer" / "errors.py", "a") as file:
         file.write("\n# changed\n")
-    began = time.monotonic()
     changed = f"{image}-changed"
-    images.build(context, changed, f"--build-arg=VERSION={trainer.__version__}", f"--build-arg=REVISION={REVISION}")
-    print(f"\nrebuilt after a change of code: {time.monotonic() - began:.1f} s")
+    with timed("\nrebuilt after a change of code"):
+        images.build(context, changed, *BUILD_ARGUMENTS)
     try:
         before, after = images.layers(image), images.layers(changed)
     finally:
         images.remove(changed)
-    for _, size, made_by in after:
-        print(f"{size / MEGABYTE:10,.2f} MB  {made_by[:120]}")
+    print_layers(after)
     assert [digest for digest, *_ in before[:-1]] == [digest for digest, *_ in after[:-1]]
     assert before[-1][0] != after[-1][0]
     assert after[-1][1] < 10 * MEGABYTE
 
 
-def test_nothing_of_the_build_is_left(image: str) -> None:
-    ours = subprocess.run(
-        ["git", "ls-files", "trainer", "conf"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+def print_layers(layers: list[tuple[str, int, str]]) -> None:
+    for _, size, instruction in layers:
+        print(f"{size / MEGABYTE:10,.2f} MB  {instruction[:120]}")
+
+
+def test_it_contains_no_files_of_the_build(image: str) -> None:
+    listing = ["git", "-C", str(ROOT), "ls-files", "trainer", "conf"]
+    ours = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
     with images.tree_of(image) as tree:
         code = {str(path.relative_to(tree / "app")) for path in (tree / "app").rglob("*") if path.is_file()}
         assert {path for path in code if "__pycache__" not in path} == set(ours)
@@ -126,30 +125,29 @@ def test_nothing_of_the_build_is_left(image: str) -> None:
         for folder in ("app", "opt/venv/lib"):
             sources = [p for p in (tree / folder).rglob("*.py") if not (p.parent / "__pycache__").is_dir()]
             assert sources == [], "not compiled"
-        strange = [p for p in (tree / "app").rglob("*") if p.stat().st_uid != 0 or not p.stat().st_mode & 0o004]
-        assert strange == []
+        stats = {path: path.stat() for path in (tree / "app").rglob("*")}
+        assert [p for p, stat in stats.items() if stat.st_uid != 0 or not stat.st_mode & 0o004] == []
 
 
 def test_its_packages_are_those_of_the_lock(image: str) -> None:
     program = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
     code, text = run(image, "-c", program, seconds=60, options=["--entrypoint=python"])
     assert code == 0, text
-    found = {re.sub(r"[._]", "-", name).lower(): version for name, version in map(str.split, text.splitlines())}
+    installed = {re.sub(r"[._]", "-", name).lower(): version for name, version in map(str.split, text.splitlines())}
     locked = (ROOT / "requirements-image.lock").read_text()
-    assert "tensorflow" in found
-    assert not [name for name in found if name.startswith("nvidia-")]
-    for name, version in found.items():
+    assert "tensorflow" in installed
+    assert not [name for name in installed if name.startswith("nvidia-")]
+    for name, version in installed.items():
         assert re.search(rf"^{name}=={re.escape(version)}\s", locked, re.MULTILINE), name
 
 
-def test_the_quickstart_is_interrupted_goes_on_and_ends_well(image: str, outputs: Path) -> None:
-    """The real quickstart, as `docker run` of the image: no network, no writable root, no privileges."""
+def test_the_quickstart_is_interrupted_and_resumed(image: str, outputs: Path) -> None:
+    """The unchanged quickstart without network, writable root or privileges."""
     volumes = {outputs: "/outputs"}
     arguments = ("output_dir=/outputs", "runtime.progress=lines")
-    began = time.monotonic()
     with started(image, *arguments, volumes=volumes) as container:
-        container.wait_for("phase head", 300)
-        print(f"\nfirst phase after {time.monotonic() - began:.1f} s")
+        with timed("\nuntil the first phase"):
+            container.wait_for("phase head", 300)
         while not (outputs / "metrics.jsonl").exists() or not (outputs / "metrics.jsonl").read_text():
             assert container.running(), container.logs()
             time.sleep(0.1)
@@ -158,33 +156,31 @@ def test_the_quickstart_is_interrupted_goes_on_and_ends_well(image: str, outputs
     print(f"SIGTERM in training: exit code {code} after {seconds:.1f} s")
     assert code == 75, text
     assert seconds < 30
-    assert "SIGTERM: saving at the next step, then stopping" in text
+    assert "SIGTERM: " in text
     assert (outputs / "checkpoints" / "LATEST").exists()
-    began = time.monotonic()
-    code, text = run(image, *arguments, volumes=volumes, seconds=1200)
-    print(f"from there to the end: {time.monotonic() - began:.0f} s")
+    with timed("from the checkpoint to the end"):
+        code, text = run(image, *arguments, volumes=volumes, seconds=1200)
     assert code == 0, text
     assert "resuming" in text
     assert (outputs / "DONE").exists()
-    attempts = json.loads((outputs / "run.json").read_text())["attempts"]
-    assert [attempt["git"] for attempt in attempts] == [REVISION, REVISION]
-    assert run(image, *arguments, volumes=volumes, seconds=60)[0] == 0  # finished already
+    starts = json.loads((outputs / "run.json").read_text())["attempts"]
+    assert [start["git"] for start in starts] == [REVISION, REVISION]
+    assert run(image, *arguments, volumes=volumes, seconds=60)[0] == 0  # it is complete
 
 
-@pytest.mark.parametrize("moment", ["at once", "while TensorFlow is imported"])
-def test_sigterm_reaches_python_from_its_first_moments(image: str, outputs: Path, moment: str) -> None:
+@pytest.mark.parametrize("importing", ["", "libtensorflow"], ids=["at once", "while TensorFlow is imported"])
+def test_sigterm_is_handled_from_the_start(image: str, outputs: Path, importing: str) -> None:
     with started(image, *SMALL, volumes={outputs: "/outputs"}) as container:
-        pid = container.pid
-        while not catches(pid, signal.SIGTERM) or (moment != "at once" and not has_loaded(pid, "libtensorflow")):
+        pid = int(container.state("Pid"))
+        while not catches(pid, signal.SIGTERM) or not has_loaded(pid, importing):
             assert container.running(), container.logs()
             time.sleep(0.005)
-        early = not has_loaded(pid, "pydantic_core")
         code, seconds = container.stop()
         text = container.logs()
-    print(f"\n{moment}{' (before pydantic)' if early else ''}: exit code {code} after {seconds:.1f} s: {text.strip()}")
+    print(f"\nexit code {code} after {seconds:.1f} s: {text.strip()}")
     assert code == 75, text
     assert seconds < 15
-    assert "nothing is lost" in text
+    assert "interrupted" in text
 
 
 def test_the_other_commands(image: str, outputs: Path) -> None:
@@ -198,28 +194,25 @@ def test_the_other_commands(image: str, outputs: Path) -> None:
     assert "glyphs" in command("plan", "data=tfds", "data.root=/outputs/prepared", "model=glyphs_mobilenet_v2")
 
 
-def test_without_an_output_dir_it_says_what_is_missing(image: str) -> None:
+def test_a_missing_output_dir_is_reported(image: str) -> None:
     code, text = run(image, seconds=120)
     assert code == 2
-    assert re.search(r"error: cannot create /?outputs/\S+: .*; give output_dir=FOLDER", text), text
+    assert re.search(r"error: .*outputs/.*output_dir=", text), text
 
 
 @pytest.fixture(scope="module")
 def gpu_image(image: str) -> Iterator[str]:
-    """The image for GPUs: the other one and NVIDIA's libraries."""
     tag = f"{image}-gpu"
-    began = time.monotonic()
-    images.build(ROOT, tag, "--build-arg=DEVICE=gpu")
-    print(f"\nimage for GPUs: {time.monotonic() - began:.0f} s, {images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
-    for _, size, made_by in images.layers(tag):
-        print(f"{size / MEGABYTE:10,.2f} MB  {made_by[:120]}")
+    with timed("\nimage for GPUs"):
+        images.build(ROOT, tag, "--build-arg=DEVICE=gpu")
+    print_layers(images.layers(tag))
     yield tag
     images.remove(tag)
 
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Path:
-    """What a GKE node mounts at /usr/local/nvidia/lib64; nothing else is missing here."""
+    """A folder with a stub driver, as GKE nodes mount it at /usr/local/nvidia/lib64."""
     source = Path(__file__).with_name("driver.c")
     for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / name), str(source)], check=True)
@@ -227,11 +220,9 @@ def driver(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tensorflow_finds_cuda_and_takes_the_gpu(gpu_image: str, driver: Path) -> None:
-    options = ["--entrypoint=python", "--env=TF_CPP_MAX_VLOG_LEVEL=1"]
-    code, text = run(
-        gpu_image, "-c", LIST_GPUS, seconds=120, volumes={driver: "/usr/local/nvidia/lib64"}, options=options
-    )
+def test_tensorflow_loads_cuda_and_lists_the_gpu(gpu_image: str, driver: Path) -> None:
+    options, volumes = ["--entrypoint=python", "--env=TF_CPP_MAX_VLOG_LEVEL=1"], {driver: "/usr/local/nvidia/lib64"}
+    code, text = run(gpu_image, "-c", LIST_GPUS, seconds=120, volumes=volumes, options=options)
     assert code == 0, text
     assert "Could not load dynamic library" not in text
     for library in ("cudart", "cublas", "cufft", "cusolver", "cusparse", "cudnn"):
@@ -244,6 +235,6 @@ def test_without_a_driver_it_trains_on_the_cpu(gpu_image: str) -> None:
     assert code == 0, text
 
 
-def test_another_device_is_refused(image: str) -> None:
-    with pytest.raises(AssertionError, match="DEVICE=tpu: say cpu or gpu"):
+def test_another_device_is_rejected(image: str) -> None:
+    with pytest.raises(AssertionError, match=r"DEVICE=tpu: .*cpu or gpu"):
         images.build(ROOT, f"{image}-tpu", "--target=cuda", "--build-arg=DEVICE=tpu")

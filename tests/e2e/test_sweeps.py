@@ -12,7 +12,7 @@ import yaml
 
 from tests.e2e.running import ROOT, run, start
 from tests.storage.emulator import running
-from tests.tensorboard import answer
+from tests.tensorboard import post
 from trainer.storage.path import storage_path
 
 TINY = ("debug=fast", "phases=head_only", "phases.head.epochs=1", "export.formats=[]")
@@ -93,7 +93,7 @@ def test_a_search_outlives_a_job_that_diverges_and_goes_on(tmp_path: Path) -> No
     assert f"{results['best_value']:.4f}" == score
     statuses = ["STATUS_SUCCESS", "STATUS_FAILURE"]
     asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
-    rows = {g["name"]: g for g in answer(sweep, "hparams/session_groups", asked)["sessionGroups"]}
+    rows = {g["name"]: g for g in post(sweep, "hparams/session_groups", asked)["sessionGroups"]}
     assert {name: row["sessions"][0]["status"] for name, row in rows.items()} == {"0": statuses[1], "1": statuses[0]}
     assert [rows[name]["hparams"][RATE] for name in ("0", "1")] == [1e38, 0.01]
     assert {m["name"]["tag"] for m in rows["1"]["metricValues"]} == {"val_accuracy", "test_accuracy"}

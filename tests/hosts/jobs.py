@@ -1,4 +1,4 @@
-"""A run as the pods of a Kubernetes Indexed Job: real hosts, real names, and the environment that the Job gives."""
+"""A run as the pods of a Kubernetes Indexed Job: network hosts, host names, and the environment that a Job sets."""
 
 import os
 import subprocess
@@ -26,10 +26,9 @@ def start_job(
     env: Mapping[int, Mapping[str, str]] | None = None,
     only: Iterable[int] | None = None,
 ) -> Workers:
-    """Start one worker on every host of the network, all with the same command line; the logs go to `folder`.
+    """Start one worker per host of the network, or of `only`, with the same command line and logs in `folder`.
 
-    `own` and `env` are further overrides and environment variables of single workers. With `only` the other hosts
-    stay empty.
+    `own` and `env` are additional overrides and environment variables by worker.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[str]] = []
@@ -52,20 +51,20 @@ def start_job(
     return Workers(folder, processes)
 
 
-def exits(workers: Workers, who: Iterable[int], since: float, seconds: float) -> dict[int, tuple[int, float]]:
-    """Wait until these workers have ended: their exit codes, and seconds from `since` (of time.monotonic()) till then.
+def exits(workers: Workers, indexes: Iterable[int], since: float, seconds: float) -> dict[int, tuple[int, float]]:
+    """Wait until these workers have ended: exit code, and seconds since `since` (of time.monotonic()), by worker.
 
     Fails, and kills all workers, where one still runs `seconds` after `since`.
     """
-    awaited, found = set(who), dict[int, tuple[int, float]]()
-    while len(found) < len(awaited):
-        for index in awaited - found.keys():
+    awaited, ends = set(indexes), dict[int, tuple[int, float]]()
+    while len(ends) < len(awaited):
+        for index in awaited - ends.keys():
             code = workers[index].poll()
             if code is not None:
-                found[index] = code, time.monotonic() - since
+                ends[index] = code, time.monotonic() - since
         if time.monotonic() - since > seconds:
-            said = "\n".join(f"--- {i}: {workers.said(i)[-1500:]}" for i in range(len(workers.processes)))
+            logs = "\n".join(f"--- {i}: {workers.output(i)[-1500:]}" for i in range(len(workers.processes)))
             workers.kill()
-            raise AssertionError(f"after {seconds:.0f} s only these had ended: {found}\n{said}")
+            raise AssertionError(f"after {seconds:.0f} s only these had ended: {ends}\n{logs}")
         time.sleep(0.01)
-    return found
+    return ends

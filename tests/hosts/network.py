@@ -1,11 +1,9 @@
-"""Real hosts on one machine: Linux network namespaces joined by a bridge, which know each other by name.
+"""Network hosts on one machine: Linux network namespaces, connected by a bridge, with names.
 
-The names are those of the pods of a Kubernetes Indexed Job (`<job>-<i>.<service>`), and what a host sees is what such
-a pod sees: one interface, its own `/etc/hosts`, an unknown name that fails at once, and a peer that may vanish without
-a word. No link is ever made in the machine's own namespace; the bridge has a namespace of its own.
+A host behaves like a pod of a Kubernetes Indexed Job (`<job>-<i>.<service>`): it has one interface and its own
+`/etc/hosts`, an unknown name fails immediately, and a peer can disappear without closing its connections. No link is
+created in the machine's own namespace; the bridge has its own.
 """
-
-from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -16,40 +14,28 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytest
 
 T = TypeVar("T")
 
-FILES = Path("/etc/netns")  # `ip netns exec` mounts what lies in <FILES>/<namespace> over /etc; the folder itself stays
+FILES = Path("/etc/netns")  # `ip netns exec` mounts the files of <FILES>/<namespace> over /etc
 NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of sched.h
-KILL_TIMEOUT = 10.0  # seconds for the processes of all hosts to be gone
+KILL_TIMEOUT = 10.0  # seconds until the processes of all hosts have ended
+IP, UNSHARE, SHELL = (shutil.which(name) or name for name in ("ip", "unshare", "sh"))  # of iproute2 and util-linux
 _numbers = itertools.count()
 
 
-def _program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise RuntimeError(f"the program `{name}` is not here: install iproute2 and util-linux")
-    return path
-
-
-def _run(program: str, *arguments: str, text: str = "") -> str:
-    command = [_program(program), *arguments]
-    answer = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=60)
-    if answer.returncode != 0:
-        raise RuntimeError(f"`{program} {' '.join(arguments)}` failed: {answer.stderr.strip()}")
-    return answer.stdout
-
-
 def _ip(*arguments: str, text: str = "") -> str:
-    return _run("ip", *arguments, text=text)
+    done = subprocess.run([IP, *arguments], input=text, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode != 0:
+        raise RuntimeError(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _pids(namespace: str) -> list[int]:
@@ -57,14 +43,10 @@ def _pids(namespace: str) -> list[int]:
 
 
 @functools.cache
-def why_not() -> str:
-    """Why hosts cannot be made on this machine, found by making one; empty where they can."""
-    if not Path("/proc/self/ns/net").exists():
-        return "hosts of their own need Linux network namespaces"
-    if os.geteuid() != 0:
-        return "network namespaces need root: run the tests as root"
-    if shutil.which("ip") is None:
-        return "network namespaces need the program `ip`: install iproute2"
+def unsupported() -> str:
+    """The reason why this machine cannot create hosts, determined by creating one; empty where it can."""
+    if not Path("/proc/self/ns/net").exists() or os.geteuid() != 0:
+        return "network namespaces need Linux and root"
     namespace = f"kubetune-{os.getpid()}-probe"
     try:
         _ip("netns", "add", namespace)
@@ -73,18 +55,19 @@ def why_not() -> str:
         _ip("netns", "exec", namespace, "true")
         FILES.mkdir(exist_ok=True)
     except (RuntimeError, OSError) as error:
-        return f"network namespaces cannot be made here: {error}"
+        return f"network namespaces cannot be created: {error}"
     finally:
-        subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+        with contextlib.suppress(RuntimeError):
+            _ip("netns", "delete", namespace)
     return ""
 
 
-needs_root = pytest.mark.skipif(why_not() != "", reason=why_not())
+needs_root = pytest.mark.skipif(unsupported() != "", reason=unsupported())
 
 
 @dataclass(frozen=True)
 class Host:
-    """One host: its namespace, its address, and the name of its link's end at the bridge."""
+    """One host: namespace, IP and hardware address, and the bridge port that it is connected to."""
 
     namespace: str
     address: str
@@ -93,16 +76,12 @@ class Host:
 
 
 class Network:
-    """Hosts with these names for the time of a `with` block; afterwards their processes are killed and all is removed.
+    """Hosts with these names inside a `with` block; afterwards their processes are killed and everything is removed.
 
-    Host *i* of *names* has the address 10.77.0.<i+2>; several networks, also of several processes, do not see each
-    other. `ValueError` for names that cannot stand in a hosts file; `RuntimeError` with the words of `ip` or `tc` for
-    what the kernel refuses.
+    Host *i* of *names* has the address 10.77.0.<i+2>. Networks are isolated from each other.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        if not 1 <= len(set(names)) == len(names) <= 250 or any(not name or name.split() != [name] for name in names):
-            raise ValueError(f"a network needs 1 to 250 different host names without blanks, not {list(names)}")
         prefix = f"kubetune-{os.getpid()}-{next(_numbers)}"
         self._hub = f"{prefix}-hub"
         self.hosts: dict[str, Host] = {
@@ -112,7 +91,7 @@ class Network:
         self._forgotten: set[str] = set()
         self._started: list[subprocess.Popen[str]] = []
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> Self:
         try:
             self._build()
         except BaseException:
@@ -120,43 +99,31 @@ class Network:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._remove()
 
     def popen(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | Path | None = None,
-        stdout: int | IO[str] | IO[bytes] | None = None,
-        stderr: int | IO[str] | IO[bytes] | None = None,
-        hostname: str | None = None,
+        self, name: str, command: Sequence[str], *, hostname: str | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        """Start *command* on host *name*; the child is the command itself, so that signals and exit codes are its own.
+        """Start *command* on host *name*, as the child process itself, so that signals and exit codes are the command's.
 
-        Pipes carry text; stdin is empty. With *hostname* the process sees that as its machine's name.
+        Pipes carry text; stdin is empty. *hostname* is the machine name that the process sees, *options* are of `Popen`.
         """
-        # Every program of this chain replaces itself by the next, so that the process id stays.
-        chain = [_program("ip"), "netns", "exec", self._host(name).namespace]
+        # Every program of this chain replaces itself by the next one, with the same process id.
+        chain = [IP, "netns", "exec", self.hosts[name].namespace]
         if hostname is not None:
             script = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
-            chain += [_program("unshare"), "--uts", _program("sh"), "-c", script, hostname]
-        process = subprocess.Popen(
-            [*chain, *command], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True
-        )
+            chain += [UNSHARE, "--uts", SHELL, "-c", script, hostname]
+        process = subprocess.Popen([*chain, *command], stdin=subprocess.DEVNULL, text=True, **options)
         self._started.append(process)
         return process
 
     def inside(self, name: str, function: Callable[[], T]) -> T:
-        """Call a function of this process that sees the links of host *name*, by addresses: names are not its host's.
+        """Call a function in the network namespace of host *name*; its connections and child processes use that host.
 
-        Connections that it opens, and processes that it starts, stay on that host.
+        Names are not resolved there, so it connects to addresses.
         """
-        path = Path("/run/netns", self._host(name).namespace)
+        path = Path("/run/netns", self.hosts[name].namespace)
 
         def call() -> T:
             with path.open() as file:
@@ -164,66 +131,27 @@ class Network:
                     raise OSError(ctypes.get_errno(), f"cannot enter {path}")
             return function()
 
-        with ThreadPoolExecutor(1) as thread:  # its only thread goes there, and ends there
+        with ThreadPoolExecutor(1) as thread:  # only this thread enters the namespace
             return thread.submit(call).result()
 
     def pids(self, name: str) -> list[int]:
-        """The processes that run on host *name*, whoever started them."""
-        return _pids(self._host(name).namespace)
+        return _pids(self.hosts[name].namespace)
 
     def forget(self, name: str) -> None:
-        """Take *name* out of every other host's `/etc/hosts`: a peer whose DNS record is not published yet."""
-        self._host(name)
+        """Remove *name* from every other host's `/etc/hosts`: a peer whose DNS record is not published yet."""
         self._forgotten.add(name)
         self._write_hosts_files()
 
     def remember(self, name: str) -> None:
-        """Undo `forget`."""
-        self._host(name)
         self._forgotten.discard(name)
         self._write_hosts_files()
 
     def cut(self, name: str) -> None:
-        """Take the link of host *name* down at the bridge: what it sends and what is sent to it is silently lost."""
-        _ip("-n", self._hub, "link", "set", self._host(name).port, "down")
+        """Take the link of host *name* down at the bridge: packets from and to it are lost."""
+        _ip("-n", self._hub, "link", "set", self.hosts[name].port, "down")
 
     def join(self, name: str) -> None:
-        """Undo `cut`."""
-        _ip("-n", self._hub, "link", "set", self._host(name).port, "up")
-
-    def slow(self, name: str, delay_ms: int = 0, rate_mbit: int | None = None) -> None:
-        """Let what host *name* sends leave at *rate_mbit* (10^6 bits/s) at most and *delay_ms* later.
-
-        Replaces what an earlier call set. What the host receives is not slowed. `RuntimeError`, and nothing is
-        changed, where the kernel cannot delay (it has no netem).
-        """
-        if delay_ms < 0 or (rate_mbit is not None and rate_mbit <= 0) or (not delay_ms and rate_mbit is None):
-            raise ValueError(f"a slow link needs delay_ms > 0 or rate_mbit > 0, not {delay_ms} and {rate_mbit}")
-        if delay_ms:
-            rate = [] if rate_mbit is None else ["rate", f"{rate_mbit}mbit"]
-            try:
-                self._queue(name, "replace", "netem", "delay", f"{delay_ms}ms", *rate)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"the link of {name} cannot be delayed by {delay_ms} ms: this kernel has no netem "
-                    f"(CONFIG_NET_SCH_NETEM); a rate alone works without. {error}"
-                ) from error
-        else:
-            assert rate_mbit is not None
-            burst = max(32_000, rate_mbit * 1250)  # bytes: 10 ms of the rate, and never less than some packets
-            self._queue(name, "replace", "tbf", "rate", f"{rate_mbit}mbit", "burst", str(burst), "latency", "50ms")
-
-    def fast(self, name: str) -> None:
-        """Undo `slow`."""
-        self._queue(name, "replace", "noqueue")
-
-    def _host(self, name: str) -> Host:
-        if name not in self.hosts:
-            raise ValueError(f"no host {name} in this network: there are {', '.join(self.hosts)}")
-        return self.hosts[name]
-
-    def _queue(self, name: str, verb: str, *discipline: str) -> None:
-        _run("tc", "-n", self._host(name).namespace, "qdisc", verb, "dev", "eth0", "root", *discipline)
+        _ip("-n", self._hub, "link", "set", self.hosts[name].port, "up")
 
     def _build(self) -> None:
         hosts = self.hosts.values()
@@ -237,8 +165,8 @@ class Network:
         _ip("-n", self._hub, "-batch", "-", text="\n".join(at_the_hub))
         for host in hosts:
             at_the_host = ["link set lo up", f"addr add {host.address}/24 dev eth0", "link set eth0 up"]
-            # Were the neighbours found by ARP, a peer that was cut would give "no route to host" after three
-            # seconds; pods are mostly reached through a router, and packets to a lost one are just lost.
+            # With ARP, a peer that was cut would give "no route to host" after three seconds; pods are mostly reached
+            # through a router, and packets to a failed one are lost.
             at_the_host += [
                 f"neigh replace {peer.address} lladdr {peer.hardware_address} dev eth0 nud permanent"
                 for peer in hosts
@@ -248,8 +176,8 @@ class Network:
         for host in hosts:
             folder = FILES / host.namespace
             folder.mkdir(parents=True)
-            # Nobody listens on the host's port 53: a resolver that asks DNS all the same is refused at once. By
-            # "files" alone an unknown name is told "not known", as cluster DNS does, not "try again".
+            # Port 53 is closed, so that a DNS query is refused immediately. With "files" alone the result for an
+            # unknown name is "not known", as with cluster DNS, and not "try again".
             (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
             if Path("/etc/nsswitch.conf").exists():
                 (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
@@ -257,8 +185,8 @@ class Network:
 
     def _write_hosts_files(self) -> None:
         for reader, host in self.hosts.items():
-            # As long with a name forgotten as without, and written over the old text: running processes have this
-            # very file mounted, and must never see it empty.
+            # Overwritten without truncation, with the same length: running processes have this file mounted, and must never
+            # read it empty.
             file = os.open(FILES / host.namespace / "hosts", os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.write(file, self._hosts_text(reader).encode())
@@ -268,10 +196,10 @@ class Network:
     def _hosts_text(self, reader: str) -> str:
         lines = ["127.0.0.1 localhost"]
         for name, host in self.hosts.items():
-            if name == reader:  # a pod knows its own short name too
-                lines.append(" ".join([host.address, *dict.fromkeys([name, name.partition(".")[0]])]))
+            line = f"{host.address} {name}"
+            if name == reader:  # a pod resolves its own short name too
+                lines.append(f"{line} {name.partition('.')[0]}")
             else:
-                line = f"{host.address} {name}"
                 lines.append(f"#{line[1:]}" if name in self._forgotten else line)
         return "\n".join(lines) + "\n"
 
@@ -281,17 +209,17 @@ class Network:
             self._kill([name for name in namespaces if Path("/run/netns", name).exists()])
         finally:
             for namespace in namespaces:
-                if Path("/run/netns", namespace).exists():
-                    subprocess.run([_program("ip"), "netns", "delete", namespace], capture_output=True, check=False)
+                with contextlib.suppress(RuntimeError):  # it does not exist
+                    _ip("netns", "delete", namespace)
                 shutil.rmtree(FILES / namespace, ignore_errors=True)
 
     def _kill(self, namespaces: list[str]) -> None:
-        for process in self._started:  # one may not have entered its namespace yet
+        for process in self._started:  # it may not have entered its namespace yet
             process.kill()
         deadline = time.monotonic() + KILL_TIMEOUT
         while left := [pid for namespace in namespaces for pid in _pids(namespace)]:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {left} of the hosts did not die within {KILL_TIMEOUT:.0f} s of SIGKILL")
+                raise RuntimeError(f"processes {left} of the hosts still run {KILL_TIMEOUT:.0f} s after SIGKILL")
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -1,61 +1,54 @@
-"""A cluster for one Job: its nodes are hosts of a network, its bucket is the emulator on another, its pods processes.
+"""Simulated cluster for one Job: its nodes are network hosts, its bucket is the emulator on another, its pods processes.
 
-It plays the scheduler (every pod has a node), the kubelet (`tests.k8s.container`; probes, grace periods), the Service's
-DNS and the Job controller (`tests.k8s.controller`, though it starts replacements at once). Pods of one index run on the
-same host, one after the other, and so have the same address, which real ones have not.
+It implements the scheduler (every pod has a node), the kubelet (`tests.k8s.container`; probes, grace periods), the
+Service's DNS and the Job controller (`tests.k8s.controller`, without the pause before a replacement). Pods of one index
+run on the same host, one after the other, and so have the same address, unlike real pods.
 """
-
-from __future__ import annotations
 
 import contextlib
 import shutil
 import signal
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tests.e2e.running import by_step
 from tests.hosts.network import Network
 from tests.k8s import controller
 from tests.k8s.container import Container, start
-from tests.k8s.controller import Alive, Ended, Verdict
+from tests.k8s.controller import JobCondition, RunningPod, TerminatedPod
 from tests.k8s.rendered import Pods
 from tests.storage.emulator import Emulator
 
-STORAGE, STORAGE_PORT = "storage", 4443  # the first host: 10.77.0.2, as the overlays in tests/k8s/overlays say
-PROBE = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}  # what Kubernetes takes where nothing is said
+STORAGE, STORAGE_PORT = "storage", 4443  # the first host: 10.77.0.2, as in tests/k8s/overlays/common
+PROBE = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}  # the defaults of Kubernetes
 KINDS = ("startupProbe", "livenessProbe")
 
 
 @dataclass
-class Probing:
-    """How the probes of a container went so far."""
+class ProbeState:
+    """Results of the current probe of a container; `due` is a moment of time.monotonic()."""
 
     due: float
     kind: str = KINDS[0]
-    failures: int = 0
-    answers: int = 0
-    missed: int = 0  # in all
+    failures: int = 0  # in a row
+    successes: int = 0
 
 
 @dataclass(eq=False)
 class Pod:
-    """One pod; `told` and `deleted` are moments of time.monotonic()."""
-
     name: str
     host: str
     index: int
     container: Container
-    probing: Probing
-    conditions: set[str] = field(default_factory=set)
-    deleted: float | None = None
-    told: float | None = None  # to end, whoever wanted it
-    why: str = ""
+    probe: ProbeState
+    conditions: set[str] = field(default_factory=set)  # those that are true, such as DisruptionTarget
+    deleted: bool = False  # by `Cluster.delete`
+    sigterm_time: float | None = None  # when SIGTERM was sent, by time.monotonic()
+    reason: str = ""  # of SIGTERM
 
     @property
     def exit_code(self) -> int:
@@ -65,26 +58,21 @@ class Pod:
 
 
 class Cluster:
-    """Runs a Job inside a `with` block; afterwards all its processes are gone, and what they left is in `folder`."""
+    """Runs a Job inside a `with` block; its processes are killed at the end, and their files remain in `folder`."""
 
     def __init__(self, job: Pods, folder: Path) -> None:
         assert job.job is not None
         assert job.job.get("completionMode") == "Indexed" or job.count == 1
         self.job, self.spec, self.folder = job, job.job, folder
-        self.hosts = [self._host(index) for index in range(job.count)]
+        subdomain = f".{job.spec['subdomain']}" if "subdomain" in job.spec else ""
+        self.hosts = [job.hostname(index) + subdomain for index in range(job.count)]
         self.network = Network([STORAGE, *self.hosts])
-        self.pods: list[Pod] = []  # all that there ever were
-        self.ended: list[Pod] = []  # in the order in which that was seen
-        self.verdict: Verdict | None = None
-        address = self.network.hosts[STORAGE].address
-        self.storage = Emulator(folder / "objects", address, STORAGE_PORT)
+        self.pods: list[Pod] = []  # all, running and terminated
+        self.terminated: list[Pod] = []  # in the order of termination
+        self.condition: JobCondition | None = None
+        self.storage = Emulator(folder / "objects", self.network.hosts[STORAGE].address, STORAGE_PORT)
 
-    def _host(self, index: int) -> str:
-        """The name that DNS has for a pod, if any Service publishes it."""
-        name = self.job.hostname(index)
-        return f"{name}.{self.job.spec['subdomain']}" if "subdomain" in self.job.spec else name
-
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         self.network.__enter__()
         for host in self.hosts:
             self.network.forget(host)  # a name is published with its pod
@@ -92,33 +80,31 @@ class Cluster:
         self.network.inside(STORAGE, self.storage.make_bucket)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.network.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.network.__exit__()
 
-    # What a test does --------------------------------------------------------------------------------------------
+    # Interface of the tests --------------------------------------------------------------------------------------
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 500) -> None:
-        """Let the cluster work until something is true. Fails when the Job ends before that."""
+    def wait_until(self, reached: Callable[[], bool], what: str, seconds: float = 500) -> None:
+        """Run the cluster until `reached()`. Fails when the Job ends before that."""
+        self._run_until(lambda: reached() or self.condition is not None, what, seconds)
+        assert reached(), f"{what} not reached; {self.condition}\n{self.describe()}"
+
+    def finish(self, seconds: float = 900) -> JobCondition:
+        """Run the cluster until the Job and all its pods have ended."""
+        self._run_until(lambda: self.condition is not None and not self.running, "the end of the Job", seconds)
+        assert self.condition is not None
+        return self.condition
+
+    def _run_until(self, reached: Callable[[], bool], what: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not true():
-            if time.monotonic() > deadline or self.verdict:
-                raise AssertionError(f"waited in vain for {what}; {self.verdict}\n{self.story()}")
-            self._work()
+        while not reached():
+            assert time.monotonic() < deadline, f"{what} not reached\n{self.describe()}"
+            self._reconcile()
             time.sleep(0.02)
-
-    def finish(self, seconds: float = 900) -> Verdict:
-        """Let it work until the Job has ended, and its pods with it."""
-        deadline = time.monotonic() + seconds
-        while self.verdict is None or self.alive:
-            assert time.monotonic() < deadline, f"the Job does not end\n{self.story()}"
-            self._work()
-            time.sleep(0.02)
-        return self.verdict
 
     def preempt(self, index: int) -> Pod:
-        """What the scheduler, a drain or an eviction does: say so in a condition, and delete the pod."""
+        """Disrupt a pod as the scheduler, a drain or an eviction does: set the condition, then delete the pod."""
         pod = self.pod(index)
         pod.conditions.add("DisruptionTarget")
         self.delete(pod)
@@ -126,113 +112,105 @@ class Cluster:
 
     def delete(self, pod: Pod) -> None:
         """As `kubectl delete pod`: SIGTERM, and after the grace period SIGKILL."""
-        pod.deleted = pod.deleted or time.monotonic()
-        self._end(pod, "deleted")
+        pod.deleted = True
+        self._terminate(pod, "deleted")
 
     def pod(self, index: int = 0) -> Pod:
-        """The one of this index that runs."""
-        (found,) = [pod for pod in self.alive if pod.index == index]
-        return found
+        (running,) = [pod for pod in self.running if pod.index == index]
+        return running
 
-    def said(self, index: int = 0) -> str:
-        """What the newest pod of an index printed."""
+    def log(self, index: int = 0) -> str:
+        """Log of the newest pod of an index."""
         logs = [pod.container.log for pod in self.pods if pod.index == index]
         return logs[-1] if logs else ""
 
     @property
-    def alive(self) -> list[Pod]:
-        """Those whose end has not been seen."""
-        return [pod for pod in self.pods if pod not in self.ended]
+    def running(self) -> list[Pod]:
+        """Pods whose termination has not been observed."""
+        return [pod for pod in self.pods if pod not in self.terminated]
 
-    def fetched(self, address: str, to: Path) -> Path:
-        """A folder of the bucket, gs://BUCKET/..., the checkpoints under the names of a local run."""
+    def download(self, address: str, to: Path) -> Path:
+        """Copy a folder of the bucket, gs://BUCKET/..., with its checkpoints under the names of a local run."""
         source = self.storage.folder / address.removeprefix("gs://")
         for file in source.rglob("*"):
-            if file.is_file():  # folders of deleted objects stay
+            if file.is_file():  # folders of deleted objects remain
                 (to / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to / file.relative_to(source))
         return by_step(to)
 
-    def story(self) -> str:
-        """What became of all pods."""
+    def describe(self) -> str:
+        """State, termination message and end of the log of every pod."""
         return "\n".join(
-            f"--- {pod.name}: exit code {pod.container.exit_code} {pod.why} {sorted(pod.conditions)}; "
-            f"{pod.probing}; message {pod.container.message!r}\n{pod.container.log[-2000:]}"
+            f"--- {pod.name}: exit code {pod.container.exit_code} {pod.reason} {sorted(pod.conditions)}; "
+            f"{pod.probe}; message {pod.container.message!r}\n{pod.container.log[-2000:]}"
             for pod in self.pods
         )
 
-    # What the cluster does ---------------------------------------------------------------------------------------
+    # Control loops -----------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        self.ended += [pod for pod in self.alive if pod.container.exit_code is not None]
-        for pod in self.alive:
-            self._watch(pod)
-        there = {pod.host for pod in self.alive}
-        for pod in self.pods:
-            if pod.host not in there:
-                self.network.forget(pod.host)
-        ended = [
-            Ended(f"default/{pod.name}", pod.index, {self.job.container["name"]: pod.exit_code}, frozenset(pod.conditions))
-            for pod in self.ended
-        ]  # fmt: skip
-        self.verdict = self.verdict or controller.verdict(self.spec, ended)
-        if self.verdict:
-            for pod in self.alive:
+    def _reconcile(self) -> None:
+        self.terminated += [pod for pod in self.running if pod.container.exit_code is not None]
+        for pod in self.running:
+            self._run_kubelet(pod)
+        for host in {pod.host for pod in self.pods} - {pod.host for pod in self.running}:
+            self.network.forget(host)
+        name = self.job.container["name"]
+        terminated = [
+            TerminatedPod(f"default/{pod.name}", pod.index, {name: pod.exit_code}, frozenset(pod.conditions))
+            for pod in self.terminated
+        ]
+        self.condition = self.condition or controller.final_condition(self.spec, terminated)
+        if self.condition:
+            for pod in self.running:
                 self.delete(pod)
             return
-        alive = [Alive(pod.index, pod.deleted is not None) for pod in self.alive]
-        for index in controller.to_start(self.spec, ended, alive):
+        running = [RunningPod(pod.index, pod.deleted) for pod in self.running]
+        for index in controller.indexes_to_start(self.spec, terminated, running):
             self._start(index)
 
     def _start(self, index: int) -> None:
-        name = f"{self.job.named}-{index}-{len(self.pods):05}"
+        name = f"{self.job.job_name}-{index}-{len(self.pods):05}"
         host = self.hosts[index]
         container = start(
             self.network, host, self.job.hostname(index), self.folder / "pods" / name, self.job.spec,
             self.job.environment(index), self.job.arguments(index),
         )  # fmt: skip
-        self.pods.append(Pod(name, host, index, container, Probing(time.monotonic())))
+        self.pods.append(Pod(name, host, index, container, ProbeState(time.monotonic())))
         if self.job.published:
             self.network.remember(host)
 
-    def _end(self, pod: Pod, why: str) -> None:
-        if pod.told is None:
-            pod.told, pod.why = time.monotonic(), why
+    def _terminate(self, pod: Pod, reason: str) -> None:
+        if pod.sigterm_time is None:
+            pod.sigterm_time, pod.reason = time.monotonic(), reason
             pod.container.send(signal.SIGTERM)
 
-    def _watch(self, pod: Pod) -> None:
-        now = time.monotonic()
-        if pod.told is not None:
-            if now - pod.told > self.job.spec["terminationGracePeriodSeconds"]:
+    def _run_kubelet(self, pod: Pod) -> None:
+        now, state = time.monotonic(), pod.probe
+        if pod.sigterm_time is not None:
+            if now - pod.sigterm_time > self.job.spec["terminationGracePeriodSeconds"]:
                 pod.container.send(signal.SIGKILL)
             return
-        probe: dict[str, Any] | None = self.job.container.get(pod.probing.kind)
-        if probe is None:
-            if pod.probing.kind == KINDS[0]:
-                pod.probing = Probing(now, KINDS[1])
+        if state.kind == KINDS[0] and (state.successes or KINDS[0] not in self.job.container):
+            state = pod.probe = ProbeState(state.due, KINDS[1])
+        if state.kind not in self.job.container or now < state.due:
             return
-        probe = PROBE | probe
-        if now < pod.probing.due:
-            return
-        pod.probing.due = now + probe["periodSeconds"]
-        if self._answers(pod, probe):
-            pod.probing.failures, pod.probing.answers = 0, pod.probing.answers + 1
-            if pod.probing.kind == KINDS[0]:
-                pod.probing = Probing(now, KINDS[1], missed=pod.probing.missed)
+        probe = PROBE | self.job.container[state.kind]
+        state.due = now + probe["periodSeconds"]
+        if self._probe_succeeds(pod, probe):
+            state.failures, state.successes = 0, state.successes + 1
         else:
-            pod.probing.failures += 1
-            pod.probing.missed += 1
-            if pod.probing.failures >= probe["failureThreshold"]:
-                self._end(pod, f"failed its {pod.probing.kind}")
+            state.failures += 1
+            if state.failures >= probe["failureThreshold"]:
+                self._terminate(pod, f"failed its {state.kind}")
 
-    def _answers(self, pod: Pod, probe: dict[str, Any]) -> bool:
-        """The kubelet asks from the node, by the pod's address."""
+    def _probe_succeeds(self, pod: Pod, probe: dict[str, Any]) -> bool:
+        """Send the request of the kubelet from the node, to the pod's address."""
         (port,) = [p["containerPort"] for p in self.job.container["ports"] if p["name"] == probe["httpGet"]["port"]]
         url = f"http://{self.network.hosts[pod.host].address}:{port}{probe['httpGet']['path']}"
 
-        def ask() -> bool:
+        def request() -> bool:
             with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=probe["timeoutSeconds"]):
                 return True  # 4xx and 5xx are errors
             return False
 
-        return self.network.inside(pod.host, ask)
+        return self.network.inside(pod.host, request)

@@ -1,9 +1,9 @@
-"""One container of a pod as a process of this machine, confined as the manifest says.
+"""One container of a pod, run as a confined process of this machine from its manifest.
 
 It has mounts, process ids, a host name and a host of its own (`tests.hosts.network`); its command is process 1, which a
-signal without a handler does not end. The image is this checkout: environment, entry point and folders are those that
-the Dockerfile gives, on this machine's /usr and Python packages. /etc/passwd knows nobody but root, as with a user id
-that no image has heard of. Left out: limits of CPU, memory and disk, GPUs, and seccomp.
+signal without a handler does not end. The image is this checkout, with environment, entry point and folders of the
+Dockerfile, on this machine's /usr and Python packages. /etc/passwd lists only root, as for a user id that is not in the
+image. Not simulated: limits of CPU, memory and disk, GPUs, and seccomp.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.hosts.network import Network
 
 ROOT = Path(__file__).parents[2]
-BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image without a word about it
-MESSAGE_LIMIT, LOG_LIMIT, LOG_LINES = 4096, 2048, 80  # bytes, bytes and lines that the kubelet reads of the two
+BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # default of an image
+MESSAGE_LIMIT, LOG_LIMIT, LOG_LINES = 4096, 2048, 80  # bytes of the message; bytes and lines of the log
 DEVICES = ("full", "null", "random", "urandom", "zero")
-# The first child of the shell is process 1, and its end that of all others. `unshare --fork` does not tell a SIGKILL.
-UNSHARDED = ("unshare", "--mount", "--pid", "--ipc", "sh", "-c", '(exec "$@" 2>&1); exit $?', "sh")
+# The first child of the shell is process 1; all others end with it. `unshare --fork` does not report a SIGKILL.
+UNSHARED = ("unshare", "--mount", "--pid", "--ipc", "sh", "-c", '(exec "$@" 2>&1); exit $?', "sh")
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -46,41 +46,32 @@ def image() -> tuple[tuple[str, ...], dict[str, str]]:
 
 @dataclass
 class Container:
-    """A container that was started.
+    """A started container."""
 
-    Attributes:
-        spec: as in the pod's template.
-        process: its parent on this machine, which ends as it ends.
-        folder: of its log, its termination message and its volumes.
-    """
-
-    spec: Mapping[str, Any]
-    process: subprocess.Popen[str]
-    folder: Path
-    _first: int | None = field(default=None, repr=False)
+    spec: Mapping[str, Any]  # the container's part of the pod template
+    process: subprocess.Popen[str]  # its parent on this machine, which has the same exit code
+    folder: Path  # of its log, termination message and volumes
 
     @property
     def pid(self) -> int | None:
-        """Of the container's process 1, seen from here; None before there is one."""
-        if self._first is None:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-                    if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
-                        self._first = int(child)  # until then it is still root, and makes mounts
-        return self._first
+        """Process id, on this machine, of the container's process 1; None before it is created."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                if not Path(f"/proc/{child}/status").read_text().partition("Uid:\t")[2].startswith("0\t"):
+                    return int(child)  # not root, which sets up the mounts
+        return None
 
     @property
     def exit_code(self) -> int | None:
-        """As Kubernetes tells it: 128 + N after signal N."""
-        return self.process.poll()  # the shell's, which tells it in the same way
+        """As Kubernetes reports it: 128 + N after signal N."""
+        return self.process.poll()  # the shell's, which follows the same rule
 
     def send(self, number: signal.Signals) -> None:
-        """To process 1."""
-        while self.process.poll() is None and self.pid is None:
+        while (pid := self.pid) is None and self.process.poll() is None:
             time.sleep(0.01)
-        if self.pid is not None:
+        if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(pid, number)
 
     @property
     def log(self) -> str:
@@ -88,7 +79,7 @@ class Container:
 
     @property
     def message(self) -> str:
-        """The termination message, read by the policy that the manifest chose."""
+        """The termination message, by the manifest's terminationMessagePolicy."""
         data = (self.folder / "message").read_bytes()[:MESSAGE_LIMIT]
         if not data and self.exit_code and self.spec.get("terminationMessagePolicy") == "FallbackToLogsOnError":
             data = b"".join(self.log.encode().splitlines(keepends=True)[-LOG_LINES:])[-LOG_LIMIT:]
@@ -102,27 +93,27 @@ def start(
     """Start the only container of a pod.
 
     Args:
-        hostname: as the pod sees itself.
-        folder: for what it leaves behind, made here.
+        hostname: as seen inside the pod.
+        folder: created here for its files.
         pod: the spec of its template.
-        environment: what the manifest and Kubernetes give it, beside the image's.
+        environment: from the manifest and Kubernetes, in addition to the image's.
         arguments: with variables expanded.
     """
     (spec,) = pod["containers"]
     folder.mkdir(parents=True)
-    entry_point, given = image()
+    entry_point, image_environment = image()
     command = [*spec.get("command", entry_point), *arguments]
     (folder / "mounts.sh").write_text("\n".join(["set -e", *_mounts(folder, pod, spec), _become(folder, pod, spec)]))
     with open(folder / "log", "w") as log:
         process = network.popen(
-            host, [*UNSHARDED, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
-            env={**given, "HOSTNAME": hostname, **environment}, cwd="/", stdout=log, stderr=subprocess.DEVNULL,
+            host, [*UNSHARED, "sh", str(folder / "mounts.sh"), *command], hostname=hostname,
+            env={**image_environment, "HOSTNAME": hostname, **environment}, cwd="/", stdout=log, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     return Container(spec, process, folder)
 
 
 def _mounts(folder: Path, pod: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
-    """What makes the container's root file system, one shell command a line."""
+    """Shell commands that set up the container's root file system, one per line."""
     root = folder / "root"
     (folder / "message").touch()
     (folder / "message").chmod(0o666)
@@ -156,8 +147,8 @@ def _mounts(folder: Path, pod: Mapping[str, Any], spec: Mapping[str, Any]) -> It
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
     for mount in spec.get("volumeMounts", []):
         yield from _volume(folder, volumes[mount["name"]], root / mount["mountPath"].lstrip("/"), pod, mount)
-    where = spec.get("terminationMessagePath", "/dev/termination-log").lstrip("/")
-    yield from _bind(folder / "message", root / where, "rw")
+    message_path = spec.get("terminationMessagePath", "/dev/termination-log").lstrip("/")
+    yield from _bind(folder / "message", root / message_path, "rw")
     if spec.get("securityContext", {}).get("readOnlyRootFilesystem"):
         yield f"mount -o remount,ro {_q(root)}"
 
@@ -170,9 +161,9 @@ def _bind(source: Path, target: Path, mode: str) -> Iterator[str]:
 def _volume(
     folder: Path, volume: Mapping[str, Any], target: Path, pod: Mapping[str, Any], mount: Mapping[str, Any]
 ) -> Iterator[str]:
-    """An emptyDir belongs to root and to the pod's fsGroup, and everybody may write to it."""
+    """Mount an emptyDir: owned by root and the pod's fsGroup, writable by every user."""
     if volume.keys() != {"name", "emptyDir"} or mount.keys() - {"name", "mountPath"}:
-        raise ValueError(f"only whole, writable emptyDir volumes are made here, not {volume} mounted as {mount}")
+        raise ValueError(f"only whole, writable emptyDir volumes are supported, not {volume} mounted as {mount}")
     group = pod["securityContext"].get("fsGroup")
     if volume["emptyDir"].get("medium") == "Memory":
         number, unit = re.fullmatch(r"(\d+)(\w*)", volume["emptyDir"].get("sizeLimit", "64Mi")).groups()  # type: ignore[union-attr]
@@ -188,7 +179,7 @@ def _volume(
 
 
 def _become(folder: Path, pod: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
-    """Go there as the manifest's user, with nothing that root has, and become the command."""
+    """Shell command that changes root and user, drops privileges and executes the container's command."""
     context = {**pod.get("securityContext", {}), **spec.get("securityContext", {})}
     user, group = context["runAsUser"], context["runAsGroup"]
     assert user != 0

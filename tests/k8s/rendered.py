@@ -1,4 +1,4 @@
-"""The manifests as a cluster would get them, and the pods in them."""
+"""Rendered manifests, and the pods that they define."""
 
 import copy
 import functools
@@ -21,31 +21,24 @@ def _rendered(folder: str) -> list[Object]:
 
 
 def objects(folder: str, kind: str | None = None) -> list[Object]:
-    """What `kubectl apply -k k8s/<folder>` applies."""
+    """Objects that `kubectl apply -k k8s/<folder>` applies."""
     return [copy.deepcopy(tree) for tree in _rendered(folder) if kind in (None, tree["kind"])]
 
 
-def the(folder: str, kind: str) -> Object:
-    """The only object of a kind."""
-    (found,) = objects(folder, kind)
-    return found
+def only(folder: str, kind: str) -> Object:
+    (tree,) = objects(folder, kind)
+    return tree
 
 
 @dataclass(frozen=True)
 class Pods:
-    """The pods that one object makes.
-
-    Attributes:
-        template: metadata and spec of each.
-        job: the spec of the Job that makes them; None for a Deployment.
-        named: the name of the Job as the cluster gives it.
-    """
+    """The pods of one object."""
 
     overlay: str
     owner: Object
-    template: Object
-    job: Object | None
-    named: str
+    template: Object  # metadata and spec of each
+    job: Object | None  # the spec of their Job; None for a Deployment
+    job_name: str  # in the cluster
 
     @property
     def spec(self) -> Object:
@@ -53,42 +46,43 @@ class Pods:
 
     @property
     def container(self) -> Object:
-        """Each pod here has one."""
-        (found,) = self.spec["containers"]
-        return found
+        (container,) = self.spec["containers"]
+        return container
 
     @property
     def labels(self) -> dict[str, str]:
-        """Those of the manifest and those that Kubernetes adds."""
-        found = dict(self.template["metadata"].get("labels", {}))
+        """Labels of the manifest, and those that Kubernetes adds."""
+        labels = dict(self.template["metadata"].get("labels", {}))
         if self.job is not None:
-            found |= {
-                "batch.kubernetes.io/job-name": self.named,
+            labels |= {
+                "batch.kubernetes.io/job-name": self.job_name,
                 "batch.kubernetes.io/controller-uid": "4f1c3a52-0000-4000-8000-2d5b8a6f0001",
             }
         if self.owner["kind"] == "JobSet":
             (replicated,) = self.owner["spec"]["replicatedJobs"]
-            found |= {
+            labels |= {
                 "jobset.sigs.k8s.io/jobset-name": self.owner["metadata"]["name"],
                 "jobset.sigs.k8s.io/replicatedjob-name": replicated["name"],
                 "jobset.sigs.k8s.io/replicatedjob-replicas": str(replicated.get("replicas", 1)),
                 "jobset.sigs.k8s.io/job-index": "0",
             }
-        return found
+        return labels
 
     @property
     def count(self) -> int:
-        """How many pods run at once."""
         return (self.job or {}).get("parallelism", 1)
 
+    @property
+    def indexed(self) -> bool:
+        return self.job is not None and self.job.get("completionMode") == "Indexed"
+
     def hostname(self, index: int = 0) -> str:
-        """What a pod calls itself; without an index its name, of which a few letters are made up by Kubernetes."""
-        indexed = self.job is not None and self.job.get("completionMode") == "Indexed"
-        return f"{self.named}-{index}" if indexed else f"{self.named}-x7k2p"
+        """Host name of a pod: ends in its index, or in a random suffix where the Job is not Indexed."""
+        return f"{self.job_name}-{index}" if self.indexed else f"{self.job_name}-x7k2p"
 
     @property
     def published(self) -> bool:
-        """Whether a headless Service gives the pods the names HOSTNAME.SUBDOMAIN, also before they are ready."""
+        """True if a headless Service publishes the names HOSTNAME.SUBDOMAIN, also before the pods are ready."""
         return any(
             service["metadata"]["name"] == self.spec.get("subdomain")
             and service["spec"]["clusterIP"] == "None"
@@ -98,32 +92,31 @@ class Pods:
         )
 
     def environment(self, index: int = 0) -> dict[str, str]:
-        """What the process of pod `index` is given."""
-        found: dict[str, str] = {}
+        """Environment of the process of pod `index`."""
+        environment: dict[str, str] = {}
         for variable in self.container.get("env", []):
             if "value" in variable:
-                found[variable["name"]] = expanded(variable["value"], found)
+                environment[variable["name"]] = expanded(variable["value"], environment)
             else:
                 path = variable["valueFrom"]["fieldRef"]["fieldPath"]
                 match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
                 assert match, path
-                found[variable["name"]] = self.labels[match[1]]
-        if self.job is not None and self.job.get("completionMode") == "Indexed":
-            found["JOB_COMPLETION_INDEX"] = str(index)
-        return found
+                environment[variable["name"]] = self.labels[match[1]]
+        if self.indexed:
+            environment["JOB_COMPLETION_INDEX"] = str(index)
+        return environment
 
     def arguments(self, index: int = 0) -> list[str]:
-        """The command line after the entry point."""
         return [expanded(argument, self.environment(index)) for argument in self.container["args"]]
 
 
 def expanded(text: str, environment: Mapping[str, str]) -> str:
-    """`$(NAME)` is replaced as the kubelet does it; an unknown name stays."""
+    """Replace `$(NAME)` as the kubelet does; an unknown name is left as it is."""
     return re.sub(r"\$\(([A-Za-z_]\w*)\)", lambda match: environment.get(match[1], match[0]), text)
 
 
 def pods_of(folder: str) -> Iterator[Pods]:
-    """Every kind of pod that an overlay makes."""
+    """Every kind of pod of an overlay."""
     for owner in objects(folder):
         name, spec = owner["metadata"]["name"], owner.get("spec", {})
         if owner["kind"] == "Job":
@@ -139,10 +132,10 @@ def pods_of(folder: str) -> Iterator[Pods]:
             yield Pods(folder, owner, spec["template"], None, name)
 
 
-def here(name: str) -> Pods:
-    """The pods of tests/k8s/overlays/NAME, which changes in one of ours what must differ on this machine."""
-    (found,) = pods_of(os.path.relpath(Path(__file__).parent / "overlays" / name, K8S))
-    return found
+def local_job(name: str) -> Pods:
+    """The pods of tests/k8s/overlays/NAME: an overlay of k8s/ with the changes that this machine needs."""
+    (pods,) = pods_of(os.path.relpath(Path(__file__).parent / "overlays" / name, K8S))
+    return pods
 
 
 ALL = [pods for folder in OVERLAYS for pods in pods_of(folder)]
@@ -150,5 +143,4 @@ JOBS = [pods for pods in ALL if pods.job is not None]  # those that run the trai
 
 
 def name_of(pods: Pods) -> str:
-    """For the names of tests."""
     return pods.overlay.removeprefix("overlays/")

@@ -1,6 +1,5 @@
-"""What manifests and trainer must agree on: environment, command line, ports, exit codes, disk, metrics."""
+"""Manifests and trainer agree on environment, command line, ports, exit codes, disk and metrics."""
 
-import ast
 import importlib
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, the
+from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, only
 from tests.k8s.test_pods import gibibytes
 from trainer import errors
 from trainer.cli.compose import compose
@@ -18,12 +17,13 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.prepare import part_of_job
 
 ROOT = Path(__file__).parents[2]
-VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|HOSTNAME|HOME")
-# Read by the trainer, and given by others than these manifests.
-GIVEN_BY_OTHERS = {
+VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|HOSTNAME|HOME"
+READ = r'os\.(?:environ(?:\.\w+)?|getenv)[\[(]\s*"(\w+)"|"(\w+)" (?:not )?in os\.environ'
+# Variables that the trainer reads and these manifests do not set, with those who set them.
+SET_ELSEWHERE = {
     "JOB_COMPLETION_INDEX": "Kubernetes, in every pod of an Indexed Job",
     "HOSTNAME": "the container runtime",
-    "TF_CONFIG": "Kubeflow's TFJob, in the place of all the others",
+    "TF_CONFIG": "Kubeflow's TFJob, instead of all the others",
     "KUBETUNE_CACHE": "the image",
     "KUBETUNE_REVISION": "the image",
     "KUBETUNE_SWEEP": "the trainer itself, as HYDRA_FULL_ERROR and TF_CPP_MIN_LOG_LEVEL",
@@ -32,101 +32,78 @@ GIVEN_BY_OTHERS = {
     "PYTHONWARNINGS": "",
     "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
-    "GOOGLE_APPLICATION_CREDENTIALS": "those who run outside of Google's cloud",
+    "GOOGLE_APPLICATION_CREDENTIALS": "users outside of Google Cloud",
 }
 
 
-def variables_read(source: str, all_names: bool) -> set[str]:
-    """The names of environment variables in a module: those beside `os.environ`, or every string that looks like one."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Constant(value=str(text)) if all_names and VARIABLE.fullmatch(text):
-                found.add(text)
-            case (
-                ast.Call(func=ast.Attribute(value=where), args=[ast.Constant(value=str(text)), *_])
-                | ast.Subscript(value=where, slice=ast.Constant(value=str(text)))
-            ) if ast.unparse(where) == "os.environ":
-                found.add(text)
-            case ast.Call(func=where, args=[ast.Constant(value=str(text)), *_]) if ast.unparse(where) == "os.getenv":
-                found.add(text)
-            case ast.Compare(left=ast.Constant(value=str(text)), comparators=[where]) if (
-                ast.unparse(where) == "os.environ"
-            ):
-                found.add(text)
-    return found
+def variables_read(module: str, all_names: bool) -> set[str]:
+    """Environment variables that a module reads from `os.environ`, or every string with the form of a name."""
+    pattern = rf'"({VARIABLE})"' if all_names else READ
+    return {name for match in re.finditer(pattern, module) for name in match.groups() if name}
 
 
-def everything_read() -> set[str]:
-    """By the trainer. Where the whole environment is handed over as a mapping, every name in the module counts."""
-    found = set()
+def variables_read_by_the_trainer() -> set[str]:
+    """All names in a module count where it passes the whole environment as a mapping."""
+    names = set()
     for path in (ROOT / "trainer").rglob("*.py"):
-        source = path.read_text()
-        hands_over = re.search(r"\(os\.environ\)", source) or path.name == "discovery.py"
-        found |= variables_read(source, all_names=bool(hands_over))
+        text = path.read_text()
+        names |= variables_read(text, all_names="(os.environ)" in text or path.name == "discovery.py")
     for path in (ROOT / "conf").rglob("*.yaml"):
-        found |= set(re.findall(r"oc\.env:(\w+)", path.read_text()))
-    return found
+        names |= set(re.findall(r"oc\.env:(\w+)", path.read_text()))
+    return names
 
 
-def test_reading_the_environment_is_seen_in_every_form() -> None:
+def test_every_way_to_read_the_environment_is_detected() -> None:
     source = """os.environ["A_B"]; os.environ.get("C_D", 1); os.getenv("E_F"); "G_H" in os.environ; x("I_J")"""
     assert variables_read(source, all_names=False) == {"A_B", "C_D", "E_F", "G_H"}
     assert variables_read(source, all_names=True) == {"A_B", "C_D", "E_F", "G_H", "I_J"}
 
 
 def test_every_variable_that_the_trainer_reads_is_set_and_no_other() -> None:
-    read = everything_read()
+    read = variables_read_by_the_trainer()
     set_by_manifests = {variable["name"] for pods in ALL for variable in pods.container.get("env", [])}
     assert read >= {"WORKER_COUNT", "JOB_UID", "SERVICE_NAME", "STORAGE_EMULATOR_HOST"}
     assert set_by_manifests <= read
-    assert read - set_by_manifests <= GIVEN_BY_OTHERS.keys(), "set it in a manifest, or say here who does"
-    assert set_by_manifests.isdisjoint(GIVEN_BY_OTHERS)
+    assert read - set_by_manifests <= SET_ELSEWHERE.keys(), "set it in a manifest, or list here who sets it"
+    assert set_by_manifests.isdisjoint(SET_ELSEWHERE)
 
 
 @pytest.mark.parametrize("pods", [pods for pods in JOBS if pods.overlay != "overlays/prepare"], ids=name_of)
-def test_every_pod_finds_itself_and_the_others_under_the_names_that_dns_has(pods: Pods) -> None:
+def test_cluster_discovery_returns_the_dns_names_of_all_pods(pods: Pods) -> None:
     for index in range(pods.count):
         environment = pods.environment(index)
         cluster = discover(environment)
         assert (cluster.index, cluster.size) == (index, pods.count)
-        assert environment["JOB_NAME"] == pods.named
+        assert environment["JOB_NAME"] == pods.job_name
         assert environment["JOB_UID"] == pods.labels["batch.kubernetes.io/controller-uid"]
         if pods.count == 1:
             assert cluster.addresses == ()
             continue
         (port,) = [p["containerPort"] for p in pods.container["ports"] if p["name"] == "workers"]
         service = host_domain(pods)
-        assert cluster.addresses == tuple(f"{pods.named}-{i}.{service}:{port}" for i in range(pods.count))
+        assert cluster.addresses == tuple(f"{pods.job_name}-{i}.{service}:{port}" for i in range(pods.count))
         assert port == DEFAULT_PORT
 
 
 def host_domain(pods: Pods) -> str:
-    """The Service that gives the pods of a Job their names."""
-    assert "hostname" not in pods.spec  # the Job gives each its own
-    if pods.owner["kind"] == "JobSet":  # it makes the Service, and sets the pods' subdomain
+    assert "hostname" not in pods.spec  # set by the Job
+    if pods.owner["kind"] == "JobSet":  # it creates the Service and sets the pods' subdomain
         network = pods.owner["spec"]["network"]
         assert network["enableDNSHostnames"] is True
         assert network["publishNotReadyAddresses"] is True
         assert "subdomain" not in pods.spec
         return str(network.get("subdomain", pods.owner["metadata"]["name"]))
-    service = the(pods.overlay, "Service")
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["publishNotReadyAddresses"] is True
-    assert service["spec"]["selector"].items() <= pods.labels.items()
-    assert pods.spec["subdomain"] == service["metadata"]["name"]
+    assert pods.published
     return str(pods.spec["subdomain"])
 
 
-def test_every_pod_that_prepares_has_a_part_of_its_own() -> None:
+def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
     (pods,) = [pods for pods in JOBS if pods.overlay == "overlays/prepare"]
     assert [part_of_job(pods.environment(i)) for i in range(pods.count)] == [(i, pods.count) for i in range(pods.count)]
 
 
 def configuration(pods: Pods) -> RunConfig:
-    """What the trainer makes of a manifest's arguments."""
-    arguments = [a for a in pods.arguments() if not a.startswith("output=")]
-    composed: dict[str, Any] | None = compose(arguments)
+    composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith("output=")])
     assert composed is not None
     return load(composed)
 
@@ -135,9 +112,7 @@ def configuration(pods: Pods) -> RunConfig:
 def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     config = configuration(pods)
     arguments = pods.arguments()
-    assert all(re.fullmatch(r"[\w.]+=[^\s$'\"]+( [^\s$'\"]+)*", argument) for argument in arguments), (
-        "no shell reads them"
-    )
+    assert all(re.fullmatch(r"[\w.]+=[^\s$'\"]+( [^\s$'\"]+)*", a) for a in arguments), "there is no shell"
     assert "runtime=pod" in arguments
     mounts = [mount["mountPath"] for mount in pods.container["volumeMounts"]]
     for path in re.findall(r"=(/\S*)", "\n".join(arguments)):
@@ -147,9 +122,8 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
         assert len([a for a in arguments if a.startswith("output=gs://")]) == 1
     else:
         assert "command" not in pods.container  # the image's own entry point
-        assert (
-            config.output_dir == f"{'/runs' if pods.overlay == 'overlays/local' else 'gs://BUCKET/runs'}/{pods.named}"
-        )
+        runs = "/runs" if pods.overlay == "overlays/local" else "gs://BUCKET/runs"
+        assert config.output_dir == f"{runs}/{pods.job_name}"
         gpus = pods.container["resources"]["limits"].get("nvidia.com/gpu", 1)
         assert config.training.batch_size % (gpus * pods.count) == 0
         assert config.resume == "auto"
@@ -172,59 +146,51 @@ def test_ports_paths_and_disk_are_those_of_the_pod_preset(pods: Pods) -> None:
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
-def test_the_failure_policy_speaks_of_the_exit_codes_of_the_trainer(pods: Pods) -> None:
+def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> None:
     assert pods.job is not None
-    final, again, disrupted = pods.job["podFailurePolicy"]["rules"]
-    assert final["action"] == "FailJob"
-    assert final["onExitCodes"]["operator"] == "In"
-    assert final["onExitCodes"]["values"] == [errors.WRONG_INPUT, errors.GAVE_UP]
-    assert again["action"] == "Ignore"
-    assert again["onExitCodes"]["operator"] == "In"
-    assert again["onExitCodes"]["values"] == [errors.INTERRUPTED]
-    assert disrupted["action"] == "Ignore"
-    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert errors.BUG not in [code for rule in (final, again) for code in rule["onExitCodes"]["values"]]  # it counts
+    codes = {"containerName": pods.container["name"], "operator": "In"}
+    assert pods.job["podFailurePolicy"]["rules"] == [  # all other exit codes count against the backoff limit
+        {"action": "FailJob", "onExitCodes": {**codes, "values": [errors.WRONG_INPUT, errors.GAVE_UP]}},
+        {"action": "Ignore", "onExitCodes": {**codes, "values": [errors.INTERRUPTED]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
-def test_kubernetes_waits_longer_than_the_trainer_needs_to_answer(pods: Pods) -> None:
+def test_probes_allow_the_time_that_the_trainer_needs_to_respond(pods: Pods) -> None:
     startup, liveness = pods.container["startupProbe"], pods.container["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # the port opens before TensorFlow is loaded
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60  # a busy process may miss one
 
 
-def test_alerts_and_dashboards_name_metrics_that_are_served() -> None:
+def test_prometheus_scrapes_the_trainer_and_alerts_use_its_metrics() -> None:
     server = importlib.import_module("trainer.monitoring.http")
     source = Path(server.__file__ or "").read_text()
     served = {f"kubetune_{name}" for name in server.GAUGES} | set(re.findall(r'"(kubetune_\w+)"', source))
-    rules = [
-        rule for group in the("overlays/monitoring", "PrometheusRule")["spec"]["groups"] for rule in group["rules"]
-    ]
+    groups = only("overlays/monitoring", "PrometheusRule")["spec"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
     named = {name for rule in rules for name in re.findall(r"\bkubetune_\w+", str(rule))}
     assert named >= {"kubetune_last_progress_age_seconds", "kubetune_checkpoint_age_seconds", "kubetune_goodput_ratio"}
     assert named <= served
     assert len({rule["alert"] for rule in rules}) == len(rules)
-
-
-def test_prometheus_asks_where_the_trainer_answers() -> None:
-    (endpoint,) = the("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (endpoint,) = only("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] == "/metrics"
     for pods in JOBS:
         assert endpoint["port"] in {port["name"] for port in pods.container["ports"]}
 
 
-def test_every_run_is_a_folder_of_its_own_and_the_same_after_a_restart() -> None:
+def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
     """JOB_NAME comes from Kubernetes, not from the manifest, so a CronJob's Jobs do not write into one folder."""
     for pods in JOBS:
         (variable,) = [v for v in pods.container["env"] if v["name"] == "JOB_NAME"]
         assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
-    cron = the("overlays/nightly", "CronJob")
+    cron = only("overlays/nightly", "CronJob")
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     assert len(cron["metadata"]["name"]) <= 52  # Kubernetes adds eleven characters
 
 
-def test_queued_and_spot_jobs_differ_from_the_base_where_they_should() -> None:
-    base, queued, spot = (the(folder, "Job") for folder in ("base", "overlays/kueue", "overlays/gke-spot"))
+def test_queued_and_spot_jobs_differ_from_the_base_only_where_intended() -> None:
+    base, queued, spot = (only(folder, "Job") for folder in ("base", "overlays/kueue", "overlays/gke-spot"))
     assert queued["spec"].pop("suspend") is True
     assert queued["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name")
     assert queued == base

@@ -1,10 +1,10 @@
-"""The rules of a Job, applied to pods that have ended."""
+"""The rules of a Job, applied to terminated pods."""
 
 from typing import Any
 
 import pytest
 
-from tests.k8s.controller import Alive, Ended, action, to_start, verdict
+from tests.k8s.controller import RunningPod, TerminatedPod, action, final_condition, indexes_to_start
 from tests.k8s.rendered import JOBS, Pods, name_of
 
 DISRUPTED = frozenset({"DisruptionTarget"})
@@ -20,12 +20,12 @@ INDEXED = {"completionMode": "Indexed", "completions": 2, "parallelism": 2}
 PER_INDEX = {**INDEXED, "backoffLimitPerIndex": 1, "maxFailedIndexes": 0, "podFailurePolicy": RULES}
 
 
-def pod(index: int, code: int, conditions: frozenset[str] = frozenset(), container: str = "trainer") -> Ended:
-    return Ended(f"default/kubetune-{index}", index, {container: code}, conditions)
+def pod(index: int, code: int, conditions: frozenset[str] = frozenset(), container: str = "trainer") -> TerminatedPod:
+    return TerminatedPod(f"default/kubetune-{index}", index, {container: code}, conditions)
 
 
 @pytest.mark.parametrize(
-    ("rule", "ended", "fits"),
+    ("rule", "terminated", "matches"),
     [
         ({"onExitCodes": {"operator": "In", "values": [3, 40]}}, pod(0, 40), True),
         ({"onExitCodes": {"operator": "In", "values": [3, 40]}}, pod(0, 4), False),
@@ -33,20 +33,20 @@ def pod(index: int, code: int, conditions: frozenset[str] = frozenset(), contain
         ({"onExitCodes": {"operator": "NotIn", "values": [40]}}, pod(0, 40), False),
         ({"onExitCodes": {**CODES, "values": [40]}}, pod(0, 40), True),
         ({"onExitCodes": {**CODES, "values": [40]}}, pod(0, 40, container="other"), False),
-        ({"onExitCodes": {"operator": "NotIn", "values": [40]}}, Ended("p", 0, {"a": 0, "b": 40}), False),
-        ({"onExitCodes": {"operator": "In", "values": [40]}}, Ended("p", 0, {"a": 1, "b": 40}), True),
+        ({"onExitCodes": {"operator": "NotIn", "values": [40]}}, TerminatedPod("p", 0, {"a": 0, "b": 40}), False),
+        ({"onExitCodes": {"operator": "In", "values": [40]}}, TerminatedPod("p", 0, {"a": 1, "b": 40}), True),
         ({"onPodConditions": [{"type": "DisruptionTarget"}]}, pod(0, 137, DISRUPTED), True),
         ({"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}, pod(0, 137), False),
         ({"onPodConditions": [{"type": "Other"}, {"type": "DisruptionTarget"}]}, pod(0, 137, DISRUPTED), True),
     ],
 )
-@pytest.mark.parametrize("what", ["FailJob", "FailIndex", "Ignore"])
-def test_a_rule_fits_a_pod(rule: dict[str, Any], ended: Ended, fits: bool, what: str) -> None:
-    spec = {"podFailurePolicy": {"rules": [{"action": what, **rule}]}}
-    assert action(spec, ended)[0] == (what if fits else "Count")
+@pytest.mark.parametrize("name", ["FailJob", "FailIndex", "Ignore"])
+def test_a_rule_matches_a_pod(rule: dict[str, Any], terminated: TerminatedPod, matches: bool, name: str) -> None:
+    spec = {"podFailurePolicy": {"rules": [{"action": name, **rule}]}}
+    assert action(spec, terminated)[0] == (name if matches else "Count")
 
 
-def test_the_first_rule_that_fits_decides() -> None:
+def test_the_first_matching_rule_applies() -> None:
     first = {"action": "Count", "onExitCodes": {"operator": "In", "values": [75]}}
     assert action({"podFailurePolicy": RULES}, pod(0, 75))[0] == "Ignore"
     assert action({"podFailurePolicy": {"rules": [first, *RULES["rules"]]}}, pod(0, 75))[0] == "Count"
@@ -55,7 +55,7 @@ def test_the_first_rule_that_fits_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "ended", "reason"),
+    ("spec", "terminated", "reason"),
     [
         ({}, [], None),
         ({}, [pod(0, 0)], "CompletionsReached"),
@@ -84,64 +84,57 @@ def test_the_first_rule_that_fits_decides() -> None:
         ({**INDEXED, "backoffLimitPerIndex": 9}, [pod(0, 1)] * 9, None),
     ],
 )
-def test_how_a_job_ends(spec: dict[str, Any], ended: list[Ended], reason: str | None) -> None:
-    found = verdict(spec, ended)
-    assert (found and found.reason) == reason
-    assert (found and found.type) == (reason and ("Complete" if reason == "CompletionsReached" else "Failed"))
+def test_the_condition_that_ends_a_job(
+    spec: dict[str, Any], terminated: list[TerminatedPod], reason: str | None
+) -> None:
+    condition = final_condition(spec, terminated)
+    assert (condition and condition.reason) == reason
+    assert (condition and condition.type) == (reason and ("Complete" if reason == "CompletionsReached" else "Failed"))
 
 
-def test_an_index_fails_at_once_where_a_rule_says_so() -> None:
+def test_failindex_fails_an_index_without_retries() -> None:
     rules = {"rules": [{"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [42]}}]}
     spec = {**INDEXED, "backoffLimitPerIndex": 5, "podFailurePolicy": rules}
-    assert verdict(spec, [pod(0, 42)]) is None
-    assert to_start(spec, [pod(0, 42)], []) == [1]
-    assert verdict({**spec, "maxFailedIndexes": 0}, [pod(0, 42)]) is not None
-
-
-def test_the_message_names_container_code_and_rule() -> None:
-    found = verdict(PER_INDEX, [pod(1, 2)])
-    assert found is not None
-    assert found.message == (
-        "Container trainer for pod default/kubetune-1 failed with exit code 2 matching FailJob rule at index 0"
-    )
+    assert final_condition(spec, [pod(0, 42)]) is None
+    assert indexes_to_start(spec, [pod(0, 42)], []) == [1]
+    assert final_condition({**spec, "maxFailedIndexes": 0}, [pod(0, 42)]) is not None
 
 
 @pytest.mark.parametrize(
-    ("spec", "ended", "alive", "started"),
+    ("spec", "terminated", "running", "started"),
     [
         (INDEXED, [], [], [0, 1]),
-        (INDEXED, [], [Alive(0)], [1]),
+        (INDEXED, [], [RunningPod(0)], [1]),
         (INDEXED, [pod(1, 0)], [], [0]),
-        (INDEXED, [pod(1, 1)], [Alive(0)], [1]),
+        (INDEXED, [pod(1, 1)], [RunningPod(0)], [1]),
         ({**INDEXED, "parallelism": 1}, [], [], [0]),
-        ({**INDEXED, "parallelism": 1}, [], [Alive(0)], []),
+        ({**INDEXED, "parallelism": 1}, [], [RunningPod(0)], []),
         ({"completions": 3, "parallelism": 2}, [], [], [0, 0]),
         ({"completions": 3, "parallelism": 2}, [pod(0, 0), pod(0, 0)], [], [0]),
         ({}, [pod(0, 1)], [], [0]),
-        # A pod that was deleted and still ends.
-        (INDEXED, [], [Alive(0), Alive(1, deleted=True)], [1]),
-        ({**INDEXED, "podReplacementPolicy": "Failed"}, [], [Alive(0), Alive(1, deleted=True)], []),
-        (PER_INDEX, [], [Alive(0), Alive(1, deleted=True)], []),
-        (PER_INDEX, [pod(1, 75)], [Alive(0)], [1]),
-        # Nothing is started in a Job that has ended, and no index that is given up.
+        # A deleted pod that still runs.
+        (INDEXED, [], [RunningPod(0), RunningPod(1, deleted=True)], [1]),
+        ({**INDEXED, "podReplacementPolicy": "Failed"}, [], [RunningPod(0), RunningPod(1, deleted=True)], []),
+        (PER_INDEX, [], [RunningPod(0), RunningPod(1, deleted=True)], []),
+        (PER_INDEX, [pod(1, 75)], [RunningPod(0)], [1]),
+        # Nothing is started in a Job that has ended, and no failed index.
         (PER_INDEX, [pod(1, 2)], [], []),
         ({**PER_INDEX, "maxFailedIndexes": 1}, [pod(1, 1)] * 2, [], [0]),
     ],
 )
-def test_what_is_started(spec: dict[str, Any], ended: list[Ended], alive: list[Alive], started: list[int]) -> None:
-    assert to_start(spec, ended, alive) == started
+def test_indexes_to_start(
+    spec: dict[str, Any], terminated: list[TerminatedPod], running: list[RunningPod], started: list[int]
+) -> None:
+    assert indexes_to_start(spec, terminated, running) == started
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
-def test_every_job_of_ours_goes_on_after_preemptions_and_a_crash_and_ends_at_a_mistake(pods: Pods) -> None:
+def test_every_job_continues_after_preemptions_and_a_crash_and_fails_on_a_user_error(pods: Pods) -> None:
     assert pods.job is not None
     harmless = [pod(0, 75), pod(0, 137, DISRUPTED), pod(0, 143, DISRUPTED)]
-    assert verdict(pods.job, [*harmless * 50, pod(0, 137)]) is None
-    assert to_start(pods.job, harmless, []) == list(range(pods.count))
-    for code in (2, 3):
-        found = verdict(pods.job, [pod(0, code)])
-        assert found is not None
-        assert found.reason == "PodFailurePolicy"
-    many = verdict(pods.job, [pod(0, 1)] * 4)
-    assert many is not None
-    assert many.type == "Failed"
+    assert final_condition(pods.job, [*harmless * 50, pod(0, 137)]) is None
+    assert indexes_to_start(pods.job, harmless, []) == list(range(pods.count))
+    for terminated, reason in [([pod(0, 2)], "Policy"), ([pod(0, 3)], "Policy"), ([pod(0, 1)] * 4, "Exceeded")]:
+        condition = final_condition(pods.job, terminated)
+        assert condition is not None
+        assert (condition.type, reason in condition.reason) == ("Failed", True), condition

@@ -1,11 +1,11 @@
-"""What becomes of exports on a cluster: the engine that a Job builds of one, and the watch at night."""
+"""Exports on a cluster: the Job that builds a TensorRT engine, and the drift check of the nightly CronJob."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.k8s.rendered import the
+from tests.k8s.rendered import only
 from tests.k8s.test_schemas import VERSIONS, faults
 from trainer import drift as verb
 from trainer.cli.arguments import read_arguments
@@ -13,19 +13,19 @@ from trainer.cli.arguments import read_arguments
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_night_begins_with_a_question_about_drift() -> None:
-    pod = the("overlays/nightly", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+def test_the_nightly_run_first_checks_for_drift() -> None:
+    pod = only("overlays/nightly", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (drift,) = pod["initContainers"]
     shell, option, script, name = drift["command"]
     assert (shell, option, name) == ("sh", "-c", "drift")  # the name is $0, so that all arguments are in $@
     assert script.startswith('python -m trainer.drift "$@" ||')  # training follows in any case
-    told, _ = read_arguments(drift["args"], verb.__doc__, verb.KEYS)
-    assert all(told[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
+    settings, _ = read_arguments(drift["args"], verb.__doc__, verb.KEYS)
+    assert all(settings[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
     assert drift["image"] == pod["containers"][0]["image"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_job_is_valid_and_hands_one_file_from_container_to_container(version: str) -> None:
+def test_the_job_is_valid_and_each_container_reads_the_file_of_the_previous_one(version: str) -> None:
     job = yaml.safe_load((ROOT / "k8s" / "tensorrt.yaml").read_text())
     assert faults(job, version) is None
     pod = job["spec"]["template"]["spec"]

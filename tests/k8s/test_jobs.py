@@ -1,8 +1,9 @@
-"""The manifests at work: their pods as processes, until the Job is complete or has failed (`tests.k8s.cluster`).
+"""Jobs of the manifests, run to completion or failure on the simulated cluster (`tests.k8s.cluster`).
 
-What a user edits is edited in tests/k8s/overlays: the bucket, and a small run in the place of the experiment.
+tests/k8s/overlays makes the edits of a user: the bucket, and a small run instead of the experiment.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -14,80 +15,78 @@ from tests.data.images import fill_folder
 from tests.e2e.running import ROOT, assert_same_run, catches
 from tests.hosts.network import needs_root
 from tests.k8s.cluster import STORAGE, Cluster
-from tests.k8s.controller import Verdict
-from tests.k8s.rendered import here
+from tests.k8s.controller import JobCondition
+from tests.k8s.rendered import local_job
 from tests.storage.emulator import Emulator, environment
 from trainer.errors import DONE, INTERRUPTED
 from trainer.storage.path import storage_path
 
 pytestmark = needs_root
 
-COMPLETE = Verdict("Complete", "CompletionsReached", "Reached expected number of succeeded pods")
+COMPLETE = JobCondition("Complete", "CompletionsReached", "Reached expected number of succeeded pods")
 RUN = "gs://bucket/runs/kubetune"
 KILLED = 128 + signal.SIGKILL
 
 
 def codes(cluster: Cluster) -> list[tuple[int, int]]:
-    """Index and exit code of every pod, in the order of their starts."""
     return [(pod.index, pod.exit_code) for pod in cluster.pods]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the Indexed Job leaves in the bucket when nothing happens to it."""
+    """Output folder of the Indexed Job without disruptions."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with Cluster(here("multiworker"), folder / "cluster") as cluster:
-        assert cluster.finish() == COMPLETE, cluster.story()
+    with Cluster(local_job("multiworker"), folder / "cluster") as cluster:
+        assert cluster.finish() == COMPLETE, cluster.describe()
         assert codes(cluster) == [(0, DONE), (1, DONE)]
-        return cluster.fetched(RUN, folder / "run")
+        return cluster.download(RUN, folder / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_workers_get_through_a_preemption_and_a_crash_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
-    with Cluster(here("multiworker"), tmp_path / "cluster") as cluster:
-        cluster.until(lambda: "step 12/" in cluster.said(0), "step 12")
+def test_two_workers_produce_the_same_bits_after_a_preemption_and_a_crash(undisturbed: Path, tmp_path: Path) -> None:
+    with Cluster(local_job("multiworker"), tmp_path / "cluster") as cluster:
+        cluster.wait_until(lambda: "step 12/" in cluster.log(0), "step 12")
         preempted = cluster.preempt(0)
-        cluster.until(lambda: len(cluster.pods) == 4, "both workers to be replaced")
+        cluster.wait_until(lambda: len(cluster.pods) == 4, "both workers to be replaced")
         assert preempted.exit_code == INTERRUPTED
-        cluster.until(lambda: "step 24/" in cluster.said(0), "step 24")
+        cluster.wait_until(lambda: "step 24/" in cluster.log(0), "step 24")
         cluster.pod(1).container.send(signal.SIGKILL)
-        assert cluster.finish() == COMPLETE, cluster.story()
+        assert cluster.finish() == COMPLETE, cluster.describe()
         first, second = codes(cluster)[:2], codes(cluster)[2:4]
         assert first == [(0, INTERRUPTED), (1, INTERRUPTED)]
         assert second == [(index, {0: INTERRUPTED, 1: KILLED}[index]) for index, _ in second]
         assert sorted(codes(cluster)[4:]) == [(0, DONE), (1, DONE)]
-        assert_same_run(undisturbed, cluster.fetched(RUN, tmp_path / "run"))
+        assert_same_run(undisturbed, cluster.download(RUN, tmp_path / "run"))
 
 
-def test_a_wrong_argument_fails_the_job_at_once_and_says_why(tmp_path: Path) -> None:
-    job = here("multiworker")
+def test_a_wrong_argument_fails_the_job_without_retries_and_is_the_termination_message(tmp_path: Path) -> None:
+    job = local_job("multiworker")
     job.container["args"].append("training.batchsize=12")
     with Cluster(job, tmp_path) as cluster:
-        verdict = cluster.finish(60)
-        assert verdict.reason == "PodFailurePolicy", cluster.story()
+        condition = cluster.finish(60)
+        assert condition.reason == "PodFailurePolicy", cluster.describe()
         assert len(cluster.pods) == 2
-        wrong = cluster.ended[0]
-        assert verdict.message == (
-            f"Container trainer for pod default/{wrong.name} failed with exit code 2 matching FailJob rule at index 0"
+        failed = cluster.terminated[0]
+        assert condition.message == (
+            f"Container trainer for pod default/{failed.name} failed with exit code 2 matching FailJob rule at index 0"
         )
-        assert wrong.container.message == (
-            "exit code 2 (configuration or data is wrong): the configuration has 1 fault:\n"
-            "  training.batchsize: there is no such key. Did you mean batch_size?"
-        )
+        assert failed.container.message.startswith("exit code 2 ")
+        assert "training.batchsize" in failed.container.message
+        assert "batch_size" in failed.container.message
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path) -> None:
-    with Cluster(here("job"), tmp_path) as cluster:
-        cluster.until(lambda: "step 12/" in cluster.said(), "step 12")
+    with Cluster(local_job("job"), tmp_path) as cluster:
+        cluster.wait_until(lambda: "step 12/" in cluster.log(), "step 12")
         cluster.preempt(0)
-        assert cluster.finish() == COMPLETE, cluster.story()
+        assert cluster.finish() == COMPLETE, cluster.describe()
         assert codes(cluster) == [(0, INTERRUPTED), (0, DONE)]
         first, second = (pod.container for pod in cluster.pods)
         assert first.message.startswith("exit code 75 (interrupted): SIGTERM at step ")
-        assert f"; everything is saved. Start the same command again with output_dir={RUN} to go on" in first.message
+        assert f"output_dir={RUN}" in first.message
         assert "weights: this run's checkpoint at step " in second.log
         assert second.message.startswith("exit code 0 (done): test accuracy 0.")
         assert second.message.endswith(f"{RUN}/report/index.html")
@@ -95,22 +94,24 @@ def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_pods_write_the_dataset_that_one_would_though_one_is_preempted(tmp_path: Path) -> None:
+def test_four_pods_of_which_one_is_preempted_write_the_dataset_of_a_single_process(tmp_path: Path) -> None:
     photos = fill_folder(tmp_path / "photos", {"cat": 9, "dog": 7, "owl": 8})
     alone = [sys.executable, "-m", "trainer.prepare", "data=image_folder", f"data.root={photos}", "data.shards=6"]
     subprocess.run([*alone, f"output={tmp_path / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
-    job = here("prepare")
+    job = local_job("prepare")
     job.container["args"].append("data.shards=6")
     with Cluster(job, tmp_path / "cluster") as cluster:
         cluster.network.inside(STORAGE, lambda: upload(photos, cluster.storage))
-        cluster.until(lambda: len(cluster.alive) == 4, "all pods")
+        cluster.wait_until(lambda: len(cluster.running) == 4, "all pods")
         third = cluster.pod(2).container
-        cluster.until(lambda: third.pid is not None and catches(third.pid, signal.SIGTERM), "a pod that listens")
+        cluster.wait_until(
+            lambda: third.pid is not None and catches(third.pid, signal.SIGTERM), "a pod that handles SIGTERM"
+        )
         cluster.preempt(2)
-        assert cluster.finish() == COMPLETE, cluster.story()
+        assert cluster.finish() == COMPLETE, cluster.describe()
         assert sorted(codes(cluster)) == [(0, DONE), (1, DONE), (2, DONE), (2, INTERRUPTED), (3, DONE)]
         messages = [pod.container.message for pod in cluster.pods if pod.exit_code == DONE]
-        assert any("gs://bucket/prepared/photos holds 24 images of 3 classes" in message for message in messages)
+        assert any(re.search("gs://bucket/prepared/photos .*24 images of 3 classes", message) for message in messages)
         written = cluster.storage.folder / "bucket" / "prepared" / "photos"
         shards = {path.name: path.read_bytes() for path in (tmp_path / "alone").glob("*.tfrecord*")}
         assert shards
@@ -119,7 +120,6 @@ def test_four_pods_write_the_dataset_that_one_would_though_one_is_preempted(tmp_
 
 
 def upload(folder: Path, storage: Emulator) -> None:
-    """To gs://bucket/NAME."""
     with environment(storage.url):
         for file in folder.rglob("*.jpg"):
             (storage_path(f"gs://bucket/{folder.name}") / str(file.relative_to(folder))).upload(file)

@@ -1,4 +1,4 @@
-"""The two files that one `kubectl apply -f` takes are what the kustomizations say, and read well."""
+"""k8s/job.yaml and k8s/multiworker.yaml equal their kustomizations, in a readable form."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scripts import manifests
-from tests.k8s.rendered import OVERLAYS, objects, pods_of, the
+from tests.k8s.rendered import OVERLAYS, objects, only, pods_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(manifests.FOLDERS)
@@ -19,11 +19,14 @@ FILES = sorted(manifests.FOLDERS)
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_file_is_fresh(file: str) -> None:
-    assert (manifests.K8S / file).read_text() == manifests.manifest(file), "run: make manifests"
+    text = (manifests.K8S / file).read_text()
+    assert text == manifests.manifest(file), "run: make manifests"
+    for document in yaml.compose_all(text):
+        assert [key.value for key, _ in document.value][:3] == ["apiVersion", "kind", "metadata"]
 
 
 def sorted_by_name(tree: Any) -> Any:
-    """The same, with named items in one order: in manifests theirs means nothing here."""
+    """Sort named items, whose order has no meaning in these manifests."""
     if isinstance(tree, dict):
         return {key: sorted_by_name(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -34,19 +37,10 @@ def sorted_by_name(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_file_says_what_its_kustomization_says(file: str) -> None:
-    text = (manifests.K8S / file).read_text()
-    assert sorted_by_name(list(yaml.safe_load_all(text))) == sorted_by_name(objects(manifests.FOLDERS[file]))
-    for document in yaml.compose_all(text):
-        assert [key.value for key, _ in document.value][:3] == ["apiVersion", "kind", "metadata"]
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_kubectl_reads_the_file_alike(file: str) -> None:
-    """The client that people apply it with resolves the anchor, too."""
+def test_kubectl_reads_the_objects_of_the_kustomization(file: str) -> None:
     label = [manifests.kubectl(), "label", "--local", f"--filename={manifests.K8S / file}", "read=1", "--output=json"]
-    answer = subprocess.run(label, capture_output=True, text=True, check=True, timeout=60)
-    trees = json.loads("[" + answer.stdout.replace("\n}\n{", "\n},\n{") + "]")
+    output = subprocess.run(label, capture_output=True, text=True, check=True, timeout=60).stdout
+    trees = json.loads("[" + output.replace("\n}\n{", "\n},\n{") + "]")
     for tree in trees:
         assert tree["metadata"]["labels"].pop("read") == "1"
         if not tree["metadata"]["labels"]:
@@ -55,34 +49,27 @@ def test_kubectl_reads_the_file_alike(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_must_be_edited_is_marked_and_nothing_else(file: str) -> None:
+def test_the_lines_to_edit_are_marked_and_no_others(file: str) -> None:
     lines = (manifests.K8S / file).read_text().splitlines()
     edits = [line.strip() for line in lines if re.search(r"# EDIT\b", line)]
     kinds = ["image: ", "- experiment=", "- output_dir=gs://BUCKET/"]
-    assert [next(kind for kind in [*kinds, "completions: "] if edit.startswith(kind)) for edit in edits] == [
-        *(["completions: "] if file == "multiworker.yaml" else []),
-        *kinds,
-    ]
-    body = [line for line in lines if not line.lstrip().startswith("#")]
-    placeholders = [
-        line for line in body if re.search(r"\b(BUCKET|PROJECT|REPOSITORY|REGION|TAG)\b", line.split(" #")[0])
-    ]
-    assert all("# EDIT" in line for line in placeholders)
+    kinds = ["completions: ", *kinds] if file == "multiworker.yaml" else kinds
+    assert [next(kind for kind in kinds if edit.startswith(kind)) for edit in edits] == kinds
 
 
-def test_every_placeholder_of_the_sources_is_marked() -> None:
+def test_every_placeholder_is_marked() -> None:
+    placeholder = re.compile(r"\b(BUCKET|PROJECT|REPOSITORY|REGION|RUN|QUEUE|TAG)\b")
     for path in manifests.K8S.rglob("*.yaml"):
         for line in path.read_text().splitlines():
-            code = line.partition(" #")[0]
-            if not line.lstrip().startswith("#") and re.search(r"\b(BUCKET|PROJECT|RUN|QUEUE|TAG)\b", code):
+            if not line.lstrip().startswith("#") and placeholder.search(line.partition(" #")[0]):
                 assert "# EDIT" in line, f"{path}: {line}"
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_commands_of_the_header_name_what_is_there(file: str) -> None:
+def test_the_commands_of_the_header_name_existing_objects(file: str) -> None:
     text = (manifests.K8S / file).read_text()
     header = text.partition("---")[0]
-    name = the(manifests.FOLDERS[file], "Job")["metadata"]["name"]
+    name = only(manifests.FOLDERS[file], "Job")["metadata"]["name"]
     for command in ("start", "watch", "log", "pause", "stop", "resume", "delete"):
         assert re.search(rf"^#   {command} ", header, re.M), command
     assert f"kubectl apply -f k8s/{file}" in header
@@ -92,27 +79,28 @@ def test_the_commands_of_the_header_name_what_is_there(file: str) -> None:
 
 
 def test_the_number_of_workers_is_written_once() -> None:
-    """In an overlay in `workers.yaml`; in the file of its own an anchor stands for all but the text WORKER_COUNT."""
+    """In an overlay in `workers.yaml`; in the file at two positions, completions (an anchor) and WORKER_COUNT."""
     for overlay in ("multiworker", "prepare"):
         (pods,) = pods_of(f"overlays/{overlay}")
         count = yaml.safe_load((manifests.K8S / "overlays" / overlay / "workers.yaml").read_text())["data"]["count"]
         job = pods.job or {}
-        assert [job["completions"], job["parallelism"], pods.environment()["WORKER_COUNT"]] == [
-            int(count),
-            int(count),
-            count,
-        ]
+        assert job["completions"] == job["parallelism"] == int(pods.environment()["WORKER_COUNT"]) == int(count)
         assert not objects(f"overlays/{overlay}", "ConfigMap")
     text = (manifests.K8S / "multiworker.yaml").read_text()
     assert "completions: &workers 2 #" in text
     assert "parallelism: *workers\n" in text
 
 
-def test_another_number_of_workers_reaches_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(manifests.K8S, tmp_path / "k8s")
-    workers = tmp_path / "k8s" / "overlays" / "multiworker" / "workers.yaml"
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of k8s/ that a test may change."""
+    monkeypatch.setattr(manifests, "K8S", shutil.copytree(manifests.K8S, tmp_path / "k8s"))
+    return tmp_path / "k8s"
+
+
+def test_another_number_of_workers_is_set_everywhere(copied: Path) -> None:
+    workers = copied / "overlays" / "multiworker" / "workers.yaml"
     workers.write_text(workers.read_text().replace('count: "2"', 'count: "16"'))
-    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
     for overlay in ("multiworker", "jobset"):
         text = yaml.safe_dump(manifests.rendered(f"overlays/{overlay}")[-1])
         assert "completions: 16\n" in text
@@ -122,21 +110,16 @@ def test_another_number_of_workers_reaches_every_place(tmp_path: Path, monkeypat
         assert "'2'" not in text
 
 
-def test_what_a_comment_offers_can_be_uncommented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(manifests.K8S, tmp_path / "k8s")
-    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
-    nightly = tmp_path / "k8s" / "overlays" / "nightly" / "kustomization.yaml"
-    nightly.write_text(re.sub(r"(?m)^  # (?!From)", "  ", nightly.read_text()))
-    job = tmp_path / "k8s" / "base" / "job.yaml"
-    job.write_text(re.sub(r"# (?=nodeSelector|activeDeadlineSeconds)", "", job.read_text()))
-    account = tmp_path / "k8s" / "base" / "serviceaccount.yaml"
-    account.write_text(account.read_text().replace("# annotations", "annotations"))
-    multiworker = tmp_path / "k8s" / "overlays" / "multiworker" / "kustomization.yaml"
-    multiworker.write_text(
-        multiworker.read_text().replace(
-            "components:\n", "components:\n  - ../../components/spot\n  - ../../components/kueue\n"
-        )
-    )
+def test_optional_lines_can_be_uncommented(copied: Path) -> None:
+    for file, pattern, replacement in [
+        ("overlays/nightly/kustomization.yaml", r"(?m)^  # (?!From)", "  "),
+        ("base/job.yaml", r"# (?=nodeSelector|activeDeadlineSeconds)", ""),
+        ("base/serviceaccount.yaml", "# annotations", "annotations"),
+        ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/spot\n"),
+        ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/kueue\n"),
+    ]:
+        text = (copied / file).read_text()
+        (copied / file).write_text(re.sub(pattern, replacement, text))
     cron = next(tree for tree in manifests.rendered("overlays/nightly") if tree["kind"] == "CronJob")
     pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][-1] == "warm_start=gs://BUCKET/runs/RUN"
@@ -145,16 +128,14 @@ def test_what_a_comment_offers_can_be_uncommented(tmp_path: Path, monkeypatch: p
     assert trees["ServiceAccount"]["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
     spec = trees["Job"]["spec"]
     assert (spec["suspend"], spec["completions"], spec["activeDeadlineSeconds"]) == (True, 2, 86400)
-    assert spec["template"]["spec"]["nodeSelector"].keys() == {
-        "cloud.google.com/gke-accelerator",
-        "cloud.google.com/gke-spot",
-    }
+    selected = {"cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"}
+    assert spec["template"]["spec"]["nodeSelector"].keys() == selected
 
 
-def test_remarks_and_order_come_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_and_order_are_those_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     monkeypatch.setattr(manifests, "K8S", tmp_path)
-    monkeypatch.setattr(manifests, "INSTEAD", {})
+    monkeypatch.setattr(manifests, "REPLACED_COMMENTS", {})
     (tmp_path / "base" / "kustomization.yaml").write_text(
         "resources: [one.yaml]\npatches: [{path: patch.yaml}]\nlabels: [{pairs: {team: a}}]\n"
     )
@@ -177,13 +158,13 @@ def test_remarks_and_order_come_from_the_sources(tmp_path: Path, monkeypatch: py
     )
 
 
-def test_without_kubectl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kubectl_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(SystemExit, match=r"manifests: kubectl is not installed; `make setup` installs it into \.venv"):
         manifests.main()
 
 
-def test_a_broken_kustomization_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_kustomization_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifests, "K8S", tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
@@ -191,7 +172,7 @@ def test_a_broken_kustomization_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         manifests.main()
 
 
-def test_every_folder_is_used() -> None:
+def test_every_component_is_used() -> None:
     components = {folder.name for folder in (manifests.K8S / "components").iterdir()}
     used = {
         Path(name).name

@@ -1,4 +1,4 @@
-"""Kubernetes, from the oldest version that is supported to the newest known, takes every object as it is."""
+"""Every object is valid for Kubernetes, from the oldest supported version to the newest known."""
 
 import functools
 from typing import Any
@@ -7,15 +7,15 @@ import kubernetes_validate
 import pytest
 from kubernetes_validate import utils
 
-from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, the
+from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, only
 
 VERSIONS = ("1.30", "1.32", "1.34", utils.latest_version())
-# Of other projects, which their own controllers check.
+# Custom resources, which their own controllers validate.
 CUSTOM = {"JobSet", "PodMonitor", "PrometheusRule"}
 
 
 @pytest.fixture(autouse=True)
-def _schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _cached_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "schema_contents", _contents)
 
 
@@ -23,7 +23,7 @@ _contents = functools.cache(utils.schema_contents)
 
 
 def faults(tree: Object, version: str) -> str | None:
-    """What the API server would refuse, unknown fields included; None where it is content."""
+    """The API server's error, also for unknown fields; None where the object is valid."""
     try:
         kubernetes_validate.validate(tree, version, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -43,7 +43,7 @@ def test_every_object_is_valid(folder: str, version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
-    (replicated,) = the("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
+    (replicated,) = only("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any"}, **replicated["template"]}
     assert faults(job, version) is None
 
@@ -56,8 +56,8 @@ def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
         (("spec", "template", "spec", "containers", 0, "env", 0, "value"), 2, "2 is not of type 'string', 'null'"),
     ],
 )  # fmt: skip
-def test_the_check_sees_a_fault(path: tuple[str | int, ...], value: Any, fault: str) -> None:
-    tree = branch = the("base", "Job")
+def test_the_check_detects_a_fault(path: tuple[str | int, ...], value: Any, fault: str) -> None:
+    tree = branch = only("base", "Job")
     for key in path[:-1]:
         branch = branch[key]
     branch[path[-1]] = value
@@ -66,13 +66,12 @@ def test_the_check_sees_a_fault(path: tuple[str | int, ...], value: Any, fault: 
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
-def test_what_the_api_server_checks_beyond_its_schema(pods: Pods) -> None:
+def test_the_rules_of_the_api_server_beyond_its_schema(pods: Pods) -> None:
     """https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-failure-policy"""
     job, spec = pods.job, pods.spec
     assert job is not None
-    assert job["podFailurePolicy"]["rules"]
     assert spec["restartPolicy"] == "Never"
-    assert job["podReplacementPolicy"] == "Failed"  # the only one beside a podFailurePolicy
+    assert job["podReplacementPolicy"] == "Failed"  # the only one allowed with a podFailurePolicy
     for rule in job["podFailurePolicy"]["rules"]:
         assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
         if "onExitCodes" in rule:
@@ -82,11 +81,11 @@ def test_what_the_api_server_checks_beyond_its_schema(pods: Pods) -> None:
     assert indexed == ("backoffLimitPerIndex" in job) == ("maxFailedIndexes" in job) == ("backoffLimit" not in job)
     if indexed:
         assert job["completions"] == job["parallelism"] >= 2
-    longest = pods.named + (f"-{job['completions'] - 1}" if indexed else "")
+    longest = pods.job_name + (f"-{job['completions'] - 1}" if indexed else "")
     assert len(longest) <= 63  # a host name and a label
 
 
-def test_names_ports_and_selectors_lead_somewhere() -> None:
+def test_names_ports_and_selectors_match() -> None:
     for pods in ALL:
         names = {port["name"] for port in pods.container["ports"]}
         numbers = [port["containerPort"] for port in pods.container["ports"]]
@@ -95,14 +94,12 @@ def test_names_ports_and_selectors_lead_somewhere() -> None:
             action = pods.container.get(probe, {})
             target = action.get("httpGet") or action.get("tcpSocket")
             assert target is None or target["port"] in names, (pods.overlay, probe)
-        assert pods.spec["serviceAccountName"] in [
-            o["metadata"]["name"] for o in objects(pods.overlay, "ServiceAccount")
-        ]
+        accounts = [account["metadata"]["name"] for account in objects(pods.overlay, "ServiceAccount")]
+        assert pods.spec["serviceAccountName"] in accounts
     for folder in OVERLAYS:
         for service in objects(folder, "Service"):
-            (chosen,) = [
-                p for p in ALL if p.overlay == folder and service["spec"]["selector"].items() <= p.labels.items()
-            ]
+            selector = service["spec"]["selector"].items()
+            (chosen,) = [p for p in ALL if p.overlay == folder and selector <= p.labels.items()]
             for port in service["spec"].get("ports", []):
                 assert port["targetPort"] in {p["name"] for p in chosen.container["ports"]}
         for deployment in objects(folder, "Deployment"):
@@ -114,26 +111,21 @@ def test_names_ports_and_selectors_lead_somewhere() -> None:
             assert used == [claim["metadata"]["name"]]
 
 
-def test_serving_is_scaled_and_kept_as_a_whole() -> None:
+def test_autoscaler_and_disruption_budget_of_serving_are_consistent() -> None:
     folder = "overlays/serving"
-    deployment, scaler = the(folder, "Deployment"), the(folder, "HorizontalPodAutoscaler")["spec"]
+    deployment, scaler = only(folder, "Deployment"), only(folder, "HorizontalPodAutoscaler")["spec"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert scaler["scaleTargetRef"] == {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "name": deployment["metadata"]["name"],
-    }
+    name = deployment["metadata"]["name"]
+    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     assert "replicas" not in deployment["spec"]  # `apply` would undo what the autoscaler did
-    assert scaler["minReplicas"] > the(folder, "PodDisruptionBudget")["spec"]["maxUnavailable"]
-    assert the(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert (
-        "cpu" in deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]
-    )  # utilisation of it
+    assert scaler["minReplicas"] > only(folder, "PodDisruptionBudget")["spec"]["maxUnavailable"]
+    assert only(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (pods,) = [pods for pods in ALL if pods.overlay == folder]
+    assert "cpu" in pods.container["resources"]["requests"]  # utilization is relative to it
 
 
-def test_pods_are_found_by_their_labels_alone_where_they_should_be() -> None:
-    """The headless Service, the PodMonitor and the anti-affinity mean the trainer's pods, and no others."""
-    wanted = the("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
+def test_the_headless_service_and_the_podmonitor_select_the_pods_of_the_trainer_only() -> None:
+    wanted = only("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
     trains = {pods.overlay for pods in ALL if wanted.items() <= pods.labels.items()}
     assert trains == {pods.overlay for pods in JOBS} - {"overlays/prepare"}
-    assert the("overlays/multiworker", "Service")["spec"]["selector"] == wanted
+    assert only("overlays/multiworker", "Service")["spec"]["selector"] == wanted
