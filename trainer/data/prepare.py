@@ -94,4 +94,4 @@ def _examples(split: Split, order: np.ndarray) -> list[tuple[ImageSource, int]]:
 
 def _say_at_the_end(text: str) -> None:
     log.info(text)
-    termination.outcome(text)
+    termination.set_success_message(text)
