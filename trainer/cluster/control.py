@@ -155,7 +155,7 @@ class ControlChannel:
         return None if gathered is None else [unpack(content) for content in gathered]
 
     def require_equal(self, topic: str, facts: dict[str, Any]) -> None:
-        """Raise a ConfigError with the differences unless all workers have the same facts, plain JSON values by name."""
+        """Raise a ConfigError with the differences unless all workers have the same facts, plain JSON by name."""
         if lines := self.reduce(topic, facts, differences):
             problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
             raise ConfigError(problem, fix="start all of them with the same image and arguments")

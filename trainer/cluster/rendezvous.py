@@ -5,8 +5,6 @@ others connect to the chief, worker 0; these connections become the `ControlChan
 each other one, because the collectives need all these routes, and frees its own port for TensorFlow.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading
@@ -52,7 +50,7 @@ def rendezvous(cluster: Cluster, timeout: float, note: Note, check: Callable[[],
     return peers
 
 
-class _Listener:
+class _Listener(contextlib.AbstractContextManager["_Listener"]):
     """Server on this worker's port until TensorFlow uses it: identifies this worker; the chief accepts the others."""
 
     def __init__(self, cluster: Cluster, deadline: float, note: Note, check: Callable[[], None]) -> None:
@@ -62,9 +60,6 @@ class _Listener:
         port = int(cluster.addresses[cluster.index].rpartition(":")[2])
         self._socket = self._bind(port, note, check)
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
-
-    def __enter__(self) -> _Listener:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # wakes the accepting thread

@@ -15,8 +15,6 @@ one of any number of writers succeeds. Guarantees, without comparing the clocks 
   (`checkpoints/step-00000420-<start>/...`), and count only when a marker names them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading
@@ -54,7 +52,7 @@ class _State:
     commit: _Commit | None
 
 
-class Lease:
+class Lease(contextlib.AbstractContextManager["Lease"]):
     """A lease, returned by `take`. It is thread-safe; a background thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
@@ -107,9 +105,6 @@ class Lease:
                 with contextlib.suppress(*failures), within(self._state.seconds / 3):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was released"
-
-    def __enter__(self) -> Lease:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
