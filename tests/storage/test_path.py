@@ -47,7 +47,7 @@ def test_joining_and_parents() -> None:
         ("s3://b/a", "^s3://b/a: has an unsupported scheme", "gs://bucket/"),
         ("gs:/b/a", "^gs:/b/a: has an unsupported scheme", "gs://bucket/"),
         ("gs:///a", "^gs:///a: names no bucket", "gs://bucket/folder"),
-        (Path("gs://b/a"), "^gs:/b/a: pathlib drops a slash", "pass it as a string"),
+        (Path("gs://b/a"), "^gs:/b/a: is a pathlib.Path", "pass a string"),
     ],
 )
 def test_invalid_paths(text: str | Path, problem: str, fix: str) -> None:

@@ -224,11 +224,8 @@ def _index(env: Mapping[str, str], count: int) -> int | None:
     pods = count // replicas
     job = _integer(env, "JOB_INDEX", 0)
     if job is None and replicas > 1:
-        problem, fix = (
-            "JOB_INDEX is not set",
-            "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)",
-        )
-        raise ConfigError(problem, key="REPLICATED_JOB_REPLICAS", value=replicas, fix=fix)
+        fix = "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)"
+        raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=replicas, fix=fix)
     job = job or 0
     if job >= replicas:
         default = "" if "REPLICATED_JOB_REPLICAS" in env else " (its default)"

@@ -228,9 +228,7 @@ def _await_start(connected: Connection, deadline: float, note: Note, check: Call
                 raise Interrupted(header["text"], key="runtime.start_timeout", fix=RETRY)
             note(f"workers: {header['text']}")
         elif header["kind"] == "refused":
-            raise ConfigError(
-                f"worker 0 refuses this worker: {header['reason']}", fix="start all workers of one job alike"
-            )
+            raise ConfigError(f"worker 0 refuses this worker: {header['reason']}", fix="start all workers alike")
         elif header["kind"] == "go":
             return connected
 

@@ -42,9 +42,7 @@ def write(code: int, reason: str = "") -> None:
     try:
         Path(_path).write_bytes(shortened(message))
     except OSError as error:
-        last_words(
-            f"runtime.termination_log={_path}: cannot be written ({error.strerror or error}); no message written"
-        )
+        last_words(f"runtime.termination_log={_path}: cannot be written ({error.strerror or error})")
 
 
 def shortened(text: str) -> bytes:

@@ -202,15 +202,15 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
     if record is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})
         if config.resume == "must":
-            problem, fix = "holds no run, but resume=must", "give the output_dir of a run, or resume=auto"
-            raise ConfigError(problem, key="output_dir", value=address, fix=fix)
+            problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
+            raise ConfigError(problem, key="resume", value="must", fix=fix)
         if others:
             problem, fix = f"is not empty and holds no run ({others[0]})", "give an empty folder"
             raise ConfigError(problem, key="output_dir", value=address, fix=fix)
         return None
     if config.resume == "never":
-        problem, fix = "holds a run, but resume=never", "give another folder, or resume=auto"
-        raise ConfigError(problem, key="output_dir", value=address, fix=fix)
+        problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
+        raise ConfigError(problem, key="resume", value="never", fix=fix)
     return check_same_run(config, load(yaml.safe_load(record)), address)
 
 
@@ -264,7 +264,7 @@ def require_unfinished(config: RunConfig) -> None:
     """Raise `Finished` if the run is finished."""
     if is_finished(config):
         folder = config.output_dir
-        raise Finished(f"{folder} is finished already (it contains DONE); its report is {folder}/report/index.html")
+        raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
 def require_output_dir(config: RunConfig, workers: int) -> None:

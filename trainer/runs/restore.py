@@ -66,5 +66,5 @@ def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
     if not checkpoints.steps():
-        raise DataError("has no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
+        raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
     return checkpoints

@@ -30,5 +30,5 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
 
         return GcsPath(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
-        raise ConfigError(f"{text}: pathlib drops a slash of an address in a bucket", fix="pass it as a string")
+        raise ConfigError(f"{text}: is a pathlib.Path, which drops a slash", fix="pass a string")
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)
