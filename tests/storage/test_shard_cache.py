@@ -47,7 +47,7 @@ def opened(shards: StoragePath, cache: Path, holds: float, notes: list[str] | No
 def settled(cache: ShardCache) -> set[str]:
     """The shards on disk once all transfers have ended."""
     deadline = time.monotonic() + 20
-    while cache._coming:
+    while cache._in_transfer:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return on_disk(cache.folder)

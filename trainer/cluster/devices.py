@@ -39,18 +39,18 @@ def build_strategy(
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    kind, wanted = choose_devices(runtime, peers.size)
-    peers.require_equal("devices", {"kind": kind, "replicas": wanted})
-    note(describe_devices(kind, wanted, peers.cluster, config))
+    kind, count = choose_devices(runtime, peers.size)
+    peers.require_equal("devices", {"kind": kind, "replicas": count})
+    note(describe_devices(kind, count, peers.cluster, config))
     if peers.size > 1:
-        tf.config.set_visible_devices(gpus[:wanted], "GPU")
+        tf.config.set_visible_devices(gpus[:count], "GPU")
         return _several_workers(runtime, peers, note)
-    if wanted == 1:
+    if count == 1:
         return tf.distribute.get_strategy()
     if not gpus:
         cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
-    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(wanted)])
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(count)])
 
 
 def use_processors(count: int) -> None:
@@ -65,32 +65,32 @@ def use_processors(count: int) -> None:
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
     """The kind ("GPU" or "CPU") and number of the devices of one worker. Raises ConfigError if there are fewer."""
     gpus = tf.config.list_physical_devices("GPU")
-    kind, wanted = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
-    if gpus and wanted > len(gpus):
+    kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
+    if gpus and count > len(gpus):
         problem, fix = f"this machine has {len(gpus)} GPUs", "set it to null to use all"
-        raise ConfigError(problem, key="runtime.replicas", value=wanted, fix=fix)
-    if workers > 1 and not gpus and wanted > 1:
+        raise ConfigError(problem, key="runtime.replicas", value=count, fix=fix)
+    if workers > 1 and not gpus and count > 1:
         problem = "each of several workers without GPUs is one replica"
-        raise ConfigError(problem, key="runtime.replicas", value=wanted, fix="set it to null")
-    return kind, wanted
+        raise ConfigError(problem, key="runtime.replicas", value=count, fix="set it to null")
+    return kind, count
 
 
-def describe_devices(kind: str, wanted: int, cluster: Cluster, config: RunConfig) -> str:
+def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
     """Describe the devices of all workers and the examples per replica of a batch.
 
     Raises:
         ConfigError: the global batch cannot be divided evenly, or not in pairs where examples are mixed.
     """
-    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, wanted * cluster.size
+    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     _check_batch_size(config, replicas)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
-    count = f"{wanted} {kind}{'s' if wanted > 1 else ''}"
+    devices = f"{count} {kind}{'s' if count > 1 else ''}"
     part = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
-        return f"devices: {cluster.size} workers ({cluster.source}) with {count} each, {precision}{part}"
+        return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{part}"
     why = "runtime.replicas" if config.runtime.replicas else "all there are"
-    return f"devices: {count} mirrored ({why}), {precision}{part}"
+    return f"devices: {devices} mirrored ({why}), {precision}{part}"
 
 
 def _check_batch_size(config: RunConfig, replicas: int) -> None:

@@ -135,17 +135,17 @@ def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifie
 
 def check_classes(run: FinishedRun, dataset: Dataset) -> None:
     """Raise a DataError unless the data has the classes of the run in the same order."""
-    mine, theirs = run.class_names, dataset.class_names
-    if mine == theirs:
+    classes, given = run.class_names, dataset.class_names
+    if classes == given:
         return
-    unknown = [repr(name) for name in theirs if name not in mine]
-    missing = [repr(name) for name in mine if name not in theirs]
+    unknown = [repr(name) for name in given if name not in classes]
+    missing = [repr(name) for name in classes if name not in given]
     parts = [f"{_some(unknown)} unknown to the run"] if unknown else []
     parts += [f"{_some(missing)} missing in the data"] if missing else []
     if not parts:
-        expected, name = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+        expected, name = next((a, b) for a, b in zip(classes, given, strict=True) if a != b)
         parts = [f"the order differs, {name!r} instead of {expected!r}"]
-    problem = f"has {len(mine)} classes and the data has {len(theirs)}: {', '.join(parts)}"
+    problem = f"has {len(classes)} classes and the data has {len(given)}: {' and '.join(parts)}"
     raise DataError(problem, key="run", value=run.address, fix="give data with the same classes in the same order")
 
 

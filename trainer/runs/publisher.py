@@ -53,7 +53,7 @@ class Publisher:
         self.local.mkdir(parents=True)
         names = names_in(self.remote / LATEST)
         self._names = {_step_of(name): name for name in names}
-        wanted: list[tuple[StoragePath, Path]] = []
+        downloads: list[tuple[StoragePath, Path]] = []
         for info in self.remote.list():
             name = str(info.path).removeprefix(f"{self.remote}/")
             if name.startswith((".", *LAST)) or name in (DONE, LATEST, BEST):
@@ -63,11 +63,11 @@ class Publisher:
                 if checkpoint not in names:
                     continue
                 name = f"checkpoints/{_step_of(checkpoint)}/{file}"
-            wanted.append((info.path, self.local / name))
-        for _, target in wanted:
+            downloads.append((info.path, self.local / name))
+        for _, target in downloads:
             target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(lambda pair: pair[0].download(pair[1]), wanted))
+            list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
         for pointer, named in ((LATEST, names), (BEST, names_in(self.remote / BEST))):
             if named:
                 (self.local / pointer).write_text(_step_of(named[0]) + "\n")

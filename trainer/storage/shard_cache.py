@@ -72,8 +72,8 @@ class ShardCache:
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
         self._changed = threading.Condition()
-        self._here: dict[str, int] = {}  # name -> bytes; least recently required first
-        self._coming: dict[str, int] = {}
+        self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
+        self._in_transfer: dict[str, int] = {}
         # reader -> shards that it may open now, and those it needs after that; the latest call of `require` last
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._order: dict[str, int] = {}  # name -> position in the order of need; absent if not needed
@@ -101,10 +101,10 @@ class ShardCache:
             self._needs[reader] = names, tuple(then)
             for name in names:
                 self._failed.pop(name, None)
-                if name in self._here:
-                    size = self._here.pop(name)
+                if name in self._cached:
+                    size = self._cached.pop(name)
                     if self._is_whole(name):
-                        self._here[name] = size  # most recently required
+                        self._cached[name] = size  # most recently required
             self._check_budget()
             self._plan()
             return self._wait(names)
@@ -124,16 +124,16 @@ class ShardCache:
     @property
     def used(self) -> int:
         """Bytes on disk or in transfer."""
-        return sum(self._here.values()) + sum(self._coming.values())
+        return sum(self._cached.values()) + sum(self._in_transfer.values())
 
     def _scan(self, other_files: set[str]) -> None:
         for file in sorted(self.folder.iterdir()):
             if file.name in self.entries and self._is_whole(file.name):
-                self._here[file.name] = self.entries[file.name].size
+                self._cached[file.name] = self.entries[file.name].size
             elif file.name not in other_files and file.name != ".versions.json":
                 file.unlink(missing_ok=True)
-        if self._here:
-            count = f"{len(self._here):,} of {len(self.entries):,} shards"
+        if self._cached:
+            count = f"{len(self._cached):,} of {len(self.entries):,} shards"
             self.note(f"{self.address}: {count} are in {self.folder}, fetched before")
 
     def _is_whole(self, name: str) -> bool:
@@ -160,7 +160,7 @@ class ShardCache:
 
     def _wait(self, names: tuple[str, ...]) -> float:
         began, reported = time.monotonic(), False
-        while missing := [name for name in names if name not in self._here]:
+        while missing := [name for name in names if name not in self._cached]:
             for name in missing:
                 if name in self._failed:
                     raise self._failed[name]
@@ -183,13 +183,13 @@ class ShardCache:
 
     def _begin_transfers(self) -> None:
         for name, position in self._order.items():
-            if self._closed or len(self._coming) >= TRANSFERS:
+            if self._closed or len(self._in_transfer) >= TRANSFERS:
                 return
-            if name in self._here or name in self._coming or name in self._failed:
+            if name in self._cached or name in self._in_transfer or name in self._failed:
                 continue
             if not self._make_room(self.entries[name].size, position):
                 return  # a smaller one behind it must not take its room
-            self._coming[name] = self.entries[name].size
+            self._in_transfer[name] = self.entries[name].size
             # A daemon thread, not a pool: the process must be able to exit while a bucket does not respond.
             threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
 
@@ -199,13 +199,13 @@ class ShardCache:
         if excess <= 0:
             return True
         pinned, never = self._pinned(), len(self._order)
-        later = [n for n in self._here if self._order.get(n, never) > position and n not in pinned]
-        if sum(self._here[name] for name in later) < excess:
+        later = [n for n in self._cached if self._order.get(n, never) > position and n not in pinned]
+        if sum(self._cached[name] for name in later) < excess:
             return False
         later.sort(key=lambda name: -self._order.get(name, never))  # stable: least recently required first
         for name in later:
             (self.folder / name).unlink(missing_ok=True)
-            excess -= self._here.pop(name)
+            excess -= self._cached.pop(name)
             if excess <= 0:
                 break
         return True
@@ -218,9 +218,9 @@ class ShardCache:
         except Exception as error:
             failure = error
         with self._changed:
-            size = self._coming.pop(name)
+            size = self._in_transfer.pop(name)
             if failure is None:
-                self._here[name] = size
+                self._cached[name] = size
                 # The bucket responds again: retry transfers that it interrupted.
                 self._failed = {n: e for n, e in self._failed.items() if not isinstance(e, Interrupted)}
             else:
