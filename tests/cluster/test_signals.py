@@ -59,7 +59,7 @@ def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -
     *order, last, message = out.splitlines()
     assert sorted(order) == ["seen", f"signal {name}"]
     assert last == "main thread is back"
-    assert message == f"{name} here; nothing is lost, start the same command again"
+    assert message == f"{name} here; start the same command again, nothing is lost"
     assert f"{name}: saving at the next step, then stopping (again to stop at once)" in err
 
 

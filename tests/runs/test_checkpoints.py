@@ -99,7 +99,7 @@ def test_without_a_readable_checkpoint_there_is_none(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1)
     (folder.path(1) / "state.json").unlink()
     assert folder.newest() is None
-    with raises(DataError, problem="cannot be read", fix="resume from an earlier one"):
+    with raises(DataError, problem="cannot be read", fix="give another one"):
         folder.read(1)
 
 

@@ -11,7 +11,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
-RETRY = "nothing is lost, start the same command again"
+RETRY = "start the same command again, nothing is lost"
 
 
 def end_at_once() -> None:

@@ -45,7 +45,7 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
         DataError: it is missing or damaged.
         Interrupted: the bucket does not respond.
     """
-    fix = "delete it and resume from an earlier one"
+    fix = "give another one, or delete it and start the run again"
     try:
         manifest = json.loads((folder / "manifest.json").read())
         contents = {name: (folder / name).read() for name in manifest}
