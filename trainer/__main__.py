@@ -63,7 +63,7 @@ def main() -> None:
             control = rendezvous(cluster, config.runtime.start_timeout, log.info, check)
         except Finished as finished:
             log.info(str(finished))
-            return termination.outcome(str(finished))
+            return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
         # Until then there is nothing to save, and importing TensorFlow takes longer than some grace periods.

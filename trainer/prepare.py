@@ -28,7 +28,7 @@ def _end(number: int, _frame: object) -> None:
     """Exit on a signal: finished shards stay, and the processes that write others end with this one."""
     reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
     last_words(f"interrupted: {reason}")
-    termination.leave(INTERRUPTED, reason)
+    termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 
 

@@ -35,7 +35,7 @@ from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder, note_facts, resolve_auto, started_with
+from trainer.runs.folder import RunFolder, last_command, resolve_auto, update_facts
 from trainer.runs.metrics import MetricsWriter, cut_back
 from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
@@ -295,7 +295,7 @@ def inputs_of(run: RunContext, name: str) -> Inputs:
     log.info(f"features of phase {name}: live after all, there is no room for them")
     go_live(name, run.images, run.plan.features)
     if run.worker.is_chief:
-        note_facts(run.saver.path, {"features": run.plan.features.reads})
+        update_facts(run.saver.path, {"features": run.plan.features.reads})
     return inputs_of(run, name)
 
 
@@ -502,7 +502,7 @@ def finish(run: RunContext) -> None:
             "phases": run.state.finished,
             "export": exports,
             "timing": clock.report(run.state.images)
-            | {"starts": run.state.starts, "workers": run.worker.size, "command": started_with(saver.path)},
+            | {"starts": run.state.starts, "workers": run.worker.size, "command": last_command(saver.path)},
         }
         report = build_report(saver.path / "report", scored, images, explain, facts, list(dataset.splits), check)
         show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)

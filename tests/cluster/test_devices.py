@@ -1,4 +1,4 @@
-"""TensorFlow's pools follow the quota of a container."""
+"""TensorFlow's thread pools respect the quota of a container."""
 
 import subprocess
 import sys

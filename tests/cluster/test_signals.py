@@ -1,4 +1,4 @@
-"""Signals reach the flag while the main thread is inside TensorFlow, also after TensorFlow took them away."""
+"""Signals set the flag while the main thread is inside TensorFlow, also after TensorFlow replaced the handlers."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ import signal, sys, time
 from trainer.cluster.signals import StopFlag
 from trainer.errors import StopRequested
 stop = StopFlag()
-stop.on_signal = lambda reason: print("told", reason, flush=True)
+stop.on_signal = lambda reason: print("signal", reason, flush=True)
 print("ready", flush=True)
 {body}
 """
@@ -35,7 +35,7 @@ except StopRequested as error:
 WAITING = "time.sleep(30)"
 PEER = """
 stop.request("SIGTERM on worker 1")
-print("told by a peer", flush=True)
+print("requested", flush=True)
 [time.sleep(0.1) for _ in range(30)]
 print(stop.reason)
 """
@@ -57,10 +57,9 @@ def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -
     out, err = child.communicate(timeout=20)
     name = number.name
     *order, last, message = out.splitlines()
-    assert sorted(order) == ["seen", f"told {name}"]
-    assert (last, message) == (
-        "main thread is back", f"{name} here; nothing is lost. Start the same command again to go on",
-    )  # fmt: skip
+    assert sorted(order) == ["seen", f"signal {name}"]
+    assert last == "main thread is back"
+    assert message == f"{name} here; start the same command again, nothing is lost"
     assert f"{name}: saving at the next step, then stopping (again to stop at once)" in err
 
 
@@ -79,7 +78,7 @@ def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
     child.stdout.readline()
     child.send_signal(signal.SIGTERM)
     out, _ = child.communicate(timeout=20)
-    assert out == "told SIGTERM\nSIGTERM on worker 1\n"
+    assert out == "signal SIGTERM\nSIGTERM on worker 1\n"
     assert child.returncode == 0
 
 

@@ -69,7 +69,7 @@ class Strict(ShardCache):
 
     def nothing_else(self, pinned: set[str]) -> None:
         for name in self.entries.keys() - pinned:
-            self._here.pop(name, None)
+            self._cached.pop(name, None)
             (self.folder / "empty").touch()
             (self.folder / "empty").rename(self.folder / name)  # who has the shard open goes on reading it
 
@@ -232,7 +232,7 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
     cache = pixels.shards
     assert cache
     deadline = time.monotonic() + 20
-    while len(cache._here) < SHARDS:
+    while len(cache._cached) < SHARDS:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     shutil.move(Path(split.shards[0].path).parent, tmp_path / "gone")

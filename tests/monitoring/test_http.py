@@ -1,4 +1,4 @@
-"""`/healthz` and `/metrics` as a kubelet and a Prometheus ask for them."""
+"""`/healthz` and `/metrics` as requested by a kubelet and by Prometheus."""
 
 import socket
 import subprocess
@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.same_bits import free_ports
+from tests.errors import raises
 from trainer.errors import WRONG_INPUT, ConfigError
 from trainer.monitoring.health import Health
 from trainer.monitoring.http import serve
@@ -36,27 +37,26 @@ def port(health: Health) -> Iterator[int]:
 
 def get(port: int, path: str, seconds: float = 10, host: str = "127.0.0.1") -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=seconds) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=seconds) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
 
 def metrics(port: int) -> dict[str, float]:
-    """Name -> value, as Prometheus reads it."""
     code, text = get(port, "/metrics")
     assert code == 200
     return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
 
 
-def test_healthy_says_what_it_is_at(health: Health, port: int) -> None:
+def test_a_healthy_process_reports_its_activity(health: Health, port: int) -> None:
     health.set_activity("opening the data")
     assert get(port, "/healthz") == (200, "opening the data\n")
     assert get(port, "/healthz?verbose=1")[0] == 200
-    assert get(port, "/readyz") == (404, "here are /healthz and /metrics\n")
+    assert get(port, "/readyz") == (404, "the paths are /healthz and /metrics\n")
 
 
-def test_stuck_is_503_with_the_reason_until_it_moves_again(
+def test_a_stall_is_503_with_the_reason_until_there_is_progress(
     health: Health, port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     health.stuck_after = 0.1
@@ -65,15 +65,15 @@ def test_stuck_is_503_with_the_reason_until_it_moves_again(
     for _ in range(3):
         code, text = get(port, "/healthz")
         assert code == 503
-        assert text.startswith("stuck: nothing has moved for 0 s (runtime.stuck_after=0.1) in: validation")
-    said = capsys.readouterr().err
-    assert said.count("stuck: nothing has moved") == 1  # in the log once, with where the main thread is
-    assert "in test_stuck_is_503_with_the_reason_until_it_moves_again" in said
+        assert text.startswith("stalled: no progress for 0 s (runtime.stuck_after=0.1) in: validation")
+    err = capsys.readouterr().err
+    assert err.count("stalled: no progress") == 1  # logged once, with the stack of the main thread
+    assert "in test_a_stall_is_503_with_the_reason_until_there_is_progress" in err
     health.stuck_after = 100
     assert get(port, "/healthz")[0] == 200
 
 
-def test_metrics_are_there_once_they_are_known(health: Health, port: int) -> None:
+def test_metrics_appear_once_their_values_are_known(health: Health, port: int) -> None:
     first = metrics(port)
     assert first["kubetune_info"] == 1
     assert first["kubetune_last_progress_age_seconds"] < 5
@@ -103,26 +103,17 @@ def test_ipv6_too(port: int) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
-def test_a_port_in_use_is_one_sentence(health: Health, host: str) -> None:
+def test_a_port_in_use_is_an_error(health: Health, host: str) -> None:
     with socket.create_server((host, 0)) as other:
         taken = other.getsockname()[1]
-        with pytest.raises(ConfigError) as caught:
+        with raises(ConfigError, key="runtime.http_port", value=taken, problem="already in use", fix="or null"):
             serve(taken, health, "")
-    assert str(caught.value) == (
-        f"runtime.http_port={taken} cannot be served (Address already in use); end what holds the port, give another "
-        "one, or null to serve nothing"
-    )
 
 
 def test_a_port_in_use_ends_a_run_with_2_at_once(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as other:
-        command = [
-            sys.executable,
-            "-m",
-            "trainer",
-            f"runtime.http_port={other.getsockname()[1]}",
-            f"output_dir={tmp_path}/run",
-        ]
+        arguments = [f"runtime.http_port={other.getsockname()[1]}", f"output_dir={tmp_path}/run"]
+        command = [sys.executable, "-m", "trainer", *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == WRONG_INPUT
     assert result.stderr.startswith("error: runtime.http_port=")
@@ -142,13 +133,12 @@ print("ready", flush=True)
 
 
 @pytest.mark.parametrize("keeps_the_lock", [False, True])
-def test_a_main_thread_that_hangs_in_c_is_noticed(keeps_the_lock: bool) -> None:
-    """`ctypes.CDLL` lets go of Python's lock as TensorFlow does; with `PyDLL`, which keeps it, nothing answers."""
+def test_a_main_thread_blocked_in_c_is_detected(keeps_the_lock: bool) -> None:
+    """`ctypes.CDLL` releases the GIL, as TensorFlow does; `PyDLL` holds it, so that requests time out."""
     (port,) = free_ports(1)
     program = HANGING.format(library="ctypes.PyDLL" if keeps_the_lock else "ctypes.CDLL")
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(port)], cwd=ROOT, text=True, stdout=-1, stderr=-1
-    ) as child:
+    command = [sys.executable, "-c", program, str(port)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
         assert child.stdout is not None
         try:
             assert child.stdout.readline() == "ready\n"

@@ -1,4 +1,4 @@
-"""With `runtime.log_format=json` every log record is one JSON object per line, with Cloud Logging's field names."""
+"""The log as text, and as one JSON object per line with Cloud Logging's field names."""
 
 import datetime
 import json
@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def told(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What a process said on stdout and on stderr; every line must be a JSON object."""
+def logged(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Stdout and stderr of a process; every line must be a JSON object."""
     head = "from trainer.monitoring.log import configure, last_words, log\n"
     command = [sys.executable, "-c", head + program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
@@ -20,12 +22,14 @@ def told(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[s
     return out, err
 
 
-def test_a_line_has_the_fields_of_cloud_logging_and_its_numbers() -> None:
-    program = (
-        "from trainer.monitoring.health import health\nconfigure(json_lines=True, worker='1')\nhealth.enter_phase('head')\nhealth.steps_taken(7, 1)\n"
-        "log.info('\\ntwo\\nlines ü', extra={'fields': {'loss': 0.5, 'rate': float('inf')}})"
-    )
-    (entry,), err = told(program)
+def test_a_record_has_the_fields_of_cloud_logging_and_its_own() -> None:
+    program = """
+from trainer.monitoring.health import health
+configure(json_lines=True, worker='1')
+health.enter_phase('head')
+health.steps_taken(7, 1)
+log.info('\\ntwo\\nlines ü', extra={'fields': {'loss': 0.5, 'rate': float('inf')}})"""
+    (entry,), err = logged(program)
     assert err == []
     when = datetime.datetime.fromisoformat(entry.pop("time"))
     assert abs(datetime.datetime.now(datetime.UTC) - when) < datetime.timedelta(minutes=1)
@@ -35,44 +39,39 @@ def test_a_line_has_the_fields_of_cloud_logging_and_its_numbers() -> None:
     }  # fmt: skip
 
 
-def test_text_stays_as_it_was() -> None:
-    program = "from trainer.monitoring.log import configure, log\nconfigure()\nlog.info('one', extra={'fields': {'loss': 3}})\nlog.error('two')\nprint('three')"
+def test_text_has_no_fields() -> None:
+    program = """
+from trainer.monitoring.log import configure, log
+configure()
+log.info('one', extra={'fields': {'loss': 3}})
+log.error('two')
+print('three')"""
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("one\nthree\n", "two\n")
 
 
-def test_warnings_and_library_logs_are_objects() -> None:
-    program = """
+@pytest.mark.parametrize("composed", [False, True])
+def test_warnings_and_records_of_libraries_are_objects(composed: bool) -> None:
+    program = f"""
 configure(json_lines=True)
 import logging, warnings
+if {composed}:  # a configuration
+    from trainer.cli.compose import compose
+    compose(["data=digits"])
 warnings.warn("old")
 logging.getLogger("some.library").error("it failed")
-logging.getLogger("some.library").info("not worth a word")
+logging.getLogger("some.library").info("unimportant")
 """
-    out, err = told(program)
+    out, err = logged(program)
     assert out == []
     assert [(e["severity"], e["logger"]) for e in err] == [("WARNING", "py.warnings"), ("ERROR", "some.library")]
     assert "UserWarning: old" in err[0]["message"]
     assert err[1]["message"] == "it failed"
 
 
-def test_composing_a_configuration_keeps_the_log_of_libraries() -> None:
-    program = """
-configure(json_lines=True)
-import logging, warnings
-from trainer.cli.compose import compose
-compose(["data=digits"])
-logging.getLogger("some.library").warning("look out")
-warnings.warn("old")
-"""
-    _, err = told(program)
-    assert [(e["severity"], e["logger"]) for e in err] == [("WARNING", "some.library"), ("WARNING", "py.warnings")]
-    assert err[0]["message"] == "look out"
-
-
 def test_a_traceback_is_one_entry_of_severity_error() -> None:
     program = "configure(json_lines=True)\ndef broken():\n    raise ValueError('no')\nbroken()"
-    out, (entry,) = told(program, code=1)
+    out, (entry,) = logged(program, code=1)
     assert out == []
     assert entry["severity"] == "ERROR"
     assert entry["message"].startswith("Traceback (most recent call last):\n")
@@ -80,10 +79,8 @@ def test_a_traceback_is_one_entry_of_severity_error() -> None:
 
 
 def test_a_traceback_of_a_thread_too() -> None:
-    program = (
-        "configure(json_lines=True)\nimport threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()"
-    )
-    _, (entry,) = told(program)
+    program = "configure(json_lines=True)\nimport threading\nthreading.Thread(target=lambda: 1 / 0).start()"
+    _, (entry,) = logged(program)
     assert entry["severity"] == "ERROR"
     assert "ZeroDivisionError" in entry["message"]
 
@@ -99,17 +96,20 @@ threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
 [t.start() for t in threads]
 [t.join() for t in threads]
 """
-    out, _ = told(program)
+    out, _ = logged(program)
     assert len({e["message"].split(" x")[0] for e in out}) == len(out) == 1600
 
 
-def test_what_multiprocessing_leaves_behind_is_not_told() -> None:
-    program = "configure(json_lines=True)\nimport multiprocessing, os\nkept = multiprocessing.get_context('spawn').Lock()\nos._exit(75)"
-    assert told(program, code=75) == ([], [])
+def test_the_resource_tracker_of_multiprocessing_logs_nothing() -> None:
+    program = """
+configure(json_lines=True)
+import multiprocessing, os
+lock = multiprocessing.get_context('spawn').Lock()
+os._exit(75)"""
+    assert logged(program, code=75) == ([], [])
 
 
 def test_last_words_before_the_end() -> None:
-    _, (entry,) = told(
-        "configure(json_lines=True)\nimport os\nlast_words('\\nSIGTERM: so long')\nos._exit(75)", code=75
-    )
+    program = "configure(json_lines=True)\nimport os\nlast_words('\\nSIGTERM: so long')\nos._exit(75)"
+    _, (entry,) = logged(program, code=75)
     assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole, are verified, and outlive a damaged neighbour."""
+"""Checkpoints are atomic and verified, and a damaged one does not affect the others."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from trainer.errors import DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
@@ -21,42 +22,45 @@ def variables(step: int) -> dict[str, np.ndarray]:
 
 
 def folder_with(path: Path, *steps: int, keep: int = 2, best: int | None = None) -> tuple[CheckpointFolder, list[str]]:
-    said: list[str] = []
-    folder = CheckpointFolder(path, keep, said.append)
+    lines: list[str] = []
+    folder = CheckpointFolder(path, keep, lines.append)
     for step in steps:
         state = RunState(step=step, best={"step": best} if best else None).to_json()
         folder.save(state, variables(step), best)
-    return folder, said
+    return folder, lines
 
 
-def test_what_is_saved_is_read_exactly(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_exactly(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path)
     state = RunState(phase=1, step=7, sums=[0.1 + 0.2, 1 / 3, 7.0], history=[{"loss": 1e-17}])
     folder.save(state.to_json(), variables(7), None)
-    found = folder.newest()
-    assert found is not None
-    assert RunState.from_json(found[0]) == state
+    newest = folder.newest()
+    assert newest is not None
+    assert RunState.from_json(newest[0]) == state
     for name, value in variables(7).items():
-        assert found[1][name].dtype == value.dtype
-        np.testing.assert_array_equal(found[1][name], value)
+        np.testing.assert_array_equal(newest[1][name], value, strict=True)
     assert (tmp_path / "LATEST").read_text() == "step-00000007\n"
+    manifest = json.loads((folder.path(7) / "manifest.json").read_text())
+    assert {name: facts["bytes"] for name, facts in manifest.items()} == {
+        name: (folder.path(7) / name).stat().st_size for name in ("variables.npz", "state.json")
+    }
 
 
-def test_keeps_the_newest_and_every_best_they_refer_to(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_ones_that_they_refer_to_are_retained(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1, 2, best=1)
     for step in (3, 4, 5):
         folder.save(RunState(step=step, best={"step": 2}).to_json(), variables(step), 2)
     assert folder.steps() == [2, 4, 5]
     assert (tmp_path / "BEST").read_text() == "step-00000002\n"
     folder.save(RunState(step=6, best={"step": 6}).to_json(), variables(6), 6)
-    assert folder.steps() == [2, 5, 6]  # should 6 be damaged, 5 still finds its best
+    assert folder.steps() == [2, 5, 6]  # if 6 is damaged, 5 still has its best one
     folder.save(RunState(step=7, best={"step": 6}).to_json(), variables(7), 6)
     assert folder.steps() == [6, 7]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest"])
 def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str) -> None:
-    folder, said = folder_with(tmp_path, 1, 2)
+    folder, lines = folder_with(tmp_path, 1, 2)
     file = folder.path(2) / ("manifest.json" if damage == "manifest" else "variables.npz")
     if damage == "missing":
         file.unlink()
@@ -66,41 +70,40 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
         file.write_bytes(bytes(content))
     else:
         file.write_bytes(file.read_bytes()[:20])
-    found = folder.newest()
-    assert found is not None
-    assert found[0]["step"] == 1
-    assert len(said) == 1
-    assert "set aside as damaged-step-00000002, going back to the one before" in said[0]
-    assert ("does not match its checksum" in said[0]) == (damage in ("flip", "truncate"))
+    newest = folder.newest()
+    assert newest is not None
+    assert newest[0]["step"] == 1
+    (line,) = lines
+    assert "renamed to damaged-step-00000002" in line
+    assert ("does not match its checksum" in line) == (damage in ("flip", "truncate"))
     assert (tmp_path / "damaged-step-00000002").is_dir()
     assert folder.steps() == [1]
 
 
-def test_a_damaged_neighbour_does_not_keep_a_checkpoint_from_being_saved(tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_next_to_a_damaged_one(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1, 2)
     (folder.path(2) / "state.json").write_text("{")
     folder.save(RunState(step=3).to_json(), variables(3), None)
     assert folder.steps() == [2, 3]
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    folder, said = folder_with(tmp_path, 1)
+def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    folder, lines = folder_with(tmp_path, 1)
     (tmp_path / ".writing-step-00000002").mkdir()
     assert folder.newest() is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
-    assert said == []
+    assert lines == []
 
 
-def test_nothing_left_is_nothing_found(tmp_path: Path) -> None:
+def test_without_a_readable_checkpoint_there_is_none(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1)
     (folder.path(1) / "state.json").unlink()
     assert folder.newest() is None
-    with pytest.raises(DataError, match="cannot be read"):
+    with raises(DataError, problem="cannot be read", fix="give another one"):
         folder.read(1)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    """A real file size limit, in a process of its own: the write fails half way."""
+def test_a_full_disk_does_not_affect_the_old_checkpoint(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1)
     program = f"""
 import resource, signal, numpy as np
@@ -120,7 +123,7 @@ except OSError as error:
     assert folder.newest() is not None
 
 
-def test_kill_during_saving_never_leaves_half_a_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_while_saving_leaves_complete_checkpoints(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
 from pathlib import Path
@@ -139,16 +142,9 @@ for step in range(1, 10_000):
         time.sleep(rng.uniform(0.05, 0.3))
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-        said: list[str] = []
-        found = CheckpointFolder(tmp_path, 2, said.append).newest()
-        assert said == []
-        if found:
-            state, values = found
+        lines: list[str] = []
+        newest = CheckpointFolder(tmp_path, 2, lines.append).newest()
+        assert lines == []
+        if newest:
+            state, values = newest
             assert (values["a"] == state["step"]).all()
-
-
-def test_the_manifest_lists_size_and_checksum(tmp_path: Path) -> None:
-    folder, _ = folder_with(tmp_path, 3)
-    manifest = json.loads((folder.path(3) / "manifest.json").read_text())
-    for name, facts in manifest.items():
-        assert (folder.path(3) / name).stat().st_size == facts["bytes"]

@@ -1,4 +1,4 @@
-"""Every second of a run is in one category of its clock, across restarts."""
+"""The time breakdown of a run: every second is in one category, across restarts."""
 
 import contextlib
 import json
@@ -22,8 +22,9 @@ def test_categories_add_up_to_the_wall_time(tmp_path: Path) -> None:
             time.sleep(0.1)
         time.sleep(0.05)
     clock.lap()
+    total = time.time() - began
     clock.write()
-    assert sum(clock.seconds.values()) == pytest.approx(time.time() - began, abs=0.02)
+    assert sum(clock.seconds.values()) == pytest.approx(total, abs=0.02)
     assert clock.seconds["start"] == pytest.approx(2, abs=0.05)
     assert clock.seconds["train"] == pytest.approx(0.2, abs=0.05)
     assert clock.seconds["checkpoint"] == pytest.approx(0.1, abs=0.05)
@@ -32,7 +33,7 @@ def test_categories_add_up_to_the_wall_time(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ledger.json").read_text())["seconds"]["wait"] == 0.05
 
 
-def test_a_span_that_fails_is_counted_and_gives_back_what_was_before() -> None:
+def test_a_span_that_fails_is_counted_and_restores_the_outer_one() -> None:
     clock = Clock(None, time.time())
     with clock.span("train", "training"):
         with contextlib.suppress(ValueError), clock.span("evaluation", "validation"):
@@ -44,7 +45,7 @@ def test_a_span_that_fails_is_counted_and_gives_back_what_was_before() -> None:
     assert clock.seconds["train"] == pytest.approx(0.05, abs=0.03)
 
 
-def test_a_restart_knows_what_was_lost_and_how_long_nobody_was_there(tmp_path: Path) -> None:
+def test_a_restart_counts_lost_steps_and_the_time_without_a_process(tmp_path: Path) -> None:
     file, now = tmp_path / "ledger.json", time.time()
     first = Clock(file, now - 100)
     first._last = now - 40
@@ -61,6 +62,6 @@ def test_a_restart_knows_what_was_lost_and_how_long_nobody_was_there(tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": {}}'])
-def test_a_damaged_account_begins_anew(tmp_path: Path, content: str) -> None:
+def test_a_damaged_breakdown_is_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / "ledger.json").write_text(content)
     assert sum(Clock(tmp_path / "ledger.json", time.time()).seconds.values()) == 0

@@ -1,4 +1,4 @@
-"""What a run says: each line once, cut back on resume, nothing of it in the way of a killed file."""
+"""Training metrics: each value once, cut back on resume, also after a kill while writing."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.runs.metrics import MetricsWriter, clock, cut_back
+from trainer.runs.metrics import MetricsWriter, cut_back, format_duration
 
 
 def entry(step: int) -> dict[str, object]:
@@ -41,16 +41,16 @@ def test_an_interval_is_one_json_line_and_one_step_in_tensorboard(tmp_path: Path
     assert logged_steps(tmp_path) == [2, 4]
 
 
-def test_what_came_after_the_restored_step_is_forgotten(tmp_path: Path) -> None:
+def test_metrics_after_the_restored_step_are_deleted(tmp_path: Path) -> None:
     written(tmp_path, 2, 4, 6)
     file = tmp_path / "metrics.jsonl"
-    file.write_text(file.read_text() + '{"kind": "train", "st')  # killed in the middle of a line
+    file.write_text(file.read_text() + '{"kind": "train", "st')  # truncated by a kill
     events = next((tmp_path / "logs" / "head").glob("events*"))
-    events.write_bytes(events.read_bytes()[:-5])  # and of a record
+    events.write_bytes(events.read_bytes()[:-5])  # a record too
     cut_back(file, tmp_path / "logs", 4)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
     assert logged_steps(tmp_path) == [2, 4]
 
 
-def test_clock() -> None:
-    assert [clock(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
+def test_format_duration() -> None:
+    assert [format_duration(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]

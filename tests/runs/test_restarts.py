@@ -1,44 +1,40 @@
-"""Restarts without progress are counted; those that were told to stop are not."""
+"""Restarts without progress are counted, except after a stop request."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from trainer.errors import GAVE_UP, GaveUp
+from tests.errors import raises
+from trainer.errors import GaveUp
 from trainer.runs.restarts import MAX_ENTRIES, STOPPED, RestartHistory
 
 
 def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost worker 1", most: int = 3) -> None:
-    """One start of the run; None: it was killed."""
-    attempts = RestartHistory(file)
-    attempts.begin(step, most)
+    """One start of the run; `code` None: it was killed."""
+    history = RestartHistory(file)
+    history.begin(step, most)
     if code is not None:
-        attempts.failed(code, reason)
+        history.failed(code, reason)
 
 
-def test_after_enough_fruitless_restarts_the_run_gives_up_with_the_reasons(tmp_path: Path) -> None:
+def test_after_enough_restarts_without_progress_the_run_gives_up_with_the_reasons(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
-    attempt(file, 0)  # the first start is no restart
+    attempt(file, 0)  # the first start
     for reason in ("lost worker 1", "lost worker 2"):
         attempt(file, 0, 75, reason)
     attempt(file, 0)  # killed
     before = file.read_text()
-    with pytest.raises(GaveUp) as caught:
+    reasons = r"lost worker 1\n.*lost worker 2\n.*killed \(out of memory\?\)$"
+    problem = rf"^3 restarts in a row made no progress beyond step 0.*\n.*{reasons}"
+    with raises(GaveUp, key="runtime.max_fruitless_restarts", value=3, problem=problem, fix=f"delete {file}"):
         attempt(file, 0)
-    given_up = RestartHistory(file)
-    given_up.failed(3, "gave up")  # which is no attempt
+    RestartHistory(file).failed(3, "gave up")  # not a start
     assert file.read_text() == before
-    assert caught.value.exit_code == GAVE_UP == 3
-    text = str(caught.value)
-    assert text.startswith("3 restarts in a row made no step of progress beyond step 0; mend the cause, then delete ")
-    assert "lost worker 1\n" in text
-    assert "lost worker 2\n" in text
-    assert text.endswith("ended without a word (killed; out of memory?)")
-    attempt(file, 0, most=4)  # told to try once more
+    attempt(file, 0, most=4)  # the limit was raised
 
 
-def test_progress_begins_the_count_anew(tmp_path: Path) -> None:
+def test_progress_resets_the_count(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
     for step in (0, 0, 0, 7, 7, 7, 9):
         attempt(file, step, 75, most=3)
@@ -48,19 +44,19 @@ def test_progress_begins_the_count_anew(tmp_path: Path) -> None:
         attempt(file, 9, 75)
 
 
-def test_stopped_and_refused_attempts_do_not_count(tmp_path: Path) -> None:
+def test_stopped_and_refused_starts_do_not_count(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
     for _ in range(10):
-        attempts = RestartHistory(file)
-        attempts.begin(0, 2)
-        attempts.end(STOPPED, "SIGTERM")
-        attempts.failed(75, "later news changes nothing")
+        history = RestartHistory(file)
+        history.begin(0, 2)
+        history.end(STOPPED, "SIGTERM")
+        history.failed(75, "later calls change nothing")
     attempt(file, 0, 2, "the loss is not finite", most=2)
     attempt(file, 0, 75, most=2)
     assert [e["kind"] for e in json.loads(file.read_text())] == ["stopped"] * 10 + ["refused", "failed"]
 
 
-def test_the_file_stays_small_and_a_damaged_one_is_no_obstacle(tmp_path: Path) -> None:
+def test_the_file_is_limited_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
     for step in range(MAX_ENTRIES + 20):
         attempt(file, step, 75)

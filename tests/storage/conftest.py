@@ -1,4 +1,4 @@
-"""An emulator for each module, and pauses that suit tests."""
+"""An emulator for each module, and short pauses."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.storage.emulator import BUCKET, Emulator, running
-from trainer.storage import gcs_client as retrying
+from trainer.storage import gcs, gcs_client
 from trainer.storage.path import StoragePath, storage_path
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    """One emulator for all tests of a module; each test works in a folder of its own."""
+    """One emulator for all tests of a module; each test has its own folder."""
     with running(tmp_path_factory.mktemp("buckets")) as server:
         yield server
 
@@ -34,6 +34,13 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of milliseconds, a deadline of seconds."""
-    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(retrying, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(retrying, "DEADLINE", 15.0)
+    monkeypatch.setattr(gcs_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(gcs_client, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(gcs_client, "DEADLINE", 15.0)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects of more than 64 KiB count as large."""
+    for name in ("LARGE", "CHUNK", "PART"):
+        monkeypatch.setattr(gcs, name, 1 << 16)

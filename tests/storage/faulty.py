@@ -1,4 +1,4 @@
-"""A proxy that breaks one answer in so many, in the ways that networks and servers do."""
+"""A proxy that injects faults of networks and servers with given probabilities."""
 
 import base64
 import contextlib
@@ -17,17 +17,17 @@ from urllib.parse import urlsplit
 
 import google_crc32c
 
-# Not done: unavailable, limited, reset. Done, and the answer is bad: lost (none comes), slow, truncated, corrupted.
-# Damaged on its way there: corrupted_upload.
+# Not forwarded: unavailable, limited, reset. Forwarded, with a faulty response: lost, slow, truncated, corrupted.
+# Damaged before it is forwarded: corrupted_upload.
 KINDS = ("unavailable", "limited", "reset", "lost", "slow", "truncated", "corrupted", "corrupted_upload")
-EVENLY = {kind: 0.2 / len(KINDS) for kind in KINDS}  # one bad answer in five
+EVENLY = {kind: 0.2 / len(KINDS) for kind in KINDS}  # one fault in five requests
 
 
 class FaultyProxy:
-    """Stands before `upstream`; `odds` maps kinds to probabilities and may be changed at any time.
+    """A proxy of `upstream`; `odds` maps kinds to probabilities and may be changed at any time.
 
-    `counts` says how often each kind (and "passed") was done. A kind that a request cannot suffer (a body cannot be
-    cut where there is none) becomes `instead`, so that the share of bad answers is what was asked for.
+    `counts` counts each kind, and "passed". A kind that does not apply to a request, as truncation without a body, is
+    replaced by `instead`, so that the fraction of faults is as configured.
     """
 
     def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0) -> None:
@@ -35,7 +35,7 @@ class FaultyProxy:
         self.instead = "unavailable"
         self.retry_after = "0"
         self.slow_seconds = 0.02
-        self.verifies_uploads = True  # as the real storage does and the emulator does not
+        self.verifies_uploads = True  # as the real storage, unlike the emulator
         self.counts: Counter[str] = Counter()
         self.bytes_out = 0
         self._noise = random.Random(seed)
@@ -60,7 +60,7 @@ class FaultyProxy:
             return kind
 
     def bit(self, body: bytes, start: int, end: int) -> bytes:
-        """The body with one bit flipped in [start, end)."""
+        """Flip one bit of the body in [start, end)."""
         with self._lock:
             index, bit = self._noise.randrange(start, end), self._noise.randrange(8)
         return body[:index] + bytes([body[index] ^ (1 << bit)]) + body[index + 1 :]
@@ -92,15 +92,15 @@ class FaultyProxy:
         possible |= {"corrupted_upload"} if payload[1] > payload[0] else set()
         kind = self.draw(possible)
         if kind == "unavailable":
-            return _answer(request, 503, {}, b"try later")
+            return _respond(request, 503, {}, b"try later")
         if kind == "limited":
-            return _answer(request, 429, {"Retry-After": self.retry_after}, b"too many")
+            return _respond(request, 429, {"Retry-After": self.retry_after}, b"too many")
         if kind == "reset":
             return _reset(request)
         if kind == "corrupted_upload":
             body = self.bit(body, *payload)
         if self.verifies_uploads and payload[1] > payload[0] and not _as_declared(body, *payload):
-            return _answer(request, 400, {}, b"Provided CRC32C does not match calculated CRC32C")
+            return _respond(request, 400, {}, b"Provided CRC32C does not match calculated CRC32C")
         try:
             status, headers, content = self._forward(request, body)
         except (OSError, http.client.HTTPException):
@@ -111,22 +111,22 @@ class FaultyProxy:
         if kind == "corrupted" and content:
             content = self.bit(content, 0, len(content))
         pause = self.slow_seconds if kind == "slow" else 0.0
-        _answer(request, status, headers, content, pause, cut=kind == "truncated")
+        _respond(request, status, headers, content, pause, cut=kind == "truncated")
 
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """What the server answers; its own address in it is replaced by ours."""
+        """The response of the server, with the proxy's address instead of its own."""
         address = urlsplit(self.upstream)
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
         try:
             headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "transfer-encoding")}
             connection.request(request.command, request.path, body, headers | {"Connection": "close"})
-            answer = connection.getresponse()
-            content = answer.read()
-            if "json" in (answer.getheader("Content-Type") or ""):
+            response = connection.getresponse()
+            content = response.read()
+            if "json" in (response.getheader("Content-Type") or ""):
                 content = content.replace(self.upstream.encode(), self.url.encode())
             dropped = ("content-length", "transfer-encoding", "connection", "date")
-            kept = {k: v for k, v in answer.getheaders() if k.lower() not in dropped}
-            return answer.status, {k: v.replace(self.upstream, self.url) for k, v in kept.items()}, content
+            rest = {k: v.replace(self.upstream, self.url) for k, v in response.getheaders() if k.lower() not in dropped}
+            return response.status, rest, content
         finally:
             connection.close()
 
@@ -143,24 +143,24 @@ def _read_body(request: BaseHTTPRequestHandler) -> bytes:
 
 
 def _payload(body: bytes) -> tuple[int, int]:
-    """Where the content of a multipart upload begins and ends (metadata and boundaries are left alone)."""
+    """Start and end of the content of a multipart upload, without metadata and boundaries."""
     start = body.find(b"\r\n\r\n", body.find(b"\r\n\r\n") + 4) + 4
     return start, body.rfind(b"\r\n--")
 
 
 def _as_declared(body: bytes, start: int, end: int) -> bool:
-    """Whether the content has the CRC32C that the metadata of a multipart upload declares."""
+    """Return whether the content has the CRC32C in the metadata of a multipart upload."""
     declared = re.search(rb'"crc32c": ?"([^"]+)"', body[:start])
     assert declared, "an upload without its CRC32C"
     return base64.b64decode(declared[1]) == google_crc32c.value(body[start:end]).to_bytes(4, "big")
 
 
-def _answer(
+def _respond(
     request: BaseHTTPRequestHandler,
     status: int,
     headers: dict[str, str],
     content: bytes,
-    pause: float = 0.0,
+    pause: float = 0,
     cut: bool = False,
 ) -> None:
     request.send_response(status)
@@ -186,7 +186,7 @@ def _reset(request: BaseHTTPRequestHandler) -> None:
     request.close_connection = True
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.connection.close()
-    # The file objects around the socket keep it open until they are closed as well; the handler flushes one after us.
+    # The file objects also hold the socket open; the handler flushes one afterwards.
     request.rfile.close()
     with contextlib.suppress(OSError, ValueError):
         request.wfile.close()
@@ -195,7 +195,7 @@ def _reset(request: BaseHTTPRequestHandler) -> None:
 
 @contextlib.contextmanager
 def faults(upstream: str, odds: dict[str, float] = EVENLY, seed: int = 0) -> Iterator[FaultyProxy]:
-    """A proxy before `upstream`, closed at the end."""
+    """A proxy of `upstream`, closed at the end."""
     proxy = FaultyProxy(upstream, dict(odds), seed)
     try:
         yield proxy

@@ -1,4 +1,4 @@
-"""A network that misbehaves: never a wrong byte, always the right end, and one clear sentence where it stays away."""
+"""Network faults: no wrong byte, the right end, and a clear error if the storage does not respond."""
 
 import os
 import threading
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from trainer.errors import Interrupted
-from trainer.storage import gcs as bucket
-from trainer.storage import gcs_client as retrying
+from trainer.storage import gcs_client
 from trainer.storage.base import within
 from trainer.storage.path import Conflict, StoragePath, storage_path
 
@@ -25,14 +25,8 @@ def proxy(emulator: Emulator) -> Iterator[FaultyProxy]:
         yield proxy
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LARGE", "CHUNK", "PART"):
-        monkeypatch.setattr(bucket, name, 1 << 16)
-
-
 def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> None:
-    """Random operations in a folder of its own, each compared with what a dictionary would hold."""
+    """Random operations in one folder, each compared with a dictionary."""
     noise = np.random.default_rng([seed])
     held: dict[str, bytes] = {}
     versions: dict[str, int] = {}
@@ -63,13 +57,13 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
                 file.delete()
                 held.pop(name, None), versions.pop(name, None)
         assert file.version() == versions.get(name)
-    assert {entry.path.name: entry.version for entry in home.list()} == versions
+    assert {info.path.name: info.version for info in home.list()} == versions
     for name, content in held.items():
         assert (home / name).read() == content
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_hundreds_of_operations_with_one_bad_answer_in_five(
+def test_hundreds_of_operations_with_one_fault_in_five(
     proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path
 ) -> None:
     def work(seed: int) -> None:
@@ -81,13 +75,13 @@ def test_hundreds_of_operations_with_one_bad_answer_in_five(
     assert all(proxy.counts[kind] for kind in KINDS), proxy.counts
     assert 0.17 < 1 - proxy.counts["passed"] / proxy.counts.total() < 0.23
     in_bucket.delete_tree()
-    assert not in_bucket.is_folder()  # no part of an upload was left behind
+    assert not in_bucket.is_folder()  # including parts of uploads
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_parts")
 def test_each_kind_alone(proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path, kind: str) -> None:
-    """Half of all answers bad in one way: corruption is found by its checksum, a lost answer is no conflict."""
+    """Half of all responses have one fault: checksums detect corruption, and a lost response is no conflict."""
     proxy.odds = {kind: 0.5 if kind not in ("corrupted", "corrupted_upload") else 0.3}
     version = None
     for number in range(8):
@@ -100,7 +94,7 @@ def test_each_kind_alone(proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: P
     assert proxy.counts[kind] > 0
 
 
-def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
+def test_damaged_uploads_that_a_server_stored_are_repeated(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.verifies_uploads, proxy.odds = False, {"corrupted_upload": 0.3, "lost": 0.2}
     version = None
     for number in range(20):
@@ -109,7 +103,7 @@ def test_a_server_that_keeps_damaged_uploads_is_mended(proxy: FaultyProxy, in_bu
     assert proxy.counts["corrupted_upload"] > 2
 
 
-def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
+def test_a_lost_response_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {}
     theirs = (in_bucket / "marker").write("same", only_if=None)
     proxy.odds = {"lost": 0.5}
@@ -119,7 +113,7 @@ def test_a_lost_answer_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_buck
     assert (in_bucket / "marker").version() == theirs
 
 
-def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
+def test_retry_after_is_respected(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds, proxy.retry_after = {"limited": 1.0}, "1"
     threading.Timer(0.3, proxy.odds.clear).start()
     began = time.monotonic()
@@ -127,10 +121,12 @@ def test_retry_after_is_kept(proxy: FaultyProxy, in_bucket: StoragePath) -> None
     assert 1.0 < time.monotonic() - began < 3
 
 
-def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_timeout_ends_a_request(
+    proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy.odds = {}
     (in_bucket / "file").write("x" * 1000)
-    monkeypatch.setattr(retrying, "SILENCE", 0.3)
+    monkeypatch.setattr(gcs_client, "SILENCE", 0.3)
     proxy.odds, proxy.slow_seconds = {"slow": 1.0}, 5.0
     threading.Timer(0.2, proxy.odds.clear).start()
     began = time.monotonic()
@@ -139,18 +135,18 @@ def test_silence_ends_a_request(proxy: FaultyProxy, in_bucket: StoragePath, monk
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_file_that_always_arrives_damaged_is_never_kept(
+def test_a_file_that_always_arrives_damaged_is_not_stored(
     proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: Path
 ) -> None:
     proxy.odds = {}
     (in_bucket / "file").write(os.urandom(200_000))
     proxy.odds, proxy.instead = {"corrupted": 1.0}, "passed"
-    with pytest.raises(Interrupted, match=r"arrived damaged 5 times \(CRC32C\); start the same command again"):
+    with raises(Interrupted, problem="failed its CRC32C check 5 times", fix="start the same command again"):
         (in_bucket / "file").download(tmp_path / "new" / "file")
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
+def test_a_server_that_restarts(tmp_path: Path) -> None:
     with running(tmp_path / "server") as server:
         home = storage_path(f"gs://{BUCKET}/run")
         versions = [(home / "marker").write("0", only_if=None)]
@@ -162,8 +158,8 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
         assert (home / "marker").fetch() == (b"1", versions[1])
 
 
-def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "DEADLINE", 0.6)
+def test_a_server_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gcs_client, "DEADLINE", 0.6)
     with running(tmp_path / "server") as server:
         file = storage_path(f"gs://{BUCKET}/x")
         version = file.write("saved")
@@ -173,12 +169,9 @@ def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         acts += [lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source")]
         for act in acts:
             began = time.monotonic()
-            with pytest.raises(Interrupted) as error:
+            problem = r"^gs://bucket/x: the storage did not respond for 0.6 s \(connection refused\)$"
+            with raises(Interrupted, problem=problem, fix="start the same command again"):
                 act(file)
-            assert str(error.value) == (
-                "gs://bucket/x: the storage did not answer for 0.6 s (connection refused); "
-                "what was saved before is intact, start the same command again"
-            )
             assert time.monotonic() - began < 2
         server.start()
         assert file.fetch() == (b"saved", version)
@@ -187,15 +180,15 @@ def test_a_server_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_busy_server_is_named_by_its_code(
     proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying, "DEADLINE", 0.3)
+    monkeypatch.setattr(gcs_client, "DEADLINE", 0.3)
     proxy.odds = {"unavailable": 1.0}
-    with pytest.raises(Interrupted, match=r"did not answer for 0\.3 s \(503 Service Unavailable\)"):
+    with raises(Interrupted, problem=r"did not respond for 0\.3 s \(503 Service Unavailable\)"):
         in_bucket.list()
 
 
-def test_another_deadline_for_a_while(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
+def test_another_deadline_in_a_block(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {"unavailable": 1.0}
-    with within(0.2), pytest.raises(Interrupted, match=r"did not answer for 0\.2 s"):
+    with within(0.2), raises(Interrupted, problem=r"did not respond for 0\.2 s"):
         in_bucket.delete()
     proxy.odds = dict(EVENLY)
     in_bucket.delete()

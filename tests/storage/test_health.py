@@ -1,4 +1,4 @@
-"""What moves to and from a bucket is a sign of life, and a checkpoint counts once it is committed there."""
+"""Transfers count as progress, and a checkpoint in a bucket counts once it is committed."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from trainer.monitoring.health import Health
 from trainer.runs import publisher
 from trainer.runs.publisher import Publisher
-from trainer.storage import gcs as bucket
+from trainer.storage import gcs
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import take
 
@@ -16,7 +16,7 @@ from trainer.storage.lease import take
 @pytest.fixture
 def health(monkeypatch: pytest.MonkeyPatch) -> Health:
     fresh = Health()
-    monkeypatch.setattr(bucket, "health", fresh)
+    monkeypatch.setattr(gcs, "health", fresh)
     monkeypatch.setattr(publisher, "health", fresh)
     return fresh
 
@@ -28,7 +28,7 @@ def checkpoint_in(folder: Path) -> None:
         (step / name).write_bytes(b"x" * 1000)
 
 
-def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_committed(
+def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written(
     in_bucket: StoragePath, tmp_path: Path, health: Health
 ) -> None:
     checkpoint_in(tmp_path)
@@ -39,10 +39,10 @@ def test_a_checkpoint_in_a_bucket_counts_from_when_it_was_written_once_it_is_com
     written = time.monotonic()
     publishing.wait()
     assert (in_bucket / "checkpoints" / "LATEST").exists()
-    now = time.monotonic()
-    assert health.checkpoint_age is not None
-    assert now - written <= health.checkpoint_age + 1e-3
-    assert health.checkpoint_age <= time.monotonic() - began
+    now, age = time.monotonic(), health.checkpoint_age
+    assert age is not None
+    assert now - written <= age + 1e-3
+    assert age <= time.monotonic() - began
     publishing.close()
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, health: Health) -> 
     assert health.checkpoint_age is not None
 
 
-def test_parts_of_a_large_file_are_signs_of_life(in_bucket: StoragePath, tmp_path: Path, health: Health) -> None:
+def test_parts_of_a_large_file_are_progress(in_bucket: StoragePath, tmp_path: Path, health: Health) -> None:
     whole = tmp_path / "large"
     whole.write_bytes(bytes(40 << 20))
     moments: list[float] = []

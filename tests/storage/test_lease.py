@@ -1,52 +1,54 @@
-"""The lease: one holder of many, and nothing published by who lost it."""
+"""The lease: one holder of many, and no commit by a process that lost it."""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.errors import raises
 from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import faults
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage import lease as leases
 from trainer.storage.base import within
-from trainer.storage.lease import Lease, holder_of, take
+from trainer.storage.lease import holder_of, take
 from trainer.storage.path import StoragePath, storage_path
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1.5
 
-# Takes the lease, says so, then does what it is told, a line at a time, and says how that went.
+# Takes the lease, then commits each line of stdin, and prints the results.
 HOLDER = """
 import sys
 from trainer.errors import TrainerError
 from trainer.storage import lease as leases
 from trainer.storage.path import storage_path
 leases.LEASE_SECONDS = float(sys.argv[4])
-def say(text): print(text, flush=True)
 try:
-    held = leases.take(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
-    say("taken")
+    lease = leases.take(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
+    print("taken", flush=True)
 except TrainerError as error:
-    sys.exit(say(f"{type(error).__name__}: {error}") or error.exit_code)
+    print(f"{type(error).__name__}: {error}", flush=True)
+    sys.exit(error.exit_code)
 for line in sys.stdin:
     try:
-        say(f"done {held.commit('LATEST', line.strip())}")
+        print(f"done {lease.commit('LATEST', line.strip())}", flush=True)
     except TrainerError as error:
-        say(f"{type(error).__name__}: {error}")
-held.release()
+        print(f"{type(error).__name__}: {error}", flush=True)
+lease.release()
 """
 
 
 class Holder:
-    """Another process that holds, or wants, the lease of a folder."""
+    """Another process that holds or requests the lease of a folder."""
 
     def __init__(self, home: StoragePath, name: str, uid: str = "") -> None:
         self.process = subprocess.Popen(
@@ -54,14 +56,18 @@ class Holder:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         assert self.process.stdout
         return self.process.stdout.readline().strip()
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         assert self.process.stdin
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def commit(self, content: str) -> str:
+        self.send(content)
+        return self.receive()
 
     def end(self) -> None:
         self.process.kill()
@@ -78,33 +84,34 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
-    """An empty folder in a bucket; on disk as well, by parametrisation."""
-    return (
-        storage_path(tmp_path / "home")
-        if getattr(request, "param", "") == "local"
-        else request.getfixturevalue("in_bucket")
-    )
+    """An empty folder in a bucket, and on disk by parametrization."""
+    local = getattr(request, "param", "") == "local"
+    return storage_path(tmp_path / "home") if local else request.getfixturevalue("in_bucket")
 
 
-here_and_there = pytest.mark.parametrize("home", ["local", "bucket"], indirect=True)
+both = pytest.mark.parametrize("home", ["local", "bucket"], indirect=True)
 
 
 @pytest.fixture
 def holder(home: StoragePath) -> Iterator[Holder]:
-    made = Holder(home, "host-a/1", "job-1")
-    assert made.hear() == "taken"
-    yield made
-    made.end()
+    process = Holder(home, "host-a/1", "job-1")
+    assert process.receive() == "taken"
+    yield process
+    process.end()
 
 
-def refusal(act: object) -> str:
-    with pytest.raises(Interrupted) as error:
-        act()  # type: ignore[operator]
-    return str(error.value)
+def refused(problem: str, act: Callable[[], object], fix: str = "") -> None:
+    with raises(Interrupted, problem=problem, fix=fix):
+        act()
 
 
-@here_and_there
-def test_a_lease_is_taken_renewed_and_given_back(home: StoragePath) -> None:
+def at_the_same_time(function: Callable[[int], object], count: int) -> None:
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(function, range(count)))
+
+
+@both
+def test_a_lease_is_taken_renewed_and_released(home: StoragePath) -> None:
     with take(home, "host-a/1") as lease:
         first = (home / ".lease").version()
         time.sleep(SECONDS)
@@ -115,137 +122,125 @@ def test_a_lease_is_taken_renewed_and_given_back(home: StoragePath) -> None:
         assert lease.commit("LATEST", "step-2") != version
         assert lease.commit("DONE", "") == (home / "DONE").version()
     assert (home / "LATEST").read() == b"step-2"
-    assert refusal(lease.check) == f"{home}: the lease was given back; nothing more is published here by this process"
+    refused(f"^{home}: the lease was released; this process publishes nothing more$", lease.check)
     began = time.monotonic()
     take(home, "host-b/1").release()
     assert time.monotonic() - began < SECONDS / 2
 
 
-@here_and_there
-def test_a_plan_names_who_would_keep_it_out(home: StoragePath) -> None:
+@both
+def test_the_holder_of_a_folder(home: StoragePath) -> None:
     assert holder_of(home, None) is None
     with take(home, "host-a/1", "job-1"):
         assert str(holder_of(home, None)).startswith("host-a/1, last renewed at 20")
         assert str(holder_of(home, "job-2")).startswith("host-a/1, ")
-        assert holder_of(home, "job-1") is None  # its own Job would take it at once
+        assert holder_of(home, "job-1") is None  # a process of the same Job takes it at once
     assert holder_of(home, None) is None
     (home / ".lease").write("rubbish")
-    with pytest.raises(DataError, match="is not a lease"):
+    with raises(DataError, problem="is not a lease", fix="delete it if no run uses this folder"):
         holder_of(home, None)
 
 
-@here_and_there
+@both
 def test_one_of_many_takes_it(home: StoragePath) -> None:
-    taken: list[Lease] = []
-    refused: list[str] = []
+    taken, problems = [], []
 
-    def want(number: int) -> None:
+    def request(number: int) -> None:
         try:
             taken.append(take(home, f"host-{number}", wait=number % 2 == 0))
         except ConfigError as error:
-            refused.append(str(error))
+            problems.append(error.problem)
 
-    threads = [threading.Thread(target=want, args=(number,)) for number in range(6)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(taken) == 1
-    assert len(refused) == 5
-    winner = taken[0]._state.holder
-    assert set(refused) == {f"{home}: is in use by {winner}; choose another output_dir, or end that run first"}
-    taken[0].commit("LATEST", "1")
-    taken[0].release()
+    at_the_same_time(request, 6)
+    (lease,) = taken
+    assert problems == [f"is in use by {lease._state.holder}"] * 5
+    lease.commit("LATEST", "1")
+    lease.release()
 
 
-def test_another_process_is_refused_while_it_is_renewed(home: StoragePath, holder: Holder) -> None:
-    with pytest.raises(ConfigError) as error:
+def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath, holder: Holder) -> None:
+    problem = re.escape("is in use by host-a/1 (uid job-1)")
+    with raises(ConfigError, key="output_dir", value=home, problem=f"^{problem}$", fix="give another one"):
         take(home, "host-b/1", "job-2", note="")
-    assert str(error.value) == (
-        f"{home}: is in use by host-a/1 (uid job-1); choose another output_dir, or end that run first"
-    )
-    assert error.value.exit_code == 2
     other = Holder(home, "host-c/1", "job-3")
-    assert other.hear().startswith("ConfigError")
+    assert other.receive().startswith("ConfigError")
     assert other.process.wait(10) == 2
     other.end()
-    holder.tell("step-1")
-    assert holder.hear().startswith("done")
+    assert holder.commit("step-1").startswith("done")
 
 
 def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:
-    holder.tell("step-1")
-    assert holder.hear().startswith("done")
+    assert holder.commit("step-1").startswith("done")
     began = time.monotonic()
     with take(home, "host-b/1", "job-1") as lease:
         assert time.monotonic() - began < SECONDS / 2
         lease.commit("LATEST", "step-2")
-        holder.tell("step-1 again")
-        assert holder.hear().startswith(f"Interrupted: {home}: the lease was taken over by host-b/1 (uid job-1)")
+        lost = f"Interrupted: {home}: the lease was taken over by host-b/1 (uid job-1)"
+        assert holder.commit("step-1 again").startswith(lost)
         lease.check()
         assert (home / "LATEST").read() == b"step-2"
 
 
-def test_a_dead_holder_is_waited_out(home: StoragePath, holder: Holder) -> None:
+def test_the_lease_of_a_dead_holder_expires(home: StoragePath, holder: Holder) -> None:
     os.kill(holder.process.pid, signal.SIGKILL)
-    with pytest.raises(ConfigError, match="is in use by host-a/1"):
+    with raises(ConfigError, key="output_dir", value=home, problem="is in use by host-a/1"):
         take(home, "host-b/1", "job-2", wait=False)
     began = time.monotonic()
     with take(home, "host-b/1", "job-2"):
         assert SECONDS < time.monotonic() - began < 3 * SECONDS
 
 
-@here_and_there
-def test_a_frozen_holder_that_thaws_can_publish_nothing(home: StoragePath, holder: Holder) -> None:
-    holder.tell("step-1")
-    assert holder.hear().startswith("done")
+@both
+def test_a_frozen_holder_that_resumes_cannot_commit(home: StoragePath, holder: Holder) -> None:
+    assert holder.commit("step-1").startswith("done")
     os.kill(holder.process.pid, signal.SIGSTOP)
-    holder.tell("step-2 of the frozen")
+    holder.send("step-2 of the frozen")
     with take(home, "host-b/1", "job-2") as lease:
         lease.commit("LATEST", "step-2")
         os.kill(holder.process.pid, signal.SIGCONT)
-        assert holder.hear().startswith(f"Interrupted: {home}: ")
+        assert holder.receive().startswith(f"Interrupted: {home}: ")
         assert (home / "LATEST").read() == b"step-2"
-        said = ""
-        while "the lease was taken over by host-b/1 (uid job-2)" not in said:  # until its renewal has told it why
-            holder.tell("step-3 of the thawed")
-            said = holder.hear()
-            assert said.startswith(f"Interrupted: {home}: ")
+        result = ""
+        while "the lease was taken over by host-b/1 (uid job-2)" not in result:  # until its renewal fails
+            result = holder.commit("step-3 of the resumed")
+            assert result.startswith(f"Interrupted: {home}: ")
         lease.commit("LATEST", "step-3")
     assert (home / "LATEST").read() == b"step-3"
 
 
-@here_and_there
+@both
 @pytest.mark.parametrize("before", [None, "step-1"])
 def test_frozen_between_the_check_and_the_commit(home: StoragePath, before: str | None) -> None:
-    """The clock plays no part: even a holder that has just checked cannot get past a takeover."""
+    """No clock is involved: a holder that has just checked cannot commit after a takeover."""
     old = take(home, "host-a/1", "job-1")
     if before:
         old.commit("LATEST", before)
-    old.check()  # ... and here it freezes
+    old.check()  # here it freezes
     new = take(home, "host-b/1", "job-1")
-    assert "taken over by host-b/1" in refusal(lambda: old._write(leases._Commit("LATEST", "late", None)))
+    refused("taken over by host-b/1", lambda: old._write(leases._Commit("LATEST", "late", None)))
     assert ((home / "LATEST").fetch() or (None,))[0] == (before.encode() if before else None)
     new.release()
     old.release()
 
 
-@here_and_there
+@both
 @pytest.mark.parametrize("before", [None, "step-1"])
 def test_frozen_between_the_two_writes_of_a_commit(home: StoragePath, before: str | None) -> None:
-    """What the lease has accepted is published, by the next holder if need be; and never twice."""
+    """A commit in the lease is published exactly once, if necessary by the next holder."""
     old = take(home, "host-a/1", "job-1")
     if before:
         old.commit("LATEST", before)
     version = (home / "LATEST").version()
-    old._write(leases._Commit("LATEST", "accepted", version))  # ... and here it freezes
+    old._write(leases._Commit("LATEST", "accepted", version))  # here it freezes
     new = take(home, "host-b/1", "job-1")
     assert (home / "LATEST").read() == b"accepted"
     new.commit("LATEST", "newer")
     with pytest.raises(leases.Conflict):
-        (home / "LATEST").write("accepted", only_if=version)  # the second write, thawed
+        (home / "LATEST").write("accepted", only_if=version)  # the delayed second write
     assert (home / "LATEST").read() == b"newer"
     new.release()
     old.release()
-    assert (home / ".lease").exists()  # ... and a release by who lost it does not free it for others
+    assert (home / ".lease").exists()  # the release of a lost lease does not free it
     take(home, "host-c/1").release()
 
 
@@ -257,25 +252,21 @@ def test_a_marker_that_is_deleted_between_two_runs_stays_deleted(home: StoragePa
         assert not (home / "DONE").exists()
 
 
-@here_and_there
-def test_two_runs_that_commit_as_fast_as_they_can(home: StoragePath) -> None:
-    """Taken over again and again: every commit that was said to be done is in the order of the markers' versions."""
+@both
+def test_two_runs_that_commit_concurrently(home: StoragePath) -> None:
+    """With repeated takeovers, all completed commits are in the order of the marker's versions."""
     done: list[tuple[int, str]] = []
 
-    def run(name: str) -> None:
+    def run(number: int) -> None:
         for attempt in range(4):
-            lease = take(home, name, "one-job")
-            try:
+            lease = take(home, f"host-{number}", "one-job")
+            with contextlib.suppress(Interrupted):
                 for step in range(5):
-                    text = f"{name} {attempt} {step}"
+                    text = f"{number} {attempt} {step}"
                     done.append((lease.commit("LATEST", text), text))
-            except Interrupted:
-                pass
             lease.release()
 
-    threads = [threading.Thread(target=run, args=(name,)) for name in ("a", "b")]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    at_the_same_time(run, 2)
     assert len({version for version, _ in done}) == len(done)
     marker = (home / "LATEST").fetch()
     assert marker is not None
@@ -284,32 +275,32 @@ def test_two_runs_that_commit_as_fast_as_they_can(home: StoragePath) -> None:
     assert marker[1] > last[0] or marker[0].decode() == last[1]
 
 
-def test_a_storage_away_for_longer_than_the_lease(tmp_path: Path) -> None:
+def test_an_outage_of_the_storage_longer_than_the_lease(tmp_path: Path) -> None:
     with running(tmp_path / "server") as server:
         home = storage_path(f"gs://{BUCKET}/run")
         lease = take(home, "host-a/1")
         lease.commit("LATEST", "step-1")
         server.stop()
         time.sleep(1.5 * SECONDS)
-        assert "the lease could not be renewed for" in refusal(lease.check)
-        assert "start the same command again" in refusal(lambda: lease.commit("LATEST", "step-2"))
+        for act in (lease.check, lambda: lease.commit("LATEST", "step-2")):
+            refused("the lease could not be renewed for", act, "start the same command again")
         server.start()
         began = lease._renewed_at
         while lease._renewed_at == began:
             time.sleep(0.05)
-        lease.commit("LATEST", "step-3")  # nobody had taken it: it goes on
+        lease.commit("LATEST", "step-3")  # no other process had taken it
         assert (home / "LATEST").read() == b"step-3"
         lease.release()
 
 
-def test_a_lost_answer_is_not_a_lost_lease(
+def test_a_lost_response_is_not_a_lost_lease(
     emulator: Emulator, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 20.0)
     with faults(emulator.url, {"lost": 0.4, "reset": 0.1}, seed=3) as proxy, environment(proxy.url):
         lease = take(in_bucket, "host-a/1")
         for step in range(20):
-            with contextlib.suppress(Interrupted), within(0.05):  # so short that many end without an answer
+            with contextlib.suppress(Interrupted), within(0.05):  # so short that many end without a response
                 lease._write(None)
             lease.commit("LATEST", f"step-{step}")
         assert proxy.counts["lost"] > 5
@@ -319,7 +310,7 @@ def test_a_lost_answer_is_not_a_lost_lease(
     assert (in_bucket / "LATEST").read() == b"last"
 
 
-def test_a_lease_that_is_none(home: StoragePath) -> None:
+def test_an_invalid_lease(home: StoragePath) -> None:
     (home / ".lease").write("{}")
-    with pytest.raises(leases.DataError, match=r"\.lease: is not a lease \('commit'\); delete it if no run uses"):
+    with raises(DataError, problem=r"\.lease: is not a lease \('commit'\)", fix="delete it if no run uses"):
         take(home, "host-a/1")

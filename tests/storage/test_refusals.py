@@ -1,4 +1,4 @@
-"""What a refusal says: who was refused, which permission is missing, how to get credentials."""
+"""Errors of a refused request: the account, the missing permission, how to get credentials."""
 
 import json
 import threading
@@ -13,20 +13,19 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import compute_engine
 from google.auth.exceptions import DefaultCredentialsError
 
-from tests.storage.emulator import free_port
+from scripts.same_bits import free_ports
+from tests.errors import ANY, raises
 from trainer.errors import DataError
 from trainer.storage import gcs_client as client
 from trainer.storage.path import StoragePath, storage_path
 
 POOL = "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/pool/providers/cluster"
-HOW = (
-    "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
-    "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
-)
+ACCOUNT = "service account trainer@project.iam.gserviceaccount.com"
+HOW = "gcloud auth application-default login.*workload identity.*GOOGLE_APPLICATION_CREDENTIALS.*STORAGE_EMULATOR_HOST"
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """Gives out tokens as Google's token server does; whoever then asks for an object is refused."""
+    """Issues tokens as Google's token server does, and refuses all requests for objects."""
 
     status, message, tokens = 403, "no", True
 
@@ -34,11 +33,11 @@ class Refusing(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/token":
             status: int = 200 if self.tokens else 400
-            answer: dict = {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
-            answer = answer if self.tokens else {"error": "invalid_grant", "error_description": "account disabled"}
+            content: dict = {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
+            content = content if self.tokens else {"error": "invalid_grant", "error_description": "account disabled"}
         else:
-            status, answer = self.status, {"error": {"code": self.status, "message": self.message, "errors": []}}
-        body = json.dumps(answer).encode()
+            status, content = self.status, {"error": {"code": self.status, "message": self.message, "errors": []}}
+        body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -53,10 +52,10 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A server in place of storage.googleapis.com, and a machine without credentials."""
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
-    url = f"http://127.0.0.1:{made.server_port}"
+    """A server instead of storage.googleapis.com, and a machine without credentials."""
+    refusing = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=refusing.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{refusing.server_port}"
     for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("API_ENDPOINT_OVERRIDE", url)
@@ -66,8 +65,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setattr(client, "_clients", {})
     monkeypatch.setattr(Refusing, "status", 403)
     yield url
-    made.shutdown()
-    made.server_close()
+    refusing.shutdown()
+    refusing.server_close()
 
 
 @pytest.fixture
@@ -85,11 +84,15 @@ def use(credentials: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(folder / "credentials.json"))
 
 
-def refusal(act: Callable[[StoragePath], object], address: str = "gs://b/x") -> str:
-    with pytest.raises(DataError) as error:
-        act(storage_path(address))
-    assert error.value.exit_code == 2
-    return str(error.value)
+def refused(
+    problem: str,
+    fix: str,
+    act: Callable[[StoragePath], object] = StoragePath.read,
+    key: str | None = None,
+    value: object = ANY,
+) -> None:
+    with raises(DataError, key=key, value=value, problem=problem, fix=fix):
+        act(storage_path("gs://b/x"))
 
 
 @pytest.mark.parametrize(
@@ -99,22 +102,18 @@ def refusal(act: Callable[[StoragePath], object], address: str = "gs://b/x") -> 
         (lambda file: file.exists(), "storage.objects.get"),
         (lambda file: file.list(), "storage.objects.list"),
         (lambda file: file.delete(), "storage.objects.delete"),
-        (lambda file: file.write("x"), "storage.objects.create (storage.objects.delete as well, to replace)"),
+        (lambda file: file.write("x"), r"storage.objects.create \(storage.objects.delete as well, to replace\)"),
     ],
 )
 @pytest.mark.usefixtures("service_account")
 def test_a_service_account_without_the_permission(act: Callable[[StoragePath], object], permission: str) -> None:
-    message = refusal(act)
-    begin = (
-        f"gs://b/x: service account trainer@project.iam.gserviceaccount.com lacks the permission {permission} (403: "
-    )
-    assert message.startswith(begin)
+    refused(rf"^gs://b/x: {ACCOUNT} lacks the permission {permission} \(403: ", "grant it", act)
 
 
 @pytest.mark.usefixtures("service_account")
-def test_the_permission_that_the_storage_names_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_permission_that_the_storage_names_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Refusing, "message", "a@b does not have storage.objects.delete access to the object.")
-    assert "lacks the permission storage.objects.delete (403: " in refusal(lambda file: file.write("x"))
+    refused(r"lacks the permission storage.objects.delete \(403: ", "grant it", lambda file: file.write("x"))
 
 
 def test_a_user(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,36 +133,33 @@ def test_a_workload_identity_pool(server: str, tmp_path: Path, monkeypatch: pyte
 
 def test_no_credentials_at_all(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr(Refusing, "status", 401)
-    expected = f"gs://b/x: is not public, and no credentials were found; {HOW}"
-    assert refusal(lambda file: file.read()) == expected
+    refused("^gs://b/x: is not public, and there are no credentials$", HOW)
     assert client.identity() == "nobody (anonymous)"
 
 
-def test_credentials_that_are_not_there(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
-    assert refusal(lambda file: file.read()) == "GOOGLE_APPLICATION_CREDENTIALS: File /nowhere/key.json was not found."
+def test_a_missing_file_of_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    key, value = "GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json"
+    monkeypatch.setenv(key, value)
+    refused("was not found", "set it to a credentials file", key=key, value=value)
 
 
 @pytest.mark.usefixtures("service_account")
 def test_credentials_that_were_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Refusing, "tokens", False)
-    message = refusal(lambda file: file.read())
-    assert message.startswith("gs://b/x: service account trainer@project.iam.gserviceaccount.com got no access token (")
-    assert "account disabled" in message
-    assert message.endswith(HOW)
+    refused(rf"^gs://b/x: {ACCOUNT} got no access token \(.*account disabled", HOW)
 
 
 @pytest.mark.usefixtures("service_account")
-def test_what_is_refused_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    answer = Refusing.do_request
-    monkeypatch.setattr(Refusing, "do_GET", lambda self: (asked.append(self.path), answer(self)))
-    refusal(lambda file: file.read())
-    assert len(asked) == 1
+def test_a_refused_request_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+    respond = Refusing.do_request
+    monkeypatch.setattr(Refusing, "do_GET", lambda self: (paths.append(self.path), respond(self)))
+    refused("lacks the permission", "grant it")
+    assert len(paths) == 1
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """As much of a node's metadata server as the search for credentials asks for."""
+    """The part of a node's metadata server that the search for credentials uses."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -182,7 +178,7 @@ def test_a_pod_waits_for_its_metadata_server(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "some-project")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    port = free_port()
+    (port,) = free_ports(1)
     monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{port}")
     refused = threading.Event()
     search = google.auth.default

@@ -1,4 +1,4 @@
-"""Shards on a bounded part of the disk: what is needed is there, the rest fits the budget, and nothing wrong is read."""
+"""The shard cache: required shards are on disk, the others fit the budget, and every byte is right."""
 
 import os
 import threading
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.errors import raises
 from tests.storage.emulator import Emulator
 from trainer.errors import DataError, Interrupted
-from trainer.storage import gcs_client as retrying
-from trainer.storage import shard_cache
+from trainer.storage import gcs, gcs_client, shard_cache
 from trainer.storage.path import StoragePath
 from trainer.storage.shard_cache import ShardCache
 
@@ -34,40 +34,38 @@ def shards(in_bucket: StoragePath) -> StoragePath:
 @contextmanager
 def opened(shards: StoragePath, cache: Path, holds: float, notes: list[str] | None = None) -> Iterator[ShardCache]:
     """A cache with a budget for `holds` shards."""
-    entries = {entry.path.name: entry for entry in shards.list()}
+    entries = {info.path.name: info for info in shards.list()}
     note = (notes if notes is not None else []).append
-    made = ShardCache(str(shards), entries, cache, int(holds * SIZE), note, lambda: None, ["info.json"])
+    opened = ShardCache(str(shards), entries, cache, int(holds * SIZE), note, lambda: None, ["info.json"])
     try:
-        yield made
+        yield opened
     finally:
-        made.close()
-        settled(made)
+        opened.close()
+        settled(opened)
 
 
 def settled(cache: ShardCache) -> set[str]:
-    """What is there once nothing is on its way."""
+    """The shards on disk once all transfers have ended."""
     deadline = time.monotonic() + 20
-    while cache._coming:
+    while cache._in_transfer:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return there(cache.folder)
+    return on_disk(cache.folder)
 
 
-def there(folder: Path) -> set[str]:
+def on_disk(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
 
 
-def test_what_is_required_is_there_and_the_rest_follows_in_the_order_of_need(
-    shards: StoragePath, tmp_path: Path
-) -> None:
+def test_required_shards_and_prefetching_in_the_order_of_need(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=5) as cache:
         assert cache.require("a", NAMES[:2], NAMES[2:]) > 0
-        assert {"s00", "s01"} <= there(cache.folder)
+        assert {"s00", "s01"} <= on_disk(cache.folder)
         assert settled(cache) == set(NAMES[:5])
         assert all((cache.folder / name).read_bytes() == content(name) for name in NAMES[:5])
         assert cache.require("a", NAMES[2:4], NAMES[4:]) == pytest.approx(0, abs=0.05)
-        assert settled(cache) == set(NAMES[2:7])  # what was needed before gives way
-        cache.require("a", NAMES[10:12], NAMES[:10])  # the second epoch begins again at the front
+        assert settled(cache) == set(NAMES[2:7])  # the ones needed before are evicted
+        cache.require("a", NAMES[10:12], NAMES[:10])  # the second epoch begins with the first shard
         assert settled(cache) == {"s10", "s11", "s00", "s01", "s02"}
 
 
@@ -78,12 +76,12 @@ def test_the_budget_holds_at_every_moment(shards: StoragePath, tmp_path: Path) -
 
         def watch() -> None:
             while not over.is_set():
-                with cache._changed:  # files go only under this lock
-                    found = {}  # by shard: one that is on its way has another name
+                with cache._changed:  # files are deleted only under this lock
+                    by_shard = {}  # one in transfer has another name
                     for entry in os.scandir(cache.folder):
                         with suppress(FileNotFoundError):
-                            found[entry.name.lstrip(".").split(".")[0]] = entry.stat().st_size
-                    sizes.append(sum(found.values()))
+                            by_shard[entry.name.lstrip(".").split(".")[0]] = entry.stat().st_size
+                    sizes.append(sum(by_shard.values()))
                 time.sleep(0.0005)
 
         watcher = threading.Thread(target=watch)
@@ -92,7 +90,7 @@ def test_the_budget_holds_at_every_moment(shards: StoragePath, tmp_path: Path) -
             order = NAMES[epoch:] + NAMES[:epoch]
             for at in range(len(order)):
                 cache.require("a", order[at : at + 2], order[at + 2 :])
-                assert set(order[at : at + 2]) <= there(cache.folder)
+                assert set(order[at : at + 2]) <= on_disk(cache.folder)
                 assert cache.used <= cache.budget
         over.set()
         watcher.join()
@@ -100,27 +98,26 @@ def test_the_budget_holds_at_every_moment(shards: StoragePath, tmp_path: Path) -
     assert 3 * SIZE < max(sizes) <= 4.5 * SIZE
 
 
-def test_what_one_reader_requires_no_other_reader_pushes_out(shards: StoragePath, tmp_path: Path) -> None:
+def test_no_reader_evicts_the_shards_of_another_one(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=4) as cache:
         cache.require("training", ["s00", "s01"], NAMES[2:])
         for name in NAMES[4:]:
             cache.require("evaluation", [name])
-            assert {"s00", "s01", name} <= there(cache.folder)
+            assert {"s00", "s01", name} <= on_disk(cache.folder)
         cache.release("evaluation")
         cache.require("training", ["s02"])
-        assert "s02" in there(cache.folder)
+        assert "s02" in on_disk(cache.folder)
 
 
 def test_more_than_the_budget_at_once_is_refused(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=3) as cache:
         cache.require("evaluation", ["s11"])
-        with pytest.raises(
-            DataError, match=r"4 shards of 4e-05 GB are needed at the same time, more than the 3e-05 GB"
-        ):
+        problem = "4 shards of 4e-05 GB are needed at the same time"
+        with raises(DataError, key="runtime.disk_budget_gb", value="3e-05", problem=problem, fix="raise it"):
             cache.require("training", NAMES[:3])
 
 
-def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: StoragePath, tmp_path: Path) -> None:
+def test_a_restart_reuses_no_damaged_or_old_shards(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         cache.require("a", NAMES)
         folder = cache.folder
@@ -141,7 +138,7 @@ def test_a_restart_takes_what_is_there_and_nothing_damaged_or_old(shards: Storag
         assert {name: (folder / name).read_bytes() for name in NAMES} == expected
 
 
-def test_a_file_that_vanished_is_fetched_again(shards: StoragePath, tmp_path: Path) -> None:
+def test_a_deleted_or_damaged_file_is_fetched_again(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         cache.require("a", ["s00", "s01"])
         (cache.folder / "s00").unlink()
@@ -151,7 +148,7 @@ def test_a_file_that_vanished_is_fetched_again(shards: StoragePath, tmp_path: Pa
         assert (cache.folder / "s00").read_bytes() == content("s00")
 
 
-def test_two_processes_have_folders_of_their_own(shards: StoragePath, tmp_path: Path) -> None:
+def test_two_processes_have_different_folders(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=2) as one:
         with opened(shards, tmp_path, holds=2) as two:
             assert one.folder != two.folder
@@ -160,10 +157,10 @@ def test_two_processes_have_folders_of_their_own(shards: StoragePath, tmp_path: 
             assert three.folder == two.folder
 
 
-def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
+def test_an_outage_interrupts_only_readers_that_need_the_bucket(
     emulator: Emulator, shards: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying, "DEADLINE", 0.5)
+    monkeypatch.setattr(gcs_client, "DEADLINE", 0.5)
     monkeypatch.setattr(shard_cache, "STALL_SECONDS", 0.2)
     notes: list[str] = []
     with opened(shards, tmp_path, holds=20, notes=notes) as cache:
@@ -171,7 +168,7 @@ def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
         emulator.stop()
         try:
             assert cache.require("a", NAMES[1:3], NAMES[3:]) == pytest.approx(0, abs=0.05)
-            with pytest.raises(Interrupted, match=r"s05: the storage did not answer for 0.5 s"):
+            with raises(Interrupted, problem="s05: the storage did not respond for 0.5 s", fix="same command"):
                 cache.require("a", ["s05"])
             assert notes == [f"waiting for 1 shards of {shards}, the first is s05"]
         finally:
@@ -180,23 +177,23 @@ def test_a_bucket_that_is_away_interrupts_who_needs_it_and_nobody_else(
         assert settled(cache) == set(NAMES)
 
 
-def test_a_shard_that_is_gone_is_named_when_it_is_needed(shards: StoragePath, tmp_path: Path) -> None:
+def test_a_deleted_shard_is_named_when_it_is_needed(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=20) as cache:
         (shards / "s07").delete()
         cache.require("a", NAMES[:7], NAMES[7:])
         assert settled(cache) == {*NAMES} - {"s07"}
-        with pytest.raises(DataError, match="s07: was replaced or deleted while it was read"):
+        with raises(gcs._Replaced, problem="s07: was replaced or deleted while it was read", fix="same command"):
             cache.require("a", ["s07"])
 
 
-def test_who_waits_can_be_told_to_leave(emulator: Emulator, shards: StoragePath, tmp_path: Path) -> None:
+def test_waiting_can_be_cancelled(emulator: Emulator, shards: StoragePath, tmp_path: Path) -> None:
     class Stop(Exception): ...
 
-    def leave() -> None:
+    def cancel() -> None:
         raise Stop
 
     with opened(shards, tmp_path, holds=20) as cache:
-        cache.check = leave
+        cache.check = cancel
         emulator.stop()
         try:
             with pytest.raises(Stop):

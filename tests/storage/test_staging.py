@@ -1,4 +1,4 @@
-"""Local copies of what lies in a bucket: complete, current, within the budget; fetched once."""
+"""Staging of files in a bucket: complete, current, within the budget; fetched once."""
 
 import os
 import time
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import DataError, Interrupted, StopRequested
+from tests.errors import raises
+from trainer.errors import DataError, StopRequested
 from trainer.storage.base import StoragePath
 from trainer.storage.staging import VERSIONS, prepared_folder, stage
 
@@ -17,14 +18,11 @@ def staged(address: str, cache: Path, budget: int = 10**9) -> tuple[Path, list[s
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        f.relative_to(folder).as_posix(): f.read_bytes()
-        for f in folder.rglob("*")
-        if f.is_file() and f.name != VERSIONS
-    }
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != VERSIONS]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def test_a_local_address_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_local_address_is_unchanged(tmp_path: Path) -> None:
     assert stage("some/folder", tmp_path, 0, pytest.fail, lambda: None) == "some/folder"
 
 
@@ -61,36 +59,36 @@ def test_a_pattern_and_a_single_file(in_bucket: StoragePath, tmp_path: Path) -> 
     assert (file.parent / "x-0.tfrec").exists()
 
 
-def test_what_is_missing_or_too_large_is_named(in_bucket: StoragePath, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"there is nothing in {in_bucket}/no; check the address"):
+def test_missing_and_too_large_addresses_are_named(in_bucket: StoragePath, tmp_path: Path) -> None:
+    with raises(DataError, problem=f"there is nothing in {in_bucket}/no", fix="check the address"):
         staged(f"{in_bucket}/no", tmp_path)
-    with pytest.raises(DataError, match=r"nothing fits .*/no-\*; check the address"):
+    with raises(DataError, problem=r"nothing matches .*/no-\*", fix="check the address"):
         staged(f"{in_bucket}/no-*", tmp_path)
     (in_bucket / "d" / "f").write(b"x" * 1000)
-    with pytest.raises(DataError, match=r"holds 0.0 GB, more than the 0.0 GB of runtime.disk_budget_gb"):
+    with raises(DataError, key="runtime.disk_budget_gb", value="0.0", problem="does not fit", fix="runtime.cache_dir"):
         staged(f"{in_bucket}/d", tmp_path, budget=999)
 
 
-def test_told_to_stop_it_leaves_and_goes_on_later(in_bucket: StoragePath, tmp_path: Path) -> None:
+def test_staging_stops_on_request_and_resumes_later(in_bucket: StoragePath, tmp_path: Path) -> None:
     for i in range(40):
         (in_bucket / "d" / f"{i:02d}").write(str(i))
 
     def check() -> None:
         raise StopRequested("SIGTERM")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         stage(f"{in_bucket}/d", tmp_path, 10**9, lambda _: None, check)
     folder, notes = staged(f"{in_bucket}/d", tmp_path)
     assert len(contents(folder)) == 40
     assert "fetching 40 files" not in notes[0]
 
 
-def test_the_newest_version_of_a_prepared_dataset_is_found(in_bucket: StoragePath) -> None:
+def test_versions_of_a_prepared_dataset(in_bucket: StoragePath) -> None:
     for version in ("1.0.0", "2.9.0", "2.10.0", "not-a-version"):
         (in_bucket / "datasets" / "beans" / version / "dataset_info.json").write("{}")
     assert prepared_folder(f"{in_bucket}/datasets", "beans") == f"{in_bucket}/datasets/beans/2.10.0"
     assert prepared_folder(f"{in_bucket}/datasets", "beans:1.0.0") == f"{in_bucket}/datasets/beans/1.0.0"
-    with pytest.raises(DataError, match=r"/datasets/beans holds no version 3.0.0; prepare it there, or give"):
+    with raises(DataError, key="data.name", value="beans:3.0.0", problem="no version 3.0.0", fix="gs://tfds-data"):
         prepared_folder(f"{in_bucket}/datasets", "beans:3.0.0")
-    with pytest.raises(DataError, match=r"/datasets/cats holds no prepared dataset"):
+    with raises(DataError, key="data.name", value="cats", problem="no prepared dataset in .*/cats", fix="prepare it"):
         prepared_folder(f"{in_bucket}/datasets", "cats")

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.cli.compose import compose_alone
-from trainer.cluster.signals import take_no_signal
+from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RunConfig, Runtime, load
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
@@ -70,7 +70,7 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
     """Set up the log, with these labels in JSON, and the termination message."""
     global _log_is_configured
     health.stuck_after = runtime.stuck_after
-    termination.leave_in(runtime.termination_log)
+    termination.set_path(runtime.termination_log)
     configure(json_lines=runtime.log_format == "json", **labels)
     _log_is_configured = True
 
@@ -114,6 +114,6 @@ def exit_with_code() -> Iterator[None]:
     except Exception as error:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
-    termination.leave(code, reason)
-    take_no_signal()
+    termination.write(code, reason)
+    ignore_sigterm()
     sys.exit(code)

@@ -31,7 +31,7 @@ from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerE
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, session_end_summary
-from trainer.runs.folder import is_finished, of_one_run
+from trainer.runs.folder import check_same_run, is_finished
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 
@@ -217,7 +217,7 @@ class Sweep:
                 f"  again    {best.again}",
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
-            termination.outcome(text[-3])
+            termination.set_success_message(text[-3])
         log.info("\n".join(text))
         if failed and (not self.search or not scored):
             names = ", ".join(job.name for job in failed)
@@ -287,7 +287,7 @@ def _refuse_another(config: RunConfig) -> None:
     """Raise a ConfigError if another run is in the folder of a job: then the sweep is another one."""
     record = storage_path(config.output_dir or "") / "config.yaml"
     if record.exists():
-        of_one_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
+        check_same_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
 
 
 def _value(tree: Any, key: str, text: str) -> Value:

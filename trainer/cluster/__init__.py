@@ -1,1 +1,1 @@
-"""The machines and devices of a run, and the signals that stop it."""
+"""Workers and devices of a run, and the signals that stop it."""

@@ -1,8 +1,7 @@
-"""The other workers of a run: exchanging small things, noticing who is gone, failing together.
+"""Control channel: a TCP connection from each worker to the chief for small messages, heartbeats and failures.
 
-Beside TensorFlow's collectives every worker keeps one TCP connection to worker 0, the chief. Training never waits for
-it; it carries scores, checkpoints on resume and the order to stop, and a beat every two seconds. A collective that
-waits for a dead or frozen peer may wait for ever; the silence on this connection is what ends it.
+In addition to TensorFlow's collectives it carries scores, checkpoints on resume, stop requests, and a heartbeat every
+two seconds. A collective may block forever on a dead or frozen peer; the heartbeat timeout ends the process then.
 """
 
 import contextlib
@@ -27,37 +26,33 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
-MAGIC = b"kubetune"  # distinguishes workers from whatever else answers (TensorFlow's own server, a web server)
+MAGIC = b"kubetune"  # distinguishes workers from other servers (TensorFlow's own, a web server)
 HEADER = struct.Struct("!8sIQ")  # magic, bytes of JSON, bytes of payload
 LONGEST_HEADER = 1 << 20
 CHUNK = 1 << 20
 HEARTBEAT_INTERVAL = 2.0
 HEARTBEAT_TIMEOUT = 20.0
-COMMIT_SECONDS = 5.0  # what a write that is under way is given before a lost peer ends the process
+COMMIT_SECONDS = 5.0  # that a write in progress may take before a lost peer ends the process
 
 
 class ProtocolError(ConnectionError):
-    """The other side is not a worker that waits for its peers."""
+    """The other side is not a worker in its rendezvous."""
 
 
 class Connection:
     """One connection to a peer. `send` may be called from any thread, `receive` from one.
 
     Attributes:
-        heard: time.monotonic() of the last bytes that arrived.
+        last_received: time.monotonic() of the last bytes that arrived.
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        self.socket, self.heard = connected, time.monotonic()
+        self.socket, self.last_received = connected, time.monotonic()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sending = threading.Lock()
 
     def send(self, kind: str, payload: bytes = b"", **facts: Any) -> None:
-        """Send one message.
-
-        Raises:
-            OSError: the connection is gone.
-        """
+        """Send one message. Raises OSError if the connection is closed."""
         header = json.dumps({"kind": kind, **facts}).encode()
         with self._sending:
             self.socket.sendall(HEADER.pack(MAGIC, len(header), len(payload)) + header)
@@ -68,12 +63,12 @@ class Connection:
         """Wait for one message: its header and its payload.
 
         Raises:
-            ProtocolError: the other side speaks something else.
+            ProtocolError: the other side uses another protocol.
             OSError: the connection is gone, or its timeout has passed.
         """
         magic, length, payload = HEADER.unpack(self._exactly(HEADER.size))
         if magic != MAGIC or length > LONGEST_HEADER:
-            raise ProtocolError("something else answers there")
+            raise ProtocolError("the peer is not a worker")
         return json.loads(self._exactly(length)), self._exactly(payload)
 
     def _exactly(self, count: int) -> bytes:
@@ -82,22 +77,22 @@ class Connection:
             part = self.socket.recv(min(left, CHUNK))
             if not part:
                 raise ConnectionError("closed")
-            self.heard = time.monotonic()
+            self.last_received = time.monotonic()
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
 
     def close(self) -> None:
-        """Close; the peer sees the end at once."""
+        """Close the connection at once, also for the peer."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
 class ControlChannel:
-    """The connections of worker `cluster.index` to the others; with one worker every operation is immediate.
+    """The connections of worker `cluster.index`; with one worker every operation returns at once.
 
-    Operations that gather, broadcast or compare must be called by all workers in the same order.
+    Collective operations (gather, broadcast, reduce, barrier) must be called by all workers in the same order.
 
     Attributes:
         on_stop: called with the reason when another worker received a request to stop.
@@ -117,10 +112,10 @@ class ControlChannel:
         self._committing = threading.Lock()
         for peer, connection in connections.items():
             connection.socket.settimeout(None)
-            connection.heard = time.monotonic()
+            connection.last_received = time.monotonic()
             threading.Thread(target=self._listen, args=(peer, connection), name=f"peer-{peer}", daemon=True).start()
         if connections:
-            threading.Thread(target=self._beat, name="beat", daemon=True).start()
+            threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
         """Every worker's bytes, by index, on the chief; None on the others."""
@@ -138,15 +133,15 @@ class ControlChannel:
         return payload
 
     def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
-        """The result of `make` on the chief (called there only), on every worker; plain JSON values."""
+        """The result of `make`, which only the chief calls, on every worker; plain JSON values."""
         if self.size == 1:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
     def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
-        """On every worker, the result of `function` on the chief for the list of all workers' plain JSON values."""
-        everyone = self.gather(topic, json.dumps(value).encode())
-        return self.broadcast(topic, lambda: function([json.loads(one) for one in everyone or ()]))
+        """Apply `function`, on the chief, to the list of all workers' plain JSON values; the result on every worker."""
+        gathered = self.gather(topic, json.dumps(value).encode())
+        return self.broadcast(topic, lambda: function([json.loads(content) for content in gathered or ()]))
 
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The chief's arrays, by name, on every worker."""
@@ -156,27 +151,21 @@ class ControlChannel:
 
     def gather_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
         """Every worker's arrays, by name, on the chief in the order of the workers; None on the others."""
-        everyone = self.gather(topic, pack(arrays))
-        return None if everyone is None else [unpack(content) for content in everyone]
+        gathered = self.gather(topic, pack(arrays))
+        return None if gathered is None else [unpack(content) for content in gathered]
 
     def require_equal(self, topic: str, facts: dict[str, Any]) -> None:
-        """Check that all workers hold the same facts, {"name": plain JSON value}.
+        """Raise a ConfigError with the differences unless all workers have the same facts, plain JSON by name."""
+        if lines := self.reduce(topic, facts, differences):
+            problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
+            raise ConfigError(problem, fix="start all of them with the same image and arguments")
 
-        Raises:
-            ConfigError: they do not; names each difference and the workers.
-        """
-        lines = "\n".join(f"  {line}" for line in self.reduce(topic, facts, differences))
-        if lines:
-            raise ConfigError(
-                f"the workers do not have the same {topic}; give all of them the same image and arguments:\n{lines}"
-            )
-
-    def any_worker(self, topic: str, here: bool) -> bool:
-        """Whether `here` is true on any worker."""
-        return self.reduce(topic, bool(here), any)
+    def any_worker(self, topic: str, value: bool) -> bool:
+        """Return whether `value` is true on any worker."""
+        return self.reduce(topic, bool(value), any)
 
     def barrier(self, topic: str) -> None:
-        """Wait until every worker is here."""
+        """Wait until every worker calls this."""
         self.gather(topic, b"")
         self.broadcast_bytes(topic)
 
@@ -184,7 +173,7 @@ class ControlChannel:
         try:
             self.sockets[peer].send("value", payload, topic=topic)
         except OSError as error:
-            self._lost(peer, f"its connection broke ({error})")
+            self._lost(peer, f"connection broken ({error})")
 
     def _next(self, peer: int, topic: str) -> bytes:
         with health.waiting_for(f"worker {peer}"):
@@ -193,18 +182,18 @@ class ControlChannel:
         return payload
 
     def broadcast_stop(self, reason: str) -> None:
-        """Have the other workers stop as well."""
-        self._spread("stop", reason=reason)
+        """Send a stop request to the other workers."""
+        self._send_to_all("stop", reason=reason)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Around a write that should be finished, if it takes seconds, even when a peer is lost meanwhile."""
+        """Let the write inside finish, within `COMMIT_SECONDS`, before a lost peer ends this process."""
         with self._committing:
             yield
 
     @contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """Around all of a worker's work: a failure of one ends all of them, with its exit code and its message."""
+        """End all workers if the block fails on one, with its exit code and message."""
         try:
             yield
         except BaseException as error:
@@ -213,38 +202,38 @@ class ControlChannel:
                 code, message = BUG, f"{type(error).__name__}: {error}"
                 if isinstance(error, TrainerError):
                     code, message = error.exit_code, str(error)
-                self._spread("failed", code=code, message=message, worker=self.index)
+                self._send_to_all("failed", code=code, message=message, worker=self.index)
             raise
 
     def disconnect(self) -> None:
-        """Announce the end of this worker, which then is no loss to the others."""
+        """Announce the regular end of this worker to the others."""
         self._leaving = True
-        self._spread("left")
+        self._send_to_all("left")
 
     def detach_workers(self) -> None:
-        """On the chief, when it needs nothing more of the others: what becomes of them no longer matters to it."""
+        """Ignore the ends and failures of the other workers from now on; for the chief, when it needs them no more."""
         self._alone = True
 
-    def _spread(self, kind: str, **facts: Any) -> None:
+    def _send_to_all(self, kind: str, **facts: Any) -> None:
         for peer, connection in self.sockets.items():
             if peer not in self._left:
                 try:
                     connection.send(kind, **facts)
                 except OSError:
-                    continue  # `_listen` notices the end, `_beat` the silence
+                    continue  # `_listen` detects the end, `_send_heartbeats` the timeout
 
     def _listen(self, peer: int, connection: Connection) -> None:
         while True:
             try:
                 header, payload = connection.receive()
             except (OSError, ValueError):
-                self._lost(peer, "it ended without a word")
+                self._lost(peer, "connection closed without notice")
                 return
             if header["kind"] == "value":
                 self._inbox[peer].put((header["topic"], payload))
             elif header["kind"] == "stop" and not self._alone:
                 if self.is_chief:
-                    self._spread("stop", reason=header["reason"])
+                    self._send_to_all("stop", reason=header["reason"])
                 self.on_stop(header["reason"])
             elif header["kind"] == "left":
                 self._left.add(peer)
@@ -253,39 +242,39 @@ class ControlChannel:
                 if not self._alone:
                     self._end_as_peer(header["code"], header["message"], header["worker"], sender=peer)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._leaving:
             time.sleep(HEARTBEAT_INTERVAL)
-            self._spread("beat")
+            self._send_to_all("heartbeat")
             for peer, connection in self.sockets.items():
-                silence = time.monotonic() - connection.heard
-                if silence > HEARTBEAT_TIMEOUT:
-                    self._lost(peer, f"no word for {silence:.0f} s")
+                age = time.monotonic() - connection.last_received
+                if age > HEARTBEAT_TIMEOUT:
+                    self._lost(peer, f"no heartbeat for {age:.0f} s")
 
     def _lost(self, peer: int, how: str) -> None:
         if not (peer in self._left or self._leaving or self._alone):
             self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {how}")
 
     def _end_as_peer(self, code: int, message: str, worker: int, sender: int) -> None:
-        """End because `worker` failed. Its bug is not ours: started again, the run may well go on."""
+        """End because `worker` failed; with 75 after a bug there, because a restart may succeed."""
         if code == BUG:
-            code, message = INTERRUPTED, f"worker {worker} ended with a bug ({message}); its log has the traceback"
+            code, message = INTERRUPTED, f"worker {worker} failed with a bug ({message}); its log has the traceback"
         elif worker == sender:
             message = f"worker {worker}: {message}"
         self.end(code, message, worker)
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process and the others, from any thread: the main one may hang in a collective for ever."""
+        """End this process and the others, from any thread: the main one may be blocked in a collective."""
         with self._ending:
             if self._leaving:
                 return
             self._leaving = True
-            self._spread("failed", code=code, message=message, worker=self.index if worker is None else worker)
+            self._send_to_all("failed", code=code, message=message, worker=self.index if worker is None else worker)
             self._committing.acquire(timeout=COMMIT_SECONDS)
-            word = "interrupted" if code == INTERRUPTED else "error"
+            kind = "interrupted" if code == INTERRUPTED else "error"
             try:
-                last_words(f"{word}: {message}")
-                termination.leave(code, message)  # first: what follows writes to the run's disk, which may hang
+                last_words(f"{kind}: {message}")
+                termination.write(code, message)  # before `on_end`, which writes to the run's disk and may block
                 self.on_end(code, message)
                 sys.stdout.flush()
             finally:
@@ -293,7 +282,7 @@ class ControlChannel:
 
 
 def differences(everyone: list[dict[str, Any]]) -> list[str]:
-    """The facts that differ between workers, one "name: value on worker 0, value on worker 1" a line."""
+    """The facts that differ between workers, each as "name: value on worker 0, value on worker 1"."""
     lines = []
     for name in sorted({key for facts in everyone for key in facts}):
         values = [json.dumps(facts.get(name)) for facts in everyone]

@@ -1,4 +1,4 @@
-"""Devices, precision, determinism and the strategy: everything TensorFlow must know before it creates anything."""
+"""Devices, precision, determinism and the distribution strategy, set before any tensor exists."""
 
 import os
 import threading
@@ -21,16 +21,15 @@ def build_strategy(
     """Choose the devices and the strategy over them; must run before any tensor exists.
 
     Args:
-        processors: that TensorFlow may keep busy. By itself it would take all that the host lets this process run on,
-            and not know of a container's quota.
+        processors: that TensorFlow may use; by default it uses all of the host and ignores a container's quota.
 
     Returns:
         The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
         MultiWorkerMirroredStrategy for several workers.
 
     Raises:
-        ConfigError: more replicas are asked for than there are GPUs, the workers have different numbers of devices, or
-            the global batch cannot be shared evenly, or not in pairs where examples are mixed.
+        ConfigError: there are fewer GPUs than replicas, the workers have different numbers of devices, or the global
+            batch cannot be divided evenly, or not in pairs where examples are mixed.
     """
     runtime = config.runtime
     use_processors(processors)
@@ -40,97 +39,91 @@ def build_strategy(
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    kind, wanted = devices_of(runtime, peers.size)
-    peers.require_equal("devices", {"kind": kind, "replicas": wanted})
-    note(described(kind, wanted, peers.cluster, config))
+    kind, count = choose_devices(runtime, peers.size)
+    peers.require_equal("devices", {"kind": kind, "replicas": count})
+    note(describe_devices(kind, count, peers.cluster, config))
     if peers.size > 1:
-        tf.config.set_visible_devices(gpus[:wanted], "GPU")
+        tf.config.set_visible_devices(gpus[:count], "GPU")
         return _several_workers(runtime, peers, note)
-    if wanted == 1:
+    if count == 1:
         return tf.distribute.get_strategy()
     if not gpus:
         cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
-    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(wanted)])
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(count)])
 
 
 def use_processors(count: int) -> None:
-    """Threads of TensorFlow's two pools: inside an operation, and for operations (those of `tf.data` too) side by side.
+    """Set the number of threads inside an operation, and of operations (those of `tf.data` too) in parallel.
 
-    A pool larger than a container's quota spends the quota of a period at once, and then stands still until the next.
+    A pool larger than a container's quota uses up the quota of a period at once and is throttled until the next one.
     """
     tf.config.threading.set_intra_op_parallelism_threads(count)
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
-def devices_of(runtime: Runtime, workers: int) -> tuple[str, int]:
-    """The kind ("GPU" or "CPU") and number of the devices that one of these workers trains on.
-
-    Raises:
-        ConfigError: more are asked for than there are.
-    """
+def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
+    """The kind ("GPU" or "CPU") and number of the devices of one worker. Raises ConfigError if there are fewer."""
     gpus = tf.config.list_physical_devices("GPU")
-    kind, wanted = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
-    if gpus and wanted > len(gpus):
-        raise ConfigError(f"runtime.replicas={wanted}, but this machine has {len(gpus)} GPUs; leave it null to use all")
-    if workers > 1 and not gpus and wanted > 1:
-        raise ConfigError(
-            f"runtime.replicas={wanted}: each of several workers without GPUs is one replica; set it null"
-        )
-    return kind, wanted
+    kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
+    if gpus and count > len(gpus):
+        problem, fix = f"this machine has {len(gpus)} GPUs", "set it to null to use all"
+        raise ConfigError(problem, key="runtime.replicas", value=count, fix=fix)
+    if workers > 1 and not gpus and count > 1:
+        problem = "each of several workers without GPUs is one replica"
+        raise ConfigError(problem, key="runtime.replicas", value=count, fix="set it to null")
+    return kind, count
 
 
-def described(kind: str, wanted: int, cluster: Cluster, config: RunConfig) -> str:
-    """The line that describes the devices of all workers and each one's part of a batch.
+def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
+    """Describe the devices of all workers and the examples per replica of a batch.
 
     Raises:
-        ConfigError: the global batch cannot be shared evenly, or not in pairs where examples are mixed.
+        ConfigError: the global batch cannot be divided evenly, or not in pairs where examples are mixed.
     """
-    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, wanted * cluster.size
+    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     _check_batch_size(config, replicas)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
-    count = f"{wanted} {kind}{'s' if wanted > 1 else ''}"
+    devices = f"{count} {kind}{'s' if count > 1 else ''}"
     part = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
-        return f"devices: {cluster.size} workers ({cluster.source}) with {count} each, {precision}{part}"
+        return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{part}"
     why = "runtime.replicas" if config.runtime.replicas else "all there are"
-    return f"devices: {count} mirrored ({why}), {precision}{part}"
+    return f"devices: {devices} mirrored ({why}), {precision}{part}"
 
 
 def _check_batch_size(config: RunConfig, replicas: int) -> None:
-    batch_size, pieces = config.training.batch_size, config.training.accumulate
-    parts, rows, pairs = replicas * pieces, batch_size // replicas, 2 * replicas
+    batch_size, micro_batches = config.training.batch_size, config.training.accumulate
+    parts, rows, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
     if batch_size % parts:
-        of = f" in {pieces} pieces each (training.accumulate)" if pieces > 1 else ""
-        raise ConfigError(
-            f"training.batch_size: {batch_size} cannot be shared evenly by {replicas} replicas{of}; "
-            f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
-        )
+        each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
+        fix = f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
+        problem = f"is not divisible by {replicas} replicas{each}"
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     if config.augmentation.mixes and rows % 2:
         each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
         smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
-        raise ConfigError(
-            f"training.batch_size: augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd; "
-            f"take {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
-        )
+        fix = f"take {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
+        problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
 
 
 def _several_workers(runtime: Runtime, peers: ControlChannel, note: Callable[[str], None]) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers, whose rendezvous has no deadline of its own: ours ends the process."""
+    """Start TensorFlow's servers; they have no deadline of their own, so a timer ends the process."""
     os.environ["TF_CONFIG"] = peers.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
     pack_bytes = int((runtime.pack_mb or 0) * 2**20)
     options = tf.distribute.experimental.CommunicationOptions(pack_bytes, implementation=implementation)
     packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
     note(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
+    problem = "TensorFlow's servers did not connect in time, though the workers did"
     late = Interrupted(
-        f"TensorFlow's servers did not find each other in {runtime.start_timeout:g} s, though the workers did; "
-        "start all workers again"
+        problem, key="runtime.start_timeout", value=f"{runtime.start_timeout:g}", fix="start all workers again"
     )
-    watch = threading.Timer(runtime.start_timeout, peers.end, args=(late.exit_code, str(late)))
-    watch.daemon = True
-    watch.start()
+    timer = threading.Timer(runtime.start_timeout, peers.end, args=(late.exit_code, str(late)))
+    timer.daemon = True
+    timer.start()
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-    watch.cancel()
+    timer.cancel()
     return strategy

@@ -1,4 +1,4 @@
-"""This process as one of the workers of a run: its control channel, its devices, and whether it should stop."""
+"""One worker of a run: its control channel, devices and stop flag."""
 
 from dataclasses import dataclass
 
@@ -36,10 +36,10 @@ class Worker:
         return self.strategy.num_replicas_in_sync // self.size
 
     def stop_requested(self) -> bool:
-        """Whether this worker should stop. The compiled step asks at each step, which so is progress."""
+        """Return whether this worker has a stop request. The compiled step calls this: each step counts as progress."""
         health.progress()
         return self.stop.reason is not None
 
     def should_stop(self, where: str) -> bool:
-        """Whether any worker should stop: the same answer on all of them, asked at the same point by all."""
+        """Return whether any worker has a stop request; all workers must call this at the same point."""
         return self.control.any_worker(f"stop {where}", self.stop.reason is not None)

@@ -59,7 +59,7 @@ def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> N
             f"python -m trainer data=tfds data.root={target}"
         )
     log.info(outcome)
-    termination.outcome(outcome)
+    termination.set_success_message(outcome)
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:

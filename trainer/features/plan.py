@@ -15,7 +15,7 @@ from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
-from trainer.runs.folder import note_facts, read_facts
+from trainer.runs.folder import read_facts, update_facts
 from trainer.types import Dataset
 
 # Input of a phase: features; images; images to train on, and features of those that validate.
@@ -135,7 +135,7 @@ def choose_features(
             return {name: before.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
         chosen = {name: choice.reads for name, choice in choices.items()}
-        note_facts(folder, {"features": chosen})
+        update_facts(folder, {"features": chosen})
         return chosen, [choice.describe(name) for name, choice in choices.items()]
 
     reads, lines = control.broadcast("features", choose)

@@ -1,1 +1,1 @@
-"""Monitoring of a process: log lines, health, metrics, the termination message."""
+"""Monitoring of a process: log, health, metrics, termination message."""

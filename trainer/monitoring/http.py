@@ -1,7 +1,7 @@
 """`/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
-Served by threads of their own, so that a main thread that hangs in TensorFlow is seen. One that hangs and keeps
-Python's lock lets nothing answer: then the probe runs into its time limit, which means the same.
+Threads serve them, so that they report a main thread that is blocked in TensorFlow. If it holds Python's GIL, the probe
+times out, with the same effect.
 """
 
 import socket
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import trainer
@@ -24,31 +23,29 @@ from trainer.monitoring.log import log
 
 GAUGES = {
     "step": "Optimizer steps of the run so far",
-    "epoch": "Epoch of the run that is trained, counted from 1 over all phases",
+    "epoch": "Current epoch of the run, counted from 1 over all phases",
     "loss": "Mean training loss of the last logging interval",
-    "images_per_second": "Images trained a second in the last logging interval, over all workers",
-    "goodput_ratio": "Share of the time since the first start of the run that went into steps that are kept",
-    "data_wait_ratio": "Share of the last logging interval in which this worker waited for data",
+    "images_per_second": "Images per second in the last logging interval, over all workers",
+    "goodput_ratio": "Fraction of the time since the first start of the run spent on steps that count",
+    "data_wait_ratio": "Fraction of the last logging interval in which this worker waited for data",
     "workers": "Workers of the run",
     "last_step_age_seconds": "Seconds since this worker took its last step",
-    "last_progress_age_seconds": "Seconds since anything got on, as /healthz judges it",
-    "checkpoint_age_seconds": "Seconds between the state that is saved (at first: the start of training) and now",
+    "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
+    "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-PLAIN = "text/plain; charset=utf-8"
-SECONDS = 10.0  # for a client to send its request
+TIMEOUT = 10.0  # seconds for a client to send its request
 
 
 class HealthCollector(Collector):
-    """The health of a process as Prometheus metrics, read at each scrape; what is not known yet is left out."""
+    """The health of a process as Prometheus metrics, read at each scrape; unknown values are left out."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of this moment."""
         health = self.health
         facts = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
-        yield InfoMetricFamily("kubetune", "The run, the phase it is in, and the version of kubetune", facts)
+        yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", facts)
         values: dict[str, float | None] = {
             **health.values,
             "last_step_age_seconds": health.step_age,
@@ -71,65 +68,55 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
-        TCPServer.server_bind(self)  # the one between asks for the name of this host, which may take long
+        TCPServer.server_bind(self)  # HTTPServer would resolve the name of this host, which may take long
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is nobody's concern."""
+        """Ignore clients that disconnect."""
 
 
 def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
-    """Answer on `port` from now on, on all addresses.
+    """Serve `/healthz` and `/metrics` on `port` of all addresses. Raises ConfigError if the port is in use."""
+    metrics = CollectorRegistry()
+    metrics.register(HealthCollector(health, run))
+    ProcessCollector(registry=metrics)
+    reported = threading.Event()  # the current stall is in the log
 
-    Raises:
-        ConfigError: the port cannot be had.
-    """
-    registry = CollectorRegistry()
-    registry.register(HealthCollector(health, run))
-    ProcessCollector(registry=registry)
-    reported = threading.Event()  # the log has the reason why the process is stuck
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = SECONDS
+    class Handler(MetricsHandler):
+        timeout = TIMEOUT
+        registry = metrics
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            if path == "/metrics":
+                return super().do_GET()
+            code, text = 404, "the paths are /healthz and /metrics"
             if path == "/healthz":
                 reason = health.stall_reason()
                 _log_once(reason, reported)
-                self._answer(503 if reason else 200, PLAIN, f"{reason or health.describe()}\n".encode())
-            elif path == "/metrics":
-                encode, kind = choose_encoder(self.headers.get("Accept") or "")
-                self._answer(200, kind, encode(registry))
-            else:
-                self._answer(404, PLAIN, b"here are /healthz and /metrics\n")
-
-        def _answer(self, code: int, kind: str, body: bytes) -> None:
+                code, text = (503, reason) if reason else (200, health.describe())
+            body = f"{text}\n".encode()
             self.send_response(code)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Probes are not worth a line."""
-
     try:
         server = _Server(port, Handler)
     except OSError as error:
-        raise ConfigError(
-            f"runtime.http_port={port} cannot be served ({error.strerror or error}); end what holds the port, give "
-            "another one, or null to serve nothing"
-        ) from None
+        problem = f"cannot be served ({error.strerror or error})"
+        fix = "end the process that uses it, give another port, or null to serve nothing"
+        raise ConfigError(problem, key="runtime.http_port", value=port, fix=fix) from None
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server
 
 
 def _log_once(reason: str | None, reported: threading.Event) -> None:
-    """Log that the process is stuck, once each time, and where: its end is near."""
+    """Log each stall once, with the stack of the main thread."""
     if reason is None:
         reported.clear()
     elif not reported.is_set():
         reported.set()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        log.error(f"{reason}; the main thread is at:\n{stack}")
+        log.error(f"{reason}; stack of the main thread:\n{stack}")

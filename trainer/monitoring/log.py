@@ -1,7 +1,7 @@
 """The log of a process: the standard `logging`, as text or with one JSON object per line.
 
-`log` is the logger of this package: INFO goes to stdout, WARNING and above to stderr. In JSON what other libraries log
-and Python's warnings go to stderr as well; what a library prints itself stays as it is.
+`log` is the logger of this package: INFO goes to stdout, WARNING and above to stderr. In JSON, records of other
+libraries and Python's warnings go to stderr as well; what a library prints itself is unchanged.
 """
 
 import datetime
@@ -24,12 +24,12 @@ LABELS = "logging.googleapis.com/labels"
 SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 log = logging.getLogger("trainer")
-_stderr = os.dup(2)  # as it was when the process began: while TensorFlow is imported, 2 is something else
+_stderr = os.dup(2)  # the original: descriptor 2 is redirected while TensorFlow is imported
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record, with the field names of Cloud Logging, the phase and step of the run, these labels,
-    and what the record has under `extra={"fields": {...}}`. nan and infinity become text: JSON has neither.
+    """Format a record as one JSON object with the field names of Cloud Logging, the phase and step of the run, labels,
+    and the `extra={"fields": {...}}` of the record. nan and infinity become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _StandardStream(logging.StreamHandler[TextIO]):
-    """A handler for the current `sys.stdout` or `sys.stderr`, whichever object that is now."""
+    """A handler for the current object at `sys.stdout` or `sys.stderr`."""
 
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
@@ -64,7 +64,7 @@ _err.setLevel(logging.WARNING)
 
 
 def configure(json_lines: bool = False, **labels: str) -> None:
-    """Set up `log` to write text, or JSON with these labels. The last call counts.
+    """Set up `log` to write text, or JSON with these labels; a later call replaces an earlier one.
 
     With JSON, uncaught exceptions and Python's warnings are records too.
     """
@@ -77,27 +77,23 @@ def configure(json_lines: bool = False, **labels: str) -> None:
         return
     logging.getLogger().addHandler(_err)
     logging.captureWarnings(True)
-    # A helper process of multiprocessing outlives `os._exit` and warns of what it then cleans up, on our stderr.
+    # The resource tracker of multiprocessing outlives `os._exit` and warns on our stderr of what it cleans up.
     quiet = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     sys.excepthook = lambda _kind, error, _trace: log_traceback(error)
-    threading.excepthook = _log_thread_traceback
+    threading.excepthook = lambda ended: log_traceback(ended.exc_value)
 
 
-def log_traceback(error: BaseException) -> None:
-    """Log an exception as Python prints it."""
-    log.error("".join(traceback.format_exception(error)).rstrip("\n"))
-
-
-def _log_thread_traceback(ended: threading.ExceptHookArgs) -> None:
-    if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
-        log_traceback(ended.exc_value)
+def log_traceback(error: BaseException | None) -> None:
+    """Log an exception, except SystemExit, as Python prints it."""
+    if error is not None and not isinstance(error, SystemExit):
+        log.error("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def last_words(text: str) -> None:
     """Log a WARNING right before the process ends, from any thread or signal handler, also before `os._exit`.
 
-    It does not wait for ever for the lock of a handler whose reader hangs, and needs no stream of Python.
+    It waits at most one second for the lock of the handler, whose reader may be blocked, and uses no Python stream.
     """
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
@@ -112,7 +108,7 @@ def last_words(text: str) -> None:
 
 
 def timestamp() -> str:
-    """Now, as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
+    """The current time as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -124,8 +120,8 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def without(chatter: re.Pattern[str]) -> Iterator[None]:
-    """Leave out the lines on stderr in which `chatter` is found, those of libraries in C++ too, which no logger of
-    Python sees; all others reach stderr afterwards, also where the block fails.
+    """Drop lines on stderr that match `chatter`, also those of C++ libraries, which bypass Python's logging; all others
+    reach stderr at the end of the block, also if it fails.
     """
     with tempfile.TemporaryFile() as captured:
         sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""The termination message of a container: `kubectl describe pod` shows why the process ended.
+"""Termination message of a container: `kubectl describe pod` shows why the process ended.
 
-A process that SIGKILL ends leaves none; `terminationMessagePolicy: FallbackToLogsOnError` then shows the log's end.
+After SIGKILL there is none; with `terminationMessagePolicy: FallbackToLogsOnError` Kubernetes shows the end of the log.
 """
 
 from pathlib import Path
@@ -17,37 +17,35 @@ MEANINGS = {
     INTERRUPTED: "interrupted",
 }
 
-_file: str | None = None
-_outcome = ""
+_path: str | None = None
+_success_message = ""
 
 
-def leave_in(file: str | None) -> None:
-    """Set the file that gets the message; None: no message is written (`runtime.termination_log`)."""
-    global _file
-    _file = file
+def set_path(path: str | None) -> None:
+    """Set the file for the message; None: no message is written (`runtime.termination_log`)."""
+    global _path
+    _path = path
 
 
-def outcome(text: str) -> None:
-    """Set the message of a process that ends with exit code 0."""
-    global _outcome
-    _outcome = text
+def set_success_message(text: str) -> None:
+    """Set the message for exit code 0."""
+    global _success_message
+    _success_message = text
 
 
-def leave(code: int, reason: str = "") -> None:
-    """Write the message, from any thread, right before the end. A file that cannot be written is no reason to fail."""
-    if not _file:
+def write(code: int, reason: str = "") -> None:
+    """Write the message, from any thread, right before the process exits. If this fails, only log it."""
+    if not _path:
         return
-    text = reason or (_outcome if code == DONE else "")
+    text = reason or (_success_message if code == DONE else "")
     message = f"exit code {code} ({MEANINGS.get(code, 'unexpected')})" + (f": {text}" if text else "")
     try:
-        Path(_file).write_bytes(shortened(message))
+        Path(_path).write_bytes(shortened(message))
     except OSError as error:
-        last_words(f"runtime.termination_log={_file} cannot be written ({error.strerror or error}); it is left out")
+        last_words(f"runtime.termination_log={_path}: cannot be written ({error.strerror or error})")
 
 
 def shortened(text: str) -> bytes:
-    """UTF-8 of at most `LIMIT` bytes, cut between characters."""
+    """Encode as UTF-8 in at most `LIMIT` bytes, cut between characters."""
     data = text.strip().encode(errors="backslashreplace")
-    if len(data) <= LIMIT:
-        return data
-    return data[: LIMIT - 3].decode(errors="ignore").encode() + "…".encode()
+    return data if len(data) <= LIMIT else (data[: LIMIT - 3].decode(errors="ignore") + "…").encode()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.cluster.devices import described, devices_of
+from trainer.cluster.devices import choose_devices, describe_devices
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig
 from trainer.data.splits import split_sizes
@@ -37,8 +37,8 @@ def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
     Raises:
         ConfigError: the batch cannot be shared or there are too few devices.
     """
-    kind, wanted = devices_of(config.runtime, cluster.size)
-    return described(kind, wanted, cluster, config), wanted
+    kind, wanted = choose_devices(config.runtime, cluster.size)
+    return describe_devices(kind, wanted, cluster, config), wanted
 
 
 @contextmanager

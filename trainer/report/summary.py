@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
-from trainer.runs.metrics import clock
+from trainer.runs.metrics import format_duration
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
@@ -25,7 +25,7 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
         *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
           + (f" (weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f})"
              if "kept_from" in phase else "") for name, phase in report["phases"].items()),
-        f"trained {timing['images']:,} images in {clock(timing['seconds']['train'])} "
+        f"trained {timing['images']:,} images in {format_duration(timing['seconds']['train'])} "
         f"({timing['images_per_second']:,.0f} images/s; goodput {timing['goodput']:.0%})",
         f"  report   {folder}/report/index.html",
         *(f"  export   {folder}/{facts['path']}  ({facts['bytes'] / 1e6:,.2f} MB; {_describe_export(facts)})"
@@ -33,7 +33,7 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
         f"next:  tensorboard --logdir {folder}/logs",
     ]  # fmt: skip
     log.info("\n".join(lines))
-    termination.outcome(f"{lines[1]}; {folder}/report/index.html")
+    termination.set_success_message(f"{lines[1]}; {folder}/report/index.html")
 
 
 def _describe_gap(test: Mapping[str, Any]) -> list[str]:

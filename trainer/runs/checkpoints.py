@@ -1,6 +1,6 @@
-"""Checkpoints: written to a temporary folder, verified, made visible by one rename.
+"""Checkpoints of a run: written to a temporary folder, committed by one rename, verified when read.
 
-A checkpoint is a folder `step-00000420` with `variables.npz` (every variable by name, exact), `state.json` and
+A checkpoint is a folder `step-00000420` with `variables.npz` (the exact values by name), `state.json` and
 `manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
 """
 
@@ -28,23 +28,24 @@ def checksum(content: bytes | np.ndarray) -> str:
 
 
 def step_of(name: str) -> int:
-    """The step of a checkpoint by the name of its folder, `step-00000420`, in a bucket `step-00000420-1a2b3c4d`."""
+    """Parse the step from the name of a checkpoint, `step-00000420`, or in a bucket `step-00000420-1a2b3c4d`."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
 def names_in(pointer: StoragePath) -> list[str]:
-    """The names of checkpoints in a pointer such as LATEST; empty where there is none."""
+    """The names of checkpoints in a pointer such as LATEST; empty if it does not exist."""
     content = pointer.fetch()
     return content[0].decode().split() if content else []
 
 
 def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """State and variables of the checkpoint in a folder, here or in a bucket.
+    """State and variables of the checkpoint in a folder.
 
     Raises:
         DataError: it is missing or damaged.
-        Interrupted: the bucket does not answer.
+        Interrupted: the bucket does not respond.
     """
+    fix = "give another one, or delete it and start the run again"
     try:
         manifest = json.loads((folder / "manifest.json").read())
         contents = {name: (folder / name).read() for name in manifest}
@@ -52,12 +53,12 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
         if not damaged:
             return json.loads(contents["state.json"]), unpack(contents["variables.npz"])
     except (DataError, ValueError, KeyError) as error:
-        raise DataError(f"checkpoint {folder} cannot be read: {error}") from None
-    raise DataError(f"{folder / damaged[0]} does not match its checksum")
+        raise DataError(f"checkpoint {folder} cannot be read ({error})", fix=fix) from None
+    raise DataError(f"{folder / damaged[0]} does not match its checksum", fix=fix)
 
 
 def weights_of(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The values of the model among the variables of a checkpoint, averaged where its run had EMA on."""
+    """The model's values among the variables of a checkpoint, averaged if its run used EMA."""
     values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
     return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
 
@@ -76,25 +77,25 @@ class CheckpointFolder:
         return sorted(step_of(p.name) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
-        """Commit one checkpoint and delete those that nothing refers to any more.
+        """Commit a checkpoint and delete those without a reference.
 
         Raises:
-            OSError: the disk is full or gone; the checkpoints that were there are untouched.
+            OSError: the disk is full or lost; earlier checkpoints are intact.
         """
         final = self.path(state["step"])
-        beside = self.folder / f".writing-{final.name}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = self.folder / f".writing-{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         try:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
             manifest = {n: {"bytes": len(c), "crc32c": checksum(c)} for n, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
-                write_whole(beside / name, content)
-            if final.exists():  # the same step again, by a run that was killed before it could say so
+                write_whole(temporary / name, content)
+            if final.exists():  # of a process that was killed before it wrote LATEST
                 shutil.rmtree(final)
-            beside.rename(final)
+            temporary.rename(final)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync(self.folder)
         write_whole(self.folder / "LATEST", final.name + "\n")
@@ -104,12 +105,12 @@ class CheckpointFolder:
         return final
 
     def _prune(self) -> None:
-        """Keep the newest `keep`, and every best that one of them refers to."""
+        """Delete all but the newest `keep` and the checkpoints that one of them refers to."""
         steps = self.steps()
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
-            with contextlib.suppress(OSError, ValueError):  # a damaged one refers to nothing; `newest` will say so
+            with contextlib.suppress(OSError, ValueError):  # a damaged one has no references; `newest` logs it
                 state = json.loads((self.path(step) / "state.json").read_text())
                 needed |= {state["best"]["step"]} if state["best"] else set()
                 needed |= {state["carried"]} if state.get("carried") else set()
@@ -117,19 +118,18 @@ class CheckpointFolder:
             shutil.rmtree(self.path(step))
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """As `read_checkpoint`."""
         return read_checkpoint(storage_path(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """The newest checkpoint that can be read; damaged ones are set aside with a message."""
-        for unfinished in self.folder.glob(".writing-*"):  # by a process that was killed
+        """The newest checkpoint that can be read; damaged ones are renamed, with a message."""
+        for unfinished in self.folder.glob(".writing-*"):  # of a killed process
             shutil.rmtree(unfinished)
         for step in reversed(self.steps()):
             try:
                 return self.read(step)
             except DataError as error:
-                aside = self.folder / f"damaged-{self.path(step).name}"
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(step).rename(aside)
-                self.note(f"{error}; set aside as {aside.name}, going back to the one before")
+                damaged = self.folder / f"damaged-{self.path(step).name}"
+                shutil.rmtree(damaged, ignore_errors=True)
+                self.path(step).rename(damaged)
+                self.note(f"{error.problem}; renamed to {damaged.name}, using the one before")
         return None

@@ -1,4 +1,4 @@
-"""Time accounting of a run since its first start, by category."""
+"""Time breakdown of a run since its first start, by category."""
 
 import json
 import time
@@ -11,28 +11,28 @@ from trainer.monitoring.health import health
 from trainer.storage.local import write_json
 
 CATEGORIES = (
-    "train",  # steps whose result the run still has: productive
-    "wait",  # the device had no data
-    "compile",  # setting a phase up, and its first call
+    "train",  # steps that count
+    "wait",  # for data
+    "compile",  # setup of a phase and its first call
     "start",  # from the start of the process to the first phase
-    "features",  # productive too: computing the features of frozen layers, once
+    "features",  # computing the features of frozen layers; counts as productive
     "checkpoint",
     "evaluation",
     "finish",  # export and report
-    "lost",  # steps that were taken, then lost with the process, and taken again
-    "down",  # no process was there
+    "lost",  # steps that were lost with the process and repeated
+    "down",  # no process was running
 )
-WRITE_SECONDS = 5.0  # between two writes: what a kill can hide from the account
+WRITE_SECONDS = 5.0  # interval of writing the file; a kill loses at most this
 
 
 class Clock:
     """Seconds by category; every second since the first start is in exactly one.
 
-    Time goes to the innermost open span, to `start` outside of all. A span also sets the activity of `/healthz`.
+    Time is attributed to the innermost open span, or to `start`. A span also sets the activity of `/healthz`.
     """
 
     def __init__(self, file: Path | None, began: float) -> None:
-        """`file`: where the account is written, None: nowhere. `began`: time.time() at which this process started."""
+        """`file`: for the breakdown, or None. `began`: time.time() at the start of this process."""
         self.file, self._last, self._written = file, began, 0.0
         self._category, self._waited = "start", 0.0
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)  # since the first start of the run
@@ -41,13 +41,13 @@ class Clock:
                 before = json.loads(file.read_text())
                 self.seconds |= {category: float(spent) for category, spent in before["seconds"].items()}
                 self.seconds["down"] += max(began - before["as_of"], 0.0)
-            except (ValueError, KeyError, TypeError):  # damaged: only the account is lost
+            except (ValueError, KeyError, TypeError):  # damaged: begin a new breakdown
                 self.seconds = dict.fromkeys(CATEGORIES, 0.0)
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time within to `category`; `activity` is a few words for `/healthz`."""
-        outer, was = self._category, health.activity
+        """Attribute the time of the block to `category`; `activity` is a few words for `/healthz`."""
+        outer, outer_activity = self._category, health.activity
         self._attribute(category)
         if activity:
             health.set_activity(activity)
@@ -56,14 +56,14 @@ class Clock:
         finally:
             self._attribute(outer)
             if activity:
-                health.set_activity(was)
+                health.set_activity(outer_activity)
 
     def waited(self, seconds: float) -> None:
-        """Count so many seconds of the open span as waiting for data."""
+        """Attribute this many seconds of the open span to `wait`."""
         self._waited += seconds
 
     def lap(self) -> None:
-        """Count the time so far to the open category."""
+        """Attribute the time so far to the open category."""
         self._attribute(self._category)
 
     def _attribute(self, following: str) -> None:
@@ -77,18 +77,18 @@ class Clock:
             self.write()
 
     def resumed(self, saved: float) -> None:
-        """Count training time since the checkpoint that the run resumes from, made after `saved` seconds, as lost."""
+        """Attribute training time after the restored checkpoint, made at `saved` seconds of training, to `lost`."""
         lost = max(self.seconds["train"] - saved, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost
 
     @property
     def goodput(self) -> float:
-        """Fraction of the time since the first start that went into steps or features that the run still has."""
+        """Fraction of the time since the first start that was spent on steps that count and on features."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def report(self, images: float) -> dict[str, Any]:
-        """The account for people: seconds by category, goodput, and the rate at which `images` were trained on."""
+        """The breakdown for the report: seconds by category, goodput, and images/s for `images` in total."""
         self.lap()
         return {
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
@@ -98,7 +98,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Write the account; from any thread."""
+        """Write the breakdown; thread-safe."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

@@ -1,4 +1,4 @@
-"""A trained run by its output_dir, here or in a bucket: its configuration, its checkpoints, its classifier rebuilt."""
+"""Read a run from its output_dir, local or in a bucket: configuration, checkpoints, classifier."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as its folder describes it."""
+    """A run as read from its folder."""
 
     address: str  # as the user gave it
     home: StoragePath
@@ -39,85 +39,79 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     home = storage_path(address)
     written = (home / "config.yaml").fetch()
     if written is None:
-        raise DataError(f"run={address} holds no run (no config.yaml in it); give the output_dir of one")
+        raise DataError("holds no run (no config.yaml)", key="run", value=address, fix="give the output_dir of one")
     try:
         facts = json.loads((home / "run.json").read())
         if {"classes", "data_fingerprint"} <= facts.keys():
             return home, yaml.safe_load(written[0]), facts
     except (ValueError, DataError):
         pass
-    raise DataError(f"run={address}: its run.json is damaged or missing")
+    raise DataError("its run.json is damaged or missing", key="run", value=address, fix="give another run")
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read a run by its output_dir, local or gs://; `changes`, {"data.root": "/elsewhere"}, replace its own values.
+    """Read a run by its output_dir, local or gs://; `changes`, as {"data.root": "/elsewhere"}, replace its own values.
 
     Raises:
         DataError: there is no run, or its files are damaged.
-        ConfigError: its config.yaml is of another version, or the changes do not fit.
+        ConfigError: its config.yaml is of another version, or the changes are invalid.
     """
     home, tree, facts = read_run(address)
     for key, value in (changes or {}).items():
-        here = tree
         *path, last = key.split(".")
+        section = tree
         for part in path:
-            here = here.setdefault(part, {})
-        here[last] = value
+            section = section.setdefault(part, {})
+        section[last] = value
     try:
         return FinishedRun(address, home, load(tree), tuple(facts["classes"]), facts["data_fingerprint"])
     except ConfigError as error:
-        raise ConfigError(f"run={address}: its config.yaml cannot be used; {error}") from None
+        fix = "change the value on the command line, or give a run of this version"
+        raise ConfigError(f"its config.yaml is invalid: {error}", key="run", value=address, fix=fix) from None
 
 
 def exported_checkpoint(run: FinishedRun) -> str:
-    """The checkpoint that a run exports at its end: best | last."""
+    """The checkpoint that a run exports at its end: best or last."""
     return run.config.training.keep
 
 
 def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
-    """The folder of a checkpoint; `which` is best, last or the number of a step.
+    """The folder of a checkpoint; `which` is best, last or a step.
 
-    Raises:
-        ConfigError: `which` is none of these.
-        DataError: the run has none, or not that one.
+    Raises ConfigError for another `which`, and DataError if the run does not have that checkpoint.
     """
     folder = run.home / "checkpoints"
     latest = names_in(folder / "LATEST")
-    there = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
-    if not run.home.is_local:  # in a bucket a checkpoint is committed once LATEST names it
-        there = {name: child for name, child in there.items() if name in latest}
+    available = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
+    if not run.home.is_local:  # in a bucket, LATEST names the committed ones
+        available = {name: child for name, child in available.items() if name in latest}
     if which in ("best", "last"):
         names = latest[:1] if which == "last" else names_in(folder / "BEST")
     elif which.isdigit():
-        names = [name for name in there if step_of(name) == int(which)]
+        names = [name for name in available if step_of(name) == int(which)]
     else:
-        raise ConfigError(f"checkpoint={which}: give best, last or a step, such as checkpoint=420")
-    if names and names[0] in there:
-        return there[names[0]]
-    if not there:
-        raise DataError(f"run={run.address} has no checkpoint yet; let it train first")
-    steps = ", ".join(map(str, sorted(map(step_of, there))))
-    raise DataError(f"run={run.address} has no checkpoint {which}; the steps it has: {steps}")
+        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix="give best, last or a step")
+    if names and names[0] in available:
+        return available[names[0]]
+    if not available:
+        raise DataError("has no checkpoint yet", key="run", value=run.address, fix="let it train first")
+    steps = ", ".join(map(str, sorted(map(step_of, available))))
+    raise DataError(f"{run.address} has no such checkpoint", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint of a run as an evaluation needs it."""
+    """The contents of a checkpoint for an evaluation or export."""
 
     name: str  # best, last or step-420
     step: int
-    history: list[dict[str, Any]]  # one entry per epoch until then
-    phases: dict[str, Any]  # summaries of the finished phases; of the last checkpoint, as the run's report has them
-    values: dict[str, np.ndarray]  # of the model's variables by name, averaged where EMA is on
+    history: list[dict[str, Any]]  # one entry per epoch
+    phases: dict[str, Any]  # summaries of the finished phases, as in the report of the run
+    values: dict[str, np.ndarray]  # of the model's variables by name, averaged with EMA
 
 
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint; `which` is best, last, a step, or None: the one that the run exported.
-
-    Raises:
-        ConfigError: it is none of these.
-        DataError: it is missing or damaged.
-    """
+    """Read a checkpoint; `which` is best, last, a step, or None for the exported one. Raises as `find_checkpoint`."""
     chosen = which or exported_checkpoint(run)
     state, values = read_checkpoint(find_checkpoint(run, chosen))
     report = (run.home / "report" / "report.json").fetch()
@@ -129,7 +123,7 @@ def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """The run's classifier with the weights of a checkpoint, in the precision it trained in."""
+    """Rebuild the classifier of a run with the weights of a checkpoint, in the precision of its training."""
     import keras
 
     from trainer.cluster.devices import POLICIES
@@ -140,31 +134,28 @@ def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifie
 
 
 def check_classes(run: FinishedRun, dataset: Dataset) -> None:
-    """Raise a DataError unless the data has the classes of the run, in the same order."""
-    mine, theirs = run.class_names, dataset.class_names
-    if mine == theirs:
+    """Raise a DataError unless the data has the classes of the run in the same order."""
+    classes, given = run.class_names, dataset.class_names
+    if classes == given:
         return
-    unknown = [repr(name) for name in theirs if name not in mine]
-    missing = [repr(name) for name in mine if name not in theirs]
-    parts = [f"{_some(unknown)} unknown to it"] if unknown else []
+    unknown = [repr(name) for name in given if name not in classes]
+    missing = [repr(name) for name in classes if name not in given]
+    parts = [f"{_some(unknown)} unknown to the run"] if unknown else []
     parts += [f"{_some(missing)} missing in the data"] if missing else []
     if not parts:
-        wanted, name = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
-        parts = [f"the same in another order, {name!r} where it has {wanted!r}"]
-    raise DataError(
-        f"run={run.address} knows {len(mine)} classes and the data has {len(theirs)}: {'; '.join(parts)}; "
-        "give data with the same classes in the same order"
-    )
+        expected, name = next((a, b) for a, b in zip(classes, given, strict=True) if a != b)
+        parts = [f"the order differs, {name!r} instead of {expected!r}"]
+    problem = f"has {len(classes)} classes and the data has {len(given)}: {' and '.join(parts)}"
+    raise DataError(problem, key="run", value=run.address, fix="give data with the same classes in the same order")
 
 
 def _some(names: list[str]) -> str:
-    """ "'a' is", "'a', 'b' are", "'a', 'b', 'c' and 7 more are"."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def without_weights(model: Model) -> Model:
-    """The model with `weights=none`, where every value comes from elsewhere or none is needed."""
+    """The model with `weights=none`, for values that come from a checkpoint."""
     return model.model_copy(update={"weights": "none"})
 
 
@@ -173,14 +164,14 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it under the strategy's scope and after the global Keras precision policy was set. `source` names the values
-    in messages.
+    Call it in the strategy's scope and after the global Keras dtype policy is set. `source` names the values in
+    messages.
 
     Raises:
-        ModelError: the backbone cannot be had.
+        ModelError: the backbone cannot be loaded.
         DataError: a value is missing or has another shape.
     """
-    from trainer.models.classifier import build_classifier  # mistakes must answer before TensorFlow is imported
+    from trainer.models.classifier import build_classifier  # other errors are raised before TensorFlow is imported
     from trainer.runs.restore import assign_values
 
     classifier = build_classifier(without_weights(model), class_count, seed)

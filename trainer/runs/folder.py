@@ -1,4 +1,4 @@
-"""The output folder of a run: new, to be resumed, or finished."""
+"""The output folder of a run: new, resumed, or finished."""
 
 import datetime
 import fcntl
@@ -32,71 +32,66 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
-LOCK = ".lock"  # in a folder of this machine, held with flock by the process that trains into it
+LOCK = ".lock"  # in a local folder; the process that trains into it holds its flock
 
 
 @dataclass
 class RunFolder:
-    """An output folder held by this process."""
+    """An output folder that this process has locked."""
 
-    path: Path  # the run writes here; of an output_dir in a bucket a folder in the cache, published to `address`
+    path: Path  # where the run writes; for a bucket, a cache folder that is published to `address`
     address: str  # as the user gave it
-    resuming: bool  # a run was here before
-    lock: TextIO | None  # None on a worker that is not the chief
+    resuming: bool  # it contains this run
+    lock: TextIO | None  # None on workers other than the chief
     publisher: Publisher
-    config: RunConfig  # of the run; where it began before, with the values it chose then for `auto`
+    config: RunConfig  # of the run; when resuming, with the values that it chose for `auto`
 
     def record(self, config: RunConfig) -> None:
-        """Write config.yaml: from now on the folder holds this run."""
+        """Write config.yaml: from now on the folder belongs to this run."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
-        """Write run.json: the facts of the first start stay, every attempt is added.
+        """Add this start to run.json; the facts of the first start are not replaced.
 
-        Raises:
-            DataError: the data is not what the run began with.
+        Raises DataError if the data differs from the data of the first start.
         """
         run = read_facts(self.path)
         check_fingerprint(self.address, run, fingerprint)
-        attempts = [*run.get("attempts", []), _attempt() | workers]
-        note_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": attempts})
+        start = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "command": ["python", "-m", "trainer", *sys.argv[1:]],
+            "python": platform.python_version(),
+            "versions": versions(),
+            "git": _git_commit(),
+        }
+        starts = [*run.get("attempts", []), start | workers]
+        update_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": starts})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Contents of run.json in a run's folder; empty where there is none yet."""
+    """Contents of run.json in a run's folder; empty if it does not exist."""
     file = folder / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def started_with(folder: Path) -> str:
+def last_command(folder: Path) -> str:
     """The shell command of the last start of a run."""
     return shlex.join(read_facts(folder)["attempts"][-1]["command"])
 
 
-def note_facts(folder: Path, facts: dict[str, Any]) -> None:
+def update_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Update run.json with `facts`."""
     write_json(folder / "run.json", read_facts(folder) | facts)
 
 
-def _attempt() -> dict[str, Any]:
-    """This process: when, where and with which versions."""
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "command": ["python", "-m", "trainer", *sys.argv[1:]],
-        "python": platform.python_version(),
-        "versions": versions(),
-        "git": _git_commit(),
-    }
-
-
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the bits of a run."""
+    """Versions of the packages that determine the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
 def source_digest() -> str:
-    """16 hex digits over the package's own Python files: two container images of one version may still differ."""
+    """16 hex digits over the package's Python files, which differ between container images of one version."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -104,10 +99,10 @@ def source_digest() -> str:
 
 
 def _git_commit() -> str | None:
-    if built_from := os.environ.get("KUBETUNE_REVISION"):  # an image holds no .git
-        return built_from
-    here = Path(trainer.__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    if revision := os.environ.get("KUBETUNE_REVISION"):  # a container image has no .git
+        return revision
+    package = Path(trainer.__file__).parent
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -125,8 +120,8 @@ def _fresh_folder(name: str | None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"cannot create {folder}: {error.strerror}; give output_dir=FOLDER") from None
-    raise ConfigError("outputs/ holds a thousand runs of this second; give output_dir=FOLDER")
+            raise ConfigError(f"cannot create {folder}: {error.strerror}", fix="give output_dir=FOLDER") from None
+    raise ConfigError("outputs/ has a thousand runs of this second", fix="give output_dir=FOLDER")
 
 
 def _hold(folder: Path, workers: int) -> TextIO:
@@ -134,16 +129,15 @@ def _hold(folder: Path, workers: int) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+")  # noqa: SIM115  held until the process ends
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
+        problem, fix = f"cannot be written to ({error.strerror})", "give a folder with write permission"
+        raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
+        problem = f"another process ({lock.read().strip() or 'unknown'}) is training into it"
         kind = Interrupted if workers > 1 else ConfigError
-        raise kind(
-            f"output_dir={folder}: another process ({lock.read().strip() or 'unknown'}) is training into it; "
-            "give another output_dir or wait until it ends"
-        ) from None
+        raise kind(problem, key="output_dir", value=folder, fix="give another folder or wait until it ends") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
@@ -151,18 +145,14 @@ def _hold(folder: Path, workers: int) -> TextIO:
 
 
 def holder_of_folder(config: RunConfig) -> str | None:
-    """The process that trains into output_dir, by its lock or lease; None where there is none. Changes nothing.
-
-    Raises:
-        DataError: the lease cannot be read.
-    """
-    there = storage_path(config.output_dir or "")
-    if not there.is_local:
-        return holder_of(there, os.environ.get("JOB_UID") or None)
-    file = Path(str(there)) / LOCK
+    """The process that trains into output_dir, by its lock or lease (DataError: unreadable), or None. Read-only."""
+    folder = storage_path(config.output_dir or "")
+    if not folder.is_local:
+        return holder_of(folder, os.environ.get("JOB_UID") or None)
+    file = Path(str(folder)) / LOCK
     try:
         with open(file) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
     except BlockingIOError:
         return file.read_text().strip() or "another process"
     except OSError:
@@ -171,17 +161,16 @@ def holder_of_folder(config: RunConfig) -> str | None:
 
 
 def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
-    """Take the folder that `config.output_dir` names, or a new one under outputs/.
+    """Lock the folder `config.output_dir`, or a new one under outputs/.
 
     Raises:
-        ConfigError: it belongs to another run, to another process, to no run at all, or `resume` forbids it.
-        Interrupted: one of several workers finds another process there: most likely its own predecessor on a node
-            that hangs, which is not for long.
+        ConfigError: another run or process uses it, it has other files, or `resume` forbids it.
+        Interrupted: with several workers, another process uses it, probably an earlier pod of the same Job.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
     remote, path = storage_path(address) if is_remote(address) else None, _local_folder(config, address)
     lock, lease = _hold(path, workers), None
-    if remote:  # the same Kubernetes Job (JOB_UID) takes the lease over at once from a pod that is gone
+    if remote:  # a pod of the same Kubernetes Job (JOB_UID) gets the lease at once
         pod = os.environ.get("HOSTNAME") or platform.node()
         lease = take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
     publisher = Publisher(path, remote, lease)
@@ -191,8 +180,8 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
         begun = check_folder(config, address, names, record.read_text() if record.exists() else None)
         folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
         if begun is not None:
-            (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-        if begun is not None or config.auto is None:  # else there is no run before what is `auto` is chosen
+            (path / "DONE").unlink(missing_ok=True)  # a finished run is extended
+        if begun is not None or config.auto is None:  # else `resolve_auto` records it
             folder.record(folder.config)
         return folder
     except BaseException:
@@ -201,70 +190,61 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
 
 
 def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
-    """The configuration with which a run resumes in the folder of its output_dir; None where it begins there.
+    """The configuration with which a run resumes in its output_dir; None if it begins there.
 
     Args:
         names: of the files in the folder.
-        record: its config.yaml; None: there is none.
+        record: its config.yaml, if it exists.
 
     Raises:
-        ConfigError: the folder belongs to another run, to none, or `resume` forbids it.
+        ConfigError: the folder has another run or other files, or `resume` forbids it.
     """
     if record is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})
         if config.resume == "must":
-            raise ConfigError(f"resume=must, but output_dir={address} holds no run")
+            problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
+            raise ConfigError(problem, key="resume", value="must", fix=fix)
         if others:
-            raise ConfigError(f"output_dir={address} is not empty and holds no run ({others[0]}); give an empty folder")
+            problem, fix = f"is not empty and holds no run ({others[0]})", "give an empty folder"
+            raise ConfigError(problem, key="output_dir", value=address, fix=fix)
         return None
     if config.resume == "never":
-        raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
-    return of_one_run(config, load(yaml.safe_load(record)), address)
+        problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
+        raise ConfigError(problem, key="resume", value="never", fix=fix)
+    return check_same_run(config, load(yaml.safe_load(record)), address)
 
 
 def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """`check_folder` for the output_dir of a configuration, which is only read, and its run.json (empty: none).
-
-    Raises:
-        ConfigError: as `check_folder`.
-    """
-    there = storage_path(config.output_dir or "")
-    names = {child.name for child in [*(entry.path for entry in there.list(recursive=False)), *there.folders()]}
-    if not there.is_local:  # markers, and what is made at the end, are not fetched
+    """The result of `check_folder` for an output_dir, and its run.json, empty if it does not exist. Read-only."""
+    folder = storage_path(config.output_dir or "")
+    names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
+    if not folder.is_local:  # `Publisher.fetch` leaves these out
         names = {n for n in names if not n.startswith(".") and n not in ("DONE", "report", "export")}
-    record, facts = (there / "config.yaml").fetch(), (there / "run.json").fetch()
+    record, facts = (folder / "config.yaml").fetch(), (folder / "run.json").fetch()
     begun = check_folder(config, str(config.output_dir), names, record[0].decode() if record else None)
     return begun, json.loads(facts[0]) if facts else {}
 
 
 def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> None:
-    """Raise a DataError unless the data is what the run with this run.json began with."""
+    """Raise a DataError unless the run with this run.json began with the same data."""
     before = facts.get("data_fingerprint", fingerprint)
     if before != fingerprint:
-        raise DataError(
-            f"{address} was trained on other data (fingerprint {before}, now {fingerprint}); "
-            "give another output_dir, or the data it began with"
-        )
+        problem = f"was trained on other data (fingerprint {before}, now {fingerprint})"
+        fix = "give another folder, or the data of its first start"
+        raise DataError(problem, key="output_dir", value=address, fix=fix)
 
 
-def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
-    """`config`, with the values that the run that began as `before` chose for `auto`.
-
-    Raises:
-        ConfigError: it is another run.
-    """
+def check_same_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
+    """Return `config` with the values that `before` chose for `auto`. Raises ConfigError if it is another run."""
     config, _ = adopted(config, before)
-    changed = differences(before, config)
-    if changed:
-        raise ConfigError(
-            f"output_dir={address} holds a run with another configuration; give another one, or the same values:\n"
-            + "\n".join(f"  {line}" for line in changed)
-        )
+    if changed := differences(before, config):
+        problem = "\n".join(["holds a run with another configuration:", *(f"  {line}" for line in changed)])
+        raise ConfigError(problem, key="output_dir", value=address, fix="give another folder, or the same values")
     return config
 
 
 def is_finished(config: RunConfig) -> bool:
-    """True if `config.output_dir` holds this run, finished. Only reads."""
+    """Return whether `config.output_dir` contains this run, finished. Read-only."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
@@ -277,31 +257,31 @@ def is_finished(config: RunConfig) -> bool:
 
 
 class Finished(Exception):
-    """The run is finished already."""
+    """The run is already finished."""
 
 
 def require_unfinished(config: RunConfig) -> None:
-    """Raise `Finished` where the run is finished."""
+    """Raise `Finished` if the run is finished."""
     if is_finished(config):
         folder = config.output_dir
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
 def require_output_dir(config: RunConfig, workers: int) -> None:
-    """Raise a ConfigError where several workers have no folder that names their run."""
+    """Raise a ConfigError for several workers without an output_dir."""
     if workers > 1 and not config.output_dir:
-        raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
+        raise ConfigError("several workers need one", key="output_dir", fix="give a folder that outlives the workers")
 
 
 def follow_run_folder(config: RunConfig) -> RunFolder:
-    """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
+    """The folder on a worker other than the chief, which does not access it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
 def _local_folder(config: RunConfig, address: str) -> Path:
-    """The folder a run writes into: output_dir itself, or one in the cache where that is in a bucket."""
+    """The folder that a run writes into: output_dir, or a cache folder for one in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
@@ -310,7 +290,7 @@ def _local_folder(config: RunConfig, address: str) -> Path:
 def resolve_auto(
     config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values as this run did when it began, or now by the advice table; and why: a line per choice."""
+    """Resolve `auto` values as this run did before, or by the advice table; also return a reason for each."""
 
     def choose() -> tuple[dict[str, Any], list[str]]:
         if folder.resuming:

@@ -1,4 +1,4 @@
-"""Metrics of a run while it trains: log lines or a progress bar, metrics.jsonl, TensorBoard."""
+"""Training metrics of a run: log lines or a progress bar, metrics.jsonl, TensorBoard."""
 
 import json
 import sys
@@ -16,24 +16,24 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
 
-VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # the scores of an epoch in TensorBoard
+VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # per epoch, in TensorBoard
 
 
-def clock(seconds: float) -> str:
-    """75 -> "1:15"; 3700 -> "1:01:40"."""
+def format_duration(seconds: float) -> str:
+    """Format seconds: 75 as "1:15", 3700 as "1:01:40"."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def cut_back(metrics: Path, logs: Path, step: int) -> None:
-    """Delete metrics and TensorBoard records after `step`: the run resumes from there and will write them again."""
+    """Delete metrics and TensorBoard records after `step`, from which the run resumes."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         write_whole(metrics, "".join(line + "\n" for line in lines))
     for file in logs.glob("*/events.out.tfevents.*"):
         records = []
-        with suppress(tf.errors.DataLossError):  # the kill came in the middle of a record
+        with suppress(tf.errors.DataLossError):  # a record truncated by a kill
             for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                 if Event.FromString(record).step <= step:
                     records.append(record)
@@ -46,48 +46,45 @@ def cut_back(metrics: Path, logs: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # half a line at the end of a killed run
+    except (ValueError, KeyError):  # a line truncated by a kill
         return float("inf")
 
 
 class MetricsWriter:
-    """Writes the metrics of a run; nothing here feeds back into training.
+    """Writes the metrics of a run; they do not influence training.
 
-    Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"); what depends on the
-    machine and the moment is under "timing", everything else is the same for the same run.
+    Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"). Values that depend on
+    machine and time are under "timing"; everything else is reproducible.
     """
 
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
-        """`folder`: None on a worker that is not the chief, which neither writes nor prints."""
+        """`folder`: None on workers other than the chief, which write and log nothing."""
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.bar: Progress | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._profiling = False
 
     def expect(self, total_steps: int) -> None:
-        """Steps of the whole run; a progress bar begins here."""
+        """Set the number of steps of the whole run, and start the progress bar."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
-            )
-            self.bar = Progress(*columns, console=Console(highlight=False))
+            text = TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}")
+            console = Console(highlight=False)
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), text, console=console)
             self._task = self.bar.add_task("", total=total_steps, line="")
             self.bar.start()
 
     def log(self, text: str, **fields: Any) -> None:
-        """Log a line, above the bar if there is one; `fields` are its numbers, for a log of JSON."""
+        """Log a line, above a progress bar; `fields` are its values in a JSON log."""
         if self.bar:
             self.bar.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
             log.info(text, extra={"fields": fields})
 
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
-        """Log an interval of training: `examples` in `seconds`, of which the device `waited` for data.
+        """Write an interval of training: `examples` in `seconds`, of which the device `waited` for data.
 
-        `entry` holds phase, epoch, step, loss, accuracy and learning_rate; `goodput` is that of the run, in 0..1.
+        `entry` has phase, epoch, step, loss, accuracy and learning_rate; `goodput` is that of the run, in 0..1.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
@@ -101,7 +98,7 @@ class MetricsWriter:
         self._scalars(phase, step, scalars)
         line = (
             f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {clock(left)}"
+            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {format_duration(left)}"
         )
         if self.bar:
             self.bar.update(self._task, completed=step, description=f"{phase} epoch {epoch}", line=line)
@@ -110,7 +107,7 @@ class MetricsWriter:
             self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **rounded)
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
-        """One finished epoch with its validation scores."""
+        """Write a finished epoch with its validation scores."""
         self._write({"kind": "epoch", **entry, "timing": timing})
         scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry}
         self._scalars(entry["phase"], entry["step"], scores)
@@ -124,10 +121,9 @@ class MetricsWriter:
         self.log(text, **entry, **timing)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if self.folder is None:
-            return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if self.folder:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
         if self.folder is None:
@@ -139,12 +135,11 @@ class MetricsWriter:
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
-        """Flush the TensorBoard files."""
         for writer in self._writers.values():
             writer.flush()
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
-        """Trace the steps [first, last) of `window` for TensorBoard; call it between calls to the device."""
+        """Profile the steps [first, last) of `window` for TensorBoard; call it between calls to the device."""
         if self.folder is None:
             return
         if window and not self._profiling and window[0] <= step < window[1]:
@@ -155,7 +150,7 @@ class MetricsWriter:
             self._profiling = False
 
     def close(self) -> None:
-        """Stop the bar and the profiler, and close the files."""
+        """Stop the bar and the profiler, and close all files."""
         self.profile(0, None)
         if self.bar:
             self.bar.stop()

@@ -1,4 +1,4 @@
-"""Restoring the variables of a classifier from its own checkpoint, or from another run (warm start)."""
+"""Restore the variables of a classifier from a checkpoint of its own or of another run (warm start)."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import settle_input
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, weights_of
+from trainer.runs.checkpoints import CheckpointFolder, names_in, weights_of
 from trainer.runs.publisher import Publisher
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
@@ -18,34 +18,34 @@ from trainer.training import variables
 
 
 def assign_values(classifier: Classifier, chosen: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign trained values to the `chosen` ones of a classifier's variables, by name.
+    """Assign trained values, by name, to the `chosen` ones of a classifier's variables.
 
-    Raises:
-        DataError: a value is missing or has another shape; nothing has been assigned then.
+    Raises DataError, and assigns nothing, if a value is missing or has another shape.
     """
     variables.write(chosen, values, source)
     settle_input(classifier.backbone)
 
 
 def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:
-    """Assign every variable of the same name and shape from another run's best (or newest) checkpoint, averaged where
-    that run had EMA on, on every worker; the chief reads. `source` is its output_dir or a checkpoint, local or gs://.
+    """Assign every variable of the same name and shape from another run's best (or newest) checkpoint, averaged if that
+    run used EMA, on every worker. `source` is its output_dir or a checkpoint, local or gs://, which the chief reads.
 
     Returns:
         the path of the checkpoint, and the number of assigned variables.
 
     Raises:
-        DataError: there is no checkpoint, or none of its variables fits.
+        DataError: there is no checkpoint, or none of its variables matches.
     """
-    where, values = _read(source, cache_folder) if control.is_chief else ("", {})
-    where = control.broadcast("warm start", lambda: where)
+    path, values = _read(source, cache_folder) if control.is_chief else ("", {})
+    path = control.broadcast("warm start", lambda: path)
     values = weights_of(control.broadcast_arrays("weights", values))
     own = classifier.variables
-    fit = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
-    if not fit:
-        raise DataError(f"warm_start={source}: none of its variables fits this model; is it of another backbone?")
-    assign_values(classifier, fit, values, source)
-    return where, len(fit)
+    matching = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
+    if not matching:
+        problem, fix = "none of its variables matches this model", "give a run with the same backbone"
+        raise DataError(problem, key="warm_start", value=source, fix=fix)
+    assign_values(classifier, matching, values, source)
+    return path, len(matching)
 
 
 def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -53,21 +53,18 @@ def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
     if is_remote(source):
         folder = cache_folder / "warm_start"
         Publisher(folder, storage_path(source), None).fetch()
-    there = local_checkpoints(source, folder)
-    pointer = there.folder / "BEST"
-    name = folder.name if there.folder.parent != folder else pointer.read_text().strip() if pointer.exists() else ""
-    steps = [step for step in there.steps() if there.path(step).name == name] or there.steps()[-1:]
-    return str(there.path(steps[0])), there.read(steps[0])[1]
+    checkpoints = local_checkpoints(source, folder)
+    pointer = storage_path(checkpoints.folder / "BEST")
+    names = names_in(pointer) if checkpoints.folder.parent == folder else [folder.name]
+    steps = checkpoints.steps()
+    step = next((step for step in steps if checkpoints.path(step).name in names), steps[-1])
+    return str(checkpoints.path(step)), checkpoints.read(step)[1]
 
 
 def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """The checkpoints of the run that `folder` is the output_dir, or one of the checkpoints, of.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The checkpoints of a run; `folder` is its output_dir or one of them. Raises DataError if there are none."""
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-    there = CheckpointFolder(home / "checkpoints", 1, log.info)
-    if not there.steps():
-        raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
-    return there
+    checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
+    if not checkpoints.steps():
+        raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
+    return checkpoints

@@ -1,4 +1,4 @@
-"""Paths on disk or in a bucket: the operations that both have, without Google's client, which takes long to import."""
+"""Storage paths on disk or in a bucket: their common operations, without the slow import of Google's client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.errors import TrainerError
 
 
 class Conflict(TrainerError):
-    """The version is not the one that a conditional write was to replace; nothing was written."""
+    """A conditional write did not match the current version; nothing was written."""
 
 
 class _Any(Enum):
@@ -25,15 +25,15 @@ class _Any(Enum):
 
 ANY = _Any.ANY
 OnlyIf = int | None | Literal[_Any.ANY]
-ObjectInfos = list["ObjectInfo"]  # by these names: inside a StoragePath, `list` is its method
+ObjectInfos = list["ObjectInfo"]  # inside a StoragePath, `list` is its method
 StoragePaths = list["StoragePath"]
 
-# `.name.<digits>-<digits>` beside a local file, `.parts-<token>` beside a large object.
+# `.name.<digits>-<digits>` next to a local file, `.parts-<token>` next to a large object.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a name belongs to a transfer that has not ended (or never will: its process was killed)."""
+    """Return whether a name belongs to a transfer in progress, or to one whose process was killed."""
     return bool(_UNFINISHED.search(name))
 
 
@@ -48,11 +48,11 @@ class ObjectInfo:
 
 
 class StoragePath(ABC):
-    """A file or folder, here or in a bucket. Two equal places are equal values; `str` gives back what was written.
+    """A file or folder, local or in a bucket. Equal addresses are equal values; `str` returns the address as written.
 
-    Folders need not be made: writing below one makes it. Errors of every operation: `DataError` for what trying
-    again cannot mend (absent, no such bucket, not allowed, no credentials), `Interrupted` for a bucket that did not
-    answer in time. Writing to a local disk raises the `OSError` as it is: callers treat a full disk their own way.
+    Writing creates missing parent folders. Every operation raises `DataError` for a permanent error (absent, no such
+    bucket, no permission, no credentials) and `Interrupted` if a bucket does not respond in time. Local writes raise
+    `OSError`, so that callers can handle a full disk.
     """
 
     is_local: bool
@@ -66,7 +66,7 @@ class StoragePath(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The last part; of a bucket itself, the bucket's name."""
+        """The last component of the path; the bucket's name for the bucket itself."""
 
     @property
     @abstractmethod
@@ -74,27 +74,27 @@ class StoragePath(ABC):
 
     @abstractmethod
     def stat(self) -> ObjectInfo | None:
-        """Size and version of the file, None where there is none (a folder is none)."""
+        """Size and version of the file; None if it does not exist or is a folder."""
 
     @abstractmethod
     def fetch(self) -> tuple[bytes, int] | None:
-        """The whole content, verified, and the version it is of; None where there is no such file."""
+        """The whole content, verified, and its version; None if there is no such file."""
 
     @abstractmethod
     def read_range(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, fewer where the file ends before."""
+        """`length` bytes from `start`, fewer at the end of the file."""
 
     @abstractmethod
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
-        """Whole or not at all; the new version. `only_if=None` creates, `only_if=version` replaces that one.
+        """Write atomically and return the new version. `only_if=None` creates, `only_if=version` replaces that one.
 
-        Raises `Conflict` where another version is there. A write that is tried again after a lost answer knows
-        its own first try and does not call it a conflict.
+        Raises `Conflict` if the current version is another one. A retry after a lost response recognizes its own
+        earlier write, which is no conflict.
         """
 
     @abstractmethod
     def list(self, recursive: bool = True) -> ObjectInfos:
-        """The files in this folder (and below), sorted by name; empty where there is no such folder."""
+        """The files in this folder (and below it), sorted by name; empty if there is no such folder."""
 
     @abstractmethod
     def folders(self) -> StoragePaths:
@@ -102,23 +102,23 @@ class StoragePath(ABC):
 
     @abstractmethod
     def delete(self) -> None:
-        """Delete the file; an absent one is fine."""
+        """Delete the file if it exists."""
 
     @abstractmethod
     def delete_tree(self) -> None:
-        """Delete all that is below this folder, unfinished transfers as well; an absent one is fine."""
+        """Delete everything below this folder, including unfinished transfers."""
 
     @abstractmethod
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        """Copy to a local file, which appears whole: verified beside, then renamed.
+        """Copy to a local file: to a temporary file next to it, which is verified, then renamed.
 
-        `expected`, an entry of `list`, saves asking for size and version again, and has that very version copied.
-        The disk is not flushed: after a power cut the copy may have to be made again.
+        `expected`, an item of `list`, saves the request for size and version, and pins the version that is copied.
+        The disk is not flushed: after a power failure the file may have to be downloaded again.
         """
 
     @abstractmethod
     def upload(self, source: Path) -> int:
-        """Copy a local file to here, whole or not at all; the new version."""
+        """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
         """The whole content, verified."""
@@ -136,23 +136,23 @@ class StoragePath(ABC):
         return self._existing().size
 
     def exists(self) -> bool:
-        """Whether there is a file here (a folder is none: `is_folder`)."""
+        """Return whether there is a file at this path (for folders: `is_folder`)."""
         return self.stat() is not None
 
     def version(self) -> int | None:
-        """A number of its own for each content of this path: the generation in a bucket. None where absent."""
-        entry = self.stat()
-        return None if entry is None else entry.version
+        """A number that differs for each write to this path (in a bucket, the generation); None if absent."""
+        info = self.stat()
+        return None if info is None else info.version
 
     @abstractmethod
     def is_folder(self) -> bool:
-        """Whether there is anything below."""
+        """Return whether there is any file below this path."""
 
     def _existing(self) -> ObjectInfo:
-        entry = self.stat()
-        if entry is None:
+        info = self.stat()
+        if info is None:
             raise self._absent()
-        return entry
+        return info
 
     @abstractmethod
     def _absent(self) -> TrainerError: ...
@@ -163,7 +163,7 @@ deadline: ContextVar[float | None] = ContextVar("deadline", default=None)  # sec
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Another deadline than `gcs_client.DEADLINE` for the operations inside the block (in this thread)."""
+    """Replace `gcs_client.DEADLINE` for the operations of this thread inside the block."""
     token = deadline.set(seconds)
     try:
         yield

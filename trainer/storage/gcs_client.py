@@ -1,4 +1,4 @@
-"""The one client of the process for Google Cloud Storage: identity, retries, deadlines, and the meaning of refusals."""
+"""The process-wide client of Google Cloud Storage: credentials, retries, deadlines, and explained errors."""
 
 import http.client
 import os
@@ -24,15 +24,16 @@ from trainer.errors import DataError, Interrupted
 from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
 from trainer.storage import base
 
-DEADLINE = 120.0  # seconds from the first try of an operation (of each part, of a large one) to giving up
-CONNECT = 10.0  # seconds to wait for a connection
-SILENCE = 30.0  # seconds without a byte after which a request is taken for lost
-FIRST_PAUSE = 0.5  # seconds; the pause is drawn from 0 to this, to twice this, ...
+DEADLINE = 120.0  # seconds per operation (of a large one, per part), all retries included
+CONNECT = 10.0  # connect timeout in seconds
+SILENCE = 30.0  # read timeout in seconds
+FIRST_PAUSE = 0.5  # seconds; exponential backoff with full jitter up to LONGEST_PAUSE
 LONGEST_PAUSE = 16.0
-DAMAGED_REQUESTS = 5  # times that a 400 is taken for a request damaged on its way
-POD_SECONDS = 20.0  # of a pod's life in which missing credentials may still come
-THREADS = 16  # connections kept open; more threads than this open and close theirs
-NO_BUCKET = "there is no such bucket, or it is not yours to see"
+DAMAGED_REQUESTS = 5  # responses 400 that count as a request damaged in transit
+POD_SECONDS = 20.0  # in which the credentials of a new pod may become available
+THREADS = 16  # size of the connection pool
+NO_BUCKET = "there is no such bucket, or this account may not see it"
+CHECK_BUCKET = "check the address"
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _HOW = (
@@ -42,28 +43,28 @@ _HOW = (
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-# From the system's noise, not the run's seed: workers that wait for one bucket must not come back together.
+# Not from the run's seed, with which all workers would retry at the same moment.
 _noise = random.SystemRandom()
 _clients: dict[tuple[int, str | None], Any] = {}
 _lock = threading.Lock()
 
-Limits = tuple[float, float]  # seconds to connect, seconds of silence
+Limits = tuple[float, float]  # connect and read timeout in seconds
 Result = TypeVar("Result")
 
 
 class Damaged(Exception):
-    """What arrived is not what was sent: its checksum or length differs."""
+    """The checksum or length of transferred data differs."""
 
 
 def persist(address: str, permission: str, call: Callable[[Limits], Result]) -> Result:
-    """Call, again while it fails for a passing reason.
+    """Call with retries on transient errors.
 
     Args:
-        permission: that the operation needs, for the message.
+        permission: required by the operation, for the message.
 
     Raises:
         Interrupted: the deadline has passed.
-        DataError: Google's client reports a lasting error; any other error of `call` is raised as it is.
+        DataError: Google's client reports a permanent error; any other error of `call` is re-raised.
     """
     deadline = base.deadline.get() or DEADLINE
     start = time.monotonic()
@@ -73,7 +74,7 @@ def persist(address: str, permission: str, call: Callable[[Limits], Result]) -> 
         try:
             return call((min(CONNECT, left), min(SILENCE, left)))
         except Exception as error:
-            reason = _passing(error)
+            reason = _transient_reason(error)
             if isinstance(error, GoogleAPICallError) and error.code == 400:
                 damaged += 1
                 reason = None if damaged > DAMAGED_REQUESTS else "400 damaged request"
@@ -84,20 +85,18 @@ def persist(address: str, permission: str, call: Callable[[Limits], Result]) -> 
                 raise explained from error
             left = deadline - (time.monotonic() - start)
             if left <= 0:
-                raise Interrupted(
-                    f"{address}: the storage did not answer for {deadline:g} s ({reason}); "
-                    "what was saved before is intact, start the same command again"
-                ) from error
-            asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
-            wait = max(_noise.uniform(0, pause), float(asked) if asked.isdigit() else 0.0)
+                problem = f"{address}: the storage did not respond for {deadline:g} s ({reason})"
+                raise Interrupted(problem, fix="start the same command again: everything saved is intact") from error
+            after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
+            wait = max(_noise.uniform(0, pause), float(after) if after.isdigit() else 0.0)
         time.sleep(min(wait, left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _passing(error: Exception) -> str | None:
-    """The reason why the same request may succeed later; None where it cannot."""
+def _transient_reason(error: Exception) -> str | None:
+    """The reason why a retry may succeed; None for a permanent error."""
     if isinstance(error, Damaged | DataCorruption):
-        return f"damaged answer: {error}" if isinstance(error, Damaged) else "damaged answer"
+        return f"damaged response: {error}"
     if isinstance(error, GoogleAPICallError):
         limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
         if error.code in _TRANSIENT_CODES or limited:
@@ -106,11 +105,11 @@ def _passing(error: Exception) -> str | None:
     if isinstance(error, RefreshError):
         return "no access token" if error.retryable else None
     if isinstance(error, TransportError):
-        return "the server of access tokens cannot be reached"
+        return "the token server cannot be reached"
     if isinstance(error, _WRONG_ADDRESS):
         return None
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-        return "no answer in time"
+        return "timeout"
     if isinstance(error, requests.exceptions.ChunkedEncodingError | urllib3.exceptions.ProtocolError):
         return "connection broken"
     if isinstance(error, requests.ConnectionError | ConnectionError):
@@ -119,9 +118,9 @@ def _passing(error: Exception) -> str | None:
 
 
 def client() -> Any:
-    """The `storage.Client` of this process, made at the first call; anonymous where no credentials are found.
+    """The `storage.Client` of this process, created at the first call; anonymous if there are no credentials.
 
-    Connections do not survive a fork and an emulator is another server: each has a client of its own.
+    A forked process and an emulator get another client.
     """
     key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
     with _lock:
@@ -139,25 +138,21 @@ def _connect(emulated: bool) -> Any:
             credentials = with_scopes_if_required(credentials, [_SCOPE])
         except DefaultCredentialsError as error:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
-                raise DataError(f"GOOGLE_APPLICATION_CREDENTIALS: {str(error).splitlines()[0]}") from error
-    made = storage.Client(project=project, credentials=credentials)
-    mount_transport(made, HTTPAdapter(pool_connections=4, pool_maxsize=THREADS))
-    disable_bucket_metadata(made)
-    return made
+                problem, key = str(error).splitlines()[0], "GOOGLE_APPLICATION_CREDENTIALS"
+                raise DataError(problem, key=key, value=os.environ[key], fix="set it to a credentials file") from error
+    created = storage.Client(project=project, credentials=credentials)
+    mount_transport(created, HTTPAdapter(pool_connections=4, pool_maxsize=THREADS))
+    disable_bucket_metadata(created)
+    return created
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Credentials and project. A pod asks again for a while: GKE's metadata server may not answer in its first seconds.
-
-    Raises:
-        DefaultCredentialsError: there are none.
-    """
+    """Credentials and project. In a pod retry: GKE's metadata server may not respond in its first seconds."""
     patient = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     deadline = time.monotonic() + (POD_SECONDS if patient else 0.0)
     while True:
         try:
-            # With the scope given here, identity federation would ask Google for the project's name, which objects
-            # do not need and a closed network does not allow.
+            # With a scope, identity federation would request the project's name, which a closed network does not allow.
             return google.auth.default()
         except DefaultCredentialsError:
             if time.monotonic() > deadline:
@@ -166,7 +161,7 @@ def _find_credentials() -> tuple[Credentials, str | None]:
 
 
 def identity() -> str:
-    """The account that the storage sees, in words."""
+    """A description of the account that requests are made with."""
     credentials = credentials_of(client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
@@ -174,7 +169,7 @@ def identity() -> str:
     if isinstance(credentials, external_account.Credentials):
         impersonated = f" as service account {email}" if email else ""
         return f"workload identity pool {credentials.info['audience']}{impersonated}"
-    if email == "default":  # its name is asked for with the first token
+    if email == "default":  # its name comes with the first token
         return "the default service account of this pod or machine"
     if email:
         return f"service account {email}"
@@ -183,20 +178,21 @@ def identity() -> str:
 
 
 def _explained(error: Exception, address: str, permission: str) -> DataError | None:
-    """The `DataError` that explains an error of Google's client; None where it is none of theirs."""
+    """A `DataError` that explains an error of Google's client; None for any other error."""
     if isinstance(error, NotFound):
-        return DataError(f"{address}: {NO_BUCKET}")
+        return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
-    if denied or isinstance(error, GoogleAuthError):  # the second: after a 401 the client asks for a new token
+    if denied or isinstance(error, GoogleAuthError):  # the latter: after a 401 the client requests a new token
         anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
-            return DataError(f"{address}: is not public, and no credentials were found; {_HOW}")
-    if isinstance(error, ClientError):  # 401 and 403 as well
-        answer = f"({int(error.code or 0)}: {error.message})"
-        if denied:
-            named = re.findall(r"storage\.\w+\.\w+", str(error.message))
-            return DataError(f"{address}: {identity()} lacks the permission {(named or [permission])[0]} {answer}")
-        return DataError(f"{address}: the storage refused the request {answer}")
+            return DataError(f"{address}: is not public, and there are no credentials", fix=_HOW)
+    if isinstance(error, ClientError):  # includes 401 and 403
+        response = f"({int(error.code or 0)}: {error.message})"
+        if not denied:
+            return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
+        missing = (re.findall(r"storage\.\w+\.\w+", str(error.message)) or [permission])[0]
+        problem = f"{address}: {identity()} lacks the permission {missing} {response}"
+        return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):
-        return DataError(f"{address}: {identity()} got no access token ({error}); {_HOW}")
+        return DataError(f"{address}: {identity()} got no access token ({error})", fix=_HOW)
     return None

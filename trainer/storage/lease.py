@@ -1,23 +1,19 @@
 """A lease on a run's folder, which fences every commit: only its holder publishes.
 
-`.lease` in the folder names its holder. It is only ever written on the condition that nobody else has written it
-since (`only_if`), so of any number of writers one succeeds. What is guaranteed, without comparing the clocks of two
-machines:
+`.lease` in the folder names its holder. Every write to it is conditional on the version that was read (`only_if`), so
+one of any number of writers succeeds. Guarantees, without comparing the clocks of two machines:
 
-- **One holder.** `take` succeeds for one of many. Another than the holder gets the lease only after it has seen, for
-  `LEASE_SECONDS` by its own clock, that `.lease` is not written; the same uid (a Kubernetes Job) gets it at once.
-- **A loser publishes nothing.** `commit` first writes what it is about to publish (name, content, version that it
-  replaces) into `.lease`, on the condition that the lease is still ours, and only then writes the marker, on the
-  condition that it still has that version. The first write is the commit. It fails for whoever lost the lease,
-  however long the process was frozen between `check` and the write: no clock is involved. The next holder carries
-  out a commit whose second write is missing before `take` returns, so that the second write of a holder that was
-  frozen between the two comes too late as well: the marker no longer has the version it wants.
-- **What is not fenced.** Files that are not markers (the shards of a checkpoint, logs) can still be written by a
-  frozen process that thaws, until it calls `check`. So they must go under names that are used once
-  (`checkpoints/step-00000420-<attempt>/...`), and count only when a marker names them.
+- **One holder.** `take` succeeds for one of many. Another process gets the lease only after it has observed, for
+  `LEASE_SECONDS` by its own clock, no write to `.lease`; the same uid (a Kubernetes Job) gets it at once.
+- **A process that lost the lease publishes nothing.** `commit` first writes its intent (name, content, version that it
+  replaces) into `.lease`, conditional on holding the lease, and then writes the marker, conditional on that version.
+  The first write is the commit. It fails if the lease was lost, however long the process was frozen between `check`
+  and the write: no clock is involved. Before `take` returns, the next holder completes a commit whose second write is
+  missing, so that the delayed second write of a frozen holder fails too: the marker has another version.
+- **Not fenced** are files other than markers (the shards of a checkpoint, logs): a frozen process that resumes can
+  write them until it calls `check`. They must have names that are used once
+  (`checkpoints/step-00000420-<start>/...`), and count only when a marker names them.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -36,7 +32,7 @@ NAME = ".lease"
 
 @dataclass(frozen=True)
 class _Commit:
-    """A marker that is being published; `replaces` is the version that it takes the place of (None: it is new)."""
+    """A marker that is being published; `replaces` is the version that it replaces (None: it is new)."""
 
     name: str
     content: str
@@ -45,7 +41,7 @@ class _Commit:
 
 @dataclass(frozen=True)
 class _State:
-    """The content of `.lease`. `token` is one taking of the lease; `renewed` is for people, nothing compares it."""
+    """The content of `.lease`. `token` identifies one call of `take`; `renewed` is informative only."""
 
     holder: str | None
     uid: str | None
@@ -56,8 +52,8 @@ class _State:
     commit: _Commit | None
 
 
-class Lease:
-    """A lease as `take` returns it. Any thread may use it; a thread of its own renews it until `release`."""
+class Lease(contextlib.AbstractContextManager["Lease"]):
+    """A lease, returned by `take`. It is thread-safe; a background thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -68,58 +64,53 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_always, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raises `Interrupted` where the lease was lost, or could not be renewed for `LEASE_SECONDS`."""
-        silent = time.monotonic() - self._renewed_at
+        """Raise `Interrupted` if the lease was lost or released, or could not be renewed for `LEASE_SECONDS`."""
+        age = time.monotonic() - self._renewed_at
         if self._lost:
-            raise Interrupted(f"{self.folder}: {self._lost}; nothing more is published here by this process")
+            raise Interrupted(f"{self.folder}: {self._lost}; this process publishes nothing more")
         if self._ended.is_set():
-            raise Interrupted(f"{self.folder}: the lease was given back")
-        if silent > self._state.seconds:
-            raise Interrupted(
-                f"{self.folder}: the lease could not be renewed for {silent:.0f} s, so another run may have taken it; "
-                "start the same command again"
-            )
+            raise Interrupted(f"{self.folder}: the lease was released")
+        if age > self._state.seconds:
+            problem = f"{self.folder}: the lease could not be renewed for {age:.0f} s; another run may hold it"
+            raise Interrupted(problem, fix="start the same command again")
 
     def commit(self, name: str, content: str) -> int:
-        """Publish a marker (a small text file in the folder) in one atomic act; its new version.
+        """Publish a marker (a small text file in the folder) atomically and return its new version.
 
-        Raises `Interrupted`, and has published nothing, where the lease was lost. Where the storage did not answer
-        the commit may have been done: the next holder sees which.
+        Raises `Interrupted`, and publishes nothing, if the lease was lost. If the storage did not respond, the commit
+        may have succeeded: the next holder completes or ignores it.
         """
         with self._committing:
             self.check()
             marker = self.folder / name
             commit = _Commit(name, content, marker.version())
-            self._write(commit)  # from here on it is renewed with the commit in it, also while the next line waits
+            self._write(commit)  # every renewal now contains the commit, also while the next line waits
             try:
                 version = marker.write(content, only_if=commit.replaces)
             except Conflict as error:
                 self._lost = f"{marker} was changed by another process"
-                raise Interrupted(f"{self.folder}: {self._lost}; nothing more is published here") from error
-            with self._writing:  # the next renewal forgets it: a marker that is deleted later must stay deleted
+                raise Interrupted(f"{self.folder}: {self._lost}; this process publishes nothing more") from error
+            with self._writing:  # not in the next renewal: a marker that is deleted later must stay deleted
                 self._state = replace(self._state, commit=None)
             return version
 
     def release(self) -> None:
-        """Give the lease back, so that the next run need not wait; no error where it was lost or nothing answers."""
+        """Release the lease, so that the next run need not wait; no error if it was lost or the storage is away."""
         self._ended.set()
         self._thread.join()
         with self._writing:
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
-                failures = (Conflict, Interrupted, DataError, OSError)  # then the next run waits it out
+                failures = (Conflict, Interrupted, DataError, OSError)  # then the next run waits until it expires
                 with contextlib.suppress(*failures), within(self._state.seconds / 3):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
-            self._lost = self._lost or "the lease was given back"
-
-    def __enter__(self) -> Lease:
-        return self
+            self._lost = self._lost or "the lease was released"
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
     def _write(self, commit: _Commit | None) -> None:
-        """Renew, with a new commit or the last one. Raises `Interrupted` where the lease is another's."""
+        """Renew, with a new commit or the last one. Raises `Interrupted` if another process holds the lease."""
         file = self.folder / NAME
         with self._writing:
             if self._lost:
@@ -131,9 +122,9 @@ class Lease:
                     self._version = file.write(_dump(state), only_if=self._version)
                     break
                 except Conflict as error:
-                    there, version = _read(file)  # a write of ours may have been done without our knowing
-                    if there is None or version is None or there.token != state.token or there.holder is None:
-                        self._lost = f"the lease was taken over by {_name(there)}"
+                    current, version = _read(file)  # our own write may have succeeded although its response was lost
+                    if current is None or version is None or current.token != state.token or current.holder is None:
+                        self._lost = f"the lease was taken over by {_name(current)}"
                         raise Interrupted(f"{self.folder}: {self._lost}") from error
                     self._version = version
             self._state, self._renewed_at = state, began
@@ -145,34 +136,36 @@ class Lease:
             try:
                 with within(every):
                     self._write(None)
-            except Interrupted:  # lost, and noted; or no answer, and `check` counts the seconds
+            except Interrupted:  # lost, as recorded; or no response, and `check` counts the seconds
                 pause = every / 10
             except (DataError, OSError) as error:
                 self._lost = f"the lease cannot be renewed ({error})"
 
 
 def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
-    """The lease on a folder.
+    """Take the lease on a folder, and complete a commit that the last holder began.
 
-    `holder` names us to whoever is kept out (pod, host and process). The same `uid` takes over at once. From
-    another holder it is taken after `LEASE_SECONDS` in which it was not renewed; where it is renewed, or `wait` is
-    false, raises `ConfigError` that names the holder. Before it returns, a commit that the last holder began is done.
+    Args:
+        holder: names this process to others (pod, host and process).
+        uid: a holder with the same uid is replaced at once; another one after `LEASE_SECONDS` without a renewal.
+        wait: wait for that time; else only a free lease is taken.
+
+    Raises:
+        ConfigError: another process holds and renews the lease.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
-    watched: tuple[int | None, float] | None = None  # the version we saw first, and when
+    first_seen: tuple[int | None, float] | None = None  # version and time
     while True:
-        there, version = _read(file)
-        held, free = _held_by_another(there, uid), True
-        if held:
-            watched = watched or (version, time.monotonic())
-            if version != watched[0] or not wait:
-                raise ConfigError(
-                    f"{folder}: is in use by {_name(held)}{', ' + held.note if held.note else ''}; "
-                    "choose another output_dir, or end that run first"
-                )
-            free = time.monotonic() - watched[1] > max(seconds, held.seconds)
+        current, version = _read(file)
+        other, free = _held_by_another(current, uid), True
+        if other:
+            first_seen = first_seen or (version, time.monotonic())
+            if version != first_seen[0] or not wait:
+                problem = f"is in use by {_name(other)}{', ' + other.note if other.note else ''}"
+                raise ConfigError(problem, key="output_dir", value=folder, fix="give another one, or end that run")
+            free = time.monotonic() - first_seen[1] > max(seconds, other.seconds)
         if free:
-            commit = there.commit if there else None
+            commit = current.commit if current else None
             state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
             began = time.monotonic()
             try:
@@ -180,7 +173,7 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
             except Conflict:
                 continue
             if commit is not None:
-                with contextlib.suppress(Conflict):  # it was done
+                with contextlib.suppress(Conflict):  # it was completed
                     (folder / commit.name).write(commit.content, only_if=commit.replaces)
             lease._thread.start()
             return lease
@@ -188,14 +181,14 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
 
 
 def holder_of(folder: StoragePath, uid: str | None) -> str | None:
-    """Who keeps `uid` out of a folder, and when it last renewed its lease; None where `uid` takes the lease at once."""
-    held = _held_by_another(_read(folder / NAME)[0], uid)
-    return f"{held.holder}, last renewed at {held.renewed}" if held else None
+    """The holder of a folder's lease and its last renewal; None if a process with this `uid` can take it at once."""
+    other = _held_by_another(_read(folder / NAME)[0], uid)
+    return f"{other.holder}, last renewed at {other.renewed}" if other else None
 
 
-def _held_by_another(there: _State | None, uid: str | None) -> _State | None:
-    free = there is None or there.holder is None or (uid is not None and there.uid == uid)
-    return None if free else there
+def _held_by_another(state: _State | None, uid: str | None) -> _State | None:
+    free = state is None or state.holder is None or (uid is not None and state.uid == uid)
+    return None if free else state
 
 
 def _now() -> str:
@@ -213,7 +206,7 @@ def _dump(state: _State) -> str:
 
 
 def _read(file: StoragePath) -> tuple[_State | None, int | None]:
-    """The lease and its version; None and None where there is none."""
+    """The lease and its version; None and None if there is none."""
     content = file.fetch()
     if content is None:
         return None, None
@@ -222,4 +215,4 @@ def _read(file: StoragePath) -> tuple[_State | None, int | None]:
         commit = fields.pop("commit")
         return _State(**fields, commit=_Commit(**commit) if commit else None), content[1]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file}: is not a lease ({error}); delete it if no run uses this folder") from error
+        raise DataError(f"{file}: is not a lease ({error})", fix="delete it if no run uses this folder") from error

@@ -1,4 +1,4 @@
-"""Local files written so that a reader, or a power cut, never sees half of one; local paths as storage paths."""
+"""Atomic writes of local files; storage paths on the local disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BLOCK = 1 << 22  # bytes copied at a time
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or entered into a folder."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,10 +39,11 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write beside, flush to disk, rename over. Makes the folder if needed."""
-    with temporary_file(path) as beside:
-        _write_synced(beside, content)
-        os.replace(beside, path)
+    """Write a file atomically: to a temporary file, flushed to disk, then renamed. Creates the folder if needed."""
+    with temporary_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
+        os.replace(temporary, path)
     sync(path.parent)
 
 
@@ -53,21 +54,14 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """A path in the same folder, which is made if needed; what is left there at the end is deleted."""
+    """A temporary path in the same folder, which is created if needed; deleted at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random number, not the thread's: on a disk that several pods use, processes and threads have the same numbers.
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
+    # A random number: on a disk that several pods use, process and thread ids are not unique.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
     try:
-        yield beside
+        yield temporary
     finally:
-        beside.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, content: bytes | str) -> None:
-    with open(path, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -92,24 +86,19 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.parent)
 
     def stat(self) -> ObjectInfo | None:
-        with self._reading():
-            try:
-                status = self.path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            return self._entry(status) if self.path.is_file() else None
+        with self._reading(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = self.path.stat()
+            return self._info(status) if self.path.is_file() else None
+        return None
 
     def is_folder(self) -> bool:
         with self._reading():
             return self.path.is_dir() and any(self.path.iterdir())
 
     def fetch(self) -> tuple[bytes, int] | None:
-        with self._reading():
-            try:
-                with open(self.path, "rb") as file:
-                    return file.read(), os.fstat(file.fileno()).st_mtime_ns
-            except FileNotFoundError:
-                return None
+        with self._reading(), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+        return None
 
     def read_range(self, start: int, length: int) -> bytes:
         with self._reading(), open(self.path, "rb") as file:
@@ -117,22 +106,22 @@ class LocalPath(StoragePath):
             return file.read(length)
 
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
-        with temporary_file(self.path) as beside:
-            _write_synced(beside, content)
-            return self._put(beside, only_if)
+        with temporary_file(self.path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            return self._put(temporary, only_if)
 
     def list(self, recursive: bool = True) -> ObjectInfos:
-        entries = []
+        files: list[ObjectInfo] = []
         with self._reading():
-            for folder, folders, files in os.walk(self.path, onerror=_raise_unless_absent):
-                for name in files:
+            for folder, folders, names in os.walk(self.path, onerror=_raise_unless_absent):
+                for name in names:
                     path = Path(folder, name)
                     if not is_unfinished(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                            entries.append(LocalPath(path)._entry(path.stat()))
+                            files.append(LocalPath(path)._info(path.stat()))
                 if not recursive:
                     folders.clear()
-        return sorted(entries, key=lambda entry: str(entry.path).encode())
+        return sorted(files, key=lambda info: str(info.path).encode())
 
     def folders(self) -> StoragePaths:
         with self._reading():
@@ -149,32 +138,30 @@ class LocalPath(StoragePath):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        entry = self._existing()
-        if expected is not None and expected.version != entry.version:
-            raise DataError(f"{self}: was replaced after it was listed; list it again")
-        with temporary_file(to) as beside:
+        info = self._existing()
+        if expected is not None and expected.version != info.version:
+            raise DataError(f"{self}: was replaced after it was listed", fix="start the same command again")
+        with temporary_file(to) as temporary:
             with self._reading():
                 source = open(self.path, "rb")  # noqa: SIM115 - closed below; errors of writing must stay OSError
-            with source, open(beside, "wb") as target:
+            with source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target, _BLOCK)
-            os.replace(beside, to)
-        return entry
+            os.replace(temporary, to)
+        return info
 
     def upload(self, source: Path) -> int:
-        with temporary_file(self.path) as beside:
+        with temporary_file(self.path) as temporary:
             with LocalPath(source)._reading():
                 file = open(source, "rb")  # noqa: SIM115 - as above
-            with file, open(beside, "wb") as target:
+            with file, open(temporary, "wb") as target:
                 shutil.copyfileobj(file, target, _BLOCK)
-                target.flush()
-                os.fsync(target.fileno())
-            return self._put(beside, ANY)
+            return self._put(temporary, ANY)
 
-    def _entry(self, status: os.stat_result) -> ObjectInfo:
+    def _info(self, status: os.stat_result) -> ObjectInfo:
         return ObjectInfo(self, status.st_size, status.st_mtime_ns)
 
     def _absent(self) -> DataError:
-        return DataError(f"{self}: there is no such file")
+        return DataError(f"{self}: there is no such file", fix="check the path")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -183,15 +170,17 @@ class LocalPath(StoragePath):
         except OSError as error:
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise self._absent() from error
-            raise DataError(f"{error.filename or self}: cannot be read ({error.strerror or error})") from error
+            problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
+            raise DataError(problem, fix="check the path and its permissions") from error
 
-    def _put(self, beside: Path, only_if: OnlyIf) -> int:
-        """Rename over, after a check of the version where the write is conditional.
+    def _put(self, temporary: Path, only_if: OnlyIf) -> int:
+        """Rename over this file; if the write is conditional, check the version first.
 
-        Conditional writers hold the folder's lock from the check to the rename, so that of two only one finds
-        its version (other writers do not take it: a marker must be written conditionally by all). The time of
-        change is set by hand: the kernel's clock ticks in milliseconds and inodes come back, versions must not.
+        Conditional writers hold the folder's lock from the check to the rename (other writers do not take it: a marker
+        must be written conditionally by all). The modification time is set explicitly, because the kernel's clock
+        ticks in milliseconds and versions must not repeat.
         """
+        sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             if only_if is not ANY:
@@ -200,9 +189,9 @@ class LocalPath(StoragePath):
             if only_if is not ANY and now != only_if:
                 raise Conflict(f"{self}: changed since it was read")
             changed = max((now or 0) + 1, time.time_ns())
-            os.utime(beside, ns=(changed, changed))
-            version = beside.stat().st_mtime_ns
-            os.replace(beside, self.path)
+            os.utime(temporary, ns=(changed, changed))
+            version = temporary.stat().st_mtime_ns
+            os.replace(temporary, self.path)
         finally:
             os.close(folder)
         sync(self.path.parent)

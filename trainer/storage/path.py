@@ -1,9 +1,9 @@
-"""One type for a path on disk and an address in a bucket.
+"""Storage paths: one type for a path on disk and an address in a bucket.
 
-    folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7"): the same from here on
+    folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
     version = (folder / "LATEST").write("step-420", only_if=None)
 
-Why not a path library: none offers writes that are conditional on a generation, see docs/storage.md.
+No path library offers writes that are conditional on a generation, see docs/storage.md.
 """
 
 import re
@@ -17,22 +17,18 @@ __all__ = ["ANY", "Conflict", "LocalPath", "ObjectInfo", "OnlyIf", "StoragePath"
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
-    """The place that `text` names: `gs://bucket/a/b`, else a local path; as text it may begin with `~`.
-
-    Raises:
-        ConfigError: another scheme, or no bucket.
-    """
+    """Parse `gs://bucket/a/b`, or a local path, as text with `~`. Raises ConfigError for another scheme, no bucket."""
     if isinstance(text, StoragePath):
         return text
     if isinstance(text, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
         if scheme[1] != "gs" or not text.startswith("gs://"):
-            raise ConfigError(f"{text}: only local paths and gs://bucket/... can be read and written")
+            raise ConfigError(f"{text}: has an unsupported scheme", fix="give a local path or gs://bucket/...")
         bucket, _, key = text.removeprefix("gs://").partition("/")
         if not bucket:
-            raise ConfigError(f"{text}: names no bucket; write it as gs://bucket/folder")
+            raise ConfigError(f"{text}: names no bucket", fix="write it as gs://bucket/folder")
         from trainer.storage.gcs import GcsPath  # Google's client takes long to import
 
         return GcsPath(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
-        raise ConfigError(f"{text}: an address in a bucket must be given as text, pathlib drops one of its slashes")
+        raise ConfigError(f"{text}: is a pathlib.Path, which drops a slash", fix="pass a string")
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)

@@ -1,8 +1,8 @@
-"""Shards of a bucket on a bounded part of the local disk: fetched ahead of their readers, in the order of need.
+"""Disk cache of the shards of a bucket, with a byte budget: shards are prefetched in the order of need.
 
-A reader says which shards it may open next (`require`, which waits until they are here) and which ones come after
-those. The first stay until the reader asks for others; the rest is fetched behind its back as far as the budget goes.
-What gives way is what is needed latest, or by nobody.
+A reader requires the shards that it may open next (`require` waits for them) and names those that follow. The required
+shards stay until the reader requires others; the following ones are prefetched in the background, within the budget.
+Shards that are needed last, or by no reader, are evicted first.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import IO
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
 
-TRANSFERS = 8  # shards at once; a large one comes in several chunks at a time
-STALL_SECONDS = 5.0  # of waiting, after which it is reported
+TRANSFERS = 8  # concurrent; a large shard has several chunks in transfer
+STALL_SECONDS = 5.0  # of waiting, after which it is logged
 
 Note = Callable[[str], None]
 
@@ -28,8 +28,8 @@ Note = Callable[[str], None]
 def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
     """A local folder for the shards that one process caches of an address, and the open file that locks it.
 
-    Several processes of one machine (workers, other runs) get one each: nobody deletes what another one reads. The lock
-    ends with the process, and the next process to start finds the folder again.
+    Each process of a machine (workers, other runs) gets one of its own. The lock ends with the process; a later process
+    reuses the folder.
     """
     digest = hashlib.sha256(address.encode()).hexdigest()[:16]
     for number in itertools.count():
@@ -59,41 +59,41 @@ class ShardCache:
         budget: int,
         note: Note,
         check: Callable[[], None],
-        beside: Iterable[str] = (),
+        other_files: Iterable[str] = (),
     ) -> None:
-        """Takes what is there in the same version, and deletes what is not of these shards.
+        """Reuse files of the same version, and delete all others.
 
         Args:
             budget: bytes of disk; unfinished transfers count as the whole shard.
-            note: given reports of waits of more than `STALL_SECONDS`.
-            check: called while a reader waits; raises to leave.
-            beside: names of other files that stay.
+            note: logs waits of more than `STALL_SECONDS`.
+            check: called while a reader waits; raises to cancel.
+            other_files: names of other files that are not deleted.
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
         self._changed = threading.Condition()
-        self._here: dict[str, int] = {}  # name -> bytes; the one required longest ago comes first
-        self._coming: dict[str, int] = {}
-        # reader -> what it may open now, and what it needs after that; the last to ask comes last
+        self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
+        self._in_transfer: dict[str, int] = {}
+        # reader -> shards that it may open now, and those it needs after that; the latest call of `require` last
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-        self._order: dict[str, int] = {}  # name -> position in the order of need; absent where nobody needs it
+        self._order: dict[str, int] = {}  # name -> position in the order of need; absent if not needed
         self._failed: dict[str, Exception] = {}
         self._closed = False
-        self._take_stock({*beside})
+        self._scan({*other_files})
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
-        """Wait until these shards are here; they stay until the same reader requires others or releases them.
+        """Wait until these shards are on disk; they stay until the same reader requires others or releases them.
 
         Args:
-            then: what it needs after them, soonest first.
+            then: shards that it needs after them, soonest first.
 
         Returns:
             seconds waited.
 
         Raises:
-            DataError: one of them is gone or changed in the bucket, or they do not fit the budget together.
-            Interrupted: the bucket does not answer.
-            OSError: the disk cannot hold them though the budget could.
+            DataError: one of them was deleted or replaced in the bucket, or they exceed the budget together.
+            Interrupted: the bucket does not respond.
+            OSError: the disk is full.
         """
         names = tuple(dict.fromkeys(names))
         with self._changed:
@@ -101,43 +101,43 @@ class ShardCache:
             self._needs[reader] = names, tuple(then)
             for name in names:
                 self._failed.pop(name, None)
-                if name in self._here:
-                    size = self._here.pop(name)
+                if name in self._cached:
+                    size = self._cached.pop(name)
                     if self._is_whole(name):
-                        self._here[name] = size  # last in line now
+                        self._cached[name] = size  # most recently required
             self._check_budget()
             self._plan()
             return self._wait(names)
 
     def release(self, reader: str) -> None:
-        """The reader has ended."""
+        """Drop the needs of a reader that has ended."""
         with self._changed:
             self._needs.pop(reader, None)
             self._plan()
 
     def close(self) -> None:
-        """Begin no more transfers, and let another process have the folder."""
+        """Begin no more transfers, and unlock the folder."""
         with self._changed:
             self._closed = True
         self._lock.close()
 
     @property
     def used(self) -> int:
-        """Bytes that are here or on their way."""
-        return sum(self._here.values()) + sum(self._coming.values())
+        """Bytes on disk or in transfer."""
+        return sum(self._cached.values()) + sum(self._in_transfer.values())
 
-    def _take_stock(self, beside: set[str]) -> None:
+    def _scan(self, other_files: set[str]) -> None:
         for file in sorted(self.folder.iterdir()):
             if file.name in self.entries and self._is_whole(file.name):
-                self._here[file.name] = self.entries[file.name].size
-            elif file.name not in beside and file.name != ".versions.json":
+                self._cached[file.name] = self.entries[file.name].size
+            elif file.name not in other_files and file.name != ".versions.json":
                 file.unlink(missing_ok=True)
-        if self._here:
-            count = f"{len(self._here):,} of {len(self.entries):,} shards"
+        if self._cached:
+            count = f"{len(self._cached):,} of {len(self.entries):,} shards"
             self.note(f"{self.address}: {count} are in {self.folder}, fetched before")
 
     def _is_whole(self, name: str) -> bool:
-        """Whether the file is the bucket's version: its time of change is set to that number once it is complete."""
+        """Return whether the file has the bucket's version, which is its modification time once it is complete."""
         try:
             status = (self.folder / name).stat()
         except OSError:
@@ -152,13 +152,15 @@ class ShardCache:
         needed = sum(self.entries[name].size for name in pinned)
         if needed > self.budget:
             raise DataError(
-                f"{self.address}: {len(pinned)} shards of {needed / 1e9:.3g} GB are needed at the same time, more than "
-                f"the {self.budget / 1e9:.3g} GB of runtime.disk_budget_gb; raise it, or lower data.shuffle_window"
+                f"{self.address}: {len(pinned)} shards of {needed / 1e9:.3g} GB are needed at the same time",
+                key="runtime.disk_budget_gb",
+                value=f"{self.budget / 1e9:.3g}",
+                fix="raise it, or lower data.shuffle_window",
             )
 
     def _wait(self, names: tuple[str, ...]) -> float:
         began, reported = time.monotonic(), False
-        while missing := [name for name in names if name not in self._here]:
+        while missing := [name for name in names if name not in self._cached]:
             for name in missing:
                 if name in self._failed:
                     raise self._failed[name]
@@ -169,11 +171,11 @@ class ShardCache:
                 self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {missing[0]}")
         waited = time.monotonic() - began
         if reported:
-            self.note(f"{self.address}: went on after {waited:.0f} s of waiting for shards")
+            self.note(f"{self.address}: continuing after {waited:.0f} s of waiting for shards")
         return waited
 
     def _plan(self) -> None:
-        """Put everything that readers named into one order: what they may open now, then what they need next."""
+        """Merge the needs of all readers into one order: shards that they may open now, then those they need next."""
         soon = [name for names, _ in reversed(self._needs.values()) for name in names]
         soon += [name for _, then in reversed(self._needs.values()) for name in then]
         self._order = {name: position for position, name in enumerate(dict.fromkeys(soon))}
@@ -181,45 +183,45 @@ class ShardCache:
 
     def _begin_transfers(self) -> None:
         for name, position in self._order.items():
-            if self._closed or len(self._coming) >= TRANSFERS:
+            if self._closed or len(self._in_transfer) >= TRANSFERS:
                 return
-            if name in self._here or name in self._coming or name in self._failed:
+            if name in self._cached or name in self._in_transfer or name in self._failed:
                 continue
             if not self._make_room(self.entries[name].size, position):
-                return  # a smaller one behind it must not take the room that it waits for
-            self._coming[name] = self.entries[name].size
-            # No pool: the process must be able to end while a transfer waits for a bucket that does not answer.
+                return  # a smaller one behind it must not take its room
+            self._in_transfer[name] = self.entries[name].size
+            # A daemon thread, not a pool: the process must be able to exit while a bucket does not respond.
             threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
 
     def _make_room(self, size: int, position: int) -> bool:
-        """Delete what is needed later than `position`, the latest first, until `size` bytes fit; or nothing at all."""
+        """Evict shards needed later than `position`, latest first, until `size` bytes fit; none if they never would."""
         excess = self.used + size - self.budget
         if excess <= 0:
             return True
-        pinned, nobody = self._pinned(), len(self._order)
-        later = [n for n in self._here if self._order.get(n, nobody) > position and n not in pinned]
-        if sum(self._here[name] for name in later) < excess:
+        pinned, never = self._pinned(), len(self._order)
+        later = [n for n in self._cached if self._order.get(n, never) > position and n not in pinned]
+        if sum(self._cached[name] for name in later) < excess:
             return False
-        later.sort(key=lambda name: -self._order.get(name, nobody))  # stable: of equals the least recently used
+        later.sort(key=lambda name: -self._order.get(name, never))  # stable: least recently required first
         for name in later:
             (self.folder / name).unlink(missing_ok=True)
-            excess -= self._here.pop(name)
+            excess -= self._cached.pop(name)
             if excess <= 0:
                 break
         return True
 
     def _fetch(self, name: str) -> None:
-        entry, file, failure = self.entries[name], self.folder / name, None
+        info, file, failure = self.entries[name], self.folder / name, None
         try:
-            entry.path.download(file, expected=entry)
-            os.utime(file, ns=(time.time_ns(), entry.version))
+            info.path.download(file, expected=info)
+            os.utime(file, ns=(time.time_ns(), info.version))
         except Exception as error:
             failure = error
         with self._changed:
-            size = self._coming.pop(name)
+            size = self._in_transfer.pop(name)
             if failure is None:
-                self._here[name] = size
-                # The bucket answers: what failed because it did not is tried again.
+                self._cached[name] = size
+                # The bucket responds again: retry transfers that it interrupted.
                 self._failed = {n: e for n, e in self._failed.items() if not isinstance(e, Interrupted)}
             else:
                 self._failed[name] = failure

@@ -1,4 +1,4 @@
-"""Files of a bucket on the local disk: fetched in parallel, verified, cached for the next start on this machine."""
+"""Staging: files of a bucket are downloaded in parallel, verified, and cached for the next start on this machine."""
 
 import fnmatch
 import hashlib
@@ -16,32 +16,32 @@ from trainer.storage.base import ObjectInfo, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import storage_path
 
-TRANSFERS = 16  # files at once
+TRANSFERS = 16  # concurrent files
 REPORT_SECONDS = 5.0
-ABANDONED_SECONDS = 3600.0  # after which an unfinished transfer counts as left behind
+ABANDONED_SECONDS = 3600.0  # age of an unfinished transfer that is deleted
 VERSIONS = ".versions.json"
 
 Note = Callable[[str], None]
 
 
 def is_remote(address: str | None) -> bool:
-    """Whether the address is in a bucket."""
+    """Return whether the address is in a bucket."""
     return bool(address) and str(address).startswith("gs://")
 
 
 def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[], None]) -> str:
-    """The local path of a file, a folder, or a pattern (`gs://bucket/folder/*.tfrec`); a local address as it is.
+    """The local path of a staged file, folder, or pattern (`gs://bucket/folder/*.tfrec`); a local address unchanged.
 
-    Only what is not there in the same version is fetched; what the bucket no longer has is deleted here.
+    Files cached in the same version are not fetched again; files that the bucket no longer has are deleted.
 
     Args:
         budget: bytes that this address may take on the disk.
-        note: given what is fetched, and every few seconds the progress.
-        check: called often; raises to leave.
+        note: logs what is fetched and, every few seconds, the progress.
+        check: called often; raises to cancel.
 
     Raises:
-        DataError: there is nothing, it cannot be read, or it does not fit the budget.
-        Interrupted: the bucket does not answer.
+        DataError: the address is empty, cannot be read, or exceeds the budget.
+        Interrupted: the bucket does not respond.
     """
     if not is_remote(address):
         return address
@@ -53,10 +53,10 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
 
 @dataclass(frozen=True)
 class Copy:
-    """The local copy of an address: its files by name below the folder it names, and their local folder."""
+    """The local copy of an address: its files by relative name, and their local folder."""
 
     folder: Path
-    pattern: str  # the part of the address with wildcards, or the name of a single file; "" for a folder
+    pattern: str  # wildcards of the address, or the name of a single file; "" for a folder
     entries: dict[str, ObjectInfo]
 
     @property
@@ -66,19 +66,21 @@ class Copy:
 
 
 def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """The copy that `stage` would make; nothing is fetched. Arguments and errors are those of `stage`."""
+    """The copy that `stage` would make, without fetching anything. Raises as `stage`."""
     root, pattern = _root_and_pattern(address)
-    listed = {str(entry.path).removeprefix(f"{root}/"): entry for entry in storage_path(root).list()}
-    entries = {name: entry for name, entry in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
+    listed = {str(info.path).removeprefix(f"{root}/"): info for info in storage_path(root).list()}
+    entries = {name: info for name, info in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
     if not entries:
-        nothing = f"nothing fits {root}/{pattern}" if pattern else f"there is nothing in {root}"
-        raise DataError(f"{nothing}; check the address (gcloud storage ls {root})")
+        problem = f"nothing matches {root}/{pattern}" if pattern else f"there is nothing in {root}"
+        raise DataError(problem, fix=f"check the address (gcloud storage ls {root})")
     folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
-    size = sum(entry.size for entry in entries.values())
+    size = sum(info.size for info in entries.values())
     if size > budget:
         raise DataError(
-            f"{address} holds {size / 1e9:.1f} GB, more than the {budget / 1e9:.1f} GB of runtime.disk_budget_gb that "
-            f"{cache_dir} may take; raise it, or set runtime.cache_dir to a larger disk"
+            f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}",
+            key="runtime.disk_budget_gb",
+            value=f"{budget / 1e9:.1f}",
+            fix="raise it, or set runtime.cache_dir to a larger disk",
         )
     return Copy(folder, pattern, entries)
 
@@ -86,25 +88,26 @@ def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 def prepared_folder(data_dir: str, name: str) -> str:
     """The folder of a dataset that TensorFlow Datasets prepared in a bucket (`gs://tfds-data/datasets` is public).
 
-    Args:
-        name: `beans`, `food101:2.0.0`, `dtd/config`, `dtd/config:3.0.1`; the newest version where none is named.
+    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`, by default of the newest version.
 
     Raises:
-        DataError: it is not there.
+        DataError: it does not exist.
     """
     builder, _, version = name.partition(":")
     folder = storage_path(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
     if not versions or (version and version not in versions):
         raise DataError(
-            f"{folder} holds no {f'version {version}' if version else 'prepared dataset'}; prepare it there, or give "
-            "data.data_dir=gs://tfds-data/datasets for the public ones"
+            f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}",
+            key="data.name",
+            value=name,
+            fix="prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones",
         )
     return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
 
 
 def _root_and_pattern(address: str) -> tuple[str, str]:
-    """The folder above the first wildcard (or above a single file), and the rest."""
+    """Split an address before its first wildcard, or before the name of a single file."""
     parts = address.rstrip("/").split("/")
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
     if first == len(parts) and storage_path(address).exists():
@@ -115,12 +118,12 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
 def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: Note, check: Callable[[], None]
 ) -> None:
-    """Fetch those of `entries` (by name below `address`) that are not in the local folder in the same version."""
+    """Fetch those of `entries` (by relative name) that the local folder does not have in the same version."""
     versions, missing = _versions(folder) or {}, missing_from(folder, entries)
     if not missing:
         note(f"{address}: taken from {folder}, fetched before")
         return
-    size, done = sum(entry.size for entry in missing.values()), 0
+    size, done = sum(info.size for info in missing.values()), 0
     files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
     note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
     began = last = time.monotonic()
@@ -149,20 +152,20 @@ def fetch_missing(
 
 
 def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Those of the entries that a local folder does not hold in the same version."""
+    """Those of the entries that a local folder does not have in the same version."""
     versions = _versions(folder) or {}
 
-    def is_here(name: str, entry: ObjectInfo) -> bool:
+    def is_cached(name: str, info: ObjectInfo) -> bool:
         try:
-            return versions.get(name) == entry.version and (folder / name).stat().st_size == entry.size
+            return versions.get(name) == info.version and (folder / name).stat().st_size == info.size
         except OSError:
             return False
 
-    return {name: entry for name, entry in entries.items() if not is_here(name, entry)}
+    return {name: info for name, info in entries.items() if not is_cached(name, info)}
 
 
 def origin(path: str | Path) -> str | None:
-    """The object and version that a staged file is a copy of, the same on every machine; None for other files."""
+    """Object and version of a staged file, the same on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
         if (versions := _cached_versions(folder)) is not None:
@@ -172,7 +175,7 @@ def origin(path: str | Path) -> str | None:
 
 
 def _versions(folder: Path) -> dict[str, int] | None:
-    """The versions of what was fetched into a folder, by name; None for other folders."""
+    """Versions of the files staged in a folder, by name; None for other folders."""
     try:
         return json.loads((folder / VERSIONS).read_text())
     except (OSError, ValueError):
@@ -183,7 +186,7 @@ _cached_versions = cache(_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete what the bucket no longer has, and what killed transfers left; a fresh one may be another process's."""
+    """Delete files that the bucket no longer has and abandoned transfers; a recent one may be of another process."""
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
