@@ -105,7 +105,7 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
         with raises(kind, "distillation.teacher", str(address), fix=fix, problem=problem):
             read_teacher(find_teacher(str(address)))
 
-    check(tmp_path, r"no config.yaml.* no saved_model.pb", "output_dir of a run")
+    check(tmp_path, "no config.yaml.*no saved_model.pb", "output_dir of a run")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "saved_model.pb").write_bytes(b"x")
     check(tmp_path / "m", "SavedModel without assets/labels.txt", "export/saved_model/1")
@@ -119,7 +119,7 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
     (damaged / "run.json").write_text("{")
     check(damaged, f"{file.parent} or run.json is damaged", "restore")
     (damaged / "config.yaml").write_text("modle: {}")
-    check(damaged, "config.yaml cannot be used: .*modle", "of this version", ConfigError)
+    check(damaged, "(?s)config.yaml cannot be used: .*modle", "of this version", ConfigError)
 
 
 def test_the_classes_of_the_data_pass() -> None:

@@ -145,13 +145,6 @@ def failure_reason(pixels: Pixels, index: int) -> str:
     return "could not be read at first, but can be read now"
 
 
-def _first_unreadable(pixels: Pixels, start: int) -> int | None:
-    """Return the first unreadable example from index `start` on, by decoding all of them in parallel."""
-    p = pixels
-    probe = Pixels(p.split, p.size, p.resize, "skip", p.threads, check=p.check, shards=p.shards)
-    return next((min(probe.bad) for _ in _all_from(probe, start) if probe.bad), None)
-
-
 @contextmanager
 def data_errors(pixels: BatchSource) -> Iterator[None]:
     """Convert TensorFlow errors for damaged data into a `DataError`; wraps every loop over batches of `pixels`.
@@ -171,7 +164,9 @@ def data_errors(pixels: BatchSource) -> Iterator[None]:
             raise
         if not pixels.filled:
             pixels.note(f"an image of {pixels.split.name} cannot be read; searching for it")
-        index = _first_unreadable(pixels, pixels.filled)
+        p = pixels
+        probe = Pixels(p.split, p.size, p.resize, "skip", p.threads, check=p.check, shards=p.shards)
+        index = next((min(probe.bad) for _ in _all_from(probe, p.filled) if probe.bad), None)
         if index is None:
             raise
         problem = f"cannot decode {pixels.split.name_of(index)}: {failure_reason(pixels, index)}"

@@ -125,17 +125,11 @@ def evaluation_batches(
 
 
 def chosen_batches(
-    source: BatchSource,
-    chosen: np.ndarray,
-    *,
-    rows: int,
-    replicas: int,
-    view: View | None = None,
-    prefetched: int | None = None,
+    source: BatchSource, chosen: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
     """Return the examples `chosen`, increasing indices, `rows` at a time, followed by infinite padding.
 
-    With a `view` images are augmented. `prefetched`: elements that are prefetched; None: 2 per replica.
+    With a `view` images are augmented. `prefetched`: elements to prefetch; 0: 2 per replica.
     """
     count, block = sequence_blocks(source.split, chosen, rows)
 

@@ -10,6 +10,7 @@ from trainer.errors import ConfigError
 from trainer.types import Split
 
 By = Literal["record", "file"]
+Facts = Mapping[str, Any]  # of a `ShardingPlan`
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,13 @@ class ShardingPlan:
 
 
 def plan_sharding(
-    shard_by: Literal["auto", "record", "file"],
-    split: Split,
-    workers: int,
-    batch_size: int,
-    image_cache: str,
-    before: Mapping[str, Any],
+    shard_by: By | Literal["auto"], split: Split, workers: int, batch_size: int, image_cache: str, before: Facts
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 
-    By file requires at least one shard per worker. `auto` uses the sharding of the run's checkpoint; for a new run it
-    shards by file if images are decoded whenever they are read, so that each record is read by one worker only.
-
-    Args:
-        shard_by: `data.shard_by`.
-        image_cache: cache of the decoded training images: memory | disk | none; `features`: they are read once.
-        before: `ShardingPlan.facts` of the run's checkpoint; empty for a new run.
+    By file requires at least one shard per worker. `auto` uses the sharding of the run's checkpoint, `before` (empty
+    for a new run). A new run is sharded by file if `image_cache` (memory | disk | none; `features`: images are read
+    once) is none, so that each record is read and decoded by one worker only.
     """
     by: By = "record"
     if workers > 1 and len(split.shards) >= workers:

@@ -41,6 +41,9 @@ class FeatureRequest:
     failed: bool = False  # there was no room
 
 
+Requests = Sequence[FeatureRequest]
+
+
 class FeaturePass:
     """Computes features of one split after the other; equal cuts are compiled once."""
 
@@ -49,7 +52,7 @@ class FeaturePass:
         self.rows = rows_at_once() * worker.replicas
         self._compiled: dict[tuple[str, ...], Any] = {}
 
-    def fill(self, requests: Sequence[FeatureRequest], augmentation: Augmentation, exchanged: bool) -> bool:
+    def fill(self, requests: Requests, augmentation: Augmentation, exchanged: bool) -> bool:
         """Compute the missing features of one split; False if the run should stop.
 
         Each worker computes what it reads. With `exchanged` all workers read the same: each computes its shard, and
@@ -89,8 +92,8 @@ class FeaturePass:
         return np.unpackbits(np.frombuffer(union, np.uint8), count=len(missing)).astype(bool)
 
     def _fill_view(
-        self, requests: Sequence[FeatureRequest], pixels: Pixels, augmentation: Augmentation, exchanged: bool,
-        view: int, chosen: np.ndarray,
+        self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchanged: bool, view: int,
+        chosen: np.ndarray,
     ) -> bool:  # fmt: skip
         worker = self.worker
         shards = np.array_split(np.flatnonzero(chosen), worker.size if exchanged else 1)
@@ -126,7 +129,7 @@ class FeaturePass:
         replicas, one_view = self.worker.replicas, View(augmentation, self.images.config.seed, view)
         # Decode while the trunk is compiled, unless shards have to be fetched.
         limit = DECODED_AHEAD // (self.rows // replicas * self.classifier.image_size**2 * 3)
-        ahead = None if pixels.shards else max(2 * replicas, min(limit, -(-len(own) // self.rows) * replicas))
+        ahead = 0 if pixels.shards else max(2 * replicas, min(limit, -(-len(own) // self.rows) * replicas))
         batches = chosen_batches(pixels, own, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.gate()
@@ -173,9 +176,8 @@ class FeaturePass:
         return self._compiled[key]
 
     def _store_block(
-        self, requests: Sequence[FeatureRequest], pixels: Pixels, view: int, index: np.ndarray, outputs: list,
-        exchanged: bool,
-    ) -> None:  # fmt: skip
+        self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchanged: bool
+    ) -> None:
         columns = [_joined(column)[: len(index)] for column in zip(*outputs, strict=True)]
         failed = index[columns[0] == 0] if columns else index
         reasons = np.array([pixels.bad.get(int(i), "") for i in failed] if len(failed) else [], str)
