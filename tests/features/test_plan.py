@@ -43,10 +43,6 @@ def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) 
     ]
 
 
-def test_where_nothing_trains_the_images_themselves_are_read() -> None:
-    assert not train_images_read_once(config(), {})
-
-
 @pytest.mark.parametrize(
     ("changes", "cached", "why"),
     [
@@ -128,6 +124,7 @@ def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
     assert parts["norms"].cut is not None
     assert not parts["norms"].updated & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
+    assert not train_images_read_once(config(), {})
     assert not train_images_read_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
     assert train_images_read_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
