@@ -163,7 +163,7 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     images.train_once = train_images_read_once(config, features.reads, state.phase)
     health.set_activity("opening the training images")
     # Every worker decodes at the same time, whatever the answer will be.
-    kept = "features" if images.train_once else images.split("train").kept
+    kept = "features" if images.train_once else images.split("train").cached_in
 
     shared = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, kept, state.sharding)
     sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(shared)))
@@ -272,7 +272,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     batches = training_batches(
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
-    dataset = teacher.with_answers(batches.dataset) if teacher else batches.dataset
+    dataset = teacher.with_soft_labels(batches.dataset) if teacher else batches.dataset
     stream = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     saved = run.classifier.variables | step.checkpointed()
     return PhaseRun(name, phase, total, step, rate, inputs, stream, batches.gate(), saved)

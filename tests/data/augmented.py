@@ -1,4 +1,4 @@
-"""Pictures of noise, and the very numbers that are drawn for them."""
+"""Images of noise, and the random numbers that are drawn for them."""
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +14,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype
 
 
 def augmented(images: np.ndarray = IMAGES, **changes: object) -> np.ndarray:
-    """Images uint8 [n, S, S, 3] as the examples `INDEX` are changed in `EPOCH`, n <= COUNT; the bytes as float32."""
+    """Images uint8 [n, S, S, 3] augmented as the examples `INDEX` in `EPOCH`, n <= COUNT; bytes as float32."""
     count = len(images)
     options = Augmentation(**changes)  # type: ignore[arg-type]
     result = augment(tf.constant(images), options, SEED, np.full(count, EPOCH), INDEX[:count])
@@ -22,21 +22,20 @@ def augmented(images: np.ndarray = IMAGES, **changes: object) -> np.ndarray:
     return result.numpy().astype(np.float32)
 
 
-def assert_rounded(found: np.ndarray, expected: np.ndarray, error: float = 0.02) -> None:
-    """`found` are the bytes next to what was computed, but for an error."""
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.5 + error)
+def assert_rounded(rounded: np.ndarray, expected: np.ndarray, error: float = 0.02) -> None:
+    np.testing.assert_allclose(rounded, expected, rtol=0, atol=0.5 + error)
 
 
-def drawn(what: int) -> np.ndarray:
+def drawn(kind: int) -> np.ndarray:
     """The uniform number of each example for one purpose."""
-    return uniform(SEED, AUGMENTATION, EPOCH, INDEX, what).numpy()
+    return uniform(SEED, AUGMENTATION, EPOCH, INDEX, kind).numpy()
 
 
-def value(what: int, low: float, high: float) -> np.ndarray:
-    """What becomes of it between two bounds."""
-    return levels(low, high)[level(what)]
+def value(kind: int, low: float, high: float) -> np.ndarray:
+    """The value of each example between two bounds."""
+    return levels(low, high)[level(kind)]
 
 
-def level(what: int) -> np.ndarray:
-    """The place of each example's number in a table of values."""
-    return (drawn(what) * LEVELS).astype(int)
+def level(kind: int) -> np.ndarray:
+    """The position of each example's number in a table of values."""
+    return (drawn(kind) * LEVELS).astype(int)

@@ -1,4 +1,4 @@
-"""The whole order of an epoch."""
+"""The complete order of an epoch, and the comparison of batches."""
 
 import numpy as np
 import tensorflow as tf
@@ -6,9 +6,19 @@ import tensorflow as tf
 from trainer.data.order import windows
 from trainer.types import Split
 
+Batches = list[dict[str, np.ndarray]]
+
 
 def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
-    """The indices of the examples in the order of an epoch, int64 [count]: a permutation."""
-    count, part = windows(split, seed, window)
-    parts = [part(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64)).index.numpy() for n in range(count)]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+    """Example indices in the order of an epoch, int64 [count]."""
+    count, make = windows(split, seed, window)
+    indices = [make(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64))[2].numpy() for n in range(count)]
+    return np.concatenate([np.zeros(0, np.int64), *indices])
+
+
+def assert_same(first: Batches, second: Batches) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)

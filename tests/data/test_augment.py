@@ -1,4 +1,4 @@
-"""Each change against a closed form or SciPy, with the very numbers that were drawn."""
+"""Augmentation against closed forms, SciPy and Pillow, computed from the same random numbers."""
 
 import colorsys
 from pathlib import Path
@@ -27,18 +27,21 @@ EVERYTHING = AFFINE.model_copy(
 
 
 def resampled(backwards: np.ndarray, shift: np.ndarray, mode: str) -> np.ndarray:
-    """SciPy's picture: the result at q shows the source at backwards @ (q - centre - shift) + centre, in (x, y)."""
-    centre, turn = np.full(2, (SIDE - 1) / 2), np.array([[0, 1], [1, 0]])
-    pictures = []
-    for image, matrix, move in zip(IMAGES, backwards, shift, strict=True):
-        rows_first = turn @ matrix @ turn
+    """SciPy's images: the output at q shows the source at backwards @ (q - centre - shift) + centre, in (x, y)."""
+    centre, swap = np.full(2, (SIDE - 1) / 2), np.array([[0, 1], [1, 0]])
+    images = np.zeros(IMAGES.shape)
+    for image, result, matrix, move in zip(IMAGES.astype(float), images, backwards, shift, strict=True):
+        rows_first = swap @ matrix @ swap
         offset = centre - rows_first @ (centre + move[::-1])
-        channels = [
-            ndimage.affine_transform(image[..., c].astype(float), rows_first, offset, order=1, mode=mode)
-            for c in range(3)
-        ]
-        pictures.append(np.stack(channels, axis=-1))
-    return np.stack(pictures)
+        for c in range(3):
+            result[..., c] = ndimage.affine_transform(image[..., c], rows_first, offset, order=1, mode=mode)
+    return images
+
+
+def rotations(angles: np.ndarray) -> np.ndarray:
+    """Matrices [n, 2, 2] from output to source for angles in radians."""
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.moveaxis(np.array([[cos, sin], [-sin, cos]]), -1, 0)
 
 
 STILL = np.zeros((COUNT, 2))
@@ -58,69 +61,47 @@ def test_flips_are_exact() -> None:
 
 @pytest.mark.parametrize("fill", ["nearest", "constant", "reflect"])
 def test_rotation(fill: str) -> None:
-    angles = np.radians(value(draws.ROTATION, -40, 40))
-    cos, sin = np.cos(angles), np.sin(angles)
-    backwards = np.moveaxis(np.array([[cos, sin], [-sin, cos]]), -1, 0)
-    found = augmented(rotation=40, fill=fill)
+    expected = resampled(rotations(np.radians(value(draws.ROTATION, -40, 40))), STILL, fill)
     inside = slice(4, -4) if fill == "constant" else slice(None)  # SciPy's edge differs by a fraction of a pixel there
-    assert_rounded(found[:, inside, inside], resampled(backwards, STILL, fill)[:, inside, inside])
+    assert_rounded(augmented(rotation=40, fill=fill)[:, inside, inside], expected[:, inside, inside])
 
 
 def test_rotation_is_clockwise_for_positive_angles() -> None:
     angles = value(draws.ROTATION, -40, 40)
     images = np.zeros_like(IMAGES)
-    images[:, 1:3, 7:9] = 255  # a spot at the top: clockwise takes it to the right
-    found = augmented(images, rotation=40)
-    across = (found.sum((1, 3)) * np.arange(SIDE)).sum(1) / found.sum((1, 2, 3)) - (SIDE - 1) / 2
+    images[:, 1:3, 7:9] = 255  # a spot at the top, which a clockwise rotation moves to the right
+    rotated = augmented(images, rotation=40)
+    across = (rotated.sum((1, 3)) * np.arange(SIDE)).sum(1) / rotated.sum((1, 2, 3)) - (SIDE - 1) / 2
     assert (np.sign(across[np.abs(angles) > 5]) == np.sign(angles[np.abs(angles) > 5])).all()
 
 
 @pytest.mark.parametrize("fill", ["nearest", "reflect"])
 def test_shift(fill: str) -> None:
-    move = np.stack([value(what, -0.25 * SIDE, 0.25 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
-    assert_rounded(augmented(shift=0.25, fill=fill), resampled(SAME, move, fill))
+    move = np.stack([value(what, -SIDE / 2, SIDE / 2) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
+    assert_rounded(augmented(shift=0.5, fill=fill), resampled(SAME, move, fill))
 
 
-def test_shear() -> None:
+def test_shear_and_zoom() -> None:
     slope = np.tan(np.radians(value(draws.SHEAR, -20, 20)))
-    backwards = np.array([[[1, -s], [0, 1]] for s in slope])
-    assert_rounded(augmented(shear=20), resampled(backwards, STILL, "nearest"))
-
-
-def test_zoom() -> None:
-    scale = value(draws.ZOOM, 0.7, 1.3)
-    backwards = SAME / scale[:, None, None]
+    assert_rounded(augmented(shear=20), resampled(np.array([[[1, -s], [0, 1]] for s in slope]), STILL, "nearest"))
+    backwards = SAME / value(draws.ZOOM, 0.7, 1.3)[:, None, None]
     assert_rounded(augmented(zoom=0.3), resampled(backwards, STILL, "nearest"))
 
 
 def test_all_shapes_together_in_one_resampling() -> None:
     angle, slope = (np.radians(value(w, -h, h)) for w, h in ((draws.ROTATION, 30), (draws.SHEAR, 10)))
-    scale, flips = (
-        value(draws.ZOOM, 0.7, 1.3),
-        [drawn(w) < 0.5 for w in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)],
-    )
+    scale = value(draws.ZOOM, 0.7, 1.3)
+    flips = [drawn(w) < 0.5 for w in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
     forwards = [
-        np.array([[np.cos(angle[i]), -np.sin(angle[i])], [np.sin(angle[i]), np.cos(angle[i])]])
+        rotations(-angle)[i]
         @ np.array([[1, np.tan(slope[i])], [0, 1]])
         @ (np.eye(2) * scale[i])
         @ np.diag([-1.0 if flip[i] else 1.0 for flip in flips])
         for i in range(COUNT)
     ]
     move = np.stack([value(what, -0.2 * SIDE, 0.2 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
-    found = augmented(**{**AFFINE.model_dump(), "contrast": 0.0, "brightness": 0.0})
-    assert_rounded(found, resampled(np.linalg.inv(forwards), move, "nearest"), 0.03)
-
-
-def test_shift_by_hand() -> None:
-    move = value(draws.SHIFT_X, -SIDE / 2, SIDE / 2), value(draws.SHIFT_Y, -SIDE / 2, SIDE / 2)
-    found = augmented(shift=0.5)
-    for image, result, x, y in zip(IMAGES.astype(float), found, *move, strict=True):
-        place = [np.clip(np.arange(SIDE) - m, 0, SIDE - 1) for m in (y, x)]
-        low = [np.floor(p).astype(int) for p in place]
-        part = [(p - b)[:, None] for p, b in zip(place, low, strict=True)]
-        high = [np.minimum(b + 1, SIDE - 1) for b in low]
-        rows = image[low[0]] * (1 - part[0][..., None]) + image[high[0]] * part[0][..., None]
-        assert_rounded(result, rows[:, low[1]] * (1 - part[1]) + rows[:, high[1]] * part[1])
+    changed = augmented(**{**AFFINE.model_dump(), "contrast": 0.0, "brightness": 0.0})
+    assert_rounded(changed, resampled(np.linalg.inv(forwards), move, "nearest"), 0.03)
 
 
 def test_colours() -> None:
@@ -130,16 +111,14 @@ def test_colours() -> None:
     contrasted = (IMAGES - mean) * factor + mean
     assert_rounded(augmented(contrast=0.5), np.clip(contrasted, 0, 255), 1e-3)
     assert_rounded(augmented(brightness=0.3), np.clip(IMAGES + plus, 0, 255), 1e-3)
-    both = augmented(contrast=0.5, brightness=0.3)
-    assert_rounded(both, np.clip(contrasted + plus, 0, 255), 1e-3)
+    assert_rounded(augmented(contrast=0.5, brightness=0.3), np.clip(contrasted + plus, 0, 255), 1e-3)
 
 
 def test_saturation() -> None:
     factors = value(draws.SATURATION, 0.2, 1.8)
     assert factors.min() < 0.5
     assert factors.max() > 1.5
-    found = augmented(saturation=0.8)
-    for image, result, factor in zip(IMAGES, found, factors, strict=True):
+    for image, result, factor in zip(IMAGES, augmented(saturation=0.8), factors, strict=True):
         pillow = np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor), float)
         np.testing.assert_allclose(result, pillow, atol=1.6)  # Pillow rounds the grey and the result
         grey = image @ np.array([0.299, 0.587, 0.114])
@@ -148,8 +127,7 @@ def test_saturation() -> None:
 
 def test_hue() -> None:
     turns = value(draws.HUE, -0.4, 0.4)
-    found = augmented(hue=0.4)
-    for image, result, turn in zip(IMAGES, found, turns, strict=True):
+    for image, result, turn in zip(IMAGES, augmented(hue=0.4), turns, strict=True):
         expected = [
             np.multiply(colorsys.hsv_to_rgb((h + turn) % 1, s, v), 255)
             for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3) / 255)
@@ -161,35 +139,27 @@ def test_stretch_is_along_the_sides_of_the_result() -> None:
     scales = np.stack([value(what, 0.7, 1.3) for what in (draws.STRETCH_X, draws.STRETCH_Y)], axis=1)
     backwards = np.stack([np.diag(1 / scale) for scale in scales])
     assert_rounded(augmented(stretch=0.3), resampled(backwards, STILL, "nearest"))
-    angles = np.radians(value(draws.ROTATION, -30, 30))
-    forwards = [
-        np.diag(scale) @ np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
-        for scale, t in zip(scales, angles, strict=True)
-    ]
-    expected = resampled(np.linalg.inv(forwards), STILL, "nearest")
+    expected = resampled(rotations(np.radians(value(draws.ROTATION, -30, 30))) @ backwards, STILL, "nearest")
     assert_rounded(augmented(stretch=0.3, rotation=30), expected)
 
 
 def test_two_ranges_of_rotation_add_up() -> None:
     angles = np.radians(value(draws.ROTATION, -40, 40) + value(draws.SECOND_ROTATION, -108, 108))
-    backwards = np.moveaxis(np.array([[np.cos(angles), np.sin(angles)], [-np.sin(angles), np.cos(angles)]]), -1, 0)
-    expected = resampled(backwards, STILL, "reflect")
-    assert_rounded(augmented(rotation=(40, 108), fill="reflect"), expected)
+    assert_rounded(augmented(rotation=(40, 108), fill="reflect"), resampled(rotations(angles), STILL, "reflect"))
 
 
-def test_cutout_is_a_grey_square_that_may_hang_over_the_edge() -> None:
+def test_cutout_is_a_grey_square_that_may_extend_over_the_edge() -> None:
     centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTOUT_X, draws.CUTOUT_Y)]
     expected = IMAGES.astype(np.float32)
     for image, x, y in zip(expected, *centres, strict=True):
         image[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3] = 128
-    found = augmented(cutout=6 / SIDE)
-    np.testing.assert_array_equal(found, expected)
-    sizes = (found != IMAGES).any(-1).sum((1, 2))
+    np.testing.assert_array_equal(augmented(cutout=6 / SIDE), expected)
+    sizes = (expected != IMAGES).any(-1).sum((1, 2))
     assert sizes.min() < 30 < sizes.max() == 36
 
 
-def test_a_number_keeps_its_meaning_for_ever() -> None:
-    """Another one would give the examples of a run that goes on other pictures: append, never renumber."""
+def test_draws_are_never_renumbered() -> None:
+    """A resumed run would otherwise augment in another way."""
     meanings = {name: number for name, number in vars(draws).items() if name.isupper() and isinstance(number, int)}
     assert meanings == {
         "AUGMENTATION": 1, "FLIP_HORIZONTAL": 0, "FLIP_VERTICAL": 1, "ROTATION": 2, "SHIFT_X": 3, "SHIFT_Y": 4,
@@ -200,11 +170,11 @@ def test_a_number_keeps_its_meaning_for_ever() -> None:
     }  # fmt: skip
 
 
-GROUPS = ("none", "light", "standard", "strong", "medical", "inception", "flowers_folder", "image_folder")
+GROUPS = sorted(path.stem for path in (ROOT / "conf" / "augmentation").glob("*.yaml"))
 
 
 def group(name: str) -> Augmentation:
-    """As the command line composes it."""
+    """The augmentation group, composed as by the command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = OmegaConf.to_container(compose("config", ["data=digits", f"augmentation={name}"]), resolve=True)
     assert isinstance(tree, dict)
@@ -230,29 +200,21 @@ def test_the_same_bits_in_any_batch(augmentation: Augmentation) -> None:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_every_group_composes_and_keeps_to_the_range_of_pixels(name: str) -> None:
+def test_every_group_composes_and_changes_every_image(name: str) -> None:
     augmentation = group(name)
     assert augmentation.active == (name != "none")
-    found = augmented(**augmentation.model_dump())
-    assert found.shape == IMAGES.shape
-    assert found.min() >= 0
-    assert found.max() <= 255
-    changed = np.abs(found - IMAGES).mean((1, 2, 3)) > 1
+    changed = np.abs(augmented(**augmentation.model_dump()) - IMAGES).mean((1, 2, 3)) > 1
     assert changed.mean() == (0 if name == "none" else 1)
 
 
-def test_the_groups_are_all_there_are() -> None:
-    assert {path.stem for path in (ROOT / "conf" / "augmentation").glob("*.yaml")} == set(GROUPS)
-
-
 @pytest.mark.parametrize(("seed", "epoch", "shift"), [(12, 3, 0), (11, 4, 0), (11, 3, 1000)])
-def test_other_coordinates_give_other_pictures(seed: int, epoch: int, shift: int) -> None:
+def test_other_coordinates_give_other_images(seed: int, epoch: int, shift: int) -> None:
     first = augmented(**EVERYTHING.model_dump())
     other = augment(tf.constant(IMAGES), EVERYTHING, seed, np.full(COUNT, epoch), INDEX + shift).numpy()
     assert (np.abs(other - first).mean((1, 2, 3)) > 1).all()
 
 
-def test_what_is_off_is_not_in_the_graph() -> None:
+def test_operations_that_are_off_are_not_in_the_graph() -> None:
     def operations(augmentation: Augmentation) -> set[str]:
         signature = [tf.TensorSpec([4, 8, 8, 3], tf.uint8)] + [tf.TensorSpec([4], tf.int64)] * 2
         made = tf.function(lambda x, e, i: augment(x, augmentation, 1, e, i), input_signature=signature)
@@ -273,13 +235,7 @@ def test_what_is_off_is_not_in_the_graph() -> None:
         ({"contrast": 0.1}, {"Sum", "RealDiv"}),
         ({"hue": 0.1}, {"Floor", "RealDiv"}),
     ):
-        found = operations(Augmentation(**changes))  # type: ignore[arg-type]
-        assert found & computing == {"GatherV2", "Maximum"} | expected
-        assert "DynamicPartition" not in found
+        names = operations(Augmentation(**changes))  # type: ignore[arg-type]
+        assert names & computing == {"GatherV2", "Maximum"} | expected
+        assert "DynamicPartition" not in names
     assert "DynamicPartition" in operations(Augmentation(randaugment=1))
-
-
-def test_values_stay_within_the_range_of_pixels() -> None:
-    found = augmented(**EVERYTHING.model_dump())
-    assert found.min() >= 0
-    assert found.max() <= 255

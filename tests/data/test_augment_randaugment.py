@@ -1,4 +1,4 @@
-"""Each operation of RandAugment against Pillow, and who goes through which."""
+"""Each operation of RandAugment against Pillow, and the operations that an image draws."""
 
 from collections.abc import Callable
 
@@ -15,9 +15,9 @@ from trainer.data.augment.draws import RANDAUGMENT
 from trainer.data.augment.randaugment import OPERATIONS
 
 SIDE, STRENGTH = 40, 0.5  # magnitude 15
-# Smooth pictures with some noise: of noise alone every interpolation would be far from every other.
+# Smooth images with some noise: on noise alone two interpolations would differ much.
 _RNG, _AT = np.random.default_rng(3), np.linspace(0, 1, SIDE)
-PICTURES = np.stack([
+IMAGES = np.stack([
     40 + 150 * (_AT[:, None, None] * a + _AT[None, :, None] * (1 - a)) * _RNG.uniform(0.5, 1, 3)
     + _RNG.uniform(0, 20, (SIDE, SIDE, 3))
     for a in _RNG.uniform(0, 1, COUNT)
@@ -30,7 +30,7 @@ def _affine(entries: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
 
 
 def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
-    """What the published operation does with strength 0.5."""
+    """The published operation with strength 0.5."""
     slope, factor = sign * 0.3 * STRENGTH, 1 + sign * 0.9 * STRENGTH
     return {
         "identity": lambda image: image,
@@ -53,13 +53,13 @@ def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_an_operation_is_pillows(name: str, sign: int) -> None:
-    found = OPERATIONS[name](tf.constant(PICTURES), tf.fill([COUNT], float(sign)), STRENGTH, "constant").numpy()
-    expected = np.stack([np.asarray(pillow(name, sign)(Image.fromarray(picture))) for picture in PICTURES])
-    far = np.abs(found.astype(int) - expected)
+    result = OPERATIONS[name](tf.constant(IMAGES), tf.fill([COUNT], float(sign)), STRENGTH, "constant").numpy()
+    expected = np.stack([np.asarray(pillow(name, sign)(Image.fromarray(image))) for image in IMAGES])
+    far = np.abs(result.astype(int) - expected)
     if name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "equalize"):
         assert far.max() == 0
     elif name in ("shear_x", "shear_y", "rotate"):  # where black begins, Pillow interpolates in another way
-        inside = np.stack([ndimage.binary_erosion(picture.any(-1)) for picture in expected])
+        inside = np.stack([ndimage.binary_erosion(image.any(-1)) for image in expected])
         assert 0.5 < inside.mean() < 0.95
         assert far[inside].max() <= 1
     else:
@@ -67,9 +67,9 @@ def test_an_operation_is_pillows(name: str, sign: int) -> None:
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
-def test_an_operation_takes_no_image_at_all(name: str) -> None:
-    none = OPERATIONS[name](tf.zeros([0, SIDE, SIDE, 3], tf.uint8), tf.zeros([0]), STRENGTH, "nearest")
-    assert none.shape == (0, SIDE, SIDE, 3)
+def test_an_operation_takes_an_empty_batch(name: str) -> None:
+    empty = OPERATIONS[name](tf.zeros([0, SIDE, SIDE, 3], tf.uint8), tf.zeros([0]), STRENGTH, "nearest")
+    assert empty.shape == (0, SIDE, SIDE, 3)
 
 
 @pytest.mark.parametrize("flat", [0, 7, 255])
@@ -81,16 +81,16 @@ def test_flat_images_stay_as_they_are(flat: int) -> None:
 
 def test_each_image_goes_through_the_operations_it_drew() -> None:
     names = list(OPERATIONS)
-    expected = PICTURES
+    expected = IMAGES
     for turn in range(3):
         chosen = (drawn(RANDAUGMENT + 2 * turn) * len(names)).astype(int)
-        signs = np.where(drawn(RANDAUGMENT + 2 * turn + 1) < 0.5, -1.0, 1.0)
+        directions = np.where(drawn(RANDAUGMENT + 2 * turn + 1) < 0.5, -1.0, 1.0)
         assert len(set(chosen)) > 4
         expected = np.concatenate([
-            OPERATIONS[names[which]](expected[i : i + 1], tf.constant(signs[i : i + 1], tf.float32), 0.3, "reflect")
+            OPERATIONS[names[which]](expected[i : i + 1], tf.constant(directions[i : i + 1], tf.float32), 0.3, "reflect")
             for i, which in enumerate(chosen)
         ])  # fmt: skip
-    np.testing.assert_array_equal(augmented(PICTURES, randaugment=3, fill="reflect"), expected)  # magnitude 9 of 30
+    np.testing.assert_array_equal(augmented(IMAGES, randaugment=3, fill="reflect"), expected)  # magnitude 9 of 30
 
 
 def test_the_order_of_operations_is_what_a_draw_means() -> None:
@@ -103,9 +103,9 @@ def test_the_order_of_operations_is_what_a_draw_means() -> None:
 def test_magnitude_decides_how_much() -> None:
     def changed(magnitude: int) -> float:
         options = Augmentation(randaugment=2, magnitude=magnitude)
-        images = np.repeat(PICTURES, 20, axis=0)
+        images = np.repeat(IMAGES, 20, axis=0)
         index = np.arange(len(images)) + INDEX[0]
-        found = augment(tf.constant(images), options, SEED, np.full(len(images), EPOCH), index)
-        return float(np.abs(found - images).mean())
+        result = augment(tf.constant(images), options, SEED, np.full(len(images), EPOCH), index)
+        return float(np.abs(result - images).mean())
 
     assert changed(0) < changed(10) < changed(30)

@@ -12,7 +12,7 @@ from trainer.data.decoding import ANTIALIAS_FROM, decode_image
 
 
 def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
-    """A picture without sharp edges, uint8 [H, W, C]."""
+    """An image without sharp edges, uint8 [H, W, C]."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 100 * np.sin(x / (9 + 3 * c) + c) * np.cos(y / (11 + c)) for c in range(channels)]
     return np.stack(waves, axis=-1).astype(np.uint8)
@@ -60,9 +60,9 @@ def test_crop_takes_the_centre_square(kind: str, height: int, width: int) -> Non
     data = encoded(smooth(height, width), kind)
     whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     top, left = (height - 60) // 2, (width - 60) // 2
-    found = decode_image(tf.constant(data), 60, "crop").numpy()
+    decoded = decode_image(tf.constant(data), 60, "crop").numpy()
     # Fused decoding sees no chroma beyond the cut: only the outermost pixels of a JPEG may differ.
-    assert np.abs(found - whole[top : top + 60, left : left + 60])[2:-2, 2:-2].max() <= (8 if kind == "JPEG" else 0)
+    assert np.abs(decoded - whole[top : top + 60, left : left + 60])[2:-2, 2:-2].max() <= (8 if kind == "JPEG" else 0)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 48), (100, 140, 60), (333, 500, 224)])
@@ -70,35 +70,34 @@ def test_resizing_is_bilinear_in_half_pixel_coordinates(height: int, width: int,
     pixels = smooth(height, width)
 
     def at(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
-        low = np.floor(place).astype(int)
-        return low, np.minimum(low + 1, length - 1), place - low
+        position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+        low = np.floor(position).astype(int)
+        return low, np.minimum(low + 1, length - 1), position - low
 
     (y0, y1, fy), (x0, x1, fx) = at(height), at(width)
     fx, fy, source = fx[None, :, None], fy[:, None, None], pixels.astype(float)
     top = source[y0][:, x0] * (1 - fx) + source[y0][:, x1] * fx
     bottom = source[y1][:, x0] * (1 - fx) + source[y1][:, x1] * fx
-    found = decode_image(tf.constant(encoded(pixels, "PNG")), size, "stretch").numpy()
-    assert np.abs(found - (top * (1 - fy) + bottom * fy)).max() <= 0.51
+    decoded = decode_image(tf.constant(encoded(pixels, "PNG")), size, "stretch").numpy()
+    assert np.abs(decoded - (top * (1 - fy) + bottom * fy)).max() <= 0.51
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(("size", "ratio"), [(96, 1), (48, 2), (24, 4), (12, 8)])
-def test_a_jpeg_is_decoded_at_a_part_of_its_size(size: int, ratio: int, mode: str) -> None:
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(size: int, ratio: int, mode: str) -> None:
     data = encoded(smooth(96, 96), "JPEG", mode)
     draft = Image.open(io.BytesIO(data))
     draft.draft(None, (size, size))
     assert draft.size == (96 // ratio, 96 // ratio)
-    found = decode_image(tf.constant(data), size, "stretch").numpy()
-    # Pillow's build of the decoder spreads the chroma of a whole image in another way.
-    assert np.abs(found - np.asarray(draft.convert("RGB")).astype(int)).max() <= (
-        8 if ratio == 1 or mode == "CMYK" else 2
-    )
+    decoded = decode_image(tf.constant(data), size, "stretch").numpy()
+    # Pillow's build of the decoder upsamples the chroma of a whole image in another way.
+    limit = 8 if ratio == 1 or mode == "CMYK" else 2
+    assert np.abs(decoded - np.asarray(draft.convert("RGB")).astype(int)).max() <= limit
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
 @pytest.mark.parametrize(("height", "width"), [(95, 130), (130, 95), (95, 400)])
-def test_a_jpeg_keeps_at_least_the_size_that_is_asked_for(resize: str, height: int, width: int) -> None:
+def test_a_jpeg_is_decoded_at_least_at_the_requested_size(resize: str, height: int, width: int) -> None:
     data = tf.constant(encoded(smooth(height, width), "JPEG"))
     for size, ratio in ((48, 1), (47, 2), (24, 2), (23, 4), (12, 4), (11, 8), (3, 8)):
         whole = tf.io.decode_jpeg(data, channels=3, ratio=ratio)
@@ -115,8 +114,8 @@ def test_a_jpeg_keeps_at_least_the_size_that_is_asked_for(resize: str, height: i
 
 def test_a_large_photo_is_averaged_not_sampled() -> None:
     chequered = np.repeat((np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
-    found = decode_image(tf.constant(encoded(chequered, "PNG")), 40, "stretch").numpy()
-    assert np.abs(found[2:-2, 2:-2].astype(int) - 127).max() <= 2
+    decoded = decode_image(tf.constant(encoded(chequered, "PNG")), 40, "stretch").numpy()
+    assert np.abs(decoded[2:-2, 2:-2].astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where decoded images are kept, and what is said about those that cannot be read."""
+"""Caches of decoded images, and images that cannot be read."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, record, shard_split
+from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
 from trainer.data.host import memory_budget_default, memory_limit, usable_cpus
@@ -32,21 +33,20 @@ def test_the_cache_holds_every_image_in_index_order(make: object, cache: str, tm
     pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
     assert not pixels.array[COUNT].any()
-    assert pixels.kept == cache
-    assert pixels.memory_bytes == (NEEDED if cache == "memory" else 0)
+    assert (pixels.cached_in, pixels.array.nbytes) == (cache, NEEDED)
     np.testing.assert_array_equal(pixels.tensor(), pixels.array)
 
 
 @pytest.mark.parametrize("make", [file_split, shard_split])
 @pytest.mark.parametrize("cache", ["memory", "none"])
-def test_rows_are_the_images_asked_for(make: object, cache: str, tmp_path: Path) -> None:
+def test_rows_are_the_requested_images(make: object, cache: str, tmp_path: Path) -> None:
     pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
-    wanted = np.array([30, 2, 30, 11])
-    np.testing.assert_array_equal(pixels.rows(wanted), expected()[wanted])
+    indices = np.array([30, 2, 30, 11])
+    np.testing.assert_array_equal(pixels.rows(indices), expected()[indices])
     assert pixels.rows(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
 
 
-def test_the_tensor_shares_the_memory_of_the_array(tmp_path: Path) -> None:
+def test_the_tensor_is_over_the_memory_of_the_array(tmp_path: Path) -> None:
     pixels = opened(file_split(tmp_path), "memory", tmp_path)
     tensor = pixels.tensor()
     pixels.array[5, 0, 0, 0] ^= 1
@@ -54,20 +54,18 @@ def test_the_tensor_shares_the_memory_of_the_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "disk", "kept", "said"),
+    ("memory", "disk", "cache", "note"),
     [
-        (NEEDED, NEEDED, "memory", "kept in memory (memory budget 0.0 MB, disk budget 0.0 MB)"),
-        (NEEDED - 1, NEEDED, "disk", "kept in "),
-        (NEEDED - 1, NEEDED - 1, "none", "not kept, decoded whenever they are read (they fit neither memory budget"),
+        (NEEDED, NEEDED, "memory", "cached in memory (memory budget 0.0 MB, disk budget 0.0 MB)"),
+        (NEEDED - 1, NEEDED, "disk", "cached in "),
+        (NEEDED - 1, NEEDED - 1, "none", "not cached, decoded whenever they are read (they fit neither memory budget"),
     ],
 )
-def test_auto_takes_what_fits_and_says_why(memory: int, disk: int, kept: str, said: str, tmp_path: Path) -> None:
+def test_auto_caches_what_fits_and_logs_why(memory: int, disk: int, cache: str, note: str, tmp_path: Path) -> None:
     notes: list[str] = []
     pixels = opened(file_split(tmp_path), "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
-    assert pixels.kept == kept
-    assert len(notes) == 1
-    assert notes[0].startswith("decoded train images (37 at 10 px, 0.0 MB): ")
-    assert said in notes[0]
+    assert (pixels.cached_in, len(notes)) == (cache, 1)
+    assert notes[0].startswith(f"decoded train images (37 at 10 px, 0.0 MB): {note}")
 
 
 def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
@@ -108,9 +106,8 @@ def test_a_disk_that_takes_no_more_means_live_decoding(tmp_path: Path) -> None:
         pixels = opened(split, "disk", tmp_path, notes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert pixels.kept == "none"
-    assert "cannot be kept in" in notes[-1]
-    assert "File too large" in notes[-1]
+    assert pixels.cached_in == "none"
+    assert re.search(r"cannot be cached in .*File too large", notes[-1])
     assert list((tmp_path / "cache").iterdir()) == []
     np.testing.assert_array_equal(pixels.rows(np.arange(COUNT)), expected())
 
@@ -118,24 +115,21 @@ def test_a_disk_that_takes_no_more_means_live_decoding(tmp_path: Path) -> None:
 def test_a_cache_folder_that_cannot_be_made_means_live_decoding(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     notes: list[str] = []
-    assert opened(file_split(tmp_path), "disk", tmp_path, notes).kept == "none"
-    assert "cannot be kept in" in notes[-1]
+    assert opened(file_split(tmp_path), "disk", tmp_path, notes).cached_in == "none"
+    assert "cannot be cached in" in notes[-1]
 
 
-# What cannot be read
-
-
-def damage(split: object, index: int) -> None:
-    """Cut an image file short, or write a record of half an image."""
-    if split.files:  # type: ignore[attr-defined]
-        Path(split.files[index]).write_bytes(jpeg(index)[:300])  # type: ignore[attr-defined]
+def damage(split: Split, index: int) -> None:
+    """Truncate an image file, or the image in a record."""
+    if split.files:
+        Path(split.files[index]).write_bytes(jpeg(index)[:300])
         return
-    path, _, number = split.name_of(index).rpartition("#")  # type: ignore[attr-defined]
+    path, _, number = split.name_of(index).rpartition("#")
     records = [r.numpy() for r in tf.data.TFRecordDataset(path)]
     records[int(number)] = record(jpeg(index)[:300])
     with tf.io.TFRecordWriter(path) as writer:
-        for one in records:
-            writer.write(one)
+        for content in records:
+            writer.write(content)
 
 
 @pytest.mark.parametrize("make", [file_split, shard_split])
@@ -143,12 +137,9 @@ def damage(split: object, index: int) -> None:
 def test_a_damaged_image_is_named_while_the_cache_fills(make: object, cache: str, tmp_path: Path) -> None:
     split = make(tmp_path / "data")  # type: ignore[operator]
     damage(split, 12)
-    with pytest.raises(DataError) as caught:
+    problem = re.escape(f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300")
+    with raises(DataError, fix=r"remove it, or set data\.on_error=skip", problem=f"^{problem}$") as caught:
         opened(split, cache, tmp_path)
-    assert str(caught.value) == (
-        f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300; "
-        "repair or remove it, or set data.on_error=skip"
-    )
     assert caught.value.__cause__ is None
 
 
@@ -157,7 +148,7 @@ def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool
     split = make(tmp_path / "data")  # type: ignore[operator]
     damage(split, 12)
     pixels = opened(split, "none", tmp_path)
-    with pytest.raises(DataError, match=r"cannot decode .*: Invalid JPEG data"), data_errors(pixels):
+    with raises(DataError, problem=r"cannot decode .*: Invalid JPEG data"), data_errors(pixels):
         for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1).dataset:
             pass
 
@@ -167,19 +158,16 @@ def first_epoch(pixels: Pixels) -> tf.data.Dataset:
     return batches.dataset.take(2 * 5)
 
 
-SKIPPING = [(file_split, "memory"), (shard_split, "disk"), (file_split, "none"), (shard_split, "none")]
-
-
-@pytest.mark.parametrize(("make", "cache"), SKIPPING)
+@pytest.mark.parametrize(
+    ("make", "cache"), [(file_split, "memory"), (shard_split, "disk"), (file_split, "none"), (shard_split, "none")]
+)
 def test_a_skipped_image_has_no_weight_and_is_black(make: object, cache: str, tmp_path: Path) -> None:
     split, notes = make(tmp_path / "data"), []  # type: ignore[operator]
     damage(split, 12)
     damage(split, 33)
     pixels = opened(split, cache, tmp_path, notes, on_error="skip")
     batches = list(first_epoch(pixels))
-    weight = np.concatenate([b["weight"] for b in batches])
-    index = np.concatenate([b["index"] for b in batches])
-    image = np.concatenate([b["image"] for b in batches])
+    weight, index, image = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index", "image"))
     assert sorted(index[weight > 0]) == [i for i in range(COUNT) if i not in (12, 33)]
     assert not image[weight == 0].any()
     np.testing.assert_array_equal(image[weight > 0], expected()[index[weight > 0]])
@@ -193,49 +181,38 @@ def test_what_was_skipped_is_remembered_with_the_disk_cache(tmp_path: Path) -> N
     damage(split, 12)
     first = opened(split, "disk", tmp_path, on_error="skip")
     assert opened(split, "disk", tmp_path, on_error="skip").bad == first.bad
-    with pytest.raises(DataError, match=r"12\.jpg"):
+    with raises(DataError, problem=r"12\.jpg"):
         opened(split, "disk", tmp_path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    split = file_split(tmp_path)
-    os.unlink(split.files[3])
-    with pytest.raises(DataError, match=r"cannot decode .*03\.jpg: .*No such file or directory"):
-        opened(split, "memory", tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("kept_bytes", "lost", "reason"),
-    [
-        (-30, [36], "truncated record at .*"),
-        (0, list(range(20, 37)), "the shard breaks off before this record"),
-    ],
+    ("stop", "lost", "reason"),
+    [(-30, [36], "truncated record at .*"), (0, list(range(20, 37)), "the shard ends before this record")],
 )
-def test_a_truncated_shard_is_named(kept_bytes: int, lost: list[int], reason: str, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, tmp_path: Path) -> None:
     split = shard_split(tmp_path)
     path = Path(split.shards[3].path)
-    path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(DataError, match=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}; repair"):
+    path.write_bytes(path.read_bytes()[:stop])
+    with raises(DataError, problem=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}$"):
         opened(split, "memory", tmp_path)
     pixels = opened(split, "none", tmp_path)
-    with pytest.raises(DataError, match=r"3\.tfrec#"), data_errors(pixels):
+    with raises(DataError, problem=r"3\.tfrec#"), data_errors(pixels):
         list(first_epoch(pixels))
     skipping = opened(split, "memory", tmp_path, on_error="skip")
     assert list(skipping.bad) == lost
     assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
 
 
-def test_nothing_readable_at_all_ends_too(tmp_path: Path) -> None:
+def test_iteration_ends_if_no_image_is_readable(tmp_path: Path) -> None:
     split, notes = file_split(tmp_path), []
     for file in split.files:
         os.unlink(file)
-    with pytest.raises(DataError, match=r"cannot decode .*\.jpg: .*No such file"):
+    with raises(DataError, problem=r"cannot decode .*\.jpg: .*No such file"):
         opened(split, "memory", tmp_path)
     pixels = opened(split, "none", tmp_path, notes, on_error="skip")
     batches = list(first_epoch(pixels))
     assert not np.concatenate([b["weight"] for b in batches]).any()
-    index = np.concatenate([b["index"] for b in batches])[:COUNT]
-    assert sorted(index) == list(range(COUNT))
+    assert sorted(np.concatenate([b["index"] for b in batches])[:COUNT]) == list(range(COUNT))
     assert sorted(pixels.bad) == list(range(COUNT))
     assert len([n for n in notes if n.startswith("skipped")]) == 20
     assert notes[-1] == "further skipped images are only counted"
@@ -255,18 +232,15 @@ def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: 
             total += tf.reduce_sum(strategy.experimental_local_results(next(batches)["weight"])[0])
         return total
 
-    with pytest.raises(DataError, match=r"cannot decode .*30\.jpg: Invalid JPEG data"), data_errors(pixels):
-        several()  # one call holds a whole epoch
-    assert notes[-1] == "an image of train cannot be read; looking for it"
+    with raises(DataError, problem=r"cannot decode .*30\.jpg: Invalid JPEG data"), data_errors(pixels):
+        several()  # a call runs a whole epoch
+    assert notes[-1] == "an image of train cannot be read; searching for it"
 
 
-def test_errors_of_others_pass_through(tmp_path: Path) -> None:
+def test_errors_outside_the_pipeline_are_not_converted(tmp_path: Path) -> None:
     pixels = opened(file_split(tmp_path), "none", tmp_path)
     with pytest.raises(tf.errors.InvalidArgumentError), data_errors(pixels):
         tf.ensure_shape(tf.zeros([2]), [3])
-
-
-# What the machine allows
 
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
@@ -289,7 +263,7 @@ def test_processor_quota_of_a_container_counts(tmp_path: Path) -> None:
     assert usable_cpus(tmp_path) == 1
 
 
-def test_the_caches_of_all_splits_share_one_memory_budget() -> None:
+def test_the_caches_of_all_splits_are_under_one_memory_budget() -> None:
     labels = np.zeros(9, np.int32)
     dataset = Dataset("x", ("a", "b"), {name: Split(name, labels) for name in ("train", "validation", "test")}, "")
     each = 10 * 4 * 4 * 3

@@ -1,11 +1,11 @@
-"""The order of an epoch, and where any step of it lies."""
+"""The order of an epoch, and the position of every step in it."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tests.data.orders import epoch_order
-from trainer.data.order import Order, sequence_blocks, share_of, training_blocks
+from trainer.data.order import Order, examples_to_score, sequence_blocks, training_blocks
 from trainer.data.sharding import steps_per_epoch
 from trainer.types import Shard, Split
 
@@ -53,7 +53,7 @@ def test_records_are_shuffled_within_windows_over_permuted_shards() -> None:
 
 def test_image_files_are_shuffled_whole_whatever_the_window() -> None:
     order = epoch_order(files(10_000), 1, 0, 16)
-    # Sorted by class, neighbours must not stay neighbours: a uniform shuffle moves an index by a third of the count.
+    # A uniform shuffle moves an index by a third of the count.
     assert np.abs(order - np.arange(10_000)).mean() == pytest.approx(10_000 / 3, rel=0.05)
 
 
@@ -62,15 +62,15 @@ def test_image_files_are_shuffled_whole_whatever_the_window() -> None:
 def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -> None:
     steps = steps_per_epoch(split, 8)
 
-    def rows(epoch: int, step: int, wanted: int) -> np.ndarray:
+    def rows(epoch: int, step: int, count: int) -> np.ndarray:
         order = Order(batch_size=8, seed=7, window=10, first_epoch=epoch, first_step=step, shuffle=shuffle)
         block = training_blocks(split, order)
         parts, number = [], 0
-        while sum(len(p) for p in parts) < wanted:
+        while sum(len(p) for p in parts) < count:
             b = arrays(block(number))
             parts.append(np.stack([b["epoch"], b["index"], b["weight"].astype(np.int64), b["position"]], axis=1))
             number += 1
-        return np.concatenate(parts)[:wanted]
+        return np.concatenate(parts)[:count]
 
     whole = rows(0, 0, 3 * steps * 8)
     for epoch in range(3):
@@ -89,7 +89,7 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
     first_index = np.cumsum([0] + [s.stop - s.start for s in MANY.shards])
     for number in range(12):
         b = arrays(block(number))
-        records = [(int(s), int(first + i)) for s, first, count in b["pieces"] for i in range(count)]
+        records = [(int(s), int(first + i)) for s, first, count in b["ranges"] for i in range(count)]
         assert len(records) <= 10
         for offset, index in zip(b["offset"][b["weight"] > 0], b["index"][b["weight"] > 0], strict=True):
             shard, record = records[offset]
@@ -99,7 +99,7 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
 def test_a_resume_reads_no_window_but_its_own() -> None:
     split = shards(*[(0, 100)] * 10)
     block = training_blocks(split, Order(batch_size=10, seed=0, window=200, first_step=71))
-    assert block(0)["pieces"].numpy()[:, 2].sum() == 200
+    assert block(0)["ranges"].numpy()[:, 2].sum() == 200
     assert len(block(0)["index"]) == 90  # rows 710 to 799
 
 
@@ -111,14 +111,14 @@ def test_a_sequence_holds_the_chosen_once_and_pads() -> None:
     weight = np.concatenate([b["weight"] for b in blocks])
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in blocks])[weight > 0], chosen)
     assert len(weight) == 8
-    assert all(b["pieces"][:, 2].sum() <= 1024 for b in blocks)
+    assert all(b["ranges"][:, 2].sum() <= 1024 for b in blocks)
 
 
-def test_a_share_is_fixed_and_mixed() -> None:
+def test_a_fraction_to_score_is_fixed_and_shuffled() -> None:
     split = files(1000)  # as if class by class
-    chosen = share_of(split, 10, 0.301)
+    chosen = examples_to_score(split, 10, 0.301)
     assert len(chosen) == 310  # 31 batches
     assert (np.diff(chosen) > 0).all()
     assert (np.bincount(chosen // 100, minlength=10) > 15).all()
-    np.testing.assert_array_equal(chosen, share_of(split, 10, 0.301))
-    np.testing.assert_array_equal(share_of(split, 10, 1.0), np.arange(1000))
+    np.testing.assert_array_equal(chosen, examples_to_score(split, 10, 0.301))
+    np.testing.assert_array_equal(examples_to_score(split, 10, 1.0), np.arange(1000))

@@ -1,4 +1,4 @@
-"""Batches: exact positions, the same bits from every cache and after every resume."""
+"""Batches: exact positions, and the same bits from every cache and after every resume."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.orders import epoch_order
+from tests.data.orders import Batches, assert_same, epoch_order
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
@@ -38,18 +38,20 @@ def take(
     augmentation: Augmentation = PLAIN,
     replicas: int = 1,
     **changes: Any,
-) -> list[dict[str, np.ndarray]]:
+) -> Batches:
     order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
     batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
     return list(batches.dataset.take(count).as_numpy_iterator())
 
 
-def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+def take_global(pixels: Pixels, count: int, workers: int, replicas: int, **changes: Any) -> Batches:
+    """Global batches, concatenated over workers by record and replicas."""
+    shards = [
+        take(pixels, count * replicas, replicas=replicas, sharding=Sharding(worker, workers), **changes)
+        for worker in range(workers)
+    ]
+    steps = [[shard[i * replicas + r] for shard in shards for r in range(replicas)] for i in range(count)]
+    return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in steps]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_resumed_anywhere_the_bits_are_the_same(pixels: Pixels) -> None:
         assert_same(take(pixels, STEPS, 0, done), plain[done : done + STEPS])
 
 
-def test_who_is_mixed_with_whom_depends_on_nobody_elses_share(pixels: Pixels) -> None:
+def test_mixing_partners_do_not_depend_on_workers_and_replicas(pixels: Pixels) -> None:
     whole = take(pixels, 2 * STEPS, augmentation=MIXING)
     for batch in whole:
         real = (batch["weight"] > 0) & (batch["weight"][np.arange(BATCH) ^ 1] > 0)
@@ -109,16 +111,7 @@ def test_who_is_mixed_with_whom_depends_on_nobody_elses_share(pixels: Pixels) ->
         np.testing.assert_array_equal(batch["other_label"], batch["label"][np.arange(BATCH) ^ 1])
     assert_same(take(pixels, STEPS, 0, 3, augmentation=MIXING), whole[3 : STEPS + 3])
     for workers, replicas in ((1, 4), (2, 1)):
-        parts = [
-            take(
-                pixels, 2 * STEPS * replicas, augmentation=MIXING, replicas=replicas, sharding=Sharding(worker, workers)
-            )
-            for worker in range(workers)
-        ]
-        rows = [parts[w][i * replicas + r] for i in range(len(whole)) for w in range(workers) for r in range(replicas)]
-        for name in whole[0]:
-            joined, expected = (np.concatenate([part[name] for part in found]) for found in (rows, whole))
-            np.testing.assert_array_equal(joined, expected, err_msg=name)
+        assert_same(take_global(pixels, 2 * STEPS, workers, replicas, augmentation=MIXING), whole)
 
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
@@ -126,27 +119,8 @@ def test_every_cache_gives_the_same_bits(kind: str, splits: dict[str, Split], tm
     live, memory, disk = (opened(splits[kind], cache, tmp_path) for cache in ("none", "memory", "disk"))
     alone = opened(splits[kind], "none", tmp_path, threads=1)
     expected = take(live, 2 * STEPS, augmentation=EVERYTHING)
-    assert_same(take(memory, 2 * STEPS, augmentation=EVERYTHING), expected)
-    assert_same(take(disk, 2 * STEPS, augmentation=EVERYTHING), expected)
-    assert_same(take(alone, 2 * STEPS, augmentation=EVERYTHING), expected)
-
-
-@pytest.mark.parametrize("replicas", [4])
-def test_replicas_share_the_same_global_batch(pixels: Pixels, replicas: int) -> None:
-    whole = take(pixels, 2 * STEPS, augmentation=EVERYTHING)
-    shares = take(pixels, 2 * STEPS * replicas, augmentation=EVERYTHING, replicas=replicas)
-    joined = [
-        {name: np.concatenate([share[name] for share in shares[i : i + replicas]]) for name in shares[0]}
-        for i in range(0, len(shares), replicas)
-    ]
-    assert_same(joined, whole)
-
-
-def test_another_seed_or_no_shuffle_is_another_order(pixels: Pixels) -> None:
-    first = np.concatenate([b["index"] for b in take(pixels, STEPS)])
-    assert not np.array_equal(first, np.concatenate([b["index"] for b in take(pixels, STEPS, seed=6)]))
-    in_order = np.concatenate([b["index"] for b in take(pixels, STEPS, shuffle=False)])
-    np.testing.assert_array_equal(in_order[:COUNT], np.arange(COUNT))
+    for pixels in (memory, disk, alone):
+        assert_same(take(pixels, 2 * STEPS, augmentation=EVERYTHING), expected)
 
 
 def test_a_batch_larger_than_the_split_is_padded(pixels: Pixels) -> None:
@@ -155,35 +129,18 @@ def test_a_batch_larger_than_the_split_is_padded(pixels: Pixels) -> None:
         assert sorted(batch["index"][:COUNT]) == list(range(COUNT))
 
 
-@pytest.mark.parametrize(("workers", "replicas"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 4), (2, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("first", [0, 3])
-def test_workers_by_record_share_the_same_global_batch(pixels: Pixels, workers: int, replicas: int, first: int) -> None:
-    whole = take(pixels, 2 * STEPS, step=first, augmentation=EVERYTHING)
-    parts = [
-        take(
-            pixels, 2 * STEPS * replicas, step=first, augmentation=EVERYTHING, replicas=replicas,
-            sharding=Sharding(worker, workers),
-        )
-        for worker in range(workers)
-    ]  # fmt: skip
-    joined = [
-        {
-            name: np.concatenate([parts[w][i * replicas + r][name] for w in range(workers) for r in range(replicas)])
-            for name in whole[0]
-        }
-        for i in range(len(whole))
-    ]
-    assert_same(joined, whole)
-
-
-def test_a_worker_by_record_survives_windows_that_are_all_other_workers(
-    splits: dict[str, Split], tmp_path: Path
+def test_global_batches_do_not_depend_on_workers_by_record(
+    pixels: Pixels, workers: int, replicas: int, first: int
 ) -> None:
+    whole = take(pixels, 2 * STEPS, step=first, augmentation=EVERYTHING)
+    assert_same(take_global(pixels, 2 * STEPS, workers, replicas, step=first, augmentation=EVERYTHING), whole)
+
+
+def test_windows_can_be_empty_on_a_worker_by_record(splits: dict[str, Split], tmp_path: Path) -> None:
     pixels = opened(splits["shards"], "none", tmp_path, on_error="skip")
-    whole = take(pixels, 2 * STEPS, window=1)
-    halves = [take(pixels, 2 * STEPS, window=1, sharding=Sharding(worker, 2)) for worker in range(2)]
-    for batch, *both in zip(whole, *halves, strict=True):
-        np.testing.assert_array_equal(batch["index"], np.concatenate([part["index"] for part in both]))
+    assert_same(take_global(pixels, 2 * STEPS, 2, 1, window=1), take(pixels, 2 * STEPS, window=1))
 
 
 @pytest.mark.slow
@@ -197,8 +154,8 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
     for epoch in range(2):
         seen = []
         for worker in range(2):
-            share = Sharding(worker, 2, "file")
-            batches = take(pixels, steps, epoch=epoch, sharding=share)
+            sharding = Sharding(worker, 2, "file")
+            batches = take(pixels, steps, epoch=epoch, sharding=sharding)
             index, weight, position = (np.concatenate([b[k] for b in batches]) for k in ("index", "weight", "position"))
             assert set(np.repeat(range(4), [9, 10, 1, 17])[index[weight > 0]]) == set(own[worker])
             np.testing.assert_array_equal(position, np.tile(np.arange(4) + worker * 4, steps))
@@ -207,7 +164,7 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
                 image = np.where(batch["weight"][:, None, None, None] > 0, pixels.rows(batch["index"]), 0)
                 np.testing.assert_array_equal(batch["image"], image)
             for step in range(steps):
-                assert_same(take(pixels, 2, epoch=epoch, step=step, sharding=share)[:1], batches[step : step + 1])
+                assert_same(take(pixels, 2, epoch=epoch, step=step, sharding=sharding)[:1], batches[step : step + 1])
             seen += list(index[weight > 0])
         assert sorted(seen) == list(range(COUNT))
 
@@ -216,10 +173,8 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
 def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels, workers: int) -> None:
     seen = []
     for worker in range(workers):
-        batches = evaluation_batches(
-            pixels, batch_size=workers * 4, replicas=2, sharding=Sharding(worker, workers), part=1.0
-        )
-        assert batches.count is not None
+        sharding = Sharding(worker, workers)
+        batches = evaluation_batches(pixels, batch_size=workers * 4, replicas=2, sharding=sharding)
         for batch in batches.dataset.take(batches.count * 2).as_numpy_iterator():
             assert len(batch["index"]) == 2
             seen += list(batch["index"][batch["weight"] > 0])
@@ -238,7 +193,7 @@ def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
     np.testing.assert_array_equal(np.concatenate([b["position"] for b in batches]), np.arange(STEPS * BATCH) % BATCH)
 
 
-def test_evaluation_of_a_share(pixels: Pixels) -> None:
+def test_evaluation_of_a_fraction(pixels: Pixels) -> None:
     scoring = evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
     assert scoring.count == 3
     batches = list(scoring.dataset.take(3).as_numpy_iterator())
@@ -265,7 +220,7 @@ for cache in ("memory", "none"):
 
 
 def test_under_op_determinism_the_bits_are_the_same_and_nothing_becomes_serial(tmp_path: Path) -> None:
-    """TensorFlow takes parallelism and prefetching out of a pipeline with stateful ops; its log would say so."""
+    """TensorFlow removes parallelism and prefetching from a pipeline with stateful ops, and logs it."""
     expected = take(opened(file_split(tmp_path), "none", tmp_path), STEPS, augmentation=EVERYTHING)
     out = tmp_path / "images.npy"
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "make_deterministic=2"}
@@ -305,18 +260,18 @@ pixels = replace(pixels, split=split, size=side, array=mapped("images", np.uint8
 features = Features(split, (5, 5, 512), "float32", 1, np.arange(many), 2, print, "disk")
 features.array = mapped("features", np.float32, (many + 1, 5, 5, 512))
 before, running = own_mb(), []
-for kept in (pixels, features):
-    assert kept.array.nbytes > 300e6
-    running.append(iter(training_batches(kept, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
-    running.append(iter(evaluation_batches(kept, batch_size=32, replicas=1).dataset))
+for source in (pixels, features):
+    assert source.array.nbytes > 300e6
+    running.append(iter(training_batches(source, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
+    running.append(iter(evaluation_batches(source, batch_size=32, replicas=1).dataset))
 for batches in running:
     next(batches)
 print(own_mb() - before)
 """
 
 
-def test_no_pipeline_takes_the_memory_of_its_images_again(tmp_path: Path) -> None:
-    """Four pipelines over 460 MB of images and 307 MB of features, kept in mapped files."""
+def test_no_pipeline_copies_the_cache(tmp_path: Path) -> None:
+    """Four pipelines over 460 MB of images and 307 MB of features in mapped files."""
     ran = subprocess.run(
         [sys.executable, "-c", MANY, str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
     )

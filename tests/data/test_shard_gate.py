@@ -1,4 +1,4 @@
-"""Every shard that a pipeline opens was asked for before, and the batches are those of local shards, bit for bit."""
+"""Every shard that a pipeline opens was required before, and the batches are those of local shards, bit for bit."""
 
 import io
 import itertools
@@ -13,9 +13,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from tests.data.orders import Batches, assert_same
 from tests.data.splits_on_disk import COUNT, opened, record, shard_split
+from tests.errors import raises
 from trainer.config.schema import Augmentation
-from trainer.data import shard_gate as ahead
 from trainer.data.images import Pixels
 from trainer.data.order import Order, block_reads, sequence_blocks, training_blocks
 from trainer.data.pipeline import evaluation_batches, training_batches
@@ -27,7 +28,6 @@ from trainer.types import Shard, Split
 
 SHARDS, RECORDS, SIDE = 50, 1990, 4
 PLAIN, AUGMENTED = Augmentation(), Augmentation(flip_horizontal=True)
-Batches = list[dict[str, np.ndarray]]
 
 
 def png(number: int) -> bytes:
@@ -38,32 +38,25 @@ def png(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """Fifty shards of 26 to 54 records; of some the split leaves out the ends, one is in it in two pieces."""
-    folder = tmp_path_factory.mktemp("there") / "data"
+    """A split of fifty shards of 26 to 54 records, without the ends of some, and with two ranges of one."""
+    folder = tmp_path_factory.mktemp("remote") / "data"
     folder.mkdir()
-    shards, left, at = [], RECORDS, 0
-    for number in range(SHARDS):
-        count = 26 + number * 7 % 29 if number < SHARDS - 1 else left
+    counts = [26 + number * 7 % 29 for number in range(SHARDS - 1)]
+    shards, images = [], itertools.count()
+    for number, count in enumerate([*counts, RECORDS - sum(counts)]):
         path = folder / f"x-{number:02d}.tfrecord"
         with tf.io.TFRecordWriter(str(path)) as writer:
-            for _ in range(count):
-                writer.write(record(png(at)))
-                at += 1
-        start, stop = (number % 3, count - number % 2) if number < SHARDS - 1 else (0, count)
-        if number == 5:
-            shards += [Shard(str(path), count, 0, 9), Shard(str(path), count, 12, count)]
-        else:
-            shards.append(Shard(str(path), count, start, stop))
-        left -= count
-    assert left == 0
+            for image in itertools.islice(images, count):
+                writer.write(record(png(image)))
+        ranges = [(number % 3, count - number % 2)] if number < SHARDS - 1 else [(0, count)]
+        ranges = [(0, 9), (12, count)] if number == 5 else ranges
+        shards += [Shard(str(path), count, start, stop) for start, stop in ranges]
     used = sum(shard.stop - shard.start for shard in shards)
     return Split("train", (np.arange(used) % 3).astype(np.int32), shards=tuple(shards))
 
 
 class Strict(ShardCache):
-    """Holds nothing but what is required at this moment. In the place of every other shard stands an empty file: what a
-    pipeline then reads is lost, and noted.
-    """
+    """Replaces every shard that is not required by an empty file, so that a pipeline that opens it logs lost records."""
 
     largest = 0
 
@@ -71,7 +64,7 @@ class Strict(ShardCache):
         for name in self.entries.keys() - pinned:
             self._cached.pop(name, None)
             (self.folder / "empty").touch()
-            (self.folder / "empty").rename(self.folder / name)  # who has the shard open goes on reading it
+            (self.folder / "empty").rename(self.folder / name)  # an open shard can still be read
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
         names = tuple(names)
@@ -87,7 +80,7 @@ class Strict(ShardCache):
 def arriving(
     split: Split, folder: Path, part: float = 1.0, kind: type[ShardCache] = Strict, **changes: object
 ) -> Pixels:
-    """The same split with an empty folder, a cache that fills it, and room for `part` of the bytes."""
+    """The split with an empty folder and a cache that fetches into it, with room for the fraction `part` of the bytes."""
     home = Path(split.shards[0].path).parent
     entries = {entry.path.name: entry for entry in storage_path(home).list()}
     budget = int(part * sum(entry.size for entry in entries.values()))
@@ -96,14 +89,14 @@ def arriving(
     if isinstance(cache, Strict):
         cache.nothing_else(set())
     shards = tuple(Shard(str(cache.folder / Path(s.path).name), s.count, s.start, s.stop) for s in split.shards)
-    there = Split("train", split.labels, shards=shards)
-    return opened(there, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
+    fetched = Split("train", split.labels, shards=shards)
+    return opened(fetched, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
 
 
 def taken(
     pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
 ) -> Batches:
-    """Training batches, `call` steps between two gates, as the loop of a run takes them."""
+    """Training batches, `call` steps between two gates, as in the training loop."""
     training = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
     gate, stream = training.gate(), iter(training.dataset)
     batches: Batches = []
@@ -111,18 +104,10 @@ def taken(
         now = min(call, steps - first)
         gate.wait_for(now * order.rows)
         batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
-    time.sleep(0.05)  # reading ahead goes on: what it cannot read would be noted
+    time.sleep(0.05)  # reading ahead continues, and logs what it cannot read
     del stream
     gate.close()
     return batches
-
-
-def assert_same(first: Batches, second: Batches) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 ORDER = Order(batch_size=8, seed=5, window=100)
@@ -152,19 +137,18 @@ def test_a_pipeline_opens_only_what_was_required(
     else:  # across the end of an epoch
         order, steps = replace(order, first_step=order.first_step or steps - 60), 120
     strict = arriving(split, tmp_path, part)
-    there = taken(strict, order, steps, call, augmentation, replicas)
+    batches = taken(strict, order, steps, call, augmentation, replicas)
     assert strict.bad == {}
-    here = opened(split, "none", tmp_path, size=SIDE)
-    assert_same(there, taken(here, order, steps, call, augmentation, replicas))
-    assert isinstance(strict.shards, Strict)
+    local = opened(split, "none", tmp_path, size=SIDE)
+    assert_same(batches, taken(local, order, steps, call, augmentation, replicas))
     assert strict.shards.largest <= strict.shards.budget
 
 
 def test_with_one_block_less_a_shard_would_be_missing(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That nothing was missing above proves something: the bound is no larger than it has to be."""
-    monkeypatch.setattr(ahead, "BLOCKS_AHEAD", 0)
+    """The bound of the test above is tight."""
+    monkeypatch.setattr("trainer.data.shard_gate.BLOCKS_AHEAD", 0)
     monkeypatch.setattr("trainer.data.pipeline.rows_ahead", lambda *_: 0)
     strict = arriving(split, tmp_path)
     taken(strict, ORDER, 100, 10)
@@ -175,7 +159,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
 def test_an_evaluation_opens_only_what_was_required(
     split: Split, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
+    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
     options = {"batch_size": 12, "replicas": 2, "part": part, "sharding": sharding}
 
     def scored(pixels: Pixels) -> Batches:
@@ -195,10 +179,10 @@ def test_an_evaluation_opens_only_what_was_required(
 
 
 def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
-    strict, here = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
+    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
+    strict, local = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
-    np.testing.assert_array_equal(strict.rows(indices), here.rows(indices))
+    np.testing.assert_array_equal(strict.rows(indices), local.rows(indices))
     assert strict.bad == {}
 
 
@@ -208,22 +192,22 @@ def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
     taken(pixels, order, 9, augmentation=AUGMENTED)
     (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
     Path(gone).unlink()
-    with pytest.raises(DataError, match=f"{gone}: No such file or directory, though it was there when the run began; "):
+    expected = {"problem": f"{gone}: No such file or directory", "fix": "restore the file"}
+    with raises(DataError, **expected):  # type: ignore[arg-type]
         taken(pixels, order, 9, augmentation=AUGMENTED)
-    with pytest.raises(DataError, match="put it back and run the same command again to go on"):
+    with raises(DataError, **expected):  # type: ignore[arg-type]
         pixels.rows(np.arange(COUNT))
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_kept_pixels_are_filled_from_shards_that_come_and_go(
+def test_caches_are_filled_from_shards_that_come_and_go(
     split: Split, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.order.STRETCH", 64)
-    strict = arriving(split, tmp_path / "there", 0.5)
-    kept = opened(strict.split, cache, tmp_path / "there", size=SIDE, on_error="fail", shards=strict.shards)
-    here = opened(split, cache, tmp_path / "here", size=SIDE)
-    assert kept.array is not None
-    np.testing.assert_array_equal(kept.array, here.array)
+    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
+    strict = arriving(split, tmp_path / "remote", 0.5)
+    fetched = opened(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
+    local = opened(split, cache, tmp_path / "local", size=SIDE)
+    np.testing.assert_array_equal(fetched.array, local.array)
 
 
 def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk(split: Split, tmp_path: Path) -> None:
@@ -262,7 +246,7 @@ def test_reads_are_those_of_the_blocks_that_have_rows(
                 number += 1
                 made = block(tf.constant(number, tf.int64))
             assert rows == len(made["index"])
-            np.testing.assert_array_equal(shards, made["pieces"][:, 0])
+            np.testing.assert_array_equal(shards, made["ranges"][:, 0])
             number += 1
 
 

@@ -1,4 +1,4 @@
-"""Teachers answer as the network they are made of, at their own size, and take no gradient."""
+"""Teachers predict as their network, at their own image size, and without gradient."""
 
 import json
 import subprocess
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.errors import raises
 from tests.exporting.subjects import SIZE, bundle_for, small_model, some_images
 from trainer.config import schema as config
-from trainer.distillation.teacher import classifier_as_teacher, saved_model_as_teacher
+from trainer.distillation.teacher import Teacher, saved_model_as_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Predictor
 from trainer.exporting.saved_model import export_saved_model
@@ -34,7 +35,7 @@ def exported(model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_saved_model_answers_at_its_own_size(model: keras.Model, exported: Path) -> None:
+def test_a_saved_model_predicts_at_its_own_size(model: keras.Model, exported: Path) -> None:
     teacher = saved_model_as_teacher(exported, "x")
     assert teacher.image_size == SIZE
     images = some_images(5)
@@ -45,28 +46,28 @@ def test_a_saved_model_answers_at_its_own_size(model: keras.Model, exported: Pat
     np.testing.assert_allclose(tf.nn.softmax(teacher.logits(small)), model.predict(resized, verbose=0), atol=1e-5)
 
 
-def test_a_classifier_answers_in_inference_and_no_gradient_flows() -> None:
-    told = config.Model(backbone="MobileNetV2", alpha=0.35, image_size=32, weights="none", dropout=0.5, hidden=8)
-    classifier = build_classifier(told, 3, 1)
-    teacher = classifier_as_teacher(classifier)
+def test_a_classifier_predicts_in_inference_without_gradient() -> None:
+    options = config.Model(backbone="MobileNetV2", alpha=0.35, image_size=32, weights="none", dropout=0.5, hidden=8)
+    classifier = build_classifier(options, 3, 1)
+    teacher = Teacher(classifier.image_size, classifier.logits)
     images = tf.constant(some_images(4), tf.float32)
     before = {name: v.numpy().copy() for name, v in classifier.variables.items()}
     with tf.GradientTape() as tape:
         tape.watch(images)
-        answers = tf.function(teacher.logits)(images)
-        loss = tf.reduce_sum(answers)
+        logits = tf.function(teacher.logits)(images)
+        loss = tf.reduce_sum(logits)
     sources = [images, *(v.value for v in classifier.variables.values())]
     assert tape.gradient(loss, sources) == [None] * len(sources)
-    np.testing.assert_allclose(answers, classifier.logits(images), atol=1e-5)
+    np.testing.assert_allclose(logits, classifier.logits(images), atol=1e-5)
     for name, value in classifier.variables.items():
         np.testing.assert_array_equal(value.numpy(), before[name])
 
 
-def test_a_saved_model_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_a_saved_model_of_another_tool_is_an_error(tmp_path: Path) -> None:
     module = tf.Module()
     double = tf.function(lambda x: 2 * x, input_signature=[tf.TensorSpec([None], tf.float32, "x")])
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": double})
-    with pytest.raises(DataError, match=r"distillation\.teacher=gs://b/m has no signature `images` that answers"):
+    with raises(DataError, "distillation.teacher", "gs://b/m", fix="output_dir", problem="no signature `images`"):
         saved_model_as_teacher(tmp_path / "m", "gs://b/m")
 
 
@@ -90,7 +91,7 @@ print("RESULT" + json.dumps(Predictor(strategy, teacher).probabilities(stream, 1
 
 
 @pytest.mark.slow
-def test_a_saved_model_answers_on_two_devices(model: keras.Model, exported: Path, tmp_path: Path) -> None:
+def test_a_saved_model_predicts_on_two_devices(model: keras.Model, exported: Path, tmp_path: Path) -> None:
     images = some_images(4)
     np.save(tmp_path / "images.npy", images)
     done = subprocess.run(
@@ -98,8 +99,8 @@ def test_a_saved_model_answers_on_two_devices(model: keras.Model, exported: Path
         capture_output=True, text=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("RESULT")[1])
-    np.testing.assert_allclose(found, model.predict(images.astype("float32"), verbose=0), atol=1e-5)
+    probabilities = json.loads(done.stdout.split("RESULT")[1])
+    np.testing.assert_allclose(probabilities, model.predict(images.astype("float32"), verbose=0), atol=1e-5)
 
 
 def test_scoring_takes_a_teacher(model: keras.Model, exported: Path) -> None:
@@ -107,6 +108,6 @@ def test_scoring_takes_a_teacher(model: keras.Model, exported: Path) -> None:
     rows = {"image": images, "label": np.zeros(4, np.int32), "weight": np.array([1, 1, 0, 1], np.float32)}
     batches = tf.data.Dataset.from_tensor_slices(rows | {"index": np.array([3, 1, 0, 2])}).batch(2)
     teacher = saved_model_as_teacher(exported, "x")
-    found, _, indices = Predictor(tf.distribute.get_strategy(), teacher).probabilities(batches, 2)
+    probabilities, _, indices = Predictor(tf.distribute.get_strategy(), teacher).probabilities(batches, 2)
     assert indices.tolist() == [1, 2, 3]
-    np.testing.assert_allclose(found, model.predict(images.astype("float32"), verbose=0)[[1, 3, 0]], atol=1e-5)
+    np.testing.assert_allclose(probabilities, model.predict(images.astype("float32"), verbose=0)[[1, 3, 0]], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Where a classifier is cut, and that its tail learns from features what the whole learns from images."""
+"""The cut of a classifier, and its tail, which learns from features what the whole learns from images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -59,13 +59,12 @@ def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tup
     ],
 )
 def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: str, shape: tuple[int, ...]) -> None:
-    keras.utils.clear_session()  # which counts the layers that Keras has to name itself
+    keras.utils.clear_session()  # resets the counter of automatic layer names
     classifier = build(name, size)
     plan, cut = cut_of(classifier, thaw)
-    assert cut is not None
     assert (cut.number, cut.layer, cut.shape) == (number, layer, shape)
     assert cut.pooled == (thaw == "none")
-    names = [one.name for one in classifier.backbone.layers]
+    names = [each.name for each in classifier.backbone.layers]
     assert names[cut.number] == layer or layer not in names  # ConvNeXt adds without a layer
     assert not cut.variables.keys() & plan.trainable.keys()
     images, _ = photos(classifier)
@@ -74,39 +73,38 @@ def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: st
     np.testing.assert_allclose(Tail(classifier, cut).logits(features), classifier.logits(images), atol=1e-5)
 
 
-def test_batch_norm_that_trains_lies_above_the_cut() -> None:
-    classifier = build()
-    _, frozen = cut_of(classifier, "pattern:^block_1[34]_.*(BN|expand)$")
-    _, trains = cut_of(classifier, "pattern:^block_1[34]_.*(BN|expand)$", "train")
-    _, alone = cut_of(classifier, "pattern:^block_9_project_BN$", "train")
-    assert frozen is not None
-    assert trains is not None
-    assert alone is not None
-    assert (frozen.layer, trains.layer, alone.layer) == ("block_12_add", "block_12_add", "block_8_add")
+@pytest.mark.parametrize(
+    ("thaw", "batch_norm", "layer"),
+    [
+        ("pattern:^block_1[34]_.*(BN|expand)$", "frozen", "block_12_add"),
+        ("pattern:^block_1[34]_.*(BN|expand)$", "train", "block_12_add"),
+        ("pattern:^block_9_project_BN$", "train", "block_8_add"),
+    ],
+)
+def test_batch_norm_that_trains_is_above_the_cut(thaw: str, batch_norm: str, layer: str) -> None:
+    _, cut = cut_of(build(), thaw, batch_norm)
+    assert cut.layer == layer
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
-def test_where_everything_trains_there_is_no_cut(name: str) -> None:
+def test_without_frozen_layers_there_is_no_cut(name: str) -> None:
     assert cut_of(build(name), "all")[1] is None
 
 
-def test_the_fingerprint_is_that_of_what_lies_below() -> None:
+def test_the_fingerprint_is_that_of_the_weights_below_the_cut() -> None:
     classifier = build()
     _, cut = cut_of(classifier, "from_layer:100")
-    assert cut is not None
     before = cut.fingerprint()
     classifier.output.bias.assign_add([1.0, 0.0, 0.0])
-    classifier.variables["backbone/block_11_depthwise/kernel"].assign_add(
-        tf.ones_like(classifier.variables["backbone/block_11_depthwise/kernel"].value)
-    )
+    above, below = (classifier.variables[f"backbone/{n}/kernel"] for n in ("block_11_depthwise", "Conv1"))
+    above.assign(above.value + 1)
     assert cut.fingerprint() == before
-    kernel = classifier.variables["backbone/Conv1/kernel"]
-    kernel.assign(kernel.value * 1.01)
+    below.assign(below.value * 1.01)
     assert cut.fingerprint() != before
 
 
 def calibrate(classifier: Classifier, images: np.ndarray) -> None:
-    """Averages of BatchNormalization as if it had been trained: else nothing of random layers reaches the end."""
+    """Set the averages of BatchNormalization; without them the output of random layers vanishes."""
     apply_thaw(classifier, "all", "train")
     norms = [layer for layer in classifier.backbone.layers if isinstance(layer, NORM)]
     for layer in norms:
@@ -127,7 +125,7 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Ten
 
 
 def features_of(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndarray:
-    """As many at once as a live step computes: random deep networks make much of how convolutions of other sizes round."""
+    """Features computed in batches of a live step: random deep networks amplify rounding differences."""
     compute = tf.function(Trunk(classifier, [cut]).features)
     padded = np.pad(images, [(0, -COUNT % BATCH), (0, 0), (0, 0), (0, 0)])
     return np.concatenate([compute(part)[0] for part in np.split(padded, len(padded) // BATCH)])[:COUNT]
@@ -171,19 +169,18 @@ def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
     calibrate(classifier, images)
     begin = variables.read(classifier.variables)
     plan, cut = cut_of(classifier, thaw, batch_norm)
-    assert cut is not None
     live = train(plan, classifier, images, labels)
     expected = variables.read(classifier.variables)
     variables.write(classifier.variables, begin, "the beginning")
     cached = train(plan, Tail(classifier, cut), features_of(classifier, cut, images), labels)
-    found = variables.read(classifier.variables)
+    trained = variables.read(classifier.variables)
     np.testing.assert_allclose(cached, live, rtol=1e-4, atol=1e-4)
     moved = 0
     for key in expected:
-        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(trained[key], expected[key], rtol=0, atol=1e-5, err_msg=key)
         moved += bool((expected[key] != begin[key]).any())
         if key in cut.variables:
-            np.testing.assert_array_equal(found[key], begin[key])
+            np.testing.assert_array_equal(trained[key], begin[key])
     assert moved >= len(plan.trainable) // 2
 
 

@@ -1,10 +1,11 @@
-"""Cached features or images: what is chosen for a phase, and why."""
+"""The choice between cached features and images for a phase, and its reason."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut
@@ -32,23 +33,21 @@ PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
 AUGMENTED = {"augmentation": {"zoom": 0.1}}
 
 
-def planned(told: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
+def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
     splits = {
         "train": Split("train", np.zeros(COUNT, np.int32)),
         "validation": Split("validation", np.zeros(SCORED, np.int32)),
     }
-    return plan_features(told, divide(told, classifier), Dataset("x", ("a", "b"), splits, ""), budget)["head"]
-
-
-def test_where_nothing_trains_the_images_themselves_are_read() -> None:
-    assert not train_images_read_once(config(), {})
+    return plan_features(configured, divide(configured, classifier), Dataset("x", ("a", "b"), splits, ""), budget)[
+        "head"
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "cached", "why"),
     [
         ({}, True, "1 view of 120 images at the backbone's end, pooled to 1280, 0.6 MB, computed once for 3 epochs"),
-        ({"features": "live"}, False, "as asked"),
+        ({"features": "live"}, False, "as configured"),
         ({"epochs": 1}, False, "1 view would be computed for 1 epoch"),
         ({"epochs": 1, "features": "cached"}, True, "1 view of 120 images at the backbone's end"),
         ({"epochs": 1.5}, True, "computed once for 2 epochs"),
@@ -58,14 +57,13 @@ def test_where_nothing_trains_the_images_themselves_are_read() -> None:
         (AUGMENTED | {"augmented_views": 2}, True, "2 views of 120 images"),
         (AUGMENTED | {"augmented_views": 3}, False, "3 views would be computed for 3 epochs"),
         ({"augmentation": {"mixup": 0.2}, "augmented_views": 2}, False, "augmentation.mixup and cutmix mix other images"),
-        (AUGMENTED | {"augmented_views": 2, "distillation": {"teacher": "x"}}, False, "the teacher answers in every step"),
+        (AUGMENTED | {"augmented_views": 2, "distillation": {"teacher": "x"}}, False, "in every step"),
         ({"distillation": {"teacher": "x"}}, True, "1 view of 120 images"),
         ({"debug": {"max_steps": 10}}, False, "1 view would be computed for 1 epoch"),
     ],
 )  # fmt: skip
-def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
-    told = config(**changes)
-    choice = planned(told, classifier)
+def test_auto_caches_if_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
+    choice = planned(config(**changes), classifier)
     assert (choice.reads == "cached") == cached
     assert why in choice.reason
 
@@ -78,21 +76,20 @@ def test_auto_caches_where_that_saves_work(classifier: Classifier, changes: Any,
             "validation",
             "; validation on features of 20 images at the backbone's end, pooled to 1280, 0.1 MB",
         ),
-        (AUGMENTED | {"features": "live"}, "live", "as asked"),
+        (AUGMENTED | {"features": "live"}, "live", "as configured"),
         (AUGMENTED | {"thaw": "all"}, "live", "augmentation makes other images in every epoch (augmented_views)"),
         (AUGMENTED | {"epochs": 1}, "live", "augmentation makes other images in every epoch (augmented_views)"),
         ({"epochs": 1}, "live", "1 view would be computed for 1 epoch"),
     ],
 )
 def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
-    told = config(**changes)
-    choice = planned(told, classifier)
+    choice = planned(config(**changes), classifier)
     assert choice.reads == reads
     assert choice.reason.endswith(why)
     assert choice.describe("head").startswith("features of phase head: live, ")
 
 
-def test_what_does_not_fit_is_live_or_refused(classifier: Classifier) -> None:
+def test_features_that_do_not_fit_are_live_or_an_error(classifier: Classifier) -> None:
     choice = planned(config(), classifier, 120 * 1280 * 4 - 1)
     assert choice.reads == "validation"
     assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.reason
@@ -102,21 +99,18 @@ def test_what_does_not_fit_is_live_or_refused(classifier: Classifier) -> None:
     assert planned(config(), classifier, 120 * 1280 * 4).reads == "cached"
     half = config(features_dtype="float16", features="cached")
     assert planned(half, classifier, 120 * 1280 * 2).reads == "cached"
-    with pytest.raises(ConfigError, match=r"phases.head.features=cached: 1 view .* fit neither .*; say features=auto"):
+    with raises(ConfigError, "phases.head.features", "cached", fix="features=auto", problem="^1 view .* fit neither"):
         planned(half, classifier, 1)
 
 
-def test_what_is_computed_in_few_bits_keeps_its_own() -> None:
-    def cut(dtype: str) -> Cut:
-        return Cut("x", 1, None, False, (2,), dtype, {})
-
+@pytest.mark.parametrize(("computed", "stored"), [("float32", "float16"), ("bfloat16", "bfloat16")])
+def test_features_of_lower_precision_are_stored_in_it(computed: str, stored: str) -> None:
     phase = config(features_dtype="float16").phases["head"]
-    assert stored_dtype(phase, cut("float32")) == "float16"
-    assert stored_dtype(phase, cut("bfloat16")) == "bfloat16"
+    assert stored_dtype(phase, Cut("x", 1, None, False, (2,), computed, {})) == stored
 
 
-def test_a_division_knows_what_moves(classifier: Classifier) -> None:
-    told = load({
+def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
+    configured = load({
         "data": {"source": "digits"}, "model": MODEL,
         "phases": {
             "head": {"thaw": "none", "epochs": 1},
@@ -124,18 +118,19 @@ def test_a_division_knows_what_moves(classifier: Classifier) -> None:
             "all": {"thaw": "all", "epochs": 1},
         },
     })  # fmt: skip
-    parts = divide(told, classifier)
+    parts = divide(configured, classifier)
     assert parts["head"].updated == {"head/output/kernel", "head/output/bias"}
     assert "backbone/block_16_project_BN/moving_mean" in parts["norms"].updated
     assert parts["norms"].cut is not None
     assert not parts["norms"].updated & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
-    assert not train_images_read_once(told, {"head": "cached", "norms": "cached", "all": "live"})
-    assert train_images_read_once(told, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
+    assert not train_images_read_once(config(), {})
+    assert not train_images_read_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
+    assert train_images_read_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
-    told = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
-    with pytest.raises(ModelError, match=r"^phases.second: thaw=last_blocks:99: "):
-        divide(told, classifier)
+    configured = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
+    with pytest.raises(ModelError, match=r"^phases\.second(: |\.)thaw=last_blocks:99: "):
+        divide(configured, classifier)

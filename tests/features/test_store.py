@@ -1,4 +1,4 @@
-"""Features on disk and in memory: what is whole is taken over, what is not is missing, and nothing else is read."""
+"""Features on disk and in memory: intact rows are read by a later start, others are computed again."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tests.data import splits_on_disk
 from tests.data.orders import epoch_order
+from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.order import Order
@@ -27,22 +28,21 @@ SPLIT = Split("train", np.arange(COUNT, dtype=np.int32), files=tuple(f"{i}.jpg" 
 
 
 def values(view: int, index: np.ndarray | range) -> np.ndarray:
-    """Float32 [n, *SHAPE], others for each view and example."""
+    """Float32 [n, *SHAPE], different for each view and example."""
     number = np.asarray(index)[:, None, None] * 10 + view * 1000
     return (number + np.arange(6).reshape(SHAPE)).astype(np.float32)
 
 
-def opened(folder: Path, said: list[str] | None = None, **changes: Any) -> Features | None:
+def opened(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
     options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "own": np.arange(COUNT), "threads": 2}
     where = {"file": folder / "f" / "x", "memory_budget": NEEDED, "disk_budget": 10 * NEEDED}
     where |= {name: changes.pop(name) for name in list(changes) if name in where}
-    features = Features(SPLIT, **(options | changes), note=(said if said is not None else []).append)  # type: ignore[arg-type]
+    features = Features(SPLIT, **(options | changes), note=(notes if notes is not None else []).append)  # type: ignore[arg-type]
     return open_features(features, **where)  # type: ignore[arg-type]
 
 
 def filled(folder: Path, **changes: Any) -> Features:
     features = opened(folder, **changes)
-    assert features is not None
     for view in range(features.views):
         index = np.flatnonzero(features.missing(view))
         features.write(view, index, features.stored(values(view, index)), {})
@@ -51,7 +51,7 @@ def filled(folder: Path, **changes: Any) -> Features:
 
 @pytest.fixture
 def small_files() -> Iterator[Any]:
-    """Limits files to some bytes: writing more fails as a full disk does."""
+    """Limits the size of files, so that writing fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -62,7 +62,7 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
     features = filled(tmp_path, memory_budget=memory)
     features.complete()
     features.bad[3] = "damaged"
-    assert features.kept == ("memory" if memory == NEEDED else "disk")
+    assert features.cached_in == ("memory" if memory == NEEDED else "disk")
     batches = training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
     stream = batches.dataset.as_numpy_iterator()
     for epoch in range(3):
@@ -85,23 +85,20 @@ def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> No
     np.testing.assert_array_equal(rows, tf.cast(np.stack([values(1, [4])[0], values(0, [10])[0]]), dtype))
 
 
-def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+def test_values_beyond_float16_are_an_error(tmp_path: Path) -> None:
     features = opened(tmp_path, dtype="float16")
-    assert features is not None
-    with pytest.raises(DataError, match="features_dtype=float16 holds numbers up to 65,504"):
+    with raises(DataError, "features_dtype", "float16", fix="bfloat16", problem="65,504"):
         features.stored(np.full((1, *SHAPE), 7e4, np.float32))
 
 
 @pytest.mark.parametrize("memory", [NEEDED, 0])
-def test_a_later_start_takes_over_what_is_whole(tmp_path: Path, memory: int) -> None:
+def test_a_later_start_reads_intact_rows(tmp_path: Path, memory: int) -> None:
     first = opened(tmp_path)
-    assert first is not None
     first.write(0, np.array([0, 1, 2, 7]), values(0, [0, 1, 2, 7]), {2: "no JPEG"})
     first.write(1, np.array([5]), values(1, [5]), {})
     with open(tmp_path / "f" / "x.list", "a") as listed:
         listed.write('{"view": 0, "first": 9, "cou')  # killed here
     second = opened(tmp_path, memory_budget=memory)
-    assert second is not None
     assert np.flatnonzero(~second.missing(0)).tolist() == [0, 1, 2, 7]
     assert np.flatnonzero(~second.missing(1)).tolist() == [5]
     assert second.bad == {2: "no JPEG"}
@@ -115,24 +112,22 @@ def test_a_later_start_takes_over_what_is_whole(tmp_path: Path, memory: int) -> 
         assert not rows[view, COUNT].any()
 
 
-def test_damaged_rows_are_missing_and_only_they(tmp_path: Path) -> None:
+def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    assert first is not None
     for part in (range(4), range(4, COUNT)):
         first.write(0, np.asarray(part), values(0, part), {})
     rows = tmp_path / "f" / "x.rows"
     content = bytearray(rows.read_bytes())
     content[5 * 24] ^= 1
     rows.write_bytes(content)
-    said: list[str] = []
-    second = opened(tmp_path, said)
-    assert second is not None
+    notes: list[str] = []
+    second = opened(tmp_path, notes)
     assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
-    assert said == [f"1 pieces of {tmp_path}/f/x.rows are damaged; they are computed again"]
+    assert notes == [f"1 blocks of {tmp_path}/f/x.rows are damaged; they are computed again"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
-def test_nothing_is_taken_from_a_file_that_is_not_whole(tmp_path: Path, damage: str) -> None:
+def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> None:
     filled(tmp_path)
     rows, listed = tmp_path / "f" / "x.rows", tmp_path / "f" / "x.list"
     if damage == "truncated":
@@ -140,83 +135,76 @@ def test_nothing_is_taken_from_a_file_that_is_not_whole(tmp_path: Path, damage: 
     elif damage == "gone":
         rows.unlink()
     else:
-        listed.write_text(
-            "".join(json.dumps(x) + "\n" for x in ([], {"view": 9}, {"view": 0, "first": -1, "count": 3}))
-        )
-    again = opened(tmp_path)
-    assert again is not None
-    assert again.missing(0).all()
+        lines = ([], {"view": 9}, {"view": 0, "first": -1, "count": 3}, {"view": 9, "first": 0, "count": 3, "bad": {}})
+        listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert opened(tmp_path).missing(0).all()
 
 
-def test_a_worker_keeps_and_counts_its_own_alone(tmp_path: Path) -> None:
+def test_a_worker_stores_and_counts_only_its_own_rows(tmp_path: Path) -> None:
     own = np.array([1, 2, 9])
     features = filled(tmp_path, own=own, memory_budget=0)
     assert features.bytes == VIEWS * 3 * 24 == bytes_of(SHAPE, "float32", VIEWS, 3)
     features.complete()
     assert not any(features.missing(view).any() for view in range(VIEWS))
-    everything = opened(tmp_path)
-    assert everything is not None
-    assert np.flatnonzero(~everything.missing(1)).tolist() == [1, 2, 9]
+    assert np.flatnonzero(~opened(tmp_path).missing(1)).tolist() == [1, 2, 9]
 
 
-def test_a_full_disk_leaves_them_in_memory(tmp_path: Path, small_files: Any) -> None:
-    said: list[str] = []
-    features = opened(tmp_path, said)
-    assert features is not None
+def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: Any) -> None:
+    notes: list[str] = []
+    features = opened(tmp_path, notes)
     small_files(3 * 24)
     for view in range(VIEWS):
         features.write(view, np.arange(COUNT), values(view, range(COUNT)), {})
-    assert said == [f"features cannot be kept in {tmp_path}/f (File too large); in memory alone, then"]
+    assert notes == [f"features cannot be stored in {tmp_path}/f (File too large); using memory only"]
     assert list((tmp_path / "f").iterdir()) == []
     features.complete()
     np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
 
 
-def test_a_full_disk_is_an_error_where_memory_does_not_hold_them(tmp_path: Path, small_files: Any) -> None:
+def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_files: Any) -> None:
     features = opened(tmp_path, memory_budget=0)
-    assert features is not None
     small_files(3 * 24)
     with pytest.raises(OSError, match="File too large"):
         features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
 
 
 @pytest.mark.parametrize(
-    ("memory", "disk", "kept", "on_disk"),
+    ("memory", "disk", "where", "on_disk"),
     [(NEEDED, NEEDED, "memory", True), (NEEDED, NEEDED - 1, "memory", False), (NEEDED - 1, NEEDED, "disk", True)],
 )
-def test_budgets_decide_where_they_are_kept(tmp_path: Path, memory: int, disk: int, kept: str, on_disk: bool) -> None:
+def test_features_are_stored_within_the_budgets(
+    tmp_path: Path, memory: int, disk: int, where: str, on_disk: bool
+) -> None:
     features = opened(tmp_path, memory_budget=memory, disk_budget=disk)
-    assert features is not None
-    assert (features.kept, (tmp_path / "f" / "x.rows").exists()) == (kept, on_disk)
+    assert (features.cached_in, (tmp_path / "f" / "x.rows").exists()) == (where, on_disk)
 
 
-def test_without_room_there_are_none(tmp_path: Path, small_files: Any) -> None:
+def test_without_room_there_are_no_features(tmp_path: Path, small_files: Any) -> None:
     assert opened(tmp_path, memory_budget=NEEDED - 1, disk_budget=NEEDED - 1) is None
-    said: list[str] = []
+    notes: list[str] = []
     small_files(3)
-    assert opened(tmp_path, said, memory_budget=NEEDED - 1) is None
-    assert said == [f"features cannot be kept in {tmp_path}/f (File too large)"]
+    assert opened(tmp_path, notes, memory_budget=NEEDED - 1) is None
+    assert notes == [f"features cannot be stored in {tmp_path}/f (File too large)"]
 
 
-def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_features_are_deleted(tmp_path: Path) -> None:
     big = (64, 64)  # some pages of a file
     size = bytes_of(big, "float32", 1, COUNT)
 
-    def keep(name: str, budget: int) -> Features | None:
+    def open_on_disk(name: str, budget: int) -> Features:
         return opened(tmp_path, shape=big, views=1, file=tmp_path / "f" / name, memory_budget=0, disk_budget=budget)
 
     for age, name in enumerate(("old", "used", "new")):
-        features = keep(name, 4 * size)
-        assert features is not None
+        features = open_on_disk(name, 4 * size)
         features.write(0, np.arange(COUNT), np.ones((COUNT, *big), np.float32), {})
         os.utime(tmp_path / "f" / f"{name}.list", (age, age))
-    assert keep("used", 4 * size) is not None  # which is now the newest
-    assert keep("more", 3 * size + 3 * 8192) is not None
+    open_on_disk("used", 4 * size)  # which is now the newest
+    open_on_disk("more", 3 * size + 3 * 8192)
     assert sorted(path.stem for path in (tmp_path / "f").glob("*.list")) == ["more", "new", "used"]
 
 
-def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: Path) -> None:
-    """In the pass and in live training alike."""
+def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -> None:
+    """In the feature pass and in live training."""
     pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
     augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
     chosen = np.array([2, 3, 11, 30])
@@ -224,8 +212,8 @@ def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: 
     for view in (0, 1):
         batches = chosen_batches(pixels, chosen, rows=4, replicas=1, view=View(augmentation, 5, view))
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
-        epochs = np.full(4, view)
-        np.testing.assert_array_equal(batch["image"], augment(pixels.rows(chosen), augmentation, 5, epochs, chosen))
+        expected = augment(pixels.rows(chosen), augmentation, 5, np.full(4, view), chosen)
+        np.testing.assert_array_equal(batch["image"], expected)
         np.testing.assert_array_equal(batch["index"], chosen)
         seen.append(batch["image"])
     assert (seen[0] != seen[1]).any()
@@ -234,6 +222,6 @@ def test_a_view_is_what_augmentation_makes_in_the_epoch_of_its_number(tmp_path: 
     batches = training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
     third, fourth = batches.dataset.take(2).as_numpy_iterator()
     for view, batch in enumerate((third, fourth)):
-        at = np.argsort(batch["index"])[chosen]
-        np.testing.assert_array_equal(batch["image"][at], seen[view])
+        rows = np.argsort(batch["index"])[chosen]
+        np.testing.assert_array_equal(batch["image"][rows], seen[view])
     assert (third["index"] != fourth["index"]).any()

@@ -1,4 +1,4 @@
-"""The images of one split, decoded once and cached (in memory or on disk), or decoded whenever they are read."""
+"""Images of a split: decoded once and cached in memory or on disk, or decoded whenever they are read."""
 
 import hashlib
 import json
@@ -30,40 +30,34 @@ from trainer.storage.shard_cache import Note, ShardCache
 from trainer.types import Dataset, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
-# An error of these kinds is never the fault of an image.
+# Errors that damaged data never causes.
 _NOT_DATA = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
              tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
-_NOTES = 20  # skipped images that are named one by one
-_BATCH = 64  # images decoded at once, and written to a cache
-_FORMAT = 2  # of the cache on disk; counts up when decoding changes
+_LOGGED = 20  # skipped images that are logged by name
+_BATCH = 64  # images per batch that fills a cache
+_FORMAT = 2  # version of the cache on disk; incremented when decoding changes
 
 
 class BatchSource(Protocol):
-    """The inputs that batches are made of: decoded images (`Pixels`), or features of them (`features.store`)."""
+    """Source of batches: decoded images (`Pixels`) or their features (`features.store`)."""
 
     split: Split
     threads: int | None
 
     @property
-    def parallel(self) -> int:
-        """The number of examples that are worked on at the same time."""
-
+    def parallel(self) -> int: ...  # number of examples processed in parallel
     @property
-    def bad(self) -> dict[int, str]:
-        """Index -> reason of the examples that could not be read so far; they count nowhere (weight 0)."""
-
-    def tensor(self) -> tf.Tensor:
-        """All rows, over the memory that holds them."""
+    def bad(self) -> dict[int, str]: ...  # index -> reason of the examples that could not be read so far (weight 0)
+    def tensor(self) -> tf.Tensor: ...  # all rows, not copied
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """In a pipeline: rows out of `tensor()` for int64 [b]; `split.count` stands for padding."""
+        """Gather rows of `tensor()` in a pipeline: `index` and `epoch` int64 [b], index `split.count` for padding."""
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """The gate at which a pipeline waits for its shards; the arguments are those of `ShardGate`."""
+    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate: ...
 
 
 def tensor_over(array: np.ndarray | None) -> tf.Tensor:
-    """An array as a tensor over the same memory (DLPack): nothing is copied, and pages of a file load on demand."""
+    """Return a tensor over the memory of an array (DLPack); pages of a mapped file load on demand."""
     assert array is not None
     with tf.device("CPU:0"):
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -71,46 +65,40 @@ def tensor_over(array: np.ndarray | None) -> tf.Tensor:
 
 @dataclass
 class Pixels:
-    """The decoded images of a split. Batches are the same bits whether and wherever they are cached."""
+    """The decoded images of a split; batches are bit-identical with every cache."""
 
     split: Split
     size: int  # side of an image, pixels
     resize: Resize
     on_error: Literal["fail", "skip"]
-    threads: int | None = None  # that decode, in a pool of their own; None: one for each CPU, in the shared one
+    threads: int | None = None  # of a private decoding pool; None: one per CPU, in the shared pool
     note: Note = lambda _: None
-    check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to leave
+    check: Callable[[], None] = lambda: None  # called while a cache is filled; raises to stop
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
-    kept: Literal["memory", "disk", "none"] = "none"
-    shards: ShardCache | None = None  # where the shards come from while they are read; None: all of them are local
+    cached_in: Literal["memory", "disk", "none"] = "none"
+    shards: ShardCache | None = None  # fetches shards; None: all of them are local
     known_bad: dict[int, str] = field(default_factory=dict)
-    filled: int = 0  # images that went into a cache so far
+    filled: int = 0  # images in the cache so far
     failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
 
     @property
     def bad(self) -> dict[int, str]:
-        self.take_note()
+        self.collect_failures()
         return self.known_bad
 
-    def take_note(self) -> None:
-        """Add the examples that the pipeline could not read since the last time to `known_bad`, and name them."""
-        for line in self.failures:
-            index = int(line)
+    def collect_failures(self) -> None:
+        """Add the examples that the pipeline has newly failed to read to `known_bad`, and log them."""
+        for index in map(int, self.failures):
             if index not in self.known_bad:
-                self.known_bad[index] = reason_for(self, index)
-                if len(self.known_bad) <= _NOTES:
+                self.known_bad[index] = failure_reason(self, index)
+                if len(self.known_bad) <= _LOGGED:
                     self.note(f"skipped {self.split.name_of(index)}: {self.known_bad[index]}")
-                if len(self.known_bad) == _NOTES:
+                if len(self.known_bad) == _LOGGED:
                     self.note("further skipped images are only counted")
 
     @property
     def parallel(self) -> int:
         return self.threads or usable_cpus()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the memory budget that this takes."""
-        return self.array.nbytes if self.array is not None and self.kept == "memory" else 0
 
     def tensor(self) -> tf.Tensor:
         return tensor_over(self.array)
@@ -123,32 +111,22 @@ class Pixels:
         return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these examples, uint8 [k, S, S, 3]; one that cannot be decoded is black.
+        """Return the images of these examples, uint8 [k, S, S, 3]; a skipped damaged one is black.
 
         Raises:
-            DataError: as `data_errors`, unless damaged images are skipped.
+            DataError: an image cannot be decoded, with `on_error` "fail".
         """
         if self.array is not None:
             return np.array(self.array[indices])
         chosen, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         none = np.zeros((0, self.size, self.size, 3), np.uint8)
         with data_errors(self):
-            # Few shards may be there at a time, and neighbours here can lie in many.
+            # With fetched shards one row at a time: neighbours can be in many shards, and the cache holds few.
             return np.concatenate([none, *_decoded(self, chosen, "rows", 1 if self.shards else _BATCH)])[inverse]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Examples that cannot be read
-
-
-def _sentence(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without the names of graph nodes around it."""
-    text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", str(error.message).splitlines()[0])
-    return text.strip().rstrip(".")
-
-
-def reason_for(pixels: Pixels, index: int) -> str:
-    """The reason that an example cannot be read: it is tried once more."""
+def failure_reason(pixels: Pixels, index: int) -> str:
+    """Read an example again, and return why that fails."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
@@ -157,27 +135,21 @@ def reason_for(pixels: Pixels, index: int) -> str:
                 pixels.shards.require("one", [os.path.basename(path)])
             records = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
             if not records:
-                return "the shard breaks off before this record"
+                return "the shard ends before this record"
             row["record"] = records[0]
         decoder(split, pixels.size, pixels.resize)(row)
     except tf.errors.OpError as error:
-        return _sentence(error)
-    return "could not be read at first, but can be now"
-
-
-def _first_unreadable(pixels: Pixels, start: int) -> int | None:
-    """The first example from index `start` on that cannot be read; tries them all, in parallel."""
-    p = pixels
-    probe = Pixels(p.split, p.size, p.resize, "skip", p.threads, check=p.check, shards=p.shards)
-    return next((min(probe.bad) for _ in _all_from(probe, start) if probe.bad), None)
+        # TensorFlow's message without the names of graph nodes.
+        text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", str(error.message).splitlines()[0])
+        return text.strip().rstrip(".")
+    return "could not be read at first, but can be read now"
 
 
 @contextmanager
 def data_errors(pixels: BatchSource) -> Iterator[None]:
-    """Around every loop over batches of `pixels`: what TensorFlow raises for damaged data becomes a `DataError`.
+    """Convert TensorFlow errors for damaged data into a `DataError`; wraps every loop over batches of `pixels`.
 
-    TensorFlow does not say which example it was. So the split is searched for it, which can take as long as an epoch;
-    images that were decoded beforehand never get here.
+    TensorFlow's error does not name the example, so the split is searched for it, which can take as long as an epoch.
 
     Raises:
         DataError: names the image file, or shard and record, and the reason.
@@ -191,27 +163,25 @@ def data_errors(pixels: BatchSource) -> Iterator[None]:
         if not from_pipeline or isinstance(error, _NOT_DATA):
             raise
         if not pixels.filled:
-            pixels.note(f"an image of {pixels.split.name} cannot be read; looking for it")
-        index = _first_unreadable(pixels, pixels.filled)
+            pixels.note(f"an image of {pixels.split.name} cannot be read; searching for it")
+        p = pixels
+        probe = Pixels(p.split, p.size, p.resize, "skip", p.threads, check=p.check, shards=p.shards)
+        index = next((min(probe.bad) for _ in _all_from(probe, p.filled) if probe.bad), None)
         if index is None:
             raise
-        fault = f"cannot decode {pixels.split.name_of(index)}: {reason_for(pixels, index)}"
-        raise DataError(f"{fault}; repair or remove it, or set data.on_error=skip") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Caches
+        problem = f"cannot decode {pixels.split.name_of(index)}: {failure_reason(pixels, index)}"
+        raise DataError(problem, fix="repair or remove it, or set data.on_error=skip") from None
 
 
 def live_rows(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """The rows of blocks 0, 1, ... decoded as they are read; see `decoded_rows`."""
+    """Return the rows of blocks 0, 1, ... decoded when read; see `decoded_rows`."""
     failures = pixels.failures.name if pixels.on_error == "skip" else None
     blocks = block_dataset(block, count)
     return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
 def _decoded(pixels: Pixels, chosen: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
-    """The images of these examples, increasing indices, uint8 [<= rows, S, S, 3] at a time."""
+    """Yield the images of these examples, increasing indices, as uint8 [<= rows, S, S, 3]."""
     count, block = sequence_blocks(pixels.split, chosen, 1)
     gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
     batches = iter(live_rows(pixels, block, count).map(plain(lambda row: row["image"])).batch(rows).prefetch(2))
@@ -219,27 +189,27 @@ def _decoded(pixels: Pixels, chosen: np.ndarray, reader: str, rows: int = _BATCH
         gate.wait_for(rows)
         yield next(batches).numpy()
         pixels.check()
-        pixels.take_note()
+        pixels.collect_failures()
     del batches
     gate.close()
 
 
 def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
-    """Every image from index `start` on, to be cached; `pixels.filled` are those that the caller is done with."""
+    """Yield every image from index `start` on, and count in `pixels.filled` those that the caller has stored."""
     for images in _decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.filled += len(images)
 
 
 def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
-    """Use the cache on disk if it is complete; whether it is."""
+    """Open the cache on disk; False if it is incomplete."""
     data, about = stem.with_suffix(".u8"), stem.with_suffix(".json")
     try:
         bad = json.loads(about.read_text())["bad"]
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        # Copy on write: DLPack takes only writable memory, and nobody writes.
-        pixels.array, pixels.kept = np.memmap(data, np.uint8, "c", shape=shape), "disk"
+        # Copy on write, since DLPack requires writable memory; nothing writes.
+        pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"
     except (OSError, ValueError, KeyError):
         return False
     pixels.known_bad.update({int(index): reason for index, reason in bad.items()})
@@ -247,14 +217,14 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
-    """Write beside, rename when complete; the small file that speaks of the bad ones comes last and means done."""
+    """Write the cache to a temporary file and rename it; the JSON file, written last, marks it as complete."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
     try:
         with os.fdopen(handle, "wb") as file:  # plain writes: a full disk under a mapped file would kill the process
             for images in _all_from(pixels):
                 file.write(images.data)
-            file.write(bytes(int(np.prod(shape[1:]))))  # the black one
+            file.write(bytes(int(np.prod(shape[1:]))))  # the black image
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, stem.with_suffix(".u8"))
@@ -265,8 +235,8 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
 
 
 def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
-    """A name for the pixels of a split that no other pixels have."""
-    # Shards are told apart by the fingerprint; the folder they lie in may be another one at the next start.
+    """Return a unique name for the pixels of a split."""
+    # Without the folder of the shards, which may differ at the next start; the fingerprint identifies their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
     parts = (_FORMAT, fingerprint, split.name, split.count, size, resize, *members)
@@ -275,13 +245,13 @@ def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str
 
 
 def megabytes(count: int) -> str:
-    """Bytes as text, such as "1.2 GB"."""
+    """Format a number of bytes, such as "1.2 GB"."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The cache for the decoded images of a split, the bytes they take, and the reason."""
+    """Cache of the decoded images of a split, their size in bytes, and the reason for the choice."""
 
     where: Literal["memory", "disk", "none"]
     bytes: int
@@ -289,17 +259,10 @@ class CachePlan:
 
 
 def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
-    """Choose the cache of decoded images.
-
-    `auto` takes memory if they fit its budget, else disk if they fit that, else nothing is kept; nor is it where they
-    are read once, for features. A budget does not bind `memory` or `disk` asked for by name.
-
-    Args:
-        needed, memory_budget, disk_budget: bytes of the decoded images, and bytes that are left for them.
-    """
+    """Choose the cache of decoded images; only `auto` respects the budgets, in bytes, and skips images read `once`."""
     budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
     if cache != "auto":
-        return CachePlan(cache, needed, "as asked")
+        return CachePlan(cache, needed, "as configured")
     if once:
         return CachePlan("none", needed, "training reads them once, for features")
     if needed <= memory_budget:
@@ -310,7 +273,7 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
 
 
 def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once: bool) -> dict[str, CachePlan]:
-    """The caches that a run would use for the decoded images of each split, of side `size` pixels."""
+    """Plan the caches of the decoded images of all splits, of side `size` pixels."""
     plans: dict[str, CachePlan] = {}
     memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
     for name in [part for part in SPLITS if part in dataset.splits]:
@@ -322,15 +285,14 @@ def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once
 
 
 def image_bytes(split: Split, size: int) -> int:
-    """Bytes of the decoded images of a split, and of the black one that stands for padding."""
+    """Return the bytes of the decoded images of a split, and of the black one for padding."""
     return (split.count + 1) * size * size * 3
 
 
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
-    """Fill the cache that `plan` names, or open the one on disk that an earlier run has filled.
+    """Fill the cache of `plan`, or open the one that an earlier run has completed in `folder`.
 
-    Later runs find the cache in `folder` by the dataset's fingerprint; a fill that was killed is done again. Where the
-    disk cannot be written, images are decoded when they are read.
+    If the disk cannot be written, images are decoded when they are read.
 
     Raises:
         DataError: `on_error` is "fail" and an image cannot be decoded, or a shard is damaged.
@@ -338,53 +300,49 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
     split, note = pixels.split, pixels.note
     shape = (split.count + 1, pixels.size, pixels.size, 3)
     what = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {megabytes(plan.bytes)})"
-    why = "" if plan.reason == "as asked" else f" ({plan.reason})"
+    why = "" if plan.reason == "as configured" else f" ({plan.reason})"
     stem = folder / cache_name(split, pixels.size, pixels.resize, fingerprint)
     with data_errors(pixels):
         if plan.where == "memory":
-            note(f"{what}: kept in memory{why}")
+            note(f"{what}: cached in memory{why}")
             array = fresh_array(shape, np.dtype(np.uint8))
             for images in _all_from(pixels):
                 array[pixels.filled : pixels.filled + len(images)] = images
-            pixels.array, pixels.kept = array, "memory"
+            pixels.array, pixels.cached_in = array, "memory"
         elif plan.where == "none":
-            note(f"{what}: not kept, decoded whenever they are read ({plan.reason})")
+            note(f"{what}: not cached, decoded whenever they are read ({plan.reason})")
         elif _open_stored(pixels, stem, shape):
-            note(f"{what}: taken from {stem}.u8, made by an earlier run")
+            note(f"{what}: read from {stem}.u8, made by an earlier run")
         else:
-            note(f"{what}: kept in {stem}.u8{why}")
+            note(f"{what}: cached in {stem}.u8{why}")
             try:
                 _fill_disk(pixels, stem, shape)
             except OSError as error:
                 pixels.filled = 0
                 free = shutil.disk_usage(Path(folder).anchor or "/").free
-                note(f"{what}: cannot be kept in {folder} ({error.strerror}, {megabytes(free)} free); decoding anew")
+                note(f"{what}: cannot be cached in {folder} ({error.strerror}, {megabytes(free)} free), decoded live")
             else:
                 _open_stored(pixels, stem, shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# All splits of a run
-
-
 class ImageStore:
-    """The decoded images of a run: each split is opened once, all of them under one memory budget."""
+    """The decoded images of all splits of a run, under one memory budget."""
 
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
-        """`size`: side of the images, pixels; `check(where)`: called while images are decoded, may raise to leave."""
+        """`size`: side of the images, pixels; `check(where)`: called while images are decoded, may raise to stop."""
         self.dataset, self.config, self.size = data.dataset, config, size
-        self.train_once = False  # True: they are read once from now on, so that `data.cache=auto` does not keep them
+        self.train_once = False  # True: training images are read once from now on; `data.cache=auto` skips the cache
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
 
     def split(self, name: str) -> Pixels:
-        """The images of a split; the first call may fill a cache."""
+        """Return the images of a split; the first call may fill a cache."""
         if name not in self._opened:
             config, once = self.config, name == "train" and self.train_once
             self._opened[name] = self._open(name, self.size, config.model.resize, config.data.cache, once)
         return self._opened[name]
 
     def at(self, name: str, size: int, resize: Resize) -> Pixels:
-        """The images of a split at another size; they are not cached."""
+        """Return the images of a split at another size, not cached."""
         return self._open(name, size, resize, "none", once=False)
 
     def _open(self, name: str, size: int, resize: Resize, cache: Cache, once: bool) -> Pixels:
@@ -400,26 +358,26 @@ class ImageStore:
         return pixels
 
     def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 [k, S, S, 3]: the images of these examples of a split."""
+        """Return the images of these examples of a split, uint8 [k, S, S, 3]."""
         return self.split(name).rows(np.asarray(indices, np.int64))
 
     def close(self) -> None:
-        """End the fetching of shards."""
+        """Stop fetching shards."""
         if self._data.shards:
             self._data.shards.close()
 
     def forget(self, name: str) -> None:
-        """Open a split anew when it is asked for again: it may now be worth it to keep its images."""
+        """Close a split; the next `split` call opens it again and may cache its images."""
         self._opened.pop(name, None)
 
     @property
     def memory_left(self) -> int:
-        """Bytes of the memory budget that decoded images have not taken."""
+        """Bytes of the memory budget that decoded images do not use."""
         budget = self.config.runtime.memory_budget or memory_budget_default()
-        return budget - sum(pixels.memory_bytes for pixels in self._opened.values())
+        return budget - sum(image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory")
 
     def name_of(self, split: str, index: int) -> str:
-        """The file or record of an example, as the user knows it."""
+        """Return the file or record of an example, at the address that the user gave."""
         name = self.dataset.splits[split].name_of(index)
         for path, address in self._data.addresses.items():
             if name.startswith(f"{path}/"):
@@ -427,6 +385,6 @@ class ImageStore:
         return name
 
     def undecodable(self) -> list[str]:
-        """Examples that counted for nothing (data.on_error=skip), with the reason."""
+        """Return the examples skipped by data.on_error=skip, each with the reason."""
         bad = [(name, pixels.bad) for name, pixels in sorted(self._opened.items())]
         return [f"{self.name_of(name, i)}: {reason}" for name, reasons in bad for i, reason in sorted(reasons.items())]

@@ -1,4 +1,4 @@
-"""Batches with exact positions: any (epoch, step) can be the first, and the bits are those of the unbroken stream."""
+"""Input pipelines: a stream of batches that starts at any (epoch, step) equals the uninterrupted one bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
 from trainer.data.decoding import COLUMNS, Row, block_dataset, plain
 from trainer.data.images import BatchSource, Pixels, live_rows
-from trainer.data.order import Block, Order, block_reads, sequence_blocks, share_of, training_blocks
+from trainer.data.order import Block, Order, block_reads, examples_to_score, sequence_blocks, training_blocks
 from trainer.data.shard_gate import ShardGate, rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
-from trainer.types import Split
 
-DEVICE_BUFFER = 2  # elements that wait for each replica in the buffers of a strategy's devices
+DEVICE_BUFFER = 2  # elements per replica in the device buffers of a strategy
 
 
 def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Dicts of image, weight, index, position, epoch and label, `size` rows each."""
+    """Return batches of `size` rows: image, weight, index, position, epoch and label."""
     if isinstance(source, Pixels) and source.array is None:
         batches = live_rows(source, block, count).batch(size, drop_remainder=True)
     else:
@@ -30,9 +29,9 @@ def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: in
 
 
 def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Batches out of an array: one gather each."""
-    # When an iterator is made TensorFlow feeds each tensor that a function has captured with another one of its shape,
-    # to optimize the pipeline, and keeps that memory: as much again as all images. An Optional around it has no shape.
+    """Return batches out of an array, with one gather per batch."""
+    # Creating an iterator, TensorFlow allocates a second tensor of the shape of each one that a function has captured,
+    # which doubles the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
         content = tf.experimental.Optional.from_value(source.tensor())
     bad = tf.constant(sorted(source.bad), tf.int64)
@@ -61,22 +60,16 @@ def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.d
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and the gate that waits for the shards that it opens.
+    """A dataset of batches, and the gate that waits for its shards."""
 
-    Attributes:
-        dataset: an element is what one replica gets, a `trainer.types.Batch`; without end.
-        count: of this worker's parts of a global batch until only padding comes; None: of training, endless.
-        gate: makes the gate of one iteration over `dataset`: call its `wait_for` before rows are taken.
-    """
-
-    dataset: tf.data.Dataset
-    count: int | None
-    gate: Callable[[], ShardGate]
+    dataset: tf.data.Dataset  # infinite; an element is the batch of one replica, a `trainer.types.Batch`
+    count: int | None  # global batches until only padding follows; None: training, infinite
+    gate: Callable[[], ShardGate]  # makes the gate of one iteration; call its `wait_for` before rows are taken
 
 
 @dataclass(frozen=True)
 class View:
-    """The augmentation of a pass over chosen examples: that of epoch `number` of training."""
+    """Augmentation as in training epoch `number`, for a pass over chosen examples."""
 
     augmentation: Augmentation
     seed: int
@@ -86,16 +79,16 @@ class View:
 def training_batches(
     source: BatchSource, order: Order, *, replicas: int, augmentation: Augmentation, views: int | None = None
 ) -> Batches:
-    """The endless stream of training batches in this order.
+    """Return the infinite stream of training batches in this order.
 
-    Each epoch is `steps_per_epoch` global batches, the last one padded with weight 0. An element has batch_size /
-    workers / replicas rows; `replicas` of them in a row make this worker's part of a global batch. Iterate within
+    An epoch has `steps_per_epoch` global batches, the last one padded with weight 0. An element has batch_size /
+    workers / replicas rows; `replicas` consecutive ones are this worker's rows of a global batch. Iterate within
     `images.data_errors`.
 
     Args:
-        replicas: of this worker; their number divides the worker's rows of a global batch.
-        augmentation: where it mixes, elements hold `other_label` and `mix` too, and have an even number of rows.
-        views: epoch e changes images as epoch e % views; None: each epoch in its own way.
+        replicas: of this worker; divides the worker's rows of a global batch.
+        augmentation: with mixup or cutmix, elements hold `other_label` and `mix` too and have an even number of rows.
+        views: epoch e augments images as epoch e % views; None: as epoch e.
     """
 
     @plain
@@ -110,7 +103,7 @@ def training_batches(
 
     block, rows = training_blocks(source.split, order), order.rows // replicas
     parallel = source.parallel if augmentation.active else None
-    # It cannot be seen, and a strategy would else ask all workers at every step whether any is at its end.
+    # Otherwise a strategy checks at every step, over all workers, for the end of the data.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     dataset = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
     prefetched = 2 * replicas
@@ -122,28 +115,21 @@ def training_batches(
 def evaluation_batches(
     source: BatchSource, *, batch_size: int, replicas: int, part: float = 1.0, sharding: Sharding = UNSHARDED
 ) -> Batches:
-    """Each example of a split once over all workers, in the order of the indices, in batches of uint8 images.
+    """Return each example of a split once over all workers, in the order of the indices, elements as in training.
 
-    Elements are as in `training_batches`. A `part` below 1 takes that part of the batches, filled with the examples
-    that one fixed shuffle puts first: every class is in it, and always the same examples. Of several workers each has
-    a run of neighbouring examples; the count is 0 where there are fewer examples than workers.
+    A `part` below 1 is the fraction of the batches to use, filled from a fixed shuffle: always the same examples, of
+    all classes. Each worker has consecutive examples; the count is 0 on a worker without any.
     """
     own = examples_to_score(source.split, batch_size, part, sharding)
     return chosen_batches(source, own, rows=batch_size // sharding.workers, replicas=replicas)
 
 
 def chosen_batches(
-    source: BatchSource,
-    chosen: np.ndarray,
-    *,
-    rows: int,
-    replicas: int,
-    view: View | None = None,
-    prefetched: int | None = None,
+    source: BatchSource, chosen: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
-    """The examples `chosen`, increasing indices, in their order, and then padding without end, `rows` at a time.
+    """Return the examples `chosen`, increasing indices, `rows` at a time, followed by infinite padding.
 
-    With a `view` images are augmented. `prefetched`: elements that are made before they are wanted.
+    With a `view` images are augmented. `prefetched`: elements to prefetch; 0: 2 per replica.
     """
     count, block = sequence_blocks(source.split, chosen, rows)
 
@@ -158,16 +144,10 @@ def chosen_batches(
     parallel = source.parallel if view is not None and view.augmentation.active else None
     batches = _batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
-    # Without end, so that no strategy polls for the end of the data.
+    # Infinite, so that no strategy polls for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
     prefetched = prefetched or 2 * replicas
     ahead = rows_ahead(rows // replicas, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
     dataset = _finished(endless, source.threads, prefetched)
-    return Batches(
-        dataset, -(-len(chosen) // rows), lambda: source.gate("evaluation", block_reads(block, count), ahead)
-    )
-
-
-def examples_to_score(split: Split, batch_size: int, part: float, sharding: Sharding) -> np.ndarray:
-    """Increasing indices of the examples that this worker scores."""
-    return np.array_split(share_of(split, batch_size, part), sharding.workers)[sharding.worker]
+    steps = -(-len(chosen) // rows)
+    return Batches(dataset, steps, lambda: source.gate("evaluation", block_reads(block, count), ahead))

@@ -10,15 +10,16 @@ from trainer.errors import ConfigError
 from trainer.types import Split
 
 By = Literal["record", "file"]
+Facts = Mapping[str, Any]  # of a `ShardingPlan`
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """The part of the training split that one of several workers reads.
+    """The subset of the training split that one worker reads.
 
-    By record: the global batches are those of one worker alone, and each worker takes its rows of each of them. By
-    file: each worker has shards of its own, the same ones in every epoch, and fills its part of each global batch from
-    them; nobody reads what another one trains on, but records meet only records of the same worker's shards.
+    By record: the global batches are those of a run on one worker, and each worker takes its rows of each of them. By
+    file: each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them; no
+    record is read twice, but records are shuffled only among the shards of one worker.
     """
 
     worker: int = 0
@@ -34,16 +35,12 @@ UNSHARDED = Sharding()
 
 
 def shard_sizes(split: Split) -> np.ndarray:
-    """Records of each shard that the split uses, int64 [shards]."""
+    """Return the number of records of each shard that the split uses, int64 [shards]."""
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
 def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
-    """The shards of each worker, as equal in records as may be: the largest first, each to who has least so far.
-
-    Returns:
-        for each worker int64 shard numbers, increasing. (Longest-processing-time rule: Graham 1969.)
-    """
+    """Return increasing int64 shard numbers per worker, balanced by the longest-processing-time rule (Graham 1969)."""
     sizes = shard_sizes(split)
     loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
@@ -53,7 +50,7 @@ def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
 
 
 def own_examples(split: Split, sharding: Sharding) -> np.ndarray:
-    """The training examples that a worker reads in an epoch, increasing int64 indices; by record it may read any."""
+    """Return the training examples that a worker may read in an epoch, increasing int64 indices; by record all."""
     if not sharding.own_files:
         return np.arange(split.count, dtype=np.int64)
     own, sizes = shards_of_workers(split, sharding.workers)[sharding.worker], shard_sizes(split)
@@ -61,7 +58,7 @@ def own_examples(split: Split, sharding: Sharding) -> np.ndarray:
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Global batches of an epoch; the last one may be padded. By file, the worker with most records decides."""
+    """Return the global batches per epoch, the last one padded; by file those of the worker with most records."""
     if sharding.own_files:
         sizes, rows = shard_sizes(split), batch_size // sharding.workers
         return max(-(-int(sizes[own].sum()) // rows) for own in shards_of_workers(split, sharding.workers))
@@ -70,7 +67,7 @@ def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDE
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """The sharding of the training split over all workers, and its reason."""
+    """Sharding of the training split over all workers, with its reason."""
 
     by: By
     workers: int
@@ -82,75 +79,60 @@ class ShardingPlan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The entries of a checkpoint, by which `check_resumable` compares."""
+        """The entries of a checkpoint that `check_resumable` compares."""
         return {"by": self.by, "workers": self.workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """The line for the log of a worker."""
+        """Return the log line of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        files, all_files, records, all_records = count_own_shards(split, self.workers, worker)
+        own, sizes = shards_of_workers(split, self.workers)[worker], shard_sizes(split)
+        paths = [shard.path for shard in split.shards]  # a split may use several ranges of a file
+        files, records = len({paths[shard] for shard in own}), sizes[own].sum()
         return (
-            f"sharding: by file ({self.reason}); worker {worker} has {files} of {all_files} shards with "
-            f"{records:,} of {all_records:,} records"
+            f"sharding: by file ({self.reason}); worker {worker} has {files} of {len(set(paths))} shards with "
+            f"{records:,} of {sizes.sum():,} records"
         )
 
 
 def plan_sharding(
-    asked: Literal["auto", "record", "file"],
-    split: Split,
-    workers: int,
-    batch_size: int,
-    images_kept: str,
-    before: Mapping[str, Any],
+    shard_by: By | Literal["auto"], split: Split, workers: int, batch_size: int, image_cache: str, before: Facts
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 
-    By file only where there are shards for all of them; `auto` takes it where images are decoded whenever they are
-    read, so that nobody reads a record in vain, and stays with what the run did before.
-
-    Args:
-        asked: `data.shard_by`.
-        images_kept: where decoded training images are kept: memory | disk | none; `features` where they are read once.
-        before: `ShardingPlan.facts` of the run's checkpoint; empty: it has not trained yet.
+    By file requires at least one shard per worker. `auto` uses the sharding of the run's checkpoint, `before` (empty
+    for a new run). A new run is sharded by file if `image_cache` (memory | disk | none; `features`: images are read
+    once) is none, so that each record is read and decoded by one worker only.
     """
     by: By = "record"
     if workers > 1 and len(split.shards) >= workers:
-        by = before.get("by") or ("file" if images_kept == "none" else "record") if asked == "auto" else asked
-    if asked == by:
+        by = before.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
+    if shard_by == by:
         reason = "data.shard_by"
     elif not split.shards:
         reason = "image files have no shards"
     elif len(split.shards) < workers:
-        reason = f"{len(split.shards)} shards cannot be shared by {workers} workers"
-    elif images_kept == "features":
-        reason = "chosen since features are kept"
+        reason = f"{len(split.shards)} shards are too few for {workers} workers"
+    elif image_cache == "features":
+        reason = "chosen since features are cached"
     else:
-        reason = f"chosen since {'no decoded' if images_kept == 'none' else 'decoded'} images are kept"
+        reason = f"chosen since {'no decoded' if image_cache == 'none' else 'decoded'} images are cached"
     return ShardingPlan(by, workers, steps_per_epoch(split, batch_size, Sharding(0, workers, by)), reason)
 
 
 def check_resumable(plan: ShardingPlan, before: dict[str, Any], epoch_step: int) -> None:
-    """Raise a ConfigError where a checkpoint cannot go on with this plan.
+    """Raise a ConfigError if a checkpoint cannot resume with this plan.
 
-    Args:
-        before: `ShardingPlan.facts` of the run until then; empty: it has not trained yet.
-        epoch_step: steps that the checkpoint has taken of its epoch.
+    `before`: its `ShardingPlan.facts`, empty for a new run; `epoch_step`: steps that it has taken of its epoch.
     """
     now = plan.facts
     if not before or before == now or "file" not in (plan.by, before["by"]):
         return
-    longer = before["steps_per_epoch"] != now["steps_per_epoch"]
-    if epoch_step or longer:
-        why = "another number of steps" if longer else f"the checkpoint is {epoch_step} steps inside one"
+    is_longer = before["steps_per_epoch"] != now["steps_per_epoch"]
+    if epoch_step or is_longer:
+        why = "other steps per epoch" if is_longer else f"the checkpoint is {epoch_step} steps into an epoch"
         raise ConfigError(
-            f"the run shared its data by {before['by']} among {before['workers']} workers, and now would by {plan.by} "
-            f"among {plan.workers}, which changes what an epoch is ({why}); go on with {before['workers']} workers"
+            f"cannot resume with another sharding: the checkpoint used {before['by']} on {before['workers']} workers, "
+            f"this start uses {plan.by} on {plan.workers} ({why})",
+            fix=f"resume with {before['workers']} workers",
         )
-
-
-def count_own_shards(split: Split, workers: int, worker: int) -> tuple[int, int, int, int]:
-    """Files that a worker reads, all files, its records, all records. The split may hold a file in many pieces."""
-    own, sizes = shards_of_workers(split, workers)[worker], shard_sizes(split)
-    files = {split.shards[shard].path for shard in own}
-    return len(files), len({shard.path for shard in split.shards}), int(sizes[own].sum()), int(sizes.sum())

@@ -1,1 +1,1 @@
-"""The teacher of a run that distils."""
+"""Knowledge distillation: the teacher of a run."""

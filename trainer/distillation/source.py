@@ -1,4 +1,4 @@
-"""The files of a teacher in the folder that `distillation.teacher` names, here or in a bucket."""
+"""Files of the teacher that `distillation.teacher` names, local or in a bucket."""
 
 import hashlib
 import json
@@ -15,16 +15,17 @@ from trainer.exporting.model_card import label_lines
 from trainer.runs.checkpoints import checksum, names_in, read_checkpoint, weights_of
 from trainer.storage.path import StoragePath, storage_path
 
+KEY = "distillation.teacher"
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
-ROWS = 32  # a replica answers this many at once, whatever the batch: so workers and batch size change no bit
+ROWS = 32  # images per replica and call, whatever the batch size, so that workers and batch size change no bit
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """The files of a teacher, and its classes."""
+    """Files and classes of a teacher."""
 
-    address: str  # as the user gave it
+    address: str  # as configured
     kind: str  # SavedModel | checkpoint
     home: StoragePath
     classes: tuple[str, ...]
@@ -33,27 +34,23 @@ class TeacherFiles:
     model: config.Model | None = None  # of a checkpoint: the model to build
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """One line for the log."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Plain values for the other workers."""
-        values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "words")}
+        """JSON values for the other workers."""
+        values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "summary")}
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
 def find_teacher(address: str) -> TeacherFiles:
-    """Find a teacher; of its weights only sizes and checksums are read.
-
-    Args:
-        address: output_dir of an earlier run (the checkpoint whose weights it exported), or of a SavedModel that
-            kubetune exported.
+    """Find the checkpoint that a run exported, by its output_dir, or a SavedModel; of weights it reads only checksums.
 
     Raises:
-        DataError: there is neither.
+        DataError: the address is neither, or its files are damaged.
         ConfigError: the run's config.yaml is of another version.
     """
     home = storage_path(address)
@@ -61,15 +58,14 @@ def find_teacher(address: str) -> TeacherFiles:
         return _saved_model(address, home)
     if (home / "config.yaml").exists():
         return _checkpoint(address, home)
-    raise DataError(
-        f"distillation.teacher={address} is neither the output_dir of a run (no config.yaml in it) nor the folder of a "
-        f"SavedModel (no {_GRAPH} in it)"
-    )
+    problem = f"is neither the output_dir of a run (no config.yaml) nor the folder of a SavedModel (no {_GRAPH})"
+    raise DataError(problem, key=KEY, value=address, fix="give the output_dir of a run, or its export/saved_model/1")
 
 
 def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
-        raise DataError(f"distillation.teacher={address} is a SavedModel without {_LABELS}: kubetune did not export it")
+        problem = f"is a SavedModel without {_LABELS}, so not an export of kubetune"
+        raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
     entries = {str(e.path).removeprefix(f"{home}/"): e for e in home.list()}
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
@@ -84,54 +80,52 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
         settings = config.load(yaml.safe_load((home / "config.yaml").read_text()))
     except ConfigError as error:
-        raise ConfigError(f"distillation.teacher={address}: its config.yaml cannot be used; {error}") from None
+        problem = f"its config.yaml cannot be used: {error}"
+        raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None
     names = names_in(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
     if not names:
-        raise DataError(f"distillation.teacher={address}: that run has no checkpoint yet; let it end first")
+        raise DataError("the run has no checkpoint yet", key=KEY, value=address, fix="wait until the run has finished")
     folder = home / "checkpoints" / names[0]
     try:
         manifest = json.loads((folder / "manifest.json").read())["variables.npz"]
         classes = tuple(json.loads((home / "run.json").read())["classes"])
     except (ValueError, KeyError):
-        raise DataError(f"distillation.teacher={address}: {folder} or run.json is damaged") from None
+        fix = "restore the files, or give another teacher"
+        raise DataError(f"{folder} or run.json is damaged", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
     fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": int(manifest["bytes"])}
     return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint, sizes, settings.model)
 
 
-def check_classes(address: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> None:
-    """Raise a DataError unless a teacher knows the classes of the data, in the same order."""
-    wanted = tuple(label_lines(wanted).splitlines())  # as labels.txt has them
+def check_classes(address: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    """Raise a DataError unless the teacher's classes are those of the data, in the same order."""
+    required = tuple(label_lines(required).splitlines())  # as in labels.txt
     known = tuple(label_lines(known).splitlines())
-    if known == wanted:
+    if known == required:
         return
-    only = [(f"it alone has {_listed(known, wanted)}", set(known) - set(wanted)),
-            (f"the data alone has {_listed(wanted, known)}", set(wanted) - set(known))]  # fmt: skip
-    how = " and ".join(words for words, names in only if names)
-    how = how or f"they are the same in another order ({', '.join(known[:5])}; {', '.join(wanted[:5])})"
-    raise DataError(
-        f"distillation.teacher={address} knows {len(known)} classes, the data has {len(wanted)}: {how}; give a teacher "
-        "that was trained on these classes"
-    )
+    differences = {"only the teacher has": _missing(known, required), "only the data has": _missing(required, known)}
+    how = " and ".join(f"{whose} {names}" for whose, names in differences.items() if names)
+    how = how or f"they are in another order ({', '.join(known[:5])}; {', '.join(required[:5])})"
+    problem = f"has {len(known)} classes and the data has {len(required)}: {how}"
+    raise DataError(problem, key=KEY, value=address, fix="give a teacher that was trained on these classes")
 
 
 def check_same(run: str, before: str | None, now: str) -> None:
-    """Raise a DataError where the run of this address began with a teacher of another fingerprint."""
+    """Raise a DataError if the run at this address began with a teacher of another fingerprint."""
     if before not in (None, now):
-        raise DataError(
-            f"{run} learned from another teacher (fingerprint {before}, now {now}); give the one it began with, or "
-            "another output_dir"
-        )
+        problem = f"{run} began with another teacher (fingerprint {before}, now {now})"
+        raise DataError(problem, key=KEY, fix="give the one that it began with, or another output_dir")
 
 
-def _listed(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+def _missing(names: tuple[str, ...], others: tuple[str, ...]) -> str:
     rest = [name for name in names if name not in others]
     return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
 
 
 def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
-    """The variables of a checkpoint by name, averaged where that run had EMA on; or the files of a SavedModel by name,
-    uint8 [bytes].
+    """Read the variables of a checkpoint by name, averaged if its run had EMA on, or the files of a SavedModel by name.
+
+    Files are uint8 [bytes].
 
     Raises:
         DataError: something is missing or does not match its checksum.
@@ -141,11 +135,12 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     try:
         return weights_of(read_checkpoint(teacher.home)[1])
     except DataError as error:
-        raise DataError(f"distillation.teacher={teacher.address}: {error}") from None
+        fix = error.fix or "restore the files, or give another teacher"
+        raise DataError(error.problem, key=KEY, value=teacher.address, fix=fix) from None
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, as `read_teacher` has them, below a folder."""
+    """Write the files of a SavedModel, as returned by `read_teacher`, to a folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.tobytes())

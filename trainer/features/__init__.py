@@ -1,1 +1,1 @@
-"""Cached features of frozen layers: when, where the network is cut, the pass, the store."""
+"""Cached features of frozen layers: the choice, the cut, the feature pass and the store."""

@@ -1,8 +1,4 @@
-"""The frozen part of a classifier: where a phase can be cut in two, and the two parts.
-
-Below the cut nothing trains, so what it makes of an image is the same in every step: it can be computed once. What is
-above learns from that what it would learn from images.
-"""
+"""The cut of a classifier into a frozen trunk, whose output can be computed once, and a tail that trains on it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,16 +17,16 @@ from trainer.models.classifier import Classifier
 class Cut:
     """A tensor of the backbone that everything above it is computed from, and below which nothing trains."""
 
-    layer: str  # that puts it out
+    layer: str  # name of the layer whose output it is
     number: int  # of that layer in `backbone.layers`
     tensor: Any  # KerasTensor [None, ...] of the backbone
-    pooled: bool  # the backbone's end: what leaves the trunk is pooled, float32 [b, C]
-    shape: tuple[int, ...]  # of what leaves the trunk, one example
-    dtype: str  # the same: float32, or the compute dtype of a lower precision
-    variables: dict[str, keras.Variable]  # of the trunk, as `Classifier.variables` names them
+    pooled: bool  # True at the backbone's end, where the trunk pools: float32 [b, C]
+    shape: tuple[int, ...]  # of the trunk's output for one example
+    dtype: str  # of the trunk's output: float32, or the compute dtype of a lower precision
+    variables: dict[str, keras.Variable]  # of the trunk, named as in `Classifier.variables`
 
     def fingerprint(self) -> str:
-        """16 hex digits of the weights below the cut."""
+        """Return 16 hex digits that identify the weights below the cut."""
         digest = hashlib.sha256()
         for name, variable in self.variables.items():
             value = tf.distribute.get_strategy().experimental_local_results(variable.value)[0]
@@ -44,14 +40,13 @@ class Cut:
 
 
 def is_moving(layer: keras.Layer) -> bool:
-    """Whether training moves the averages of a layer, trainable weights or not."""
+    """True if training updates the moving averages of a layer."""
     return isinstance(layer, NORM) and layer.trainable
 
 
 def find_cut(classifier: Classifier) -> Cut | None:
-    """The deepest cut of a classifier as `apply_thaw` left it; None where no layer with weights lies below any."""
-    backbone = classifier.backbone
-    operations = backbone.operations
+    """Return the deepest cut of a classifier after `apply_thaw`; None if no layer with weights is below any."""
+    backbone, operations = classifier.backbone, classifier.backbone.operations
     uses = enumerate(operations[1:], 1)
     last_use = {id(tensor): number for number, op in uses for tensor in keras.tree.flatten(op.input)}
     (end,) = backbone.outputs
@@ -59,7 +54,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
     crossing: dict[int, tuple[int, Any]] = {}
     deepest, has_weights = None, False
     for number, operation in enumerate(operations):
-        is_layer = isinstance(operation, keras.Layer)  # else a bare function, such as the addition of two tensors
+        is_layer = isinstance(operation, keras.Layer)  # else a function, such as the addition of two tensors
         if is_layer and (operation.trainable_weights or is_moving(operation)):
             break
         has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
@@ -86,7 +81,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
 
 
 class Trunk:
-    """The layers below some cuts of one classifier, for inference alone, with the weights that it has now."""
+    """The layers below some cuts of one classifier, for inference with its current weights."""
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
         self.classifier, self.cuts = classifier, tuple(cuts)
@@ -94,7 +89,7 @@ class Trunk:
         self._weights = folded(self._front)
 
     def features(self, images: Any) -> tuple[Any, ...]:
-        """uint8 or float32 [b, S, S, 3] in 0..255 -> for each cut [b, *shape] of its dtype."""
+        """Compute for each cut [b, *shape] of its dtype from images uint8 or float32 [b, S, S, 3] in 0..255."""
         pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
         maps = keras.tree.flatten(computed(self._front, pixels, weights=self._weights))
         return tuple(
@@ -103,7 +98,7 @@ class Trunk:
 
 
 class Tail:
-    """The layers above a cut: to a training step and to scoring a classifier of the trunk's output."""
+    """The layers above a cut; training and scoring use it as a classifier of the trunk's output."""
 
     def __init__(self, classifier: Classifier, cut: Cut) -> None:
         self.classifier, self.cut = classifier, cut
@@ -113,9 +108,9 @@ class Tail:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Output of the trunk, [b, *shape], stored as any floating type -> float32 logits [b, classes].
+        """Compute float32 logits [b, classes] from the trunk's output [b, *shape], of any floating dtype.
 
-        The other arguments are those of `Classifier.logits`, and so is the answer.
+        The other arguments are those of `Classifier.logits`.
         """
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._back is not None:

@@ -1,36 +1,47 @@
 """Inputs of a phase: images, or cached features of its frozen layers."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import BatchSource, ImageStore
+from trainer.data.images import BatchSource, ImageStore, cache_name
+from trainer.data.order import examples_to_score
+from trainer.data.sharding import Sharding, own_examples
 from trainer.evaluation.scoring import Scorer
-from trainer.features.cache import FeatureCache
+from trainer.features.compute import FeaturePass, FeatureRequest, rows_at_once
 from trainer.features.cut import Tail
-from trainer.features.plan import FeaturePlan
+from trainer.features.plan import FeaturePlan, stored_dtype
+from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
+from trainer.monitoring.log import log
 from trainer.training.step import Network
+
+_FORMAT = 2  # version of features on disk; incremented when they change
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of a phase, and the network that it trains on them: the classifier, or its tail on cached features."""
+    """Sources of a phase, and the network that it trains: the classifier, or its tail on cached features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
     augmentation: Augmentation  # still to be applied to `training`
-    views: int | None  # augmentations of each example; None: another one in each epoch
+    views: int | None  # fixed views per example; None: new augmentation in each epoch
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open the inputs of a phase after `apply_thaw`; may compute features, on all workers.
+    """Open the inputs of a phase after `apply_thaw`, and compute missing features on all workers.
 
-    `scorer` is that of the whole classifier. None where a worker has no room for features, or was asked to stop.
+    `scorer` is that of the whole classifier. Returns None if a worker has no room for features or should stop.
 
     Raises:
         DataError: an image cannot be read.
@@ -51,8 +62,96 @@ def open_inputs(
 
 
 def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Make a phase without room for features read images."""
+    """Switch a phase without room for features to images."""
     if plan.reads[name] == "cached":
         images.forget("train")
     plan.reads[name] = "live"
     images.train_once = False
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Features of a run's phases, read from disk where an earlier start computed them."""
+
+    worker: Worker
+    images: ImageStore
+    classifier: Classifier
+    plan: FeaturePlan
+    sharding: Sharding
+
+    def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
+        """Return the complete features of these splits for a phase; None if a worker has no room or should stop.
+
+        Features of later phases that are the same by then are computed in the same pass.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        compute, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
+        opened: list[Features] = []
+        for split in splits:
+            used = sum(features.bytes for features in opened if features.cached_in == "memory")
+            features = self._open(phase, split, self.images.memory_left - used)
+            if control.any_worker("no room for features", features is None):
+                return None
+            assert features is not None
+            requests = [FeatureRequest(self.plan.cut(phase), features, needed=True)]
+            for later in self._later_phases_in_same_pass(phase, split):
+                # On disk only: whether there will be memory for them is not known yet.
+                more = self._open(later, split, -1, disk_used=sum(r.features.bytes for r in requests))
+                if not control.any_worker("no room for later features", more is None) and more is not None:
+                    requests.append(FeatureRequest(self.plan.cut(later), more, needed=False))
+            exchanged = split == "train" and self.sharding.by == "record" and self.worker.size > 1
+            augmentation = self.images.config.augmentation if split == "train" else Augmentation()
+            done = compute.fill(requests, augmentation, exchanged)
+            if control.any_worker("features not done", not done or requests[0].failed):
+                return None
+            features.complete()
+            if features.bad:
+                self.images.split(split).known_bad |= features.bad
+            opened.append(features)
+        return opened
+
+    def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
+        """Return the later phases that read the same views of a split, at cuts below all that trains until then."""
+        names, phases, reads = list(self.images.config.phases), self.images.config.phases, self.plan.reads
+        updated: set[str] = set()
+        later_phases, layers = [], {self.plan.cut(phase).layer}
+        for before, later in pairwise(names[names.index(phase) :]):
+            updated |= self.plan.divisions[before].updated
+            if split == "train":
+                same_views = reads[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
+            else:
+                same_views = reads[later] != "live"
+            if not same_views:
+                continue
+            cut = self.plan.cut(later)
+            if cut.layer not in layers and not updated & cut.variables.keys():
+                later_phases.append(later)
+                layers.add(cut.layer)
+        return later_phases
+
+    def _open(self, phase: str, split: str, memory_budget: int, disk_used: int = 0) -> Features | None:
+        """Open the features of a split; None if there is no room. A negative `memory_budget` means disk only."""
+        config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
+        cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
+        augmented = split == "train" and config.augmentation.active
+        views = (options.augmented_views or 1) if augmented else 1
+        if split == "validation":
+            own = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+        else:
+            own = own_examples(examples, self.sharding)
+        dtype, threads = stored_dtype(options, cut), runtime.data_threads
+        features = Features(examples, cut.shape, dtype, views=views, own=own, threads=threads, note=log.info)
+        if memory_budget < 0 and disk_used + features.bytes > runtime.disk_budget:
+            return None
+        images = cache_name(examples, self.classifier.image_size, config.model.resize, self.images.dataset.fingerprint)
+        key = (
+            _FORMAT, images, self.classifier.kind.name, cut.layer, cut.pooled and self.classifier.pooling,
+            cut.fingerprint(), features.dtype, runtime.precision, features.views,
+            (config.seed, config.augmentation.model_dump_json()) if augmented else None,
+            rows_at_once(), runtime.deterministic, tf.__version__,
+        )  # fmt: skip
+        digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
+        file = runtime.cache_folder / "features" / f"{split}-{digest}"
+        return open_features(features, file, memory_budget, runtime.disk_budget)

@@ -198,7 +198,7 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))
     if config.distillation:
         address, classes = config.distillation.teacher, dataset.class_names if dataset else None
-        rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).words)))
+        rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).summary)))
     weights = config.model.weights
     if is_remote(weights):
         rows.append(("weights", plan.tried(lambda: f"{weights}: {size(storage_path(weights).size())}")))

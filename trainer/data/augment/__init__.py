@@ -1,1 +1,1 @@
-"""Random changes to training images, each a function of (seed, epoch, index)."""
+"""Augmentation of training images as a function of (seed, epoch, index)."""

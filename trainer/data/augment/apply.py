@@ -1,4 +1,4 @@
-"""Random changes to training images: each is a function of (seed, epoch, index), whatever else is in the batch."""
+"""Augmentation of training images as a function of (seed, epoch, index), independent of the rest of the batch."""
 
 import tensorflow as tf
 
@@ -11,27 +11,26 @@ from trainer.data.augment.randaugment import randaugmented
 
 
 def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Change each image as its own random numbers say. What is off is not in the graph.
+    """Augment each image with its own random numbers; operations that are off are not in the graph.
 
-    First the colours: contrast (the distance from the image's mean times a factor from 1 +- contrast), brightness
-    (plus up to +- brightness * 255), limited to 0..255; saturation (the distance from the pixel's grey times a factor
-    from 1 +- saturation), limited too; hue (of HSV, up to +- this fraction of a turn).
+    1. Colours: contrast ((x - mean of the image) * factor in 1 +- contrast + mean), brightness (+- brightness * 255),
+       saturation ((x - grey of the pixel) * factor in 1 +- saturation + grey), hue (HSV, +- hue turns); clipped to
+       0..255.
+    2. Geometry, in one bilinear resampling: a crop of the fraction `crop` to 1 of the area with an aspect of 3/4 to
+       4/3; then, about the centre, flips, zoom (magnification 1 +- zoom), shear (x + y * tan(angle)), rotation
+       (clockwise for positive angles; the sum of a draw from each range), stretch (as zoom, width and height
+       independently) and shift (+- shift * S pixels per axis). Pixels outside the source follow `fill`.
+    3. `randaugment` operations (`randaugment.py`).
+    4. Cutout. Mixup and cutmix need more than one example and follow in `mixing.py`.
 
-    Then the shape, in one bilinear resampling: a crop of `crop` to all of the area and an aspect from 3/4 to 4/3, and
-    about the centre flips, zoom (a magnification from 1 +- zoom), shear (x grows with y by the tangent of the angle),
-    rotation (clockwise as seen for positive angles; two ranges are drawn from and added up), stretch (as zoom, width
-    and height apart), shift (each way up to +- shift * S pixels, to the right and down for positive ones). Outside the
-    source, `fill` decides: the nearest pixel, black, or the reflection.
-
-    Then `randaugment` operations (`randaugment.py`), and last the hole of cutout. Each takes bytes and rounds to bytes.
-    Mixup and cutmix need more than one example: `mixing.py`.
+    Every step takes and returns bytes.
 
     Args:
         images: uint8 [b, S, S, 3].
         epoch, index: int64 [b].
 
     Returns:
-        uint8 [b, S, S, 3]. The same bits for an example in a batch of any size and company.
+        uint8 [b, S, S, 3], the same bits for an example in every batch.
     """
     a = augmentation
     if not a.active:

@@ -1,18 +1,21 @@
-"""Changes of colour: contrast, brightness, saturation, hue; images stay within 0..255."""
+"""Colour augmentation: contrast, brightness, saturation, hue, within 0..255."""
+
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.affine import apart, in_one_loop, packed
+from trainer.data.augment.affine import packed, unpacked, xla_compiled
 from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, levels
 
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
 
 Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
+Value: TypeAlias = tf.Tensor | None  # factors, offsets or turns, float32 [b]; None: off
 
 
 def recoloured(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Contrast and brightness in one pass, then saturation, then hue; rounded at the end. Uint8 [b, S, S, 3] both."""
+    """Change contrast and brightness in one pass, then saturation, then hue, and round; uint8 [b, S, S, 3]."""
     changed = _recoloured(
         images,
         draws.of(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
@@ -20,18 +23,12 @@ def recoloured(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
         draws.of(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
         draws.of(HUE, levels(-a.hue, a.hue)) if a.hue else None,
     )
-    return apart(changed, images.shape)
+    return unpacked(changed, images.shape)
 
 
-@in_one_loop
-def _recoloured(
-    images: tf.Tensor,
-    contrast: tf.Tensor | None,
-    brightness: tf.Tensor | None,
-    saturation: tf.Tensor | None,
-    hue: tf.Tensor | None,
-) -> tf.Tensor:
-    """Factors, summands and turns, float32 [b] each, None where it is off; pixels packed, int32 [b, S, S]."""
+@xla_compiled
+def _recoloured(images: tf.Tensor, contrast: Value, brightness: Value, saturation: Value, hue: Value) -> tf.Tensor:
+    """Return packed pixels int32 [b, S, S]."""
     planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
     plus = tf.zeros([]) if brightness is None else brightness[:, None, None]
     if contrast is not None:  # (x - mean) * factor + mean
@@ -50,26 +47,26 @@ def _recoloured(
 
 
 def _mean(images: tf.Tensor) -> tf.Tensor:
-    """Mean of each uint8 image, float32 [b, 1, 1]; summed in integers, where the order of adding is all the same."""
+    """Return the mean of each uint8 image, float32 [b, 1, 1]; integer sums do not depend on their order."""
     columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
     total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
     return tf.cast(total / (3 * images.shape[1] * images.shape[2]), tf.float32)[:, None, None]
 
 
 def _turned(planes: Planes, turns: tf.Tensor) -> Planes:
-    """The hue of HSV moved by a fraction of a turn; value and saturation stay."""
+    """Rotate the hue of HSV by a fraction of a turn; value and saturation do not change."""
     red, green, blue = planes
     most = tf.maximum(tf.maximum(red, green), blue)
-    span = most - tf.minimum(tf.minimum(red, green), blue)
-    unit = 1 / tf.where(span > 0, span, 1.0)  # without any colour every hue is the same
+    chroma = most - tf.minimum(tf.minimum(red, green), blue)
+    unit = 1 / tf.where(chroma > 0, chroma, 1.0)  # the hue of grey has no effect
     sixths = tf.where(
         most == red,
         (green - blue) * unit,
         tf.where(most == green, (blue - red) * unit + 2.0, (red - green) * unit + 4.0),
     )
     turned = []
-    for start in (5.0, 3.0, 1.0):  # of Smith's hexcone, unrolled: how far each colour is from the one that leads
+    for start in (5.0, 3.0, 1.0):  # Smith's hexcone, unrolled: distance of each channel from the largest
         hue = (sixths + start) / 6.0 + turns
         hue = (hue - tf.floor(hue)) * 6.0
-        turned.append(most - span * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
+        turned.append(most - chroma * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
     return turned

@@ -1,6 +1,6 @@
-"""Write docs/images/augmentation.jpg, one row an operation: `PYTHONPATH=. python scripts/augmentation_picture.py`.
+"""Write docs/images/augmentation.jpg, one row per operation: `PYTHONPATH=. python scripts/augmentation_figure.py`.
 
-The pictures are those that come with scikit-learn.
+The images are those of scikit-learn.
 """
 
 from pathlib import Path
@@ -38,15 +38,15 @@ ROWS: dict[str, dict[str, object]] = {
 
 
 def photo(name: str) -> np.ndarray:
-    """uint8 [SIDE, SIDE, 3], the middle of a picture."""
-    picture = Image.fromarray(load_sample_image(name))
-    left = (picture.width - picture.height) // 2
-    square = picture.crop((left, 0, left + picture.height, picture.height))
+    """Return the centre of a sample image, uint8 [SIDE, SIDE, 3]."""
+    image = Image.fromarray(load_sample_image(name))
+    left = (image.width - image.height) // 2
+    square = image.crop((left, 0, left + image.height, image.height))
     return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def views(augmentation: Augmentation) -> np.ndarray:
-    """uint8 [VIEWS, SIDE, SIDE, 3]: a temple in as many epochs, mixed with the other picture where it is."""
+    """Return an image in VIEWS epochs, mixed with another one if configured, uint8 [VIEWS, SIDE, SIDE, 3]."""
     images = np.stack([photo("china.jpg"), photo("flower.jpg")] * VIEWS)
     index, epoch = np.arange(2 * VIEWS) % 2, np.arange(2 * VIEWS) // 2
     changed = augment(tf.constant(images), augmentation, 3, epoch, index)
@@ -57,7 +57,7 @@ def views(augmentation: Augmentation) -> np.ndarray:
 
 
 def main() -> None:
-    """Draw it."""
+    """Write the figure."""
     strong = ("standard", "medical", "strong", "inception")
     groups = {name: yaml.safe_load((ROOT / "conf" / "augmentation" / f"{name}.yaml").read_text()) for name in strong}
     rows = ROWS | {f"augmentation={name}": options for name, options in groups.items()}
