@@ -64,7 +64,7 @@ def exits(workers: Workers, who: Iterable[int], since: float, seconds: float) ->
             if code is not None:
                 found[index] = code, time.monotonic() - since
         if time.monotonic() - since > seconds:
-            said = "\n".join(f"--- {i}: {workers.said(i)[-1500:]}" for i in range(len(workers.processes)))
+            said = "\n".join(f"--- {i}: {workers.output(i)[-1500:]}" for i in range(len(workers.processes)))
             workers.kill()
             raise AssertionError(f"after {seconds:.0f} s only these had ended: {found}\n{said}")
         time.sleep(0.01)

@@ -66,8 +66,8 @@ def test_twenty_calamities_change_nothing(tmp_path: Path, capsys: pytest.Capture
                 folders.append(tmp_path / f"run-{len(folders) + 1}")
                 workers = start(folders[-1])
             where = last_words(workers, 0)
-            silent = not workers.said(victim)
-            met = all("workers: all" in workers.said(i) for i in range(len(HOSTS)))
+            silent = not workers.output(victim)
+            met = all("workers: all" in workers.output(i) for i in range(len(HOSTS)))
             ended = strike(event, victim, workers, network)
             last = max(seconds for index, (_, seconds) in ended.items() if index != victim or event != "SIGSTOP")
             # Before they have met, the others just go on waiting for the one that is gone.
@@ -81,7 +81,7 @@ def test_twenty_calamities_change_nothing(tmp_path: Path, capsys: pytest.Capture
                     possible |= {DONE, INTERRUPTED}
                 if index == victim and event == "SIGTERM" and silent:  # before the program could ask for signals
                     possible = {-signal.SIGTERM}
-                assert code in possible, f"worker {index} ended with {code}:\n{workers.said(index)[-3000:]}"
+                assert code in possible, f"worker {index} ended with {code}:\n{workers.output(index)[-3000:]}"
 
         assert start(folders[-1]).wait(600) == [DONE, DONE]
         assert_same_run(calm, folders[-1])
@@ -121,7 +121,7 @@ def strike(event: str, victim: int, workers: Workers, network: Network) -> dict[
 
 def last_words(workers: Workers, index: int) -> str:
     """What a worker printed last, empty where nothing yet."""
-    return (workers.said(index).strip().splitlines() or [""])[-1].strip()[:60]
+    return (workers.output(index).strip().splitlines() or [""])[-1].strip()[:60]
 
 
 def goodput(folders: Iterable[Path]) -> float:

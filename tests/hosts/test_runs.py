@@ -40,7 +40,7 @@ def finish(network: Network, folder: Path) -> Workers:
     """Start all workers, again or for the first time, and see them end well."""
     workers = start_job(network, folder.parent / "last", *RUN, f"output_dir={folder}")
     codes = workers.wait(500)
-    assert codes == [DONE, DONE], workers.said(0)[-2000:] + workers.said(1)[-2000:]
+    assert codes == [DONE, DONE], workers.output(0)[-2000:] + workers.output(1)[-2000:]
     return workers
 
 
@@ -79,7 +79,7 @@ def test_a_chief_whose_name_is_published_late_is_waited_for(network: Network, tm
     workers = start_job(network, tmp_path, *RUN, f"output_dir={tmp_path / 'run'}")
     workers.wait_for(f"workers: worker 0 ({HOSTS[0]}:{PORT}) is missing: {NO_NAME}", index=1)
     workers.wait_for(f"workers: 1 of 2 workers are missing: worker 1 ({HOSTS[1]}:{PORT}: has not called)", index=0)
-    assert "workers: all" not in workers.said(0) + workers.said(1)
+    assert "workers: all" not in workers.output(0) + workers.output(1)
     network.remember(HOSTS[0])
     for index in range(2):
         workers.wait_for("workers: all 2 are there\nrun: ", index)
@@ -93,7 +93,7 @@ def test_a_worker_whose_name_is_published_late_is_waited_for(network: Network, t
     chief.wait_for(f"workers: 1 of 2 workers are missing: worker 1 ({HOSTS[1]}:{PORT}: {NO_NAME})")
     worker = start_job(network, tmp_path / "1", *RUN, f"output_dir={tmp_path / 'run'}", only=[1])
     time.sleep(5)  # it called by now, but calling it back is impossible
-    assert "workers: all" not in chief.said(0) + worker.said(0)
+    assert "workers: all" not in chief.output(0) + worker.output(0)
     network.remember(HOSTS[1])
     for workers in (chief, worker):
         workers.wait_for("workers: all 2 are there\nrun: ")
@@ -111,7 +111,7 @@ def test_a_worker_that_never_comes_is_named_and_costs_no_attempt(
     [(code, seconds)] = exits(workers, [0], began, 60).values()
     assert code == INTERRUPTED
     assert 8 <= seconds < 30
-    said = workers.said(0)
+    said = workers.output(0)
     assert f"worker {missing} ({HOSTS[missing]}:{PORT}" in said.splitlines()[-1]
     assert "Waited for runtime.start_timeout; start all workers again to go on" in said.splitlines()[-1]
     assert ("has not called" if missing else "no answer (Connection refused)") in said
@@ -123,16 +123,16 @@ def test_a_worker_of_a_job_of_another_size_is_refused(network: Network, tmp_path
     workers = start_job(network, tmp_path / "log", *overrides, env={1: {"WORKER_COUNT": "3"}})
     assert workers.wait(90) == [INTERRUPTED, WRONG_INPUT]
     reason = "worker 0 refuses this worker: it belongs to train with 2 workers, not to train with 3"
-    assert reason in workers.said(1)
-    assert f"worker 1 ({HOSTS[1]}:{PORT}: has not called)" in workers.said(0)
+    assert reason in workers.output(1)
+    assert f"worker 1 ({HOSTS[1]}:{PORT}: has not called)" in workers.output(0)
 
 
 def test_a_worker_of_another_job_looks_for_its_own_chief(network: Network, tmp_path: Path) -> None:
     overrides = (*RUN, "runtime.start_timeout=8", f"output_dir={tmp_path / 'run'}")
     workers = start_job(network, tmp_path / "log", *overrides, env={1: {"JOB_NAME": "other"}})
     assert workers.wait(90) == [INTERRUPTED, INTERRUPTED]
-    assert f"worker 0 (other-0.train-workers:{PORT}) is missing: {NO_NAME}" in workers.said(1)
-    assert f"worker 1 ({HOSTS[1]}:{PORT}: has not called)" in workers.said(0)
+    assert f"worker 0 (other-0.train-workers:{PORT}) is missing: {NO_NAME}" in workers.output(1)
+    assert f"worker 1 ({HOSTS[1]}:{PORT}: has not called)" in workers.output(0)
 
 
 def test_workers_with_different_overrides_are_all_told_which(network: Network, tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_workers_with_different_overrides_are_all_told_which(network: Network, t
     workers = start_job(network, tmp_path / "log", *overrides, own={1: ["training.batch_size=24"]})
     assert workers.wait(90) == [WRONG_INPUT, WRONG_INPUT]
     for index in range(2):
-        assert "training.batch_size: 12 on worker 0, 24 on worker 1" in workers.said(index)
-        assert "the workers do not have the same configuration" in workers.said(index)
+        assert "training.batch_size: 12 on worker 0, 24 on worker 1" in workers.output(index)
+        assert "the workers do not have the same configuration" in workers.output(index)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -161,9 +161,9 @@ def test_a_lost_link_ends_both_sides_and_spoils_nothing(
     network.cut(HOSTS[victim])
     assert_all_interrupted(exits(workers, range(2), began, 90), f"link of worker {victim} down", capsys)
     for index in range(2):
-        assert f"interrupted: lost worker {1 - index} ({HOSTS[1 - index]}:{PORT}): " in workers.said(index)
+        assert f"interrupted: lost worker {1 - index} ({HOSTS[1 - index]}:{PORT}): " in workers.output(index)
     network.join(HOSTS[victim])
-    assert "weights: this run's checkpoint at step " in finish(network, folder).said(0)
+    assert "weights: this run's checkpoint at step " in finish(network, folder).output(0)
     assert_same_run(undisturbed, folder)
 
 
@@ -179,7 +179,7 @@ def test_a_frozen_worker_ends_the_other_and_thawed_itself(
     workers[victim].send_signal(signal.SIGSTOP)
     other = 1 - victim
     assert_all_interrupted(exits(workers, [other], began, 90), f"worker {victim} frozen", capsys)
-    assert f"interrupted: lost worker {victim} ({HOSTS[victim]}:{PORT}): no word for 2" in workers.said(other)
+    assert f"interrupted: lost worker {victim} ({HOSTS[victim]}:{PORT}): no word for 2" in workers.output(other)
     before = kept(folder)
     began = time.monotonic()
     workers[victim].send_signal(signal.SIGCONT)
@@ -201,12 +201,12 @@ def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(
         began = time.monotonic()
         workers[0].send_signal(signal.SIGKILL)
         assert_all_interrupted(exits(workers, [1], began, 90), "chief killed", capsys)
-        assert f"interrupted: lost worker 0 ({HOSTS[0]}:{PORT}): it ended without a word" in workers.said(1)
+        assert f"interrupted: lost worker 0 ({HOSTS[0]}:{PORT}): it ended without a word" in workers.output(1)
         if list(checkpoints.glob(".writing-step-*")):
             break
     else:
         raise AssertionError("no kill hit the writing of a checkpoint")
-    assert "weights: this run's checkpoint at step " in finish(network, folder).said(0)
+    assert "weights: this run's checkpoint at step " in finish(network, folder).output(0)
     assert not list(checkpoints.glob(".writing-step-*"))
     assert_same_run(undisturbed, folder)
 
@@ -220,7 +220,7 @@ def test_a_worker_lost_while_tensorflow_is_imported_is_named_too(network: Networ
     began = time.monotonic()
     workers[1].send_signal(signal.SIGKILL)
     assert exits(workers, [0], began, 60)[0][0] == INTERRUPTED
-    assert f"interrupted: lost worker 1 ({HOSTS[1]}:{PORT}): it ended without a word" in workers.said(0)
+    assert f"interrupted: lost worker 1 ({HOSTS[1]}:{PORT}): it ended without a word" in workers.output(0)
 
 
 @pytest.mark.slow
@@ -236,5 +236,5 @@ def test_the_successor_of_a_frozen_chief_asks_for_another_start(network: Network
         successors = start_job(elsewhere, tmp_path / "successors", *RUN, f"output_dir={folder}")
         codes = successors.wait(120)
     workers.kill()
-    assert "another process" in successors.said(0)
+    assert "another process" in successors.output(0)
     assert codes == [INTERRUPTED, INTERRUPTED]

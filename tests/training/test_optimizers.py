@@ -177,7 +177,7 @@ def test_without_multipliers_it_is_keras_own_optimizer_and_the_checkpoint_has_th
     assert type(plain) is {"adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}[name]
     for optimizer in (plain, shared):
         optimizer.build(list(network.variables.values()))
-    assert list(variables.of_optimizer(plain)) == list(variables.of_optimizer(shared))
+    assert list(variables.optimizer_variables(plain)) == list(variables.optimizer_variables(shared))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -200,7 +200,7 @@ def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[fl
         for variable in network.variables.values():
             first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
             assert all(np.array_equal(first, other) for other in others)
-        values = variables.read(network.variables | step.checkpointed())
+        values = variables.read(network.variables | step.checkpoint_variables())
         found[str(given["name"])] = {name: value.ravel().tolist() for name, value in values.items()}
     return found
 

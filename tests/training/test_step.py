@@ -206,7 +206,7 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1, **extra))
         batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
         rows, _, _ = step.run(batches, 7, 0, 0)
-        values = variables.read(network.variables | step.checkpointed())
+        values = variables.read(network.variables | step.checkpoint_variables())
         again = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
         p, labels, index = Predictor(strategy, network).probabilities(again, 3)
         out[f"{name}-{len(extra)}"] = [

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
-from trainer.stateless_random import ORDER, SHARDS, SHARE, bits
+from trainer.stateless_random import ORDER, SHARDS, SUBSET, bits
 from trainer.types import Split
 
 STRETCH = 1024  # records that are read together where no shuffling asks for more
@@ -224,5 +224,5 @@ def share_of(split: Split, batch_size: int, fraction: float) -> np.ndarray:
     if fraction >= 1:
         return indices
     batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-    mixed = _shuffle(bits(SHARE, tf.constant(indices))).numpy()
+    mixed = _shuffle(bits(SUBSET, tf.constant(indices))).numpy()
     return np.sort(mixed[: batches * batch_size])
