@@ -70,9 +70,7 @@ def test_cache_and_budgets_may_differ_between_workers_but_not_the_output(tmp_pat
 def test_several_workers_need_an_output_dir(tmp_path: Path) -> None:
     workers = start_workers(tmp_path, 1, *SHARED, size=2)
     assert workers.wait(60) == [WRONG_INPUT]
-    assert (
-        "several workers need output_dir=..., a folder that names the run and outlives its workers" in workers.output(0)
-    )
+    assert "output_dir" in workers.output(0)
 
 
 @pytest.mark.slow
