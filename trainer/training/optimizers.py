@@ -24,9 +24,6 @@ class WarmUp(LearningRateSchedule):
         warmup = self.peak * (step + 1) / (self.steps + 1)
         return tf.where(step < self.steps, warmup, self.after(tf.maximum(step - self.steps, 0)))
 
-    def get_config(self) -> dict[str, Any]:
-        return {"peak": self.peak, "steps": self.steps, "after": schedules.serialize(self.after)}
-
 
 def build_schedule(
     schedule: Schedule, rate: float, *, total_steps: int, steps_per_epoch: int, batch_size: int
