@@ -1,4 +1,4 @@
-"""What the package uses of other libraries' private API: it is there in the installed versions, and listed in one place."""
+"""Private API of other libraries: available in the installed versions, and used in `trainer/private_api.py` only."""
 
 import ast
 import asyncio
@@ -40,12 +40,12 @@ ROWS = [
 
 @contextlib.contextmanager
 def needs(library: str, name: str) -> Iterator[None]:
-    """Whatever fails within is told with the library, its version and the name."""
+    """Context whose failures name the library, its version and the name."""
     try:
         yield
     except Exception as error:
         pytest.fail(
-            f"{library} {version(library)} no longer has what trainer/private_api.py uses, {name}: "
+            f"{library} {version(library)} no longer has {name}, which trainer/private_api.py uses: "
             f"{type(error).__name__}: {error}"
         )
 
@@ -55,26 +55,26 @@ def network() -> keras.Model:
     return keras.Model(inputs, keras.layers.ReLU(name="relu")(keras.layers.Conv2D(2, 3, name="conv")(inputs)))
 
 
-def walks_a_network_with_other_operations() -> None:
+def runs_a_network_with_other_operations() -> None:
     model, seen = network(), []
 
-    def instead(operation: keras.Operation) -> Callable[..., object]:
+    def operation_fn(operation: keras.Operation) -> Callable[..., object]:
         seen.append(operation.name)
         return (lambda x: -x) if operation.name == "relu" else operation
 
     images = tf.random.stateless_uniform([1, 4, 4, 3], [1, 2])
-    made = private_api.run_through_graph(model, images, instead)
-    made = made[0] if isinstance(made, list) else made
+    outputs = private_api.run_through_graph(model, images, operation_fn)
+    outputs = outputs[0] if isinstance(outputs, list) else outputs
     assert seen == ["conv", "relu"]
-    np.testing.assert_array_equal(made, -model.get_layer("conv")(images))
+    np.testing.assert_array_equal(outputs, -model.get_layer("conv")(images))
 
 
-def tells_the_producer_of_a_tensor() -> None:
+def returns_the_producer_of_a_tensor() -> None:
     model = network()
     assert private_api.producer_of(model.outputs[0]) is model.get_layer("relu")
 
 
-def tells_the_index_of_a_variable() -> None:
+def returns_the_index_of_a_variable() -> None:
     variables = [keras.Variable(float(i), name="v") for i in range(3)]
     optimizer = keras.optimizers.Adam()
     optimizer.build(variables)
@@ -125,36 +125,36 @@ def mounts_a_transport() -> None:
     assert made._http.get_adapter("http://localhost/") is adapter
 
 
-def disables_the_requests_for_the_bucket() -> None:
+def disables_requests_for_the_bucket() -> None:
     made = client()
     assert made._bucket_metadata_cache is not None
     private_api.disable_bucket_metadata(made)
     assert made._bucket_metadata_cache is None
 
 
-def tells_the_credentials() -> None:
+def returns_the_credentials() -> None:
     assert isinstance(private_api.credentials_of(client()), AnonymousCredentials)
 
 
-def tells_a_grid_from_a_search(tmp_path: Path) -> None:
+def detects_a_grid_search(tmp_path: Path) -> None:
     assert importlib.import_module("hydra._internal.core_plugins.basic_sweeper").BasicSweeper
-    found = []
+    results = []
     for more in ([], ["hydra/sweeper=optuna", "seed=choice(1, 2)", "hydra.sweeper.n_trials=1"]):
         compose(
             ["-m", f"hydra.sweep.dir={tmp_path}", *more],
-            run_job=lambda _tree, _overrides, settings: float(found.append(private_api.is_grid(settings)) is None),
+            run_job=lambda _tree, _overrides, settings: float(results.append(private_api.is_grid(settings)) is None),
         )
-    assert found == [True, False]
+    assert results == [True, False]
 
 
-def tells_operations_and_their_tensors() -> None:
+def lists_operations_and_their_tensors() -> None:
     first, conv, relu = network().operations
     assert isinstance(first, keras.layers.InputLayer)
     assert relu.input is conv.output
     assert conv.input is first.output
 
 
-def takes_statistics_that_are_arrays() -> None:
+def accepts_arrays_as_statistics() -> None:
     layer = keras.layers.Normalization(mean=[1.0, 2.0], variance=[4.0, 4.0])
     layer.build((None, 2))
     before = layer.mean, layer.variance
@@ -185,7 +185,7 @@ def describes_hparams() -> None:
     assert scalar_pb("val_accuracy", 0.5).value[0].tag == "val_accuracy"
 
 
-def schema_of_litert() -> None:
+def has_the_schema_of_litert() -> None:
     from ai_edge_litert import schema_py_generated as schema
 
     assert schema.ModelT.InitFromPackedBuf
@@ -194,7 +194,7 @@ def schema_of_litert() -> None:
 
 
 async def no_app(_scope: object, _receive: object, _send: object) -> None:
-    raise AssertionError("nobody asked")
+    raise AssertionError("an unexpected request")
 
 
 def serves_connections() -> None:
@@ -222,7 +222,7 @@ def serves_connections() -> None:
     asyncio.run(begin())
 
 
-def leaves_signals_alone() -> None:
+def captures_signals() -> None:
     server = uvicorn.Server(uvicorn.Config(no_app))
     with uvicorn.Server.capture_signals(server):
         pass
@@ -232,24 +232,24 @@ def leaves_signals_alone() -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
-    "Function._run_through_graph": walks_a_network_with_other_operations,
-    "KerasTensor._keras_history": tells_the_producer_of_a_tensor,
-    "Optimizer._get_variable_index": tells_the_index_of_a_variable,
+    "Function._run_through_graph": runs_a_network_with_other_operations,
+    "KerasTensor._keras_history": returns_the_producer_of_a_tensor,
+    "Optimizer._get_variable_index": returns_the_index_of_a_variable,
     "Layer.__class__": swaps_the_class_of_a_layer,
     "tensorflow.core.protobuf": parses_a_saved_model,
     "summary_v2._summary_pb": ends_a_session_of_hparams,
     "Client._http": mounts_a_transport,
-    "Client._bucket_metadata_cache": disables_the_requests_for_the_bucket,
-    "Client._credentials": tells_the_credentials,
-    "hydra._internal.core_plugins.basic_sweeper": tells_a_grid_from_a_search,
-    **dict.fromkeys(["Function.operations", "Operation.input", "Operation.output"], tells_operations_and_their_tensors),
-    **dict.fromkeys(["Normalization.mean", "Normalization.variance"], takes_statistics_that_are_arrays),
+    "Client._bucket_metadata_cache": disables_requests_for_the_bucket,
+    "Client._credentials": returns_the_credentials,
+    "hydra._internal.core_plugins.basic_sweeper": detects_a_grid_search,
+    **dict.fromkeys(["Function.operations", "Operation.input", "Operation.output"], lists_operations_and_their_tensors),
+    **dict.fromkeys(["Normalization.mean", "Normalization.variance"], accepts_arrays_as_statistics),
     **dict.fromkeys(["compat.proto", "summary.writer.record_writer"], writes_events),
     **dict.fromkeys(["plugins.hparams", "plugins.scalar.summary_v2"], describes_hparams),
     **dict.fromkeys(["H11Protocol", "conn", "cycle", "loop", "transport"], serves_connections),
     **dict.fromkeys(["servers", "server_state", "lifespan"], serves_connections),
-    **dict.fromkeys(["Server", "capture_signals", "shutdown"], leaves_signals_alone),
-    "schema_py_generated": schema_of_litert,
+    **dict.fromkeys(["Server", "capture_signals", "shutdown"], captures_signals),
+    "schema_py_generated": has_the_schema_of_litert,
 }
 
 
@@ -265,23 +265,22 @@ def test_the_installed_library_has_it(library: str, name: str, tmp_path: Path) -
         check(tmp_path) if check.__code__.co_argcount else check()
 
 
-def test_what_a_library_lost_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_name_is_reported_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("keras.src.optimizers.base_optimizer.BaseOptimizer._get_variable_index")
     with pytest.raises(pytest.fail.Exception) as failed, needs("keras", "Optimizer._get_variable_index"):
-        tells_the_index_of_a_variable()
-    told = str(failed.value)
-    assert f"keras {version('keras')} no longer has" in told
-    assert "Optimizer._get_variable_index: AttributeError" in told
+        returns_the_index_of_a_variable()
+    assert f"keras {version('keras')} no longer has Optimizer._get_variable_index" in str(failed.value)
+    assert "AttributeError" in str(failed.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The rule: no other module touches a private name of another library. Forbidden are
-#   - `x._name`, read, written or deleted, and the same by getattr, setattr, delattr and hasattr with a literal name,
-#     where no function, class, class attribute, global or attribute of `self` or `cls` of this package is called so;
+# The rule: no other module uses a private name of another library. Forbidden are
+#   - `x._name`, read, written or deleted, also by getattr, setattr, delattr and hasattr with a literal name, unless it
+#     is a function, class, class attribute, global or attribute of `self` or `cls` of this package;
 #   - an assignment to `x.__class__`;
-#   - an import from a private module: `_name` anywhere in its path, or one of the trees below, and of a `_name` from a
+#   - an import from a private module (`_name` anywhere in its path, or one of the trees below), and of a `_name` from a
 #     module of another package.
-# Allowed is what Python's own documentation describes: the names below, and every `__name__`.
+# Allowed are names in Python's documentation: those below, and every `__name__`.
 
 DOCUMENTED = {"os._exit", "sys._current_frames"}
 PRIVATE_TREES = ("keras.src", "tensorflow.python", "tensorflow.core", "hydra._internal")
@@ -293,11 +292,11 @@ def is_private(name: str) -> bool:
 
 
 def own_names(trees: list[ast.Module]) -> set[str]:
-    """What the package itself calls `_name`: functions, classes, class attributes, globals, attributes of self."""
-    found = set()
+    """Names that the package defines: functions, classes, class attributes, globals, attributes of self."""
+    names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         if isinstance(node, ast.ClassDef | ast.Module):
             targets = [
                 target
@@ -305,19 +304,16 @@ def own_names(trees: list[ast.Module]) -> set[str]:
                 if isinstance(part, ast.Assign | ast.AnnAssign)
                 for target in (part.targets if isinstance(part, ast.Assign) else [part.target])
             ]
-            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.ctx, ast.Store)
-            and ast.unparse(node.value) in ("self", "cls")
-        ):
-            found.add(node.attr)
-    return found
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if stored and ast.unparse(node.value) in ("self", "cls"):
+            names.add(node.attr)
+    return names
 
 
 def faults(tree: ast.Module, own: set[str]) -> list[str]:
-    """Where a module touches a private name of another library, as "line: code"."""
-    found = []
+    """Uses of private names of other libraries in a module, as "line: code"."""
+    uses = []
     for node in ast.walk(tree):
         wrong = False
         match node:
@@ -334,21 +330,20 @@ def faults(tree: ast.Module, own: set[str]) -> list[str]:
                     is_private_module(f"{module}.{alias.name}") for alias in names if not module.startswith("trainer")
                 )
         if wrong:
-            found.append(f"{node.lineno}: {ast.unparse(node)}")  # type: ignore[attr-defined]
-    return found
+            uses.append(f"{node.lineno}: {ast.unparse(node)}")  # type: ignore[attr-defined]
+    return uses
 
 
 def is_private_module(path: str) -> bool:
     return any(map(is_private, path.split("."))) or any(f"{path}.".startswith(f"{tree}.") for tree in PRIVATE_TREES)
 
 
-def test_no_other_module_touches_what_a_library_does_not_publish() -> None:
+def test_no_other_module_uses_private_names() -> None:
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     own = own_names(list(trees.values()))
-    found = {str(path.relative_to(PACKAGE)): faults(tree, own) for path, tree in trees.items()}
-    here = found.pop("private_api.py")
-    assert {path: wrong for path, wrong in found.items() if wrong} == {}
-    assert len(here) > 5  # the rule finds what it is about
+    uses = {str(path.relative_to(PACKAGE)): faults(tree, own) for path, tree in trees.items()}
+    assert len(uses.pop("private_api.py")) > 5
+    assert {path: wrong for path, wrong in uses.items() if wrong} == {}
 
 
 BAD = """
@@ -365,9 +360,9 @@ class Layer(keras.Layer):
     _limit: int = 3
 
     def _mine(self):
-        self._kept = self._private_of_keras
-        self._kept = type(self).__name__
-        other._kept.attribute = self._mine()
+        self._saved = self._private_of_keras
+        self._saved = type(self).__name__
+        other._saved.attribute = self._mine()
 
 def run(model, layer):
     model._private = layer._limit
@@ -382,7 +377,7 @@ def run(model, layer):
 """
 
 
-def test_the_rule_finds_each_way_to_break_it() -> None:
+def test_the_rule_detects_each_violation() -> None:
     tree = ast.parse(BAD)
     assert sorted(faults(tree, own_names([tree])), key=lambda fault: int(fault.split(":")[0])) == [
         "4: import keras.src.layers",

@@ -15,7 +15,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
 from trainer.models.classifier import build_classifier
-from trainer.models.weights import settle_input
+from trainer.models.weights import refresh_normalization
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.restore import assign_values, take_weights
 from trainer.training import variables
@@ -34,7 +34,7 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
     norm = one.backbone.get_layer("normalization")
     norm.adapt_mean.assign([0.485, 0.456, 0.406])
     norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
-    settle_input(one.backbone)
+    refresh_normalization(one.backbone)
     values = variables.read(one.variables)
     if resumed:
         assign_values(other, other.variables, values, "a checkpoint")

@@ -36,7 +36,7 @@ class RunPlan:
 
 @dataclass
 class RunContext:
-    """One run as one worker sees it; `plan` and `scorer` are set once the run is restored."""
+    """Objects of one run on one worker; `plan` and `scorer` are set after `train.restore`."""
 
     config: RunConfig
     worker: Worker
@@ -51,34 +51,35 @@ class RunContext:
 
 
 @contextmanager
-def failures_recorded(run: RunContext) -> Iterator[None]:
-    """Record the time and the reason of the end of a run, however it ends, and close its files."""
+def record_failures(run: RunContext) -> Iterator[None]:
+    """Record the time breakdown and the reason when a run fails or is stopped; close its files in any case."""
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
-    def ended(code: int, reason: str) -> None:
+    def record(code: int, reason: str) -> None:
         saver.restarts.failed(code, reason)
         run.clock.write()
 
-    def stop_requested(reason: str) -> None:
-        """A process that is stuck ends here: the step that could save will not come."""
+    def on_request(reason: str) -> None:
+        """End a stalled process at once, because it would not reach the next step; else record the stop request."""
         if stalled := health.stall_reason():
-            control.end(INTERRUPTED, f"{reason} while {stalled}; what was saved before is intact. {saver.resume_hint}")
-        saver.restarts.end(STOPPED, reason)  # should the time to stop not suffice
+            control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
+        saver.restarts.end(STOPPED, reason)  # in case the process is killed before it has saved
 
-    control.on_end, stop.on_request = ended, stop_requested
+    control.on_end, stop.on_request = record, on_request
     try:
         yield
     except OSError as error:
-        text = f"{saver.address}: {error.strerror or error}; what was saved before is intact. {saver.resume_hint}"
-        ended(Interrupted.exit_code, text)
-        raise Interrupted(text) from error
+        problem = f"{saver.address}: {error.strerror or error}; checkpoints are intact"
+        interrupted = Interrupted(problem, fix=saver.resume_hint)
+        record(INTERRUPTED, str(interrupted))
+        raise interrupted from error
     except tf.errors.OpError as error:
-        if control.size > 1:  # a collective that failed: the control channel soon says whose fault it is
+        if control.size > 1:  # a failed collective: the control channel reports the lost worker first
             time.sleep(HEARTBEAT_TIMEOUT + 2 * HEARTBEAT_INTERVAL)
-        ended(BUG, str(error))
+        record(BUG, str(error))
         raise
     except TrainerError as error:
-        ended(error.exit_code, str(error))
+        record(error.exit_code, str(error))
         raise
     finally:
         run.metrics.close()

@@ -1,17 +1,17 @@
-"""Every use of API that another library does not publish, in one place.
+"""All uses of private API of other libraries.
 
-A library may rename or remove such a name in any release, without a word in its notes. So each use is a function here,
-no other module of this package touches such a name, and `tests/test_private_api.py` exercises every row of these tables
-on the installed versions: an upgrade that breaks one fails there, with the library, its version and the name.
+A library may rename or remove a private name in any release without notice. Therefore each use is a function in this
+module, no other module uses such a name, and `tests/test_private_api.py` tests every row of these tables on the
+installed versions: after an incompatible upgrade it fails with the library, its version and the name.
 
-Private by name, each with its function here:
+Private by name, with the function here:
 
-| library | name | what for | a public replacement would be |
+| library | name | function | a public replacement would be |
 | --- | --- | --- | --- |
 | keras | `Function._run_through_graph` | `run_through_graph` | `clone_model(call_function=)`, if it took tensors |
 | keras | `KerasTensor._keras_history` | `producer_of` | an `operation` of a tensor; there is none |
 | keras | `Optimizer._get_variable_index` | `variable_index` | learning rates by variable; there are none |
-| keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it kept the variables |
+| keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
 | tensorflow | `tensorflow.core.protobuf` | `new_saved_model_proto` | a parser of `saved_model.pb`; there is none |
 | tensorboard | `summary_v2._summary_pb` | `session_end_summary` | in `hparams.api`, which has `KerasCallback` only |
 | google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples do the same |
@@ -19,19 +19,19 @@ Private by name, each with its function here:
 | google-cloud-storage | `Client._credentials` | `credentials_of` | a property of `Client`; there is none |
 | hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a kind of sweeper in `HydraConf` |
 
-Public by name, documented nowhere, and used where the last column says:
+Public by name, but undocumented:
 
-| library | name | where |
+| library | name | used in |
 | --- | --- | --- |
 | keras | `Function.operations`, `Operation.input`, `Operation.output` | models/bn_folding.py, features/cut.py |
 | keras | `Normalization.mean`, `Normalization.variance` | exporting/bundle.py |
 | tensorboard | `compat.proto`, `summary.writer.record_writer` | cli/sweep.py, runs/metrics.py |
 | tensorboard | `plugins.hparams`, `plugins.scalar.summary_v2` | cli/sweep.py |
-| uvicorn | `H11Protocol` and what it holds: `conn`, `cycle`, `loop`, `transport` | serving/server.py |
+| uvicorn | `H11Protocol` and its attributes `conn`, `cycle`, `loop`, `transport` | serving/server.py |
 | uvicorn | `Server`: `servers`, `server_state`, `lifespan`, `capture_signals`, `shutdown` | serving/server.py |
 | ai-edge-litert | `schema_py_generated` | exporting/tflite.py |
 
-Libraries are imported inside the functions: modules that start without TensorFlow import this one.
+Libraries are imported inside the functions, because modules that run without TensorFlow import this one.
 """
 
 from collections.abc import Callable
@@ -42,27 +42,27 @@ from typing import Any
 
 
 def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], Callable[..., Any]]) -> Any:
-    """The outputs of a functional `keras.Model`, computed by `operation_fn(operation)` in place of each operation."""
+    """Compute the outputs of a functional `keras.Model` with `operation_fn(operation)` instead of each operation."""
     return network._run_through_graph(inputs, operation_fn=operation_fn)
 
 
 def producer_of(tensor: Any) -> Any:
-    """The layer or operation that a `keras.KerasTensor` is the output of."""
+    """Return the layer or operation with the output `keras.KerasTensor`."""
     return tensor._keras_history.operation
 
 
 def variable_index(optimizer: Any, variable: Any) -> int:
-    """The position of a variable in the list that the optimizer was built with."""
+    """Return the index of a variable in the list that the optimizer was built with."""
     return optimizer._get_variable_index(variable)
 
 
 def swap_class(layer: Any, cls: type) -> None:
-    """Make a layer compute as one of `cls`, a base or a subclass of its class that adds no state; variables stay."""
+    """Set the class of a layer to a base or subclass without state of its own; its variables do not change."""
     layer.__class__ = cls
 
 
 def library_class(layer: Any) -> type:
-    """The class of a layer, or the nearest base of it that does not belong to this package."""
+    """Return the class of a layer, or its nearest base class outside this package."""
     return next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] != __package__)
 
 
@@ -71,14 +71,14 @@ def library_class(layer: Any) -> type:
 
 
 def new_saved_model_proto() -> Any:
-    """An empty `SavedModel` message, to parse a `saved_model.pb` with."""
+    """Make an empty `SavedModel` message to parse a `saved_model.pb`."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     return SavedModel()
 
 
 def session_end_summary(session_end_info: Any) -> Any:
-    """The `Summary` message of a `SessionEndInfo`, which ends a row of the HParams page."""
+    """Make the `Summary` message of a `SessionEndInfo`, which ends a row of the HParams page."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 
     data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)
@@ -86,7 +86,7 @@ def session_end_summary(session_end_info: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Google's client of Cloud Storage
+# Google Cloud Storage
 
 
 def mount_transport(client: Any, adapter: Any) -> None:
@@ -96,12 +96,12 @@ def mount_transport(client: Any, adapter: Any) -> None:
 
 
 def disable_bucket_metadata(client: Any) -> None:
-    """Keep a `storage.Client` from requests of its own, for traces, that need the permission storage.buckets.get."""
+    """Disable the tracing requests of a `storage.Client`, which need the permission storage.buckets.get."""
     client._bucket_metadata_cache = None
 
 
 def credentials_of(client: Any) -> Any:
-    """The `google.auth.credentials.Credentials` that a `storage.Client` sends its requests with."""
+    """Return the `google.auth.credentials.Credentials` of a `storage.Client`."""
     return client._credentials
 
 
@@ -110,5 +110,5 @@ def credentials_of(client: Any) -> Any:
 
 
 def is_grid(hydra_settings: Any) -> bool:
-    """Whether Hydra's own sweeper, which takes every combination, runs the sweep; `hydra_settings` is `HydraConf`."""
+    """Return whether the sweeper of a `HydraConf` is Hydra's basic one, a grid search."""
     return hydra_settings.sweeper["_target_"].endswith(".BasicSweeper")

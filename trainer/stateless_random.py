@@ -1,14 +1,14 @@
-"""Random numbers that depend on nothing but their coordinates.
+"""Stateless random numbers: functions of their coordinates alone.
 
-Every random choice of a run (order, augmentation, dropout) is a function of the seed and of where it is used, so
-that it can be made again after a kill, on another worker, or in another batch split. The mixer is SplitMix64's
-finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+Every random choice of a run (order, augmentation, dropout) is a function of the seed and the coordinates of its use, so
+it is reproducible after a restart, on another worker, or with another sharding. The mixing function is the finalizer of
+SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 import tensorflow as tf
 
-# Streams keep apart what would otherwise share coordinates.
-AUGMENTATION, DROPOUT, ORDER, SHARDS, SHARE = 1, 2, 3, 4, 5
+# One stream per use: two uses may have equal coordinates.
+AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
 
 def _signed(value: int) -> int:
@@ -19,7 +19,7 @@ _GOLDEN, _FIRST, _SECOND = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1
 
 
 def _shift_right(x: tf.Tensor, bits: int) -> tf.Tensor:
-    """Logical shift of an int64."""
+    """Logical right shift of an int64."""
     return tf.bitwise.bitwise_and(tf.bitwise.right_shift(x, tf.constant(bits, tf.int64)), 2 ** (64 - bits) - 1)
 
 
@@ -30,9 +30,9 @@ def _mix(x: tf.Tensor) -> tf.Tensor:
 
 
 def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """64 random bits (int64), for each element of the coordinates broadcast together (int64).
+    """64 random bits, int64, per element of the int64 coordinates after broadcasting.
 
-    Coordinates that differ in the last one alone give different bits.
+    Coordinates that differ in the last one only have different bits.
     """
     state = tf.zeros([], tf.int64)
     for coordinate in coordinates:
@@ -41,5 +41,5 @@ def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
 
 
 def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """Float32 in [0, 1), one for each element of the coordinates broadcast together (int64)."""
+    """Uniform float32 in [0, 1), per element of the int64 coordinates after broadcasting."""
     return tf.cast(_shift_right(bits(*coordinates), 40), tf.float32) * 2.0**-24

@@ -1,6 +1,6 @@
-"""One run, from a configuration to a report and a model that serves. Read it top to bottom.
+"""Training run: from a configuration to a report and exported models. Read it top to bottom.
 
-set up -> restore -> plan -> for each phase: thaw, inputs, epochs of steps and validation -> finish
+set up -> restore -> plan -> per phase: freeze, open inputs, train and validate epochs -> test, export, report
 """
 
 import json
@@ -16,7 +16,7 @@ from trainer.cluster.devices import build_strategy
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
-from trainer.context import RunContext, RunPlan, failures_recorded
+from trainer.context import RunContext, RunPlan, record_failures
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
 from trainer.data.open import open_run_data, require_validation
@@ -39,35 +39,33 @@ from trainer.runs.folder import RunFolder, last_command, resolve_auto, update_fa
 from trainer.runs.metrics import MetricsWriter, cut_back
 from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
-from trainer.training import variables
-from trainer.training.early_stopping import exhausted, judge
+from trainer.training import early_stopping, variables
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.training.phase_weights import best_step, select_phase_weights, summarise_phase
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite
 from trainer.types import scored_split
 
-AFTER = "after training had ended"
+AFTER_TRAINING = "after the end of training"
 
 
 def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float) -> None:
-    """Train, evaluate, export and report, or go on where `folder` was left. All workers run this, in step.
+    """Train, evaluate, export and report; resume a run that `folder` has. All workers run this in step.
 
     Args:
-        began: time.time() at which the process started, for the account of where the time went.
+        began: time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: with a message for the user and the exit code of the process.
+        TrainerError: its message is printed, its exit code is the one of the process.
     """
     run, divisions = set_up(config, folder, control, stop, began)
-    with failures_recorded(run):
+    with record_failures(run):
         restored = restore(run, folder)
         run.plan = make_plan(run, divisions)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
-                if run.worker.should_stop("before a phase"):  # to compile it may take longer than the grace period
-                    leave(run, "between phases")
+                if run.worker.should_stop("before a phase"):  # compiling may take longer than the grace period
+                    raise_stopped(run, "between phases")
                 train_phase(run, names[run.state.phase], restored)
                 restored = {}
         with run.clock.span("finish"):
@@ -82,11 +80,11 @@ def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, sto
 def set_up(
     config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> tuple[RunContext, dict[str, Division]]:
-    """Open data, devices and model, and divide the model for each phase; devices come before the first tensor."""
+    """Open the data, configure the devices, build the model and find the frozen layers of each phase."""
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(config.export.formats, config.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(config, log.info, lambda address: stop.check(f"while {address} was fetched"))
+    data = open_run_data(config, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
@@ -94,19 +92,21 @@ def set_up(
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
+    # Values that are `auto`, then devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto(config, folder, control, dataset)
-    stop.check("before training began")
+    stop.check("before training")
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
-    stop.install()  # again: TensorFlow's coordination service takes the handlers away
+    stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    divisions = divide(config, classifier)  # before anything is written: a mistake in the last phase costs no other
+    divisions = divide(config, classifier)  # for all phases now: an error in the last one fails before training
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": control.size, "found_by": control.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
     control.broadcast("run", lambda: folder.note_start(facts, dataset.fingerprint, workers))
+
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
         config=config,
@@ -122,15 +122,15 @@ def set_up(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Restore, and plan what is left
+# Restore and plan
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
-    """Load order: this run's newest checkpoint > warm start > what the backbone was built with.
+    """Load weights: from the newest checkpoint of this run, else from `warm_start`, else keep the initial ones.
 
     Returns:
-        the variables of this run's checkpoint by name, for the optimizer of the phase that goes on; else none.
+        the variables of that checkpoint by name, for the optimizer of the current phase; else none.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.newest(folder.resuming)
@@ -139,10 +139,10 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
-        where, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)
-        log.info(f"weights: warm start from {where}, {count} of {len(classifier.variables)} variables")
+        source, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)
+        log.info(f"weights: warm start from {source}, {count} of {len(classifier.variables)} variables")
     else:
-        log.info(f"weights: backbone {config.model.weights}, head from the seed")
+        log.info(f"weights: backbone {config.model.weights}, head random")
     step = run.state.step
     health.set_gauges(step=step, epoch=run.state.epoch + 1)
     if control.is_chief:
@@ -155,18 +155,17 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 
 def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
-    """Decide what each phase reads and how the workers share the data, and open the teacher."""
+    """Choose features or images per phase and how the data is sharded over workers; open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
     reads = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
     features = FeaturePlan(divisions, reads)
     images.train_once = train_images_read_once(config, features.reads, state.phase)
     health.set_activity("opening the training images")
-    # Every worker decodes at the same time, whatever the answer will be.
-    kept = "features" if images.train_once else images.split("train").cached_in
-
-    shared = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, kept, state.sharding)
-    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(shared)))
+    # Every worker opens its image cache here, at the same time; the sharding plan of the chief is used.
+    cache = "features" if images.train_once else images.split("train").cached_in
+    local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
+    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
     check_resumable(sharding, state.sharding, state.epoch_step)
     state.sharding = sharding.facts
     if worker.size > 1:
@@ -189,21 +188,21 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
 
 @dataclass
 class PhaseRun:
-    """What the epochs of one phase share; batches are read from `stream`, whose shards `gate` waits for."""
+    """Compiled step and input pipeline of one phase."""
 
     name: str
     phase: Phase
-    total: int  # optimizer steps at most
+    total_steps: int  # fewer with early stopping
     step: TrainingStep
-    rate: Any  # learning rate as a function of the phase's step
+    schedule: Any  # learning rate as a function of the step within the phase
     inputs: Inputs
-    stream: Any
-    gate: ShardGate
-    saved: dict[str, Any]  # every variable that a checkpoint holds, by name
+    batches: Any  # iterator over global batches
+    gate: ShardGate  # waits for the shards of the next batches
+    checkpoint_variables: dict[str, Any]  # by name
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Thaw what the phase names, train it to its end, and choose the weights that the next one begins with."""
+    """Freeze and thaw layers, train and validate epochs until the steps or the patience end, select phase weights."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -214,53 +213,49 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         log.info(f"  {line}")
     run.images.train_once = train_images_read_once(run.config, run.plan.features.reads, state.phase)
 
-    def over() -> bool:
-        return state.phase_step >= total or exhausted(state, phase.early_stopping)
+    def finished() -> bool:
+        return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
 
-    validated = state.epoch_step == 0  # not so where a signal came between the last step and its validation
-    if not (validated and over()):
+    validated = state.epoch_step == 0  # false after a stop between the last step of an epoch and its validation
+    if not (validated and finished()):
         with run.clock.span("compile"):
-            part = open_phase(run, name, thaw, total)
+            current = open_phase(run, name, thaw, total)
             if restored:
-                variables.write(part.step.checkpointed(), restored, f"checkpoint step {state.step}")
+                variables.write(current.step.checkpoint_variables(), restored, f"checkpoint step {state.step}")
         while True:
-            train_epoch(run, part)
-            entry, best = validate(run, part)
+            train_epoch(run, current)
+            entry, best = validate(run, current)
             state.history.append(entry)
             state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
-            if best or over() or due(run):
-                save(run, part)
-            if over() and state.phase_step < total:
+            if best or finished() or checkpoint_due(run):
+                save(run, current)
+            if finished() and state.phase_step < total:
                 rule = phase.early_stopping
-                log.info(f"phase {name}: no better {rule.metric} in {rule.patience} epochs, stopping early")
+                log.info(f"phase {name}: early stopping, no better {rule.metric} in {rule.patience} epochs")
             if run.worker.should_stop("after an epoch"):
-                save_and_leave(run, part)
-            if over():
+                save_and_stop(run, current)
+            if finished():
                 break
-        part.stream = None  # from here on nothing reads ahead
-        part.gate.close()
+        current.batches = None  # ends the prefetching
+        current.gate.close()
     end_phase(run, name, thaw)
 
 
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
-    """Open what the phase reads and put its step on the device."""
+    """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
-    inputs = inputs_of(run, name)
+    inputs = open_phase_inputs(run, name)
     teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
-    rate = build_schedule(
-        phase.schedule,
-        phase.optimizer.learning_rate,
-        total_steps=total,
-        steps_per_epoch=per_epoch,
-        batch_size=batch_size,
-    )
+    lr = phase.optimizer.learning_rate
+    schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with worker.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
+        optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
     network, stop = teacher.network if teacher else None, worker.stop_requested
     step = TrainingStep(
         worker.strategy, inputs.network, thaw.trainable, optimizer, settings, stop=stop, teacher=network
     )
+    # Batches begin at this step of this epoch, in an order that is a function of the seed.
     order = Order(
         batch_size=batch_size,
         seed=config.seed,
@@ -273,47 +268,48 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
     dataset = teacher.with_soft_labels(batches.dataset) if teacher else batches.dataset
-    stream = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
-    saved = run.classifier.variables | step.checkpointed()
-    return PhaseRun(name, phase, total, step, rate, inputs, stream, batches.gate(), saved)
+    iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
+    saved = run.classifier.variables | step.checkpoint_variables()
+    return PhaseRun(name, phase, total, step, schedule, inputs, iterator, batches.gate(), saved)
 
 
-def inputs_of(run: RunContext, name: str) -> Inputs:
-    """Open what a phase reads, features or images; one that finds no room for its features goes on with images."""
+def open_phase_inputs(run: RunContext, name: str) -> Inputs:
+    """Open the cached features or the images of a phase; without storage for its features it reads images."""
     category = "compile" if run.plan.features.reads[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
         inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     if inputs is not None:
         return inputs
-    if run.worker.should_stop(where := "while features were computed"):
-        leave(run, where)
+    if run.worker.should_stop(during := "while computing features"):
+        raise_stopped(run, during)
     if run.state.phase_step:
         raise Interrupted(
-            f"phase {name} began with cached features, and there is no room for them: give it with "
-            f"runtime.disk_budget_gb, runtime.memory_budget_gb or runtime.cache_dir. {run.saver.resume_hint}"
+            f"phase {name} began with cached features, and there is no space for them",
+            fix="increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; "
+            + run.saver.resume_hint,
         )
-    log.info(f"features of phase {name}: live after all, there is no room for them")
+    log.info(f"features of phase {name}: live, because there is no space for a cache")
     go_live(name, run.images, run.plan.features)
     if run.worker.is_chief:
         update_facts(run.saver.path, {"features": run.plan.features.reads})
-    return inputs_of(run, name)
+    return open_phase_inputs(run, name)
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
-    """Give the next phase, or the export, the weights that `training.keep` names: averaged ones where EMA is on."""
+    """Load the phase weights (`training.keep`; averaged with `training.ema`) and move the state to the next phase."""
     state, training = run.state, run.config.training
-    step = select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
+    step = early_stopping.select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
     step, weights = run.saver.read_weights(step, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
     trainable = sum(int(np.prod(v.shape)) for v in thaw.trainable.values())
-    summary, kept = summarise_phase(state, name, step)
+    summary, entry = early_stopping.summarise_phase(state, name, step)
     state.finished[name] = summary | {"trainable_parameters": trainable}
-    epoch = f"epoch {kept['epoch']}{', averaged' if training.ema else ''}"
+    epoch, accuracy = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}", entry["val_accuracy"]
     if "kept_from" in summary:
-        log.info(f"phase {name}: val_accuracy {summary['own_val_accuracy']:.4f} at best, it began with "
-            f"{kept['val_accuracy']:.4f}: the weights of {kept['phase']} ({epoch}) go on")  # fmt: skip
+        log.info(f"phase {name}: best val_accuracy {summary['own_val_accuracy']:.4f}, not better than {accuracy:.4f} "
+            f"before it; continuing from the weights of {entry['phase']} ({epoch})")  # fmt: skip
     else:
-        log.info(f"phase {name}: val_accuracy {kept['val_accuracy']:.4f}; the {training.keep} weights ({epoch}) go on")
+        log.info(f"phase {name}: val_accuracy {accuracy:.4f}; continuing from the {training.keep} weights ({epoch})")
     state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
     state.carried = step if training.keep == "best" else None
 
@@ -323,8 +319,8 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run: RunContext, part: PhaseRun) -> None:
-    """Take the steps of an epoch, several per device call; a call ends early, on all workers, if one was told to stop.
+def train_epoch(run: RunContext, current: PhaseRun) -> None:
+    """Run the steps of an epoch, several per device call; log per interval, save checkpoints, stop on request.
 
     Raises:
         DataError: an example cannot be read.
@@ -333,55 +329,56 @@ def train_epoch(run: RunContext, part: PhaseRun) -> None:
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
-    left = min(steps_per_epoch - state.epoch_step, part.total - state.phase_step)
+    left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
     log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
     window = run.config.debug.profile_steps
     began, waited = time.monotonic(), 0.0
     while left > 0:
         run.metrics.profile(state.step, window)
-        traced = part.step.traced
+        traced = current.step.traced
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
-        with run.clock.span(*activity), data_errors(part.inputs.training):
+        with run.clock.span(*activity), data_errors(current.inputs.training):
             try:
-                late = part.gate.wait_for(count * batch_size // run.worker.size)
-            except (
-                StopRequested
-            ):  # several workers end as they are: the others may be inside a step that needs this one
-                if run.worker.size > 1:
+                shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
+            except StopRequested:
+                if run.worker.size > 1:  # without a checkpoint: peers may be inside a step that needs this worker
                     raise
-                save_and_leave(run, part)
-            rows, idle, stopped = part.step.run(part.stream, count, state.step, state.phase_step)
-            run.clock.waited(idle + late)
-        waited += idle + late
-        left -= len(rows)
+                save_and_stop(run, current)
+            sums, batches_waited, stopped = current.step.run(current.batches, count, state.step, state.phase_step)
+            run.clock.waited(batches_waited + shards_waited)
+        # Count the steps that were run, `count` or fewer.
+        waited += batches_waited + shards_waited
+        taken = len(sums)
+        left -= taken
         state.step, state.phase_step, state.epoch_step = (
-            before + len(rows) for before in (state.step, state.phase_step, state.epoch_step)
+            steps + taken for steps in (state.step, state.phase_step, state.epoch_step)
         )
         health.steps_taken(state.step, state.epoch + 1)
-        require_finite(rows, state.step, f"phase {part.name}, epoch {state.epoch + 1}", part.name)
-        for row in rows.astype(np.float64):
+        require_finite(sums, state.step, current.name, state.epoch + 1)
+        for row in sums.astype(np.float64):
             state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
             state.interval = [a + float(b) for a, b in zip(state.interval, row, strict=True)]
-        state.images += float(rows[:, 2].sum())
+        state.images += float(sums[:, 2].sum())
         if state.step % log_every == 0 or left == 0:
             loss, correct, seen = state.interval
-            entry = {"phase": part.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
-                     "accuracy": correct / seen, "learning_rate": float(part.rate(state.phase_step - 1))}  # fmt: skip
+            rate = float(current.schedule(state.phase_step - 1))
+            entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
+                     "accuracy": correct / seen, "learning_rate": rate}  # fmt: skip
             run.metrics.interval(entry, seen, time.monotonic() - began, waited, run.clock.goodput)
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
-            if left and due(run) and not stopped:
-                save(run, part)
+            if left and checkpoint_due(run) and not stopped:
+                save(run, current)
             began, waited = time.monotonic(), 0.0
         if stopped:
-            save_and_leave(run, part)
+            save_and_stop(run, current)
     run.metrics.profile(state.step, window)
 
 
-def validate(run: RunContext, part: PhaseRun) -> tuple[dict[str, Any], bool]:
-    """Score the validation split; returns the epoch's entry of the history, and whether it is the phase's best."""
-    state, training, inputs, averages = run.state, run.config.training, part.inputs, part.step.averages
+def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
+    """Score the validation split with the averaged weights; return the history entry and whether it is the best."""
+    state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
     began = time.monotonic()
     with run.clock.span("evaluation", "validation"):
         if averages:
@@ -394,17 +391,18 @@ def validate(run: RunContext, part: PhaseRun) -> tuple[dict[str, Any], bool]:
             if averages:
                 averages.swap()
         if run.worker.should_stop("in validation"):
-            save_and_leave(run, part)
+            save_and_stop(run, current)
         scores = run.worker.control.broadcast(
             "validation", lambda: validation_scores(scored.probabilities, scored.labels)
         )
     loss, correct, seen = state.sums
-    entry = {"phase": part.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
-             "accuracy": correct / seen, **scores, "learning_rate": float(part.rate(state.phase_step))}  # fmt: skip
-    best = judge(state, entry, part.phase.early_stopping)
-    spent = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
-    run.metrics.epoch(entry, {"seconds": spent, "validation_seconds": time.monotonic() - began}, best)
-    return {**entry, "seconds": spent}, best
+    rate = float(current.schedule(state.phase_step))
+    entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
+             "accuracy": correct / seen, **scores, "learning_rate": rate}  # fmt: skip
+    best = early_stopping.update_best(state, entry, current.phase.early_stopping)
+    seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
+    run.metrics.epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
+    return {**entry, "seconds": seconds}, best
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -412,35 +410,36 @@ def validate(run: RunContext, part: PhaseRun) -> tuple[dict[str, Any], bool]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def due(run: RunContext) -> bool:
-    """Whether it is time for a checkpoint."""
+def checkpoint_due(run: RunContext) -> bool:
+    """Return whether `runtime.checkpoint_every` steps passed since the last checkpoint."""
     every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
     return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
-def save(run: RunContext, part: PhaseRun) -> None:
-    """Commit a checkpoint of where the run stands now. The chief alone writes; the others need not wait for it."""
+def save(run: RunContext, current: PhaseRun) -> None:
+    """Commit a checkpoint of the current state; only the chief writes, and the other workers do not wait for it."""
     state = run.state
     with run.clock.span("checkpoint", "saving a checkpoint"):
         state.train_seconds = run.clock.seconds["train"]
         run.metrics.flush()
-        run.saver.save(state.to_json(), part.saved, best_step(state, part.phase.early_stopping))
+        best_step = early_stopping.best_step(state, current.phase.early_stopping)
+        run.saver.save(state.to_json(), current.checkpoint_variables, best_step)
 
 
-def save_and_leave(run: RunContext, part: PhaseRun) -> NoReturn:
-    """After a signal, on all workers: save, then end with the code that means "start me again"."""
+def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
+    """Save a checkpoint on a stop request, wait on all workers until it is published, and raise StopRequested."""
     if run.saver.saved_step != run.state.step:
-        save(run, part)
+        save(run, current)
     run.saver.publisher.wait()
     run.worker.control.barrier("saved")
-    leave(run, f"at step {run.state.step}")
+    raise_stopped(run, f"at step {run.state.step}")
 
 
-def leave(run: RunContext, where: str) -> NoReturn:
-    """All workers at the same point: each ends for itself, with everything saved."""
+def raise_stopped(run: RunContext, when: str) -> NoReturn:
+    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
     run.worker.control.disconnect()
-    reason = run.worker.stop.reason or "told to stop by another worker"
-    raise StopRequested(f"{reason} {where}; everything is saved. {run.saver.resume_hint}")
+    reason = run.worker.stop.reason or "stopped by another worker"
+    raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -449,15 +448,15 @@ def leave(run: RunContext, where: str) -> NoReturn:
 
 
 def finish(run: RunContext) -> None:
-    """Score the test split, export, check the exports, report, and write DONE; after a kill it gives the same files.
+    """Score the test split, export and verify, report, and write DONE; a restart repeats it with the same results.
 
     All workers score; the chief alone exports and writes, while the others wait for it.
 
     Raises:
-        StopRequested: the next start begins here again.
-        ModelError: an export lost too much accuracy; all else is written, but not DONE.
+        StopRequested: the next start repeats this function.
+        ModelError: an export lost too much accuracy; everything but DONE is written.
     """
-    # SciPy and matplotlib: seconds that the first step need not wait for
+    # Imported here, because SciPy and matplotlib would delay the first step by seconds.
     from trainer.exporting.export import export_classifier
     from trainer.exporting.formats import raise_if_refused
     from trainer.exporting.model_card import write_model_card
@@ -470,7 +469,7 @@ def finish(run: RunContext) -> None:
 
     def check() -> None:
         health.progress()
-        stop.check(AFTER)
+        stop.check(AFTER_TRAINING)
 
     health.enter_phase(FINISH)
     images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
@@ -482,7 +481,7 @@ def finish(run: RunContext) -> None:
             stop.request("stopped by another worker")
         check()
     if not control.is_chief:
-        stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER}; nothing is lost")
+        stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")
         control.broadcast_bytes("done")
         return
     control.detach_workers()

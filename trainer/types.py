@@ -1,9 +1,9 @@
-"""The small types that packages hand each other."""
+"""Small types used by several packages."""
 
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """One TFRecord file: `count` records of which this split uses [`start`, `stop`)."""
+    """One TFRecord file of `count` records; the split uses records [`start`, `stop`)."""
 
     path: str
     count: int
@@ -23,9 +23,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one split. An example's index is its place in this split, 0 <= index < count.
+    """Examples of one split, indexed by 0 <= index < count.
 
-    Either `files` (one image file an example) or `shards` (records in order) is filled.
+    Either `files` (one image file per example) or `shards` (records in order) is set.
     """
 
     name: str  # train | validation | test
@@ -33,14 +33,14 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
-    groups: tuple[str, ...] | None = None  # of each example, by data.group_field; only of the split that is scored last
+    groups: tuple[str, ...] | None = None  # data.group_field per example, for the split of the final scores only
 
     @property
     def count(self) -> int:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """The file, or shard and record number, of an example: what a report prints."""
+        """Return the file, or shard#record, of an example, as reports print it."""
         if self.files:
             return self.files[index]
         for shard in self.shards:
@@ -57,37 +57,37 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]  # train always; validation and test where the data has them
-    fingerprint: str  # of names, labels, sizes and checksums: another dataset has another one
-    skipped: tuple[str, ...] = ()  # what could not be read, with the reason
-    notes: tuple[str, ...] = field(default=())  # worth printing: imbalance, an empty split, ...
+    fingerprint: str  # hash of names, labels, sizes and checksums
+    skipped: tuple[str, ...] = ()  # unreadable files, with the reason
+    notes: tuple[str, ...] = ()  # for the log: imbalance, an empty split, ...
 
 
 class Batch(TypedDict):
-    """What one replica gets for one step; b is its share of the global batch, S the image side in pixels."""
+    """Batch of one replica for one step; b is the per-replica batch size, S the image side in pixels."""
 
-    image: tf.Tensor  # uint8 [b, S, S, 3], or what a trunk made of it
+    image: tf.Tensor  # uint8 [b, S, S, 3], or the features of a trunk
     label: tf.Tensor  # int32 [b]
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
-    index: tf.Tensor  # int64 [b]: the example's index in its split
+    index: tf.Tensor  # int64 [b]: index in the split
     position: tf.Tensor  # int64 [b]: index in the global batch
-    other_label: NotRequired[tf.Tensor]  # int32 [b]: with mixup or cutmix, of what was mixed in
-    mix: NotRequired[tf.Tensor]  # float32 [b]: and the share of `label`, 1 where nothing was
-    teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: a teacher's probabilities, where it answered beforehand
+    other_label: NotRequired[tf.Tensor]  # int32 [b]: of the second image of mixup or cutmix
+    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label` in a mixed example, 1 without mixing
+    teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: cached probabilities of the teacher
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a classifier answers for examples of a split, ordered by example index."""
+    """Predictions of a classifier for examples of a split, ordered by example index."""
 
     split: str
-    indices: np.ndarray  # int64 [n]: of the examples
+    indices: np.ndarray  # int64 [n]: index in the split
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The scores of one pass over one split, and what they were computed from."""
+    """Scores of one pass over one split, with the predictions they are computed from."""
 
     split: str
     class_names: tuple[str, ...]
@@ -98,5 +98,5 @@ class EvaluationResult:
 
 
 def scored_split(splits: Container[str]) -> str:
-    """The split that a run is scored on at its end: test, or validation where the data has no test split."""
+    """Return the split of the final scores: test, or validation where the data has no test split."""
     return "test" if "test" in splits else "validation"

@@ -1,17 +1,19 @@
-"""Start the real command line as a user would, and compare what two runs left behind."""
+"""Run the command line in processes, and compare the outputs of two runs."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
-# Both phases, augmentation, dropout, EMA, an uneven last batch: everything that could forget something.
+# Both phases, augmentation, dropout, EMA, an uneven last batch: all state that a checkpoint could miss.
 SMALL = (
     "experiment=quickstart",
     "debug.max_examples=90",
@@ -32,7 +34,7 @@ def command(*overrides: str) -> list[str]:
 
 
 def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """A run in a process of its own; its output can be read line by line."""
+    """Start a run; its output can be read line by line."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command(*overrides), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -40,52 +42,94 @@ def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
 
 
 def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A run to its end."""
+    """Run `python -m trainer` to its end."""
     child = start(*overrides, cwd=cwd)
     out, err = child.communicate()
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
 
+def train(*overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m trainer` to its end and check its exit code."""
+    result = run(*overrides)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def program(name: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m trainer.NAME` to its end and check its exit code."""
+    call = [sys.executable, "-m", f"trainer.{name}", *arguments]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def start_until(text: str, *overrides: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a run and read its output until a line contains `text`; return both."""
+    child, output = start(*overrides), ""
+    for line in child.stdout or ():
+        output += line
+        if text in line:
+            return child, output
+    raise AssertionError(f"no line with {text!r} in\n{output}")
+
+
+def kill_at(text: str, *overrides: str) -> str:
+    """Kill a run (SIGKILL) when its output contains `text`; return the output so far."""
+    child, output = start_until(text, *overrides)
+    child.kill()
+    child.communicate()
+    return output
+
+
+def kill_after(seconds: float, *overrides: str) -> int:
+    """Kill a run (SIGKILL) after some seconds; return the exit code, 0 where it ended before."""
+    child = start(*overrides)
+    time.sleep(seconds)
+    child.kill()
+    child.communicate()
+    return child.returncode
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal (`man 5 proc`, SigCgt)."""
+    """Return whether a process has a handler for a signal (`man 5 proc`, SigCgt)."""
     status = Path(f"/proc/{pid}/status").read_text()
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def has_loaded(pid: int, library: str) -> bool:
-    """Whether a process has a shared library whose path holds `library`."""
+    """Return whether a process has mapped a shared library with `library` in its path."""
     return library in Path(f"/proc/{pid}/maps").read_text()
 
 
 def by_step(folder: Path) -> Path:
-    """A copy of a run's folder in a bucket: its checkpoints get the names that they have in a local one."""
+    """Rename the checkpoints in a copy of a run from a bucket to the names of a local run."""
     checkpoints = folder / "checkpoints"
     latest = (checkpoints / "LATEST").read_text().split()
     for path in checkpoints.glob("step-*"):
-        assert path.name in latest, "a checkpoint that nothing names was left behind"
+        assert path.name in latest, "a checkpoint that LATEST does not list"
         path.rename(checkpoints / path.name.rpartition("-")[0])
     (checkpoints / "LATEST").write_text(latest[0].rpartition("-")[0])
     return folder
 
 
 def with_data_at(folder: Path, was: str, now: str) -> None:
-    """Rename the data in what the report of a run says of examples."""
+    """Rename the folder of the data in the report of a run."""
     report = folder / "report"
     assert was in (report / "predictions.csv").read_text()
-    for file in (report / "predictions.csv", report / "report.json"):  # the second names those that may be mislabelled
+    for file in (report / "predictions.csv", report / "report.json"):  # the second lists suspected label errors
         file.write_text(file.read_text().replace(was, now))
 
 
 def variables_of(folder: Path, pointer: str) -> dict[str, np.ndarray]:
-    """The variables of the checkpoint that LATEST or BEST names: weights, optimizer state, averages."""
+    """Variables of the checkpoint in LATEST or BEST: weights, optimizer state, averages."""
     name = (folder / "checkpoints" / pointer).read_text().strip()
     with np.load(folder / "checkpoints" / name / "variables.npz") as arrays:
         return {key: arrays[key] for key in arrays.files}
 
 
 def without_timing(value: Any) -> Any:
-    """Leave out what the machine and the moment decide; a SavedModel holds a random number of varying length."""
+    """Remove times, and sizes: a SavedModel contains a random number of varying length."""
     if isinstance(value, dict):
         return {k: without_timing(v) for k, v in value.items() if k not in ("timing", "seconds", "bytes")}
     return [without_timing(v) for v in value] if isinstance(value, list) else value
@@ -97,15 +141,28 @@ def story(folder: Path) -> list[Any]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Bit for bit at the end of two runs: weights, optimizer state, averages."""
+    """Assert equal weights, optimizer state and averages at the end of two runs, bit for bit."""
     mine, theirs = variables_of(one, "LATEST"), variables_of(other, "LATEST")
     assert mine.keys() == theirs.keys()
     for name in mine:
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
 
 
+def assert_near(one: Path, other: Path, keys: tuple[str, ...] = ("loss", "val_loss")) -> None:
+    """Assert equal variables to 1e-5 and equal metrics `keys` to 1e-4, at the same steps."""
+    mine, theirs = variables_of(one, "LATEST"), variables_of(other, "LATEST")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
+    for line, expected in zip(story(one), story(other), strict=True):
+        assert line.keys() == expected.keys()
+        assert [line[k] for k in ("phase", "epoch", "step")] == [expected[k] for k in ("phase", "epoch", "step")]
+        for key in line.keys() & set(keys):
+            assert line[key] == pytest.approx(expected[key], abs=1e-4)
+
+
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: weights, optimizer state, averages, metrics, predictions, scores."""
+    """Assert equal weights, optimizer state, averages, metrics, predictions and scores, bit for bit."""
     assert_same_weights(one, other)
     assert story(one) == story(other)
     assert (one / "report" / "predictions.csv").read_bytes() == (other / "report" / "predictions.csv").read_bytes()

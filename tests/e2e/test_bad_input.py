@@ -1,15 +1,14 @@
-"""What a user gets wrong, and what a machine does: one sentence, the documented exit code, nothing lost."""
+"""Mistakes of a user and failures of a machine: the documented exit code, the key at fault, nothing lost."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.running import ROOT, run
+from tests.e2e.running import ROOT, train
 
 QUICK = (
     "data=image_folder", "model=glyphs_mobilenet_v2", "training.batch_size=8", "phases.head.epochs=1",
@@ -17,43 +16,25 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 15 small JPEGs: dark and light."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(1)
-    for name, low in (("dark", 0), ("light", 150)):
-        (root / name).mkdir()
-        for i in range(15):
-            pixels = rng.integers(low, low + 100, (60, 80, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.jpg")
-    return root
-
-
 @pytest.fixture
 def damaged(photos: Path) -> Path:
-    """The same with one photo cut off in the middle; it is restored afterwards."""
-    victim = photos / "light" / "07.jpg"
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[: len(whole) // 2])
-    yield photos
-    victim.write_bytes(whole)
+    """The photos with one that is truncated."""
+    photo = photos / "light" / "07.jpg"
+    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    return photos
 
 
 @pytest.mark.slow
 def test_a_damaged_photo_is_named(damaged: Path, tmp_path: Path) -> None:
-    result = run(*QUICK, f"data.root={damaged}", f"output_dir={tmp_path / 'run'}")
-    assert result.returncode == 2
-    assert "error: cannot decode" in result.stderr
-    assert "light/07.jpg" in result.stderr
-    assert "repair or remove it, or set data.on_error=skip" in result.stderr
-    assert "Traceback" not in result.stderr
+    error = train(*QUICK, f"data.root={damaged}", f"output_dir={tmp_path / 'run'}", code=2).stderr
+    for text in ("error: ", "light/07.jpg", "data.on_error=skip"):
+        assert text in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
 def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: Path) -> None:
-    result = run(*QUICK, f"data.root={damaged}", "data.on_error=skip", f"output_dir={tmp_path / 'run'}")
-    assert result.returncode == 0, result.stderr
+    result = train(*QUICK, f"data.root={damaged}", "data.on_error=skip", f"output_dir={tmp_path / 'run'}")
     assert "skipped " in result.stdout
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert len(report["data"]["undecodable"]) == 1
@@ -61,52 +42,45 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
 
 
 MISTAKES = [
-    (["training.class_weights={grey:2}"], "training.class_weights names grey; the classes are dark, light"),
+    (["training.class_weights={grey:2}"], "training.class_weights: the data has no class grey"),
 ]
-MORE_MISTAKES = [
+SLOW_MISTAKES = [
     (["data.root=/nowhere/photos"], "/nowhere/photos"),
-    (["model.weights=/nowhere/weights.h5"], "/nowhere/weights.h5"),
-    (["model.backbone=MobileNetV7"], "MobileNetV"),
-    (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: there is no checkpoint; give the output_dir of a run"),
-    (["phases.head.thaw=from_block:block_99"], "has no such block"),
-    (["phases.second.thaw=last_blocks:99", "phases.second.epochs=1"], "phases.second: thaw=last_blocks:99: "),
-    (["data.validation_fraction=0"], "there is nothing to validate on: set data.validation_fraction"),
-    (["training.batch_size=7", "runtime.replicas=2"], "training.batch_size: 7 cannot be shared evenly by 2 replicas"),
+    (["model.weights=/nowhere/weights.h5"], "model.weights=/nowhere/weights.h5: "),
+    (["model.backbone=MobileNetV7"], "model.backbone=MobileNetV7: "),
+    (["warm_start=/nowhere/run"], "warm_start=/nowhere/run: "),
+    (["phases.head.thaw=from_block:block_99"], "thaw=from_block:block_99: "),
+    (["phases.second.thaw=last_blocks:99", "phases.second.epochs=1"], "phases.second"),
+    (["data.validation_fraction=0"], "data.validation_fraction"),
+    (["training.batch_size=7", "runtime.replicas=2"], "training.batch_size"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [*MISTAKES, *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in MORE_MISTAKES)],
+    ("overrides", "text"),
+    [*MISTAKES, *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in SLOW_MISTAKES)],
 )
-def test_mistakes_end_with_2_and_a_sentence(photos: Path, tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    result = run(*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}", *overrides)
-    assert result.returncode == 2, result.stderr
-    assert sentence in result.stderr
-    assert "Traceback" not in result.stderr
+def test_mistakes_end_with_2_and_the_key(photos: Path, tmp_path: Path, overrides: list[str], text: str) -> None:
+    error = train(*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}", *overrides, code=2).stderr
+    assert text in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_with_75_and_the_run_goes_on_later(photos: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 1 MB: the first checkpoint does not fit, as on a full disk."""
+def test_a_full_disk_ends_with_75_and_the_run_resumes_later(photos: Path, tmp_path: Path) -> None:
+    """Limit files to 1 MB: writing the first checkpoint fails as on a full disk."""
     arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]
     limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", sys.executable, "-m", "trainer", *arguments]
     result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 75, result.stderr
-    assert "interrupted:" in result.stderr
-    assert "File too large; what was saved before is intact" in result.stderr
-    assert run(*arguments).returncode == 0
+    for text in ("interrupted:", "File too large", "intact", f"output_dir={tmp_path / 'run'}"):
+        assert text in result.stderr
+    train(*arguments)
 
 
 @pytest.mark.slow
 def test_other_data_under_a_run_is_refused(photos: Path, tmp_path: Path) -> None:
     arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]
-    assert run(*arguments, "debug.max_steps=1").returncode == 0
-    extra = photos / "dark" / "extra.jpg"
-    Image.new("RGB", (60, 80)).save(extra)
-    try:
-        result = run(*arguments, "debug.max_steps=2")
-    finally:
-        extra.unlink()
-    assert result.returncode == 2
-    assert "was trained on other data (fingerprint" in result.stderr
+    train(*arguments, "debug.max_steps=1")
+    Image.new("RGB", (60, 80)).save(photos / "dark" / "extra.jpg")
+    assert "fingerprint" in train(*arguments, "debug.max_steps=2", code=2).stderr

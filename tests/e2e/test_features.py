@@ -1,7 +1,7 @@
-"""Whole runs on cached features: the weights of a live run, whatever kills them, on any number of workers."""
+"""Cached features in whole runs: equal weights to live runs, after kills and on several workers."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import time
@@ -10,25 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.running import SMALL, assert_same_run, run, start, story, variables_of
+from tests.e2e.running import SMALL, assert_near, assert_same_run, kill_after, kill_at, start_until, train
 from tests.e2e.workers import SHARED, train_alone_and_by_two
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
-STILL = ("augmentation=none", "model.dropout=0.2", "export.formats=[]")
+FIXED = ("augmentation=none", "model.dropout=0.2", "export.formats=[]")
 LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
 VIEWS = ("augmentation=light", "phases.head.augmented_views=2", "phases.head.epochs=3", "export.formats=[]")
 KILLS = 3
-
-
-def assert_near(one: Path, other: Path, tolerance: float = 1e-5) -> None:
-    mine, theirs = variables_of(one, "LATEST"), variables_of(other, "LATEST")
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
-    for line, expected in zip(story(one), story(other), strict=True):
-        assert [line[k] for k in ("phase", "epoch", "step")] == [expected[k] for k in ("phase", "epoch", "step")]
-        for key in {"loss", "val_loss", "val_accuracy"} & line.keys():
-            assert line[key] == pytest.approx(expected[key], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -36,150 +25,114 @@ def assert_near(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("extra", [(), ("phases.fine_tune.batch_norm=train",)], ids=["frozen", "batch_norm"])
 def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: tuple[str, ...]) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
-    result = run(*SMALL, *STILL, *extra, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache")
-    assert result.returncode == 0, result.stderr
-    assert "features of phase head: cached, 1 view of " in result.stdout
-    assert "features of phase fine_tune: cached, 1 view of " in result.stdout
-    assert result.stdout.count("images to compute; kept in") == 2  # one pass over each split is enough for both phases
-    assert result.stdout.count("computed before") == 2
+    output = train(*SMALL, *FIXED, *extra, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache").stdout
+    assert "features of phase head: cached" in output
+    assert "features of phase fine_tune: cached" in output
+    assert (
+        len(re.findall("features of (train|validation): .* images to compute", output)) == 2
+    )  # one pass for both phases
     assert json.loads((cached / "run.json").read_text())["features"] == {"head": "cached", "fine_tune": "cached"}
     assert json.loads((cached / "ledger.json").read_text())["seconds"]["features"] > 0
-    assert run(*SMALL, *STILL, *extra, *LIVE, f"output_dir={live}").returncode == 0
-    assert_near(cached, live)
+    train(*SMALL, *FIXED, *extra, *LIVE, f"output_dir={live}")
+    assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kills_change_nothing(tmp_path: Path) -> None:
     calm, folder, cache = tmp_path / "calm", tmp_path / "killed", tmp_path / "cache"
-    told = (*SMALL, *STILL, f"runtime.cache_dir={cache}")
+    run = (*SMALL, *FIXED, f"runtime.cache_dir={cache}")
     began = time.monotonic()
-    assert run(*told, f"output_dir={calm}").returncode == 0
-    whole = time.monotonic() - began
-    shutil.rmtree(cache / "features")  # the others have to compute for themselves
+    train(*run, f"output_dir={calm}")
+    duration = time.monotonic() - began
+    shutil.rmtree(cache / "features")
     rng = np.random.default_rng(7)
     for number in range(KILLS):
-        child = start(*told, f"output_dir={folder}")
-        time.sleep(rng.uniform(0.3, 0.9) * whole)
-        if child.poll() is None:
-            os.kill(child.pid, signal.SIGKILL)
-        child.communicate()
-        if child.returncode == 0:
+        if kill_after(rng.uniform(0.3, 0.9) * duration, *run, f"output_dir={folder}") == 0:
             break
         rows = sorted((cache / "features").glob("*.rows"))
-        if rows and number == 1:  # and the disk has lost something
+        if rows and number == 1:  # in addition, a file of the cache is damaged
             content = bytearray(rows[0].read_bytes())
             content[len(content) // 2] ^= 1
             rows[0].write_bytes(content)
-    result = run(*told, f"output_dir={folder}")
-    assert result.returncode == 0, result.stderr
+    train(*run, f"output_dir={folder}")
     assert_same_run(calm, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_told_to_stop_in_the_pass_a_run_goes_on_with_what_is_there(tmp_path: Path) -> None:
-    told = (
+def test_a_run_stopped_while_computing_features_resumes_with_those_in_the_cache(tmp_path: Path) -> None:
+    overrides = (
         "data=digits", "model=mobilenet_v2", "model.weights=none", "model.alpha=0.35", "model.image_size=96",
         "training.batch_size=64", "phases=head_only", "phases.head.epochs=2", "export.formats=[]",
         f"output_dir={tmp_path / 'run'}", f"runtime.cache_dir={tmp_path}/cache",
     )  # fmt: skip
-    child = start(*told)
-    said = ""
-    for line in child.stdout or ():
-        said += line
-        if "images to compute" in line:
-            break
+    child, output = start_until("features of train: ", *overrides)
     listed = lambda: sum(p.read_text().count("\n") for p in (tmp_path / "cache" / "features").glob("train*.list"))  # noqa: E731
     while not listed() and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
     _, error = child.communicate()
     assert child.returncode == INTERRUPTED
-    assert "while features were computed; everything is saved. Start the same command again" in error
-    kept = listed()
-    result = run(*told)
-    assert result.returncode == 0, result.stderr
-    count, left = (
-        int(text.split("features of train: ")[1].split(" images")[0].replace(",", "")) for text in (said, result.stdout)
-    )
+    assert "while computing features" in error
+    cached = listed()
+    outputs = (output, train(*overrides).stdout)
+    count, left = (int(re.search("features of train: ([0-9,]+) images", x)[1].replace(",", "")) for x in outputs)  # type: ignore[index]
     assert 0 < left < count
-    assert listed() > kept
+    assert listed() > cached
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("extra", [(), VIEWS], ids=["plain", "views"])
-def test_two_workers_train_bit_for_bit_what_one_trains_in_two_pieces(tmp_path: Path, extra: tuple[str, ...]) -> None:
-    told = (*SHARED, *STILL, *extra, "phases.fine_tune.augmented_views=null")
-    train_alone_and_by_two(tmp_path, *told)
+def test_two_workers_train_as_one_in_two_micro_batches(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    train_alone_and_by_two(tmp_path, *SHARED, *FIXED, *extra, "phases.fine_tune.augmented_views=null")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fixed_views_are_the_same_cached_and_live(tmp_path: Path) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
-    told = (*SMALL, *VIEWS, "~phases.fine_tune")
-    result = run(*told, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache")
-    assert result.returncode == 0, result.stderr
-    assert "features of phase head: cached, 2 views of " in result.stdout
-    assert run(*told, LIVE[0], f"output_dir={live}").returncode == 0
-    assert_near(cached, live)
+    run = (*SMALL, *VIEWS, "~phases.fine_tune")
+    result = train(*run, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache")
+    assert "features of phase head: cached, 2 views" in result.stdout
+    train(*run, LIVE[0], f"output_dir={live}")
+    assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_without_room_a_phase_is_live_and_stays_so(tmp_path: Path) -> None:
-    out, taken = tmp_path / "run", tmp_path / "taken" / "features"
-    taken.parent.mkdir()
-    taken.write_text("where the folder would be")
-    told = (*SMALL, *STILL, "~phases.fine_tune", f"output_dir={out}")
-    child = start(*told, f"runtime.cache_dir={taken.parent}", "runtime.memory_budget_gb=1e-5")
-    said = ""
-    for line in child.stdout or ():
-        said += line
-        if "epoch 1 done" in line:
-            break
-    os.kill(child.pid, signal.SIGKILL)
-    child.communicate()
-    assert "features cannot be kept in " in said
-    assert "features of phase head: live after all, there is no room for them" in said
+def test_without_space_for_features_a_phase_is_live_and_stays_live(tmp_path: Path) -> None:
+    out, blocked = tmp_path / "run", tmp_path / "blocked" / "features"
+    blocked.parent.mkdir()
+    blocked.write_text("a file instead of a folder")
+    run = (*SMALL, *FIXED, "~phases.fine_tune", f"output_dir={out}")
+    output = kill_at("epoch 1 done", *run, f"runtime.cache_dir={blocked.parent}", "runtime.memory_budget_gb=1e-5")
+    assert "features of phase head: live, because there is no space for a cache" in output
     assert json.loads((out / "run.json").read_text())["features"] == {"head": "live"}
-    result = run(*told, f"runtime.cache_dir={tmp_path}/cache")
-    assert result.returncode == 0, result.stderr
+    train(*run, f"runtime.cache_dir={tmp_path}/cache")
     assert not (tmp_path / "cache" / "features").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_phase_that_began_cached_waits_for_room(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    told = (*SMALL, *STILL, "~phases.fine_tune", f"output_dir={out}")
-    child = start(*told, f"runtime.cache_dir={tmp_path}/cache")
-    for line in child.stdout or ():
-        if "step 8/" in line:  # four steps behind a checkpoint
-            break
-    os.kill(child.pid, signal.SIGKILL)
-    child.communicate()
+def test_a_phase_that_began_cached_is_interrupted_without_space(tmp_path: Path) -> None:
+    run = (*SMALL, *FIXED, "~phases.fine_tune", f"output_dir={tmp_path / 'run'}")
+    kill_at("step 8/", *run, f"runtime.cache_dir={tmp_path}/cache")  # four steps after a checkpoint
     shutil.rmtree(tmp_path / "cache")
-    result = run(*told, "runtime.memory_budget_gb=1e-5", "runtime.disk_budget_gb=0")
-    assert result.returncode == INTERRUPTED
-    assert "phase head began with cached features, and there is no room for them" in result.stderr
-    assert run(*told).returncode == 0
+    error = train(*run, "runtime.memory_budget_gb=1e-5", "runtime.disk_budget_gb=0", code=INTERRUPTED).stderr
+    assert "phase head began with cached features" in error
+    train(*run)
 
 
 @pytest.mark.slow
-def test_nothing_frozen_leaves_nothing_to_cache(tmp_path: Path) -> None:
-    told = (
+def test_cached_features_without_frozen_layers_are_refused(tmp_path: Path) -> None:
+    run = (
         "experiment=quickstart",
         "augmentation=none",
         "debug=fast",
         "phases=end_to_end",
         f"output_dir={tmp_path / 'run'}",
     )
-    result = run(*told, "phases.all.features=cached")
-    assert result.returncode == WRONG_INPUT
-    assert (
-        "phases.all.features=cached: no layers with weights stay frozen below all that thaw=all trains; say "
-        "features=auto or live"
-    ) in result.stderr
+    error = train(*run, "phases.all.features=cached", code=WRONG_INPUT).stderr
+    assert "phases.all.features=cached: " in error

@@ -1,6 +1,5 @@
-"""kill -9 at random moments: the run that goes on ends with the bits of the run that was left alone."""
+"""SIGKILL at random times: the resumed run is equal, bit for bit, to a run without interruption."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.running import SMALL, assert_same_run, run, start
+from tests.e2e.running import SMALL, assert_same_run, kill_after, kill_at, train
 
 KILLS = 12
-PATIENT = f"runtime.max_fruitless_restarts={KILLS + 1}"  # several in a row can come after the last step
+PATIENT = f"runtime.max_fruitless_restarts={KILLS + 1}"  # several in a row may be after the last step
 
 
 @pytest.mark.slow
@@ -19,23 +18,19 @@ PATIENT = f"runtime.max_fruitless_restarts={KILLS + 1}"  # several in a row can 
 def test_twelve_kills_change_nothing(tmp_path: Path) -> None:
     calm, folder = tmp_path / "calm", tmp_path / "killed"
     began = time.monotonic()
-    assert run(*SMALL, PATIENT, f"output_dir={calm}").returncode == 0
-    whole = time.monotonic() - began
+    train(*SMALL, PATIENT, f"output_dir={calm}")
+    duration = time.monotonic() - began
     rng = np.random.default_rng(11)
     kills, runs = 0, 1
     while kills < KILLS:
-        child = start(*SMALL, PATIENT, f"output_dir={folder}")
-        time.sleep(rng.uniform(0.25, 0.95) * whole)
-        os.kill(child.pid, signal.SIGKILL)
-        said, _ = child.communicate()
-        if child.returncode == 0:  # it got to its end: begin a new run, so that every kill hits something
+        code = kill_after(rng.uniform(0.25, 0.95) * duration, *SMALL, PATIENT, f"output_dir={folder}")
+        if code == 0:  # finished before the kill, which does not count: begin a new run
             assert_same_run(calm, folder)
             folder, runs = tmp_path / f"killed-{runs}", runs + 1
         else:
-            assert child.returncode == -signal.SIGKILL, said
+            assert code == -signal.SIGKILL
             kills += 1
-    result = run(*SMALL, PATIENT, f"output_dir={folder}")
-    assert result.returncode == 0, result.stderr
+    train(*SMALL, PATIENT, f"output_dir={folder}")
     assert_same_run(calm, folder)
 
 
@@ -44,17 +39,9 @@ def test_twelve_kills_change_nothing(tmp_path: Path) -> None:
 def test_a_kill_in_each_phase_changes_nothing_where_examples_are_mixed(tmp_path: Path) -> None:
     mixing = (*SMALL, "augmentation=strong", "augmentation.mixup=0.4", "augmentation.cutmix=1", "training.loss=focal")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    assert run(*mixing, f"output_dir={calm}").returncode == 0
-    for phase in ("head  epoch 2", "fine_tune  epoch 3"):
-        child = start(*mixing, f"output_dir={killed}")
-        said = ""
-        for line in child.stdout or ():
-            said += line
-            if line.startswith(phase):
-                break
-        assert phase in said, said
-        os.kill(child.pid, signal.SIGKILL)
-        child.communicate()
-    assert "weights: this run's checkpoint at step" in said
-    assert run(*mixing, f"output_dir={killed}").returncode == 0
+    train(*mixing, f"output_dir={calm}")
+    kill_at("head  epoch 2", *mixing, f"output_dir={killed}")
+    output = kill_at("fine_tune  epoch 3", *mixing, f"output_dir={killed}")
+    assert "weights: this run's checkpoint at step" in output
+    train(*mixing, f"output_dir={killed}")
     assert_same_run(calm, killed)

@@ -1,4 +1,4 @@
-"""Several workers of one run as processes of this machine, each told by TF_CONFIG who it is."""
+"""Several workers of one run as processes of this machine, configured by TF_CONFIG."""
 
 import json
 import os
@@ -9,27 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scripts.same_bits import free_ports
-from tests.e2e.running import ROOT, assert_same_weights, command, run
+from tests.e2e.running import ROOT, SMALL, assert_same_weights, command, train
 
-# As `running.SMALL`, with a batch that 1, 2, 3 and 4 workers can share, and pieces of the same size for all of them:
-# the kernels of a convolution add up in another order for another number of images.
+# A batch that 1, 2, 3 and 4 workers can divide, and one micro-batch size for all of them: the summation order of
+# convolution kernels depends on the number of images.
 SHARED = (
-    "experiment=quickstart",
-    "debug.max_examples=90",
+    *(override for override in SMALL if not override.startswith(("training.batch_size", "runtime.steps_per_call"))),
     "training.batch_size=12",
-    "training.ema=0.9",
-    "phases.head.epochs=2",
-    "phases.fine_tune.epochs=2",
-    "phases.fine_tune.thaw=from_block:block_13",
-    "runtime.checkpoint_every='4 steps'",
-    "runtime.log_every='4 steps'",
     "runtime.start_timeout=60",
-    "export.formats=[saved_model]",
 )
 
 
 class Workers:
-    """Started workers; what each prints goes to a file of its own."""
+    """Started workers; each logs to a file of its own."""
 
     def __init__(self, folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
         self.folder, self.processes = folder, list(processes)
@@ -37,36 +29,36 @@ class Workers:
     def __getitem__(self, index: int) -> subprocess.Popen[str]:
         return self.processes[index]
 
-    def said(self, index: int) -> str:
-        """Everything a worker printed so far."""
+    def output(self, index: int) -> str:
+        """Output of a worker so far."""
         return (self.folder / f"worker-{index}.log").read_text()
 
     def wait(self, seconds: float = 240) -> list[int]:
-        """Exit codes of all workers; kills what is left after `seconds` and fails."""
+        """Return the exit codes of all workers; after `seconds`, kill the others and fail."""
         deadline = time.monotonic() + seconds
         try:
             return [p.wait(max(deadline - time.monotonic(), 0.1)) for p in self.processes]
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"a worker hangs; worker 0 said:\n{self.said(0)[-2000:]}") from None
+            raise AssertionError(f"a worker hangs; output of worker 0:\n{self.output(0)[-2000:]}") from None
         finally:
             self.kill()
 
     def wait_for(self, text: str, index: int = 0, seconds: float = 120) -> None:
-        """Until a worker has printed `text`."""
-        self.wait_until(lambda: text in self.said(index), f"worker {index} to say {text!r}", seconds)
+        """Wait until the output of a worker contains `text`."""
+        self.wait_until(lambda: text in self.output(index), f"{text!r} in the output of worker {index}", seconds)
 
     def wait_until(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             ended = [p.poll() for p in self.processes]
             if time.monotonic() > deadline or all(code is not None for code in ended):
-                said = "\n".join(f"--- {i}: {self.said(i)[-1500:]}" for i in range(len(self.processes)))
+                outputs = "\n".join(f"--- {i}: {self.output(i)[-1500:]}" for i in range(len(self.processes)))
                 self.kill()
-                raise AssertionError(f"waited in vain for {what}; exit codes {ended}\n{said}")
+                raise AssertionError(f"timeout in waiting for {what}; exit codes {ended}\n{outputs}")
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """kill -9 whatever still runs, frozen or not."""
+        """Kill (SIGKILL) all workers that run or are stopped."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
@@ -76,7 +68,7 @@ class Workers:
 def start_workers(
     folder: Path, count: int, *overrides: str, own: dict[int, Sequence[str]] | None = None, size: int | None = None
 ) -> Workers:
-    """Start `count` workers of a run of `size` (all of them when None); `own` are further overrides of single ones."""
+    """Start `count` of the `size` workers of a run (None: all); `own` has further overrides of single workers."""
     folder.mkdir(parents=True, exist_ok=True)
     addresses = [f"127.0.0.1:{port}" for port in free_ports(size or count)]
     processes = []
@@ -96,17 +88,11 @@ def start_workers(
 
 
 def train_alone_and_by_two(folder: Path, *overrides: str) -> tuple[Path, Path]:
-    """Train the same with one worker in two pieces and with two workers, a cache for each: bit for bit the same weights.
-
-    Returns:
-        the output folders of the one and of the two.
-    """
+    """Train with one worker in two micro-batches and with two workers; assert equal weights; return both outputs."""
     one, two = folder / "one", folder / "two"
-    pieces = ("training.accumulate=2", f"runtime.cache_dir={folder}/cache-alone")  # of the size that a worker has
-    alone = run(*overrides, *pieces, f"output_dir={one}")
-    assert alone.returncode == 0, alone.stderr
+    train(*overrides, "training.accumulate=2", f"runtime.cache_dir={folder}/cache-alone", f"output_dir={one}")
     own = {i: [f"runtime.cache_dir={folder}/cache-{i}"] for i in range(2)}
     workers = start_workers(folder / "workers", 2, *overrides, f"output_dir={two}", own=own)
-    assert workers.wait(400) == [0, 0], workers.said(0)
+    assert workers.wait(400) == [0, 0], workers.output(0)
     assert_same_weights(one, two)
     return one, two

@@ -1,4 +1,4 @@
-"""Frozen BatchNormalization as part of the convolutions before it: the same answers and gradients, fewer operations."""
+"""BatchNormalization folding: equal outputs and gradients, fewer operations."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.models.batch_norm import NORM
-from trainer.models.bn_folding import computed, folded, pairs
+from trainer.models.bn_folding import apply_folded, fold_weights, foldable_pairs
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
 
@@ -25,7 +25,7 @@ def pixels() -> tf.Tensor:
 
 
 def every_kind(bias: bool = True) -> keras.Model:
-    """A network with each kind of convolution, each with a layer that normalizes, whose averages are not 0 and 1."""
+    """A network with each kind of convolution before a BatchNormalization with random weights and averages."""
     inputs = x = keras.Input((9, 9, 4))
     for number, layer in enumerate([
         keras.layers.Conv2D(6, 3, strides=2, padding="same", use_bias=bias),
@@ -47,20 +47,20 @@ def operations(function: Any, *arguments: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_kind_of_convolution_answers_as_before(bias: bool) -> None:
+def test_every_kind_of_convolution_has_the_same_outputs(bias: bool) -> None:
     network, maps = every_kind(bias), tf.random.stateless_uniform([2, 9, 9, 4], [1, 2])
-    assert len(pairs(network)) == 4
-    expected = network(maps, training=False)
-    np.testing.assert_allclose(computed(network, maps), expected, rtol=1e-5)
-    np.testing.assert_array_equal(computed(network, maps, weights=folded(network)), computed(network, maps))
+    assert len(foldable_pairs(network)) == 4
+    folded = apply_folded(network, maps)
+    np.testing.assert_allclose(folded, network(maps, training=False), rtol=1e-5)
+    np.testing.assert_array_equal(apply_folded(network, maps, weights=fold_weights(network)), folded)
 
 
-def test_nothing_normalizes_any_more(classifier: Classifier, pixels: tf.Tensor) -> None:
+def test_no_operation_of_normalization_is_left(classifier: Classifier, pixels: tf.Tensor) -> None:
     backbone = classifier.backbone
-    assert len(pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
+    assert len(foldable_pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
     assert "Rsqrt" in operations(lambda x: backbone(x, training=False), pixels)
-    weights = folded(backbone)
-    left = operations(lambda x: computed(backbone, x, weights=weights), pixels)
+    weights = fold_weights(backbone)
+    left = operations(lambda x: apply_folded(backbone, x, weights=weights), pixels)
     assert not {"Rsqrt", "Mul", "Sub"} & left
     assert "BiasAdd" in left
 
@@ -75,17 +75,17 @@ def test_the_gradients_are_those_of_the_layers(classifier: Classifier, pixels: t
         return [gradient.numpy() for gradient in tape.gradient(loss, trained)]
 
     expected = gradients(lambda x: classifier.backbone(x, training=False))
-    for mine, theirs in zip(gradients(lambda x: computed(classifier.backbone, x)), expected, strict=True):
+    for mine, theirs in zip(gradients(lambda x: apply_folded(classifier.backbone, x)), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
 
 
-def test_what_trains_normalizes_with_its_batch_and_moves_its_averages() -> None:
+def test_trainable_layers_use_batch_statistics_and_update_their_averages() -> None:
     networks = [every_kind(), every_kind()]
     maps = tf.random.stateless_uniform([4, 9, 9, 4], [1, 2])
     for network in networks:
-        network.layers[2].trainable = False  # the first that normalizes stands still
-    expected, found = networks[0](maps, training=True), computed(networks[1], maps, batch_norm_training=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        network.layers[2].trainable = False  # the first BatchNormalization is frozen
+    expected, outputs = networks[0](maps, training=True), apply_folded(networks[1], maps, training=True)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
     for one, other in zip(networks[0].get_weights(), networks[1].get_weights(), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
     before = every_kind()
@@ -93,7 +93,7 @@ def test_what_trains_normalizes_with_its_batch_and_moves_its_averages() -> None:
     assert sum(moved) == 6  # means and variances of the other three
 
 
-def test_a_map_that_others_read_stays_what_it_is() -> None:
+def test_a_convolution_with_other_consumers_or_an_activation_is_not_folded() -> None:
     inputs = keras.Input((5, 5, 2))
     read_twice = keras.layers.Conv2D(3, 3, padding="same")(inputs)
     joined = keras.layers.Add()([NORM()(read_twice), read_twice])
@@ -102,12 +102,12 @@ def test_a_map_that_others_read_stays_what_it_is() -> None:
     network = keras.Model(inputs, [put_out, NORM()(put_out), curved])
     rng = np.random.default_rng(1)
     network.set_weights([rng.uniform(0.2, 1.5, w.shape) for w in network.get_weights()])
-    assert pairs(network) == []
+    assert foldable_pairs(network) == []
     maps = tf.random.stateless_uniform([2, 5, 5, 2], [1, 2])
-    for mine, theirs in zip(computed(network, maps), network(maps, training=False), strict=True):
+    for mine, theirs in zip(apply_folded(network, maps), network(maps, training=False), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-def test_a_model_to_be_kept_has_the_layers_of_keras(classifier: Classifier) -> None:
+def test_the_inference_model_has_the_layers_of_keras(classifier: Classifier) -> None:
     (backbone,) = (layer for layer in classifier.keras_model().layers if isinstance(layer, keras.Model))
     assert sum(isinstance(layer, NORM) for layer in backbone.layers) == 52

@@ -1,4 +1,4 @@
-"""What a classifier computes, how its weights come in, and that nothing in it is random but by its coordinates."""
+"""Classifier: outputs, stateless dropout, precision, and initial weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.errors import raises
 from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.weights import settle_input
+from trainer.models.weights import refresh_normalization
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
 
@@ -46,7 +47,7 @@ def policy() -> Iterator[None]:
         pytest.param("ConvNeXtTiny", 768, marks=pytest.mark.slow),
     ],
 )
-def test_a_family_at_its_smallest_size(name: str, channels: int) -> None:
+def test_a_backbone_at_its_smallest_size(name: str, channels: int) -> None:
     classifier = build(backbone=name, alpha=None, image_size=32)
     assert classifier.backbone.output_shape == (None, 1, 1, channels)
     probabilities = tf.function(classifier.probabilities)(some_images(2)).numpy()
@@ -70,14 +71,14 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
     np.testing.assert_allclose(model(images.astype("float32")), classifier.probabilities(images), atol=1e-6)
 
 
-def test_l2_counts_the_kernels_of_the_head_alone() -> None:
+def test_l2_penalizes_the_kernels_of_the_head_alone() -> None:
     classifier = build(hidden=4, l2=0.5)
     kernels = [classifier.hidden.kernel.numpy(), classifier.output.kernel.numpy()]  # type: ignore[union-attr]
     np.testing.assert_allclose(classifier.l2_loss(), 0.5 * sum((k**2).sum() for k in kernels), rtol=1e-5)
     assert build().l2_loss() == 0
 
 
-def test_dropout_depends_on_seed_step_and_position_but_not_on_the_split() -> None:
+def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> None:
     classifier = build(dropout=0.5)
     pooled = tf.ones([6, 1280])
     positions = tf.range(10, 16, dtype=tf.int64)
@@ -90,16 +91,18 @@ def test_dropout_depends_on_seed_step_and_position_but_not_on_the_split() -> Non
     whole = logits(pooled, 1, step, positions).numpy()
     parts = [logits(pooled[:1], 1, step, positions[:1]), logits(pooled[1:], 1, step, positions[1:])]
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
-    assert len({row.tobytes() for row in whole}) == 6  # every example loses other units
+    assert len({row.tobytes() for row in whole}) == 6  # other units per example
     assert np.abs(whole - logits(pooled, 1, step + 1, positions)).max() > 1e-3
     assert np.abs(whole - logits(pooled, 2, step, positions)).max() > 1e-3
     np.testing.assert_array_equal(logits(pooled, 1, step, positions), whole)
-    still = classifier.head_logits(pooled).numpy()
+    inference = classifier.head_logits(pooled).numpy()
     many = logits(tf.ones([4000, 1280]), 1, step, tf.range(4000, dtype=tf.int64)).numpy()
-    np.testing.assert_allclose(many.mean(0), still[0], atol=4 * many.std() / 4000**0.5)  # inverted scaling: same mean
+    np.testing.assert_allclose(
+        many.mean(0), inference[0], atol=4 * many.std() / 4000**0.5
+    )  # inverted scaling: same mean
 
 
-def test_first_values_are_a_function_of_the_seed() -> None:
+def test_initial_values_are_a_function_of_the_seed() -> None:
     one, same, other = build(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
     assert list(one.variables) == list(same.variables)
     assert next(iter(one.variables)) == "backbone/Conv1/kernel"
@@ -132,10 +135,10 @@ def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precisio
     assert np.ptp(logits) > 0
     assert all(np.isfinite(g.numpy()).all() for g in gradients)
     head = classifier.head_logits(tf.fill([1, 1280], 1 + 2**-12)) - classifier.head_logits(tf.ones([1, 1280]))
-    assert np.abs(head).max() > 0  # half precision could not tell these features apart
+    assert np.abs(head).max() > 0  # equal features in half precision
 
 
-def test_drop_connect_never_draws_from_a_stateful_generator() -> None:
+def test_drop_connect_is_disabled() -> None:
     classifier = build(backbone="EfficientNetB0", alpha=None)
     apply_thaw(classifier, "none", "frozen")
     images = some_images(2)
@@ -146,17 +149,15 @@ def test_drop_connect_never_draws_from_a_stateful_generator() -> None:
 
 
 def save(classifier: Classifier, path: Path) -> Path:
-    if path.suffix == ".keras":
-        classifier.backbone.save(path)
-    else:
-        classifier.backbone.save_weights(path)
+    classifier.backbone.save_weights(path)
     return path
 
 
-@pytest.mark.parametrize("name", ["some.weights.h5", "some.keras"])
-def test_weights_of_a_file_come_in_whole(name: str, tmp_path: Path) -> None:
-    source = build(1)
-    target = build(2, weights=str(save(source, tmp_path / name)))
+@pytest.mark.parametrize("name", ["some.weights.h5", "some.keras", "some.h5"])  # the last has the older layout
+def test_weights_of_a_file_are_loaded(name: str, tmp_path: Path) -> None:
+    source, path = build(1), tmp_path / name
+    (source.backbone.save_weights if name.endswith(".weights.h5") else source.backbone.save)(path)
+    target = build(2, weights=str(path))
     for key, variable in target.variables.items():
         if key.startswith("backbone/"):
             np.testing.assert_array_equal(variable.numpy(), source.variables[key].numpy())
@@ -183,39 +184,24 @@ def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pyt
             np.testing.assert_array_equal(variable.numpy(), expected)
 
 
-def test_weights_of_another_alpha_say_which_alpha(tmp_path: Path) -> None:
-    path = save(build(1), tmp_path / "narrow.weights.h5")
-    sentence = r"narrow.weights.h5 does not fit MobileNetV2 with alpha 1 .* it is for alpha 0.35; set model.alpha=0.35"
-    with pytest.raises(ModelError, match=sentence):
+def test_weights_of_another_alpha_or_network_are_refused(tmp_path: Path) -> None:
+    path, older = save(build(1), tmp_path / "mobile.weights.h5"), tmp_path / "older.h5"
+    with raises(ModelError, "model.weights", path, "set model.alpha=0.35", "MobileNetV2 with alpha 1 .* alpha 0.35"):
         build(alpha=None, weights=str(path))
-
-
-def test_weights_of_another_network_say_what_does_not_fit(tmp_path: Path) -> None:
-    path = save(build(1), tmp_path / "mobile.weights.h5")
-    sentence = (
-        r"model.weights=.*mobile.weights.h5 does not fit VGG16 without its top: the file holds 260 arrays, the "
-        r"backbone has 26; none or too few of shape \[3, 3, 512, 512\] \(wanted 5, found 0\)"
-    )
-    with pytest.raises(ModelError, match=sentence):
+    problem = r"VGG16 .* 260 arrays, the backbone 26, .* 0 of shape \[3, 3, 512, 512\], the backbone 5"
+    with raises(ModelError, "model.weights", path, "VGG16", problem):
         build(backbone="vgg16", alpha=None, weights=str(path))
-
-
-def test_the_older_layout_is_read_too_and_a_misfit_is_one_sentence(tmp_path: Path) -> None:
-    source = build(1)
-    source.backbone.save(tmp_path / "older.h5")  # what the published ImageNet files are like
-    target = build(2, weights=str(tmp_path / "older.h5"))
-    kernel = "backbone/Conv_1/kernel"
-    np.testing.assert_array_equal(target.variables[kernel].numpy(), source.variables[kernel].numpy())
-    with pytest.raises(ModelError, match=r"older.h5 does not fit VGG16 without its top: .*layer") as caught:
-        build(backbone="vgg16", alpha=None, weights=str(tmp_path / "older.h5"))
+    build(1).backbone.save(older)
+    with raises(ModelError, "model.weights", older, "VGG16", "VGG16 .*layer") as caught:
+        build(backbone="vgg16", alpha=None, weights=str(older))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("imagenet", [True, False])
-def test_an_efficient_net_from_a_file_sees_what_keras_shows_to_the_published_one(
+def test_an_efficient_net_from_a_file_normalizes_as_with_imagenet_weights(
     imagenet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keras builds another layer for `weights="imagenet"`; the file it would download is one of ours here."""
+    """Keras adds a layer for `weights="imagenet"`; the download is replaced by a local file."""
     source = build(backbone="EfficientNetB0", alpha=None)
     norm = source.backbone.get_layer("normalization")
     mean, deviation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.5] * 3, [0.4] * 3)
@@ -227,22 +213,22 @@ def test_an_efficient_net_from_a_file_sees_what_keras_shows_to_the_published_one
         monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
         expected = build(backbone="EfficientNetB0", alpha=None, weights="imagenet")
         assert len(expected.backbone.layers) == len(source.backbone.layers) + 1
-    else:  # values that were trained without ImageNet's: as they are
+    else:  # values that were not trained on ImageNet are unchanged
         norm.finalize_state()
         expected = source
     loaded = build(backbone="EfficientNetB0", alpha=None, weights=str(path))
     norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (expected, loaded)]
-    seen, ours = (part(images.astype("float32")).numpy() for part in norms)
-    np.testing.assert_allclose(ours, seen, rtol=1e-4, atol=1e-5)
-    assert (np.abs(seen).max() > 4) == imagenet  # divided twice
+    theirs, ours = (norm(images.astype("float32")).numpy() for norm in norms)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (np.abs(theirs).max() > 4) == imagenet  # divided twice
 
 
 @pytest.mark.parametrize("into", ["none", "imagenet"])
 @pytest.mark.parametrize("imagenet", [True, False])
-def test_an_efficient_net_rebuilt_from_its_variables_sees_what_it_was_trained_on(
+def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
     imagenet: bool, into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint holds variables alone: not the second division that Keras builds in, nor what was made of them."""
+    """A checkpoint has variables alone: neither Keras' second division nor the constants of the Normalization."""
     source = build(backbone="EfficientNetB0", alpha=None)
     norm = source.backbone.get_layer("normalization")
     norm.adapt_mean.assign([0.485, 0.456, 0.406])
@@ -250,66 +236,60 @@ def test_an_efficient_net_rebuilt_from_its_variables_sees_what_it_was_trained_on
     path = save(source, tmp_path / "efficient.weights.h5")
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
     trained = build(backbone="EfficientNetB0", alpha=None, weights="imagenet" if imagenet else str(path))
-    rebuilt = build(2, backbone="EfficientNetB0", alpha=None, weights=into)  # the other is for a warm start
+    rebuilt = build(2, backbone="EfficientNetB0", alpha=None, weights=into)  # "imagenet": a warm start
     for name, variable in rebuilt.variables.items():
         variable.assign(trained.variables[name].numpy())
-    settle_input(rebuilt.backbone)
+    refresh_normalization(rebuilt.backbone)
     images = some_images(2).astype("float32")
     norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (trained, rebuilt)]
-    seen, ours = (part(images).numpy() for part in norms)
-    np.testing.assert_allclose(ours, seen, rtol=1e-4, atol=1e-5)
-    assert np.abs(seen).max() > 4
+    theirs, ours = (norm(images).numpy() for norm in norms)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert np.abs(theirs).max() > 4
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"model.weights=/nowhere/x.weights.h5 does not exist: give imagenet, glyphs, none"
-    ):
-        build(weights="/nowhere/x.weights.h5")
-    with pytest.raises(ModelError, match=r"model.weights=.* is a folder: give imagenet"):
-        build(weights=str(tmp_path))
-    (text := tmp_path / "x.weights.h5").write_text("version https://git-lfs")
-    with pytest.raises(ModelError, match=r"x.weights.h5 is not a Keras weights file \(damaged, or only a pointer"):
-        build(weights=str(text))
-    (odd := tmp_path / "x.pt").write_text("")
-    with pytest.raises(ModelError, match=r"x.pt: the name must end in .weights.h5, .h5 or .keras"):
-        build(weights=str(odd))
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.weights.h5").write_text("version https://git-lfs")
+    (tmp_path / "x.pt").write_text("")
+    problems = {
+        "missing.weights.h5": "does not exist",
+        ".": "is a folder",
+        "x.pt": "no Keras file",
+        "x.weights.h5": "LFS",
+    }
+    for name, problem in problems.items():
+        with raises(ModelError, "model.weights", tmp_path / name, "imagenet, glyphs, none|replace", problem):
+            build(weights=str(tmp_path / name))
 
 
-def test_the_packaged_weights_load_and_see_more_than_random_ones() -> None:
-    """Features of two different strokes differ by far more than in a random network, whose signal dies out."""
+def test_the_packaged_weights_separate_strokes_better_than_random_ones() -> None:
     packed = build(weights="glyphs", image_size=48)
     image = np.full((2, 48, 48, 3), 255, "uint8")
     image[0, 10:38, 22:26] = 0
     image[1, 22:26, 10:38] = 0
-    upright, lying = packed.pooled(packed.features(image)).numpy()
-    assert np.isfinite([upright, lying]).all()
-    assert np.abs(upright - lying).max() > 0.1
+    vertical, horizontal = packed.pooled(packed.features(image)).numpy()
+    assert np.isfinite([vertical, horizontal]).all()
+    assert np.abs(vertical - horizontal).max() > 0.1
     random = build(image_size=48)
     one, other = random.pooled(random.features(image)).numpy()
     assert np.abs(one - other).max() < 0.01
 
 
 def test_glyphs_fit_one_network_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sentence = (
-        "model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not MobileNetV2 with alpha 1"
-    )
-    with pytest.raises(ModelError, match=sentence):
+    with raises(ModelError, "model.weights", "glyphs", "model=glyphs_mobilenet_v2", "MobileNetV2 with alpha 1"):
         build(weights="glyphs", alpha=None)
     monkeypatch.setattr(weights_module, "GLYPHS", tmp_path / "glyphs.weights.h5")
-    with pytest.raises(ModelError, match=r"model.weights=glyphs: the packaged file glyphs.weights.h5 is missing"):
+    with raises(ModelError, "model.weights", "glyphs", "make pretrained", "glyphs.weights.h5 is missing"):
         build(weights="glyphs")
 
 
-def test_imagenet_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_without_a_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for proxy in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
-    sentence = r"the weights of VGG19 could not be downloaded \(.*\). Give a file with model.weights=/path"
-    with pytest.raises(ModelError, match=sentence):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # a closed port
+    with raises(ModelError, "model.weights", "imagenet", "file.weights.h5, or none", "VGG19 could not be downloaded"):
         build(backbone="vgg19", alpha=None, weights="imagenet")
 
 
-def test_one_class_is_no_classification() -> None:
-    with pytest.raises(ModelError, match="a classifier needs at least 2 classes, the data has 1"):
+def test_one_class_is_refused() -> None:
+    with raises(ModelError, fix="another class", problem="1 class"):
         build(classes=1)

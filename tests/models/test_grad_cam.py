@@ -1,4 +1,4 @@
-"""Grad-CAM against its closed forms, and what stands beside it."""
+"""Grad-CAM against its closed forms; probabilities and embeddings against the classifier."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.grad_cam import AT_ONCE, explain, make_explainer
+from trainer.models.grad_cam import BATCH_SIZE, explain, make_explainer
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "glyphs", "image_size": 96}
 
@@ -28,19 +28,18 @@ def scaled(heat: np.ndarray) -> np.ndarray:
 
 
 def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -> None:
-    """Zhou et al. 2016: the class's row of the kernel, applied at every place."""
+    """Zhou et al. 2016: the kernel column of the class, applied at every position."""
     classifier, images = build(), some_images(3)
-    chosen = np.array([2, 0, 3], "int32")
-    maps = classifier.features(images).numpy()
+    classes = np.array([2, 0, 3], "int32")
     kernel = classifier.output.kernel.numpy()
-    expected = scaled(np.einsum("bhwc,cb->bhw", maps, kernel[:, chosen]))
-    heatmap = explain(classifier, images, tf.constant(chosen))["heatmap"].numpy()
+    expected = scaled(np.einsum("bhwc,cb->bhw", classifier.features(images).numpy(), kernel[:, classes]))
+    heatmap = explain(classifier, images, tf.constant(classes))["heatmap"].numpy()
     assert heatmap.shape == (3, 3, 3)
     assert expected.max() == 1
     np.testing.assert_allclose(heatmap, expected, atol=1e-5)
 
 
-def test_with_a_hidden_layer_it_follows_the_units_that_are_on() -> None:
+def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
     classifier, images = build(hidden=9), some_images(2)
     assert classifier.hidden is not None
     maps, pooled = classifier.features(images).numpy(), classifier.pooled(classifier.features(images)).numpy()
@@ -51,34 +50,32 @@ def test_with_a_hidden_layer_it_follows_the_units_that_are_on() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
-def test_what_stands_beside_it_is_what_the_classifier_says_alone(pooling: str) -> None:
+def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) -> None:
     classifier, images = build(pooling=pooling), some_images(3)
-    told = tf.function(lambda x: explain(classifier, x))(images)
-    np.testing.assert_allclose(told["probabilities"], classifier.probabilities(images), atol=1e-6)
-    np.testing.assert_allclose(told["embedding"], classifier.pooled(classifier.features(images)), atol=1e-5)
-    likeliest = np.argmax(told["probabilities"], axis=1).astype("int32")
-    again = explain(classifier, images, tf.constant(likeliest))
-    np.testing.assert_allclose(told["heatmap"], again["heatmap"], atol=1e-5)
-    assert {name: value.dtype for name, value in told.items()} == dict.fromkeys(told, tf.float32)
+    explained = tf.function(lambda x: explain(classifier, x))(images)
+    np.testing.assert_allclose(explained["probabilities"], classifier.probabilities(images), atol=1e-6)
+    np.testing.assert_allclose(explained["embedding"], classifier.pooled(classifier.features(images)), atol=1e-5)
+    most_probable = np.argmax(explained["probabilities"], axis=1).astype("int32")
+    expected = explain(classifier, images, tf.constant(most_probable))["heatmap"]
+    np.testing.assert_allclose(explained["heatmap"], expected, atol=1e-5)
+    assert {name: value.dtype for name, value in explained.items()} == dict.fromkeys(explained, tf.float32)
 
 
-def test_nothing_for_a_class_is_a_map_of_zeros() -> None:
+def test_a_class_without_support_has_a_heatmap_of_zeros() -> None:
     classifier, images = build(), some_images(1)
     kernel = classifier.output.kernel.numpy()
-    kernel[:, 3] = -1.0  # the features come out of a ReLU: every one of them speaks against it
+    kernel[:, 3] = -1.0  # the features are outputs of a ReLU, so each of them lowers the logit
     classifier.output.kernel.assign(kernel)
-    heatmap = explain(classifier, images, tf.constant([3]))["heatmap"].numpy()
-    assert np.isfinite(heatmap).all()
-    assert not heatmap.any()
+    assert not explain(classifier, images, tf.constant([3]))["heatmap"].numpy().any()
 
 
 def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
-    classifier, images = build(), some_images(AT_ONCE + 5)
+    classifier, images = build(), some_images(BATCH_SIZE + 5)
     traced = []
     features = classifier.features
-    object.__setattr__(classifier, "features", lambda some: traced.append(some.shape) or features(some))
-    look = make_explainer(classifier)
-    many, few = look(images), look(images[:3])
+    object.__setattr__(classifier, "features", lambda x: traced.append(x.shape) or features(x))
+    explainer = make_explainer(classifier)
+    many, few = explainer(images), explainer(images[:3])
     assert len(traced) == 1
     assert many.keys() == few.keys() == {"probabilities", "embedding", "heatmap"}
     expected = explain(classifier, images[-4:])

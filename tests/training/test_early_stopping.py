@@ -1,43 +1,42 @@
-"""Which epoch is the best, and when patience ends."""
+"""Best epoch, patience and phase weights."""
 
 from trainer.config.phases import EarlyStopping
-from trainer.training.early_stopping import exhausted, judge
-from trainer.training.phase_weights import best_step
+from trainer.training.early_stopping import best_step, out_of_patience, update_best
 from trainer.training.state import RunState
 
 
-def judged(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
-    """Feed (val_accuracy, val_loss) of each epoch; the verdicts, the state after, and whether patience had run out."""
+def after(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
+    """Update with (val_accuracy, val_loss) per epoch; return `best` per epoch, the state, and `out_of_patience`."""
     state, best, over = RunState(), [], []
     for epoch, (accuracy, loss) in enumerate(scores, 1):
         state.step = epoch * 10
-        best.append(judge(state, {"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss}, rule))
-        over.append(exhausted(state, rule))
+        best.append(update_best(state, {"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss}, rule))
+        over.append(out_of_patience(state, rule))
     return best, state, over
 
 
 def test_accuracy_decides_and_ties_go_to_the_lower_loss() -> None:
-    best, state, _ = judged([(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)], EarlyStopping())
+    best, state, _ = after([(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)], EarlyStopping())
     assert best == [True, True, True, False, False]
     assert state.best is not None
     assert (state.best["epoch"], state.best["step"]) == (3, 30)
 
 
-def test_what_a_phase_began_with_stays_the_best_until_an_epoch_is_better() -> None:
+def test_the_best_epoch_of_earlier_phases_stays_best_until_an_epoch_is_better() -> None:
     state, rule = RunState(carried=10), EarlyStopping()
     state.history = [{"step": 10, "val_accuracy": 0.9, "val_loss": 0.3}]
     assert best_step(state, rule) == 10
     for step, accuracy, loss, best in ((20, 0.8, 0.1, 10), (30, 0.9, 0.4, 10), (40, 0.9, 0.2, 40), (50, 0.7, 0.1, 40)):
         state.step = step
         state.history.append({"step": step, "epoch": step // 10, "val_accuracy": accuracy, "val_loss": loss})
-        judge(state, state.history[-1], rule)
+        update_best(state, state.history[-1], rule)
         assert best_step(state, rule) == best
     assert best_step(RunState(), rule) is None
-    assert best_step(state, EarlyStopping(metric="loss")) == 40  # 0.2 against 0.3; the phase went by accuracy
+    assert best_step(state, EarlyStopping(metric="loss")) == 40  # loss 0.2 against 0.3
 
 
-def test_loss_can_decide() -> None:
-    best, state, _ = judged([(0.5, 1.0), (0.9, 1.1), (0.4, 0.9)], EarlyStopping(metric="loss"))
+def test_the_metric_can_be_the_loss() -> None:
+    best, state, _ = after([(0.5, 1.0), (0.9, 1.1), (0.4, 0.9)], EarlyStopping(metric="loss"))
     assert best == [True, False, True]
     assert state.best is not None
     assert state.best["epoch"] == 3
@@ -45,11 +44,11 @@ def test_loss_can_decide() -> None:
 
 def test_patience_counts_epochs_without_a_better_metric() -> None:
     scores = [(0.5, 1.0), (0.6, 0.9), (0.6, 0.8), (0.55, 0.7), (0.9, 0.1)]
-    _, _, over = judged(scores, EarlyStopping(patience=2))
-    assert over == [False, False, False, True, False]  # a tie with a lower loss is kept, but does not buy time
-    assert judged(scores, EarlyStopping(patience=0))[2] == [False] * 5
+    _, _, over = after(scores, EarlyStopping(patience=2))
+    assert over == [False, False, False, True, False]  # a tie with a lower loss is the best, but no improvement
+    assert after(scores, EarlyStopping(patience=0))[2] == [False] * 5
 
 
-def test_min_delta_asks_for_more() -> None:
-    best, _, _ = judged([(0.50, 1.0), (0.505, 0.9), (0.52, 0.8)], EarlyStopping(min_delta=0.01))
+def test_min_delta_is_the_least_improvement() -> None:
+    best, _, _ = after([(0.50, 1.0), (0.505, 0.9), (0.52, 0.8)], EarlyStopping(min_delta=0.01))
     assert best == [True, False, True]

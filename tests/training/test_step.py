@@ -1,10 +1,5 @@
-"""The compiled step against plain Keras, against itself in other shapes, and its switches."""
+"""Compiled training step against Keras, and its settings."""
 
-import json
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_network import SmallNetwork, arrays, stream
+from tests.training.small_network import SmallNetwork, arrays, assert_near, run_python, stream
 from trainer.training import variables
 from trainer.training.losses import cross_entropy
 from trainer.training.step import StepSettings, TrainingStep
@@ -37,18 +32,16 @@ def trained(
     return variables.read(network.variables), np.concatenate(rows), step
 
 
-def keras_trained(optimizer: Any, epochs: int, *, weights: np.ndarray | None = None) -> tuple[list[np.ndarray], Any]:
-    """What `fit` makes of the same data in the same order."""
+def keras_trained(optimizer: Any, epochs: int) -> list[np.ndarray]:
+    """Train with `fit` on the same data in the same order."""
     images, labels = arrays(20)
     network = SmallNetwork()
     model = keras.Sequential(
         [keras.Input((6, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
     )
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(
-        images.astype(np.float32), labels, sample_weight=weights, batch_size=8, epochs=epochs, shuffle=False, verbose=0
-    )
-    return [np.array(w) for w in model.get_weights()], model
+    model.fit(images.astype(np.float32), labels, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
+    return [np.array(w) for w in model.get_weights()]
 
 
 @pytest.mark.parametrize(
@@ -62,25 +55,24 @@ def keras_trained(optimizer: Any, epochs: int, *, weights: np.ndarray | None = N
     ],
 )
 def test_same_weights_as_keras_fit_with_an_uneven_last_batch(make: Any) -> None:
-    ours, _, _ = trained([9], optimizer=make())  # 20 examples in batches of 8: three steps an epoch
-    theirs, _ = keras_trained(make(), epochs=3)
-    for mine, other in zip(ours.values(), theirs, strict=True):
+    ours, _, _ = trained([9], optimizer=make())  # 20 examples in batches of 8: three steps per epoch
+    for mine, other in zip(ours.values(), keras_trained(make(), epochs=3), strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-6)
 
 
 def test_many_steps_in_one_call_are_bitwise_single_steps() -> None:
-    at_once, rows, _ = trained([7])
+    one_call, rows, _ = trained([7])
     single, single_rows, _ = trained([1] * 7)
-    for name in at_once:
-        np.testing.assert_array_equal(at_once[name], single[name])
+    np.testing.assert_equal(one_call, single)
     np.testing.assert_array_equal(rows, single_rows)
+    assert rows[:3, 2].tolist() == [8, 8, 4]  # without padding
 
 
-def test_told_to_stop_it_stops_after_the_step_and_can_go_on() -> None:
-    network, asked = SmallNetwork(), []
+def test_stop_ends_the_call_after_the_step_and_the_next_call_continues() -> None:
+    network, calls = SmallNetwork(), []
     step = TrainingStep(
         tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1, momentum=0.9),
-        StepSettings(seed=1), stop=lambda: asked.append(1) or len(asked) == 3,
+        StepSettings(seed=1), stop=lambda: calls.append(1) or len(calls) == 3,
     )  # fmt: skip
     batches = iter(stream(20, 8))
     rows, _, stopped = step.run(batches, 7, 0, 0)
@@ -89,24 +81,17 @@ def test_told_to_stop_it_stops_after_the_step_and_can_go_on() -> None:
     assert (len(more), stopped) == (4, False)
     unbroken, all_rows, _ = trained([7])
     np.testing.assert_array_equal(np.concatenate([rows, more]), all_rows)
-    for name, value in variables.read(network.variables).items():
-        np.testing.assert_array_equal(value, unbroken[name])
-
-
-def test_padding_counts_for_nothing() -> None:
-    _, rows, _ = trained([3])
-    assert rows[:, 2].tolist() == [8, 8, 4]
+    np.testing.assert_equal(variables.read(network.variables), unbroken)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
     whole, rows, _ = trained([6], l2=0.01)
-    pieces, piece_rows, _ = trained([6], l2=0.01, accumulate=4)
-    for name in whole:
-        np.testing.assert_allclose(pieces[name], whole[name], atol=1e-6)
-    np.testing.assert_allclose(rows, piece_rows, rtol=1e-5)
+    accumulated, accumulated_rows, _ = trained([6], l2=0.01, accumulate=4)
+    assert_near(accumulated, whole)
+    np.testing.assert_allclose(rows, accumulated_rows, rtol=1e-5)
 
 
-def test_clipping_is_by_the_norm_of_the_whole_gradient() -> None:
+def test_clipping_is_by_the_norm_of_the_global_gradient() -> None:
     before = variables.read(SmallNetwork().variables)
     after, _, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), clip_norm=0.01)
     change = np.sqrt(sum(np.square(after[n] - before[n]).sum() for n in before))
@@ -114,22 +99,22 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient() -> None:
 
 
 def test_class_weights_multiply_the_loss_only() -> None:
-    given = (0.5, 2.0, 1.0)
-    ours, rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), class_weights=given)
+    weights = (0.5, 2.0, 1.0)
+    ours, rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), class_weights=weights)
     _, plain_rows, _ = trained([1], optimizer=keras.optimizers.SGD(1.0))
     assert rows[0, 1:].tolist() == plain_rows[0, 1:].tolist()
     assert rows[0, 0] != plain_rows[0, 0]
     network = SmallNetwork()
     images, labels = (part[:8] for part in arrays(20))
     with tf.GradientTape() as tape:
-        losses = cross_entropy(labels, network.logits(images)) * np.array(given, np.float32)[labels]
+        losses = cross_entropy(labels, network.logits(images)) * np.array(weights, np.float32)[labels]
         loss = tf.reduce_sum(losses) / 8
     gradient = tape.gradient(loss, network.second.bias.value)
     expected = variables.read(network.variables)["second/bias"] - gradient.numpy()
     np.testing.assert_allclose(ours["second/bias"], expected, atol=1e-6)
 
 
-def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
+def test_averages_of_the_weights_and_two_swaps() -> None:
     network = SmallNetwork()
     start = variables.read(network.variables)
     settings = StepSettings(seed=1, ema=0.99)
@@ -141,21 +126,17 @@ def test_averages_follow_the_weights_and_swap_there_and_back() -> None:
         now = variables.read(network.variables)
         expected = {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
     assert step.averages is not None
-    for name, shadow in step.averages.shadows.items():
-        np.testing.assert_allclose(shadow.numpy(), expected[name], atol=1e-6)
+    assert_near(variables.read(step.averages.shadows), expected)
     step.averages.swap()
-    for name, value in variables.read(network.variables).items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-6)
+    assert_near(variables.read(network.variables), expected)
     step.averages.swap()
-    for name, value in variables.read(network.variables).items():
-        np.testing.assert_array_equal(value, now[name])
+    np.testing.assert_equal(variables.read(network.variables), now)
 
 
 def test_loss_scaling_changes_nothing_while_all_is_finite() -> None:
     plain, _, _ = trained([5])
     scaled, _, step = trained([5], loss_scaling=True)
-    for name in plain:
-        np.testing.assert_allclose(scaled[name], plain[name], atol=1e-6)
+    assert_near(scaled, plain)
     assert step.loss_scale is not None
     assert [float(v) for v in step.loss_scale] == [2.0**15, 5.0]
 
@@ -169,8 +150,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     network.second.kernel.assign(network.second.kernel * 1000)  # gradients of the first layer beyond float32
     before = variables.read(network.variables)
     step.run(iter(stream(20, 8)), 1, 0, 0)
-    for name, value in variables.read(network.variables).items():
-        np.testing.assert_array_equal(value, before[name])
+    np.testing.assert_equal(variables.read(network.variables), before)
     assert float(step.loss_scale[0]) == pytest.approx(1.5e38)
     assert float(step.loss_scale[1]) == 0
 
@@ -178,8 +158,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
 def test_xla_gives_the_same_weights() -> None:
     plain, rows, _ = trained([4], l2=0.01, clip_norm=0.5)
     compiled, compiled_rows, _ = trained([4], l2=0.01, clip_norm=0.5, xla=True)
-    for name in plain:
-        np.testing.assert_allclose(compiled[name], plain[name], atol=1e-6)
+    assert_near(compiled, plain)
     np.testing.assert_allclose(compiled_rows, rows, rtol=1e-5)
 
 
@@ -206,9 +185,9 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1, **extra))
         batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
         rows, _, _ = step.run(batches, 7, 0, 0)
-        values = variables.read(network.variables | step.checkpointed())
-        again = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
-        p, labels, index = Predictor(strategy, network).probabilities(again, 3)
+        values = variables.read(network.variables | step.checkpoint_variables())
+        validation = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
+        p, labels, index = Predictor(strategy, network).probabilities(validation, 3)
         out[f"{name}-{len(extra)}"] = [
             rows.tolist(), [v.ravel().tolist() for v in values.values()], p.tolist(), labels.tolist(), index.tolist()]
 print("RESULT" + json.dumps(out))
@@ -217,17 +196,10 @@ print("RESULT" + json.dumps(out))
 
 @pytest.mark.slow
 def test_two_and_four_replicas_agree_with_one() -> None:
-    found = {}
-    for replicas in (1, 2, 4):
-        result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(MIRRORED), str(replicas)],
-            capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
-        found[replicas] = json.loads(result.stdout.split("RESULT")[1])
+    results = {replicas: run_python(MIRRORED, str(replicas)) for replicas in (1, 2, 4)}
     for replicas in (2, 4):
-        for case, (rows, values, probabilities, labels, index) in found[1].items():
-            other = found[replicas][case]
+        for case, (rows, values, probabilities, labels, index) in results[1].items():
+            other = results[replicas][case]
             np.testing.assert_allclose(other[0], rows, rtol=1e-5, err_msg=case)
             for mine, theirs in zip(values, other[1], strict=True):
                 np.testing.assert_allclose(theirs, mine, atol=1e-5, err_msg=case)

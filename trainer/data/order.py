@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
-from trainer.stateless_random import ORDER, SHARDS, SHARE, bits
+from trainer.stateless_random import ORDER, SHARDS, SUBSET, bits
 from trainer.types import Split
 
 BLOCK_RECORDS = 1024  # records per block without shuffling
@@ -206,6 +206,6 @@ def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: 
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-        shuffled = _shuffle(bits(SHARE, tf.constant(indices))).numpy()
+        shuffled = _shuffle(bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
     return np.array_split(indices, sharding.workers)[sharding.worker]

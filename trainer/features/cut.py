@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import NORM, counting
-from trainer.models.bn_folding import computed, folded
+from trainer.models.batch_norm import NORM, example_weights
+from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
 
@@ -86,12 +86,12 @@ class Trunk:
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
         self.classifier, self.cuts = classifier, tuple(cuts)
         self._front = keras.Model(classifier.backbone.inputs, [cut.tensor for cut in cuts])
-        self._weights = folded(self._front)
+        self._weights = fold_weights(self._front)
 
     def features(self, images: Any) -> tuple[Any, ...]:
         """Compute for each cut [b, *shape] of its dtype from images uint8 or float32 [b, S, S, 3] in 0..255."""
         pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
-        maps = keras.tree.flatten(computed(self._front, pixels, weights=self._weights))
+        maps = keras.tree.flatten(apply_folded(self._front, pixels, weights=self._weights))
         return tuple(
             self.classifier.pooled(made) if cut.pooled else made for cut, made in zip(self.cuts, maps, strict=True)
         )
@@ -114,8 +114,8 @@ class Tail:
         """
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._back is not None:
-            with counting(weight if batch_norm_training else None):
-                maps = computed(self._back, maps, batch_norm_training)
+            with example_weights(weight if batch_norm_training else None):
+                maps = apply_folded(self._back, maps, batch_norm_training)
         return self.classifier.head_logits(maps, training, seed, step, position)
 
     def l2_loss(self) -> tf.Tensor:

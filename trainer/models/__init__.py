@@ -1,1 +1,1 @@
-"""Backbones, heads, weights and what of them trains."""
+"""Backbones, classifier head, pretrained weights and freezing."""

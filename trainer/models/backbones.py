@@ -1,6 +1,6 @@
-"""The registry of backbones: every classification network of keras.applications, by name.
+"""Registry of backbones: every classification network of keras.applications, by name.
 
-Looking a name up imports nothing heavy; only `Backbone.build` and `Backbone.preprocess` import Keras.
+A lookup does not import Keras; only `Backbone.build` and `Backbone.preprocess` do.
 """
 
 from __future__ import annotations
@@ -22,88 +22,89 @@ if TYPE_CHECKING:
 class Backbone:
     """A network of keras.applications.
 
-    A block has the common part of its layers' names. In the Inception and NASNet families most layers of a block are
-    anonymous (`conv2d_17`) and come before its named one: there a block begins right after the one before it, and the
-    first begins after the layer `stem_end`.
+    The name of a block is the common prefix of its layers' names. In the Inception and NASNet families most layers of
+    a block are anonymous (`conv2d_17`) and precede its named layer: there a block begins right after the previous
+    one, and the first block begins after the layer `stem_end`.
     """
 
     name: str  # of the constructor: "MobileNetV2"
-    module: str  # of keras.applications whose preprocess_input belongs to it: "mobilenet_v2"
-    default_size: int  # pixels; what ImageNet weights were trained at
+    module: str  # of keras.applications with its preprocess_input: "mobilenet_v2"
+    default_size: int  # pixels; the input size of the ImageNet weights
     smallest_size: int  # pixels
-    block_pattern: str  # searched in a layer's name
-    block_name: str = r"\1"  # made of the match
+    block_pattern: str  # regular expression, searched in layer names
+    block_name: str = r"\1"  # expanded from the match
     stem_end: str | None = None
-    takes_alpha: bool = False  # the width multiplier of the MobileNet families
+    takes_alpha: bool = False  # alpha is the width multiplier of the MobileNet families
 
     def preprocess(self, images: Any) -> Any:
-        """float32 [b, S, S, 3] RGB in 0..255 -> what the network was trained on, by Keras' own function, in the graph.
+        """Apply Keras' `preprocess_input` of this network to float32 [b, S, S, 3] RGB in 0..255, in the graph.
 
-        Networks that rescale their input themselves get it unchanged.
+        It is the identity for networks with a Rescaling or Normalization layer of their own.
         """
         import keras
 
         return getattr(keras.applications, self.module).preprocess_input(images)
 
     def build(self, image_size: int, alpha: float | None, weights: str | None) -> keras.Model:
-        """The network without its classification top: float [b, S, S, 3] -> float [b, h, w, C].
+        """Build the network without its classification top: float [b, S, S, 3] -> float [b, h, w, C].
 
         Raises:
-            ModelError: the size is too small, `alpha` is given for a network without one, or Keras refuses.
-            OSError, Exception: what Keras raises when it cannot download `weights="imagenet"`.
+            ModelError: the size is too small, `alpha` is set for a network without one, or Keras refuses.
+            OSError, Exception: from Keras, when it cannot download `weights="imagenet"`.
         """
         import keras
 
-        self.check(image_size, alpha)
+        if image_size < self.smallest_size:
+            raise ModelError(
+                f"is too small for {self.name} (ImageNet weights: {self.default_size} px)",
+                key="model.image_size",
+                value=image_size,
+                fix=f"use at least {self.smallest_size}",
+            )
+        if alpha is not None and not self.takes_alpha:
+            takers = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
+            raise ModelError(
+                f"{self.name} has no alpha", key="model.alpha", value=alpha, fix=f"unset it (for {takers} only)"
+            )
         options: dict[str, Any] = {"alpha": alpha or 1.0} if self.takes_alpha else {}
         try:
             network = getattr(keras.applications, self.name)(
                 include_top=False, weights=weights, input_shape=(image_size, image_size, 3), **options
             )
         except ValueError as error:
-            raise ModelError(f"model.backbone={self.name} cannot be built as asked: {error}") from error
-        _name_as_in_a_fresh_process(network)
+            fix = "change model.image_size or model.alpha"
+            raise ModelError(f"Keras refuses: {error}", key="model.backbone", value=self.name, fix=fix) from error
+        _reset_anonymous_names(network)
         return network
 
-    def check(self, image_size: int, alpha: float | None) -> None:
-        """Raise a ModelError for a size or an alpha that this network does not have."""
-        if image_size < self.smallest_size:
-            raise ModelError(
-                f"model.image_size={image_size} is too small for {self.name}: it needs at least {self.smallest_size} "
-                f"pixels (its own size is {self.default_size})"
-            )
-        if alpha is not None and not self.takes_alpha:
-            takers = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
-            raise ModelError(f"model.alpha={alpha:g}: {self.name} has no alpha; unset it (only {takers} have one)")
-
     def block_of(self, layer_name: str) -> str | None:
-        """The block of a layer, by its name; None for a stem, a top or an anonymous layer."""
+        """Return the block of a layer by its name; None for stem, top and anonymous layers."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
     def block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
-        """{block: index of its first layer}, in the order of the layers."""
+        """Map each block to the index of its first layer, in layer order."""
         starts: dict[str, int] = {}
-        before = layer_names.index(self.stem_end) if self.stem_end else 0
+        previous = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
             if block := self.block_of(name):
-                starts.setdefault(block, before + 1 if self.stem_end else index)
-                before = index
+                starts.setdefault(block, previous + 1 if self.stem_end else index)
+                previous = index
         return starts
 
 
-def _name_as_in_a_fresh_process(network: keras.Model) -> None:
-    """Give anonymous layers the names they have in a process that built nothing before.
+def _reset_anonymous_names(network: keras.Model) -> None:
+    """Number anonymous layers from 0 within this network.
 
-    Keras counts anonymous layers over the whole process, so that `conv2d_93` of one run would be `conv2d_187` of
-    another: freezing patterns and checkpoints need names that stay.
+    Keras numbers them over the whole process: `conv2d_93` of one run would be `conv2d_187` of another, and freezing
+    patterns and checkpoints need stable names.
     """
     import keras
 
     anonymous: dict[str, list[tuple[int, keras.Layer]]] = {}
     for layer in network.layers:
         words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
-        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # Conv2D -> conv2d, ReLU -> re_lu: Keras' way
+        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # as Keras: Conv2D -> conv2d, ReLU -> re_lu
         match = re.fullmatch(re.escape(kind) + r"(?:_(\d+))?", layer.name)
         if match and not isinstance(layer, keras.layers.InputLayer):
             anonymous.setdefault(kind, []).append((int(match[1] or 0), layer))
@@ -115,7 +116,7 @@ def _name_as_in_a_fresh_process(network: keras.Model) -> None:
 
 @cache
 def backbones() -> dict[str, Backbone]:
-    """Every backbone by its lower-case name without separators, such as "mobilenetv2"."""
+    """Return every backbone by its lower-case name without separators, such as "mobilenetv2"."""
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
     cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
@@ -123,7 +124,7 @@ def backbones() -> dict[str, Backbone]:
     convnext = r"(stage_\d+_block_\d+|downsampling_block_\d+)"
     efficient_sizes = (224, 240, 260, 300, 380, 456, 528, 600)
     efficient_v2_sizes = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
-    single = [
+    networks = [
         Backbone("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
         Backbone("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
         Backbone("Xception", "xception", 299, 71, r"^(block\d+)_"),
@@ -142,12 +143,12 @@ def backbones() -> dict[str, Backbone]:
         ("EfficientNetV2", "efficientnet_v2", efficient_v2_sizes, efficient, {}),
         ("ConvNeXt", "convnext", dict.fromkeys(("Tiny", "Small", "Base", "Large", "XLarge"), 224), convnext, {}),
     ]
-    known = single + [
-        Backbone(f"{family}{variant}", module, size, 32, pattern, **more)
-        for family, module, sizes, pattern, more in families
+    networks += [
+        Backbone(f"{family}{variant}", module, size, 32, pattern, **options)
+        for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
-    return {_plain(backbone.name): backbone for backbone in known}
+    return {_plain(backbone.name): backbone for backbone in networks}
 
 
 def _plain(name: str) -> str:
@@ -155,14 +156,16 @@ def _plain(name: str) -> str:
 
 
 def find_backbone(name: str) -> Backbone:
-    """The backbone of that name; case, underscores and hyphens do not matter.
+    """Return the backbone of that name; case, underscores and hyphens do not matter.
 
     Raises:
-        ModelError: no backbone has that name; the message says the nearest one, or all of them.
+        ModelError: no backbone has that name; the fix names the closest match, or all of them.
     """
-    known = backbones()
-    if _plain(name) in known:
-        return known[_plain(name)]
-    close = difflib.get_close_matches(_plain(name), known, 1, cutoff=0.5)
-    help_ = f"Did you mean {known[close[0]].name}?" if close else "Known: " + ", ".join(b.name for b in known.values())
-    raise ModelError(f"model.backbone={name}: there is no such backbone. {help_}")
+    known, plain = backbones(), _plain(name)
+    if plain in known:
+        return known[plain]
+    close = difflib.get_close_matches(plain, known, 1, cutoff=0.5)
+    fix = (
+        f"did you mean {known[close[0]].name}?" if close else "use one of " + ", ".join(b.name for b in known.values())
+    )
+    raise ModelError("is not a known backbone", key="model.backbone", value=name, fix=fix)

@@ -1,4 +1,4 @@
-"""BatchNormalization that trains on the examples of the global batch: those of all replicas, and no padding."""
+"""Synchronized BatchNormalization over the examples of the global batch, padding excluded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ _weight: ContextVar[Any] = ContextVar("weight", default=None)
 
 
 @contextmanager
-def counting(weight: Any) -> Iterator[None]:
-    """Context in which batch statistics cover the examples whose `weight`, float32 [b], is 1; None: the whole batch."""
+def example_weights(weight: Any) -> Iterator[None]:
+    """Context in which batch statistics cover the examples of `weight` 1, float32 [b]; None: the whole batch."""
     token = _weight.set(weight)
     try:
         yield
@@ -24,9 +24,9 @@ def counting(weight: Any) -> Iterator[None]:
 
 
 class ExampleNormalization(keras.layers.BatchNormalization):
-    """Keras' layer when `synchronized`, with padding left out and two collectives in place of three.
+    """Keras' layer with `synchronized=True`, but padding is excluded and two collectives replace three.
 
-    Keras' own mask is not synchronized, and no layer of a backbone would pass it through.
+    Keras' mask is no substitute: it is not synchronized, and the layers of a backbone do not propagate it.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -41,15 +41,13 @@ class ExampleNormalization(keras.layers.BatchNormalization):
         sums = _over_replicas(tf.concat([tf.reduce_sum(x * rows, axes), count[None]], axis=0))
         total, count = sums[:channels], sums[channels]
         mean = tf.math.divide_no_nan(total, count)
-        # Not E(x^2) - E(x)^2, as Keras has it over replicas: in float32 that loses small variances.
+        # Keras computes E(x^2) - E(x)^2 over replicas, which loses small variances in float32.
         squares = _over_replicas(tf.reduce_sum(tf.square(x - mean) * rows, axes))
         variance = tf.math.divide_no_nan(squares, count)
-        step = tf.where(
-            count > 0, 1.0 - self.momentum, 0.0
-        )  # a micro-batch that is all padding must not move the averages
-        for average, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            before = tf.convert_to_tensor(average)
-            average.assign(before + (now - before) * step)
+        step = tf.where(count > 0, 1.0 - self.momentum, 0.0)  # an all-padding micro-batch must not move the averages
+        for average, update in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            value = tf.convert_to_tensor(average)
+            average.assign(value + (update - value) * step)
         gamma = tf.convert_to_tensor(self.gamma) if self.scale else None
         beta = tf.convert_to_tensor(self.beta) if self.center else None
         return tf.cast(tf.nn.batch_normalization(x, mean, variance, beta, gamma, self.epsilon), self.compute_dtype)

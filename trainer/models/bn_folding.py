@@ -1,9 +1,9 @@
-"""A network computed with its frozen BatchNormalization as part of the convolutions before it.
+"""BatchNormalization folding: frozen layers become part of the convolutions before them.
 
-A layer whose averages stand still multiplies and shifts each channel: so does a convolution with another kernel and
-bias. The variables stay what they are; the kernel is multiplied in the graph, in float32, and what trains gets its
-gradient through that. (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", section 3.2, with averages that do not move.)
+With constant averages the layer is a per-channel scale and shift, so a convolution with another kernel and bias
+computes the same. Variables are unchanged: kernels are scaled in the graph, in float32, and gradients pass through.
+(Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+section 3.2, with constant averages.)
 """
 
 import inspect
@@ -23,67 +23,67 @@ CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Kernels and bias of a convolution with the BatchNormalization behind it folded in, in the compute dtype."""
+class FoldedWeights:
+    """Kernels and bias of a convolution and the BatchNormalization after it, in the compute dtype."""
 
-    kernels: tuple[tf.Tensor, ...]  # two of a separable convolution: depthwise and pointwise
+    kernels: tuple[tf.Tensor, ...]  # a separable convolution has two: depthwise and pointwise
     bias: tf.Tensor
 
 
-def computed(
-    network: keras.Model, inputs: Any, batch_norm_training: bool = False, weights: Mapping[str, Weights] | None = None
+def apply_folded(
+    network: keras.Model, inputs: Any, training: bool = False, weights: Mapping[str, FoldedWeights] | None = None
 ) -> Any:
-    """`network(inputs, training=batch_norm_training)`, to rounding; in a tf.function, with less work.
+    """Compute `network(inputs, training=training)` with folded layers, equal up to rounding.
 
-    Layers that are trainable while `batch_norm_training` normalize with the statistics of the batch, as they would.
+    With `training`, trainable BatchNormalization layers are not folded: they use the batch statistics.
 
     Args:
-        weights: what `folded` made of the network, if nothing in it will change.
+        weights: `fold_weights(network)`, where no variable of the network changes; None: fold in the graph.
     """
-    if isinstance(inputs, keras.KerasTensor):  # of a model that is to have Keras' own layers
-        return network(inputs, training=batch_norm_training)
-    norm_of = {conv.name: norm for conv, norm in pairs(network) if not (batch_norm_training and norm.trainable)}
-    done = {norm.name for norm in norm_of.values()}
+    if isinstance(inputs, keras.KerasTensor):  # a symbolic call: the model has Keras' own layers
+        return network(inputs, training=training)
+    norm_of = {conv.name: norm for conv, norm in foldable_pairs(network) if not (training and norm.trainable)}
+    folded_norms = {norm.name for norm in norm_of.values()}
 
-    def instead(operation: Any) -> Callable[..., Any]:
+    def operation_fn(operation: Any) -> Callable[..., Any]:
         if norm := norm_of.get(operation.name):
-            own = weights[operation.name] if weights is not None else _folded(operation, norm)
-            return partial(_convolve, operation, own)
-        if operation.name in done:
-            return lambda maps, **_: maps  # Keras also passes a mask, of which images have none
+            folded = weights[operation.name] if weights is not None else _fold(operation, norm)
+            return partial(_convolve, operation, folded)
+        if operation.name in folded_norms:
+            return lambda maps, **_: maps  # Keras also passes a mask, which images do not have
         if isinstance(operation, keras.Layer) and "training" in inspect.signature(operation.call).parameters:
-            return partial(operation, training=batch_norm_training)
+            return partial(operation, training=training)
         return operation
 
-    made = run_through_graph(network, inputs, instead)
-    return made[0] if isinstance(made, list) and len(made) == 1 else made
+    outputs = run_through_graph(network, inputs, operation_fn)
+    return outputs[0] if isinstance(outputs, list) and len(outputs) == 1 else outputs
 
 
-def folded(network: keras.Model) -> dict[str, Weights]:
-    """Folded weights, as they are now, by the name of each convolution with a BatchNormalization behind it."""
-    return {convolution.name: _folded(convolution, norm) for convolution, norm in pairs(network)}
+def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
+    """Fold the current weights; keys are the names of the convolutions in `foldable_pairs`."""
+    return {convolution.name: _fold(convolution, norm) for convolution, norm in foldable_pairs(network)}
 
 
-def pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
-    """Convolutions whose maps go into a BatchNormalization and nowhere else."""
-    readers: dict[int, list[Any]] = defaultdict(list)
+def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
+    """List each linear convolution whose only consumer is a BatchNormalization, with that layer."""
+    consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
     for operation in network.operations:
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
-                readers[id(tensor)].append(operation)
-    ends = {id(producer_of(tensor)) for tensor in network.outputs}
-    folding = []
+                consumers[id(tensor)].append(operation)
+    last = {id(producer_of(tensor)) for tensor in network.outputs}
+    pairs = []
     for operation in network.operations:
-        if isinstance(operation, CONVOLUTIONS) and id(operation) not in ends:
+        if isinstance(operation, CONVOLUTIONS) and id(operation) not in last:
             linear = operation.activation in (None, keras.activations.linear)
-            behind = readers[id(operation.output)]
-            is_norm = len(behind) == 1 and isinstance(behind[0], NORM) and behind[0].axis in (-1, 3)
+            after = consumers[id(operation.output)]
+            is_norm = len(after) == 1 and isinstance(after[0], NORM) and after[0].axis in (-1, 3)
             if linear and is_norm and operation.data_format == "channels_last":
-                folding.append((operation, behind[0]))
-    return folding
+                pairs.append((operation, after[0]))
+    return pairs
 
 
-def _folded(convolution: Any, norm: Any) -> Weights:
+def _fold(convolution: Any, norm: Any) -> FoldedWeights:
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma
@@ -101,16 +101,16 @@ def _folded(convolution: Any, norm: Any) -> Weights:
     else:
         kernels = (convolution.kernel * scale,)
     dtype = convolution.compute_dtype
-    return Weights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
+    return FoldedWeights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
 
 
-def _convolve(convolution: Any, weights: Weights, maps: Any, **_: Any) -> Any:
+def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
     """[b, h, w, C] -> [b, h', w', C'] of the compute dtype."""
-    make = keras.ops.conv
+    op = keras.ops.conv
     if isinstance(convolution, keras.layers.SeparableConv2D):
-        make = keras.ops.separable_conv
+        op = keras.ops.separable_conv
     elif isinstance(convolution, keras.layers.DepthwiseConv2D):
-        make = keras.ops.depthwise_conv
+        op = keras.ops.depthwise_conv
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
-    made = make(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
-    return tf.nn.bias_add(made, weights.bias)  # which TensorFlow computes together with the convolution
+    outputs = op(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
+    return tf.nn.bias_add(outputs, weights.bias)  # TensorFlow fuses it with the convolution

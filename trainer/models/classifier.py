@@ -1,4 +1,4 @@
-"""A classifier: preprocessing, backbone, pooling and head, as plain functions over Keras variables."""
+"""Classifier: preprocessing, backbone, pooling and head, as plain functions over Keras variables."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +9,17 @@ import tensorflow as tf
 from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models.backbones import Backbone, find_backbone
-from trainer.models.batch_norm import counting
-from trainer.models.bn_folding import computed
+from trainer.models.batch_norm import example_weights
+from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, uniform
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Images in, class probabilities out; C channels leave the backbone, S is the image side in pixels.
+    """Image classifier; S is the image side in pixels, C the number of output channels of the backbone.
 
-    The head computes in float32 under every precision policy. Everything runs in a tf.function and in replicas.
+    The head computes in float32 under every precision policy. All methods work in a tf.function and in replicas.
     """
 
     kind: Backbone
@@ -32,18 +32,18 @@ class Classifier:
     image_size: int
 
     def features(self, images: Any, batch_norm_training: bool = False, weight: Any = None) -> Any:
-        """uint8 or float32 [b, S, S, 3] in 0..255 -> feature maps [b, h, w, C] of the compute dtype.
+        """Feature maps [b, h, w, C] of the compute dtype for uint8 or float32 [b, S, S, 3] in 0..255.
 
-        With `batch_norm_training`, those BatchNormalization layers that are trainable use the statistics of the batch
-        and move their averages (keras#20285: `training=True` anywhere else would do so unasked); examples of `weight`
-        0, float32 [b], are padding and do not count.
+        With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their
+        averages (keras#20285: `training=True` in any other case would update them as well). Examples of `weight` 0,
+        float32 [b], are padding and do not contribute to the statistics.
         """
-        pixels = keras.ops.cast(images, "float32")
-        with counting(weight if batch_norm_training else None):
-            return computed(self.backbone, self.kind.preprocess(pixels), batch_norm_training)
+        pixels = self.kind.preprocess(keras.ops.cast(images, "float32"))
+        with example_weights(weight if batch_norm_training else None):
+            return apply_folded(self.backbone, pixels, batch_norm_training)
 
     def pooled(self, features: Any) -> Any:
-        """Feature maps [b, h, w, C] -> float32 [b, C]; what is pooled already stays."""
+        """Pool feature maps [b, h, w, C] to float32 [b, C]; rank-2 features are pooled already."""
         features = keras.ops.cast(features, "float32")
         if len(features.shape) == 2:
             return features
@@ -52,80 +52,81 @@ class Classifier:
     def head_logits(
         self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None
     ) -> Any:
-        """Feature maps [b, h, w, C] or pooled features [b, C] -> float32 logits [b, classes].
+        """Float32 logits [b, classes] for feature maps [b, h, w, C] or pooled features [b, C].
 
-        In training, whether a unit is dropped is a function of (`seed`, run `step`, `position` in the global batch
-        int64 [b], unit) alone: any split of the batch over replicas drops the same ones.
+        The dropout mask in training is a function of (`seed`, run `step`, `position` in the global batch int64 [b],
+        unit) alone, so it does not depend on how the batch is split over replicas.
         """
         x = self.pooled(features)
         if self.hidden is not None:
             x = self.hidden(x)
         if training and self.dropout > 0:
-            assert position is not None, "dropout needs the examples' positions in the global batch"
+            assert position is not None, "dropout needs the positions of the examples in the global batch"
             draws = uniform(seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :])
-            x = tf.where(draws >= self.dropout, x / (1.0 - self.dropout), 0.0)  # inverted: inference needs no scale
+            x = tf.where(
+                draws >= self.dropout, x / (1.0 - self.dropout), 0.0
+            )  # inverted dropout: no scale at inference
         return self.output(x)
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 logits [b, classes]."""
-        maps = self.features(images, batch_norm_training, weight)
-        return self.head_logits(maps, training, seed, step, position)
+        """Float32 logits [b, classes] for uint8 or float32 [b, S, S, 3] in 0..255."""
+        return self.head_logits(self.features(images, batch_norm_training, weight), training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
-        """uint8 or float32 [b, S, S, 3] in 0..255 -> float32 [b, classes], each row summing to 1."""
+        """Float32 [b, classes] for uint8 or float32 [b, S, S, 3] in 0..255; each row sums to 1."""
         return keras.ops.softmax(self.logits(images))
 
     def l2_loss(self) -> tf.Tensor:
-        """Float32 scalar: l2 times the sum of squares of the head's kernels."""
+        """L2 penalty, float32 scalar: l2 times the sum of squares of the kernels of the head."""
         if self.l2 == 0:
             return tf.constant(0.0)
         kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
 
     def keras_model(self) -> keras.Model:
-        """The same variables as an inference model: float32 [b, S, S, 3] in 0..255 -> probabilities [b, classes]."""
+        """Build an inference model over the same variables: float32 [b, S, S, 3] in 0..255 -> `probabilities`."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
-        """{"head/output/kernel": variable, ...}."""
-        layers = {"hidden": self.hidden, "output": self.output}
-        return {
-            f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
+        """Variables of the head by name: head/hidden/kernel, ..., head/output/bias."""
+        layers = {
+            name: layer for name, layer in (("hidden", self.hidden), ("output", self.output)) if layer is not None
         }
+        return {f"head/{name}/{v.name}": v for name, layer in layers.items() for v in layer.weights}
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """Every variable by a name that is the same in every process, backbone first, in the order of its layers."""
+        """All variables by a name that is stable across processes: the backbone's in layer order, then the head's."""
         named: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in named:  # a nested block may hold two of a name
+                while key in named:  # a nested block may have two variables of one name
                     key += "_"
                 named[key] = variable
         return named | self.head_variables
 
 
 def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:
-    """Build the classifier that `model` describes, every random first value a function of `seed`.
+    """Build the classifier that `model` configures; random initial values are functions of `seed`.
 
-    Call it under the strategy's scope and after the global Keras precision policy was set.
+    Call it in the scope of the strategy, after the global Keras precision policy is set.
 
     Raises:
-        ModelError: the backbone, its options or its weights cannot be had as asked.
+        ModelError: the backbone cannot be built with these options, or its weights cannot be loaded.
     """
     if class_count < 2:
-        raise ModelError(f"a classifier needs at least 2 classes, the data has {class_count}")
+        raise ModelError(f"the data has {class_count} class, a classifier needs 2", fix="add images of another class")
     kind = find_backbone(model.backbone)
     image_size = model.image_size or kind.default_size
     network = build_with_weights(kind, image_size, model.alpha, model.weights, seed)
     for layer in network.layers:
-        # Drop-connect layers of some families draw from a stateful generator, which no checkpoint could resume.
+        # Drop-connect in some families draws from a stateful generator, whose state is not in a checkpoint.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     hidden, width = None, network.output_shape[-1]
@@ -137,7 +138,7 @@ def build_classifier(model: config.Model, class_count: int, seed: int) -> Classi
 
 
 def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
-    drawn = keras.initializers.GlorotUniform(seed=seed)
-    layer = keras.layers.Dense(units, activation, kernel_initializer=drawn, dtype="float32", name=f"head_{name}")
+    glorot = keras.initializers.GlorotUniform(seed=seed)
+    layer = keras.layers.Dense(units, activation, kernel_initializer=glorot, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))
     return layer

@@ -7,48 +7,45 @@ import tensorflow as tf
 
 from trainer.models.classifier import Classifier
 
-AT_ONCE = 32  # images
+BATCH_SIZE = 32
 Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the arrays of `explain`
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
-    """`explain` as a function of any number of images, compiled at its first use and only then."""
-    side = classifier.image_size
-    images = tf.TensorSpec([None, side, side, 3], tf.uint8)  # without one, the rest of a split would be traced apart
-    compiled = tf.function(lambda some: explain(classifier, some), input_signature=[images], autograph=False)
+    """Compile `explain` for any number of images; it is traced once, at the first call."""
+    signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)  # one for all sizes
+    compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
 
     def explainer(images: np.ndarray) -> dict[str, np.ndarray]:
-        parts = [compiled(tf.constant(images[at : at + AT_ONCE])) for at in range(0, len(images), AT_ONCE)]
-        return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+        batches = [compiled(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
+        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 
     return explainer
 
 
-def explain(classifier: Classifier, images: tf.Tensor, chosen: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
     """Probabilities, embeddings and Grad-CAM heatmaps of images; works in a tf.function and a SavedModel.
 
     Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization"): the feature maps are added up, each weighted by the mean over its positions of the gradient of the
-    class's logit, and what speaks against the class is cut off. Only the head is differentiated, so that an
-    explanation costs little more than a prediction.
+    Localization") is the ReLU of a weighted sum of the feature maps; the weight of a map is the spatial mean of the
+    gradient of the class logit. Only the head is differentiated: a heatmap costs little more than a prediction.
 
     Args:
         images: uint8 or float32 [b, S, S, 3] in 0..255.
-        chosen: int32 [b], the class that each heatmap is for; the most probable one when None.
+        classes: int32 [b], the class of each heatmap; None: the most probable one.
 
     Returns:
         `probabilities` float32 [b, classes]; `embedding` float32 [b, C], the pooled features; `heatmap` float32
-        [b, h, w] of the size of the feature maps, its largest value 1, all 0 where nothing speaks for the class.
+        [b, h, w] of the size of the feature maps, its maximum 1, or all 0 where no feature supports the class.
     """
     features = tf.cast(classifier.features(images), tf.float32)  # gradients of half precision would be rounded away
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(features)
         logits = classifier.head_logits(features)
-        if chosen is None:
-            chosen = tf.argmax(logits, axis=1, output_type=tf.int32)
-        of_class = tf.gather(logits, chosen, axis=1, batch_dims=1)
-    slopes = tape.gradient(of_class, features)
-    weights = tf.reduce_mean(slopes, axis=(1, 2), keepdims=True)
+        if classes is None:
+            classes = tf.argmax(logits, axis=1, output_type=tf.int32)
+        class_logits = tf.gather(logits, classes, axis=1, batch_dims=1)
+    weights = tf.reduce_mean(tape.gradient(class_logits, features), axis=(1, 2), keepdims=True)
     heat = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
     return {
         "probabilities": tf.nn.softmax(logits),

@@ -1,8 +1,10 @@
-"""The first values of a backbone: ImageNet's, the packaged ones, those of a file, or random ones."""
+"""Initial weights of a backbone: from ImageNet, packaged, from a file, or random."""
 
 import zipfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -12,20 +14,20 @@ from trainer.errors import ModelError
 from trainer.models.backbones import Backbone
 
 GLYPHS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
-ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # those that Keras publishes weights for
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
+ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
 def build_with_weights(
     backbone: Backbone, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
-    """A backbone that holds `weights`: imagenet, glyphs, none, or the path of a Keras file.
+    """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file.
 
-    With `none` every value is a function of `seed`. Keras draws the seeds of its initializers from Python's global
-    generator, so this sets the global seeds (nothing else in a run draws from them).
+    With `none` every value is a function of `seed`: this sets the global seeds, because Keras draws the seeds of its
+    initializers from Python's global generator. Nothing else in a run uses it.
 
     Raises:
-        ModelError: the weights cannot be had, or do not fit the backbone.
+        ModelError: the weights cannot be loaded, or do not fit the backbone.
     """
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
@@ -36,50 +38,46 @@ def build_with_weights(
     if weights == "glyphs":
         path = GLYPHS
         if (backbone.name, alpha) != ("MobileNetV2", 0.35):
-            raise ModelError(
-                "model.weights=glyphs fits model.backbone=MobileNetV2 with model.alpha=0.35 only, not "
-                + _with_width(backbone, alpha)
-            )
+            problem, fix = f"does not fit {_with_alpha(backbone, alpha)}", "use model=glyphs_mobilenet_v2"
+            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
         if not path.is_file():
-            raise ModelError(
-                f"model.weights=glyphs: the packaged file {path.name} is missing; `make pretrained` makes it"
-            )
+            problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
+            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
     _check_file(path)  # before the seconds that building takes
     network = backbone.build(image_size, alpha, None)
     _load(network, path, backbone, image_size, alpha)
     if backbone.module == "efficientnet":
-        _divide_as_published(network)
+        _set_published_variance(network)
     return network
 
 
-def _divide_as_published(network: keras.Model) -> None:
-    """Give an EfficientNet (B0 to B7) with ImageNet's values, of a file or another run, the input that these were
-    trained with.
+def _set_published_variance(network: keras.Model) -> None:
+    """Set the input normalization of EfficientNet B0 to B7 to that of ImageNet training, (x - mean) / variance.
 
-    They were trained on (x - mean) / variance. Keras builds a layer that divides a second time by the root of the
-    deviation for `weights="imagenet"` alone (tensorflow#49930). Where it is missing, the variance of the Normalization
-    takes that factor in. Values that were not made from ImageNet's have another mean or variance.
+    For `weights="imagenet"` alone, Keras adds a Rescaling layer that divides a second time by the standard deviation
+    (tensorflow#49930). In a network without it, the variance of the Normalization layer includes that factor. A layer
+    with another mean or variance was not trained on ImageNet and is unchanged.
     """
-    index, norm = next((i, one) for i, one in enumerate(network.layers) if isinstance(one, keras.layers.Normalization))
+    index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    other, wanted = np.square(IMAGENET_DEVIATION), np.power(IMAGENET_DEVIATION, 3)
+    current, expected = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        other, wanted = wanted, other
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other, atol=1e-3):
-        norm.adapt_variance.assign(wanted)
+        current, expected = expected, current
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, current, atol=1e-3):
+        norm.adapt_variance.assign(expected)
         norm.finalize_state()
 
 
-def settle_input(network: keras.Model) -> None:
-    """Make the input layers of a network compute with the values that were just assigned to its variables.
+def refresh_normalization(network: keras.Model) -> None:
+    """Update the input normalization of a network after its variables were assigned.
 
-    A Normalization computes with constants that it made of its variables when they were loaded, and a network that
-    Keras built for `weights="imagenet"` divided a second time (`_divide_as_published`).
+    A Normalization layer computes with constants made from its variables at load time, and with `weights="imagenet"`
+    Keras divides a second time (`_set_published_variance`).
     """
     for layer in network.layers:
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
             layer.finalize_state()
-            _divide_as_published(network)
+            _set_published_variance(network)
 
 
 def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
@@ -87,53 +85,54 @@ def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras
         return backbone.build(image_size, alpha, "imagenet")
     except ModelError:
         raise
-    except Exception as error:  # get_file raises a bare Exception when the network is away
+    except Exception as error:  # get_file raises a bare Exception without a network
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"model.weights=imagenet: the weights of {backbone.name} could not be downloaded ({reason}). Give a file "
-            "with model.weights=/path/to/file.weights.h5, or start from random values with model.weights=none"
+            f"the weights of {backbone.name} could not be downloaded ({reason})",
+            key="model.weights",
+            value="imagenet",
+            fix="use /path/to/file.weights.h5, or none for random weights",
         ) from error
 
 
 def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    # The older HDF5 layout, which the published ImageNet files have, Keras checks itself.
+    # Keras itself checks the older HDF5 layout of the published ImageNet files.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
-        _check_sizes(network, path, backbone, image_size, alpha)
+        _check_shapes(network, path, backbone, image_size, alpha)
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
         # Keras' own sentence about the first object that does not fit, without its lists.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
-        raise ModelError(_misfit(path, backbone, alpha, detail.strip())) from error
+        raise _mismatch(path, backbone, alpha, detail.strip()) from error
 
 
-def _with_width(backbone: Backbone, alpha: float | None) -> str:
+def _with_alpha(backbone: Backbone, alpha: float | None) -> str:
     return backbone.name + (f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else "")
 
 
-def _misfit(path: Path, backbone: Backbone, alpha: float | None, detail: str) -> str:
-    return f"model.weights={path} does not fit {_with_width(backbone, alpha)} without its top: {detail}"
+def _mismatch(path: Path, backbone: Backbone, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
+    problem = f"does not fit {_with_alpha(backbone, alpha)} without its top: {detail}"
+    return ModelError(problem, key="model.weights", value=path, fix=fix or f"use weights of {backbone.name}")
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        where = "is a folder" if path.is_dir() else "does not exist"
-        raise ModelError(
-            f"model.weights={path} {where}: give imagenet, glyphs, none, or the path of a .weights.h5 or .keras file"
-        )
-    if path.suffix == ".keras":
-        readable = zipfile.is_zipfile(path)
-    elif path.suffix in (".h5", ".hdf5"):
-        readable = h5py.is_hdf5(path)
-    else:
-        raise ModelError(f"model.weights={path}: the name must end in .weights.h5, .h5 or .keras")
-    if not readable:
-        raise ModelError(f"model.weights={path} is not a Keras weights file (damaged, or only a pointer to one?)")
+    if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
+        reason = "is a folder" if path.is_dir() else "is no Keras file" if path.is_file() else "does not exist"
+        fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
+        raise ModelError(reason, key="model.weights", value=path, fix=fix)
+    if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
+        raise _damaged(path, "a Git LFS pointer?")
 
 
-def _parameters_by_shape(path: Path) -> Counter[tuple[int, ...]]:
-    """Number of arrays of each shape in a Keras 3 file, the states of random generators left out."""
+def _damaged(path: Path, reason: object) -> ModelError:
+    problem = f"is not a Keras weights file or is damaged ({reason})"
+    return ModelError(problem, key="model.weights", value=path, fix="replace the file")
+
+
+def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
+    """Count the arrays of each shape in a Keras 3 file, without the states of random generators."""
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -141,14 +140,13 @@ def _parameters_by_shape(path: Path) -> Counter[tuple[int, ...]]:
             shapes[item.shape] += 1
 
     try:
-        if path.suffix == ".keras":
-            with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as inner, h5py.File(inner) as file:
-                file.visititems(visit)
-        else:
-            with h5py.File(path) as file:
-                file.visititems(visit)
+        with ExitStack() as stack:
+            file: Any = path
+            if path.suffix == ".keras":
+                file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
+            stack.enter_context(h5py.File(file)).visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.weights={path} is not a Keras weights file or is damaged ({error})") from error
+        raise _damaged(path, error) from error
     return shapes
 
 
@@ -156,16 +154,16 @@ def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 
-def _check_sizes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless the file holds arrays of exactly the network's shapes; Keras ignores extra ones."""
-    given, wanted = _parameters_by_shape(path), _shapes(network)
-    if given == wanted:
+def _check_shapes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
+    """Raise a ModelError unless the file has arrays of exactly the network's shapes; Keras ignores extra ones."""
+    actual, expected = _shapes_in_file(path), _shapes(network)
+    if actual == expected:
         return
-    counts = f"the file holds {sum(given.values())} arrays, the backbone has {sum(wanted.values())}"
-    if missing := wanted - given:
-        shape = max(missing, key=lambda s: (len(s), s))
-        counts += f"; none or too few of shape {list(shape)} (wanted {wanted[shape]}, found {given[shape]})"
     for other in [a for a in ALPHAS if a != (alpha or 1.0)] if backbone.takes_alpha else []:
-        if _shapes(backbone.build(image_size, other, None)) == given:
-            raise ModelError(_misfit(path, backbone, alpha, f"it is for alpha {other:g}; set model.alpha={other:g}"))
-    raise ModelError(_misfit(path, backbone, alpha, counts))
+        if _shapes(backbone.build(image_size, other, None)) == actual:
+            raise _mismatch(path, backbone, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
+    detail = f"the file has {sum(actual.values())} arrays, the backbone {sum(expected.values())}"
+    if missing := expected - actual:
+        shape = max(missing, key=lambda s: (len(s), s))
+        detail += f", and the file has {actual[shape]} of shape {list(shape)}, the backbone {expected[shape]}"
+    raise _mismatch(path, backbone, alpha, detail)

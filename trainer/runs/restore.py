@@ -8,7 +8,7 @@ import numpy as np
 from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
 from trainer.models.classifier import Classifier
-from trainer.models.weights import settle_input
+from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, names_in, weights_of
 from trainer.runs.publisher import Publisher
@@ -23,7 +23,7 @@ def assign_values(classifier: Classifier, chosen: dict[str, Any], values: dict[s
     Raises DataError, and assigns nothing, if a value is missing or has another shape.
     """
     variables.write(chosen, values, source)
-    settle_input(classifier.backbone)
+    refresh_normalization(classifier.backbone)
 
 
 def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:

@@ -1,1 +1,1 @@
-"""The compiled step, optimizers and schedules, losses, early stopping and the state of a run."""
+"""Training step, optimizers, schedules, losses, early stopping and run state."""

@@ -1,4 +1,4 @@
-"""Early stopping: whether an epoch is the best of its phase, and when the phase has had enough."""
+"""Best epoch of a phase: early stopping, and the phase weights that the next phase or the export starts from."""
 
 from typing import Any
 
@@ -6,13 +6,12 @@ from trainer.config.phases import EarlyStopping
 from trainer.training.state import RunState
 
 
-def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
-    """Update the best epoch of `state` with a finished one; returns whether that is the new best.
+def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
+    """Update `state.best` and `state.bad_epochs` with a finished epoch; return whether it is the new best.
 
-    Ties in accuracy go to the lower validation loss, so that a saturated accuracy does not keep the earliest epoch.
+    Ties in accuracy go to the lower validation loss, so that a saturated accuracy does not select the earliest epoch.
     """
-    key = "val_accuracy" if rule.metric == "accuracy" else "val_loss"
-    value = epoch[key] if rule.metric == "accuracy" else -epoch[key]
+    value = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
     better, tie = best is None, False
     if best is not None:
@@ -24,6 +23,47 @@ def judge(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     return better or tie
 
 
-def exhausted(state: RunState, rule: EarlyStopping) -> bool:
-    """Whether `patience` epochs in a row were no better than the best one; a patience of 0 never is."""
+def out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
+    """Return whether `patience` epochs in a row did not improve; a patience of 0 disables early stopping."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
+
+
+def best_step(state: RunState, rule: EarlyStopping) -> int | None:
+    """Return the step of the best epoch so far; where the phase did not improve, that is one of an earlier phase."""
+    own = state.best["step"] if state.best else None
+    if own is None or state.carried is None:
+        return state.carried if own is None else own
+    entries = {entry["step"]: entry for entry in state.history}
+
+    def rank(step: int) -> tuple[float, ...]:
+        accuracy, loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
+        return (accuracy, -loss) if rule.metric == "accuracy" else (-loss,)
+
+    return state.carried if rank(state.carried) > rank(own) else own
+
+
+def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int:
+    """Return the step of the phase weights: of the best epoch (`best_step`), or the last for `training.keep=last`."""
+    best = best_step(state, rule)
+    return best if keep == "best" and best is not None else state.step
+
+
+def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the record of a finished phase with the weights of `step`, and the history entry of that step.
+
+    Where they are the weights of an earlier phase, `kept_from` is its name and `own_val_accuracy` the best of this one.
+    """
+    assert state.best is not None
+    epochs = [entry for entry in state.history if entry["phase"] == name]
+    selected = next(entry for entry in state.history if entry["step"] == step)
+    summary = {
+        **{key: value for key, value in selected.items() if key.startswith("val_")},
+        "epochs": len(epochs),
+        "best_epoch": state.best["epoch"],
+        "kept_step": step,
+        "seconds": sum(entry["seconds"] for entry in epochs),
+    }
+    if selected["phase"] != name:
+        best = next(entry for entry in epochs if entry["step"] == state.best["step"])
+        summary |= {"kept_from": selected["phase"], "own_val_accuracy": best["val_accuracy"]}
+    return summary, selected

@@ -1,11 +1,10 @@
-"""The compiled training step.
+"""Compiled training step.
 
-All replicas compute the gradient of the same global mean: loss = sum(per_example * weight) / sum(weight over the
-whole batch), so that padding (weight 0) and uneven replicas change nothing. The sum of weights is added up over all
-replicas before the gradient; the votes to stop travel with it, so that all workers stop after the same step.
+All replicas compute the gradient of one global mean: loss = sum(per_example * weight) / sum(weight over the global
+batch), so the result does not depend on padding (weight 0) or on how examples are distributed over replicas. The sum of
+weights is all-reduced before the gradient, together with the votes to stop: all workers stop after the same step.
 
-`TrainingStep.run` calls the compiled loop, whose body is one step; a step runs a few functions in each replica, one of
-which, `_gradients`, holds the gradient tape.
+`TrainingStep.run` calls the compiled loop (`_loop`), whose body is one step; `_gradients` has the gradient tape.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
 from trainer.training import variables as by_name
-from trainer.training.losses import LossSettings, class_weights, hits, log_probs, weighted_losses
+from trainer.training.losses import LossSettings, class_weights, example_accuracy, log_probs, weighted_losses
 from trainer.types import Batch, Dataset
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
 class Network(Protocol):
-    """The part of a classifier that a step needs (`trainer/models/classifier.py`)."""
+    """Interface of a classifier in a training step (`trainer/models/classifier.py`)."""
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
@@ -38,33 +37,33 @@ class Network(Protocol):
         """Float32 [b, classes] for images in 0..255, [b, S, S, 3]."""
 
     def l2_loss(self) -> tf.Tensor:
-        """Scalar penalty on the head."""
+        """L2 penalty on the head, a scalar."""
 
 
 class Teacher(Protocol):
-    """The part of a teacher that a step needs (`trainer/distillation/teacher.py`)."""
+    """Interface of a teacher in a training step (`trainer/distillation/teacher.py`)."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Float32 [b, classes], no gradient, for images in 0..255, [b, S, S, 3]."""
+        """Float32 [b, classes], without gradient, for images in 0..255, [b, S, S, 3]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(LossSettings):
-    """Settings of a step beside the network and the optimizer."""
+    """Settings of a training step."""
 
     seed: int
     clip_norm: float | None = None
-    accumulate: int = 1
-    ema: float | None = None
+    accumulate: int = 1  # micro-batches per step
+    ema: float | None = None  # decay
     batch_norm_training: bool = False
     loss_scaling: bool = False  # float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
 
     @classmethod
     def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool) -> StepSettings:
-        """Settings of a step over the training examples of a dataset."""
+        """Make the settings of a phase from the configuration and the class counts of the training split."""
         training, runtime, distillation = config.training, config.runtime, config.distillation
-        teaching = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
+        soft = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
         return cls(
             seed=config.seed,
             label_smoothing=training.label_smoothing,
@@ -76,19 +75,18 @@ class StepSettings(LossSettings):
             batch_norm_training=batch_norm_training,
             loss_scaling=runtime.precision == "float16",
             xla=runtime.xla,
-            **teaching,
+            **soft,
         )
 
 
-def require_finite(rows: np.ndarray, step: int, where: str, phase: str) -> None:
-    """Raise `Diverged` where the loss of one of the steps up to `step`, float32 [steps, 3] of them, is not finite."""
-    if np.isfinite(rows).all():
-        return
-    first = step - len(rows) + 1 + int(np.argmax(~np.isfinite(rows).all(-1)))
-    raise Diverged(
-        f"the loss is not finite at step {first} ({where}, between the steps {step - len(rows) + 1} and {step}); lower "
-        f"phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
-    )
+def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
+    """Raise `Diverged` unless the sums of `TrainingStep.run`, float32 [steps, 3] up to `step`, are finite."""
+    if not np.isfinite(sums).all():
+        first = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
+        raise Diverged(
+            f"the loss is not finite at step {first} (phase {phase}, epoch {epoch})",
+            fix=f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1",
+        )
 
 
 @dataclass
@@ -96,25 +94,20 @@ class Averages:
     """Exponential moving averages of the trained weights."""
 
     shadows: dict[str, tf.Variable]
-    weights: dict[str, keras.Variable]  # what they follow, by the same names
+    weights: dict[str, keras.Variable]  # the averaged variables, by the same names
 
     def swap(self) -> None:
-        """Exchange averaged and raw weights; a second call exchanges them back."""
+        """Swap averaged and raw weights; a second call restores them."""
         averaged, raw = by_name.read(self.shadows), by_name.read(self.weights)
         by_name.write(self.weights, averaged, "the averages")
         by_name.write(self.shadows, raw, "the weights")
 
 
-def _ask_host(question: Callable[[], float]) -> tf.Tensor:
-    """The value of `question` on the host when the graph gets here, float64."""
-    answer = tf.numpy_function(lambda: np.float64(question()), [], tf.float64)
-    answer.set_shape([])
-    return answer
-
-
-def _now() -> tf.Tensor:
-    """Seconds, float64; tf.timestamp is refused where ops must be deterministic."""
-    return _ask_host(time.perf_counter)
+def _host_value(function: Callable[[], float]) -> tf.Tensor:
+    """Call a Python function during graph execution; float64 scalar."""
+    value = tf.numpy_function(lambda: np.float64(function()), [], tf.float64)
+    value.set_shape([])
+    return value
 
 
 def _all_reduce(values: Any, replicas: int) -> Any:
@@ -124,7 +117,7 @@ def _all_reduce(values: Any, replicas: int) -> Any:
 
 
 class TrainingStep:
-    """Several optimizer steps in one device call, over any strategy."""
+    """Several optimizer steps per device call, under any distribution strategy."""
 
     def __init__(
         self,
@@ -137,46 +130,48 @@ class TrainingStep:
         stop: Callable[[], bool] = lambda: False,
         teacher: Teacher | None = None,
     ) -> None:
-        """`stop` is asked at each step, from a thread of TensorFlow's: true on any worker, it ends the call there.
+        """Build the optimizer, averages and loss scale in the scope of the strategy.
 
-        `teacher` answers for the images of each step; None: batches hold its probabilities, or nothing is distilled.
+        Args:
+            stop: called at each step in a TensorFlow thread; where it is true on any worker, all stop after that step.
+            teacher: computes logits in each step; None: batches have its probabilities, or there is no distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.stop = list(trained.values()), settings, stop
         self.replicas = strategy.num_replicas_in_sync
         with strategy.scope():
             optimizer.build(self.variables)
-            self.loss_scale: list[tf.Variable] | None = None  # float32 [scale, good steps in a row]
+            self.loss_scale: list[tf.Variable] | None = None  # float32 [scale, finite steps in a row]
             if settings.loss_scaling:
-                self.loss_scale = [tf.Variable(first, trainable=False) for first in (FIRST_LOSS_SCALE, 0.0)]
+                self.loss_scale = [tf.Variable(value, trainable=False) for value in (FIRST_LOSS_SCALE, 0.0)]
             self.averages: Averages | None = None
             if settings.ema:
                 shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}
                 self.averages = Averages(shadows, trained)
-        self.traced = False  # the first call takes long
+        self.traced = False  # the first call traces and compiles
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_gradients: Callable[..., Any] = self._gradients
         if settings.xla:
             compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
-            # Not the tf.function itself, which a strategy would compile for all replicas as one.
+            # A lambda, because a strategy compiles a bare tf.function for all replicas at once.
             self._replica_gradients = lambda *arguments: compiled(*arguments)
 
-    def checkpointed(self) -> dict[str, Any]:
-        """Variables that a checkpoint holds beside the network's own, by name."""
+    def checkpoint_variables(self) -> dict[str, Any]:
+        """Return the optimizer's variables, averages and loss scale by name."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
-        return by_name.of_optimizer(self.optimizer) | shadows | scale
+        return by_name.optimizer_variables(self.optimizer) | shadows | scale
 
     def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
-        """Take `steps` steps from the iterator `batches`, fewer when asked to stop.
+        """Run `steps` steps on the iterator `batches`, or fewer if `stop` returns true.
 
         Args:
-            run_step: the run's step before the first of them; seeds dropout.
-            phase_step: the phase's step before the first of them; warms up the EMA.
+            run_step: steps of the run so far; seeds dropout.
+            phase_step: steps of the phase so far; the EMA decay depends on it.
 
         Returns:
-            float32 [steps taken, 3]: sum of losses, correct examples, examples of each step, over all workers; the
-            seconds that this worker waited for data; whether it was asked to stop, the same on every worker.
+            float32 [steps, 3], per step and over all workers: sum of losses, correct examples, examples; the seconds
+            that this worker waited for data; whether the call was stopped, equal on all workers.
         """
         per_step, waited, stopped = self._compiled_loop(
             batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
@@ -185,7 +180,7 @@ class TrainingStep:
         return per_step.numpy(), float(waited), bool(stopped)
 
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        """`run` in a graph: float32 [steps taken, 3]; seconds, float64; bool."""
+        """Graph of `run`: float32 [steps, 3]; seconds, float64; bool."""
         in_replicas, local = self.strategy.run, self.strategy.experimental_local_results
         gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
 
@@ -203,37 +198,37 @@ class TrainingStep:
             row = tf.add_n(local(sums))
             return i + 1, local(stop_votes)[0] > 0, row, waited + seconds, per_step.write(i, row)
 
-        # Not a `while`, which autograph would have to convert: its first use in a process takes a third of a second.
+        # Not a Python `while`: the first use of autograph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        begin = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(unfinished, one_step, begin)
+        initial = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
+        _, stopped, _, waited, per_step = tf.while_loop(unfinished, one_step, initial)
         sums = per_step.stack()
-        if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # each has added up its own replicas
+        if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # `sums` has the local replicas only
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
-        """The next batch once `after` is computed; seconds waited for it, float64; 1.0 to stop after it, or 0.0."""
+        """Fetch a batch after `after` is computed; also the seconds waited, float64, and the stop vote, 1.0 or 0.0."""
         with tf.control_dependencies([after]):
-            asked = _now()
-        with tf.control_dependencies([asked]):
+            start = _host_value(time.perf_counter)  # tf.timestamp is not allowed with deterministic ops
+        with tf.control_dependencies([start]):
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-            return batch, _now() - asked, tf.cast(_ask_host(self.stop), tf.float32)
+            waited = _host_value(time.perf_counter) - start
+            return batch, waited, tf.cast(_host_value(self.stop), tf.float32)
 
     def _global_counts(self, batch: Batch, stop_vote: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """In a replica: the examples of the global batch, and how many replicas vote to stop; float32 scalars."""
-        both = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_vote]), self.replicas)
-        return tuple(tf.unstack(both))
+        """In a replica: all-reduce the number of examples and the votes to stop; float32 scalars."""
+        counts = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_vote]), self.replicas)
+        return tuple(tf.unstack(counts))
 
     def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: the gradients of what its rows add to the global mean loss, and float32 [3]: the sum of its
-        losses, its correct examples, its examples.
+        """In a replica: gradients of its part of the global mean loss, and float32 [3]: loss sum, correct, examples.
 
         Args:
-            examples: float32 scalar, of the global batch.
+            examples: examples of the global batch, float32 scalar.
         """
         settings, rows = self.settings, dict[str, Any](batch)
         teacher_logits = None
@@ -242,7 +237,7 @@ class TrainingStep:
         elif self.teacher:
             teacher_logits = self.teacher.logits(rows["image"])
         raw = [v.value for v in self.variables]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:  # what is frozen leaves nothing on the tape
+        with tf.GradientTape(watch_accessed_variables=False) as tape:  # nothing is recorded for frozen layers
             tape.watch(raw)
             logits = self.network.logits(
                 batch["image"], training=True, batch_norm_training=settings.batch_norm_training, seed=settings.seed,
@@ -253,31 +248,31 @@ class TrainingStep:
             loss = tf.reduce_sum(losses) / examples + penalty
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        num_correct = tf.reduce_sum(hits(rows, logits) * batch["weight"])
+        num_correct = tf.reduce_sum(example_accuracy(rows, logits) * batch["weight"])
         return gradients, tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
 
     def _accumulated_gradients(
         self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """`_gradients` in `accumulate` pieces, one after the other: only one piece's activations are held."""
+        """`_gradients` of `accumulate` micro-batches in sequence, with the activations of one in memory."""
         count = self.settings.accumulate
-        pieces: dict[str, Any] = {
+        micro: dict[str, Any] = {
             k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
         }
 
         def add(i: tf.Tensor, gradients: list[tf.Tensor], sums: tf.Tensor) -> tuple[Any, ...]:
-            more, parts = self._replica_gradients({k: v[i] for k, v in pieces.items()}, run_step, examples)
-            return i + 1, [a + b for a, b in zip(gradients, more, strict=True)], sums + parts
+            more, part = self._replica_gradients({k: v[i] for k, v in micro.items()}, run_step, examples)
+            return i + 1, [a + b for a, b in zip(gradients, more, strict=True)], sums + part
 
-        nothing = tf.constant(0), [tf.zeros(v.shape) for v in self.variables], tf.zeros([3])
-        _, gradients, sums = tf.while_loop(lambda i, *_: i < count, add, nothing, parallel_iterations=1)
+        initial = tf.constant(0), [tf.zeros(v.shape) for v in self.variables], tf.zeros([3])
+        _, gradients, sums = tf.while_loop(lambda i, *_: i < count, add, initial, parallel_iterations=1)
         return gradients, sums
 
     def _update(self, gradients: Any) -> None:
-        """One step of the optimizer; with loss scaling only where all gradients are finite."""
+        """Apply the optimizer; with loss scaling only where all gradients are finite."""
 
         def apply() -> bool:
-            self.strategy.run(lambda given: self.optimizer.apply(given, self.variables), args=(gradients,))
+            self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
             return True
 
         if self.settings.clip_norm or self.loss_scale:
@@ -290,8 +285,8 @@ class TrainingStep:
             self._adjust_loss_scale(all_finite)
 
     def _clipped(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: gradients without the loss scale, clipped by the norm of the whole; whether all are finite."""
-        # Clipping needs the gradient of the whole batch: reduce first, then undo the sum that `apply` makes.
+        """In a replica: unscaled gradients, clipped by the norm of the global gradient; whether all are finite."""
+        # Clipping needs the gradient of the global batch: all-reduce first, then undo the sum in `apply`.
         gradients, finite = _all_reduce(gradients, self.replicas), tf.constant(True)
         if self.loss_scale:
             gradients = [g / self.loss_scale[0] for g in gradients]
@@ -301,7 +296,7 @@ class TrainingStep:
         return [g / self.replicas for g in gradients], finite
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
-        """Halve on overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
+        """Halve the loss scale on overflow, double it after 2,000 finite steps (Micikevicius et al. 2018)."""
         assert self.loss_scale is not None
         scale, good = self.loss_scale
         good_now = tf.where(finite, good + 1.0, 0.0)
@@ -310,7 +305,7 @@ class TrainingStep:
         good.assign(tf.where(grown, 0.0, good_now))
 
     def _average(self, phase_step: tf.Tensor) -> None:
-        """shadow += (1 - decay) * (weight - shadow), decay rising as (1 + t) / (10 + t) at first."""
+        """shadow += (1 - decay) * (weight - shadow), with decay at most (1 + t) / (10 + t) at step t."""
         assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)
         rest = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))

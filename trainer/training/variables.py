@@ -1,4 +1,4 @@
-"""Reading and writing variables by name, whatever strategy holds them."""
+"""Read and write variables by name, under any distribution strategy."""
 
 from typing import Any
 
@@ -9,36 +9,33 @@ import tensorflow as tf
 from trainer.errors import DataError
 
 
-def _raw(variable: Any) -> Any:
+def _tf_variable(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _first(variable: Any) -> Any:
-    return variable.values[0] if isinstance(variable, tf.distribute.DistributedValues) else variable
-
-
 def read(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Copies of the values. Under several replicas this worker's first one's: they are equal."""
-    return {name: np.array(_first(_raw(v)).numpy()) for name, v in variables.items()}
+    """Copy the values of variables; all replicas have equal values, so those of the first one are read."""
+    tensors = {name: _tf_variable(variable) for name, variable in variables.items()}
+    replicated = tf.distribute.DistributedValues
+    return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tensors.items()}
 
 
 def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign `values` to every one of `variables`.
+    """Assign `values` to all `variables`; `source` names the origin of the values in errors.
 
     Raises:
-        DataError: a variable is missing in `values` or has another shape; nothing has been assigned then.
+        DataError: a variable is missing in `values` or has another shape; no variable is assigned then.
     """
     for name, variable in variables.items():
         if name not in values:
-            raise DataError(f"{source} holds no variable {name}: it is of another model or another version of kubetune")
-        if tuple(values[name].shape) != tuple(variable.shape):
-            raise DataError(
-                f"{source}: {name} has shape {tuple(values[name].shape)}, this model needs {tuple(variable.shape)}"
-            )
+            raise DataError(f"{source} has no variable {name}", fix="use a checkpoint of this model and version")
+        if (shape := tuple(values[name].shape)) != (expected := tuple(variable.shape)):
+            problem = f"{source}: {name} has shape {shape}, the model has {expected}"
+            raise DataError(problem, fix="use a checkpoint of this model and version")
     for name, variable in variables.items():
-        _raw(variable).assign(values[name])
+        _tf_variable(variable).assign(values[name])
 
 
-def of_optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by a stable name."""
+def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's variables by a stable name."""
     return {f"optimizer/{i:04d}/{v.path}": v for i, v in enumerate(optimizer.variables)}
