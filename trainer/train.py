@@ -15,7 +15,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import Phase, RunConfig
+from trainer.config.schema import Phase, RequestedConfig
 from trainer.context import RunContext, RunPlan, failures_recorded
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
@@ -35,7 +35,7 @@ from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder, note_facts, resolve_auto, started_with
+from trainer.runs.folder import RunFolder, note_facts, resolve_auto_once, started_with
 from trainer.runs.metrics import MetricsWriter, cut_back
 from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
@@ -50,7 +50,9 @@ from trainer.types import scored_split
 AFTER = "after training had ended"
 
 
-def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float) -> None:
+def train_run(
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+) -> None:
     """Train, evaluate, export and report, or go on where `folder` was left. All workers run this, in step.
 
     Args:
@@ -80,13 +82,13 @@ def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, sto
 
 
 def set_up(
-    config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+    requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> tuple[RunContext, dict[str, Division]]:
     """Open data, devices and model, and divide the model for each phase; devices come before the first tensor."""
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
-    check_formats(config.export.formats, config.model.backbone)
+    check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(config, log.info, lambda address: stop.check(f"while {address} was fetched"))
+    data = open_run_data(requested, log.info, lambda address: stop.check(f"while {address} was fetched"))
     dataset = data.dataset
     require_validation(dataset)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
@@ -94,7 +96,7 @@ def set_up(
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
 
-    config, reasons = resolve_auto(config, folder, control, dataset)
+    config, reasons = resolve_auto_once(requested, folder, control, dataset)
     stop.check("before training began")
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
@@ -149,7 +151,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         health.checkpoint_saved()
         run.clock.resumed(run.state.train_seconds)
         cut_back(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
-    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_fruitless_restarts))
+    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_restarts_without_progress))
     run.state.starts += 1
     return restored
 

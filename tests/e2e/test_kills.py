@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.running import SMALL, assert_same_run, run, start
 
 KILLS = 12
-PATIENT = f"runtime.max_fruitless_restarts={KILLS + 1}"  # several in a row can come after the last step
+PATIENT = f"runtime.max_restarts_without_progress={KILLS + 1}"  # several in a row can come after the last step
 
 
 @pytest.mark.slow

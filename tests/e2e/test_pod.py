@@ -192,7 +192,9 @@ def test_a_step_that_hangs_is_noticed_and_sigterm_ends_it_at_once(tmp_path: Path
     assert re.match(r"exit code 75 \(interrupted\): SIGTERM while stuck: nothing has moved for \d+ s", why)
     assert why.endswith(f"Start the same command again with output_dir={tmp_path}/run to go on")
     attempts = json.loads((tmp_path / "run" / "checkpoints" / "attempts.json").read_text())
-    assert attempts[-1]["kind"] == "failed"  # counts towards runtime.max_fruitless_restarts: nobody asked it to stop
+    assert (
+        attempts[-1]["kind"] == "failed"
+    )  # counts towards runtime.max_restarts_without_progress: nobody asked it to stop
 
 
 def test_a_wrong_configuration_is_told_in_the_log_and_in_the_last_message(tmp_path: Path) -> None:

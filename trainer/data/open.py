@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.schema import Data, RunConfig
+from trainer.config.schema import Data, RequestedConfig
 from trainer.data.digits import digits_folder
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import read_groups
@@ -38,7 +38,7 @@ class OpenedData:
     weights: str
 
 
-def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
+def open_run_data(config: RequestedConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
     """Open the data of a run, fetched where it is in a bucket.
 
     Args:
@@ -56,7 +56,7 @@ def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], s
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
-def open_run_dataset(config: RunConfig, data: Data, note: Note, arriving: bool = False) -> Dataset:
+def open_run_dataset(config: RequestedConfig, data: Data, note: Note, arriving: bool = False) -> Dataset:
     """The dataset of a run as it trains on it: with debug.overfit one batch, which is scored as well.
 
     Args:

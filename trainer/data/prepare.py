@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trainer.config.schema import RunConfig
+from trainer.config.schema import RequestedConfig
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard
@@ -19,7 +19,7 @@ from trainer.storage.path import storage_path
 from trainer.types import Split
 
 
-def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
+def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
     """Write the dataset that the configuration names into `output`; started again it goes on where it stopped.
 
     Of `part` (i, n) only every n-th shard is written; the part that finds all shards there finishes the dataset.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.schema import Data, RunConfig
+from trainer.config.schema import Data, RequestedConfig
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
 from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo
@@ -28,7 +28,9 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     return data, str(data.root).rstrip("/") if streams else None
 
 
-def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) -> tuple[RunConfig, dict[str, str]]:
+def local_copies(
+    config: RequestedConfig, note: Note, check: Callable[[str], None]
+) -> tuple[RequestedConfig, dict[str, str]]:
     """The same configuration with local paths for the data and the weights; `check(address)` may raise to leave.
 
     Returns:
@@ -54,8 +56,8 @@ def local_copies(config: RunConfig, note: Note, check: Callable[[str], None]) ->
 
 
 def copies_ahead(
-    config: RunConfig, note: Note, check: Callable[[str], None]
-) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
+    config: RequestedConfig, note: Note, check: Callable[[str], None]
+) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """As `local_copies`, but the shards of a dataset that `python -m trainer.prepare` wrote stay in the bucket where
     `resolve_addresses` says so.
 

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trainer.config.schema import read_config
 from trainer.errors import DataError
 from trainer.report.compare import Comparison, Scored, configuration_differences, verdict
 from trainer.storage.path import StoragePath, storage_path
@@ -52,7 +52,7 @@ def _configuration(root: StoragePath) -> dict[str, Any]:
     """The configuration of a run; for an evaluation that of the run two folders up, if there is one."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():
-            return dict(yaml.safe_load(content[0]))
+            return read_config(content[0])
     return {}
 
 

@@ -19,9 +19,9 @@ import yaml
 
 import trainer
 from trainer.cluster.control import ControlChannel
-from trainer.config.auto import adopted, advise, choice_of, settled
+from trainer.config.auto import resolve_auto
 from trainer.config.diff import differences
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, read_config
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.runs.publisher import Publisher
@@ -44,9 +44,9 @@ class RunFolder:
     resuming: bool  # a run was here before
     lock: TextIO | None  # None on a worker that is not the chief
     publisher: Publisher
-    config: RunConfig  # of the run; where it began before, with the values it chose then for `auto`
+    config: RequestedConfig  # of the run; where it began before, with the values it chose then for `auto`
 
-    def record(self, config: RunConfig) -> None:
+    def record(self, config: RequestedConfig) -> None:
         """Write config.yaml: from now on the folder holds this run."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
@@ -150,7 +150,7 @@ def _hold(folder: Path, workers: int) -> TextIO:
     return lock
 
 
-def holder_of_folder(config: RunConfig) -> str | None:
+def holder_of_folder(config: RequestedConfig) -> str | None:
     """The process that trains into output_dir, by its lock or lease; None where there is none. Changes nothing.
 
     Raises:
@@ -170,7 +170,7 @@ def holder_of_folder(config: RunConfig) -> str | None:
     return None
 
 
-def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
+def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     """Take the folder that `config.output_dir` names, or a new one under outputs/.
 
     Raises:
@@ -192,7 +192,7 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
         folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
         if begun is not None:
             (path / "DONE").unlink(missing_ok=True)  # a finished run that is made longer
-        if begun is not None or config.auto is None:  # else there is no run before what is `auto` is chosen
+        if begun is not None or isinstance(config, RunConfig):  # else there is no run before what is `auto` is chosen
             folder.record(folder.config)
         return folder
     except BaseException:
@@ -200,7 +200,7 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
         raise
 
 
-def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
+def check_folder(config: RequestedConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
     """The configuration with which a run resumes in the folder of its output_dir; None where it begins there.
 
     Args:
@@ -219,10 +219,10 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
         return None
     if config.resume == "never":
         raise ConfigError(f"resume=never, but output_dir={address} holds a run; give another output_dir or resume=auto")
-    return of_one_run(config, load(yaml.safe_load(record)), address)
+    return of_one_run(config, load_resolved(read_config(record)), address)
 
 
-def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]:
+def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
     """`check_folder` for the output_dir of a configuration, which is only read, and its run.json (empty: none).
 
     Raises:
@@ -247,13 +247,13 @@ def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> 
         )
 
 
-def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
+def of_one_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
     """`config`, with the values that the run that began as `before` chose for `auto`.
 
     Raises:
         ConfigError: it is another run.
     """
-    config, _ = adopted(config, before)
+    config, _ = resolve_auto(config, begun=before)
     changed = differences(before, config)
     if changed:
         raise ConfigError(
@@ -263,15 +263,15 @@ def of_one_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
     return config
 
 
-def is_finished(config: RunConfig) -> bool:
+def is_finished(config: RequestedConfig) -> bool:
     """True if `config.output_dir` holds this run, finished. Only reads."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = load(yaml.safe_load((folder / "config.yaml").read_text()))
-    config, _ = adopted(config, before)
+    before = load_resolved(read_config((folder / "config.yaml").read_text()))
+    config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
     return same_length and not differences(before, config)
 
@@ -280,47 +280,49 @@ class Finished(Exception):
     """The run is finished already."""
 
 
-def require_unfinished(config: RunConfig) -> None:
+def require_unfinished(config: RequestedConfig) -> None:
     """Raise `Finished` where the run is finished."""
     if is_finished(config):
         folder = config.output_dir
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
-def require_output_dir(config: RunConfig, workers: int) -> None:
+def require_output_dir(config: RequestedConfig, workers: int) -> None:
     """Raise a ConfigError where several workers have no folder that names their run."""
     if workers > 1 and not config.output_dir:
         raise ConfigError("several workers need output_dir=..., a folder that names the run and outlives its workers")
 
 
-def follow_run_folder(config: RunConfig) -> RunFolder:
+def follow_run_folder(config: RequestedConfig) -> RunFolder:
     """The same folder on a worker that is not the chief: it neither reads nor writes there, and may not even see it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
-def _local_folder(config: RunConfig, address: str) -> Path:
+def _local_folder(config: RequestedConfig, address: str) -> Path:
     """The folder a run writes into: output_dir itself, or one in the cache where that is in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
 
 
-def resolve_auto(
-    config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
+def resolve_auto_once(
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values as this run did when it began, or now by the advice table; and why: a line per choice."""
+    """Resolve `auto` values on the chief, as when this run began or by the advice table, and give the reasons."""
 
     def choose() -> tuple[dict[str, Any], list[str]]:
-        if folder.resuming:
-            chosen, reasons = adopted(config, folder.config)
-        else:
-            chosen, reasons = advise(config, dataset.splits["train"].count, len(dataset.class_names))
+        begun = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
+        images, classes = dataset.splits["train"].count, len(dataset.class_names)
+        chosen, reasons = resolve_auto(config, images, classes, begun)
+        if begun is None:
             folder.record(chosen)
-        return choice_of(chosen), reasons
+        return chosen.model_dump(mode="json"), reasons
 
-    choice, reasons = control.broadcast("advice", choose) if config.auto else ({}, [])
+    if isinstance(config, RunConfig):
+        return config, []
+    choice, reasons = control.broadcast("advice", choose)
     for reason in reasons:
         log.info(reason)
-    return settled(config, choice), reasons
+    return resolve_auto(config, begun=RunConfig.model_validate(choice))[0], reasons

@@ -43,7 +43,7 @@ class RestartHistory:
             reasons = "\n".join(f"  {e['started']}: {e['reason'] or killed}" for e in fruitless[-3:])
             raise GaveUp(
                 f"{len(fruitless)} restarts in a row made no step of progress beyond step {step}; mend the cause, then "
-                f"delete {self.file} or raise runtime.max_fruitless_restarts. The last ones ended so:\n{reasons}"
+                f"delete {self.file} or raise runtime.max_restarts_without_progress. The last ones ended so:\n{reasons}"
             )
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._ours = True
