@@ -13,6 +13,7 @@ from trainer import errors
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 CODES = {name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}
+CODES["InvalidValue"] = errors.WRONG_INPUT  # raised by the validators of the configuration, relative to their section
 HEAD = """# Errors
 
 Made by `python scripts/error_messages.py` from `trainer/`; a test fails when it is stale. An error is printed as

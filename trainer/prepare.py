@@ -1,7 +1,9 @@
 """`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords.
 
-Takes the configuration of a run (`data.*`, `seed`, `debug.max_examples`, `runtime.cache_dir` and `.progress` matter)
-and writes the splits in TFDS's folder format; read them with `data=tfds data.root=FOLDER`, or with
+    output=FOLDER        folder of the records, local or gs://
+    data=..., KEY=VALUE  as of a run; data.*, seed, debug.max_examples, runtime.cache_dir and .progress matter
+
+The splits are in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
 `tfds.builder_from_directory`.
 """
 
@@ -41,7 +43,7 @@ def main() -> None:
         if composed is None:  # --cfg
             return
         if "output" not in own:
-            raise ConfigError(f"say once where to write: {usage(__doc__)}")
+            raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
         config = load(composed)
         configure_log(config.runtime)
         part = part_of_job(os.environ)

@@ -95,7 +95,7 @@ def test_a_resumed_run_and_the_other_workers_adopt_the_choice() -> None:
     assert resolve_auto(before, begun=began) == (before, [])  # nothing is auto: nothing is adopted
 
 
-def test_overfitting_uses_the_default_batch_in_place_of_auto() -> None:
+def test_overfitting_resolves_the_batch_size_to_its_default() -> None:
     config = apply_overfit(requested("debug=overfit"))
     assert config.example_limit == 32
     config, reasons = resolve_auto(config, 32, 10)
