@@ -54,7 +54,7 @@ def test_damaged_images_end_with_2_or_are_skipped(tmp_path: Path) -> None:
 def test_bad_arguments_end_with_2(tmp_path: Path) -> None:
     nowhere = run("data=digits", cache=tmp_path)
     assert nowhere.returncode == 2
-    assert nowhere.stderr == ("error: say once where to write: python -m trainer.prepare data=... output=FOLDER\n")
+    assert nowhere.stderr == "error: output: is missing; write python -m trainer.prepare data=... output=FOLDER\n"
     missing = run("data=image_folder", "data.root=gone", f"output={tmp_path}/out", cache=tmp_path)
     assert missing.returncode == 2
     assert missing.stderr == (

@@ -18,15 +18,12 @@ from trainer.cluster.signals import end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from rich.console import Console
-
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose, is_sweep
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
 from trainer.config.schema import apply_overfit, load
 from trainer.errors import ConfigError
-from trainer.planning.sections import WIDTH, Plan, add_warnings, show_configuration
 from trainer.storage.base import within
 
 PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
@@ -48,14 +45,10 @@ def main() -> None:
             return
         config = apply_overfit(load(composed))
         with quiet_start():
-            from trainer.planning.dry_run import show_cluster, show_network
-        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-        plan = Plan(config, discover(os.environ), console)
+            from trainer.planning.dry_run import Plan, show_run
+        plan = Plan(config, discover(os.environ))
         with within(PATIENCE):
-            show_configuration(plan, rest)
-            show_cluster(plan)
-            phases = show_network(plan, plot, summary)
-        add_warnings(plan, phases)
+            show_run(plan, rest, plot, summary)
         plan.conclude()
 
 

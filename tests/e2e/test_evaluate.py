@@ -97,7 +97,7 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
         (("model.dropout=0.5",), "model.dropout: an evaluation takes the model as it is"),
         (("split=holdout",), "split=holdout: the data has train, validation, test"),
         (("data=nonsense",), "there is no such data"),
-        (("run=elsewhere",), "say once what to evaluate"),
+        (("run=elsewhere",), "run=elsewhere: is given twice"),
     ],
 )
 def test_mistakes_are_one_sentence(trained: Path, arguments: tuple[str, ...], sentence: str) -> None:

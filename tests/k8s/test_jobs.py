@@ -73,7 +73,7 @@ def test_a_wrong_argument_fails_the_job_at_once_and_says_why(tmp_path: Path) -> 
         )
         assert wrong.container.message == (
             "exit code 2 (configuration or data is wrong): the configuration has 1 fault:\n"
-            "  training.batchsize: there is no such key. Did you mean batch_size?"
+            "  training.batchsize: there is no such key; did you mean batch_size?"
         )
 
 

@@ -19,13 +19,13 @@ def test_values_are_read_as_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=a", "batsh=3"], "batsh: there is no such key. Did you mean batch?"),
-        (["model=a", "port=99999"], "port: input should be less than or equal to 65535 (is '99999')"),
-        (["model=a", "batch=many"], "batch: input should be a valid integer"),
-        (["model=a", "window_ms=nan"], "window_ms: input should be a finite number"),
-        (["model=a", "log_sample=2"], "log_sample: input should be less than or equal to 1"),
-        (["model=a", "name=a/b"], "name: string should match pattern"),
-        (["model=a", "max_images=65", "queue=64"], "max_images=65 is more than queue=64"),
+        (["model=a", "batsh=3"], "batsh: there is no such key; did you mean batch?"),
+        (["model=a", "port=99999"], "port=99999: is not valid; use a value less than or equal to 65535"),
+        (["model=a", "batch=many"], "batch=many: is not valid; use a valid integer"),
+        (["model=a", "window_ms=nan"], "window_ms=nan: is not valid; use a finite number"),
+        (["model=a", "log_sample=2"], "log_sample=2: is not valid; use a value less than or equal to 1"),
+        (["model=a", "name=a/b"], "name=a/b: is not valid; use pattern"),
+        (["model=a", "max_images=65", "queue=64"], "max_images=65: is more than queue=64"),
         (["model=a", "queue=0", "batch=0"], "the configuration has 2 faults"),
     ],
 )

@@ -145,15 +145,15 @@ def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedPr
     ("arguments", "message"),
     [
         ([], "error: say what to serve: python -m trainer.serve model=OUTPUT_DIR, of a run, or its export\n"),
-        (["outputs/a"], "error: outputs/a: arguments are key=value; known: model, host, port"),
-        (["model=a", "port=0", "port=1"], "error: port is given twice. Write python -m trainer.serve model=OUTPUT_DIR"),
+        (["outputs/a"], "error: outputs/a: is not key=value; write python -m trainer.serve model=OUTPUT_DIR"),
+        (["model=a", "port=0", "port=1"], "error: port=1: is given twice; write python -m trainer.serve model=OUTPUT_DIR"),
         (
             ["model=gone"],
             "error: model=gone does not exist (seen from {cwd}); give the output_dir of a run, or its export\n",
         ),
         (
             ["model=a", "prot=1"],
-            "error: the configuration has 1 fault:\n  prot: there is no such key. Did you mean port?\n",
+            "error: the configuration has 1 fault:\n  prot: there is no such key; did you mean port?\n",
         ),
     ],
 )

@@ -15,20 +15,9 @@ from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.planning import checks, estimates, network_plot
+from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import PhasePlan
-from trainer.planning.sections import (
-    FEW,
-    WIDTH,
-    Plan,
-    Rows,
-    show_bytes,
-    show_data,
-    show_memory,
-    show_phases,
-    show_storage,
-    size,
-)
+from trainer.planning.sections import FEW, WIDTH, Plan, Rows, size
 from trainer.runs.finished_run import without_weights
 from trainer.runs.folder import check_fingerprint, inspect_folder
 from trainer.storage.staging import is_remote
@@ -36,7 +25,15 @@ from trainer.training.losses import class_weights
 from trainer.types import Dataset
 
 
-def show_cluster(plan: Plan) -> None:
+def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool) -> None:
+    """Print all sections, and collect warnings and errors."""
+    sections.show_configuration(plan, arguments)
+    _show_cluster(plan)
+    phases = _show_data_and_network(plan, plot, summary)
+    sections.add_warnings(plan, phases)
+
+
+def _show_cluster(plan: Plan) -> None:
     """Print workers, devices, and each replica's part of a batch.
 
     Raises:
@@ -108,8 +105,7 @@ def _open(plan: Plan, data: Data, arriving: bool = False) -> bool:
     return True
 
 
-def show_network(plan: Plan, plot: Path | None, summary: bool) -> list[PhasePlan]:
-    """Print data, storage, phases, network, memory and bytes: the sections that need data or network."""
+def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> list[PhasePlan]:
     rows: Rows = []
     before = len(plan.faults)
     with plan.fault():
@@ -119,12 +115,12 @@ def show_network(plan: Plan, plot: Path | None, summary: bool) -> list[PhasePlan
     if dataset is None:
         if rows:
             plan.section("data", rows)
-        show_storage(plan, problem)
+        sections.show_storage(plan, problem)
         return []
     with plan.fault():
         require_validation(dataset)
-    show_data(plan, rows)
-    show_storage(plan, problem)
+    sections.show_data(plan, rows)
+    sections.show_storage(plan, problem)
     with plan.fault():  # raised by `conclude`, with all others
         return _show_training(plan, dataset, plot, summary)
     return []
@@ -154,7 +150,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     epoch = sharding.steps_per_epoch
     per_replica = max(batch // (plan.replicas * workers * config.training.accumulate), 1)
     phases = estimates.plan_phases(config, classifier, epoch, per_replica)
-    show_phases(plan, config, phases, estimates.parameters(classifier), epoch, sharding.by)
+    sections.show_phases(plan, config, phases, estimates.parameters(classifier), epoch, sharding.by)
     texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -170,9 +166,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     memory = estimates.memory_rows(classifier, phases, caches, plan.replicas, resident)
-    show_memory(plan, memory + (teacher.memory_rows(plan.replicas) if teacher else []))
+    sections.show_memory(plan, memory + (teacher.memory_rows(plan.replicas) if teacher else []))
     checkpoint = estimates.bytes_of(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
-    show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
+    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
     return phases
 
 

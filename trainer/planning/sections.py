@@ -1,12 +1,10 @@
-"""The sections of a plan. None of them imports TensorFlow before it is needed."""
+"""The sections of a plan."""
 
-from __future__ import annotations
-
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console, RenderableType
@@ -18,15 +16,15 @@ from trainer.cluster.discovery import Cluster
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import flat
 from trainer.config.schema import RequestedConfig, RunConfig, load
+from trainer.data.host import memory_limit
+from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
+from trainer.planning import checks
+from trainer.planning.estimates import PhasePlan, bytes_of_split
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
-
-if TYPE_CHECKING:
-    from trainer.data.images import CachePlan
-    from trainer.planning.estimates import PhasePlan
 
 WIDTH = 100  # columns where the output is no terminal
 FEW = 5  # names that are printed
@@ -40,7 +38,6 @@ class Plan:
 
     config: RequestedConfig
     cluster: Cluster
-    console: Console
     replicas: int = 1  # of this worker
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
@@ -64,8 +61,9 @@ class Plan:
 
     def print(self, *parts: RenderableType) -> None:
         """Print without the blanks that tables are padded with at the right."""
-        with self.console.capture() as captured:
-            self.console.print(*parts, sep="\n")
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        with console.capture() as captured:
+            console.print(*parts, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
 
     @contextmanager
@@ -107,8 +105,6 @@ def size(count: float) -> str:
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
     """Print the chosen groups, the values that differ from them, and the state of output_dir."""
-    from trainer.planning import checks
-
     config, output = plan.config, plan.config.output_dir
     chosen = [a for a in arguments if a.split("=")[0] in GROUPS]
     rows: Rows = [("choices", "  ".join(chosen) or "experiment=quickstart"), ("seed", str(config.seed))]
@@ -140,8 +136,6 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 
 def show_data(plan: Plan, rows: Rows) -> None:
     """Print names, counts, bytes and balance."""
-    from trainer.planning.estimates import bytes_of_split
-
     dataset = plan.dataset
     assert dataset
     names = dataset.class_names
@@ -166,8 +160,6 @@ def show_data(plan: Plan, rows: Rows) -> None:
 
 def show_storage(plan: Plan, problem: str) -> None:
     """Print probes of input and output, warm start, teacher and weights; `problem` is that of opening the data."""
-    from trainer.planning import checks
-
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
@@ -218,8 +210,6 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
 
 def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
     """Print an estimate of memory by use, with the machine's limit."""
-    from trainer.data.host import memory_limit
-
     limit, total = memory_limit(), sum(count for _, count in rows)
     shown = [*rows, ("in total", total), ("limit of this machine", limit)]
     plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
@@ -230,8 +220,6 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
     """Print the bytes that the whole run reads and writes."""
-    from trainer.planning.estimates import bytes_of_split
-
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
@@ -241,10 +229,7 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
     formats = config.export.formats
     rows: Rows = [
         ("read", f"{size(read or plan.bytes_to_stage)} of images{staged}"),
-        (
-            "checkpoints",
-            f"up to {saves:,} of {size(checkpoint)}; {stored} of them, {size(stored * checkpoint)}, at once",
-        ),
+        ("checkpoints", f"up to {saves:,} of {size(checkpoint)}; {stored} at once, {size(stored * checkpoint)}"),
         ("export", f"{', '.join(formats)}: about {size(model * len(formats))}" if formats else "nothing"),
     ]
     plan.section("bytes", rows)
