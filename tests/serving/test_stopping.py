@@ -146,7 +146,10 @@ def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedPr
     [
         ([], "error: say what to serve: python -m trainer.serve model=OUTPUT_DIR, of a run, or its export\n"),
         (["outputs/a"], "error: outputs/a: is not key=value; write python -m trainer.serve model=OUTPUT_DIR"),
-        (["model=a", "port=0", "port=1"], "error: port=1: is given twice; write python -m trainer.serve model=OUTPUT_DIR"),
+        (
+            ["model=a", "port=0", "port=1"],
+            "error: port=1: is given twice; write python -m trainer.serve model=OUTPUT_DIR",
+        ),
         (
             ["model=gone"],
             "error: model=gone does not exist (seen from {cwd}); give the output_dir of a run, or its export\n",

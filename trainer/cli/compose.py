@@ -12,7 +12,6 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -113,21 +112,6 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     finally:
         sys.argv = before
     return resolved(composed[0]) if composed else None
-
-
-def compose_alone(arguments: list[str], keys: str) -> dict[str, Any]:
-    """Compose from only those arguments whose keys match the regular expression `keys`.
-
-    Raises:
-        ConfigError: as `compose`.
-    """
-    own = [_add_freely(a) for a in arguments if re.match(rf"\+*({keys})=", a)]
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return resolved(hydra.compose("config", own))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _config_error(error) from None
 
 
 def resolved(tree: DictConfig) -> dict[str, Any]:

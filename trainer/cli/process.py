@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.cli.compose import compose_alone
+from trainer.cli.compose import compose
 from trainer.cluster.signals import take_no_signal
 from trainer.config.schema import RequestedConfig, Runtime, load
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
@@ -77,11 +77,10 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 def _configure_log_for_error() -> None:
     """Set up the log of a process that ends before its configuration is known, from its arguments of `runtime`."""
-    if not any(re.match(r"\+*runtime[.=]", a) for a in sys.argv[1:]):
-        return
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):  # the rest may be the error
+        own = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
-            return configure_log(load(compose_alone(sys.argv[1:], keys)).runtime)
+            return configure_log(load(compose(["data=digits", *own]) or {}).runtime) if own else None
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Sweep:
         if failed and (not self.search or not scored):
             names = ", ".join(job.name for job in failed)
             error = TrainerError(
-                f"{len(failed)} of {len(self.jobs)} jobs failed ({names})", fix="see their messages above"
+                f"{len(failed)} of {len(self.jobs)} jobs failed ({names})", fix="read their errors above"
             )
             error.exit_code = failed[0].code
             raise error

@@ -23,26 +23,21 @@ def resolve_auto(
         return config, []
     if begun:
         backbone, batch_size, phases = begun.model.backbone, begun.training.batch_size, begun.phases
-        reasons = dict.fromkeys(("backbone", "batch_size", "phases"), "as this run began")
-        names = ", ".join(phases)
+        texts = {"model.backbone": backbone, "phases": ", ".join(phases), "training.batch_size": str(batch_size)}
+        texts = {key: f"{value}, as this run began" for key, value in texts.items()}
     else:
         counted = f"for {images:,} training images of {classes} classes"
         backbone, size = _backbone(images, classes)
         batch_size = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
         rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
-        names, phases, row = _phases(config, images, classes)
-        reasons = {
-            "backbone": f"{counted} ({size})",
-            "batch_size": f"for {images:,} training images {rule}",
-            "phases": f"{counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){row}",
+        phases, row, hint = _phases(config, images, classes)
+        texts = {
+            "model.backbone": f"{backbone}, {counted} ({size})",
+            "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
+            "training.batch_size": f"{batch_size}, for {images:,} training images {rule}",
         }
-    lines = {
-        "model.backbone": f"{backbone}, {reasons['backbone']}",
-        "phases": f"{names}, {reasons['phases']}",
-        "training.batch_size": f"{batch_size}, {reasons['batch_size']}",
-    }
-    texts = [f"{key}=auto: {line}" for key, line in lines.items() if key in config.autos]
-    return with_choices(config, backbone, batch_size, phases), texts
+    reasons = [f"{key}=auto: {text}" for key, text in texts.items() if key in config.autos]
+    return with_choices(config, backbone, batch_size, phases), reasons
 
 
 def _backbone(images: int, classes: int) -> tuple[str, str]:
@@ -54,14 +49,13 @@ def _backbone(images: int, classes: int) -> tuple[str, str]:
     return "EfficientNetB3", f"the large one: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
-def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[str, dict[str, Phase], str]:
-    """The row of the table with its phases as text, the phases, and a hint where the domain is not known."""
+def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
+    """The phases, the row of the table with them as text, and a hint if the domain is not known."""
     if not isinstance(config.phases, AutoPhases):
-        return "", config.phases, ""
-    table = config.phases.auto
-    row = "few" if images < FEW_IMAGES or images < FEW_PER_CLASS * classes else "many"
-    row = f"{row}_{table.domain or 'similar'}"
+        return config.phases, "", ""
+    table, few = config.phases.auto, images < FEW_IMAGES or images < FEW_PER_CLASS * classes
+    row = f"{'few' if few else 'many'}_{table.domain or 'similar'}"
     phases: dict[str, Phase] = getattr(table, row)
     names = ", ".join(f"{name} ({phase.thaw})" for name, phase in phases.items())
     hint = "; similar to the images of the backbone unless phases.auto.domain is set to similar or different"
-    return f"{row}, that is {names}", phases, "" if table.domain else hint
+    return phases, f"{row}, that is {names}", "" if table.domain else hint

@@ -75,15 +75,11 @@ class Data(Section):
             text = " and ".join(missing)
             raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {text}")
         if self.group_field and self.source not in ("tfds", "tfrecords"):
-            problem = f"data.source={self.source} has no fields except image and label"
-            raise InvalidValue(
-                problem, key="group_field", value=self.group_field, fix="use data.source=tfds or tfrecords"
-            )
+            problem, fix = f"data.source={self.source} has only image and label", "use data.source=tfds or tfrecords"
+            raise InvalidValue(problem, key="group_field", value=self.group_field, fix=fix)
         if self.validation_fraction + self.test_fraction >= 1:
-            raise InvalidValue(
-                "data.validation_fraction + data.test_fraction leave nothing to train on",
-                fix="use fractions whose sum is less than 1",
-            )
+            problem = "validation_fraction + test_fraction leave nothing to train on"
+            raise InvalidValue(problem, fix="use fractions whose sum is less than 1")
         return self
 
 
@@ -214,10 +210,8 @@ class Training(Section):
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.loss != "focal" and self.focal_gamma != 2.0:
-            value = f"{self.focal_gamma:g}"
-            raise InvalidValue(
-                f"training.loss={self.loss} has no gamma", key="focal_gamma", value=value, fix="set training.loss=focal"
-            )
+            problem, value = f"training.loss={self.loss} has no gamma", f"{self.focal_gamma:g}"
+            raise InvalidValue(problem, key="focal_gamma", value=value, fix="set training.loss=focal")
         return self
 
 
