@@ -52,10 +52,7 @@ def kind(annotation: Any) -> str:
     if annotation is Duration:
         return "duration"
     if origin is typing.Annotated:
-        bounds = (
-            _bounds(annotation.__metadata__[0].metadata) if isinstance(annotation.__metadata__[0], FieldInfo) else ""
-        )
-        return kind(arguments[0]) + bounds
+        return kind(arguments[0]) + bounds(getattr(annotation.__metadata__[0], "metadata", ()))
     if origin is typing.Literal:
         return " ".join(f"`{a}`" for a in arguments)
     if origin in (types.UnionType, typing.Union):
@@ -69,7 +66,8 @@ def kind(annotation: Any) -> str:
     return {"str": "text", "bool": "true or false", "int": "integer", "float": "number"}[annotation.__name__]
 
 
-def _bounds(metadata: typing.Iterable[Any]) -> str:
+def bounds(metadata: typing.Iterable[Any]) -> str:
+    """The bounds of a number as text."""
     symbols = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     texts = [f"{sign} {getattr(m, k)}" for m in metadata for k, sign in symbols.items() if hasattr(m, k)]
     return f" ({', '.join(texts)})" if texts else ""
@@ -119,7 +117,7 @@ def page() -> str:
         for key, field in fields.items():
             text = " ".join((field.description or "").split())
             lines.append(
-                f"| `{key}` | {kind(field.annotation)}{_bounds(field.metadata)} | {default(field.default)} | {text} |"
+                f"| `{key}` | {kind(field.annotation)}{bounds(field.metadata)} | {default(field.default)} | {text} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -1,6 +1,6 @@
 """The surface of the command line, frozen in surface.txt: `python -m tests.cli.surface` writes it.
 
-A change of a key, type, default, group, choice, verb or argument is one line of its diff.
+A change of a key, type, bound, default, group, choice, verb or argument is one line of its diff.
 """
 
 import sys
@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+from pydantic.fields import FieldInfo
 
-from scripts.configuration_page import default, kind, sections
+from scripts.configuration_page import bounds, default, kind, sections
 from tests.cli.verbs import exit_code_of
 from trainer.cli.arguments import usage
 from trainer.cli.compose import GROUPS, conf_folder
@@ -35,17 +36,19 @@ def arguments(verb: ModuleType) -> list[str]:
     return [key + " (required)" * bool(problem) for key, problem in keys.items()]
 
 
+def _line(of: str, key: str, field: FieldInfo) -> str:
+    return f"{of} {key}: {kind(field.annotation)}{bounds(field.metadata)} = {default(field.default)}"
+
+
 def text() -> str:
-    """Every key with its type and default, every group with its choices, every verb with its arguments."""
-    lines = [f"key {key}: {kind(field.annotation)} = {default(field.default)}"
-             for _, _, fields in sections() for key, field in fields.items()]  # fmt: skip
+    """Every key with its type, bounds and default, every group with its choices, every verb with its arguments."""
+    lines = [_line("key", key, field) for _, _, fields in sections() for key, field in fields.items()]
     lines += [f"group {path.parent.relative_to(conf_folder())}: {path.stem}" for group in GROUPS
               for path in sorted((conf_folder() / group).rglob("*.yaml"))]  # fmt: skip
     for name in VERBS:
         verb = import_module(f"trainer.{name}")
         lines += [f"verb {name}: {usage(verb.__doc__)}", *(f"verb {name}: {key}" for key in arguments(verb))]
-    lines += [f"serve {key}: {kind(field.annotation)} = {default(field.default)}"
-              for key, field in Settings.model_fields.items()]  # fmt: skip
+    lines += [_line("serve", key, field) for key, field in Settings.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 
