@@ -29,9 +29,8 @@ def without_the_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_search_without_the_extra_names_it(arguments: list[str]) -> None:
     result = without_the_extra(*arguments)
     assert result.returncode == 2
-    assert result.stderr == (
-        "error: a search by Optuna needs the extra `sweep`, which is not installed: pip install 'kubetune[sweep]'\n"
-    )
+    assert result.stderr.startswith("error: a search by Optuna needs the extra `sweep`")
+    assert result.stderr.endswith("; pip install 'kubetune[sweep]'\n")
 
 
 def test_everything_else_works_without_the_extra() -> None:
