@@ -19,6 +19,8 @@ HEAD = """# Errors
 Made by `python scripts/error_messages.py` from `trainer/`; a test fails when it is stale. An error is printed as
 `KEY=VALUE: problem; fix`;
 with `runtime.log_format=json` the log entry has the fields `key`, `value`, `fix` and `exit_code`. `{...}` is filled in.
+The configuration lists all its faults, one per line (in JSON: `faults`); the key of an `InvalidValue` is relative to the
+section that is validated.
 """
 
 
