@@ -58,7 +58,7 @@ def test_where_nothing_trains_the_images_themselves_are_read() -> None:
         (AUGMENTED | {"augmented_views": 2}, True, "2 views of 120 images"),
         (AUGMENTED | {"augmented_views": 3}, False, "3 views would be computed for 3 epochs"),
         ({"augmentation": {"mixup": 0.2}, "augmented_views": 2}, False, "augmentation.mixup and cutmix mix other images"),
-        (AUGMENTED | {"augmented_views": 2, "distillation": {"teacher": "x"}}, False, "the teacher answers in every step"),
+        (AUGMENTED | {"augmented_views": 2, "distillation": {"teacher": "x"}}, False, "the teacher predicts in every step"),
         ({"distillation": {"teacher": "x"}}, True, "1 view of 120 images"),
         ({"debug": {"max_steps": 10}}, False, "1 view would be computed for 1 epoch"),
     ],
