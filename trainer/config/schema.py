@@ -55,7 +55,7 @@ class Data(Section):
     shuffle_window: int = Field(8192, ge=1)
     """Records that are shuffled together."""
     shards: int | None = Field(None, ge=1)
-    """`trainer.prepare`: shards per split that are written; null: one per 100 MB or so."""
+    """`trainer.prepare`: shards of the largest split, others have shards of the same size; null: one per 100 MB."""
     on_error: Literal["fail", "skip"] = "fail"
     """An image or record that cannot be read ends the run, or is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
@@ -265,7 +265,7 @@ class Runtime(Section):
     disk_budget_gb: float = Field(50.0, ge=0)
     """Gigabytes of `cache_dir` per cache."""
     data_threads: int | None = Field(None, ge=1)
-    """Threads that read and decode images; null: chosen by the number of CPUs."""
+    """Threads that read and decode images (processes of `trainer.prepare`); null: by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
     """Port of /healthz and /metrics; null: no server."""
     stuck_after: float = Field(900.0, gt=0)
