@@ -13,16 +13,25 @@ from trainer import errors
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 CODES = {name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}
+CODES["InvalidValue"] = errors.WRONG_INPUT  # raised by the validators of the configuration, relative to their section
 HEAD = """# Errors
 
 Made by `python scripts/error_messages.py` from `trainer/`; a test fails when it is stale. An error is printed as
 `KEY=VALUE: problem; fix`;
 with `runtime.log_format=json` the log entry has the fields `key`, `value`, `fix` and `exit_code`. `{...}` is filled in.
+The configuration lists all its faults, one per line (in JSON: `faults`); the key of an `InvalidValue` is relative to
+the section that is validated.
 """
 
 
-def template(node: ast.expr | None) -> str:
-    """The text of an expression, with `{...}` for each value in it."""
+def template(node: ast.expr | None, names: dict[str, list[ast.expr]] | None = None) -> str:
+    """The text of an expression, with `{...}` for each value in it; `names` are the values of local variables."""
+    if (
+        isinstance(node, ast.Name)
+        and names
+        and (before := [v for v in names.get(node.id, ()) if v.lineno <= node.lineno])
+    ):
+        return template(max(before, key=lambda value: value.lineno))
     if node is None or (isinstance(node, ast.Constant) and node.value is None):
         return ""
     if isinstance(node, ast.Constant):
@@ -36,13 +45,30 @@ def template(node: ast.expr | None) -> str:
 
 def raised(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Class, key, problem and fix of each error that a module constructs."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    functions: list[ast.AST] = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]
+    inside = {node: function for function in functions for node in ast.walk(function)}  # the innermost one
+    for node, function in inside.items():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CODES:
+            names = _assigned(function)
             given = {word.arg: word.value for word in node.keywords}
-            problem = template(node.args[0] if node.args else None)
-            key = template(given.get("key"))
+            problem = template(node.args[0] if node.args else None, names)
+            key = template(given.get("key"), names)
             key += "={...}" if key and "value" in given else ""
-            yield node.func.id, key, problem, template(given.get("fix"))
+            yield node.func.id, key, problem, template(given.get("fix"), names)
+
+
+def _assigned(function: ast.AST) -> dict[str, list[ast.expr]]:
+    """Values that a function assigns to names."""
+    names: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+            both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            for name, part in zip(target.elts, value.elts, strict=False) if both else [(target, value)]:
+                if isinstance(name, ast.Name):
+                    names.setdefault(name.id, []).append(part)
+    return names
 
 
 def page() -> str:

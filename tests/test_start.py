@@ -1,4 +1,4 @@
-"""What a run says and imports at its start."""
+"""Imports and input preprocessing at the start of a run."""
 
 import importlib
 import json
@@ -25,12 +25,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_takes_saw(
-    resumed: bool, tmp_path: Path
-) -> None:
-    told = load({"data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
+def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bool, tmp_path: Path) -> None:
+    config = load({"data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
                  "model": {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}})  # fmt: skip
-    one, other = (build_classifier(told.model, 3, seed) for seed in (1, 2))
+    one, other = (build_classifier(config.model, 3, seed) for seed in (1, 2))
     norm = one.backbone.get_layer("normalization")
     norm.adapt_mean.assign([0.485, 0.456, 0.406])
     norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
@@ -47,7 +45,7 @@ def test_an_efficient_net_without_weights_of_its_own_sees_what_the_weights_it_ta
     np.testing.assert_allclose(*(part(image) for part in parts), rtol=1e-5)
 
 
-def test_what_only_the_report_needs_is_imported_with_the_report() -> None:
+def test_packages_of_the_report_are_imported_with_the_report() -> None:
     program = """
 import sys
 from trainer.cli.process import quiet_start
@@ -65,12 +63,12 @@ print(matplotlib.pyplot.figure, sklearn.metrics.f1_score)
     assert "None" not in later
 
 
-def test_a_package_is_hidden_unless_it_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "found_later.py").touch()
+def test_a_package_is_hidden_unless_it_is_imported_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_later.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with _hidden(["json", "found_later"]):
+    with _hidden(["json", "imported_later"]):
         assert importlib.import_module("json") is json
         with pytest.raises(ImportError):
-            importlib.import_module("found_later")
-    assert importlib.import_module("found_later").__file__ == str(tmp_path / "found_later.py")
+            importlib.import_module("imported_later")
+    assert importlib.import_module("imported_later").__file__ == str(tmp_path / "imported_later.py")
     assert sys.modules["json"] is json

@@ -1,4 +1,4 @@
-"""`python -m trainer`: train the run that the command line asks for, or go on where it stopped.
+"""`python -m trainer`: train the run of this command line, or resume it.
 
 Hydra composes, `config.schema.load` validates, `train.train_run` trains.
 """
@@ -32,7 +32,7 @@ from trainer.runs.folder import (
     versions,
 )
 
-CHECK_SECONDS = 15.0  # between two checks of the output folder while the other workers are waited for
+CHECK_SECONDS = 15.0  # between checks of the output folder while waiting for the other workers
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         stop, checked = StopFlag(), time.monotonic()
 
         def check() -> None:
-            """Called while the other workers are waited for; raises where that is in vain."""
+            """Raise, while waiting for the other workers, if the process is to stop or the run is finished."""
             nonlocal checked
             stop.check("while waiting for the other workers")
             if time.monotonic() - checked > CHECK_SECONDS:
@@ -59,16 +59,16 @@ def main() -> None:
         try:
             require_unfinished(config)
             require_output_dir(config, cluster.size)
-            health.set_activity("meeting the other workers")
+            health.set_activity("waiting for the other workers")
             control = rendezvous(cluster, config.runtime.start_timeout, log.info, check)
         except Finished as finished:
             log.info(str(finished))
             return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
-        # Until then there is nothing to save, and importing TensorFlow takes longer than some grace periods.
+        # There is nothing to save yet, and importing TensorFlow takes longer than some grace periods.
         stop.on_request = lambda reason: control.end(
-            INTERRUPTED, f"{reason} before training began; nothing is lost. Start the same command again to go on"
+            INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
         with control.propagate_failures():
@@ -77,7 +77,7 @@ def main() -> None:
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
             health.set_activity("importing TensorFlow")
             with quiet_start():
-                from trainer.train import train_run  # only now: help and mistakes must answer at once
+                from trainer.train import train_run  # only now, so that help and errors are printed at once
 
             train_run(config, folder, control, stop, began)
         control.disconnect()

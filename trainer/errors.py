@@ -1,5 +1,7 @@
 """Errors that are explained to the user, and the exit codes of the process."""
 
+from collections.abc import Iterable
+
 DONE = 0
 BUG = 1
 WRONG_INPUT = 2
@@ -30,9 +32,23 @@ class TrainerError(Exception):
 
 
 class ConfigError(TrainerError):
-    """The configuration is wrong; another try cannot help."""
+    """The configuration is wrong; another try cannot help.
+
+    Attributes:
+        faults: all errors of a configuration with several, each with key, value, problem and fix.
+    """
 
     exit_code = WRONG_INPUT
+    faults: tuple[TrainerError, ...] = ()
+
+    @classmethod
+    def of_faults(cls, faults: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
+        """The error that lists these, one per line."""
+        listed = tuple(faults)
+        lines = "\n".join(f"  {fault}" for fault in listed)
+        error = cls(f"{subject} has {len(listed)} fault{'s' * (len(listed) > 1)}:\n{lines}")
+        error.faults = listed
+        return error
 
 
 class DataError(TrainerError):

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import configure_log, exit_with_code, quiet_start
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RunConfig, load_resolved
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.runs.finished_run import FinishedRun, load_checkpoint, read_run
@@ -54,7 +54,7 @@ def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
         for part in path:
             old, new = old[part], new[part]
         old[last] = new[last]
-    return load(tree)
+    return load_resolved(tree)
 
 
 def main() -> None:

@@ -1,8 +1,12 @@
-"""`python -m trainer.plan <what a run would be given> [--plot=FILE.png] [--summary]`:
-what that run would do, without doing it.
+"""`python -m trainer.plan [ARGUMENTS OF A RUN] [--plot=FILE.png] [--summary]`:
+print the plan of a run without training.
 
-Exit code 0, or what the run would end with at its start, with the same message. Nothing is written to output_dir but a
-probe that is deleted again. `--plot=FILE.png` draws the network, `--summary` prints its layers.
+    ARGUMENTS OF A RUN  as of `python -m trainer`: groups (data=digits), keys (seed=7), --cfg job
+    --plot=FILE.png     draw the network
+    --summary           print the layers of the network
+
+The exit code is 0, or that with which the run would end at its start, with the same message. Nothing is written to
+output_dir except a probe that is deleted again.
 """
 
 import os
@@ -14,15 +18,12 @@ from trainer.cluster.signals import end_at_once
 if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
-from rich.console import Console
-
 from trainer.cli.arguments import read_arguments
-from trainer.cli.compose import asks_for_sweep, compose
+from trainer.cli.compose import compose, is_sweep
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
 from trainer.config.schema import apply_overfit, load
 from trainer.errors import ConfigError
-from trainer.planning.sections import WIDTH, Plan, look_for_trouble, show_cluster, show_configuration
 from trainer.storage.base import within
 
 PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
@@ -36,29 +37,18 @@ def main() -> None:
         own, rest = read_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
         plot = Path(own["--plot"]).expanduser() if "--plot" in own else None
         if plot and plot.suffix != ".png":
-            raise ConfigError("say once where to draw the network: --plot=FILE.png")
-        if asks_for_sweep(arguments):
-            raise ConfigError("a plan is of one run: leave --multirun and sweep=... out")
+            raise ConfigError("is no PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
+        if is_sweep(arguments):
+            raise ConfigError("a plan is of one run, not of a sweep", fix="leave out --multirun and sweep=...")
         composed = compose(rest)
         if composed is None:  # --cfg
             return
         config = apply_overfit(load(composed))
-        cluster = discover(os.environ)
         with quiet_start():
-            from trainer.exporting.formats import check_formats
-            from trainer.planning.checks import devices
-            from trainer.planning.dry_run import show_network
-        described, replicas = devices(config, cluster)
-        plan = Plan(config, cluster, Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False))
-        phases = []
-        with plan.fault():
-            check_formats(config.export.formats, config.model.backbone)
+            from trainer.planning.dry_run import Plan, show_run
+        plan = Plan(config, discover(os.environ))
         with within(PATIENCE):
-            show_configuration(plan, rest)
-            show_cluster(plan, described)
-            with plan.fault():  # said at the end, beside what else was found
-                phases = show_network(plan, replicas, plot, summary)
-        look_for_trouble(plan, phases)
+            show_run(plan, rest, plot, summary)
         plan.conclude()
 
 

@@ -1,7 +1,10 @@
 """`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords.
 
-Takes the configuration of a run (of which `data.*`, `seed`, `debug.max_examples` and `runtime.*` matter) and writes
-the splits in TFDS's folder format; read them with `data=tfds data.root=FOLDER`, or `tfds.builder_from_directory`.
+    output=FOLDER        folder of the records, local or gs://
+    data=..., KEY=VALUE  as of a run; data.*, seed, debug.max_examples, runtime.cache_dir and .progress matter
+
+The splits are in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
+`tfds.builder_from_directory`.
 """
 
 import os
@@ -40,7 +43,7 @@ def main() -> None:
         if composed is None:  # --cfg
             return
         if "output" not in own:
-            raise ConfigError("is missing", key="output", fix=f"type {usage(__doc__)}")
+            raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
         config = load(composed)
         configure_log(config.runtime)
         part = part_of_job(os.environ)

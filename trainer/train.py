@@ -15,7 +15,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import Phase, RunConfig
+from trainer.config.schema import Phase, RequestedConfig
 from trainer.context import RunContext, RunPlan, record_failures
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
@@ -35,7 +35,7 @@ from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder, last_command, resolve_auto, update_facts
+from trainer.runs.folder import RunFolder, last_command, resolve_auto_once, update_facts
 from trainer.runs.metrics import MetricsWriter, cut_back
 from trainer.runs.restore import assign_values, take_weights
 from trainer.runs.saver import Saver
@@ -48,7 +48,9 @@ from trainer.types import scored_split
 AFTER_TRAINING = "after the end of training"
 
 
-def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float) -> None:
+def train_run(
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+) -> None:
     """Train, evaluate, export and report; resume a run that `folder` has. All workers run this in step.
 
     Args:
@@ -78,22 +80,21 @@ def train_run(config: RunConfig, folder: RunFolder, control: ControlChannel, sto
 
 
 def set_up(
-    config: RunConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+    requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> tuple[RunContext, dict[str, Division]]:
     """Open the data, configure the devices, build the model and find the frozen layers of each phase."""
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
-    check_formats(config.export.formats, config.model.backbone)
+    check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(config, log.info, lambda address: stop.check(f"while fetching {address}"))
+    data = open_run_data(requested, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
-
     # Values that are `auto`, then devices (before the first tensor), then the model under the strategy.
-    config, reasons = resolve_auto(config, folder, control, dataset)
+    config, reasons = resolve_auto_once(requested, folder, control, dataset)
     stop.check("before training")
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
@@ -149,7 +150,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         health.checkpoint_saved()
         run.clock.resumed(run.state.train_seconds)
         cut_back(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
-    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_fruitless_restarts))
+    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_restarts_without_progress))
     run.state.starts += 1
     return restored
 

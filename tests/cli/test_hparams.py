@@ -11,7 +11,7 @@ from trainer.cli import sweep as hparams
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two jobs that were told two things each; the second one failed."""
+    """Two jobs with two hyperparameters; the second one failed."""
     names = ["phases.head.optimizer.learning_rate", "augmentation"]
     (tmp_path / hparams.FILE).write_bytes(hparams.columns(names))
     jobs: list[tuple[list[Any], dict[str, float]]] = [
@@ -34,8 +34,8 @@ def test_the_page_names_the_columns(sweep: Path) -> None:
 
 def test_the_page_has_a_row_for_each_job(sweep: Path) -> None:
     statuses = ["STATUS_SUCCESS", "STATUS_FAILURE"]
-    asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
-    page = post(sweep, "hparams/session_groups", asked)
+    query = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
+    page = post(sweep, "hparams/session_groups", query)
     first, second = sorted(page["sessionGroups"], key=lambda group: group["name"])
     assert first["name"] == "0"
     assert first["hparams"] == {"phases.head.optimizer.learning_rate": 0.01, "augmentation": "light"}

@@ -1,10 +1,10 @@
-"""Where the jobs of a sweep go, what the page beside them is told, and how a sweep ends."""
+"""The folders of the jobs of a sweep, their hyperparameters, and the end of a sweep."""
 
 from pathlib import Path
 
 import pytest
 
-from trainer.cli.compose import asks_for_sweep
+from trainer.cli.compose import is_sweep
 from trainer.cli.sweep import Job, Sweep, _in_one_folder, _searches_nothing, _value
 from trainer.config.diff import is_free
 from trainer.errors import TrainerError
@@ -27,12 +27,12 @@ def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: l
 
 
 @pytest.mark.parametrize(
-    ("arguments", "asked"),
+    ("arguments", "expected"),
     [(["-m"], True), (["--multirun"], True), (["sweep=learning_rates"], True), (["hydra/sweeper=optuna"], True),
      (["sweep=null"], False), (["seed=1"], False), ([], False)],
 )  # fmt: skip
-def test_a_sweep_is_recognised(arguments: list[str], asked: bool) -> None:
-    assert asks_for_sweep(arguments) is asked
+def test_a_sweep_is_recognised(arguments: list[str], expected: bool) -> None:
+    assert is_sweep(arguments) is expected
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,10 @@ def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
     assert _value(tree, "training.batch_size", "8") == 8
     assert _value(tree, "training.loss", "'focal'") == "focal"
     assert _value(tree, "augmentation", "light") == "light"
-    assert [is_free(key) for key in ("runtime.progress", "export.formats", "runtime.precision", "seed")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert is_free("runtime.progress")
+    assert is_free("export.formats")
+    assert not is_free("runtime.precision")
+    assert not is_free("seed")
 
 
 def job(name: str, score: float | None, code: int = 0) -> Job:

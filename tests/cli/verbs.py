@@ -8,7 +8,7 @@ import pytest
 
 
 def exit_code_of(main: Callable[[], None], *arguments: str) -> int:
-    """What a verb with these arguments ends with; the handler of SIGTERM, which it takes away, stays."""
+    """The exit code of a verb with these arguments; the handler of SIGTERM, which it removes, is restored."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:

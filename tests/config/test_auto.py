@@ -1,18 +1,16 @@
-"""The advice table: what it chooses from counts, why, and that it chooses once."""
+"""The advice table of `auto`: choices by counts, reasons, and that a run chooses once."""
 
-from typing import Any
+import json
 
 import pytest
 
 from trainer.cli.compose import compose
-from trainer.config.auto import adopted, advise, choice_of, settled
-from trainer.config.schema import RunConfig, load
-
-FULL = ("data=digits", "model=auto", "phases=auto")
+from trainer.config.auto import resolve_auto
+from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, load
 
 
-def asked(*arguments: str) -> RunConfig:
-    return load(compose([*FULL, *arguments]) or {})
+def requested(*arguments: str) -> RequestedConfig:
+    return load(compose(["data=digits", "model=auto", "phases=auto", *arguments]) or {})
 
 
 @pytest.mark.parametrize(
@@ -28,88 +26,79 @@ def asked(*arguments: str) -> RunConfig:
     ],
 )
 def test_the_backbone_grows_with_images_and_classes(images: int, classes: int, backbone: str, why: str) -> None:
-    config, reasons = advise(asked(), images, classes)
+    config, reasons = resolve_auto(requested(), images, classes)
     assert config.model.backbone == backbone
-    assert reasons[0].startswith(
-        f"model.backbone=auto: {backbone}, for {images:,} training images of {classes} classes ("
-    )
+    counted = f"model.backbone=auto: {backbone}, for {images:,} training images of {classes} classes ("
+    assert reasons[0].startswith(counted)
     assert why in reasons[0]
 
 
 @pytest.mark.parametrize(
-    ("images", "classes", "said", "row", "thaws"),
+    ("images", "classes", "domain", "row", "thaws"),
     [
         (2_936, 5, "null", "few_similar", {"head": "none"}),
         (2_936, 5, "similar", "few_similar", {"head": "none"}),
         (2_936, 5, "different", "few_different", {"head": "none", "fine_tune": "percent:35"}),
-        (6_000, 61, "different", "few_different", {"head": "none", "fine_tune": "percent:35"}),  # 98 a class
+        (6_000, 61, "different", "few_different", {"head": "none", "fine_tune": "percent:35"}),  # 98 per class
         (5_000, 50, "different", "many_different", {"all": "all"}),
         (5_000, 50, "similar", "many_similar", {"head": "none", "thaw_1": "percent:20", "thaw_2": "percent:40", "thaw_3": "percent:60"}),
     ],
 )  # fmt: skip
-def test_the_phases_follow_the_four_rows(images: int, classes: int, said: str, row: str, thaws: dict[str, str]) -> None:
-    config, reasons = advise(asked(f"phases.auto.domain={said}"), images, classes)
+def test_the_phases_follow_the_four_rows(
+    images: int, classes: int, domain: str, row: str, thaws: dict[str, str]
+) -> None:
+    config, reasons = resolve_auto(requested(f"phases.auto.domain={domain}"), images, classes)
     assert {name: phase.thaw for name, phase in config.phases.items()} == thaws
-    told = ", ".join(f"{name} ({thaw})" for name, thaw in thaws.items())
-    assert reasons[1].startswith(
-        f"phases=auto: {row}, that is {told}, for {images:,} training images of {classes} classes"
-    )
-    assert reasons[1].endswith("phases.auto.domain=similar or different") == (said == "null")
+    names = ", ".join(f"{name} ({thaw})" for name, thaw in thaws.items())
+    assert reasons[1].startswith(f"phases=auto: {row}, that is {names}, for {images:,} training images of {classes} ")
+    assert reasons[1].endswith("phases.auto.domain is set to similar or different") == (domain == "null")
 
 
 @pytest.mark.parametrize(("images", "batch"), [(999, 16), (1_000, 32), (49_999, 32), (50_000, 64)])
 def test_the_batch_follows_the_images(images: int, batch: int) -> None:
-    config, reasons = advise(asked(), images, 10)
+    config, reasons = resolve_auto(requested(), images, 10)
     assert config.training.batch_size == batch
     assert reasons[2].startswith(f"training.batch_size=auto: {batch}, for {images:,} training images")
 
 
-def test_what_is_said_is_not_chosen() -> None:
-    config, reasons = advise(asked("model.backbone=VGG16", "training.batch_size=24"), 100, 3)
+def test_a_given_value_is_not_chosen() -> None:
+    config, reasons = resolve_auto(requested("model.backbone=VGG16", "training.batch_size=24"), 100, 3)
     assert (config.model.backbone, config.training.batch_size, len(reasons)) == ("VGG16", 24, 1)
     whole = load(compose(["data=digits"]) or {})
-    assert advise(whole, 100, 3) == (whole, [])
+    assert resolve_auto(whole, 100, 3) == (whole, [])
 
 
 def test_a_row_can_be_another_group_or_be_changed() -> None:
-    config, _ = advise(asked("phases@phases.auto.few_similar=end_to_end"), 100, 3)
+    config, _ = resolve_auto(requested("phases@phases.auto.few_similar=end_to_end"), 100, 3)
     assert list(config.phases) == ["all"]
-    config, _ = advise(asked("phases.auto.few_similar.head.epochs=3"), 100, 3)
+    config, _ = resolve_auto(requested("phases.auto.few_similar.head.epochs=3"), 100, 3)
     assert config.phases["head"].epochs == 3
 
 
-def test_what_was_chosen_is_a_configuration_like_any_other() -> None:
-    config, _ = advise(asked("phases.auto.domain=different"), 2_936, 5)
-    assert config.auto is None
-    written = load(config.model_dump(mode="json"))
+def test_a_resolved_configuration_is_like_any_other() -> None:
+    config, _ = resolve_auto(requested("phases.auto.domain=different"), 2_936, 5)
     by_hand = load(compose(["data=digits", "model=auto", "model.backbone=MobileNetV2", "phases=two_phase"]) or {})
-    assert written == config == by_hand
+    assert load(config.model_dump(mode="json")) == config == by_hand
 
 
-def test_a_run_that_goes_on_keeps_what_it_began_with() -> None:
-    began, _ = advise(asked(), 100, 3)
+def test_a_resumed_run_and_the_other_workers_adopt_the_choice() -> None:
+    began, _ = resolve_auto(requested(), 100, 3)
     before = began.model_copy(update={"model": began.model.model_copy(update={"backbone": "ResNet50"})})
-    config, reasons = adopted(asked(), before)
+    sent = RunConfig.model_validate(json.loads(json.dumps(before.model_dump(mode="json"))))
+    config, reasons = resolve_auto(requested(), begun=sent)
     assert config == before
     assert reasons == [
         "model.backbone=auto: ResNet50, as this run began",
         "phases=auto: head, as this run began",
         "training.batch_size=auto: 16, as this run began",
     ]
-    assert adopted(before, began) == (before, [])  # nothing is auto: nothing is taken over
+    assert resolve_auto(before, begun=began) == (before, [])  # nothing is auto: nothing is adopted
 
 
-def test_workers_take_the_choice_in_plain_values() -> None:
-    import json
-
-    chosen, _ = advise(asked(), 60_000, 100)
-    told: dict[str, Any] = json.loads(json.dumps(choice_of(chosen)))
-    assert settled(asked(), told) == chosen
-
-
-def test_overfitting_one_batch_keeps_the_batch_that_was_loaded() -> None:
-    from trainer.config.schema import apply_overfit
-
-    config, reasons = advise(apply_overfit(asked("debug=overfit")), 32, 10)
+def test_overfitting_resolves_the_batch_size_to_its_default() -> None:
+    config = apply_overfit(requested("debug=overfit"))
+    assert config.example_limit == 32
+    config, reasons = resolve_auto(config, 32, 10)
     assert config.training.batch_size == 32
     assert len(reasons) == 2
+    assert isinstance(apply_overfit(requested("debug=overfit", "model=vgg16", "phases=head_only")), RunConfig)

@@ -1,12 +1,16 @@
-"""What the configuration refuses, and how it says so."""
+"""The configuration: its faults, durations, differences, defaults and saved files."""
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 
-from trainer.config.base import Duration
-from trainer.config.diff import differences, in_common
-from trainer.config.schema import RunConfig, load
+from tests.errors import raises
+from trainer.cli.compose import compose, conf_folder
+from trainer.config.base import RENAMED, Duration
+from trainer.config.diff import differences, flat, in_common
+from trainer.config.schema import RunConfig, load, load_resolved, read_config
 from trainer.errors import ConfigError
 
 
@@ -25,118 +29,85 @@ def tree(**changes: Any) -> dict[str, Any]:
     return whole
 
 
-def fault(**changes: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(tree(**changes))
-    assert caught.value.exit_code == 2
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"modle": {}}, "modle: there is no such key. Did you mean model?"),
-        ({"model__backbon": "X"}, "model.backbon: there is no such key. Did you mean backbone?"),
-        ({"phases__head__optimizer": {"lr": 1}}, "phases.head.optimizer.lr: there is no such key. Known: name, learning_rate"),
-        ({"phases__haed": {"epochs": 2}}, "phases.haed.thaw: the phase 'haed' does not say what trains. Did you mean head?"),
-        ({"seed": -1}, "seed: input should be greater than or equal to 0 (is -1)"),
-        ({"phases__head__epochs": "many"}, "phases.head.epochs: input should be a valid number"),
-        ({"phases__head__steps": 5}, "phases.head: set exactly one of epochs, steps, examples (epochs and steps are set"),
-        ({"phases__head__thaw": "half"}, "phases.head: thaw='half' is not none, all, from_layer:N"),
-        ({"phases__head__thaw": "last_blocks:few"}, "phases.head: thaw='last_blocks:few' is not none, all"),
-        ({"phases__head__layer_decay": 1.1}, "phases.head.layer_decay: input should be less than or equal to 1 (is 1.1)"),
-        ({"phases__head__backbone_rate": 0}, "phases.head.backbone_rate: input should be greater than 0 (is 0)"),
-        ({"phases__head__features": "cached", "augmentation__zoom": 0.1},
-         "phases.head.features=cached: with augmentation, say how many fixed views of each image, augmented_views=4"),
-        ({"phases__head": {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 2}, "augmentation__mixup": 0.1},
-         "phases.head.features=cached: augmentation.mixup and cutmix mix other images in every epoch; say features=auto or live"),
-        ({"phases__head": {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 2}, "augmentation__zoom": 0.1,
-          "distillation": {"teacher": "x"}},
-         "phases.head.features=cached: the teacher answers in every step, for what augmentation made of the images"),
-        ({"phases__head__augmented_views": 2},
-         "phases.head.augmented_views=2: nothing augments, every view would be the same; leave it null"),
-        ({"phases__head__augmented_views": 0}, "phases.head.augmented_views: input should be greater than or equal to 1"),
-        ({"phases__head__optimizer": {"momentum": 0.9}}, "optimizer adam has no momentum; it takes beta_1, beta_2, epsilon"),
-        ({"phases__head__schedule": {"name": "step"}}, "phases.head.schedule: schedule step needs decay and at"),
-        ({"phases__head__schedule": {"warmup": "2 days"}}, 'write it as "500 steps", "2 epochs" or "10000 examples"'),
-        ({"data": {"source": "image_folder"}}, "data: data.source=image_folder needs data.root"),
-        ({"data": {"source": "tfds"}}, "data.source=tfds needs data.name (or data.root)"),
-        ({"data": {"source": "tfrecords"}}, "data.source=tfrecords needs data.pattern and data.class_names"),
-        ({"data": {"source": "web"}}, "data.source: input should be 'digits', 'image_folder', 'tfds' or 'tfrecords' (is 'web')"),
-        ({"data__validation_fraction": 0.6, "data__test_fraction": 0.4}, "must leave something to train on"),
-        ({"phases": {}}, "phases: dictionary should have at least 1 item"),
-        ({"augmentation": {"rotation": "far"}}, "augmentation.rotation: degrees from 0 to 180, or two of them: [40, 108]"),
-        ({"augmentation": {"rotation": [40, 200]}}, "or two of them: [40, 108] draws from each range and adds up (is [40, 200])"),
-        ({"augmentation": {"rotation": 181}}, "augmentation.rotation: degrees from 0 to 180"),
-        ({"augmentation": {"crop": 1}}, "augmentation.crop: input should be less than 1 (is 1)"),
-        ({"augmentation": {"hue": 0.6}}, "augmentation.hue: input should be less than or equal to 0.5 (is 0.6)"),
-        ({"augmentation": {"randaugment": 2.5}}, "augmentation.randaugment: input should be a valid integer"),
-        ({"augmentation": {"magnitude": 31}}, "augmentation.magnitude: input should be less than or equal to 30 (is 31)"),
-        ({"augmentation": {"mixup": -1}}, "augmentation.mixup: input should be greater than or equal to 0 (is -1)"),
-        ({"augmentation": {"cut_mix": 1}}, "augmentation.cut_mix: there is no such key. Did you mean cutmix?"),
-        ({"training": {"loss": "hinge"}}, "training.loss: input should be 'cross_entropy' or 'focal' (is 'hinge')"),
-        ({"training": {"focal_gamma": 1}}, "training: focal_gamma=1 needs training.loss=focal"),
-        ({"training": {"loss": "focal", "focal_gamma": -1}}, "training.focal_gamma: input should be greater than or equal to 0"),
-        ({"distillation": {}}, "distillation.teacher: must be given"),
-        ({"distillation": {"teacher": "x", "alhpa": 0.5}}, "distillation.alhpa: there is no such key. Did you mean alpha?"),
-        ({"distillation": {"teacher": "x", "alpha": 1}}, "distillation.alpha: input should be less than 1 (is 1)"),
-        ({"distillation": {"teacher": "x", "temperature": 0}}, "distillation.temperature: input should be greater than 0"),
-        ({"data__group_field": "site"}, "data.group_field=site: data.source=digits has no fields beside image and label; only tfds"),
-        ({"training": {"ema": 1.5}}, "training.ema: input should be less than 1 (is 1.5)"),
-    ],
-)  # fmt: skip
-def test_each_fault_is_one_clear_sentence(changes: dict[str, Any], sentence: str) -> None:
-    text = fault(**changes)
-    assert text.startswith("the configuration has 1 fault:\n")
-    assert sentence in text
-
-
 ROWS = {
     row: {"all": {"thaw": "all", "epochs": 2}}
     for row in ("few_similar", "few_different", "many_similar", "many_different")
 }
-
-
-def auto(**changes: Any) -> dict[str, Any]:
-    """A tree in which everything is `auto` that can be."""
-    whole = tree(model__backbone="auto", training__batch_size="auto", **changes)
-    return {**whole, "phases": {"auto": ROWS}}
+CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 2}
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "key", "value", "fix"),
     [
-        ({"model": {"backbone": "auto", "weights": "glyphs"}}, "model: backbone=auto may choose any network, weights=glyphs fits one: say which"),
-        ({"model": {"backbone": "auto", "alpha": 0.35}}, "model: backbone=auto may choose a network without alpha: unset alpha=0.35"),
-        ({"phases": {"auto": ROWS, "head": {"epochs": 5}}}, "phases.auto: chooses all phases, but head is said beside it; leave that out, or choose a group such as phases=two_phase"),
-        ({"phases": {"auto": {**ROWS, "domain": "near"}}}, "phases.auto.domain: input should be 'similar' or 'different' (is 'near')"),
-        ({"phases": {"auto": {**ROWS, "few_similar": {"all": {"thaw": "half", "epochs": 2}}}}}, "phases.auto.few_similar.all: thaw='half' is not none"),
-        ({"phases": {"auto": {**ROWS, "epochs": 3}}}, "phases.auto.epochs: there is no such key. Known: domain, few_similar"),
-        ({"phases": {"auto": {"domain": "similar"} | {k: v for k, v in ROWS.items() if k != "few_similar"}}}, "phases.auto.few_similar: must be given"),
-        ({"auto": {"backbone": True}}, "auto: there is no such key."),
-        ({"training": {"batch_size": "many"}}, "training.batch_size: input should be a valid integer"),
+        ({"modle": {}}, "modle", None, r"^did you mean model\?$"),
+        ({"model__backbon": "X"}, "model.backbon", None, r"^did you mean backbone\?$"),
+        ({"phases__head__optimizer": {"lr": 1}}, "phases.head.optimizer.lr", None, "^known: name, learning_rate"),
+        ({"phases__haed": {"epochs": 2}}, "phases.haed.thaw", None, r"^did you mean head\?$"),
+        ({"seed": -1}, "seed", -1, "^use a value greater than or equal to 0$"),
+        ({"phases__head__epochs": "many"}, "phases.head.epochs", "many", "^use a valid number$"),
+        ({"phases__head__steps": 5}, "phases.head", None, "exactly one of epochs, steps, examples"),
+        ({"phases__head__thaw": "half"}, "phases.head.thaw", "half", "^use none, all, from_layer:N"),
+        ({"phases__head__features": "cached", "augmentation__zoom": 0.1}, "phases.head.features", "cached", "phases.head.augmented_views=4"),
+        ({"phases__head": CACHED, "augmentation__mixup": 0.1}, "phases.head.features", "cached", "^use auto or live$"),
+        ({"phases__head": CACHED, "augmentation__zoom": 0.1, "distillation": {"teacher": "x"}}, "phases.head.features", "cached", "^use auto or live$"),
+        ({"phases__head__augmented_views": 2}, "phases.head.augmented_views", 2, "set it to null"),
+        ({"phases__head__optimizer": {"momentum": 0.9}}, "phases.head.optimizer.name", "adam", "set momentum to null"),
+        ({"phases__head__schedule": {"name": "step"}}, "phases.head.schedule.name", "step", "set decay and at"),
+        ({"phases__head__schedule": {"warmup": "2 days"}}, "phases.head.schedule.warmup", "2 days", '"500 steps", "2 epochs"'),
+        ({"data": {"source": "image_folder"}}, "data.source", "image_folder", "set data.root"),
+        ({"data": {"source": "tfds"}}, "data.source", "tfds", r"set data.name \(or data.root\)"),
+        ({"data": {"source": "tfrecords"}}, "data.source", "tfrecords", "set data.pattern and data.class_names"),
+        ({"data__validation_fraction": 0.6, "data__test_fraction": 0.4}, "data", None, "less than 1"),
+        ({"phases": {}}, "phases", None, "^use at least 1 item$"),
+        ({"augmentation": {"rotation": "far"}}, "augmentation.rotation", "far", r"degrees from 0 to 180, or \[40, 108\]"),
+        ({"augmentation": {"rotation": [40, 200]}}, "augmentation.rotation", [40, 200], "degrees from 0 to 180"),
+        ({"augmentation": {"randaugment": 2.5}}, "augmentation.randaugment", 2.5, "^use a valid integer$"),
+        ({"training": {"loss": "hinge"}}, "training.loss", "hinge", "^use 'cross_entropy' or 'focal'$"),
+        ({"training": {"class_weights": "even"}}, "training.class_weights", "even", "^use 'none' or 'balanced' or a valid dictionary$"),
+        ({"training": {"focal_gamma": 1}}, "training.focal_gamma", "1", "set training.loss=focal"),
+        ({"training": {"batch_size": "many"}}, "training.batch_size", "many", "^use a valid integer or 'auto'$"),
+        ({"training": {"batch_size": 0}}, "training.batch_size", 0, "^use a value greater than or equal to 1 or 'auto'$"),
+        ({"distillation": {}}, "distillation.teacher", None, "set distillation.teacher"),
+        ({"distillation": {"teacher": "x", "alhpa": 0.5}}, "distillation.alhpa", None, r"did you mean alpha\?"),
+        ({"data__group_field": "site"}, "data.group_field", "site", "data.source=tfds or tfrecords"),
+        ({"runtime": {"max_fruitless_restarts": 2}}, "runtime.max_fruitless_restarts", None, "^use runtime.max_restarts_without_progress$"),
+        ({"runtime": {"log_format": "json", "progress": "bar"}}, "runtime.progress", "bar", "runtime.progress=lines or runtime.log_format=text"),
+        ({"model": {"backbone": "auto", "weights": "glyphs"}}, "model.backbone", "auto", "set model.backbone"),
+        ({"model": {"backbone": "auto", "alpha": 0.35}}, "model.backbone", "auto", "set model.alpha=null"),
+        ({"phases": {"auto": ROWS, "head": {"epochs": 5}}}, "phases.auto", None, "^unset head, or choose a group such as phases=two_phase$"),
+        ({"phases": {"auto": {**ROWS, "domain": "near"}}}, "phases.auto.domain", "near", "^use 'similar' or 'different'$"),
+        ({"phases": {"auto": {**ROWS, "few_similar": {"all": {"thaw": "half", "epochs": 2}}}}}, "phases.auto.few_similar.all.thaw", "half", "use none"),
+        ({"phases": {"auto": {**ROWS, "epochs": 3}}}, "phases.auto.epochs", None, "^known: domain, few_similar"),
+        ({"phases": {"auto": {k: ROWS[k] for k in list(ROWS)[1:]}}}, "phases.auto.few_similar", None, "set phases.auto.few_similar"),
     ],
 )  # fmt: skip
-def test_what_is_auto_is_checked_before_anything_is_chosen(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load({**tree(), **changes})
-    assert str(caught.value).startswith("the configuration has 1 fault:\n")
-    assert sentence in str(caught.value)
+def test_a_fault_has_key_value_and_fix(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
+    with raises(ConfigError, problem=rf"^the configuration has 1 fault:\n  {re.escape(key)}") as caught:
+        load(tree(**changes))
+    (fault,) = caught.value.faults
+    assert (fault.key, fault.value) == (key, value)
+    assert fault.problem
+    assert re.search(fix, fault.fix or "")
+    assert str(fault) in caught.value.problem
 
 
-def test_what_is_auto_waits_for_the_data_and_never_reaches_a_saved_configuration() -> None:
-    config = load(auto())
-    assert config.auto is not None
-    assert (config.auto.backbone, config.auto.batch_size, list(config.auto.phases.few_similar)) == (True, True, ["all"])  # type: ignore[union-attr]
-    assert load(tree()).auto is None
-    assert "auto" not in config.model_dump()
-    assert in_common(config)["auto.backbone"] is True  # two workers must leave the same things open
+def test_all_faults_are_listed_one_per_line() -> None:
+    with raises(ConfigError, problem=r"^the configuration has 4 faults:\n") as caught:
+        load(tree(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0))
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [f"  {fault}" for fault in caught.value.faults]
+    assert len(lines) == 4
 
 
-def test_every_fault_is_listed_at_once() -> None:
-    text = fault(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0)
-    assert text.startswith("the configuration has 4 faults:\n")
-    assert len(text.splitlines()) == 5
+def test_auto_is_a_value_until_the_data_is_open() -> None:
+    config = load({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
+    assert not isinstance(config, RunConfig)
+    assert config.autos == ["phases", "model.backbone", "training.batch_size"]
+    assert in_common(config)["training.batch_size"] == "auto"  # two workers must request the same
+    assert load(config.model_dump(mode="json")) == config
+    assert isinstance(load(tree()), RunConfig)
+    with raises(ConfigError, key="training.batch_size", value="auto"):
+        load_resolved(tree(training__batch_size="auto"))
 
 
 def test_the_tree_is_frozen() -> None:
@@ -155,11 +126,10 @@ def test_durations(text: Any, steps: int) -> None:
     assert Duration(count=0, unit="steps").steps(10, 4) == 0
 
 
-def changed(**changes: Any) -> list[str]:
-    return differences(load(tree()), load(tree(**changes)))
+def test_some_differences_make_another_run() -> None:
+    def changed(**changes: Any) -> list[str]:
+        return differences(load_resolved(tree()), load_resolved(tree(**changes)))
 
-
-def test_what_makes_another_run_is_told_apart_from_what_does_not() -> None:
     assert changed(seed=3) == ["seed: 42 -> 3"]
     assert changed(training__batch_size=64) == ["training.batch_size: 32 -> 64"]
     assert "phases.more.thaw: None -> all" in changed(phases__more={"thaw": "all", "epochs": 1})
@@ -170,6 +140,21 @@ def test_what_makes_another_run_is_told_apart_from_what_does_not() -> None:
     assert changed(phases__head__epochs=2) == ["phases.head.epochs: 3.0 -> 2.0"]
 
 
-def test_a_saved_configuration_loads_again() -> None:
+def test_a_saved_configuration_loads_again_and_renamed_keys_in_it_too() -> None:
     config = load(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    saved = yaml.safe_dump(config.model_dump(mode="json"))
+    assert RunConfig.model_validate(read_config(saved)) == config
+    for old, new in RENAMED.items():
+        assert load(read_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
+
+
+def test_the_values_in_conf_are_the_defaults_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBETUNE_CACHE")
+    files = {"": "config.yaml", "runtime.": "runtime/default.yaml", "debug.": "debug/none.yaml"}
+    written = {prefix + key: value for prefix, file in files.items()
+               for key, value in flat(yaml.safe_load((conf_folder() / file).read_text())).items()}  # fmt: skip
+    composed, default = flat(compose(["data=digits"])), load(tree())
+    keys = [key for key in written if not key.startswith(("hydra", "defaults"))]
+    assert len(keys) > 30
+    for key in keys:
+        assert load(tree(**{key.replace(".", "__"): composed[key]})) == default, key

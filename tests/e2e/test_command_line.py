@@ -1,7 +1,8 @@
-"""Answers of the command line that must not wait for TensorFlow."""
+"""Replies of the command line that must not wait for TensorFlow."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from tests.e2e.running import ROOT, SMALL, catches, has_loaded, run, start
         (["--cfg", "job"], 0, "out", "weights: glyphs"),
         (["experiment=flowers_mobilenet_v2", "data=image_folder", "data.root=x", "--cfg", "job"], 0, "out", "image_size: 160"),
         (["runtime=pod", "--cfg", "job"], 0, "out", "http_port: 8080"),
-        (["data=digitss"], 2, "err", "error: data=digitss: there is no such data. Did you mean digits? Known: digits,"),
-        (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key. Did you mean epochs?"),
+        (["data=digitss"], 2, "err", "error: data=digitss: there is no such data; did you mean digits?"),
+        (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key; did you mean epochs?"),
         (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),
-        (["data=image_folder"], 2, "err", "error: must be given on the command line: data.root=..."),
+        (["data=image_folder"], 2, "err", "error: data.root: must be given; add data.root=..."),
         (["seed=[1"], 2, "err", "error: no viable alternative at input '[1'"),
-        (["phases.haed.epochs=3"], 2, "err", "Did you mean head?"),
+        (["phases.haed.epochs=3"], 2, "err", "phases.haed.thaw: there is no phase 'haed'; did you mean head?"),
+        (["runtime.max_fruitless_restarts=3"], 2, "err", "use runtime.max_restarts_without_progress"),
     ],
 )  # fmt: skip
 def test_answers_at_once(arguments: list[str], code: int, stream: str, sentence: str, tmp_path: Path) -> None:
@@ -52,15 +54,16 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     result = run(f"output_dir={tmp_path}")
     assert result.returncode == 2
-    assert f"output_dir={tmp_path} is not empty and holds no run (letter.txt); give an empty folder" in result.stderr
+    assert f"output_dir={tmp_path}" in result.stderr
+    assert "letter.txt" in result.stderr
     assert run(f"output_dir={tmp_path / 'new'}", "resume=must").returncode == 2
 
 
-def test_an_output_dir_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run(f"output_dir={tmp_path / 'file' / 'run'}")
     assert result.returncode == 2
-    assert "cannot be written to (Not a directory)" in result.stderr
+    assert re.search(r"^error: output_dir=.*\(?Not a directory", result.stderr)
 
 
 def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
@@ -75,12 +78,12 @@ def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> No
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75
     assert time.monotonic() - began < 3
-    assert "interrupted: SIGTERM before training began; nothing is lost. Start the same command again to go on" in err
+    assert "interrupted: SIGTERM before training began, nothing is lost; start the same command again to resume" in err
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at the process through Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="inspects the process through Linux's /proc")
 @pytest.mark.parametrize("module", ["trainer", "trainer.prepare", "trainer.plan"])
-def test_a_signal_is_heard_before_anything_large_is_imported(module: str, tmp_path: Path) -> None:
+def test_a_signal_ends_the_process_before_anything_large_is_imported(module: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", module, f"output={tmp_path}"]
     child = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1)
@@ -93,14 +96,17 @@ def test_a_signal_is_heard_before_anything_large_is_imported(module: str, tmp_pa
     assert early
     assert child.returncode == 75
     assert out == ""
-    assert err == "interrupted: SIGTERM; nothing is lost. Start the same command again to go on\n"
+    assert err.startswith("interrupted: SIGTERM")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("preset", ["pod", "gpu_pod"])
-def test_a_fault_of_the_configuration_of_a_pod_is_in_its_log_and_its_last_message(preset: str, tmp_path: Path) -> None:
-    file = tmp_path / "last-message"
+def test_a_fault_in_the_configuration_of_a_pod_is_in_its_log_and_termination_message(
+    preset: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "termination-log"
     result = run(f"runtime={preset}", f"runtime.termination_log={file}", "seed=-1", cwd=tmp_path)
     assert result.returncode == 2
-    said = [json.loads(line) for line in (result.stdout + result.stderr).splitlines()]
-    assert any("seed" in line["message"] for line in said)
+    (entry,) = [json.loads(line) for line in (result.stdout + result.stderr).splitlines()]
+    assert [(fault["key"], fault["value"]) for fault in entry["faults"]] == [("seed", -1)]
     assert "seed" in file.read_text()

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.running import SMALL, assert_same_run, kill_after, kill_at, train
 
 KILLS = 12
-PATIENT = f"runtime.max_fruitless_restarts={KILLS + 1}"  # several in a row may be after the last step
+PATIENT = f"runtime.max_restarts_without_progress={KILLS + 1}"  # several in a row may be after the last step
 
 
 @pytest.mark.slow

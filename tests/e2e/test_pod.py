@@ -169,7 +169,7 @@ def test_a_stalled_step_is_reported_and_sigterm_ends_it_at_once(tmp_path: Path, 
     assert re.match(r"exit code 75 \(interrupted\): SIGTERM while .* \d+ s", reason)
     assert f"output_dir={tmp_path}/run" in reason
     attempts = json.loads((tmp_path / "run" / "checkpoints" / "attempts.json").read_text())
-    assert attempts[-1]["kind"] == "failed"  # counts towards runtime.max_fruitless_restarts
+    assert attempts[-1]["kind"] == "failed"  # counts towards runtime.max_restarts_without_progress
 
 
 def test_a_wrong_configuration_is_in_the_log_and_in_the_termination_message(tmp_path: Path) -> None:

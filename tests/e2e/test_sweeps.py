@@ -1,4 +1,4 @@
-"""Sweeps: grids and searches, what fails in them, stopping one and going on."""
+"""Sweeps: grids and searches, failed jobs, stopping and resuming."""
 
 import re
 import signal
@@ -20,28 +20,27 @@ RATE = "phases.head.optimizer.learning_rate"
 
 
 def without_the_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a Python that cannot import any plugin of Hydra, as where none is installed."""
+    """Run the command line in a Python that cannot import any plugin of Hydra, as if none were installed."""
     program = "import sys; sys.modules['hydra_plugins'] = None; from trainer.__main__ import main; main()"
     return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arguments", [["-m", "hydra/sweeper=optuna", "seed=1,2"], ["sweep=learning_rates"]])
-def test_a_search_without_the_extra_says_what_to_install(arguments: list[str]) -> None:
+def test_a_search_without_the_extra_names_it(arguments: list[str]) -> None:
     result = without_the_extra(*arguments)
     assert result.returncode == 2
-    assert result.stderr == (
-        "error: a search by Optuna needs the extra `sweep`, which is not installed: pip install 'kubetune[sweep]'\n"
-    )
+    assert result.stderr.startswith("error: a search by Optuna needs the extra `sweep`")
+    assert result.stderr.endswith("; pip install 'kubetune[sweep]'\n")
 
 
 def test_everything_else_works_without_the_extra() -> None:
-    assert "sweep: learning_rates, optuna" in without_the_extra("--help").stdout
+    assert "learning_rates, optuna" in without_the_extra("--help").stdout
     assert "seed: 42" in without_the_extra("--cfg", "job").stdout
 
 
-@pytest.mark.parametrize("asked", ["hydra/sweeper=optuna", "sweep=learning_rates"])
-def test_a_search_maximizes_from_a_seed(asked: str) -> None:
-    tree = yaml.safe_load(run(asked, "--cfg", "hydra").stdout)["hydra"]
+@pytest.mark.parametrize("choice", ["hydra/sweeper=optuna", "sweep=learning_rates"])
+def test_a_search_maximizes_from_a_seed(choice: str) -> None:
+    tree = yaml.safe_load(run(choice, "--cfg", "hydra").stdout)["hydra"]
     assert tree["mode"] == "MULTIRUN"
     sweeper = tree["sweeper"]
     assert (sweeper["direction"], sweeper["n_trials"], sweeper["n_jobs"]) == ("maximize", 20, 1)
@@ -49,39 +48,37 @@ def test_a_search_maximizes_from_a_seed(asked: str) -> None:
     assert sweeper["max_failure_rate"] == 1.0
 
 
-@pytest.mark.parametrize("asked", [("-m", "seed=1,2"), ("hydra/sweeper=optuna", "seed=choice(1,2)")])
-def test_a_wrong_configuration_ends_the_sweep_before_its_first_job(asked: tuple[str, ...], tmp_path: Path) -> None:
-    result = run(*asked, "phases.haed.epochs=3", f"output_dir={tmp_path / 'sweep'}")
+@pytest.mark.parametrize("sweep", [("-m", "seed=1,2"), ("hydra/sweeper=optuna", "seed=choice(1,2)")])
+def test_a_wrong_configuration_ends_the_sweep_before_its_first_job(sweep: tuple[str, ...], tmp_path: Path) -> None:
+    result = run(*sweep, "phases.haed.epochs=3", f"output_dir={tmp_path / 'sweep'}")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.count("Did you mean head?") == 1
+    assert result.stderr.count("did you mean head?") == 1
     assert "Traceback" not in result.stderr
 
 
 def test_a_search_of_nothing_is_refused() -> None:
     result = run("-m", "hydra/sweeper=optuna", "experiment=quickstart")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: a search needs something to search: KEY=interval(low, high) or KEY=choice(")
+    assert re.match(r"error: hydra/sweeper=optuna: .*KEY=interval\(low, high\) or KEY=choice\(", result.stderr)
 
 
 @pytest.mark.slow
-def test_a_grid_goes_on_behind_a_job_that_fails(tmp_path: Path) -> None:
+def test_a_grid_continues_after_a_job_that_fails(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     result = run("-m", *TINY, "phases.head.optimizer.name=sgd", f"{RATE}=1e38,0.01", f"output_dir={sweep}")
     assert result.returncode == 2
     assert f"job   0  failed (exit code 2)  {RATE}=1e+38\n" in result.stdout
     assert re.search(rf"job   1  val_accuracy 0\.\d{{4}}  {RATE}=0.01\nbest: job 1, ", result.stdout)
     assert f"{RATE}=0.01" in result.stdout.split("  again ")[1]
-    assert "error: 1 of 2 jobs failed (0); their messages are above" in result.stderr
+    assert "error: 1 of 2 jobs failed (0); " in result.stderr
     assert not (sweep / "0" / "DONE").exists()
-    assert (
-        yaml.safe_load((sweep / "1" / "config.yaml").read_text())["phases"]["head"]["optimizer"]["learning_rate"]
-        == 0.01
-    )
+    tree = yaml.safe_load((sweep / "1" / "config.yaml").read_text())
+    assert tree["phases"]["head"]["optimizer"]["learning_rate"] == 0.01
 
 
 @pytest.mark.slow
-def test_a_search_outlives_a_job_that_diverges_and_goes_on(tmp_path: Path) -> None:
+def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     search = (*TINY, "hydra/sweeper=optuna", "phases.head.optimizer.name=sgd", f"{RATE}=choice(0.01,1e38)")
     search += ("hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0", f"output_dir={sweep}")
@@ -98,20 +95,19 @@ def test_a_search_outlives_a_job_that_diverges_and_goes_on(tmp_path: Path) -> No
     assert [rows[name]["hparams"][RATE] for name in ("0", "1")] == [1e38, 0.01]
     assert {m["name"]["tag"] for m in rows["1"]["metricValues"]} == {"val_accuracy", "test_accuracy"}
 
-    again = run(*search)  # asks the same questions, and has the answer to one of them
+    again = run(*search)  # runs the same trials, and has the score of one of them
     assert again.returncode == 0, again.stderr
     assert f"{sweep / '1'} is finished already\n" in again.stdout
     assert again.stdout.split("\njob   0")[1] == first.stdout.split("\njob   0")[1]
 
     other = run(*search, "seed=7")
     assert other.returncode == 2
-    assert (
-        "holds a run with another configuration; give another one, or the same values:\n  seed: 42 -> 7" in other.stderr
-    )
+    assert f"output_dir={sweep / '0'}" in other.stderr
+    assert "seed: 42 -> 7" in other.stderr
 
 
 @pytest.mark.slow
-def test_a_sweep_told_to_stop_stops_its_job_and_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_that_is_stopped_stops_its_job_and_resumes(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     grid = ("-m", "seed=1,2", "debug.max_examples=64", "phases=head_only", "phases.head.epochs=40", "export.formats=[]")
     grid += ("runtime.log_every='2 steps'", f"output_dir={sweep}")
@@ -123,8 +119,10 @@ def test_a_sweep_told_to_stop_stops_its_job_and_goes_on(tmp_path: Path) -> None:
     child.send_signal(signal.SIGTERM)  # to the sweep alone
     out, err = child.communicate()
     assert child.returncode == 75
-    assert f"the sweep has stopped, nothing is lost; start the same command again with output_dir={sweep} to go" in err
-    assert "SIGTERM: saving at the next step" in err
+    assert (
+        f"the sweep has stopped, nothing is lost; start the same command again with output_dir={sweep} to resume" in err
+    )
+    assert "SIGTERM: saving" in err
     assert (sweep / "0" / "checkpoints" / "LATEST").exists()
     assert not (sweep / "1").exists() or not any((sweep / "1").iterdir())
     assert "job 1" not in out
@@ -137,7 +135,7 @@ def test_a_sweep_told_to_stop_stops_its_job_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_into_a_bucket_goes_on_there_from_another_disk(tmp_path: Path) -> None:
+def test_a_sweep_into_a_bucket_resumes_from_another_disk(tmp_path: Path) -> None:
     sweep = ("-m", "seed=1,2", *TINY, "output_dir=gs://bucket/sweep")
     with running(tmp_path / "objects"):
         first = run(*sweep, f"runtime.cache_dir={tmp_path / 'one'}")

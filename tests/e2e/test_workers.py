@@ -185,7 +185,7 @@ def test_by_file_another_number_of_workers_is_refused_inside_an_epoch(tmp_path: 
 def test_a_run_that_never_gets_anywhere_gives_up_with_3(tmp_path: Path) -> None:
     out = tmp_path / "run"
     overrides = (*SHARED, "runtime.checkpoint_every='1000 steps'", "phases.head.epochs=40",
-                 "runtime.max_fruitless_restarts=2", f"output_dir={out}")  # fmt: skip
+                 "runtime.max_restarts_without_progress=2", f"output_dir={out}")  # fmt: skip
     for number in range(3):  # the first start and two restarts
         started = start_workers(tmp_path / str(number), 2, *overrides)
         started.wait_for("phase head: ", index=1)

@@ -24,7 +24,7 @@ HOSTS = names(2)
 # Stopped workers and lost links cost the others a heartbeat timeout of twenty seconds each: there are fewer of them.
 EVENTS = ("SIGTERM",) * 7 + ("SIGKILL",) * 7 + ("SIGSTOP",) * 3 + ("link down",) * 3
 RUN = (
-    *SHARED, "phases.fine_tune.epochs=80", "runtime.max_fruitless_restarts=50", "runtime.start_timeout=30",
+    *SHARED, "phases.fine_tune.epochs=80", "runtime.max_restarts_without_progress=50", "runtime.start_timeout=30",
 )  # fmt: skip
 EXIT_LIMIT = 150.0  # seconds: the longest wait is for a worker that never connects
 KILLED = -signal.SIGKILL

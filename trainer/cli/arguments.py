@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer.config.base import nearest
+from trainer.config.base import closest
 from trainer.errors import ConfigError
 
 NONE = "(?!)"  # matches nothing
@@ -22,9 +22,9 @@ def read_arguments(
 
     Args:
         doc: the module docstring of the verb, which begins with its usage.
-        keys: its own keys, each with the request to give it once; "" where it can be left out.
-        more: regular expression of further keys that it takes.
-        rest: regular expression of whole arguments that are returned as they are.
+        keys: the arguments of the verb, each with the problem where it is missing, or "" if it is optional.
+        more: regular expression of further keys.
+        rest: regular expression of whole arguments that are returned unchanged.
 
     Raises:
         ConfigError: an argument is no `key=value`, unknown, empty or given twice, or a required one is missing.
@@ -35,21 +35,19 @@ def read_arguments(
         raise SystemExit
     values: dict[str, str] = {}
     others: list[str] = []
-    write = f"Write {usage(doc)}"
+    fix = f"write {usage(doc)}"
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if sign and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
-                fault = f"{key} is given twice" if key in values else f"{key}= is empty"
-                raise ConfigError(f"{keys[key]}: {usage(doc)}" if keys.get(key) else f"{fault}. {write}")
+                raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)
             values[key] = value
         elif re.fullmatch(rest, argument):
             others.append(argument)
         elif sign:
-            raise ConfigError(f"{key}: there is no such key.{nearest(key, list(keys))} {write}")
+            raise ConfigError("there is no such argument", key=key, fix=f"{closest(key, list(keys))} {fix}")
         else:
-            raise ConfigError(f"{argument}: arguments are key=value; known: {', '.join(keys)}. {write}")
-    for key, request in keys.items():
-        if request and key not in values:
-            raise ConfigError(f"{request}: {usage(doc)}")
+            raise ConfigError("is not key=value", key=argument, fix=f"{fix}; known: {', '.join(keys)}")
+    if missing := next((key for key, problem in keys.items() if problem and key not in values), None):
+        raise ConfigError(keys[missing], key=missing, fix=fix)
     return values, others

@@ -4,32 +4,54 @@ import datetime
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.base import nearest
-from trainer.config.schema import RunConfig
+from trainer.config.base import closest
+from trainer.config.schema import RequestedConfig
 from trainer.errors import ConfigError
+
+GROUPS = {
+    "data": "source of the images, and their splits",
+    "model": "backbone, weights and image size",
+    "augmentation": "random changes of the training images",
+    "phases": "trainable layers, lengths and learning rates",
+    "runtime": "devices, logs and caches",
+    "debug": "trial runs",
+    "experiment": "a whole recipe: data, model, augmentation and phases",
+    "sweep": "a search over many runs",
+}
 
 
 def conf_folder() -> Path:
-    """`conf/`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    """Return `conf/`: in an installed package inside of it, in a checkout next to it."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def _groups() -> list[str]:
-    return [p.name for p in conf_folder().iterdir() if p.is_dir()]
+def choices(group: str) -> list[str]:
+    """The files of a group that can be chosen; those in its subfolders belong to one experiment each."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def help_text() -> str:
+    """The text of `--help`, with every group, its meaning and its choices."""
+    template = yaml.safe_load((conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
+    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(choices(group)), 106), '    ')}"
+              for group, meaning in GROUPS.items()]  # fmt: skip
+    return Template(template).substitute(APP_CONFIG_GROUPS="\n".join(groups) + "\n")
 
 
 def _add_freely(argument: str) -> str:
@@ -38,12 +60,12 @@ def _add_freely(argument: str) -> str:
     Group choices (`data=digits`), Hydra's own keys and explicit `+`, `~`, `++` stay as they are.
     """
     match = re.match(r"([A-Za-z_][\w.]*)=", argument)
-    keep = not match or match[1].startswith("hydra") or match[1] in _groups()
+    keep = not match or match[1].startswith("hydra") or match[1] in GROUPS
     return argument if keep else "++" + argument
 
 
-def asks_for_sweep(arguments: list[str]) -> bool:
-    """Whether many runs are asked for: by `-m`, or by a file of the group `sweep`."""
+def is_sweep(arguments: list[str]) -> bool:
+    """Return whether the arguments request many runs: by `-m`, or by a file of the group `sweep`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
@@ -52,14 +74,17 @@ RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
 def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, Any] | None:
-    """Compose the configuration that the arguments ask for. With neither `experiment` nor `data` it is the quickstart.
+    """Compose the configuration of these arguments; without `experiment` and `data` it is the quickstart.
 
     Returns:
-        The resolved tree, or None where Hydra itself answered (`--help`, `--cfg`) or `run_job` ran the jobs of a sweep.
+        The resolved tree, or None after `--help` or `--cfg`, and where `run_job` ran the jobs of a sweep.
 
     Raises:
         ConfigError: an unknown group or file, a value that does not parse, an unresolved `???`.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return None
     composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
@@ -76,32 +101,17 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     arguments = [_add_freely(a) for a in arguments]
     if "sweep" not in chosen:  # the plugin's own defaults minimize, two at once, without a seed
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
-    if not chosen & {"experiment", "data"}:  # beside the other values: Hydra wants them in one piece
+    if not chosen & {"experiment", "data"}:  # next to the other values: Hydra needs them in one piece
         values = [i for i, a in enumerate(arguments, start=1) if "=" in a or a.startswith("~")]
         arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
     before, sys.argv = sys.argv, ["python -m trainer", *arguments]
     try:
         hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_sentence(error)) from None
+        raise _config_error(error) from None
     finally:
         sys.argv = before
     return resolved(composed[0]) if composed else None
-
-
-def compose_alone(arguments: list[str], keys: str) -> dict[str, Any]:
-    """The configuration that only the arguments ask for whose keys match the regular expression `keys`.
-
-    Raises:
-        ConfigError: as `compose`.
-    """
-    own = [_add_freely(a) for a in arguments if re.match(rf"\+*({keys})=", a)]
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return resolved(hydra.compose("config", own))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_sentence(error)) from None
 
 
 def resolved(tree: DictConfig) -> dict[str, Any]:
@@ -110,22 +120,26 @@ def resolved(tree: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a `???`, or an interpolation that leads nowhere.
     """
-    if missing := OmegaConf.missing_keys(tree):
-        raise ConfigError(f"must be given on the command line: {', '.join(f'{k}=...' for k in sorted(missing))}")
+    if missing := sorted(OmegaConf.missing_keys(tree)):
+        given = " ".join(f"{key}=..." for key in missing)
+        raise ConfigError("must be given", key=missing[0], fix=f"add {given} to the command line")
     try:
         return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_sentence(error)) from None
+        raise _config_error(error) from None
 
 
-def _one_sentence(error: Exception) -> str:
-    text = str(error) or str(error.__cause__)  # Hydra often keeps the reason in the cause
+def _config_error(error: Exception) -> ConfigError:
+    text = str(error) or str(error.__cause__)  # Hydra often has the reason in the cause
     if "Could not find 'hydra/sweeper/optuna'" in text:
-        return "a search by Optuna needs the extra `sweep`, which is not installed: pip install 'kubetune[sweep]'"
-    if choice := re.search(r"Could not find '(\w+)/([\w.-]+)'", text):
+        problem = "a search by Optuna needs the extra `sweep`, which is not installed"
+        return ConfigError(problem, fix="pip install 'kubetune[sweep]'")
+    if choice := re.search(r"Could not find '(\w+)/([\w./-]+)'", text):
         group, name = choice.groups()
-        known = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
-        return f"{group}={name}: there is no such {group}.{nearest(name, known)} Known: {', '.join(known)}"
+        return ConfigError(f"there is no such {group}", key=group, value=name, fix=closest(name, choices(group)))
     if unknown := re.search(r"Could not override '(\w+)'", text):
-        return f"{unknown[1]}: there is no such key.{nearest(unknown[1], [*_groups(), *RunConfig.model_fields])}"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
+        known = [*GROUPS, *RequestedConfig.model_fields]
+        return ConfigError("there is no such key", key=unknown[1], fix=closest(unknown[1], known))
+    lines = [line.strip() for line in text.splitlines()]
+    problem = " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
+    return ConfigError(problem, fix="write KEY=VALUE in the syntax of Hydra, quoted for the shell")

@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.cli.compose import compose_alone
+from trainer.cli.compose import compose
 from trainer.cluster.signals import ignore_sigterm
-from trainer.config.schema import RunConfig, Runtime, load
+from trainer.config.schema import RequestedConfig, Runtime, load
 from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, log, log_traceback, without
 
-# What TensorFlow says on every machine without a GPU, before its log level counts.
+# Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
 _CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-# Keras imports them for wrappers and plots that nothing here uses, which takes seconds.
+# Keras imports these for wrappers and plots that are not used here, which takes seconds.
 _NEEDLESS = ("sklearn", "matplotlib")
 
 _log_is_configured = False
@@ -26,7 +26,7 @@ _log_is_configured = False
 
 @contextmanager
 def _hidden(names: Iterable[str]) -> Iterator[None]:
-    """Make packages look as if they were not installed; those imported already stay, all can be imported after."""
+    """Make packages appear not to be installed; those imported already stay, all can be imported after."""
     absent = [name for name in names if name not in sys.modules]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -39,23 +39,23 @@ def _hidden(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Leave out what TensorFlow prints when it is imported; every other line still reaches stderr.
+    """Suppress the lines that TensorFlow prints when it is imported; all others still reach stderr.
 
-    Keras is imported first, without scikit-learn and matplotlib; its own use of both stays off in this process.
+    Keras is imported first, without scikit-learn and matplotlib, which it then does not use in this process.
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without one, CUDA's errors mean nothing
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # CUDA's errors are noise then
     with without(_CHATTER):
         with _hidden(_NEEDLESS):
             importlib.import_module("keras")
         yield
 
 
-def start_monitoring(config: RunConfig, worker: int, workers: int) -> None:
-    """Set up the log, the termination message, and `/healthz` and `/metrics` as the section `runtime` says.
+def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> None:
+    """Set up the log, the termination message, and `/healthz` and `/metrics`, as configured in `runtime`.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port is in use or not allowed.
     """
     run = {"run": config.output_dir} if config.output_dir else {}
     configure_log(config.runtime, worker=str(worker), **run)
@@ -76,21 +76,18 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 
 def _configure_log_for_error() -> None:
-    """Set up the log of a process that ends before its configuration is known, from what its arguments say of
-    `runtime`: in a pod the error is where one looks for it.
-    """
-    if not any(re.match(r"\+*runtime[.=]", a) for a in sys.argv[1:]):
-        return
-    for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):  # the others may be the error
+    """Set up the log of a process that ends before its configuration is known, from its arguments of `runtime`."""
+    for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):  # the rest may be the error
+        own = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
-            return configure_log(load(compose_alone(sys.argv[1:], keys)).runtime)
+            return configure_log(load(compose(["data=digits", *own]) or {}).runtime) if own else None
 
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
     """Run a whole command, and exit with a documented code (`trainer.errors`).
 
-    Failures we can explain become one message on stderr, all others a traceback; either is the termination message too.
+    A `TrainerError` becomes one message on stderr, any other error a traceback; either is the termination message too.
     """
     code, reason = DONE, ""
     configure()
@@ -101,7 +98,10 @@ def exit_with_code() -> Iterator[None]:
             _configure_log_for_error()
         code, reason = error.exit_code, str(error)
         named = {"key": error.key, "value": error.value, "fix": error.fix}
-        fields = {"exit_code": code} | {name: value for name, value in named.items() if value is not None}
+        fields: dict[str, object] = {"exit_code": code} | {k: value for k, value in named.items() if value is not None}
+        if isinstance(error, ConfigError) and error.faults:
+            parts = ("key", "value", "problem", "fix")
+            fields["faults"] = [{part: getattr(fault, part) for part in parts} for fault in error.faults]
         if code == INTERRUPTED:
             log.warning(f"interrupted: {reason}", extra={"fields": fields})
         else:

@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from trainer.cli.compose import asks_for_sweep, compose, resolved
+from trainer.cli.compose import compose, is_sweep, resolved
 from trainer.cli.process import configure_log
 from trainer.config.diff import flat, is_free
-from trainer.config.schema import RunConfig, apply_overfit, load
+from trainer.config.schema import RequestedConfig, apply_overfit, load, load_resolved, read_config
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
@@ -40,12 +39,12 @@ if TYPE_CHECKING:
 
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
 OBJECTIVE = "val_accuracy"
-FILE = "events.out.tfevents.hparams"  # TensorBoard looks for "tfevents" in a name
+FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in names
 Value = bool | int | float | str
 
 
 def columns(names: list[str]) -> bytes:
-    """The event file of the whole sweep, for TensorBoard: the columns are these hyperparameters, and `METRICS`."""
+    """The event file of the whole sweep for TensorBoard; its columns are these hyperparameters and `METRICS`."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -54,7 +53,7 @@ def columns(names: list[str]) -> bytes:
 
 
 def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """The event file of one job; `scores` by the keys of `METRICS`, none of a job that failed."""
+    """The event file of one job; `scores` by the keys of `METRICS`, empty for a job that failed."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
@@ -78,7 +77,7 @@ def _events(summaries: list[Summary]) -> bytes:
 
 
 class Ended(BaseException):
-    """The whole sweep ends: no `Exception`, which Hydra would take for the failure of one job."""
+    """The end of the whole sweep; not an `Exception`, which Hydra would take for the failure of one job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -86,7 +85,7 @@ class Ended(BaseException):
 
 @dataclass
 class Job:
-    """One run of a sweep; `arguments` without its folder, `overrides` the values in them: {"seed": "1", ...}."""
+    """One run of a sweep; `arguments` are without its folder, `overrides` their values: {"seed": "1", ...}."""
 
     name: str
     folder: str
@@ -97,19 +96,19 @@ class Job:
 
     @property
     def again(self) -> str:
-        """The command that is this job."""
+        """The command that runs this job alone."""
         arguments = [a.lstrip("+") for a in self.arguments]
         return shlex.join(["python", "-m", "trainer", *arguments, f"output_dir={self.folder}"])
 
 
 @dataclass
 class Sweep:
-    """A sweep and its jobs so far; `folder` holds one folder a job, None: the one that Hydra names."""
+    """A sweep and its jobs so far; `folder` holds one folder per job, None: the one that Hydra names."""
 
     folder: str | None
     jobs: list[Job] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs, in order
-    stop_signal: str | None = None  # the signal that asked to stop
+    stop_signal: str | None = None  # the signal that requested the stop
     search: bool = False
     child: subprocess.Popen[bytes] | None = None
 
@@ -120,7 +119,7 @@ class Sweep:
             The validation accuracy of the last phase, for a sweeper; None of a job that failed.
 
         Raises:
-            Ended: a signal asked to stop, or the configuration is wrong.
+            Ended: a signal requested the stop, or the configuration is wrong.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -134,7 +133,7 @@ class Sweep:
         return job.scores.get(OBJECTIVE)
 
     def _finish(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
-        """Train a job, resume it, or find it finished; then read its scores."""
+        """Train or resume a job unless it is finished, and read its scores."""
         self._stop_here()
         arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         target = str(tree["output_dir"] or f"{self.folder}/{name}")
@@ -150,7 +149,7 @@ class Sweep:
         if job.code == INTERRUPTED or job.code < 0:
             self._stop_here()
             why = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
-            raise Interrupted(f"job {name} of the sweep ended {why}; {self._go_on()}")
+            raise Interrupted(f"job {name} of the sweep ended {why}", fix=self._resume())
         self.jobs.append(job)
         if job.code == DONE:
             report = json.loads((storage_path(target) / "report" / "report.json").read_text())
@@ -161,7 +160,7 @@ class Sweep:
         return job
 
     def _process(self, arguments: list[str]) -> int:
-        # In a process group of its own: Ctrl-C must reach it once, from here, for the second one ends it at once.
+        # In its own process group: Ctrl-C must reach it once, from here, since a second one ends it at once.
         self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
         if self.stop_signal:
             self.child.terminate()
@@ -176,19 +175,18 @@ class Sweep:
 
     def _stop_here(self) -> None:
         if self.stop_signal:
-            raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost; {self._go_on()}")
+            raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume())
 
-    def _go_on(self) -> str:
-        return f"start the same command again with output_dir={self.folder} to go on"
+    def _resume(self) -> str:
+        return f"start the same command again with output_dir={self.folder} to resume"
 
     def _show_on_tensorboard(self, job: Job, tree: dict[str, Any]) -> None:
         values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not is_free(key)}
         before, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
-        if not (
-            storage_path(job.folder) / "config.yaml"
-        ).exists():  # it failed so early that its folder must stay empty
+        folder = storage_path(job.folder)
+        if not (folder / "config.yaml").exists():  # it failed so early that its folder must stay empty
             return
-        (storage_path(job.folder) / FILE).write(row(job.name, values, job.scores, job.code == DONE))
+        (folder / FILE).write(row(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > before:
             (storage_path(self.folder or "") / FILE).write(columns(list(self.columns)))
 
@@ -196,14 +194,13 @@ class Sweep:
         """The overrides of a job that not all jobs have; all of them where there is one job."""
         others = [other.overrides for other in self.jobs if other is not job]
         own = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
-        return " ".join(own) or ("as the others" if others else "as it is")
+        return " ".join(own) or ("as the others" if others else "no overrides")
 
     def close(self) -> None:
         """Log every job and its score, the best one, and those that failed.
 
         Raises:
-            TrainerError: with the exit code of the first job that failed, if that fails the sweep: a grid is whole or
-                not, a search has failed where all of it did.
+            TrainerError: with the exit code of the first job that failed: of a grid any job, of a search all of them.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         text = [""]
@@ -221,24 +218,24 @@ class Sweep:
         log.info("\n".join(text))
         if failed and (not self.search or not scored):
             names = ", ".join(job.name for job in failed)
-            error = TrainerError(f"{len(failed)} of {len(self.jobs)} jobs failed ({names}); their messages are above")
+            error = TrainerError(
+                f"{len(failed)} of {len(self.jobs)} jobs failed ({names})", fix="read their errors above"
+            )
             error.exit_code = failed[0].code
             raise error
 
 
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
-    """The configuration that the arguments ask for; None where Hydra answered, or a sweep ran to its end.
+    """Compose the configuration of these arguments, or run their sweep; None after `--help`, `--cfg` or a sweep.
 
     Raises:
         TrainerError: as `compose`; a sweep was stopped or failed.
     """
-    if not asks_for_sweep(arguments):
+    if not is_sweep(arguments):
         return compose(arguments)
     if _searches_nothing(arguments):
-        raise ConfigError(
-            "a search needs something to search: KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or "
-            "a file of the group sweep: sweep=learning_rates"
-        )
+        fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
+        raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
     arguments, folder = _in_one_folder(arguments)
     with suppress(ImportError):  # the extra `sweep`
         import optuna
@@ -249,7 +246,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
         compose(arguments, run_job=sweep.run)
     except Ended as ended:
         raise ended.error from None
-    except ValueError:  # of Optuna, which finds no best job where all have failed
+    except ValueError:  # raised by Optuna where all jobs have failed
         if not sweep.jobs or any(job.scores for job in sweep.jobs):
             raise
     if sweep.jobs:
@@ -258,7 +255,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _searches_nothing(arguments: list[str]) -> bool:
-    """Whether Optuna is asked for without anything to search, and would run the same job again and again."""
+    """Return whether Optuna has nothing to search, so that it would run the same job again and again."""
     chosen = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
     if not chosen or {"--cfg", "-c", "--help"} & set(arguments):
         return False
@@ -267,12 +264,12 @@ def _searches_nothing(arguments: list[str]) -> bool:
     parser = OverridesParser.create()
     try:
         return not any(parser.parse_override(a).is_sweep_override() for a in arguments if not a.startswith("-"))
-    except HydraException:  # composing says what is wrong
+    except HydraException:  # `compose` raises the error
         return False
 
 
 def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """`output_dir=FOLDER` names the folder of the sweep, unless it names one for each job; a local one Hydra makes."""
+    """The arguments in which an `output_dir` that is equal for all jobs is the folder of the sweep, and that folder."""
     given = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
     if not given:
         return arguments, None
@@ -283,14 +280,14 @@ def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     return [f"hydra.sweep.dir='{folder}'" if a is given[-1] else a for a in arguments if a not in given[:-1]], folder
 
 
-def _refuse_another(config: RunConfig) -> None:
-    """Raise a ConfigError if another run is in the folder of a job: then the sweep is another one."""
+def _refuse_another(config: RequestedConfig) -> None:
+    """Raise a ConfigError if the folder of a job holds a run of another sweep."""
     record = storage_path(config.output_dir or "") / "config.yaml"
     if record.exists():
-        check_same_run(config, load(yaml.safe_load(record.read_text())), config.output_dir or "")
+        check_same_run(config, load_resolved(read_config(record.read_text())), config.output_dir or "")
 
 
 def _value(tree: Any, key: str, text: str) -> Value:
-    """The value of a key in the configuration; of a group, the choice as it was typed."""
+    """The value of a key in the configuration; for a group, the choice as text."""
     value = flat(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

@@ -1,11 +1,11 @@
-"""The differences of two configurations: those that the halves of a run may have, and those that its workers may."""
+"""Differences of two configurations that a resumed run may have, and values that may differ between workers."""
 
 from typing import Any
 
 from trainer.config.phases import UNITS
-from trainer.config.schema import RunConfig, Runtime
+from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
-# What may differ between the two halves of one run: nothing here reaches the weights.
+# What a resumed run may change: nothing here reaches the weights.
 FREE = (
     "output_dir",
     "resume",
@@ -14,20 +14,19 @@ FREE = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
-# What each worker of one run may have for itself.
+# What may differ between the workers of a run.
 _OWN = ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads", "progress", "http_port", "log_format")
 OWN = tuple(f"runtime.{key}" for key in (*_OWN, "termination_log"))
 
 
 def is_free(key: str) -> bool:
-    """Whether a key, or the section that holds it, is in `FREE`."""
+    """Return whether a key, or the section that holds it, is in `FREE`."""
     return f"{key}.".startswith(tuple(f"{name}." for name in FREE))
 
 
-def in_common(config: RunConfig) -> dict[str, Any]:
-    """Every value that all workers of a run must share, {"training.batch_size": 32, ...}."""
-    auto = {"auto": config.auto.model_dump(mode="json")} if config.auto else {}  # which no dump of the whole holds
-    return {key: value for key, value in flat(config.model_dump(mode="json") | auto).items() if key not in OWN}
+def in_common(config: RequestedConfig) -> dict[str, Any]:
+    """Every value that must be equal on all workers of a run, {"training.batch_size": 32, ...}."""
+    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in OWN}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen, validated tree.
 
-Hydra composes plain YAML from `conf/`; `load` turns it into a `RunConfig` or raises one `ConfigError` that lists
-every fault, each with its key, its value and what would be right. Nothing here imports TensorFlow.
+Hydra composes plain YAML from `conf/`; `load` turns it into a `RequestedConfig`, or a `RunConfig` where nothing is
+`auto`, or raises one `ConfigError` with all faults. Nothing here imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -9,83 +9,117 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config.base import AUTO, Duration, Section, SomeDuration, describe_faults
-from trainer.config.phases import Auto, Phase, auto_apart
+from trainer.config.base import RENAMED, Duration, InvalidValue, Section, SomeDuration, config_error
+from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
 
 
 class Data(Section):
-    """Where labelled images come from, and how they are split and read."""
+    """The labelled images: source, splits, order and caches."""
 
     source: Literal["digits", "image_folder", "tfds", "tfrecords"]
-    root: str | None = None  # image_folder; or the folder of one prepared TFDS dataset
-    name: str | None = None  # tfds: "beans", "food101:2.0.0", ...
-    data_dir: str | None = None  # tfds: where prepared datasets lie (TFDS's own default when null)
-    download: bool = False  # tfds: may download and prepare
-    pattern: str | None = None  # tfrecords: "shards/*.tfrec"
+    """The digits of scikit-learn, class folders of image files, a TensorFlow dataset, or TFRecord files."""
+    root: str | None = None
+    """image_folder: the folder; tfds: the folder of one prepared dataset. Local or gs://."""
+    name: str | None = None
+    """tfds: name of the dataset, such as beans or food101:2.0.0."""
+    data_dir: str | None = None
+    """tfds: folder of all prepared datasets; null: the default of TFDS."""
+    download: bool = False
+    """tfds: download and prepare a dataset that is missing."""
+    pattern: str | None = None
+    """tfrecords: glob pattern of the files, such as shards/*.tfrec. Local or gs://."""
     image_field: str = "image"
+    """tfds, tfrecords: field of the encoded image."""
     label_field: str = "label"
-    class_names: tuple[str, ...] | None = None  # tfrecords: must be given
-    train_split: str = "train"  # tfds split strings, slices included: "train[:80%]"
+    """tfds, tfrecords: field of the class number."""
+    class_names: tuple[str, ...] | None = None
+    """tfrecords: names of the classes, in the order of their numbers."""
+    train_split: str = "train"
+    """tfds: split of the training examples, slices included, such as train[:80%]."""
     validation_split: str | None = None
+    """tfds: split of the validation examples; null: "validation" if it exists, else data.validation_fraction."""
     test_split: str | None = None
-    validation_fraction: float = Field(0.2, ge=0, lt=1)  # taken from the training part where there is no split
+    """tfds: split of the test examples; null: "test" if it exists, else data.test_fraction."""
+    validation_fraction: float = Field(0.2, ge=0, lt=1)
+    """Fraction of the training examples that validates where the data has no validation split."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the training examples that tests where the data has no test split."""
     split_seed: int = Field(42, ge=0)
-    labels_per_class: int | None = Field(None, ge=1)  # train on this many labelled examples a class
-    shuffle_window: int = Field(8192, ge=1)  # records that are shuffled together
-    shards: int | None = Field(None, ge=1)  # what `prepare` writes; one per ~100 MB when null
+    """Seed of the split by fractions."""
+    labels_per_class: int | None = Field(None, ge=1)
+    """Training examples per class that are used; null: all."""
+    shuffle_window: int = Field(8192, ge=1)
+    """Records that are shuffled together."""
+    shards: int | None = Field(None, ge=1)
+    """`trainer.prepare`: shards of the largest split, others have shards of the same size; null: one per 100 MB."""
     on_error: Literal["fail", "skip"] = "fail"
-    cache: Literal["auto", "memory", "disk", "none"] = "auto"  # decoded pixels
-    shard_by: Literal["auto", "record", "file"] = "auto"  # what each of several workers reads
-    group_field: str | None = None  # tfds, tfrecords: text or whole numbers; scores are told apart by its values
+    """An image or record that cannot be read ends the run, or is skipped."""
+    cache: Literal["auto", "memory", "disk", "none"] = "auto"
+    """Cache of the decoded images; auto: memory, else disk, as far as the budgets of `runtime` reach."""
+    shard_by: Literal["auto", "record", "file"] = "auto"
+    """How several workers divide the training examples: each reads every n-th record, or whole files."""
+    group_field: str | None = None
+    """tfds, tfrecords: field (text or integer) by whose values the scores are reported separately."""
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
-        needed = {"image_folder": ("root",), "tfrecords": ("pattern", "class_names"), "digits": ()}
-        missing = [k for k in needed.get(self.source, ()) if not getattr(self, k)]
+        needed = {"image_folder": ("root",), "tfrecords": ("pattern", "class_names")}.get(self.source, ())
+        missing = [f"data.{key}" for key in needed if not getattr(self, key)]
         if self.source == "tfds" and not (self.name or self.root):
-            missing = ["name (or data.root)"]
+            missing = ["data.name (or data.root)"]
         if missing:
-            raise ValueError(f"data.source={self.source} needs " + " and ".join(f"data.{k}" for k in missing))
+            text = " and ".join(missing)
+            raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {text}")
         if self.group_field and self.source not in ("tfds", "tfrecords"):
-            raise ValueError(
-                f"data.group_field={self.group_field}: data.source={self.source} has no fields beside image and label; "
-                "only tfds and tfrecords have"
-            )
+            problem, fix = f"data.source={self.source} has only image and label", "use data.source=tfds or tfrecords"
+            raise InvalidValue(problem, key="group_field", value=self.group_field, fix=fix)
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("data.validation_fraction + data.test_fraction must leave something to train on")
+            problem = "validation_fraction + test_fraction leave nothing to train on"
+            raise InvalidValue(problem, fix="use fractions whose sum is less than 1")
         return self
 
 
 class Model(Section):
     """The backbone, its weights, and the head on top."""
 
-    backbone: str  # of keras.applications; auto: the advice table (docs/phases.md)
-    weights: str = "imagenet"  # imagenet | glyphs | none | a path to a Keras .weights.h5 or .keras file
-    alpha: float | None = Field(None, gt=0)  # MobileNet families only
-    image_size: int | None = Field(None, ge=8, le=2048)  # pixels; the backbone's own when null
+    backbone: str
+    """Name of a network in `keras.applications`; auto: chosen by the number of images and classes (docs/phases.md)."""
+    weights: str = "imagenet"
+    """imagenet, glyphs (comes with the package), none (random), or the path of a .weights.h5 or .keras file."""
+    alpha: float | None = Field(None, gt=0)
+    """MobileNet, MobileNetV2: width multiplier; null: 1."""
+    image_size: int | None = Field(None, ge=8, le=2048)
+    """Side of the input images in pixels; null: the backbone's own."""
     resize: Literal["stretch", "crop"] = "stretch"
+    """How an image becomes a square: stretched, or its central square."""
     pooling: Literal["avg", "max"] = "avg"
-    hidden: int | None = Field(None, ge=1)  # units of an extra ReLU layer
+    """Global pooling of the backbone's last feature maps."""
+    hidden: int | None = Field(None, ge=1)
+    """Units of an additional ReLU layer in the head; null: none."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    l2: float = Field(0.0, ge=0)  # on the kernels of the head
+    """Dropout rate before the last layer of the head."""
+    l2: float = Field(0.0, ge=0)
+    """L2 regularization factor of the head's kernels."""
 
     @model_validator(mode="after")
     def _fits_any(self) -> Model:
         if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
-            raise ValueError(f"backbone=auto may choose any network, weights={self.weights} fits one: say which")
+            problem = f"may choose any network, but weights={self.weights} fits one"
+            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
         if self.backbone == "auto" and self.alpha is not None:
-            raise ValueError(f"backbone=auto may choose a network without alpha: unset alpha={self.alpha:g}")
+            problem = f"may choose a network without alpha, but alpha={self.alpha:g}"
+            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.alpha=null")
         return self
 
 
 def _read_rotation(value: Any) -> Any:
     ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
-        raise ValueError("degrees from 0 to 180, or two of them: [40, 108] draws from each range and adds up")
+        raise InvalidValue("is no angle", fix="use degrees from 0 to 180, or [40, 108] to add a draw from each range")
     return value
 
 
@@ -93,105 +127,159 @@ Rotation = Annotated[float | tuple[float, float], BeforeValidator(_read_rotation
 
 
 class Augmentation(Section):
-    """Random changes to a training image; each is a function of (seed, epoch, index) alone. 0 is off."""
+    """Random changes of training images, each a function of (seed, epoch, index). 0 is off."""
 
     flip_horizontal: bool = False
+    """Flip half of the images left to right."""
     flip_vertical: bool = False
-    rotation: Rotation = 0.0  # degrees, drawn from +- this; [40, 108]: from each range, added up
-    shift: float = Field(0.0, ge=0, le=1)  # fraction of the side
-    shear: float = Field(0.0, ge=0, lt=90)  # degrees
-    zoom: float = Field(0.0, ge=0, lt=1)  # 0.2: scale drawn from [0.8, 1.2]
-    stretch: float = Field(0.0, ge=0, lt=1)  # 0.2: width and height scaled apart, each from [0.8, 1.2]
-    crop: float = Field(0.0, ge=0, lt=1)  # least part of the area that a crop keeps, its aspect from 3/4 to 4/3
+    """Flip half of the images upside down."""
+    rotation: Rotation = 0.0
+    """Largest rotation in degrees, in both directions; [40, 108]: the sum of a draw from each range."""
+    shift: float = Field(0.0, ge=0, le=1)
+    """Largest shift in each direction, as a fraction of the side."""
+    shear: float = Field(0.0, ge=0, lt=90)
+    """Largest shear in degrees."""
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Range of the scale around 1: 0.2 draws from [0.8, 1.2]."""
+    stretch: float = Field(0.0, ge=0, lt=1)
+    """Range of the scales of width and height, drawn separately: 0.2 draws from [0.8, 1.2]."""
+    crop: float = Field(0.0, ge=0, lt=1)
+    """Least fraction of the area that a random crop has; its aspect ratio is between 3/4 and 4/3."""
     contrast: float = Field(0.0, ge=0, lt=1)
-    brightness: float = Field(0.0, ge=0, lt=1)  # fraction of 255
+    """Range of the contrast factor around 1."""
+    brightness: float = Field(0.0, ge=0, lt=1)
+    """Largest change of brightness, as a fraction of 255."""
     saturation: float = Field(0.0, ge=0, le=1)
-    hue: float = Field(0.0, ge=0, le=0.5)  # fraction of a turn
-    randaugment: int = Field(0, ge=0, le=14)  # operations that an image goes through
-    magnitude: int = Field(9, ge=0, le=30)  # of those operations
-    cutout: float = Field(0.0, ge=0, le=1)  # side of a grey square, as a fraction of the image's
-    mixup: float = Field(0.0, ge=0)  # alpha of Beta(alpha, alpha); neighbours in a batch are mixed
-    cutmix: float = Field(0.0, ge=0)  # alpha; with mixup too, each takes half of the examples
+    """Range of the saturation factor around 1."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Largest change of hue, as a fraction of a full turn."""
+    randaugment: int = Field(0, ge=0, le=14)
+    """Random operations per image (RandAugment)."""
+    magnitude: int = Field(9, ge=0, le=30)
+    """Magnitude of the operations of RandAugment."""
+    cutout: float = Field(0.0, ge=0, le=1)
+    """Side of a grey square, as a fraction of the image's side."""
+    mixup: float = Field(0.0, ge=0)
+    """alpha of Beta(alpha, alpha), from which the weight of two neighbours in a batch is drawn."""
+    cutmix: float = Field(0.0, ge=0)
+    """alpha, as of mixup, for the area of a pasted rectangle; with mixup, each applies to half of the examples."""
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
+    """Pixels outside of the image: the nearest one, black, or the reflected image."""
 
     @property
     def active(self) -> bool:
-        """Whether anything at all is changed; `fill` and `magnitude` alone change nothing."""
+        """True if anything is changed; `fill` and `magnitude` alone change nothing."""
         return any(value for name, value in self if name not in ("fill", "magnitude"))
 
     @property
     def mixes(self) -> bool:
-        """Whether examples are mixed with others."""
+        """True if examples are mixed with others."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def rotations(self) -> tuple[float, ...]:
-        """The ranges of rotation, degrees; none where it is off."""
+        """The ranges of rotation in degrees; empty if it is off."""
         ranges = self.rotation if isinstance(self.rotation, tuple) else (self.rotation,)
         return tuple(most for most in ranges if most)
 
 
 class Training(Section):
-    """What holds for every phase."""
+    """Settings of all phases."""
 
-    batch_size: int = Field(32, ge=1)  # global: over all replicas and workers; auto: the advice table
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
+    """Examples per step, over all replicas and workers; auto: chosen by the number of images (docs/phases.md)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    focal_gamma: float = Field(2.0, ge=0)  # focal: (1 - p)^gamma makes easy examples count less
+    """Loss function (docs/training.md)."""
+    focal_gamma: float = Field(2.0, ge=0)
+    """focal: exponent of (1 - p), which reduces the loss of easy examples."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the target that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    clip_norm: float | None = Field(None, gt=0)  # of the gradient of the whole batch
-    accumulate: int = Field(1, ge=1)  # pieces that a replica's batch is computed in
-    ema: float | None = Field(None, gt=0, lt=1)  # decay a step of averaged weights; null: none
-    keep: Literal["best", "last"] = "best"  # which weights a phase hands on and the export takes
-    validation_share: float = Field(1.0, gt=0, le=1)  # of the validation batches, between epochs
+    """Weight of an example's loss by its class: equal, inverse to the class' frequency, or {class: weight}."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest L2 norm of the gradient of the whole batch; null: not clipped."""
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a replica computes its examples of a batch, to save memory."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, which is validated and exported; null: none."""
+    keep: Literal["best", "last"] = "best"
+    """Weights that the next phase and the export continue from: of the best epoch, or of the last step."""
+    validation_share: float = Field(1.0, gt=0, le=1)
+    """Fraction of the validation batches that is used after each epoch; the end of a run uses all."""
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.loss != "focal" and self.focal_gamma != 2.0:
-            raise ValueError(f"focal_gamma={self.focal_gamma:g} needs training.loss=focal")
+            problem, value = f"training.loss={self.loss} has no gamma", f"{self.focal_gamma:g}"
+            raise InvalidValue(problem, key="focal_gamma", value=value, fix="set training.loss=focal")
         return self
 
 
 class Distillation(Section):
-    """A teacher beside the labels: loss = alpha x label's + (1 - alpha) x temperature^2 x KL(teacher, student)."""
+    """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
-    teacher: str  # output_dir of an earlier run, or of a SavedModel that a run exported; local or gs://
-    alpha: float = Field(0.1, ge=0, lt=1)  # weight of the loss against the labels
-    temperature: float = Field(1.0, gt=0)  # softens both answers
+    teacher: str
+    """output_dir of an earlier run, or folder of a SavedModel that a run exported. Local or gs://."""
+    alpha: float = Field(0.1, ge=0, lt=1)
+    """Weight of the loss against the labels."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature that softens the predictions of both."""
 
 
 GIGABYTE = 1024**3
 
 
 class Runtime(Section):
-    """How the machine is used. Nothing here changes what is learned, but precision, xla and deterministic."""
+    """Use of the machine. Only precision, xla and deterministic change what is learned."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the computation; weights and loss are float32."""
     xla: bool = False
+    """Compile the training step with XLA; 7 to 15 times slower on CPUs for these networks."""
     deterministic: bool = True
-    replicas: int | None = Field(None, ge=1)  # null: every GPU, else one; on CPU: that many logical devices
-    collectives: Literal["auto", "nccl", "ring"] = "auto"  # how several workers add up gradients
-    pack_mb: float | None = Field(None, gt=0)  # megabytes of gradients added up at once; null: all
-    start_timeout: float = Field(600.0, gt=0)  # seconds for all workers to find each other
-    max_fruitless_restarts: int = Field(5, ge=1)  # starts in a row without a step of progress, then exit code 3
-    steps_per_call: int = Field(10, ge=1)  # optimizer steps in one device call
+    """Compute the same bits in every run on the same machine."""
+    replicas: int | None = Field(None, ge=1)
+    """Replicas per worker; null: one per GPU, without GPU one. On CPUs: logical devices."""
+    collectives: Literal["auto", "nccl", "ring"] = "auto"
+    """Implementation of the all-reduce between workers."""
+    pack_mb: float | None = Field(None, gt=0)
+    """Megabytes of gradients per all-reduce; null: all gradients in one."""
+    start_timeout: float = Field(600.0, gt=0)
+    """Seconds after which a worker stops waiting for the others at the rendezvous."""
+    max_restarts_without_progress: int = Field(5, ge=1)
+    """Restarts in a row without a step of progress after which the run ends with exit code 3."""
+    steps_per_call: int = Field(10, ge=1)
+    """Optimizer steps per call of the device."""
     log_every: SomeDuration = Duration(count=20, unit="steps")
+    """Interval of log lines and metrics."""
     checkpoint_every: SomeDuration = Duration(count=1, unit="epochs")
+    """Interval of checkpoints within an epoch; each epoch ends with one."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Number of newest checkpoints that are retained, in addition to the best."""
     progress: Literal["auto", "bar", "lines"] = "auto"
+    """Progress bar or log lines; auto: the bar on a terminal."""
     cache_dir: str = "~/.cache/kubetune"
-    memory_budget_gb: float | None = Field(None, gt=0)  # decoded images in memory; null: a quarter of the machine's
+    """Local folder of all caches and staged files."""
+    memory_budget_gb: float | None = Field(None, gt=0)
+    """Gigabytes of memory for decoded images and features; null: a quarter of the machine's."""
     disk_budget_gb: float = Field(50.0, ge=0)
+    """Gigabytes of `cache_dir` per cache."""
     data_threads: int | None = Field(None, ge=1)
-    http_port: int | None = Field(None, ge=1, le=65535)  # serves /healthz and /metrics; null: nothing is served
-    stuck_after: float = Field(900.0, gt=0)  # seconds without any progress, after which /healthz answers 503
-    log_format: Literal["text", "json"] = "text"  # json: one object a line, with the field names of Cloud Logging
-    termination_log: str | None = None  # file that gets the reason of the exit; /dev/termination-log in a pod
+    """Threads that read and decode images (processes of `trainer.prepare`); null: by the number of CPUs."""
+    http_port: int | None = Field(None, ge=1, le=65535)
+    """Port of /healthz and /metrics; null: no server."""
+    stuck_after: float = Field(900.0, gt=0)
+    """Seconds without progress after which /healthz returns 503."""
+    log_format: Literal["text", "json"] = "text"
+    """json: one object per line, with the field names of Cloud Logging."""
+    termination_log: str | None = None
+    """File that receives the reason of the exit; in a pod /dev/termination-log."""
 
     @model_validator(mode="after")
     def _fits(self) -> Runtime:
         if self.log_format == "json" and self.progress == "bar":
-            raise ValueError("a progress bar is no JSON: set runtime.progress=lines or runtime.log_format=text")
+            fix = "set runtime.progress=lines or runtime.log_format=text"
+            raise InvalidValue("a progress bar is not JSON", key="progress", value="bar", fix=fix)
         return self
 
     @property
@@ -214,29 +302,33 @@ ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tfli
 
 
 class Export(Section):
-    """What is made of the trained model at the end."""
+    """The files that are made of the trained model at the end."""
 
-    formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")  # docs/exports.md
-    max_accuracy_drop: float = Field(
-        0.01, ge=0, le=1
-    )  # fraction of the scored examples; a worse file ends the run with 2
+    formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")
+    """Formats to export (docs/exports.md)."""
+    max_accuracy_drop: float = Field(0.01, ge=0, le=1)
+    """Fraction of the scored examples that an export may get wrong in addition; a worse one ends the run with 2."""
 
 
 class Debug(Section):
-    """Shortcuts for looking at a run before paying for it."""
+    """Shortcuts for a trial run."""
 
-    max_steps: int | None = Field(None, ge=1)  # a phase ends after this many steps
-    max_examples: int | None = Field(None, ge=1)  # of each split
-    overfit: bool = False  # train on one batch, without regularisation, and score that batch
-    profile_steps: tuple[int, int] | None = None  # [first, last] step of the run, traced for TensorBoard
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps after which a phase ends; null: its own length."""
+    max_examples: int | None = Field(None, ge=1)
+    """Examples of each split that are used; null: all."""
+    overfit: bool = False
+    """Train on one batch, without regularization, and score that batch."""
+    profile_steps: tuple[int, int] | None = None
+    """[first, last] step of the run that is profiled for TensorBoard."""
 
 
-class RunConfig(Section):
-    """Everything a run was told."""
+class RequestedConfig(Section):
+    """The configuration that a user requests; the backbone, the batch size and the phases may be `auto`."""
 
     data: Data
     model: Model
-    phases: dict[str, Phase] = Field(min_length=1)
+    phases: Phases
     augmentation: Augmentation = Augmentation()
     training: Training = Training()
     runtime: Runtime = Runtime()
@@ -244,27 +336,41 @@ class RunConfig(Section):
     debug: Debug = Debug()
     distillation: Distillation | None = None
     seed: int = Field(42, ge=0, lt=2**31)
+    """Seed of all random numbers: head, order of the examples, augmentation, dropout."""
     output_dir: str | None = None
+    """Folder of the run, local or gs://; the same folder again resumes it. Null: a new folder below outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
-    warm_start: str | None = None  # output_dir of an earlier run, or one of its checkpoints: start from its weights
+    """auto: resume the run in output_dir if there is one; never: refuse such a folder; must: refuse any other."""
+    warm_start: str | None = None
+    """output_dir of an earlier run, or one of its checkpoints, with whose weights this run begins."""
     experiment_name: str | None = None
-    auto: Auto | None = Field(None, alias=AUTO, exclude=True)  # still to be chosen; never so in a saved configuration
+    """Name in the report and in the names of new folders below outputs/."""
 
-    @model_validator(mode="after")
-    def _features_fit(self) -> RunConfig:
-        faults = [
-            f"phases.{name}.{fault}"
-            for name, phase in self.phases.items()
-            if (fault := self.feature_config_error(phase))
-        ]
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+    @property
+    def autos(self) -> list[str]:
+        """The keys that are `auto`."""
+        values = {"model.backbone": self.model.backbone, "training.batch_size": self.training.batch_size}
+        keys = ["phases"] * isinstance(self.phases, AutoPhases)
+        return keys + [key for key, value in values.items() if value == "auto"]
 
     @property
     def example_limit(self) -> int | None:
         """Examples of each split that are used at most: one batch with debug.overfit; None: all."""
-        return self.training.batch_size if self.debug.overfit else self.debug.max_examples
+        size = self.training.batch_size
+        return size if self.debug.overfit and isinstance(size, int) else self.debug.max_examples
+
+
+class ResolvedTraining(Training):
+    """`Training` with its batch size resolved."""
+
+    batch_size: int = Field(32, ge=1)
+
+
+class RunConfig(RequestedConfig):
+    """The configuration of a run, with every `auto` resolved."""
+
+    phases: dict[str, Phase] = Field(min_length=1)
+    training: ResolvedTraining = ResolvedTraining()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
         """Optimizer steps that a phase takes at most."""
@@ -272,52 +378,95 @@ class RunConfig(Section):
         return min(steps, self.debug.max_steps or steps)
 
     def why_not_cacheable(self, phase: Phase) -> str | None:
-        """Why no phase like this can compute the features of its frozen layers once; None where it can."""
+        """The reason why a phase like this cannot compute the features of its frozen layers once; None if it can."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
             return "augmentation.mixup and cutmix mix other images in every epoch"
         if self.distillation:
-            return "the teacher answers in every step, for what augmentation made of the images"
+            return "the teacher predicts in every step, for the augmented images"
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
-    def feature_config_error(self, phase: Phase) -> str | None:
-        """The fault in what a phase asks of cached features; None where there is none."""
-        views, active = phase.augmented_views, self.augmentation.active
-        if views and views > 1 and not active:
-            return f"augmented_views={views}: nothing augments, every view would be the same; leave it null"
+    def feature_fault(self, name: str) -> ConfigError | None:
+        """The fault in the settings of a phase for cached features; None if there is none."""
+        phase, active = self.phases[name], self.augmentation.active
+        if phase.augmented_views and phase.augmented_views > 1 and not active:
+            return ConfigError("every view is the same without augmentation", key=f"phases.{name}.augmented_views",
+                               value=phase.augmented_views, fix="set it to null, or set augmentation")  # fmt: skip
         why = self.why_not_cacheable(phase)
         if phase.features != "cached" or why is None:
             return None
-        if active and not views and not self.augmentation.mixes and not self.distillation:
-            return "features=cached: with augmentation, say how many fixed views of each image, augmented_views=4"
-        return f"features=cached: {why}; say features=auto or live"
+        fix = "use auto or live"
+        if not (phase.augmented_views or self.augmentation.mixes or self.distillation):
+            fix = f"set a number of fixed views per image, phases.{name}.augmented_views=4, or {fix}"
+        return ConfigError(why, key=f"phases.{name}.features", value="cached", fix=fix)
 
 
-def load(tree: dict[str, Any]) -> RunConfig:
-    """Validate a composed tree.
+def load(tree: dict[str, Any]) -> RequestedConfig:
+    """Validate a composed tree; the result is a `RunConfig` if nothing in it is `auto`.
 
     Raises:
-        ConfigError: lists every fault at once.
+        ConfigError: its `faults` are all faults at once.
     """
-    tree = auto_apart(tree)
     try:
-        return RunConfig.model_validate(tree)
+        config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe_faults(error, RunConfig, tree)) from None
+        raise config_error(error, RequestedConfig, tree) from None
+    if config.autos:
+        return config
+    resolved = with_choices(config)
+    faults = [fault for name in resolved.phases if (fault := resolved.feature_fault(name))]
+    if faults:
+        raise ConfigError.of_faults(faults)
+    return resolved
 
 
-def apply_overfit(config: RunConfig) -> RunConfig:
-    """The configuration that is trained: with debug.overfit nothing may stand between the model and one batch."""
+def load_resolved(tree: dict[str, Any]) -> RunConfig:
+    """Validate a tree in which nothing is `auto`, such as that of config.yaml.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    config = load(tree)
+    if not isinstance(config, RunConfig):
+        raise ConfigError("is chosen only when a run begins", key=config.autos[0], value="auto", fix="set a value")
+    return config
+
+
+def read_config(text: str | bytes) -> dict[str, Any]:
+    """The tree of a config.yaml, with the present names of keys that were renamed since."""
+    tree = yaml.safe_load(text)
+    for old, new in RENAMED.items():
+        section, _, key = old.rpartition(".")
+        if key in (values := tree.get(section, {})):
+            values[new.rpartition(".")[2]] = values.pop(key)
+    return tree
+
+
+def with_choices(
+    config: RequestedConfig, backbone: str = "", batch_size: int = 0, phases: dict[str, Phase] | None = None
+) -> RunConfig:
+    """The resolved configuration, with these values for what is `auto`."""
+    size = config.training.batch_size
+    training = dict(config.training) | {"batch_size": batch_size if size == "auto" else size}
+    values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}
+    if config.model.backbone == "auto":
+        values["model"] = config.model.model_copy(update={"backbone": backbone})
+    if isinstance(config.phases, AutoPhases):
+        values["phases"] = phases
+    return RunConfig.model_construct(**values)
+
+
+def apply_overfit(config: RequestedConfig) -> RequestedConfig:
+    """The configuration that is trained: debug.overfit switches off all regularization."""
     if not config.debug.overfit:
         return config
-    auto = config.auto.model_copy(update={"batch_size": False}) if config.auto else None  # it would be of that batch
-    return config.model_copy(
-        update={
-            "auto": auto,
-            "augmentation": Augmentation(),
-            "distillation": None,
-            "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
-            "training": config.training.model_copy(update={"label_smoothing": 0.0, "ema": None, "keep": "last"}),
-        }
-    )
+    batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size
+    training = {"batch_size": batch_size, "label_smoothing": 0.0, "ema": None, "keep": "last"}
+    changed = config.model_copy(update={
+        "augmentation": Augmentation(),
+        "distillation": None,
+        "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
+        "training": config.training.model_copy(update=training),
+    })  # fmt: skip
+    return changed if changed.autos else with_choices(changed)

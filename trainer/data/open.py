@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.schema import Data, RunConfig
+from trainer.config.schema import Data, RequestedConfig
 from trainer.data.digits import digits_folder
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import read_groups
@@ -33,7 +33,7 @@ class OpenedData:
     weights: str  # `model.weights`, or the local copy of it
 
 
-def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
+def open_run_data(config: RequestedConfig, note: Note, check: Callable[[str], None], stream: bool = True) -> OpenedData:
     """Open the data of a run, staged on the local disk where it is in a bucket.
 
     Args:
@@ -49,7 +49,7 @@ def open_run_data(config: RunConfig, note: Note, check: Callable[[str], None], s
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
-def open_run_dataset(config: RunConfig, data: Data, note: Note, streamed: bool = False) -> Dataset:
+def open_run_dataset(config: RequestedConfig, data: Data, note: Note, streamed: bool = False) -> Dataset:
     """Open `data`, `config.data` with local paths; with debug.overfit one batch, which is also the validation split."""
     cache, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(data, seed=config.seed, cache_dir=cache, max_examples=limit, note=note, streamed=streamed)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trainer.config.schema import RunConfig
+from trainer.config.schema import RequestedConfig
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import records_of
@@ -18,7 +18,7 @@ from trainer.monitoring.progress import written_images
 from trainer.storage.path import storage_path
 
 
-def prepare(config: RunConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
+def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
     """Write the dataset that the configuration names into `output`; a restart continues an interrupted one.
 
     With `part` (i, n) it writes every n-th shard, from the i-th on; the part that completes them finishes the dataset.

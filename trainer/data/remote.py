@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trainer.config.schema import Data, RunConfig, Runtime
+from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
 from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo
@@ -27,8 +27,8 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
 
 
 def local_copies(
-    config: RunConfig, note: Note, check: Callable[[str], None], stream: bool = False
-) -> tuple[RunConfig, dict[str, str], ShardCache | None]:
+    config: RequestedConfig, note: Note, check: Callable[[str], None], stream: bool = False
+) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """Copy the data and weights of a configuration from buckets to the local disk.
 
     Args:

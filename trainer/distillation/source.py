@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
@@ -78,7 +77,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
 
 def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
-        settings = config.load(yaml.safe_load((home / "config.yaml").read_text()))
+        settings = config.load_resolved(config.read_config((home / "config.yaml").read_text()))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None

@@ -101,8 +101,8 @@ def plan_features(
     steps = -(-count // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if error := config.feature_config_error(phase):  # of phases that the advice table chose
-            raise ConfigError(f"phases.{name}.{error}")
+        if fault := config.feature_fault(name):  # of phases that the advice table chose
+            raise fault
         cut, epochs = divisions[name].cut, config.phase_steps(phase, steps) / steps
         choice = _choose(config, phase, cut, epochs, count + scored, budget)
         if phase.features == "cached" and choice.reads != "cached":

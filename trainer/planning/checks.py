@@ -1,4 +1,4 @@
-"""Checks of a run that change nothing: data, output folder, warm start and teacher, with the run's own errors."""
+"""Checks that change nothing: data, output folder, warm start and teacher, with the errors of a run."""
 
 import json
 import shutil
@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.cluster.devices import choose_devices, describe_devices
-from trainer.cluster.discovery import Cluster
-from trainer.config.schema import RunConfig
+from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
 from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
@@ -31,19 +29,9 @@ from trainer.training import variables
 from trainer.types import Dataset, Split
 
 
-def devices(config: RunConfig, cluster: Cluster) -> tuple[str, int]:
-    """The devices in words, and the number of replicas of one worker.
-
-    Raises:
-        ConfigError: the batch cannot be shared or there are too few devices.
-    """
-    kind, wanted = choose_devices(config.runtime, cluster.size)
-    return describe_devices(kind, wanted, cluster, config), wanted
-
-
 @contextmanager
 def metadata(address: str, entries: Iterable[ObjectInfo]) -> Iterator[str]:
-    """A temporary folder, named like the one in the bucket, with these files of it."""
+    """Yield a temporary folder, named like the one in the bucket, with these files of it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
@@ -52,11 +40,11 @@ def metadata(address: str, entries: Iterable[ObjectInfo]) -> Iterator[str]:
         yield str(folder)
 
 
-def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
-    """A TFDS folder in a bucket from its few kilobytes of metadata: names and counts are right, labels are all 0.
+def outline_of_bucket(config: RequestedConfig, root: str) -> Dataset:
+    """The dataset of a TFDS folder in a bucket by its metadata alone: names and counts are right, labels are all 0.
 
     Raises:
-        DataError: it is no TFDS folder, or lacks a split that was asked for.
+        DataError: it is no TFDS folder, or lacks a configured split.
     """
     import tensorflow_datasets as tfds
 
@@ -67,7 +55,8 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
             info = tfds.builder_from_directory(folder).info
             names = data.class_names or tuple(info.features[data.label_field].names)
         except Exception as error:  # TFDS raises what its JSON readers raise
-            raise DataError(f"{root} is no TFDS folder that can be read: {str(error).splitlines()[0]}") from None
+            problem = f"is no readable TFDS folder: {str(error).splitlines()[0]}"
+            raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     specs = split_specs(data, info.splits)
     shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
@@ -80,34 +69,34 @@ def outline_of_bucket(config: RunConfig, root: str) -> Dataset:
 
 
 def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """The local path of an address, None where a run would have to fetch something; that in words; its files.
+    """The local path of an address (None if a run would fetch files first), a line about it, and its files.
 
     Raises:
-        DataError: as `stage`: nothing is there, it cannot be read, or it does not fit the budget.
+        DataError: as `stage`: it does not exist, cannot be read, or does not fit the budget.
     """
     copy = planned_copy(address, cache, budget)
     missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
     if not missing:
-        return copy.path, f"{address}: lies in {copy.folder}, fetched before", entries
+        return copy.path, f"{address}: is in {copy.folder} already", entries
     size = sum(entry.size for entry in missing.values())
     return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}", entries
 
 
-def newest_state(config: RunConfig) -> dict[str, Any] | None:
-    """The state of the newest checkpoint in output_dir that can be read; None where there is none."""
-    there = storage_path(config.output_dir or "")
-    if there.is_local:
-        checkpoints = CheckpointFolder(Path(str(there)) / "checkpoints", 1, lambda _: None)
+def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
+    """The state of the newest readable checkpoint in output_dir; None if there is none."""
+    home = storage_path(config.output_dir or "")
+    if home.is_local:
+        checkpoints = CheckpointFolder(Path(str(home)) / "checkpoints", 1, lambda _: None)
         for step in reversed(checkpoints.steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
-    names = names_in(there / "checkpoints" / "LATEST")
-    return json.loads((there / "checkpoints" / names[0] / "state.json").read()) if names else None
+    names = names_in(home / "checkpoints" / "LATEST")
+    return json.loads((home / "checkpoints" / names[0] / "state.json").read()) if names else None
 
 
-def probe_output(config: RunConfig) -> str:
-    """Write and delete a small file where the run would write; returns a line about it.
+def probe_output(config: RequestedConfig) -> str:
+    """Write and delete a small file in the folder that the run would write to, and return a line about it.
 
     Raises:
         ConfigError, DataError, Interrupted: it cannot be written.
@@ -120,41 +109,41 @@ def probe_output(config: RunConfig) -> str:
             probe.write("probe", only_if=None)
             probe.delete()
         except TrainerError as error:
-            raise type(error)(str(error).replace(str(probe), address)) from None
+            error.problem = error.problem.replace(str(probe), address)
+            raise
         return f"{address}: a probe was written and deleted"
     folder = Path(address).expanduser()
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    existing = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     try:
-        with tempfile.NamedTemporaryFile(prefix=".probe-", dir=there) as file:
+        with tempfile.NamedTemporaryFile(prefix=".probe-", dir=existing) as file:
             file.write(b"probe")
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be written to ({error.strerror})") from None
-    free = shutil.disk_usage(there).free
-    where = "" if there == folder else f" in {there.resolve()}, since the folder is not there yet"
+        problem, fix = f"cannot be written to ({error.strerror})", "use a folder that this process may write to"
+        raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
+    free = shutil.disk_usage(existing).free
+    where = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
     return f"{folder}: a probe was written and deleted{where}; {free / 1e9:,.1f} GB free"
 
 
 def find_warm_start(source: str) -> str:
-    """A line about the checkpoints of a warm start.
+    """Return a line about the checkpoints of a warm start.
 
     Raises:
         DataError: there is none.
     """
     if is_remote(source):
         if not (storage_path(source) / "checkpoints" / "LATEST").exists():
-            raise DataError(f"warm_start={source}: there is no checkpoint; give the output_dir of a run")
+            raise DataError("there is no checkpoint", key="warm_start", value=source, fix="use the output_dir of a run")
         return f"{source}: has a committed checkpoint"
     steps = local_checkpoints(source, Path(source).expanduser()).steps()
     return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
-    """The files of a teacher; `classes` are those of the data, where they are known.
+    """The files of a teacher; `classes` are those of the data, None if they are not known.
 
     Raises:
-        DataError, ConfigError: there is none, or it does not know these classes.
+        DataError, ConfigError: there is none, or it has other classes.
     """
     files = find_teacher(address)
     if classes is not None:
@@ -164,21 +153,21 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """A teacher; sizes in bytes, activations of one replica (0 of a SavedModel: they are not known)."""
+    """A teacher; sizes in bytes, activations of one replica (0 for a SavedModel: they are not known)."""
 
-    words: str
+    text: str
     variables: int
     activations: int
-    answers: int  # that a worker stores; 0 where the teacher answers in every step
+    logits: int  # that a worker stores; 0 if the teacher predicts in every step
 
     def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
         """Bytes in memory, every replica of a worker counted."""
-        optional = [("its activations", self.activations * replicas), ("its answers", self.answers)]
+        optional = [("its activations", self.activations * replicas), ("its logits", self.logits)]
         return [("the teacher's variables", self.variables * replicas), *(row for row in optional if row[1])]
 
 
 def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, without reading weights in a bucket; a replica computes `rows` examples at once.
+    """Open the teacher as a run would, without weights from a bucket; a replica computes `rows` examples at once.
 
     Raises:
         DataError, ConfigError, ModelError: as a run would.
@@ -190,17 +179,17 @@ def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan 
     begun = newest_state(config) if config.output_dir else None
     check_same(str(config.output_dir), begun.get("teacher") if begun else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
-    answers = 0 if every_step else count * len(files.classes) * 4
-    how = "answers in every step" if every_step else f"answers once, for {count:,} training images"
+    logits = 0 if every_step else count * len(files.classes) * 4
+    how = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
             saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {how}", size, 0, answers)
+        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {how}", size, 0, logits)
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
-    words = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {how}"
+    text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {how}"
     activations = activation_bytes(classifier, None, rows if every_step else ROWS)
-    return TeacherPlan(words, bytes_of(classifier.variables.values()), activations, answers)
+    return TeacherPlan(text, bytes_of(classifier.variables.values()), activations, logits)

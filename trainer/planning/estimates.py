@@ -1,4 +1,4 @@
-"""Steps, parameters, memory and bytes of a run that has not begun."""
+"""Estimates of steps, parameters, memory and bytes of a run before it begins."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from trainer.types import Split
 
 
 def bytes_of_split(split: Split) -> int:
-    """Bytes of the files of a split, or of its part of each shard; 0 where they are not on this disk."""
+    """Bytes of the files of a split, or of its part of each shard; 0 if they are not on this disk."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -32,7 +32,7 @@ COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """One phase; sizes in bytes, activations of one replica's piece of a batch."""
+    """The plan of one phase; sizes in bytes, activations of one replica's part of a batch."""
 
     name: str
     steps: int
@@ -48,12 +48,12 @@ class PhasePlan:
 
 
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
-    """Apply each phase's thaw in turn; the classifier is left as the last phase has it.
+    """Apply each phase's thaw in turn; the classifier is left in the state of the last phase.
 
     `epoch` is in steps; a replica computes `rows` examples at once.
 
     Raises:
-        ModelError: a rule of freezing matches nothing.
+        ModelError: a thaw rule matches nothing.
     """
     plans = []
     every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
@@ -93,15 +93,15 @@ def parameters(classifier: Classifier) -> int:
 
 
 def activation_bytes(classifier: Classifier, first_thawed: int | None, rows: int) -> int:
-    """Bytes of the layers' outputs for `rows` examples: all that gradients flow through, below those two at a time."""
-    sizes = [rows * _output_bytes(layer) for layer in classifier.backbone.layers]
+    """Bytes of the layers' outputs for `rows` examples: all above the lowest thawed layer, below it two at a time."""
+
+    def output_bytes(layer: keras.Layer) -> int:
+        outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
+        return sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
+
+    sizes = [rows * output_bytes(layer) for layer in classifier.backbone.layers]
     border = len(sizes) if first_thawed is None else first_thawed
     return sum(sizes[border:]) + sum(sorted(sizes[:border])[-2:])
-
-
-def _output_bytes(layer: keras.Layer) -> int:
-    outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
-    return sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
 
 
 def resident() -> int:
@@ -112,9 +112,9 @@ def resident() -> int:
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """Memory by use, bytes, in the phase that takes most, every replica of this worker counted.
+    """Bytes of memory by use, in the phase that takes most, every replica of this worker counted.
 
-    The process took `before` bytes with its libraries, before the network.
+    `before` is the memory of the process with its libraries, before the network.
     """
     most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
@@ -124,5 +124,5 @@ def memory_rows(
         ("optimizer and averages", (most.optimizer + most.averages) * replicas),
         ("activations of one batch", most.activations * replicas),
         ("compiled steps and buffers, about", COMPILED),
-        ("decoded images kept in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
+        ("decoded images in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]

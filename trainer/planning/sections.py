@@ -1,51 +1,49 @@
-"""The sections of a plan. TensorFlow is imported by none of them before it is needed."""
+"""The sections of a plan."""
 
-from __future__ import annotations
-
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trainer.cli.compose import compose, conf_folder
+from trainer.cli.compose import GROUPS, compose
 from trainer.cluster.discovery import Cluster
-from trainer.config.auto import adopted
+from trainer.config.auto import resolve_auto
 from trainer.config.diff import flat
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RequestedConfig, RunConfig, load
+from trainer.data.host import memory_limit
+from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
+from trainer.planning import checks
+from trainer.planning.estimates import PhasePlan, bytes_of_split
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
-if TYPE_CHECKING:
-    from trainer.data.images import CachePlan
-    from trainer.planning.estimates import PhasePlan
-
 WIDTH = 100  # columns where the output is no terminal
-FEW = 5  # names that are listed
+FEW = 5  # names that are printed
 DOMINANT = 0.6  # fraction of the training examples above which one class is worth a warning
 Rows = list[tuple[str, str]]
 
 
 @dataclass
 class Plan:
-    """State of a dry run; sections print as they become known."""
+    """The state of a dry run."""
 
-    config: RunConfig
+    config: RequestedConfig
     cluster: Cluster
-    console: Console
+    replicas: int = 1  # of this worker
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
     dataset: Dataset | None = None
     labels_known: bool = True
-    reasons: list[str] = field(default_factory=list)  # for `auto` values, one line a choice
+    reasons: list[str] = field(default_factory=list)  # of `auto` values that the run chose before, one line per choice
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would fetch from a bucket first
 
     @property
@@ -53,7 +51,7 @@ class Plan:
         return sum(entry.size for entry in self.to_stage)
 
     def section(self, title: str, rows: Rows, width: int = 14) -> None:
-        """A heading, and under it labels with their values."""
+        """Print a heading, and under it labels with their values."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
         table.add_column(overflow="fold")
@@ -63,8 +61,9 @@ class Plan:
 
     def print(self, *parts: RenderableType) -> None:
         """Print without the blanks that tables are padded with at the right."""
-        with self.console.capture() as captured:
-            self.console.print(*parts, sep="\n")
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        with console.capture() as captured:
+            console.print(*parts, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
 
     @contextmanager
@@ -77,16 +76,16 @@ class Plan:
                 self.faults.append(error)
 
     def conclude(self) -> None:
-        """Show the warnings, and raise the errors that a run would end with."""
+        """Print the warnings, and raise the errors that a run would end with."""
         if self.warnings:
             self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
-            raise ConfigError("\n".join(map(str, self.faults)))
+            raise ConfigError.of_faults(self.faults, "the run")
 
     def tried(self, action: Callable[[], str]) -> str:
-        """A tick and the result, or a cross and the error, which is collected as by `fault`."""
+        """A tick and the result, or a cross and the error, which is collected by `fault`."""
         line = ""
         with self.fault():
             try:
@@ -98,21 +97,18 @@ class Plan:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Format bytes as kB, MB or GB."""
     if count < 1e5:
         return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
-    """The chosen groups, the values that differ from them, and the state of output_dir."""
-    from trainer.planning import checks
-
+    """Print the chosen groups, the values that differ from them, and the state of output_dir."""
     config, output = plan.config, plan.config.output_dir
-    groups = {p.name for p in conf_folder().iterdir() if p.is_dir()}
-    chosen = [a for a in arguments if a.split("=")[0] in groups]
+    chosen = [a for a in arguments if a.split("=")[0] in GROUPS]
     rows: Rows = [("choices", "  ".join(chosen) or "experiment=quickstart"), ("seed", str(config.seed))]
-    with suppress(ConfigError):  # the groups alone lack what must be given
+    with suppress(ConfigError):  # the groups alone may lack required keys
         base, now = flat(load(compose(chosen) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
         rows += [("" if number else "changed", line) for number, line in enumerate(changed)]
@@ -123,10 +119,10 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
             if is_finished(config):
                 state = "finished already (it holds DONE): the run would end at once"
             elif begun := inspect_folder(config)[0]:
-                plan.config, plan.reasons = adopted(config, begun)
+                plan.config, plan.reasons = resolve_auto(config, begun=begun)
                 saved = checks.newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
-                state = f"holds this run: it would go on at step {saved['step']:,}, phase {phase}"
+                state = f"holds this run: it would resume at step {saved['step']:,}, phase {phase}"
             if (by := holder_of_folder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
@@ -138,23 +134,8 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
-def show_cluster(plan: Plan, devices: str) -> None:
-    """Workers, devices, and each replica's part of a batch."""
-    cluster, some = plan.cluster, plan.cluster.addresses[:FEW]
-    count = f"1, {cluster.source}" if cluster.size == 1 else f"{cluster.size}, found from {cluster.source}"
-    rows: Rows = [("workers", f"{count}" + (f"; this is number {cluster.index}" if cluster.size > 1 else ""))]
-    if some:
-        rows.append(("addresses", ", ".join(some) + (f" and {cluster.size - FEW} more" if cluster.size > FEW else "")))
-    _, _, what = devices.partition(": ")
-    accumulate = plan.config.training.accumulate
-    pieces = f", each replica's part in {accumulate} pieces" if accumulate > 1 else ""
-    plan.section("cluster", [*rows, ("devices", what), ("batch", f"{plan.config.training.batch_size} images{pieces}")])
-
-
-def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
-    """Names, counts, bytes, balance, and where decoded images would live."""
-    from trainer.planning.estimates import bytes_of_split
-
+def show_data(plan: Plan, rows: Rows) -> None:
+    """Print names, counts, bytes and balance."""
     dataset = plan.dataset
     assert dataset
     names = dataset.class_names
@@ -172,19 +153,14 @@ def show_data(plan: Plan, rows: Rows, caches: dict[str, CachePlan]) -> None:
                                  f"fewest {counts[fewest]:,} ({names[fewest]})"))  # fmt: skip
         if counts[most] > DOMINANT * counts.sum() and len(names) > 1:
             part = counts[most] / counts.sum()
-            plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: always answering that is "
+            plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: a constant prediction is "
                                  f"right {part:.0%} of the time; training.class_weights=balanced may help")  # fmt: skip
-    words = {"memory": "kept in memory", "disk": f"kept in {plan.config.runtime.cache_dir}", "none": "not kept"}
-    for name, cache in caches.items():
-        shown.append(("decoded" if name == "train" else "", f"{name}: {size(cache.bytes)}, {words[cache.where]}"))
     plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
-    """Probes of input and output, warm start, teacher and weights; `problem`: why the data could not be opened."""
-    from trainer.planning import checks
-
-    config, dataset, read = plan.config, plan.dataset, problem or "not here yet"
+    """Print probes of input and output, warm start, teacher and weights; `problem` is that of opening the data."""
+    config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
             path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path
@@ -207,8 +183,8 @@ def show_storage(plan: Plan, problem: str) -> None:
     plan.section("storage", rows)
 
 
-def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
-    """A table with one line a phase."""
+def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
+    """Print a table with one line per phase; an epoch has `epoch` steps, the workers shard the data by `by`."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
     for name in ("steps", "epochs", "trains", "layers"):
@@ -216,28 +192,26 @@ def show_phases(plan: Plan, phases: list[PhasePlan], total: int, epoch: int, by:
     for name in ("thaw", "optimizer", "rate and schedule"):
         table.add_column(name, overflow="fold")
     for phase in phases:
-        settings = plan.config.phases[phase.name]
+        settings = config.phases[phase.name]
         optimizer, schedule = settings.optimizer, settings.schedule
-        warmup = schedule.warmup.steps(epoch, plan.config.training.batch_size)
+        warmup = schedule.warmup.steps(epoch, config.training.batch_size)
         rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
-        rate += f", x {settings.layer_decay:g} a block" if settings.layer_decay != 1 else ""
+        rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
         row = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in row))
-    shared = f"; shared by {by}" if plan.cluster.size > 1 else ""
+    sharded = f"; sharded by {by}" if plan.cluster.size > 1 else ""
     steps = sum(phase.steps for phase in phases)
-    sums = f"  {steps:,} steps at most, {epoch:,} an epoch{shared}; {total:,} parameters in all, the head included"
+    sums = f"  {steps:,} steps at most, {epoch:,} per epoch{sharded}; {total:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(sums))
 
 
 def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
-    """An estimate of memory by use, with the machine's limit."""
-    from trainer.data.host import memory_limit
-
+    """Print an estimate of memory by use, with the machine's limit."""
     limit, total = memory_limit(), sum(count for _, count in rows)
-    shown = [*rows, ("all together", total), ("limit of this machine", limit)]
+    shown = [*rows, ("in total", total), ("limit of this machine", limit)]
     plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
     if total > limit:
         plan.warnings.append(f"the estimate of {size(total)} is above this machine's {size(limit)}: lower "
@@ -245,35 +219,34 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Bytes read and written by the whole run."""
-    from trainer.planning.estimates import bytes_of_split
-
+    """Print the bytes that the whole run reads and writes."""
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
     read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
     staged = f"; {size(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
-    saves, there = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
+    saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
     formats = config.export.formats
     rows: Rows = [
         ("read", f"{size(read or plan.bytes_to_stage)} of images{staged}"),
-        ("checkpoints", f"up to {saves:,} of {size(checkpoint)}; {there} of them, {size(there * checkpoint)}, at once"),
+        ("checkpoints", f"up to {saves:,} of {size(checkpoint)}; {stored} at once, {size(stored * checkpoint)}"),
         ("export", f"{', '.join(formats)}: about {size(model * len(formats))}" if formats else "nothing"),
     ]
     plan.section("bytes", rows)
 
 
-def look_for_trouble(plan: Plan, phases: list[PhasePlan]) -> None:
-    """Warn of settings that would run, but hardly as they were meant."""
+def add_warnings(plan: Plan, phases: list[PhasePlan]) -> None:
+    """Add warnings of settings that run, but hardly as intended."""
     config, warn, dataset = plan.config, plan.warnings.append, plan.dataset
-    frozen = [name for name, phase in config.phases.items() if phase.batch_norm == "frozen" and not config.auto]
+    names = config.phases if isinstance(config, RunConfig) else {}
+    frozen = [name for name, phase in names.items() if phase.batch_norm == "frozen"]
     if config.model.weights == "none" and not config.warm_start and frozen:
-        warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalisation stays as drawn, and the "
-             f"score near chance; set phases.{frozen[0]}.batch_norm=train and phases.{frozen[0]}.thaw=all")  # fmt: skip
+        warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalization stays as initialized, "
+             f"scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all")  # fmt: skip
     limits = [f"debug.{key}={value}" for key, value in config.debug if value]
     if limits:
         warn(f"{', '.join(limits)}: this is a trial, not the real run")
-    if not phases or dataset is None:
+    if not phases or dataset is None or not isinstance(config, RunConfig):
         return
     epoch = max(phases[0].steps / phases[0].epochs, 1)
     every = config.runtime.checkpoint_every.steps(round(epoch), config.training.batch_size)

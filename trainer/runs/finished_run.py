@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
-from trainer.config.schema import Model, RunConfig, load
+from trainer.config.schema import Model, RunConfig, load_resolved, read_config
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import PREFIX, names_in, read_checkpoint, step_of, weights_of
 from trainer.storage.path import StoragePath, storage_path
@@ -43,7 +42,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     try:
         facts = json.loads((home / "run.json").read())
         if {"classes", "data_fingerprint"} <= facts.keys():
-            return home, yaml.safe_load(written[0]), facts
+            return home, read_config(written[0]), facts
     except (ValueError, DataError):
         pass
     raise DataError("its run.json is damaged or missing", key="run", value=address, fix="give another run")
@@ -64,7 +63,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
             section = section.setdefault(part, {})
         section[last] = value
     try:
-        return FinishedRun(address, home, load(tree), tuple(facts["classes"]), facts["data_fingerprint"])
+        return FinishedRun(address, home, load_resolved(tree), tuple(facts["classes"]), facts["data_fingerprint"])
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"its config.yaml is invalid: {error}", key="run", value=address, fix=fix) from None

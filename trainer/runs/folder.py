@@ -19,9 +19,9 @@ import yaml
 
 import trainer
 from trainer.cluster.control import ControlChannel
-from trainer.config.auto import adopted, advise, choice_of, settled
+from trainer.config.auto import resolve_auto
 from trainer.config.diff import differences
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, read_config
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.runs.publisher import Publisher
@@ -44,9 +44,9 @@ class RunFolder:
     resuming: bool  # it contains this run
     lock: TextIO | None  # None on workers other than the chief
     publisher: Publisher
-    config: RunConfig  # of the run; when resuming, with the values that it chose for `auto`
+    config: RequestedConfig  # of the run; when resuming, with the values that it chose for `auto`
 
-    def record(self, config: RunConfig) -> None:
+    def record(self, config: RequestedConfig) -> None:
         """Write config.yaml: from now on the folder belongs to this run."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
@@ -144,7 +144,7 @@ def _hold(folder: Path, workers: int) -> TextIO:
     return lock
 
 
-def holder_of_folder(config: RunConfig) -> str | None:
+def holder_of_folder(config: RequestedConfig) -> str | None:
     """The process that trains into output_dir, by its lock or lease (DataError: unreadable), or None. Read-only."""
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
@@ -160,7 +160,7 @@ def holder_of_folder(config: RunConfig) -> str | None:
     return None
 
 
-def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
+def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     """Lock the folder `config.output_dir`, or a new one under outputs/.
 
     Raises:
@@ -181,7 +181,7 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
         folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
         if begun is not None:
             (path / "DONE").unlink(missing_ok=True)  # a finished run is extended
-        if begun is not None or config.auto is None:  # else `resolve_auto` records it
+        if begun is not None or isinstance(config, RunConfig):  # else `resolve_auto_once` records it
             folder.record(folder.config)
         return folder
     except BaseException:
@@ -189,7 +189,7 @@ def open_run_folder(config: RunConfig, workers: int = 1) -> RunFolder:
         raise
 
 
-def check_folder(config: RunConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
+def check_folder(config: RequestedConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
     """The configuration with which a run resumes in its output_dir; None if it begins there.
 
     Args:
@@ -211,10 +211,10 @@ def check_folder(config: RunConfig, address: str, names: Iterable[str], record: 
     if config.resume == "never":
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
-    return check_same_run(config, load(yaml.safe_load(record)), address)
+    return check_same_run(config, load_resolved(read_config(record)), address)
 
 
-def inspect_folder(config: RunConfig) -> tuple[RunConfig | None, dict[str, Any]]:
+def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
     """The result of `check_folder` for an output_dir, and its run.json, empty if it does not exist. Read-only."""
     folder = storage_path(config.output_dir or "")
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
@@ -234,24 +234,24 @@ def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> 
         raise DataError(problem, key="output_dir", value=address, fix=fix)
 
 
-def check_same_run(config: RunConfig, before: RunConfig, address: str) -> RunConfig:
+def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
     """Return `config` with the values that `before` chose for `auto`. Raises ConfigError if it is another run."""
-    config, _ = adopted(config, before)
+    config, _ = resolve_auto(config, begun=before)
     if changed := differences(before, config):
         problem = "\n".join(["holds a run with another configuration:", *(f"  {line}" for line in changed)])
         raise ConfigError(problem, key="output_dir", value=address, fix="give another folder, or the same values")
     return config
 
 
-def is_finished(config: RunConfig) -> bool:
+def is_finished(config: RequestedConfig) -> bool:
     """Return whether `config.output_dir` contains this run, finished. Read-only."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = load(yaml.safe_load((folder / "config.yaml").read_text()))
-    config, _ = adopted(config, before)
+    before = load_resolved(read_config((folder / "config.yaml").read_text()))
+    config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
     return same_length and not differences(before, config)
 
@@ -260,47 +260,49 @@ class Finished(Exception):
     """The run is already finished."""
 
 
-def require_unfinished(config: RunConfig) -> None:
+def require_unfinished(config: RequestedConfig) -> None:
     """Raise `Finished` if the run is finished."""
     if is_finished(config):
         folder = config.output_dir
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
-def require_output_dir(config: RunConfig, workers: int) -> None:
+def require_output_dir(config: RequestedConfig, workers: int) -> None:
     """Raise a ConfigError for several workers without an output_dir."""
     if workers > 1 and not config.output_dir:
         raise ConfigError("several workers need one", key="output_dir", fix="give a folder that outlives the workers")
 
 
-def follow_run_folder(config: RunConfig) -> RunFolder:
+def follow_run_folder(config: RequestedConfig) -> RunFolder:
     """The folder on a worker other than the chief, which does not access it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
-def _local_folder(config: RunConfig, address: str) -> Path:
+def _local_folder(config: RequestedConfig, address: str) -> Path:
     """The folder that a run writes into: output_dir, or a cache folder for one in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
 
 
-def resolve_auto(
-    config: RunConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
+def resolve_auto_once(
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
     """Resolve `auto` values as this run did before, or by the advice table; also return a reason for each."""
 
     def choose() -> tuple[dict[str, Any], list[str]]:
-        if folder.resuming:
-            chosen, reasons = adopted(config, folder.config)
-        else:
-            chosen, reasons = advise(config, dataset.splits["train"].count, len(dataset.class_names))
+        begun = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
+        images, classes = dataset.splits["train"].count, len(dataset.class_names)
+        chosen, reasons = resolve_auto(config, images, classes, begun)
+        if begun is None:
             folder.record(chosen)
-        return choice_of(chosen), reasons
+        return chosen.model_dump(mode="json"), reasons
 
-    choice, reasons = control.broadcast("advice", choose) if config.auto else ({}, [])
+    if isinstance(config, RunConfig):
+        return config, []
+    choice, reasons = control.broadcast("advice", choose)
     for reason in reasons:
         log.info(reason)
-    return settled(config, choice), reasons
+    return resolve_auto(config, begun=RunConfig.model_validate(choice))[0], reasons

@@ -44,7 +44,7 @@ class RestartHistory:
             lines = [f"  {e['started']}: {e['reason'] or 'killed (out of memory?)'}" for e in failures[-3:]]
             problem = f"{len(failures)} restarts in a row made no progress beyond step {step}, the last ones with:"
             fix = f"fix the cause, then delete {self.file} or raise this limit"
-            raise GaveUp("\n".join([problem, *lines]), key="runtime.max_fruitless_restarts", value=most, fix=fix)
+            raise GaveUp("\n".join([problem, *lines]), key="runtime.max_restarts_without_progress", value=most, fix=fix)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._ours = True
         self.entries.append({"step": step, "started": now, "kind": None, "reason": None})

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config.base import Section, describe_faults
-from trainer.errors import ConfigError
+from trainer.config.base import InvalidValue, Section, config_error
 
 
 class Settings(Section):
@@ -34,7 +33,11 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check_a_request_fits_the_queue(self) -> Settings:
         if self.max_images > self.queue:
-            raise ValueError(f"max_images={self.max_images} is more than queue={self.queue}: it would always get 503")
+            problem, fix = (
+                f"is more than queue={self.queue}: it would always get 503",
+                f"use at most {self.queue}, or a larger queue",
+            )
+            raise InvalidValue(problem, key="max_images", value=self.max_images, fix=fix)
         return self
 
 
@@ -53,4 +56,4 @@ def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Se
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe_faults(error, Settings, tree), fix="run python -m trainer.serve --help") from None
+        raise config_error(error, Settings, tree) from None
