@@ -89,8 +89,8 @@ def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> No
     results = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
     assert f"{results['best_value']:.4f}" == score
     statuses = ["STATUS_SUCCESS", "STATUS_FAILURE"]
-    asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
-    rows = {g["name"]: g for g in post(sweep, "hparams/session_groups", asked)["sessionGroups"]}
+    query = {"experimentName": "", "startIndex": 0, "sliceSize": 9, "allowedStatuses": statuses, "colParams": []}
+    rows = {g["name"]: g for g in post(sweep, "hparams/session_groups", query)["sessionGroups"]}
     assert {name: row["sessions"][0]["status"] for name, row in rows.items()} == {"0": statuses[1], "1": statuses[0]}
     assert [rows[name]["hparams"][RATE] for name in ("0", "1")] == [1e38, 0.01]
     assert {m["name"]["tag"] for m in rows["1"]["metricValues"]} == {"val_accuracy", "test_accuracy"}

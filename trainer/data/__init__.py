@@ -1,1 +1,1 @@
-"""From labelled images, wherever they lie, to batches."""
+"""Datasets: sources, splits, order, decoding, augmentation, batches."""
