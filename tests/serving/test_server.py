@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no pixels": ({"files": {"file": images.huge(1000, 1000)}}, 400, "cannot be decoded"),
     "bomb": ({"files": {"file": images.bomb(10_000, 10_000)}}, 413, "10000 x 10000 pixels, the limit is 2,000,000"),
     "too long": ({"files": {"file": b"x" * 1_100_000}}, 413, "longer than 1,000,000 bytes"),
-    "too many": ({"files": [("file", photo())] * 9}, 413, "a request may hold 8 images"),
+    "too many": ({"files": [("file", photo())] * 9}, 413, "a request may have at most 8 images"),
 }  # fmt: skip
 
 
