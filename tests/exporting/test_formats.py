@@ -251,7 +251,7 @@ def test_a_missing_onnxruntime_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_an_unknown_format_is_refused() -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    with pytest.raises(ConfigError, match=r"export.formats.1: .*'tflite_int8' or 'onnx' \(is 'tflite_int4'\)"):
+    with pytest.raises(ConfigError, match=r"export.formats.1=tflite_int4: .*'tflite_int8' or 'onnx'"):
         config.load(tree | {"export": {"formats": ["saved_model", "tflite_int4"]}})
 
 

@@ -96,7 +96,7 @@ def test_an_incomplete_request_does_not_block_the_exit(exported: Exported) -> No
             served.send()
             assert served.exit_code() == INTERRUPTED
             assert time.monotonic() - began < 30
-        assert "drain=2.0: 1 requests got no response" in served.output
+        assert "drain=2.0: 1 requests not finished" in served.output
 
 
 def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedProcess[str]:
@@ -153,4 +153,4 @@ def test_a_damaged_export_ends_with_2(exported: Exported, tmp_path: Path, name: 
     file.write_bytes(file.read_bytes()[:3000])
     done = run(f"model={tmp_path}", "port=0", cwd=tmp_path)
     assert done.returncode == WRONG_INPUT, done.stderr
-    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export the model again", done.stderr), done.stderr
+    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export it again", done.stderr), done.stderr

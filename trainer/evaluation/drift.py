@@ -217,9 +217,8 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
         reference: dict[str, Any] = json.loads(content)
         counts = reference["confidence_histogram"]["counts"]
         names = reference["classes"] if classes is None else classes
-        valid = (
-            len(reference["class_frequencies"]) == len(names) and len(counts) == CONFIDENCE_BINS and reference["n"] > 0
-        )
+        sizes = len(reference["class_frequencies"]), len(counts)
+        valid = sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
     except (ValueError, KeyError, TypeError):
         return None
     return reference if valid else None
@@ -232,13 +231,8 @@ def read_reference(address: str) -> dict[str, Any]:
         DataError: the file does not exist or is damaged.
     """
     root = storage_path(address)
-    candidates = (
-        "export/reference.json",
-        "reference.json",
-        "assets/reference.json",
-        "saved_model/1/assets/reference.json",
-    )
-    files = [root] if address.endswith(".json") else [root / name for name in candidates]
+    names = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
+    files = [root] if address.endswith(".json") else [root / name for name in names]
     fetched = next((content for file in files if (content := file.fetch())), None)
     if fetched is None:
         raise DataError(
@@ -265,7 +259,7 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
     files = [root] if root.exists() else [f.path for f in root.list(recursive=False) if f.path.name.endswith(".jsonl")]
     if not files:
         raise DataError(
-            "is neither a file nor a folder with *.jsonl", key="log", value=address, fix="give the log of a server"
+            "is not a file or folder with *.jsonl", key="log", value=address, fix="give the log of a server"
         )
     lines = (line for file in sorted(files, key=str) for line in file.read().decode("utf-8", "replace").splitlines())
     since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
@@ -287,10 +281,7 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
         if name not in positions or (vector is not None and len(vector) != width):
             mismatch = f"the class {name}" if name not in positions else f"embeddings of {len(vector)} numbers"
             raise DataError(
-                f"has {mismatch}, unlike the reference",
-                key="log",
-                value=address,
-                fix="give the reference of the model that was served",
+                f"has {mismatch}, unlike the reference", key="log", value=address, fix="give its model's reference"
             )
         window.add(positions[name], confidence, vector)
     if not window.n:

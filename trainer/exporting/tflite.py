@@ -116,9 +116,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
         predict = tf.function(lambda images: bundle.model(images, training=False), input_signature=spec)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
-        converter.experimental_lower_to_saved_model = (
-            False  # weights stay constants: 4 times as fast, and required by int8
-        )
+        converter.experimental_lower_to_saved_model = False  # weights stay constants: faster, and int8 needs it
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "float16":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
 FIXED_ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
-CONTENT_SECURITY_POLICY = (  # the page is self-contained and connects only to this server
+CSP = (  # content security policy: the page is self-contained and connects only to this server
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -129,7 +129,7 @@ class Service:
             self.metrics.requests.labels(route, code).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
-    async def _read_and_predict(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
+    async def _predict_images(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
         """Read and parse a request, and predict its images.
 
         Raises:
@@ -142,9 +142,7 @@ class Service:
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
             del body
             if parsed.explain and not self.model.explains:
-                raise HTTPException(
-                    400, "this export has no signature `explain`; export the model again with this version"
-                )
+                raise HTTPException(400, "this export has no signature `explain`; export it again with this version")
             try:
                 predictions = await self._batchers[parsed.explain].predict(parsed.images)
             except asyncio.QueueFull:
@@ -157,7 +155,7 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
         content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._read_and_predict(
+        parsed, predictions = await self._predict_images(
             request, lambda body: read_predict(body, content_type, query, self.settings)
         )
         entries = []
@@ -167,9 +165,7 @@ class Service:
             classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in top]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
-                resize = (self.export.reference or {}).get(
-                    "resize", "stretch"
-                )  # "crop": it covers the central square only
+                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: covers the central square only
                 entry["heatmap"] = {"png": _as_png(prediction.heatmap), "resize": str(resize)}
             entries.append(entry)
         return _json({"model": self.settings.name, "version": self.export.version, "predictions": entries})
@@ -178,7 +174,7 @@ class Service:
         """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._read_and_predict(
+        parsed, predictions = await self._predict_images(
             request, lambda body: read_instances(body, self.settings, explain)
         )
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
@@ -224,11 +220,7 @@ class Service:
         server = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
         server |= {"max_bytes": self.settings.max_bytes, "explains": self.model.explains}
         page = self._page.replace(b"{{server}}", json.dumps(server).encode())
-        headers = {
-            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-        }
+        headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         return Response(page, media_type="text/html", headers=headers)
 
 
@@ -248,9 +240,7 @@ def _as_png(heatmap: np.ndarray) -> str:
 
 
 def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(
-        json.dumps(body), status, headers, media_type="application/json"
-    )  # ASCII, so that encoding cannot fail
+    return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: encoding cannot fail
 
 
 async def _respond_to_http_error(_request: Request, error: HTTPException) -> Response:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.serving.requests import EncodedImage
 
-RunModel = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one prediction per image
+Model = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one prediction per image
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,12 @@ class Batcher:
     `window` seconds.
 
     Args:
-        run_model: called in `executor` with the encoded images of a batch; returns one prediction per image.
+        run_model: called in `pool` with the encoded images of a batch; returns one prediction per image.
         queue: largest number of waiting images.
     """
 
-    def __init__(
-        self, run_model: RunModel, executor: Executor, *, size: int, window: float, queue: int, pixels: int
-    ) -> None:
-        self._run_model, self._executor = run_model, executor
+    def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
+        self._run_model, self._pool = run_model, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
         self._pending: deque[_Pending] = deque()
         self._arrived = asyncio.Event()
@@ -65,7 +63,7 @@ class Batcher:
             batch = await self._next_batch()
             try:
                 images = [pending.image.data for pending in batch]
-                predictions = await loop.run_in_executor(self._executor, self._run_model, images)
+                predictions = await loop.run_in_executor(self._pool, self._run_model, images)
                 for pending, prediction in zip(batch, predictions, strict=True):
                     if not pending.prediction.done():
                         pending.prediction.set_result(prediction)

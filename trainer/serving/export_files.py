@@ -67,9 +67,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
     classes = tuple((folder / LABELS).read_text(encoding="utf-8").splitlines())
     reference = None
     if (file := folder / REFERENCE).exists() and (reference := parse_reference(file.read_bytes(), classes)) is None:
-        raise DataError(
-            f"{file} is damaged or of another model", key="model", value=address, fix="export the model again"
-        )
+        raise DataError(f"{file} is damaged or of another model", key="model", value=address, fix="export it again")
     return Export(address, folder, source.name if source.name.isdigit() else "1", classes, reference)
 
 
@@ -97,7 +95,7 @@ def _newest_version(address: str, root: StoragePath) -> StoragePath:
             fix="finish the run with saved_model in export.formats, or run trainer.export",
         )
     raise DataError(
-        f"has no {GRAPH}, neither itself nor in a numbered folder of it, of saved_model/ or of export/saved_model/",
+        f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/",
         key="model",
         value=address,
         fix="give the output_dir of a run, or its export",

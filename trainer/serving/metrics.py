@@ -113,9 +113,7 @@ class ServingMetrics(Collector):
         stability.add_metric(["confidence"], population_stability(*merge_bins(expected, confidences)))
         yield stability
         if gaussian is not None and self._embedding_width:
-            text = (
-                "Frechet distance of the latest embeddings from the reference, divided by its variance: 0.1 is shifted"
-            )
+            text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
             distance = embedding_distance(reference["embedding"], *gaussian)
             yield GaugeMetricFamily("kubetune_serving_embedding_distance", text, distance)
 

@@ -35,9 +35,7 @@ class ServedModel:
             self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail after their model is collected
         except Exception as error:  # a damaged file raises errors of many classes
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"cannot be loaded ({text})", key="model", value=address, fix="export the model again"
-            ) from None
+            raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
         if IMAGE_BYTES not in signatures:
             raise DataError(
@@ -49,7 +47,7 @@ class ServedModel:
                 f"has {width} outputs for {len(export.classes)} classes",
                 key="model",
                 value=address,
-                fix="export the model again",
+                fix="export it again",
             )
         side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
@@ -60,9 +58,7 @@ class ServedModel:
         if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
             if width != len(reference.get("projection") or reference["mean"]):
-                raise DataError(
-                    "reference.json is of another model", key="model", value=address, fix="export the model again"
-                )
+                raise DataError("reference.json is of another model", key="model", value=address, fix="export it again")
         # Pad batches on a GPU, where each new batch size starts a search for the fastest kernels.
         self._pad = bool(tf.config.list_physical_devices("GPU"))
 
@@ -96,9 +92,7 @@ class ServedModel:
         if self._pad:
             padded += [self._blank] * (batch_sizes(len(padded))[-1] - len(padded))
         outputs = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(padded, tf.string)).items()}
-        return [
-            Prediction(**{name: outputs[name][i] for name in OUTPUTS if name in outputs}) for i in range(len(images))
-        ]
+        return [Prediction(**{n: outputs[n][i] for n in OUTPUTS if n in outputs}) for i in range(len(images))]
 
 
 def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,9 +116,7 @@ def _check_operations(export: Export) -> None:
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public
-        raise DataError(
-            f"its {GRAPH} is damaged", key="model", value=export.address, fix="export the model again"
-        ) from None
+        raise DataError(f"its {GRAPH} is damaged", key="model", value=export.address, fix="export it again") from None
     forbidden = set()
     for graph in model.meta_graphs:
         nodes = [*graph.graph_def.node, *(n for f in graph.graph_def.library.function for n in f.node_def)]
@@ -139,19 +131,11 @@ def _check_operations(export: Export) -> None:
 
 
 # How the lines begin that TensorFlow adds to the message of an operation that fails inside a function.
-_GRAPH_PREFIXES = (
-    "Graph execution error",
-    "Detected at node",
-    "<stack traces",
-    "File ",
-    "[[",
-    "(1) ",
-    "Error reported",
-)
+_GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
 def _decoding_problem(error: tf.errors.OpError) -> str:
     """Return the first line of the message that is about the image, without names of the graph."""
     lines = (line.strip() for line in (error.message or "").splitlines())
-    text = next((line for line in lines if line and not line.startswith(_GRAPH_PREFIXES)), "")
+    text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
     return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"

@@ -17,16 +17,14 @@ from starlette.requests import ClientDisconnect, Request
 
 from trainer.serving.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # those that TensorFlow decodes
-MAX_SCANS = (
-    100  # of a progressive JPEG: each scan costs as much as decoding a baseline JPEG; usual files have about ten
-)
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # those that exports decode
+MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding a baseline JPEG; usual files have about ten
 BODY_SECONDS = 30.0  # time limit of a body, to which its size / MIN_BYTES_PER_SECOND is added
 MIN_BYTES_PER_SECOND = 100_000
 CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
 DISCARDED_BODIES = 4  # how much of a too long body is read and discarded, so that the client gets the response
 MAX_FIELDS = 16  # of a form, not counting files
-CLOSE_CONNECTION = {"Connection": "close"}
+CLOSE = {"Connection": "close"}
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns or raises; `max_pixels` replaces it
 
@@ -121,9 +119,7 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
     """
     header = request.headers.get("content-length", "")
     declared = int(header) if header.isdigit() else 0
-    too_long = HTTPException(
-        413, f"the request is longer than {max_bytes:,} bytes; send fewer or smaller images", CLOSE_CONNECTION
-    )
+    too_long = HTTPException(413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE)
     if declared > max_bytes and request.headers.get("expect", "").lower() == "100-continue":
         raise too_long  # before the client sends the body
     body = bytearray()
@@ -140,9 +136,9 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
                 reserve(len(chunk))
                 body += chunk
     except TimeoutError:
-        raise HTTPException(408, "the request was sent too slowly", CLOSE_CONNECTION) from None
+        raise HTTPException(408, "the request was sent too slowly", CLOSE) from None
     except ClientDisconnect:
-        raise HTTPException(400, "the request is incomplete", CLOSE_CONNECTION) from None
+        raise HTTPException(400, "the request is incomplete", CLOSE) from None
     if discarded:
         raise too_long
     return bytes(body)
@@ -171,9 +167,8 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
     if unknown:
         raise HTTPException(400, f"unknown parameter {unknown[0]!a}; known: images, top_k, explain")
     images = _check_images(files, settings)
-    return PredictRequest(
-        images, _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
-    )
+    top_k, explain = _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
+    return PredictRequest(images, top_k, explain)
 
 
 def read_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:

@@ -175,10 +175,8 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
     if loading.done():
         loading.result()  # raises if the model could not be loaded
     await asyncio.sleep(0.1)  # until cancelled requests are counted
-    if unfinished := service.cancelled + service.active:
-        raise Interrupted(
-            f"{unfinished} requests got no response", key="drain", value=settings.drain, fix="give more seconds"
-        )
+    if count := service.cancelled + service.active:
+        raise Interrupted(f"{count} requests not finished", key="drain", value=settings.drain, fix="give more seconds")
     log.info(f"{signals[0]}: every accepted request got its response")
 
 
