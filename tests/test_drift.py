@@ -84,7 +84,7 @@ def test_other_predictions_are_shifted_and_exit_with_4(
     assert compare(run / "export", tmp_path, log_lines(*predictions(300, 2, shift=1.0))) == 4
     captured = capsys.readouterr()
     assert captured.out.startswith("verdict: shifted\n")
-    assert f"error: confidence, embedding shifted from reference={run}/export; " in captured.err
+    assert f"drift: confidence, embedding shifted from reference={run}/export; " in captured.err
 
 
 def test_each_level_has_its_own_colour(run: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_folder_of_logs_is_read_without_old_predictions(
     ("arguments", "message"),
     [
         (("log=x.jsonl",), "python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]"),
-        (("reference=a", "log=b", "log=c"), "each once"),
+        (("reference=a", "log=b", "log=c"), "error: log=c: "),
         (("reference=a", "log=b", "hours=-1"), "error: hours=-1: "),
         (("reference=a", "log=b", "output=x.jpg"), "error: output=x.jpg: "),
         (("reference=/nowhere", "log=b"), "error: reference=/nowhere: "),

@@ -1,12 +1,13 @@
 """`python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]`:
-compare the logged predictions of a served model with those on its test split.
+measure the drift of a served model from its logged predictions and the reference distribution of its export.
 
     reference=...   output_dir of a run, its export/, a SavedModel, or a reference.json; local or gs://
-    log=...         predictions logged by the server, JSON lines; a file, or a folder with *.jsonl; local or gs://
-    hours=24        only predictions of the last 24 hours; by default all of them
-    output=FILE.png path of the figure, drift.png by default; local or gs://
+    log=...         predictions logged by `trainer.serve`, a file of JSON lines or a folder of *.jsonl; local or gs://
+    hours=24        use only the predictions of the last 24 hours (default: all)
+    output=FILE.png path of the figure (default: drift.png); local or gs://
 
-Exit codes: 0 stable or moderate; 4 shifted; 2 the reference or the log cannot be used; 75 the bucket does not respond.
+Exit codes: 0 stable or moderate; 4 shifted; 2 an argument is wrong, or the reference or log cannot be used; 75 the
+bucket does not respond.
 docs/drift.md describes the measures.
 """
 
@@ -18,32 +19,31 @@ from pathlib import Path
 from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
-from trainer.evaluation.drift import format_measures, measures, read_log, read_reference, verdict
+from trainer.evaluation.drift import format_measures, measure_drift, read_log, read_reference, verdict
 from trainer.monitoring.log import log
 from trainer.storage.path import storage_path
 
-REQUEST = "give reference=... and log=..., each once"
-KEYS = {"reference": REQUEST, "log": REQUEST, "hours": "", "output": ""}
+ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}  # problem if one is missing
 
 
-def _hours(text: str) -> float:
+def _parse_hours(text: str) -> float:
     with suppress(ValueError):
         if (hours := float(text)) > 0:
             return hours
-    raise ConfigError("is not a number above 0", key="hours", value=text, fix="give hours, such as hours=24")
+    raise ConfigError("must be a positive number", key="hours", value=text, fix="give hours, such as hours=24")
 
 
 def main() -> None:
     """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, KEYS)
-        hours = _hours(arguments["hours"]) if "hours" in arguments else None
+        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
+        hours = _parse_hours(arguments["hours"]) if "hours" in arguments else None
         output = arguments.get("output", "drift.png")
         if not output.endswith(".png"):
-            raise ConfigError("does not end in .png", key="output", value=output, fix="give the path of a PNG file")
+            raise ConfigError("must end in .png", key="output", value=output, fix="give the path of a PNG file")
         reference = read_reference(arguments["reference"])
         window, invalid = read_log(arguments["log"], reference, hours)
-        measured = measures(reference, window)
+        measured = measure_drift(reference, window)
         from trainer.report.drift import draw
 
         with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +53,10 @@ def main() -> None:
         level = verdict(measured)
         log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
         if level == "shifted":
-            shifted, name = ", ".join(m.name for m in measured if m.level == "shifted"), arguments["reference"]
+            shifted = ", ".join(measure.name for measure in measured if measure.level == "shifted")
             raise Drifted(
-                f"{shifted} shifted from reference={name}", fix=f"open {output}, label some of the new images, retrain"
+                f"{shifted} shifted from reference={arguments['reference']}",
+                fix=f"inspect {output}, and label some of the new images to evaluate or retrain the model",
             )
 
 

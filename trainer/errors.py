@@ -86,6 +86,6 @@ class GaveUp(TrainerError):
 
 
 class Drifted(TrainerError):
-    """The images or predictions of a model have shifted from its test split: a result, not a failure."""
+    """The images or predictions of a served model have shifted from its reference: a result, not a failure."""
 
     exit_code = DRIFTED

@@ -1,14 +1,15 @@
 """`python -m trainer.export run=OUTPUT_DIR [formats=[keras,onnx]] [checkpoint=best|last|STEP] [output=FOLDER]`:
-export the model of a run again or in other formats.
+export the model of a run again, in other formats, or from another checkpoint.
 
     formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx (default: those
-                                that the run exported)
-    checkpoint=best|last|STEP   which weights (default: those that the run exported)
-    output=FOLDER               where to write (default: <run>/export, whose report.json and model card are updated and
-                                whose other formats stay)
-    max_accuracy_drop=0.01      fraction of the scored examples; a format that loses more is deleted
+                                in the configuration of the run)
+    checkpoint=best|last|STEP   weights to export (default: those that the run exports at its end)
+    output=FOLDER               local folder to write to (default: RUN/export, where files of other formats are left as
+                                they are; report.json and model card of the run are updated)
+    max_accuracy_drop=0.01      fraction of the scored examples; a format that loses significantly more is deleted
 
-`data.KEY=...` and `runtime.KEY=...` set where the data is now. Exit codes are those of a run.
+`data.KEY=...` and `runtime.KEY=...` replace values of the run's configuration, such as `data.root` if the data was
+moved. Exit codes: 0 done; 2 wrong input, or a format was deleted; 75 stopped, or the bucket does not respond.
 """
 
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # the imports below take seconds
+    end_at_once()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 import yaml
 
@@ -29,32 +30,33 @@ from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.runs.finished_run import FinishedRun, exported_checkpoint, find_run, load_checkpoint
 
-CHANGES = ("formats", "max_accuracy_drop")  # in the section `export` of the run's configuration
-OWN = {"run": "give once the run to export", "checkpoint": "", "output": "", **dict.fromkeys(CHANGES, "")}
+EXPORT_KEYS = ("formats", "max_accuracy_drop")  # of the section `export` of the run's configuration
+# Key -> the problem if it is missing, "" if it is optional.
+ARGUMENTS = {"run": "is required", "checkpoint": "", "output": "", **dict.fromkeys(EXPORT_KEYS, "")}
 
 
-def changes(given: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values that the arguments change in the run's configuration: {"export.formats": ["keras"]}."""
-    values = {k: yaml.safe_load(text) for k, text in given.items() if k in CHANGES or "." in k}
+def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values that replace those of the run's configuration, such as {"export.formats": ["keras"]}."""
+    values = {key: yaml.safe_load(text) for key, text in arguments.items() if key in EXPORT_KEYS or "." in key}
     if isinstance(name := values.get("formats"), str):
         values["formats"] = [name]
-    return {f"export.{k}" if k in CHANGES else k: value for k, value in values.items()}
+    return {f"export.{key}" if key in EXPORT_KEYS else key: value for key, value in values.items()}
 
 
-def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
-    """Return the folder to write to, and whether it is the run's own.
+def _output_folder(run: FinishedRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
+    """Return the folder to write to, and whether it is the `export` folder of the run.
 
     Raises:
-        ConfigError: `output` is required.
+        ConfigError: `output` is required, because the run is in a bucket or has exported another checkpoint.
     """
-    if output := own.get("output"):
+    if output := arguments.get("output"):
         return Path(output).expanduser(), False
     if not run.home.is_local:
         raise ConfigError("is in a bucket", key="run", value=run.address, fix="give output=FOLDER on this machine")
     exported = exported_checkpoint(run)
-    if (checkpoint := own.get("checkpoint", exported)) != exported:
+    if (checkpoint := arguments.get("checkpoint", exported)) != exported:
         raise ConfigError(
-            f"the run exported another checkpoint ({exported}), and a folder holds one model",
+            f"is not the checkpoint of the run's export ({exported}), and all files of a folder have the same weights",
             key="checkpoint",
             value=checkpoint,
             fix="give output=FOLDER",
@@ -65,22 +67,23 @@ def target(run: FinishedRun, own: dict[str, str]) -> tuple[Path, bool]:
 def main() -> None:
     """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        own, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, OWN, more=r"(data|runtime)\..+")
-        run = find_run(own["run"], changes(own))
-        home, is_own = target(run, own)
-        checkpoint = load_checkpoint(run, own.get("checkpoint"))  # before TensorFlow is imported
+        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+")
+        run = find_run(arguments["run"], _config_changes(arguments))
+        folder, in_run = _output_folder(run, arguments)
+        # Before the import of TensorFlow, so that a wrong checkpoint is reported immediately.
+        checkpoint = load_checkpoint(run, arguments.get("checkpoint"))
         with quiet_start():
             from trainer.exporting.export import export_run, record_exports
             from trainer.exporting.formats import check_formats, raise_if_refused
         check_formats(run.config.export.formats, run.config.model.backbone)
-        outcomes = export_run(run, home, checkpoint)
-        record_exports(run, home, is_own, outcomes)
-        for name, facts in outcomes.items():
-            file = "deleted" if facts["refused"] else home / facts["path"]
-            log.info(f"  {name:15} {facts['bytes'] / 1e6:8.2f} MB  accuracy {facts['accuracy']:.4f} (trainer "
-                f"{facts['trainer_accuracy']:.4f})  differs by {facts['largest_difference']:.1e} at most  "
-                f"{facts['timing']['milliseconds_per_image']:7.2f} ms per image  {file}")  # fmt: skip
-        raise_if_refused(outcomes, run.config.export.max_accuracy_drop, section="")
+        exports = export_run(run, folder, checkpoint)
+        record_exports(run, folder, in_run, exports)
+        for name, export in exports.items():
+            file = "deleted" if export["refused"] else folder / export["path"]
+            log.info(f"  {name:15} {export['bytes'] / 1e6:8.2f} MB  accuracy {export['accuracy']:.4f} (trainer "
+                f"{export['trainer_accuracy']:.4f})  differs by {export['largest_difference']:.1e} at most  "
+                f"{export['timing']['milliseconds_per_image']:7.2f} ms per image  {file}")  # fmt: skip
+        raise_if_refused(exports, run.config.export.max_accuracy_drop, section="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`python -m trainer.serve model=OUTPUT_DIR` (of a run, or its export): serve an exported model over HTTP.
 
-Arguments are `key=value` of `trainer.serving.settings.Settings`; docs/serving.md describes them and the routes. Exit
-code 0: stopped by a signal after every accepted request was answered.
+Arguments are `key=value` pairs of `trainer.serving.settings.Settings`; docs/serving.md describes them and the routes.
+Exit codes: 0 stopped by a signal after a response to every accepted request; 2 a setting, the export or the port cannot
+be used; 75 stopped before the model was loaded or with unfinished requests, or the bucket does not respond.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from trainer.cluster.signals import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # before the imports below, which take seconds
+    end_at_once()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 from trainer.cli.arguments import ALL, read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
 
-def _load(export: Export) -> ServedModel:
+def _load_model(export: Export) -> ServedModel:
+    """Import TensorFlow and load the export; called in a thread while the server already listens."""
     with quiet_start():
         from trainer.serving.model import ServedModel
     return ServedModel(export)
@@ -37,10 +39,10 @@ def main() -> None:
     """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
         fields = Settings.model_fields
-        lines = [f"  {key}" if field.is_required() else f"  {key}={field.default}" for key, field in fields.items()]
-        keys = dict.fromkeys(fields, "") | {"model": "give model=..."}
-        # `read_settings` reports unknown keys together with all other faults.
-        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *lines]), keys, more=ALL)
+        defaults = [f"  {key}" if field.is_required() else f"  {key}={field.default}" for key, field in fields.items()]
+        keys = dict.fromkeys(fields, "") | {"model": "is required"}
+        # All keys are accepted here: `read_settings` reports unknown ones together with all other faults.
+        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *defaults]), keys, more=ALL)
         settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve
@@ -49,8 +51,10 @@ def main() -> None:
             raise ConfigError(f"{package} is not installed", fix="run pip install 'kubetune[serve]'") from None
         export = find_export(settings.model, Path(settings.cache_dir).expanduser(), log.info)
         if export.reference is None:
-            log.warning(f"{export.folder} has no reference.json: drift is not measured; export again to measure it")
-        serve(settings, export, _load)
+            log.warning(
+                f"{export.folder} has no reference.json, so drift is not measured; export the model again to measure it"
+            )
+        serve(settings, export, _load_model)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
-from trainer.exporting.export import PARITY_EXAMPLES, READ_BATCH, export_classifier, score_all
+from trainer.exporting.export import MAX_PARITY_EXAMPLES, READ_BATCH, export_classifier, score_all
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.types import Dataset, Scored, Split
@@ -40,7 +40,7 @@ def image_store(folder: Path, count: int, config: RunConfig) -> ImageStore:
 def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, count = make_config(), PARITY_EXAMPLES + 100
+    config, count = make_config(), MAX_PARITY_EXAMPLES + 100
     images = image_store(tmp_path, count + 5, config)
     classifier, labels = build_classifier(config.model, 3, 1), images.dataset.splits["test"].labels[5:]
     probabilities = np.full((count, 3), 0.1, np.float32)
@@ -51,11 +51,11 @@ def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     monkeypatch.setattr(images, "rows", lambda name, some: read.append((name, some)) or rows(name, some))
     facts = export_classifier(tmp_path / "export", classifier, images, scored, make_explainer(classifier))
     reference = json.loads((tmp_path / "export" / "reference.json").read_text())
-    assert (facts["keras"]["examples"], reference["embedding"]["n"]) == (PARITY_EXAMPLES, PARITY_EXAMPLES)
+    assert (facts["keras"]["examples"], reference["embedding"]["n"]) == (MAX_PARITY_EXAMPLES, MAX_PARITY_EXAMPLES)
     assert reference["n"] == count
     np.testing.assert_allclose(reference["class_frequencies"], np.bincount(labels) / count)
     ((split, indices),) = read  # training images are read for int8 only
-    assert (split, indices.min() >= 5, len(set(indices.tolist()))) == ("test", True, PARITY_EXAMPLES)
+    assert (split, indices.min() >= 5, len(set(indices.tolist()))) == ("test", True, MAX_PARITY_EXAMPLES)
     assert (tmp_path / "export" / "labels.txt").read_text() == "a\nb\nc\n"
 
 

@@ -20,8 +20,8 @@ from tests.exporting.subjects import (
     some_images,
 )
 from trainer.data.decoding import decode_image
-from trainer.evaluation.drift import Window, measures, verdict
-from trainer.exporting.saved_model import WARMUP, export_saved_model
+from trainer.evaluation.drift import Window, measure_drift, verdict
+from trainer.exporting.saved_model import WARMUP_FILE, export_saved_model
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_warm_up_requests_are_those_of_a_client(folder: Path) -> None:
     """They are parsed by TensorFlow Serving's messages, and each is sent to its signature."""
     signatures = tf.saved_model.load(str(folder)).signatures
     requests = set()
-    for record in tf.data.TFRecordDataset(str(folder / WARMUP)).as_numpy_iterator():
+    for record in tf.data.TFRecordDataset(str(folder / WARMUP_FILE)).as_numpy_iterator():
         request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
         given = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
         predicted = signatures[request.model_spec.signature_name](**given)["probabilities"]
@@ -114,6 +114,6 @@ def test_the_reference_is_the_distribution_of_its_own_examples(model: keras.Mode
     explained = served.signatures["explain"](image_bytes=files)
     for row, vector in zip(explained["probabilities"].numpy(), explained["embedding"].numpy(), strict=True):
         window.add(int(row.argmax()), float(row.max()), vector)
-    drift = measures(reference, window)
+    drift = measure_drift(reference, window)
     assert verdict(drift) == "stable"
     assert max(measure.value for measure in drift) < 1e-3

@@ -35,7 +35,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
 from trainer.exporting.tflite import export_tflite, quiet
-from trainer.exporting.verify import drops_too_far, load_export
+from trainer.exporting.verify import accuracy_drop_too_large, load_export
 from trainer.models.batch_norm import ExampleNormalization
 
 # Largest difference of a probability by the precision of the format; 1e-4 for others.
@@ -184,11 +184,11 @@ def a_score(lost: int, gained: int, examples: int, difference: float = 0.1) -> d
     ],
 )
 def test_a_drop_exceeds_the_limit_and_chance(lost: int, gained: int, examples: int, too_far: bool) -> None:
-    assert drops_too_far(a_score(lost, gained, examples), 0.01) is too_far
+    assert accuracy_drop_too_large(a_score(lost, gained, examples), 0.01) is too_far
 
 
 def test_probabilities_that_are_not_finite_are_a_drop() -> None:
-    assert drops_too_far(a_score(0, 0, 10, float("inf")), 1.0)
+    assert accuracy_drop_too_large(a_score(0, 0, 10, float("inf")), 1.0)
 
 
 def far_from_zero() -> keras.Model:
@@ -206,7 +206,9 @@ def test_a_file_that_lost_its_accuracy_is_deleted_and_an_error(tmp_path: Path) -
     assert outcomes["tflite_int8"]["refused"]
     assert not outcomes["tflite"]["refused"]
     assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
-    problem = r"lost by tflite_int8 \(1\.0000 -> 0\.\d{4} on 100 examples\), now deleted; everything else was written"
+    problem = (
+        r"is exceeded by tflite_int8 \(1\.0000 -> 0\.\d{4} on 100 examples\), now deleted; everything else was written"
+    )
     with raises(ModelError, "export.max_accuracy_drop", "0.01", "raise the limit or .* in export.formats", problem):
         raise_if_refused(outcomes, 0.01)
     raise_if_refused({"tflite": outcomes["tflite"]}, 0.01)
@@ -238,10 +240,18 @@ def test_a_damaged_or_missing_file_is_an_error(
             load_export(wrong)
 
 
+def test_a_missing_onnxruntime_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with raises(
+        ModelError, problem="model.onnx cannot be loaded: .*onnxruntime", fix=r"pip install 'kubetune\[onnx\]'"
+    ):
+        load_export(tmp_path / "model.onnx")
+
+
 def test_an_unknown_format_is_refused() -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    with pytest.raises(ConfigError, match=r"export.formats.1: .*'tflite_int8' or 'onnx' \(is 'tflite_int4'\)"):
+    with pytest.raises(ConfigError, match=r"export.formats.1=tflite_int4: .*'tflite_int8' or 'onnx'"):
         config.load(tree | {"export": {"formats": ["saved_model", "tflite_int4"]}})
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from trainer.cli.process import exit_with_code
-from trainer.errors import GaveUp, Interrupted
+from trainer.errors import Drifted, GaveUp, Interrupted
 from trainer.monitoring import termination
 termination.set_path(sys.argv[1])
 with exit_with_code():
@@ -32,6 +32,7 @@ def ended(body: str, file: Path) -> subprocess.CompletedProcess[str]:
         ("termination.set_success_message('accuracy 0.9')", 0, "exit code 0 (done): accuracy 0.9"),
         ("pass", 0, "exit code 0 (done)"),
         ("raise GaveUp('5 restarts')", 3, "exit code 3 (gave up): 5 restarts"),
+        ("raise Drifted('classes shifted')", 4, "exit code 4 (drifted): classes shifted"),
         ("raise Interrupted('SIGTERM')", 75, "exit code 75 (interrupted): SIGTERM"),
         ("raise KeyboardInterrupt", 75, "exit code 75 (interrupted): interrupted before anything was trained"),
         ("{}['x']", 1, "exit code 1 (a bug): KeyError: 'x'; the log has the traceback"),

@@ -34,7 +34,7 @@ class Exported:
 
     @classmethod
     def create(cls, folder: Path) -> Exported:
-        from tests.exporting.bundles import bundle_for, small_model
+        from tests.exporting.subjects import bundle_for, small_model
         from trainer.exporting.saved_model import export_saved_model
 
         model = small_model()

@@ -39,7 +39,7 @@ def test_a_run_its_export_its_versions_and_one_of_them_are_the_same(tmp_path: Pa
     ("address", "problem", "fix"),
     [
         ("gone", "does not exist in {cwd}$", "output_dir of a run"),
-        ("run", "run has no export/saved_model", "saved_model in export.formats"),
+        ("run", "a run without export/saved_model", "saved_model in export.formats"),
         ("empty", "no saved_model.pb", "output_dir of a run"),
         ("model.keras", "is a file", "folder of a SavedModel"),
         ("foreign", "foreign has no assets/labels.txt", "export it with kubetune"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.exporting.reference import projection_of, reference_distribution
+from trainer.exporting.reference import draw_projection, reference_distribution
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics
 from trainer.serving.settings import read_settings
@@ -57,7 +57,7 @@ def test_each_measure_sees_its_own_shift() -> None:
 
 
 def test_drift_is_of_the_latest_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.serving.metrics.WINDOW", 500)
+    monkeypatch.setattr("trainer.serving.metrics.WINDOW_PREDICTIONS", 500)
     metrics = make_metrics(of=reference())
     metrics.record(predictions(500, 2, favourite=5.0))
     assert drift(metrics)["classes"] > 1
@@ -84,7 +84,7 @@ def test_every_nth_prediction_is_logged(tmp_path: Path) -> None:
     assert len(lines) == 30
     first = recorded[3]  # 4 x 0.3 is the first number above 1
     assert first.embedding is not None
-    projected = first.embedding @ projection_of(WIDTH)
+    projected = first.embedding @ draw_projection(WIDTH)
     assert lines[0]["class"] == CLASSES[first.probabilities.argmax()]
     assert lines[0]["confidence"] == float(first.probabilities.max())
     assert list(lines[0]["probabilities"]) == [CLASSES[i] for i in np.argsort(-first.probabilities)]

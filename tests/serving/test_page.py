@@ -78,4 +78,4 @@ def test_an_image_may_be_dropped_anywhere(tab: Tab, served: Served) -> None:
       carried.items.add(new File([bytes], "dropped.jpg", {{type: "image/jpeg"}}));
       document.body.dispatchEvent(new DragEvent("drop", {{dataTransfer: carried, bubbles: true, cancelable: true}}));
     }})()""")
-    tab.until("document.getElementById('note').textContent.startsWith('dropped.jpg, answered in')")
+    tab.until("document.getElementById('note').textContent.startsWith('dropped.jpg, response in')")

@@ -68,7 +68,7 @@ def test_json_has_base64() -> None:
         (b"[]", "application/json", 400, "not a JSON object"),
         (*as_json({}), 400, '"images" must be a list'),
         (*as_json({"images": []}), 400, "there is no image"),
-        (*as_json({"images": [B64] * 4}), 413, "a request may hold 3 images"),
+        (*as_json({"images": [B64] * 4}), 413, "a request may have at most 3 images"),
         (*as_json({"images": [B64, "%%%"]}), 400, "images[1] is not valid base64"),
         (*as_json({"images": ["é"]}), 400, "images[0] is not valid base64"),
         (*as_json({"images": [7]}), 400, "images[0] must be an image in base64"),
@@ -81,7 +81,7 @@ def test_json_has_base64() -> None:
         (b"--x--\r\n", "multipart/form-data", 400, "the form is damaged"),
         (b"no form", "multipart/form-data; boundary=x", 400, "the form is damaged"),
         (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "there is no image"),
-        (*form(*[("file", ("a.jpg", photo()))] * 4), 413, "a request may hold 3 images"),
+        (*form(*[("file", ("a.jpg", photo()))] * 4), 413, "a request may have at most 3 images"),
         (*form(("file", ("a.jpg", photo(width=200)))), 413, "a.jpg has 200 x 60 pixels"),
         (*form(("file", ("a.jpg", photo())), **{f"f{i}": "" for i in range(20)}), 400, "more than 16 fields"),
     ],
@@ -146,5 +146,5 @@ def test_memory_for_bodies_is_limited_and_released() -> None:
     with memory.reservation() as first, memory.reservation() as second:
         first(60)
         second(100 * CONCURRENT_BODIES - 60)
-        assert result(second, 1) == (503, "too many large requests at once; try again")
+        assert result(second, 1) == (503, "too many large requests at the same time; try again")
     assert memory.reserved == 0

@@ -131,8 +131,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "half a PNG": ({"files": {"file": ("a.png", images.cut(photo(kind="PNG")))}}, 400, "a.png cannot be decoded"),
     "no pixels": ({"files": {"file": images.huge(1000, 1000)}}, 400, "cannot be decoded"),
     "bomb": ({"files": {"file": images.bomb(10_000, 10_000)}}, 413, "10000 x 10000 pixels, the limit is 2,000,000"),
-    "too long": ({"files": {"file": b"x" * 1_100_000}}, 413, "longer than 1,000,000 bytes"),
-    "too many": ({"files": [("file", photo())] * 9}, 413, "a request may hold 8 images"),
+    "too long": ({"files": {"file": b"x" * 1_100_000}}, 413, "exceeds 1,000,000 bytes"),
+    "too many": ({"files": [("file", photo())] * 9}, 413, "a request may have at most 8 images"),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def test_values_get_the_type_of_their_setting() -> None:
         (["window_ms=nan"], "window_ms.*finite"),
         (["log_sample=2"], "log_sample.*equal to 1"),
         (["name=a/b"], "name.*pattern"),
-        (["max_images=65", "queue=64"], "max_images=65 is more than queue=64"),
+        (["max_images=65", "queue=64"], "max_images=65: exceeds queue=64"),
         (["queue=0", "batch=0"], "(?s)batch.*queue"),
     ],
 )

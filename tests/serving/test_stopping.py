@@ -56,7 +56,7 @@ def test_no_accepted_request_is_lost(exported: Exported) -> None:
         wait(clients, 120)
         assert dict(ends) == {"200": ends["200"]} | {f"refused {n}": 1 for n in range(12)}
         assert served.exit_code() == DONE
-        assert "every accepted request was answered" in served.output.splitlines()[-1]
+        assert "every accepted request got its response" in served.output.splitlines()[-1]
 
 
 def test_a_second_signal_ends_at_once(exported: Exported) -> None:
@@ -96,7 +96,7 @@ def test_an_incomplete_request_does_not_block_the_exit(exported: Exported) -> No
             served.send()
             assert served.exit_code() == INTERRUPTED
             assert time.monotonic() - began < 30
-        assert "drain=2.0: 1 requests not answered" in served.output
+        assert "drain=2.0: 1 requests not finished" in served.output
 
 
 def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedProcess[str]:
@@ -153,4 +153,4 @@ def test_a_damaged_export_ends_with_2(exported: Exported, tmp_path: Path, name: 
     file.write_bytes(file.read_bytes()[:3000])
     done = run(f"model={tmp_path}", "port=0", cwd=tmp_path)
     assert done.returncode == WRONG_INPUT, done.stderr
-    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export again", done.stderr), done.stderr
+    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export it again", done.stderr), done.stderr

@@ -1,6 +1,7 @@
 """The parts of every process of the command line: a quiet start, monitoring, and the exit code."""
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from trainer.cli.compose import compose
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
-from trainer.errors import BUG, DONE, INTERRUPTED, ConfigError, TrainerError
+from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, log, log_traceback, without
@@ -102,10 +103,9 @@ def exit_with_code() -> Iterator[None]:
         if isinstance(error, ConfigError) and error.faults:
             parts = ("key", "value", "problem", "fix")
             fields["faults"] = [{part: getattr(fault, part) for part in parts} for fault in error.faults]
-        if code == INTERRUPTED:
-            log.warning(f"interrupted: {reason}", extra={"fields": fields})
-        else:
-            log.error(f"error: {reason}", extra={"fields": fields})
+        outcome = {INTERRUPTED: "interrupted", DRIFTED: "drift"}.get(code, "error")
+        level = logging.ERROR if outcome == "error" else logging.WARNING
+        log.log(level, f"{outcome}: {reason}", extra={"fields": fields})
     except KeyboardInterrupt:
         code, reason = INTERRUPTED, "interrupted before anything was trained"
         log.warning(reason, extra={"fields": {"exit_code": code}})

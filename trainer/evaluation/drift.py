@@ -1,7 +1,8 @@
-"""Drift of a model's inputs and predictions from a reference, in NumPy.
+"""Drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
 
-The reference, `export/reference.json`, is from a split that the model was not trained on. Three measures, each with a
-limit that sampling alone exceeds in 1 of 100 cases at most:
+The reference, `export/reference.json`, describes the predictions for the test split, or for the validation split if
+there is no test split. There are three measures; without drift, each exceeds its limits in at most about 1 of 100
+windows:
 
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
 - `confidence`: the PSI of the largest probability;
@@ -21,12 +22,12 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
 
-MODERATE, SHIFTED = 0.1, 0.25  # usual limits of a PSI
+PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual limits (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
-QUANTILE = 0.99  # of samples without drift are below a limit
-DRAWS = 200  # of the bootstrap
-BINS = 20  # of the largest probability, over 0..1
-MIN_FRACTION = 0.05  # of the reference per bin; smaller bins are merged
+QUANTILE = 0.99  # no limit is below this quantile of its measure without drift
+BOOTSTRAP_SAMPLES = 200
+CONFIDENCE_BINS = 20  # equal bins of the largest probability, over 0..1
+MIN_BIN_FRACTION = 0.05  # of the reference; smaller bins are merged
 
 DESCRIPTIONS = {
     "classes": "population stability index of the predicted classes",
@@ -39,7 +40,7 @@ Level = Literal["stable", "moderate", "shifted"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of drift over n predictions; its level is moderate or shifted from these limits on."""
+    """The value of a measure over `n` predictions, and the limits from which its level is moderate or shifted."""
 
     name: str  # classes | confidence | embedding
     value: float
@@ -53,71 +54,77 @@ class Measure:
 
 
 class Window:
-    """Counts and moments of all predictions or of the last `size`. Not thread-safe."""
+    """Counts and moments of the last `size` predictions, or of all if `size` is None. Not thread-safe.
+
+    Attributes:
+        classes: int64 [classes], predictions per class.
+        confidences: int64 [CONFIDENCE_BINS], histogram of the largest probability.
+        embedding_count: how many of the predictions have an embedding.
+    """
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
         self.size = size
         self.classes = np.zeros(class_count, np.int64)
-        self.confidences = np.zeros(BINS, np.int64)
-        self.embedded = 0
+        self.confidences = np.zeros(CONFIDENCE_BINS, np.int64)
+        self.embedding_count = 0
         self._sum: Any = 0.0
         self._outer: Any = 0.0
         self._recent: deque[tuple[int, int, np.ndarray | None]] = deque()
 
     @property
     def n(self) -> int:
+        """The number of predictions."""
         return int(self.classes.sum())
 
-    def add(self, chosen: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
-        """Add a prediction: index of the class, its probability, and the projected embedding [C'] or None."""
+    def add(self, predicted: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
+        """Add a prediction: index of the predicted class, its probability, and the projected embedding [C'] or None."""
         vector = None if embedding is None else np.asarray(embedding, np.float64)
-        bin_ = min(max(int(confidence * BINS), 0), BINS - 1)
-        self._count(chosen, bin_, vector, 1)
+        index = min(max(int(confidence * CONFIDENCE_BINS), 0), CONFIDENCE_BINS - 1)
+        self._update(predicted, index, vector, 1)
         if self.size is not None:
-            self._recent.append((chosen, bin_, vector))
+            self._recent.append((predicted, index, vector))
             if len(self._recent) > self.size:
-                self._count(*self._recent.popleft(), -1)
+                self._update(*self._recent.popleft(), -1)
 
-    def _count(self, chosen: int, bin_: int, vector: np.ndarray | None, sign: int) -> None:
-        self.classes[chosen] += sign
-        self.confidences[bin_] += sign
+    def _update(self, predicted: int, index: int, vector: np.ndarray | None, sign: int) -> None:
+        self.classes[predicted] += sign
+        self.confidences[index] += sign
         if vector is not None:
-            self.embedded += sign
+            self.embedding_count += sign
             self._sum = self._sum + sign * vector
             self._outer = self._outer + sign * np.outer(vector, vector)
 
     def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [C'] and covariance [C', C'] of the embeddings, at least 2."""
-        assert self.embedded > 1, self.embedded
-        mean = self._sum / self.embedded
-        return mean, (self._outer - self.embedded * np.outer(mean, mean)) / (self.embedded - 1)
+        """Return mean [C'] and covariance [C', C'] of the embeddings, of which at least two are required."""
+        assert self.embedding_count > 1, self.embedding_count
+        mean = self._sum / self.embedding_count
+        return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
 
 def population_stability(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
-    """PSI = sum of (q - p) ln(q / p) over the frequencies of two histograms [bins]; 0 for equal ones.
+    """Return PSI = sum of (q - p) ln(q / p) over the frequencies p and q of two histograms [bins].
 
-    Half a count is added to every bin, so that an empty bin does not make it infinite.
+    It is 0 for equal frequencies. Half a count is added to every bin, so that an empty bin does not make it infinite.
     """
-    filled = [np.asarray(c, np.float64) + 0.5 for c in (reference_counts, counts)]
-    p, q = (bins / bins.sum() for bins in filled)
+    smoothed = [np.asarray(c, np.float64) + 0.5 for c in (reference_counts, counts)]
+    p, q = (bins / bins.sum() for bins in smoothed)
     return float(((q - p) * np.log(q / p)).sum())
 
 
 def stability_limit(reference_n: int, n: int, bins: int) -> float:
-    """The 0.99 quantile of the PSI of two samples of one distribution.
+    """Return the 0.99 quantile of the PSI of two samples, of sizes `reference_n` and `n`, from one distribution.
 
-    About (1/m + 1/n) chi-squared with bins - 1 degrees of freedom (Yurdakul and Naranjo 2020, "Statistical
-    properties of the population stability index"); the quantile of chi-squared is that of Wilson and Hilferty 1931.
+    The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
+    freedom (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index").
     """
-    degrees = max(bins - 1, 1)
-    spread = 2 / (9 * degrees)
-    quantile = degrees * (1 - spread + 2.3263 * spread**0.5) ** 3  # 2.3263: the 0.99 quantile of a normal
-    return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * quantile)
+    from scipy.special import chdtri  # imported here: the server imports this module, but does not need the limits
+
+    return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * chdtri(max(bins - 1, 1), 1 - QUANTILE))
 
 
 def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge neighbouring bins of two histograms until each holds 5 % of the reference."""
-    minimum, edges = MIN_FRACTION * reference.sum(), [0]
+    """Merge neighbouring bins of two histograms until each bin has at least 5 % of the reference's counts."""
+    minimum, edges = MIN_BIN_FRACTION * reference.sum(), [0]
     for edge in range(1, len(reference) + 1):
         if min(reference[edges[-1] : edge].sum(), reference[edge:].sum()) >= minimum:
             edges.append(edge)
@@ -127,103 +134,109 @@ def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
 def embedding_distance(
     reference: Mapping[str, Any], mean: Sequence[float] | np.ndarray, covariance: Sequence[Any] | np.ndarray
 ) -> float:
-    """Squared Frechet distance between two Gaussians over the trace of the reference's covariance.
+    """Return the squared Frechet distance of two Gaussians, divided by the trace of the reference's covariance.
 
-    (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1): 0 for equal ones, 1 where the mean has moved by as much as
-    the reference varies.
+    (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1) is 0 for equal Gaussians, and 1 for equal covariances if
+    the squared distance of the means equals the total variance of the reference.
 
     Args:
         reference: `mean` [C'] and `covariance` [C', C'], as `embedding` of reference.json.
     """
     m1, s1 = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
     m2, s2 = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    half = _root(s1)
-    # tr((S1 S2)^(1/2)) = tr((S1^(1/2) S2 S1^(1/2))^(1/2)), of a symmetric matrix
-    between = np.sqrt(np.maximum(np.linalg.eigvalsh(half @ s2 @ half), 0.0)).sum()
-    distance = ((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * between
+    root = _square_root(s1)
+    # tr((S1 S2)^(1/2)) = tr((S1^(1/2) S2 S1^(1/2))^(1/2)); the second matrix is symmetric
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ s2 @ root), 0.0)).sum()
+    distance = ((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
     return float(max(distance, 0.0) / max(np.trace(s1), 1e-12))
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+    """Return the symmetric square root; negative eigenvalues, from rounding, count as 0."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def distance_limit(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """The 0.99 quantile of the distance of `n` embeddings without drift.
+    """Return the 0.99 quantile of the embedding distance of `n` embeddings without drift.
 
-    A parametric bootstrap (Efron and Tibshirani 1993, chapter 6): pairs of samples, of `reference_n` and `n`, are
-    drawn from the reference's own Gaussian.
+    Parametric bootstrap (Efron and Tibshirani 1993, chapter 6): mean and covariance of pairs of samples, of sizes
+    `reference_n` and `n`, are drawn from the Gaussian of the reference.
     """
     mean, covariance = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
-    half, draw, width = _root(covariance), np.random.default_rng(seed), len(mean)
+    root, draw, width = _square_root(covariance), np.random.default_rng(seed), len(mean)
 
-    def gaussian(count: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample_moments(count: int) -> tuple[np.ndarray, np.ndarray]:
         count = max(count, 2)
         if count <= width:
-            sample = draw.standard_normal((count, width)) @ half
+            sample = draw.standard_normal((count, width)) @ root
             return mean + sample.mean(0), np.cov(sample, rowvar=False).reshape(width, width)
-        factor = np.tril(draw.standard_normal((width, width)), -1)  # Bartlett 1933: a Wishart matrix without a sample
+        factor = np.tril(draw.standard_normal((width, width)), -1)  # Bartlett 1933: draws a Wishart matrix directly
         factor += np.diag(np.sqrt(draw.chisquare(count - 1 - np.arange(width))))
-        spread = half @ factor
-        return mean + half @ draw.standard_normal(width) / np.sqrt(count), spread @ spread.T / (count - 1)
+        scaled = root @ factor
+        return mean + root @ draw.standard_normal(width) / np.sqrt(count), scaled @ scaled.T / (count - 1)
 
     distances = []
-    for _ in range(DRAWS):
-        own_mean, own_covariance = gaussian(reference_n)
-        distances.append(embedding_distance({"mean": own_mean, "covariance": own_covariance}, *gaussian(n)))
+    for _ in range(BOOTSTRAP_SAMPLES):
+        resampled = dict(zip(("mean", "covariance"), sample_moments(reference_n), strict=True))
+        distances.append(embedding_distance(resampled, *sample_moments(n)))
     return float(np.quantile(distances, QUANTILE))
 
 
-def measures(reference: Mapping[str, Any], window: Window) -> list[Measure]:
-    """Measure the drift of a window of predictions; `embedding` is left out without embeddings."""
+def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
+    """Measure the drift of a window of predictions; without at least two embeddings, leave out `embedding`."""
     assert window.n > 0, "no predictions"
-    count = int(reference["n"])
-    expected = np.asarray(reference["class_frequencies"], np.float64) * count
-    binned = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
+    reference_n = int(reference["n"])
+    classes = np.asarray(reference["class_frequencies"], np.float64) * reference_n, window.classes
+    confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
     measured = []
-    for name, (before, now) in {"classes": (expected, window.classes), "confidence": binned}.items():
-        limit, value = stability_limit(count, window.n, len(now)), population_stability(before, now)
-        measured.append(Measure(name, value, max(MODERATE, limit), max(SHIFTED, limit), window.n))
-    if "embedding" in reference and window.embedded > 1:
-        own = reference["embedding"]
-        limit = distance_limit(own, int(own.get("n", count)), window.embedded)
+    for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
+        limit, value = stability_limit(reference_n, window.n, len(counts)), population_stability(expected, counts)
+        measured.append(Measure(name, value, max(PSI_MODERATE, limit), max(PSI_SHIFTED, limit), window.n))
+    if "embedding" in reference and window.embedding_count > 1:
+        moments = reference["embedding"]
+        limit = distance_limit(moments, int(moments.get("n", reference_n)), window.embedding_count)
         moderate, shifted = max(EMBEDDING_MODERATE, limit), max(EMBEDDING_SHIFTED, limit)
-        value = embedding_distance(own, *window.gaussian())
-        measured.append(Measure("embedding", value, moderate, shifted, window.embedded))
+        value = embedding_distance(moments, *window.gaussian())
+        measured.append(Measure("embedding", value, moderate, shifted, window.embedding_count))
     return measured
 
 
 def verdict(measured: Sequence[Measure]) -> Level:
-    """The worst of the levels."""
+    """Return the most severe level of the measures."""
     return max((measure.level for measure in measured), key=("stable", "moderate", "shifted").index)
 
 
 def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Parse reference.json of a model with these classes (by default its own); None if it is damaged."""
+    """Parse reference.json; return None if it is damaged.
+
+    Args:
+        classes: the classes of the model, whose number has to match; defaults to those in the file.
+    """
     try:
         reference: dict[str, Any] = json.loads(content)
         counts = reference["confidence_histogram"]["counts"]
         names = reference["classes"] if classes is None else classes
-        valid = len(reference["class_frequencies"]) == len(names) and len(counts) == BINS and reference["n"] > 0
+        sizes = len(reference["class_frequencies"]), len(counts)
+        valid = sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
     except (ValueError, KeyError, TypeError):
         return None
     return reference if valid else None
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """Read the reference.json of a run, an export or a SavedModel, or the file itself.
+    """Read reference.json from the address of the file itself, or of a run, its export or a SavedModel.
 
     Raises:
-        DataError: it does not exist or is damaged.
+        DataError: the file does not exist or is damaged.
     """
     root = storage_path(address)
-    below = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
-    files = [root] if address.endswith(".json") else [root / name for name in below]
+    names = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
+    files = [root] if address.endswith(".json") else [root / name for name in names]
     fetched = next((content for file in files if (content := file.fetch())), None)
     if fetched is None:
         raise DataError(
-            "has no reference.json", key="reference", value=address, fix="give an exported run, or the file itself"
+            "has no reference.json", key="reference", value=address, fix="give a run with an export, or the file itself"
         )
     if (reference := parse_reference(fetched[0])) is None:
         raise DataError("its reference.json is damaged", key="reference", value=address, fix="export the run again")
@@ -231,18 +244,23 @@ def read_reference(address: str) -> dict[str, Any]:
 
 
 def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
-    """Read the predictions of a log or of all logs in a folder, and count invalid lines (the last may be unfinished).
+    """Read the predictions of a log, or of all logs in a folder, into a window.
 
     Args:
-        hours: only the predictions of the last `hours`; None: all of them.
+        hours: reads only the predictions of the last `hours`; defaults to all.
+
+    Returns:
+        The window, and the number of skipped invalid lines; the server may still be writing the last line.
 
     Raises:
         DataError: there is no log, it has no predictions, or they are from another model.
     """
     root = storage_path(address)
-    files = [root] if root.exists() else [e.path for e in root.list(recursive=False) if e.path.name.endswith(".jsonl")]
+    files = [root] if root.exists() else [f.path for f in root.list(recursive=False) if f.path.name.endswith(".jsonl")]
     if not files:
-        raise DataError("no such file or folder with *.jsonl", key="log", value=address, fix="give the log of a server")
+        raise DataError(
+            "is not a file or folder with *.jsonl", key="log", value=address, fix="give the log of a server"
+        )
     lines = (line for file in sorted(files, key=str) for line in file.read().decode("utf-8", "replace").splitlines())
     since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
     positions = {name: i for i, name in enumerate(reference["classes"])}
@@ -261,9 +279,9 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
             invalid += 1
             continue
         if name not in positions or (vector is not None and len(vector) != width):
-            unknown = f"the class {name}" if name not in positions else f"embeddings of {len(vector)} numbers"
+            mismatch = f"the class {name}" if name not in positions else f"embeddings of {len(vector)} numbers"
             raise DataError(
-                f"has {unknown}, unlike the reference", key="log", value=address, fix="give the reference of its model"
+                f"has {mismatch}, unlike the reference", key="log", value=address, fix="give its model's reference"
             )
         window.add(positions[name], confidence, vector)
     if not window.n:
@@ -273,7 +291,7 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
 
 
 def format_measures(measured: Sequence[Measure], invalid: int) -> list[str]:
-    """Format the measures for a terminal, one line each."""
+    """Format one line per measure, and one that counts `invalid` log lines if there are any."""
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {DESCRIPTIONS[m.name]}"

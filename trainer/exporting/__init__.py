@@ -1,1 +1,1 @@
-"""Export of the trained model to serving formats, with a parity check of each."""
+"""Export of a trained model to serving formats, and a parity check of every file with the trainer."""

@@ -1,4 +1,4 @@
-"""The model to export with its metadata, and the examples of the parity check."""
+"""The inputs of an export: the model with its metadata, and the examples of the parity check."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model with the metadata of its files; S is the side of its images in pixels."""
+    """A trained model and the metadata of its files; S is `image_size`, the side of its square input in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
-    explain: Callable[[Any], dict[str, Any]]  # the same images -> `trainer.models.grad_cam`
+    explain: Callable[[Any], dict[str, Any]]  # the same images -> probabilities, embedding and heatmap
     class_names: tuple[str, ...]  # in the order of the probabilities
     image_size: int
     resize: Resize
-    reference: Mapping[str, Any]  # `trainer.exporting.reference`
-    examples: Callable[[], np.ndarray]  # uint8 [k, S, S, 3] of the training split, to calibrate int8
+    reference: Mapping[str, Any]  # content of reference.json, for the drift check
+    calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
 
 
 @dataclass(frozen=True)
 class ParityExamples:
-    """Examples that the model was not trained on, with the trainer's own predictions."""
+    """Examples of the test or validation split, with the probabilities that the trainer computed."""
 
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]
@@ -40,29 +40,29 @@ class ParityExamples:
 
 @contextmanager
 def plain_float32(model: keras.Model) -> Iterator[None]:
-    """Make `model` compute in float32 and consist of Keras' own layers within the context.
+    """Within the context, let `model` compute in float32 and consist of layers of Keras only.
 
-    LiteRT and ONNX have few kernels for half precision, and custom layers load only with this package. The statistics
-    of a Normalization become arrays, since tf2onnx would turn the tensors into inputs.
+    LiteRT and ONNX have few kernels for half precision, and custom layers could be loaded only with this package. The
+    statistics of Normalization layers become arrays, because tf2onnx would turn tensors into inputs of the model.
     """
 
-    def layers(root: Any) -> list[Any]:
-        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in layers(layer))]
+    def layers_below(root: Any) -> list[Any]:
+        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in layers_below(layer))]
 
-    before = [(layer, layer.dtype_policy, type(layer)) for layer in layers(model)]
-    norms = [(layer, layer.mean, layer.variance) for layer, _, kind in before if kind.__name__ == "Normalization"]
+    originals = [(layer, layer.dtype_policy, type(layer)) for layer in layers_below(model)]
+    norms = [(layer, layer.mean, layer.variance) for layer, _, kind in originals if kind.__name__ == "Normalization"]
     try:
         for layer, mean, variance in norms:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
-        for layer, _, kind in before:
+        for layer, _, kind in originals:
             layer.dtype_policy = "float32"
-            if library_class(layer) is not kind:  # this package's BatchNormalization
+            if library_class(layer) is not kind:  # a subclass of this package
                 swap_class(layer, library_class(layer))
         yield
     finally:
         for layer, mean, variance in norms:
             layer.mean, layer.variance = mean, variance
-        for layer, policy, kind in before:
+        for layer, policy, kind in originals:
             layer.dtype_policy = policy
             if type(layer) is not kind:
                 swap_class(layer, kind)

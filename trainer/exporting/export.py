@@ -1,4 +1,4 @@
-"""Export of a scored classifier, at the end of a run or of a checkpoint later."""
+"""Export of a scored classifier at the end of a run, and of any checkpoint of a finished run."""
 
 import json
 from collections.abc import Callable
@@ -21,32 +21,36 @@ from trainer.storage.local import write_json
 from trainer.types import Scored, scored_split
 
 READ_BATCH = 256  # images
-PARITY_EXAMPLES = 1000  # at most, of the scored split
-REPRESENTATIVE = 200  # training images at most that calibrate an int8 file
+MAX_PARITY_EXAMPLES = 1000  # of the scored split
+MAX_CALIBRATION_IMAGES = 200  # of the training split, for an int8 file
 
 
-def chosen_examples(count: int, most: int) -> np.ndarray:
-    """Draw at most `most` of `count` indices, int64, ascending; the same every time, spread over all classes."""
-    return np.sort(np.random.default_rng(count).permutation(count)[:most]).astype(np.int64)
+def _sample_indices(count: int, limit: int) -> np.ndarray:
+    """Draw at most `limit` of the indices below `count`, int64, ascending; the draw depends on `count` only."""
+    return np.sort(np.random.default_rng(count).permutation(count)[:limit]).astype(np.int64)
 
 
 def export_classifier(
-    home: Path,
+    folder: Path,
     classifier: Classifier,
     images: ImageStore,
     scored: Scored,
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the configured formats below `home`; returns facts as `export_formats`.
+    """Write labels.txt, reference.json and the configured formats to `folder`, and score the exported files.
 
     Args:
-        scored: the predictions for all examples of a split that the classifier was not trained on.
-        check: as in `export_formats`.
+        images: opened data of the run, for the parity check and the calibration of int8.
+        scored: predictions for all examples of the test split, or of the validation split if there is no test split.
+        check: called before each format and each batch of the parity check; may raise to stop the export.
+
+    Returns:
+        The scores of each format by its name (`trainer.exporting.formats.export_formats`).
     """
     config, dataset, size = images.config, images.dataset, classifier.image_size
-    chosen = chosen_examples(len(scored.indices), PARITY_EXAMPLES)
-    examples = images.rows(scored.split, scored.indices[chosen])
+    sampled = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
+    examples = images.rows(scored.split, scored.indices[sampled])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     bundle = ExportBundle(
         model=classifier.keras_model(),
@@ -55,16 +59,22 @@ def export_classifier(
         image_size=size,
         resize=resize,
         reference=reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize),
-        examples=lambda: images.rows("train", chosen_examples(dataset.splits["train"].count, REPRESENTATIVE)),
+        calibration_images=lambda: images.rows(
+            "train", _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
+        ),
     )
-    write_labels(home / "labels.txt", names)
-    write_reference(home / "reference.json", bundle.reference)
-    held_out = ParityExamples(examples, scored.labels[chosen], scored.probabilities[chosen])
-    return export_formats(home, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
+    write_labels(folder / "labels.txt", names)
+    write_reference(folder / "reference.json", bundle.reference)
+    held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
+    return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 
 def open_images(run: FinishedRun, size: int) -> ImageStore:
-    """Open the images of a finished run's data at a size in pixels, without a cache."""
+    """Open the data of a finished run, uncached, with images of `size` x `size` pixels.
+
+    Raises:
+        DataError: the classes of the data are not those of the run.
+    """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, log.info, lambda _: None, stream=False)
@@ -73,33 +83,37 @@ def open_images(run: FinishedRun, size: int) -> ImageStore:
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Predict every example of a split that can be decoded."""
+    """Predict all examples of a split; the result has those whose image can be decoded."""
     labels = images.dataset.splits[split].labels
-    parts = [
+    batches = [
         explainer(images.rows(split, np.arange(start, min(start + READ_BATCH, len(labels)))))["probabilities"]
         for start in range(0, len(labels), READ_BATCH)
     ]
-    good = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
-    return Scored(split, good, labels[good], np.concatenate(parts)[good])
+    decodable = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    return Scored(split, decodable, labels[decodable], np.concatenate(batches)[decodable])
 
 
-def export_run(run: FinishedRun, home: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Export a checkpoint of a finished run below `home`; returns the facts by format, as `export_formats`."""
+def export_run(run: FinishedRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+    """Export a checkpoint of a finished run to `folder`; return the scores of each format by its name."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
-    return export_classifier(home, classifier, images, score_all(explainer, images, split), explainer)
+    return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
-def record_exports(run: FinishedRun, home: Path, is_own: bool, outcomes: dict[str, Any]) -> None:
-    """Write the facts by format to the report and model card of the run, or to export.json next to the files."""
-    path = home.parent / "report" / "report.json"
-    if not is_own or not path.exists():
-        write_json(home / "export.json", outcomes)
+def record_exports(run: FinishedRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
+    """Write the scores by format to the report and model card of the run, or else to export.json next to the files.
+
+    Args:
+        in_run: `folder` is the run's own `export`; report and model card are updated if the report exists.
+    """
+    path = folder.parent / "report" / "report.json"
+    if not in_run or not path.exists():
+        write_json(folder / "export.json", exports)
         return
     report = json.loads(path.read_text())
-    report["export"] = report.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in outcomes.items()}
+    report["export"] = report.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in exports.items()}
     write_json(path, report)
-    write_model_card(home / "model_card.md", report, run.config.model_dump(mode="json"))
+    write_model_card(folder / "model_card.md", report, run.config.model_dump(mode="json"))

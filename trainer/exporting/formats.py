@@ -1,4 +1,4 @@
-"""Export formats: each is written, loaded by its own library, scored, and deleted if it lost too much accuracy."""
+"""Export formats: write each file, load it with its own library, score it, and delete it if it is too inaccurate."""
 
 import contextlib
 import importlib.util
@@ -18,16 +18,16 @@ from trainer.exporting.bundle import ExportBundle, ParityExamples, plain_float32
 from trainer.exporting.model_card import label_lines
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.exporting.verify import drops_too_far, load_export, score
+from trainer.exporting.verify import accuracy_drop_too_large, load_export, score
 from trainer.storage.local import write_whole
 
-OPSET = 18  # ONNX 1.13, 2022; supported by TensorRT 10
+ONNX_OPSET = 18  # of ONNX 1.13 (2022); supported by TensorRT 10
 
 
 def export_keras(bundle: ExportBundle, path: Path) -> None:
-    """Write `path` atomically: float32 [n, S, S, 3] RGB in 0..255 -> probabilities, in float32.
+    """Write a Keras model atomically: float32 [n, S, S, 3] RGB in 0..255 -> float32 probabilities [n, classes].
 
-    `keras.saving.load_model(path)` reads it in safe mode, without this package.
+    `keras.saving.load_model(path)` loads it in safe mode and without this package.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".keras-", dir=path.parent) as folder, plain_float32(bundle.model):
@@ -36,7 +36,7 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 
 
 def export_onnx(bundle: ExportBundle, path: Path) -> None:
-    """Write `path` atomically: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
+    """Write an ONNX model atomically: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
 
     For ONNX Runtime, TensorRT and OpenVINO; requires the extra `onnx`. The metadata `labels` has one class per line.
     """
@@ -48,12 +48,12 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with plain_float32(model):
         predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
-        converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=OPSET)
+        converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
     onnx.helper.set_model_props(converted, {"labels": label_lines(bundle.class_names)})
     write_whole(path, converted.SerializeToString())
 
 
-# Name -> (file below export/, writer)
+# Name -> (path below the export folder, function that writes it)
 FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "saved_model": ("saved_model/1", export_saved_model),
     "keras": ("model.keras", export_keras),
@@ -63,15 +63,15 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
-_ONNX_MODULES = ("onnx", "onnxruntime", "tf2onnx")  # of the extra `onnx`
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # of the extra `onnx`
 
 
 def check_formats(formats: Iterable[str], backbone: str) -> None:
-    """Check before training that the formats can be written.
+    """Check, before training, that the formats can be written.
 
     Raises:
-        ConfigError: the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (1.17 has no Erfc, which
-            the GELU of ConvNeXt uses).
+        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (1.17 has no
+            Erfc, which the GELU of ConvNeXt uses).
     """
     if "onnx" not in formats:
         return
@@ -82,9 +82,9 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
             value="onnx",
             fix="leave onnx out or use another backbone",
         )
-    if missing := [module for module in _ONNX_MODULES if not importlib.util.find_spec(module)]:
+    if missing := [name for name in _ONNX_PACKAGES if not importlib.util.find_spec(name)]:
         raise ConfigError(
-            f"not installed: {', '.join(missing)}",
+            f"requires packages that are not installed: {', '.join(missing)}",
             key="export.formats",
             value="onnx",
             fix="run pip install 'kubetune[onnx]' or leave onnx out",
@@ -92,51 +92,59 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
 
 
 def export_formats(
-    home: Path,
+    folder: Path,
     formats: Iterable[str],
     bundle: ExportBundle,
     held_out: ParityExamples,
     max_accuracy_drop: float,
     check: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
-    """Write each format below `home` and score it; a format that lost too much accuracy is deleted.
+    """Write each format below `folder` and score it; delete it if it lost too much accuracy.
 
     Args:
-        max_accuracy_drop: fraction of the examples; see `verify.drops_too_far`.
-        check: called before each format and each batch; may raise to abort.
+        held_out: the examples that the files are scored on.
+        max_accuracy_drop: fraction of the examples; a larger loss, if it is also significant, is too much.
+        check: called before each format and each batch; may raise to stop the export.
 
     Returns:
-        facts by format: those of `verify.score`, `path` below `home`, `bytes`, and `refused` (it was deleted).
+        By format: the scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`, True if
+        it was deleted.
+
+    Raises:
+        ModelError: a written file cannot be loaded.
     """
-    outcomes: dict[str, dict[str, Any]] = {}
+    exports: dict[str, dict[str, Any]] = {}
     for name in formats:
         check()
         file, write = FORMATS[name]
-        path = home / file
+        path = folder / file
         write(bundle, path)
-        facts = score(load_export(path), held_out, check)
-        size = sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
-        refused = drops_too_far(facts, max_accuracy_drop)
-        if refused:
+        scores = score(load_export(path), held_out, check)
+        size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
+        if refused := accuracy_drop_too_large(scores, max_accuracy_drop):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
-                path.parent.rmdir()  # an empty saved_model/ would keep a model server waiting
-        outcomes[name] = {"path": file, "bytes": size, **facts, "refused": refused}
-    return outcomes
+                path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/
+        exports[name] = {"path": file, "bytes": size, **scores, "refused": refused}
+    return exports
 
 
 def raise_if_refused(
     exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float, section: str = "export."
 ) -> None:
-    """Raise a ModelError that names each deleted format; `section` is the prefix of the user's keys."""
-    bad = [
-        f"{name} ({facts['trainer_accuracy']:.4f} -> {facts['accuracy']:.4f} on {facts['examples']:,} examples)"
-        for name, facts in exports.items()
-        if facts["refused"]
+    """Raise a ModelError that names the deleted formats, if there are any.
+
+    Args:
+        section: prefix of the keys in the message: "" for `trainer.export`, whose arguments have no section.
+    """
+    refused = [
+        f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"
+        for name, scores in exports.items()
+        if scores["refused"]
     ]
-    if bad:
+    if refused:
         raise ModelError(
-            f"more accuracy was lost by {', '.join(bad)}, now deleted; everything else was written",
+            f"is exceeded by {', '.join(refused)}, now deleted; everything else was written",
             key=f"{section}max_accuracy_drop",
             value=f"{max_accuracy_drop:g}",
             fix=f"raise the limit or leave out the format in {section}formats, then start the same command again",

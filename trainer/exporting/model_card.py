@@ -1,4 +1,4 @@
-"""labels.txt and the model card."""
+"""Write labels.txt, and the model card from a template."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,17 @@ TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 
 
 def label_lines(class_names: Sequence[str]) -> str:
-    """Format one class name per line, in the order of the probabilities; a line break in a name becomes a space."""
+    """Return one class name per line, in the order of the probabilities, with spaces for line breaks in a name."""
     return "".join(" ".join(name.splitlines()) + "\n" for name in class_names)
 
 
 def write_labels(path: Path, class_names: Sequence[str]) -> None:
-    """Write labels.txt, UTF-8."""
+    """Write labels.txt in UTF-8, atomically."""
     write_whole(path, label_lines(class_names))
 
 
 def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write a Markdown card from the content of report.json and the resolved configuration."""
+    """Write the model card in Markdown from the content of report.json and the resolved configuration."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report, config=config)
     write_whole(path, re.sub(r"\n{3,}", "\n\n", card).strip() + "\n")

@@ -1,4 +1,4 @@
-"""reference.json: the distribution of predictions on held-out examples, the reference of the drift check."""
+"""reference.json: the distribution of the predictions for held-out examples, with which the drift check compares."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.drift import BINS, Window
+from trainer.evaluation.drift import CONFIDENCE_BINS, Window
 from trainer.storage.local import write_whole
 
-WIDEST = 16  # dimensions of a stored embedding: a covariance of 64 needs more examples than most splits have
-SEED = 8
+MAX_EMBEDDING_WIDTH = (
+    16  # wider embeddings are projected: a 64 x 64 covariance needs more examples than most splits have
+)
+PROJECTION_SEED = 8
 
 
 def reference_distribution(
@@ -25,27 +27,27 @@ def reference_distribution(
     """Return the content of reference.json.
 
     Args:
-        split: test or validation.
+        split: name of the split of these examples, test or validation.
         probabilities: float32 [n, classes].
-        embeddings: float32 [m, C] of (some of) these examples.
+        embeddings: float32 [m, C], of these examples or some of them.
 
     Returns:
-        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the fraction of each predicted
+        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the fraction of predictions per
         class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
-        `mean` [C'], `covariance` [C', C'] and, if C > 16, `projection` [C, C'], orthonormal columns from a fixed seed,
-        to multiply an embedding by first.
+        `mean` [C'], `covariance` [C', C'] and, if C > 16, `projection` [C, C'] with C' = 16, by which an embedding is
+        multiplied before it is compared.
     """
     window = Window(len(class_names))
     for row in probabilities:
         window.add(int(row.argmax()), float(row.max()))
-    vectors, projection = embeddings.astype(np.float64), projection_of(embeddings.shape[1])
+    vectors, projection = embeddings.astype(np.float64), draw_projection(embeddings.shape[1])
     if projection is not None:
         vectors = vectors @ projection
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
     embedding = {"n": len(vectors), "mean": _rounded(vectors.mean(0)), "covariance": _rounded(covariance)}
     if projection is not None:
         embedding["projection"] = projection.tolist()
-    edges, counts = [i / BINS for i in range(BINS + 1)], window.confidences.tolist()
+    edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
     return {
         "classes": list(class_names),
         "n": len(probabilities),
@@ -58,16 +60,19 @@ def reference_distribution(
     }
 
 
-def projection_of(width: int) -> np.ndarray | None:
-    """Draw float64 [width, 16] with orthonormal columns, equal for all models of that width; None up to width 16."""
-    if width <= WIDEST:
+def draw_projection(width: int) -> np.ndarray | None:
+    """Draw a projection, float64 [width, 16], with orthonormal columns; None if no embedding of this width needs one.
+
+    The seed is fixed, so that all models with embeddings of one width have the same projection.
+    """
+    if width <= MAX_EMBEDDING_WIDTH:
         return None
-    drawn = np.random.default_rng([SEED, width]).standard_normal((width, WIDEST))
-    return np.array(_rounded(np.linalg.qr(drawn)[0]))
+    gaussian = np.random.default_rng([PROJECTION_SEED, width]).standard_normal((width, MAX_EMBEDDING_WIDTH))
+    return np.array(_rounded(np.linalg.qr(gaussian)[0]))
 
 
 def _rounded(values: np.ndarray) -> Any:
-    """Round to six digits, which halves the file."""
+    """Round to six significant digits, which halves the size of the file."""
     return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
 
 

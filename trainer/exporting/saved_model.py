@@ -1,4 +1,4 @@
-"""SavedModel export, for TensorFlow Serving; it decodes images itself."""
+"""SavedModel export for TensorFlow Serving and `trainer.serve`; its graph decodes encoded images."""
 
 import os
 import shutil
@@ -14,18 +14,18 @@ from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import write_labels
 from trainer.exporting.reference import write_reference
 
-WARMUP = "assets.extra/tf_serving_warmup_requests"
-WARMUP_BATCH = 4  # images of the larger request: a graph compiled for one image may not serve several
-DECODED_IN_PARALLEL = 32  # images of one request
+WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
+WARMUP_BATCH = 4  # images of a second request: a graph that is warm for one image may not be warm for several
+MAX_PARALLEL_DECODING = 32  # images of one request
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
-    """Write the warm-up requests of a SavedModel: one and several encoded images per signature, and one as pixels."""
-    ramp = np.linspace(0, 255, image_size, dtype=np.float32)
-    image = np.broadcast_to(ramp[None, :, None], (image_size, image_size, 3))
+    """Write warm-up requests: one and several encoded images for each signature, and one image as pixels."""
+    gradient = np.linspace(0, 255, image_size, dtype=np.float32)
+    image = np.broadcast_to(gradient[None, :, None], (image_size, image_size, 3))
     encoded = tf.io.encode_jpeg(image.astype(np.uint8)).numpy()
-    (saved_model / WARMUP).parent.mkdir()
-    with tf.io.TFRecordWriter(str(saved_model / WARMUP)) as records:
+    (saved_model / WARMUP_FILE).parent.mkdir()
+    with tf.io.TFRecordWriter(str(saved_model / WARMUP_FILE)) as records:
         for count in (1, WARMUP_BATCH):
             for signature in ("serving_default", "image_bytes", "explain"):
                 records.write(_request(signature, "image_bytes", np.array([encoded] * count, object)))
@@ -41,12 +41,12 @@ def _request(signature: str, name: str, value: np.ndarray) -> bytes:
     return log.SerializeToString(deterministic=True)
 
 
-class _Served(tf.Module):
-    """The saved object: three signatures of one model, with its labels and reference as assets."""
+class _ServedModule(tf.Module):
+    """The object that is saved: three signatures of one model, with its labels and reference as assets."""
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
-        self.model, self.explained = bundle.model, bundle.explain
+        self.model, self.compute_explanation = bundle.model, bundle.explain
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
         self.image_size, self.resize = bundle.image_size, bundle.resize
         encoded = [tf.TensorSpec([None], tf.string, "image_bytes")]
@@ -62,40 +62,40 @@ class _Served(tf.Module):
         return self._images(self._pixels(image_bytes))
 
     def _explain(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return self.explained(self._pixels(image_bytes))
+        return self.compute_explanation(self._pixels(image_bytes))
 
     def _pixels(self, image_bytes: tf.Tensor) -> tf.Tensor:
         pixels = tf.map_fn(
             lambda data: decode_image(data, self.image_size, self.resize),
             image_bytes,
             fn_output_signature=tf.TensorSpec([self.image_size, self.image_size, 3], tf.uint8),
-            parallel_iterations=DECODED_IN_PARALLEL,
+            parallel_iterations=MAX_PARALLEL_DECODING,
         )
         return tf.cast(pixels, tf.float32)
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
-    """Write `folder` (".../saved_model/VERSION") atomically, replacing an older one.
+    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename; an older one there is deleted.
 
     Signatures:
-    `image_bytes` (also `serving_default`): string [n], encoded images, decoded and resized as in the evaluation ->
-    `probabilities` float32 [n, classes];
-    `images`: float32 [n, S, S, 3], RGB in 0..255 -> the same;
-    `explain`: string [n] -> `probabilities`, `embedding` float32 [n, C] and `heatmap` float32 [n, h, w] in 0..1
-    (Grad-CAM of the most probable class).
+    - `image_bytes`, also as `serving_default`: string [n], encoded images, which are decoded and resized as in the
+      evaluation -> `probabilities` float32 [n, classes];
+    - `images`: float32 [n, S, S, 3], RGB in 0..255 -> `probabilities`;
+    - `explain`: string [n], encoded images -> `probabilities`, `embedding` float32 [n, C], and `heatmap` float32
+      [n, h, w] in 0..1, the Grad-CAM of the predicted class.
 
-    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has the requests by which TensorFlow
-    Serving warms up the model before it opens its ports.
+    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has requests with which TensorFlow
+    Serving warms up the model before it is available.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A model server that lists the folder before the rename does not read a dotted name as a version.
+    # A model server does not take a name with a dot for a version, if it lists the folder before the rename.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         labels, reference, saved = (Path(temporary) / name for name in ("labels.txt", "reference.json", "model"))
         write_labels(labels, bundle.class_names)
         write_reference(reference, bundle.reference)
-        served = _Served(bundle, labels, reference)
-        signatures = {name: getattr(served, name) for name in ("image_bytes", "images", "explain")}
-        tf.saved_model.save(served, str(saved), signatures={"serving_default": served.image_bytes, **signatures})
+        module = _ServedModule(bundle, labels, reference)
+        signatures = {name: getattr(module, name) for name in ("image_bytes", "images", "explain")}
+        tf.saved_model.save(module, str(saved), signatures={"serving_default": module.image_bytes, **signatures})
         write_warmup(saved, bundle.image_size)
         if folder.exists():
             shutil.rmtree(folder)

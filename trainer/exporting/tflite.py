@@ -1,4 +1,4 @@
-"""LiteRT (TFLite) export in four precisions, for phones and small machines; input is pixels."""
+"""LiteRT (TFLite) export in four precisions, for phones and embedded devices; the input is pixels."""
 
 import contextlib
 import io
@@ -21,39 +21,40 @@ from trainer.exporting.model_card import label_lines
 from trainer.monitoring.log import without
 from trainer.storage.local import write_whole
 
-# Lines of its converter and interpreter without information.
+# Lines that the converter and a new interpreter always print.
 _NOISE = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Suppress the routine lines of a conversion or a new interpreter on stderr."""
+    """Suppress the lines on stderr that every conversion and every new interpreter prints."""
     return without(_NOISE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metadata of a LiteRT file: a description of its input and output, and its class names as a zip at the end of the file
+# Metadata: a description of input and output, and the class names in a zip archive at the end of the file
 
-NAME, IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
+METADATA_NAME, METADATA_IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
 LABELS = "labels.txt"
-_AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1  # enumerations and unions of the schema
-_MEAN, _DEVIATION = 0.0, 1.0  # identity: the model itself normalises
+# Values of TENSOR_AXIS_LABELS, ColorSpaceType.RGB, ImageProperties and NormalizationOptions in metadata_schema.fbs
+_AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
+_MEAN, _DEVIATION = 0.0, 1.0  # identity: the model itself normalizes its input
 
 
 def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """Return the model with a description of its images and its class names added."""
+    """Return the model with a description of its input and output, and with its class names."""
     tree = schema.ModelT.InitFromPackedBuf(model, 0)
-    tree.metadata = [entry for entry in tree.metadata or [] if entry.name != NAME]
+    tree.metadata = [entry for entry in tree.metadata or [] if entry.name != METADATA_NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
     buffer.data = list(_model_metadata())
-    entry.name, entry.buffer = NAME, len(tree.buffers)
+    entry.name, entry.buffer = METADATA_NAME, len(tree.buffers)
     tree.buffers.append(buffer)
     tree.metadata.append(entry)
     builder = flatbuffers.Builder(len(model) + 4096)
     builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
-    whole = io.BytesIO(bytes(builder.Output()))
-    with zipfile.ZipFile(whole, "a") as archive:  # a fixed date: equal models are equal files
+    file = io.BytesIO(bytes(builder.Output()))
+    with zipfile.ZipFile(file, "a") as archive:  # with a fixed date, so that equal models are equal files
         archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), label_lines(class_names))
-    return whole.getvalue()
+    return file.getvalue()
 
 
 def _model_metadata() -> bytes:
@@ -91,7 +92,7 @@ def _model_metadata() -> bytes:
     graphs = vector(table(("offset", 2, inputs), ("offset", 3, outputs), slots=8))
     named = [text(0, "image classifier"), text(7, "1.0.0")]
     root = table(*named, ("offset", 3, graphs), slots=8)
-    builder.Finish(root, IDENTIFIER)
+    builder.Finish(root, METADATA_IDENTIFIER)
     return bytes(builder.Output())
 
 
@@ -102,12 +103,12 @@ Precision = Literal["float32", "float16", "dynamic", "int8"]
 
 
 def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> None:
-    """Write `path` atomically: one input, images [n, S, S, 3] RGB in 0..255; one output, probabilities.
+    """Write a LiteRT model atomically: images [n, S, S, 3] RGB in 0..255 -> probabilities [n, classes].
 
     Args:
-        precision: `float32`; `float16`: weights of half the size; `dynamic`: weights in 8 bits, computation in float32
-            where there is no better kernel; `int8`: everything in 8 bits, uint8 pixels as input and probabilities in
-            steps of 1/256 as output, the ranges calibrated on `bundle.examples`.
+        precision: `float32`; `float16`, which halves the size of the weights; `dynamic`, weights in 8 bits and
+            computation in float32 unless there is an 8-bit kernel; or `int8`, weights and computation in 8 bits with
+            ranges calibrated on training images, uint8 pixels as input, and probabilities in steps of 1/256 as output.
     """
     size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
@@ -115,13 +116,13 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
         predict = tf.function(lambda images: bundle.model(images, training=False), input_signature=spec)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
-        converter.experimental_lower_to_saved_model = False  # constants: 4 times as fast, and int8 needs them
+        converter.experimental_lower_to_saved_model = False  # weights stay constants: faster, and int8 needs it
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "float16":
             converter.target_spec.supported_types = [tf.float16]
         if precision == "int8":
-            converter.representative_dataset = partial(_one_by_one, bundle.examples())
+            converter.representative_dataset = partial(_calibration_inputs, bundle.calibration_images())
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         with quiet():
@@ -129,8 +130,9 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     write_whole(path, with_metadata(content, bundle.class_names))
 
 
-def _one_by_one(images: np.ndarray) -> Iterator[list[np.ndarray]]:
+def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:
+    """Yield the images one by one as inputs of the model."""
     images = images.copy()
-    images[0, 0, :2] = [[0], [255]]  # the input's range is 0..255, so its scale is exactly 1
+    images[0, 0, :2] = [[0], [255]]  # the range of the input is then 0..255, and its scale exactly 1
     for image in images:
         yield [image[None].astype(np.float32)]

@@ -1,4 +1,4 @@
-"""Parity check of an exported file: predictions and latency in its own library, against the trainer's predictions."""
+"""Parity check of an exported file: compare its predictions in its own library with the trainer's, and time it."""
 
 import time
 from collections.abc import Callable
@@ -14,28 +14,30 @@ from trainer.exporting.tflite import quiet
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
 
-BATCH = 32
-TIMED = 20  # images, one at a time
-WARMUP = 3  # images before them, which allocate memory
-Z_ONE_SIDED = 1.645  # standard deviations: 5 %, one-sided
+BATCH = 32  # images
+TIMED_CALLS = 20  # with one image each
+WARMUP_CALLS = 3  # before them, not timed: they allocate memory
+Z_ONE_SIDED = 1.645  # standard deviations, for a one-sided test at 5 %
 
 
 def load_export(path: Path) -> Classify:
-    """Load the folder of a SavedModel, or a .keras, .tflite or .onnx file.
+    """Load a .keras, .tflite or .onnx file, or the folder of a SavedModel, with its own library.
 
     Raises:
-        ModelError: it is missing or damaged.
+        ModelError: the file is missing or damaged, or onnxruntime is not installed.
     """
     load = {".keras": _keras, ".tflite": _tflite, ".onnx": _onnx}.get(path.suffix, _saved_model)
     try:
         return load(path)
-    except Exception as error:  # each library has its own classes
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path} cannot be loaded: {error}", fix="run pip install 'kubetune[onnx]'") from error
+    except Exception as error:  # each library has its own error classes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{path} cannot be loaded: {reason}", fix="export it again") from error
 
 
 def _saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # keeps the signature alive
+    loaded = tf.saved_model.load(str(folder))  # the signature fails after its model is collected
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 
@@ -78,19 +80,22 @@ def _onnx(path: Path) -> Classify:
 
 
 def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Score an export on the examples; `check` is called before each batch and may raise to abort.
+    """Score an export on held-out examples, and time it on this machine.
+
+    Args:
+        check: called before each batch; may raise to stop the parity check.
 
     Returns:
-        `examples` n, `accuracy` and `trainer_accuracy` on them, `lost` and `gained`: how many only the trainer or only
-        the export predicts correctly; `largest_difference` of any probability; `timing`: `milliseconds_per_image`, the
-        median of single images on this machine.
+        `examples`, their number; `accuracy` of the export and `trainer_accuracy` on them; `lost` and `gained`, the
+        numbers of examples that only the trainer and only the export predicts correctly; `largest_difference` of any
+        probability, infinite if one is not finite; `timing`: `milliseconds_per_image`, the median of single images.
     """
     images, batches = held_out.images, []
     for start in range(0, len(images), BATCH):
         check()
         batches.append(classify(images[start : start + BATCH]))
     probabilities, seconds = np.concatenate(batches), []
-    for i in range(WARMUP + TIMED):
+    for i in range(WARMUP_CALLS + TIMED_CALLS):
         image = images[i % len(images)][None]
         began = time.perf_counter()
         classify(image)
@@ -104,17 +109,19 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         "lost": int((expected & ~correct).sum()),
         "gained": int((correct & ~expected).sum()),
         "largest_difference": float(np.abs(probabilities - held_out.probabilities).max()) if finite else np.inf,
-        "timing": {"milliseconds_per_image": round(float(np.median(seconds[WARMUP:])) * 1000, 3)},
+        "timing": {"milliseconds_per_image": round(float(np.median(seconds[WARMUP_CALLS:])) * 1000, 3)},
     }
 
 
-def drops_too_far(facts: dict[str, Any], most: float) -> bool:
-    """Return True if an export loses more than the fraction `most` of the examples, and more than chance.
+def accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
+    """Return True if an export loses more than the fraction `max_drop` of the examples, and significantly many.
 
-    Rounding flips predictions either way by chance, so the net loss has a standard deviation of sqrt(lost + gained)
-    (McNemar 1947): 2 lost of 60 are not significant, 6 are. Probabilities that are not finite count as a drop.
+    Rounding changes some predictions by chance, for better or worse, so that the net loss has a standard deviation of
+    sqrt(lost + gained) (McNemar 1947): 2 lost of 60 are not significant, 6 are. Probabilities that are not finite are
+    always too large a drop.
     """
-    if not np.isfinite(facts["largest_difference"]):
+    if not np.isfinite(scores["largest_difference"]):
         return True
-    net = facts["lost"] - facts["gained"]
-    return net > most * facts["examples"] and net > Z_ONE_SIDED * (facts["lost"] + facts["gained"]) ** 0.5
+    net_loss = scores["lost"] - scores["gained"]
+    changed = scores["lost"] + scores["gained"]
+    return net_loss > max_drop * scores["examples"] and net_loss > Z_ONE_SIDED * changed**0.5

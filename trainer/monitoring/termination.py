@@ -5,7 +5,7 @@ After SIGKILL there is none; with `terminationMessagePolicy: FallbackToLogsOnErr
 
 from pathlib import Path
 
-from trainer.errors import BUG, DONE, GAVE_UP, INTERRUPTED, WRONG_INPUT
+from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, WRONG_INPUT
 from trainer.monitoring.log import last_words
 
 LIMIT = 4096  # bytes that Kubernetes reads
@@ -14,6 +14,7 @@ MEANINGS = {
     BUG: "a bug",
     WRONG_INPUT: "configuration or data is wrong",
     GAVE_UP: "gave up",
+    DRIFTED: "drifted",
     INTERRUPTED: "interrupted",
 }
 

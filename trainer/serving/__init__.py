@@ -1,1 +1,1 @@
-"""HTTP server of an export: requests, batches, metrics, and drift from the reference."""
+"""HTTP server of an export: requests, batches of images, metrics, and drift from the reference."""

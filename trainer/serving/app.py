@@ -1,4 +1,4 @@
-"""HTTP routes and their responses."""
+"""ASGI application of the server: HTTP routes, their responses, and the requests in progress."""
 
 import asyncio
 import base64
@@ -31,40 +31,40 @@ from trainer.serving.settings import Settings
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
-ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
-POLICY = (  # the page is self-contained and connects to this server only
+FIXED_ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
+CSP = (  # content security policy: the page is self-contained and connects only to this server
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 Parse = Callable[[bytes], PredictRequest]
-LOADING = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
+LOADING_PAGE = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
 
 
 class Service:
-    """One model behind HTTP, from before it is loaded until the last response is sent.
+    """The HTTP service of one model; it responds before the model is loaded and until the server exits.
 
     Attributes:
         model: None until it is loaded and warmed up.
-        stopping: a signal was received: not ready, and each response closes its connection.
-        active: requests in progress.
-        lost: requests that were cancelled after `drain`.
+        stopping: a signal was received; the service is not ready, and each response closes its connection.
+        active: number of requests in progress, to any route.
+        cancelled: number of requests that did not finish within `drain` seconds of the shutdown.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
         self.model: ServedModel | None = None
-        self.stopping, self.active, self.lost = False, 0, 0
+        self.stopping, self.active, self.cancelled = False, 0, 0
         self.metrics = ServingMetrics(settings, export)
-        self.metrics.ready.set_function(lambda: not self.not_ready())
+        self.metrics.ready.set_function(lambda: not self.not_ready_reason())
         self.metrics.active.set_function(lambda: self.active)
         self.metrics.queued.set_function(lambda: sum(map(len, self._batchers.values())))
         self._memory = MemoryBudget(settings.max_bytes)
-        self._parser = ThreadPoolExecutor(1, "parsing")  # one at a time: parsed JSON is many times its size
+        self._parser = ThreadPoolExecutor(1, "parsing")  # one request at a time: parsed JSON is many times its size
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._batchers = {explain: self._batcher(explain) for explain in (False, True)}
+        self._batchers = {explain: self._new_batcher(explain) for explain in (False, True)}
         self._page = resources.files("trainer.serving").joinpath("page.html").read_bytes()
-        models = [f"/v1/models/{{name}}{version}" for version in ("", "/versions/{version}")]
-        verbs = [f"{model}:{verb}" for model in models for verb in ("predict", "explain")]
+        model_paths = [f"/v1/models/{{name}}{version}" for version in ("", "/versions/{version}")]
+        verb_paths = [f"{path}:{verb}" for path in model_paths for verb in ("predict", "explain")]
         routes = [
             Route("/", self.get_page),
             Route("/healthz", Response("ok\n", media_type="text/plain"), methods=["GET"]),
@@ -72,13 +72,13 @@ class Service:
             Route("/metrics", self.get_metrics),
             Route("/predict", self.predict, methods=["POST"]),
             Route("/v1/models", _json({"models": [settings.name]}), methods=["GET"]),
-            *(Route(path, self.predict_instances, methods=["POST"]) for path in verbs),
-            *(Route(path, self.get_status) for path in models),
+            *(Route(path, self.predict_instances, methods=["POST"]) for path in verb_paths),
+            *(Route(path, self.get_status) for path in model_paths),
         ]
         handlers: Any = {HTTPException: _respond_to_http_error, Exception: _respond_to_bug}
         self._routes: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
 
-    def _batcher(self, explain: bool) -> Batcher:
+    def _new_batcher(self, explain: bool) -> Batcher:
         def run_model(images: list[bytes]) -> list[Prediction | str]:
             assert self.model is not None
             began = time.monotonic()
@@ -96,12 +96,12 @@ class Service:
         """Start the tasks that form batches; they run until they are cancelled."""
         return [asyncio.create_task(batcher.run()) for batcher in self._batchers.values()]
 
-    def not_ready(self) -> str:
-        """The reason why the server is not ready; "" if it is."""
+    def not_ready_reason(self) -> str:
+        """Return why the service is not ready; "" if it is."""
         return "stopping" if self.stopping else "" if self.model else "the model is being loaded"
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application: counts requests, and closes connections while stopping."""
+        """Serve a request as an ASGI application, count it, and close its connection while the server stops."""
         if scope["type"] != "http":
             return
         began, code = time.monotonic(), "none"
@@ -116,10 +116,10 @@ class Service:
 
         self.active += 1
         try:
-            with contextlib.suppress(Exception):  # Starlette raises it again after `_respond_to_bug`
+            with contextlib.suppress(Exception):  # Starlette raises an error again after `_respond_to_bug`
                 await self._routes(scope, receive, count_and_send)
-        except asyncio.CancelledError:  # after `drain`
-            self.lost += 1
+        except asyncio.CancelledError:  # `drain` seconds after the shutdown began
+            self.cancelled += 1
             if code == "none":
                 response = _json({"error": "the server has stopped; send the request to another one"}, 503)
                 await response(scope, receive, count_and_send)
@@ -129,7 +129,12 @@ class Service:
             self.metrics.requests.labels(route, code).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
-    async def _run(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
+    async def _predict_images(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
+        """Read and parse a request, and predict its images.
+
+        Raises:
+            HTTPException: the request is invalid or too large, or the model, memory or queue is not available.
+        """
         if self.model is None:
             raise unavailable("the model is being loaded")
         with self._memory.reservation() as reserve:
@@ -137,7 +142,7 @@ class Service:
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
             del body
             if parsed.explain and not self.model.explains:
-                raise HTTPException(400, "this export has no signature `explain`; export again with this version")
+                raise HTTPException(400, "this export has no signature `explain`; export it again with this version")
             try:
                 predictions = await self._batchers[parsed.explain].predict(parsed.images)
             except asyncio.QueueFull:
@@ -148,26 +153,30 @@ class Service:
         return parsed, predictions
 
     async def predict(self, request: Request) -> Response:
-        """The `top_k` most probable classes of each image, with `explain` also the heatmap."""
-        kind, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._run(request, lambda body: read_predict(body, kind, query, self.settings))
+        """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
+        content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
+        parsed, predictions = await self._predict_images(
+            request, lambda body: read_predict(body, content_type, query, self.settings)
+        )
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             p = prediction.probabilities
-            best = np.argsort(-p, kind="stable")[: parsed.top_k]
-            classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in best]
+            top = np.argsort(-p, kind="stable")[: parsed.top_k]
+            classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in top]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
-                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: the central square of the image
+                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: covers the central square only
                 entry["heatmap"] = {"png": _as_png(prediction.heatmap), "resize": str(resize)}
             entries.append(entry)
         return _json({"model": self.settings.name, "version": self.export.version, "predictions": entries})
 
     async def predict_instances(self, request: Request) -> Response:
-        """The REST API of KServe and TensorFlow Serving: probabilities, with `:explain` also embedding and heatmap."""
+        """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._run(request, lambda body: read_instances(body, self.settings, explain))
+        parsed, predictions = await self._predict_images(
+            request, lambda body: read_instances(body, self.settings, explain)
+        )
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:
@@ -183,48 +192,48 @@ class Service:
             raise HTTPException(404, f"there is no version {version!a}; available: {self.export.version}")
 
     async def get_status(self, request: Request) -> Response:
-        """The status of the model for KServe (`ready`) and TensorFlow Serving (`model_version_status`)."""
+        """Respond with the status of the model: `ready` for KServe, `model_version_status` for TensorFlow Serving."""
         self._check_model(request)
         state = "UNLOADING" if self.stopping else "AVAILABLE" if self.model else "LOADING"
         status = {"error_code": "OK", "error_message": ""}
         versions = [{"version": self.export.version, "state": state, "status": status}]
-        body = {"name": self.settings.name, "ready": not self.not_ready(), "model_version_status": versions}
-        return _json(body, 503 if self.not_ready() else 200)
+        body = {"name": self.settings.name, "ready": not self.not_ready_reason(), "model_version_status": versions}
+        return _json(body, 503 if self.not_ready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
-        """Readiness: 503 while the model loads and while the server stops."""
-        reason = self.not_ready()
+        """Respond to a readiness probe; 503 while the model is loaded and while the server stops."""
+        reason = self.not_ready_reason()
         return Response(f"{reason or 'ready'}\n", 503 if reason else 200, media_type="text/plain")
 
     async def get_metrics(self, request: Request) -> Response:
-        """The metrics in the format that Prometheus accepts."""
-        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        """Respond with the metrics in a format that the client accepts."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
         text = await asyncio.to_thread(encode, self.metrics.registry)
-        return Response(text, headers={"Content-Type": kind})
+        return Response(text, headers={"Content-Type": content_type})
 
     async def get_page(self, request: Request) -> Response:
-        """The page for browsers; KServe's liveness for other clients."""
+        """Respond with the page to browsers, and with KServe's liveness status to other clients."""
         if "text/html" not in request.headers.get("accept", ""):
             return _json({"status": "alive"})
         if self.model is None:
-            return Response(LOADING, 503, media_type="text/html", headers={"Retry-After": "2"})
-        facts = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
-        facts |= {"max_bytes": self.settings.max_bytes, "explains": self.model.explains}
-        page = self._page.replace(b"{{facts}}", json.dumps(facts).encode())
-        guards = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        return Response(page, media_type="text/html", headers=guards)
+            return Response(LOADING_PAGE, 503, media_type="text/html", headers={"Retry-After": "2"})
+        server = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
+        server |= {"max_bytes": self.settings.max_bytes, "explains": self.model.explains}
+        page = self._page.replace(b"{{server}}", json.dumps(server).encode())
+        headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        return Response(page, media_type="text/html", headers=headers)
 
 
 def _route_label(path: str) -> str:
-    """The label of a path in the metrics, one of a fixed set."""
+    """Return the metrics label of a path; the set of labels is fixed, so that clients cannot add time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
-    return path if path in ROUTES else "other"
+    return path if path in FIXED_ROUTES else "other"
 
 
 def _as_png(heatmap: np.ndarray) -> str:
-    """Encode a heatmap, float32 [h, w] in 0..1, as a grey PNG in base64."""
+    """Encode a heatmap, float32 [h, w] in 0..1, as a greyscale PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -236,8 +245,8 @@ def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None
 
 async def _respond_to_http_error(_request: Request, error: HTTPException) -> Response:
     text = error.detail
-    if text == "Not Found":  # by the router
-        text = f"there is no such route; available: {' '.join(ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
+    if text == "Not Found":  # raised by the router
+        text = f"there is no such route; available: {' '.join(FIXED_ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
     return _json({"error": text}, error.status_code, error.headers)
 
 

@@ -1,4 +1,4 @@
-"""Batch the images of many requests into one call of the model, in order of arrival."""
+"""Batch images of concurrent requests for the model, in order of arrival."""
 
 import asyncio
 import contextlib
@@ -17,31 +17,36 @@ Model = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one predicti
 class _Pending:
     image: EncodedImage
     prediction: asyncio.Future[Any]
-    since: float  # in seconds of the event loop
+    arrived_at: float  # time of the event loop, in seconds
 
 
 class Batcher:
-    """A queue of images, and the calls of the model that process them.
+    """Queue of images, from which `run` forms batches for the model.
 
-    A call takes at most `size` images and at most `pixels` pixels (a larger image goes alone). While the model is busy
-    the next images queue; only if it is idle does an image wait up to `window` seconds for others.
+    A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. When the
+    model is idle, it gets the next batch as soon as the queue has `size` images or the oldest one has waited for
+    `window` seconds.
+
+    Args:
+        run_model: called in `pool` with the encoded images of a batch; returns one prediction per image.
+        queue: largest number of waiting images.
     """
 
-    def __init__(self, model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
-        self._model, self._pool = model, pool
+    def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
+        self._run_model, self._pool = run_model, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
         self._pending: deque[_Pending] = deque()
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
-        """The number of images in the queue."""
+        """Return the number of images in the queue."""
         return len(self._pending)
 
     async def predict(self, images: Sequence[EncodedImage]) -> list[Any]:
-        """One prediction per image.
+        """Queue images, and return one prediction per image as soon as the model has processed all of them.
 
         Raises:
-            asyncio.QueueFull: the queue has no room for all of them; none is added.
+            asyncio.QueueFull: there is not enough space in the queue for all images; none was added.
         """
         if len(self._pending) + len(images) > self.queue:
             raise asyncio.QueueFull
@@ -52,13 +57,13 @@ class Batcher:
         return list(await asyncio.gather(*(pending.prediction for pending in added)))
 
     async def run(self) -> None:
-        """Form batches and run the model on them, forever."""
+        """Form batches and run the model on them until cancelled; an error of the model is raised in `predict`."""
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
             try:
                 images = [pending.image.data for pending in batch]
-                predictions = await loop.run_in_executor(self._pool, self._model, images)
+                predictions = await loop.run_in_executor(self._pool, self._run_model, images)
                 for pending, prediction in zip(batch, predictions, strict=True):
                     if not pending.prediction.done():
                         pending.prediction.set_result(prediction)
@@ -68,17 +73,18 @@ class Batcher:
                         pending.prediction.set_exception(error)
 
     async def _next_batch(self) -> list[_Pending]:
+        """Wait for a full batch or until the window of the oldest image ends, and take the batch from the queue."""
         while not self._pending:
             self._arrived.clear()
             await self._arrived.wait()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._pending[0].since + self.window):
+            async with asyncio.timeout_at(self._pending[0].arrived_at + self.window):
                 while len(self._pending) < self.size:
                     self._arrived.clear()
                     await self._arrived.wait()
         batch = [self._pending.popleft()]
-        room = self.pixels - batch[0].image.pixels
-        while self._pending and len(batch) < self.size and self._pending[0].image.pixels <= room:
+        pixels_left = self.pixels - batch[0].image.pixels
+        while self._pending and len(batch) < self.size and self._pending[0].image.pixels <= pixels_left:
             batch.append(self._pending.popleft())
-            room -= batch[-1].image.pixels
+            pixels_left -= batch[-1].image.pixels
         return batch

@@ -1,4 +1,4 @@
-"""Locate an export, read the files next to its graph, and define predictions; without TensorFlow."""
+"""Locate an export and read its labels and reference, without TensorFlow; the type of a prediction."""
 
 import os
 from collections.abc import Callable
@@ -14,12 +14,19 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.staging import is_remote, stage
 
 GRAPH, LABELS, REFERENCE = "saved_model.pb", "assets/labels.txt", "assets/reference.json"
-MAX_EXPORT_BYTES = 20 * 1024**3  # of an export that is copied from a bucket
+MAX_EXPORT_BYTES = 20 * 1024**3  # limit for an export in a bucket, which is copied to the local disk
 
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on the local disk; `reference` is its reference.json, None if it has none."""
+    """A SavedModel on the local disk.
+
+    Attributes:
+        address: the setting `model`, for messages.
+        version: number of its folder, "1" if the folder is not a number.
+        classes: labels.txt, in the order of the probabilities.
+        reference: parsed reference.json; None if the export has none.
+    """
 
     address: str
     folder: Path
@@ -34,8 +41,8 @@ class Prediction:
 
     Attributes:
         probabilities: float32 [classes].
-        embedding: float32 [C], the pooled features; None if the export has no such output.
-        heatmap: float32 [h, w] in 0..1, Grad-CAM of the most probable class; None without `explain`.
+        embedding: float32 [C], the pooled features; None if the export has no signature `explain`.
+        heatmap: float32 [h, w] in 0..1, Grad-CAM of the predicted class; None unless it was requested.
     """
 
     probabilities: np.ndarray
@@ -43,52 +50,52 @@ class Prediction:
     heatmap: np.ndarray | None = None
 
 
-def find_export(address: str, cache_dir: Path, note: Callable[[str], None]) -> Export:
-    """The newest version of the export at an address, copied to `cache_dir` from a bucket.
+def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
+    """Find the newest version of the export at an address, copy it to `cache_dir` if it is in a bucket, and read it.
 
     Args:
         address: output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel.
 
     Raises:
-        DataError: there is none, or kubetune did not export it.
+        DataError: there is no SavedModel, or its labels or reference are missing, damaged or of another model.
         Interrupted: the bucket does not respond.
     """
-    source = _newest(address, storage_path(address))
-    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, note, lambda: None))
+    source = _newest_version(address, storage_path(address))
+    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
     if not (folder / LABELS).exists():
         raise DataError(f"{source} has no {LABELS}", key="model", value=address, fix="export it with kubetune")
     classes = tuple((folder / LABELS).read_text(encoding="utf-8").splitlines())
     reference = None
     if (file := folder / REFERENCE).exists() and (reference := parse_reference(file.read_bytes(), classes)) is None:
-        raise DataError(f"{file} is damaged or of another model", key="model", value=address, fix="export again")
+        raise DataError(f"{file} is damaged or of another model", key="model", value=address, fix="export it again")
     return Export(address, folder, source.name if source.name.isdigit() else "1", classes, reference)
 
 
-def _newest(address: str, home: StoragePath) -> StoragePath:
-    if (home / GRAPH).exists():
-        return home
-    for base in (home, home / "saved_model", home / "export" / "saved_model"):
+def _newest_version(address: str, root: StoragePath) -> StoragePath:
+    if (root / GRAPH).exists():
+        return root
+    for base in (root, root / "saved_model", root / "export" / "saved_model"):
         numbered = [f for f in base.folders() if f.name.isdigit() and (f / GRAPH).exists()]
         if numbered:
             return max(numbered, key=lambda folder: int(folder.name))
-    if home.exists():
+    if root.exists():
         raise DataError(
             "is a file, not a SavedModel", key="model", value=address, fix="give the folder of a SavedModel"
         )
-    if not home.is_folder():
+    if not root.is_folder():
         parent = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
         raise DataError(
             f"does not exist{parent}", key="model", value=address, fix="give the output_dir of a run, or its export"
         )
-    if (home / "config.yaml").exists():
+    if (root / "config.yaml").exists():
         raise DataError(
-            "the run has no export/saved_model",
+            "is a run without export/saved_model",
             key="model",
             value=address,
-            fix="let it end, with saved_model in export.formats",
+            fix="finish the run with saved_model in export.formats, or run trainer.export",
         )
     raise DataError(
-        f"there is no {GRAPH} in it, in a numbered folder, in saved_model/ or in export/saved_model/",
+        f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/",
         key="model",
         value=address,
         fix="give the output_dir of a run, or its export",

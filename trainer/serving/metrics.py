@@ -1,4 +1,4 @@
-"""Prometheus metrics of requests and predictions, the prediction log, and drift."""
+"""Prometheus metrics of requests, predictions and drift, and the prediction log."""
 
 import json
 import os
@@ -19,16 +19,19 @@ from trainer.monitoring.log import log, timestamp
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.settings import Settings, batch_sizes
 
-WINDOW = 5000  # latest predictions, over which drift is measured
-MIN_PREDICTIONS = 100  # below which drift is not reported
-LOGGED_CLASSES = 5  # per prediction
-disable_created_metrics()
-
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+WINDOW_PREDICTIONS = 5000  # drift is measured over the latest ones
+MIN_PREDICTIONS = 100  # drift is not reported for fewer
+LOGGED_CLASSES = 5  # probabilities per line of the prediction log
+LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
+disable_created_metrics()  # no series kubetune_serving_..._created
 
 
 class ServingMetrics(Collector):
-    """Counters of requests, batches and predictions; drift of the latest predictions, computed at each scrape."""
+    """Metrics and prediction log of a server; drift of the latest predictions is computed at each scrape.
+
+    Raises:
+        ConfigError: the prediction log cannot be written.
+    """
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.export, self._settings = export, settings
@@ -37,40 +40,40 @@ class ServingMetrics(Collector):
         sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
         self.ready = Gauge("ready", "1 while the server is ready", **common)
         self.requests = Counter("requests", "Requests by route and status", ["route", "code"], **common)
-        self.seconds = Histogram("request_seconds", "Latency of requests", ["route"], buckets=SECONDS, **common)
+        self.seconds = Histogram("request_seconds", "Latency of requests", ["route"], buckets=LATENCY_BUCKETS, **common)
         self.batches = Histogram("batch_images", "Images per call of the model", buckets=sizes, **common)
-        self.batch_seconds = Histogram("batch_seconds", "Duration of model calls", buckets=SECONDS, **common)
+        self.batch_seconds = Histogram("batch_seconds", "Duration of model calls", buckets=LATENCY_BUCKETS, **common)
         self._predictions = Counter("predictions", "Predictions by the most probable class", ["class"], **common)
         self._confidence = Histogram("confidence", "Largest probability per prediction", buckets=twentieths, **common)
         self.queued = Gauge("queue_images", "Images in the queue", **common)
         self.active = Gauge("active_requests", "Requests in progress", **common)
         ProcessCollector(registry=registry)
         registry.register(self)
-        self._window = Window(len(export.classes), WINDOW)
+        self._window = Window(len(export.classes), WINDOW_PREDICTIONS)
         reference = export.reference or {}
-        self._names = reference.get("classes", export.classes)  # in labels.txt line breaks are spaces
+        self._class_names = reference.get("classes", export.classes)  # labels.txt has spaces instead of line breaks
         embedding = reference.get("embedding", {})
         self._projection = np.asarray(embedding["projection"], np.float64) if embedding.get("projection") else None
-        self._dimensions = len(embedding.get("mean", ()))
+        self._embedding_width = len(embedding.get("mean", ()))
         self._lock = threading.Lock()
-        self._seen = 0
+        self._recorded = 0
         self._log = _open_log(settings.log)
 
     def record(self, predictions: Sequence[Prediction]) -> None:
-        """Count and log predictions; called by the thread that runs the model."""
-        now, lines = timestamp(), ""
+        """Count predictions and log a sample of them; only the thread that runs the model may call it."""
+        time, lines = timestamp(), ""
         for prediction in predictions:
-            chosen = int(prediction.probabilities.argmax())
-            confidence = float(prediction.probabilities[chosen])
-            embedding = self._projected(prediction.embedding)
-            self._predictions.labels(self.export.classes[chosen]).inc()
+            predicted = int(prediction.probabilities.argmax())
+            confidence = float(prediction.probabilities[predicted])
+            embedding = self._project(prediction.embedding)
+            self._predictions.labels(self.export.classes[predicted]).inc()
             self._confidence.observe(confidence)
             with self._lock:
-                self._window.add(chosen, confidence, embedding)
-            self._seen += 1
-            sample = self._settings.log_sample  # every n-th, not a random sample
-            if self._log is not None and int(self._seen * sample) > int((self._seen - 1) * sample):
-                lines += self._line(now, prediction.probabilities, embedding)
+                self._window.add(predicted, confidence, embedding)
+            self._recorded += 1
+            fraction = self._settings.log_sample  # the logged predictions are evenly spaced, not random
+            if self._log is not None and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
+                lines += self._log_line(time, prediction.probabilities, embedding)
         if lines and self._log is not None:
             try:
                 os.write(self._log, lines.encode())
@@ -78,45 +81,45 @@ class ServingMetrics(Collector):
                 log.warning(f"log={self._settings.log}: cannot be written ({error.strerror}); logging has stopped")
                 self._log = None
 
-    def _projected(self, embedding: np.ndarray | None) -> np.ndarray | None:
-        """Project an embedding [C] as the reference does; None without a reference."""
-        if embedding is None or not self._dimensions:
+    def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
+        """Project an embedding [C] like those of the reference; return None if there is nothing to compare it with."""
+        if embedding is None or not self._embedding_width:
             return None
         return embedding @ self._projection if self._projection is not None else embedding
 
-    def _line(self, now: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
-        best = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
-        top = {self._names[i]: round(float(probabilities[i]), 6) for i in best}
-        line = {"time": now, "class": self._names[best[0]], "confidence": float(probabilities[best[0]])}
-        line |= {"probabilities": top}
+    def _log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
+        top = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
+        line = {"time": time, "class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
+        line |= {"probabilities": {self._class_names[i]: round(float(probabilities[i]), 6) for i in top}}
         line |= {} if embedding is None else {"embedding": [round(float(x), 5) for x in embedding]}
         return json.dumps(line) + "\n"
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the version of the model, and drift given a reference and enough predictions."""
-        facts = {"model": self._settings.name, "model_version": self.export.version, "version": trainer.__version__}
-        yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", facts)
+        """Yield the version of the model and, if there are a reference and enough predictions, the drift."""
+        labels = {"model": self._settings.name, "model_version": self.export.version, "version": trainer.__version__}
+        yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", labels)
         with self._lock:
-            seen, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
-            gaussian = self._window.gaussian() if self._window.embedded >= MIN_PREDICTIONS else None
-        yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", seen)
+            n, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
+            gaussian = self._window.gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
+        yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", n)
         reference = self.export.reference
-        if reference is None or seen < MIN_PREDICTIONS:
+        if reference is None or n < MIN_PREDICTIONS:
             return
-        text = "Latest predictions compared with the test split: 0.1 is moderate, 0.25 is drift"
+        text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
         stability = GaugeMetricFamily("kubetune_serving_population_stability_index", text, labels=["of"])
         frequencies = np.asarray(reference["class_frequencies"]) * reference["n"]
         stability.add_metric(["classes"], population_stability(frequencies, classes))
         expected = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
         stability.add_metric(["confidence"], population_stability(*merge_bins(expected, confidences)))
         yield stability
-        if gaussian is not None and self._dimensions:
-            text = "Frechet distance of the latest embeddings from the test split's, over the variance of those"
+        if gaussian is not None and self._embedding_width:
+            text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
             distance = embedding_distance(reference["embedding"], *gaussian)
             yield GaugeMetricFamily("kubetune_serving_embedding_distance", text, distance)
 
 
 def _open_log(file: str | None) -> int | None:
+    """Open the prediction log for appending, and return its file descriptor; None if no file is configured."""
     if not file:
         return None
     path = Path(file).expanduser()
@@ -125,5 +128,5 @@ def _open_log(file: str | None) -> int | None:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(
-            f"cannot be written ({error.strerror})", key="log", value=file, fix="give a writable file, or none"
+            f"cannot be written ({error.strerror})", key="log", value=file, fix="give a writable file, or leave log out"
         ) from None

@@ -1,4 +1,4 @@
-"""The SavedModel behind the server."""
+"""Load the SavedModel of an export and predict encoded images with it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from trainer.private_api import new_saved_model_proto
 from trainer.serving.export_files import GRAPH, Export, Prediction
 from trainer.serving.settings import batch_sizes
 
-# The operations that `saved_model_cli scan` warns of, and calls into Python.
-FORBIDDEN = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
-BYTES, EXPLAIN = "image_bytes", "explain"
+# Operations that `saved_model_cli scan` warns of, and those that print or call Python.
+FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
+IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # signatures
 OUTPUTS = ("probabilities", "embedding", "heatmap")
 
 
@@ -21,10 +21,10 @@ class ServedModel:
     """A loaded export. Not thread-safe.
 
     Attributes:
-        explains: the export has the signature `explain`.
+        explains: True if the export has the signature `explain`.
 
     Raises:
-        DataError: it cannot be loaded, does not fit its labels, or contains forbidden operations.
+        DataError: the export cannot be loaded, does not fit its labels or reference, or contains forbidden operations.
     """
 
     def __init__(self, export: Export) -> None:
@@ -32,60 +32,71 @@ class ServedModel:
         address = export.address
         _check_operations(export)
         try:
-            self._loaded = tf.saved_model.load(str(export.folder))  # keeps the signatures alive
-        except Exception as error:  # of any class, for a damaged file
+            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail after their model is collected
+        except Exception as error:  # a damaged file raises errors of many classes
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export again") from None
+            raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
-        if BYTES not in signatures:
-            raise DataError(f"has no signature {BYTES}", key="model", value=address, fix="export it with kubetune")
-        width = signatures[BYTES].structured_outputs["probabilities"].shape[-1]
+        if IMAGE_BYTES not in signatures:
+            raise DataError(
+                f"has no signature {IMAGE_BYTES}", key="model", value=address, fix="export it with kubetune"
+            )
+        width = signatures[IMAGE_BYTES].structured_outputs["probabilities"].shape[-1]
         if width != len(export.classes):
             raise DataError(
-                f"has {width} outputs for {len(export.classes)} classes", key="model", value=address, fix="export again"
+                f"has {width} outputs for {len(export.classes)} classes",
+                key="model",
+                value=address,
+                fix="export it again",
             )
         side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
         self.explains = self._explain is not None
-        self._classify = _without_heatmap(self._explain) if self._explain else signatures[BYTES]
-        own = (export.reference or {}).get("embedding")
-        if own and self._explain:
+        self._classify = _without_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
+        reference = (export.reference or {}).get("embedding")
+        if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
-            if width != len(own.get("projection") or own["mean"]):
-                raise DataError("reference.json is of another model", key="model", value=address, fix="export again")
-        # On a GPU each new batch size starts a search for the fastest kernels.
+            if width != len(reference.get("projection") or reference["mean"]):
+                raise DataError("reference.json is of another model", key="model", value=address, fix="export it again")
+        # Pad batches on a GPU, where each new batch size starts a search for the fastest kernels.
         self._pad = bool(tf.config.list_physical_devices("GPU"))
 
     def predict(self, images: Sequence[bytes], explain: bool = False) -> list[Prediction | str]:
-        """One prediction per encoded image, or the reason why it cannot be decoded; with `explain` also heatmaps."""
+        """Return for each encoded image its prediction, or the reason why it cannot be decoded.
+
+        If the batch fails, predict each half of it, down to single images: one damaged image does not affect others.
+
+        Args:
+            explain: also compute heatmaps; requires `explains`.
+        """
         signature = self._explain if explain else self._classify
-        assert signature, "check `explains` first"
+        assert signature, "requires `explains`"
         try:
             return self._call(signature, images)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.OutOfRangeError) as error:
             if len(images) == 1:
-                return [_reason(error)]
+                return [_decoding_problem(error)]
         half = len(images) // 2
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
-    def warm_up(self, largest: int) -> list[int]:
-        """Call the signatures once for each size that batches are padded to, and return the sizes."""
-        for size in (sizes := batch_sizes(largest)):
+    def warm_up(self, max_batch: int) -> list[int]:
+        """Call the signatures once with each size that batches are padded to on a GPU, and return the sizes."""
+        for size in (sizes := batch_sizes(max_batch)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
         return sizes
 
     def _call(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Prediction | str]:
-        rows = list(images)
+        padded = list(images)
         if self._pad:
-            rows += [self._blank] * (batch_sizes(len(rows))[-1] - len(rows))
-        outputs = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(rows, tf.string)).items()}
+            padded += [self._blank] * (batch_sizes(len(padded))[-1] - len(padded))
+        outputs = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(padded, tf.string)).items()}
         return [Prediction(**{n: outputs[n][i] for n in OUTPUTS if n in outputs}) for i in range(len(images))]
 
 
 def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
-    """The signature `explain` without its heatmap, which TensorFlow then does not compute."""
+    """Return the signature `explain` without its heatmap, which TensorFlow then does not compute."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -96,31 +107,35 @@ def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_operations(export: Export) -> None:
-    """A SavedModel has no Python code, but its graph may read and write files; no export of kubetune does."""
+    """Refuse a graph that could read or write files, print or call Python; no export of kubetune does.
+
+    Raises:
+        DataError: the graph is damaged or has a forbidden operation.
+    """
     model = new_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public
-        raise DataError(f"its {GRAPH} is damaged", key="model", value=export.address, fix="export again") from None
+        raise DataError(f"its {GRAPH} is damaged", key="model", value=export.address, fix="export it again") from None
     forbidden = set()
-    for part in model.meta_graphs:
-        nodes = [*part.graph_def.node, *(n for f in part.graph_def.library.function for n in f.node_def)]
-        forbidden |= {node.op for node in nodes} & FORBIDDEN
+    for graph in model.meta_graphs:
+        nodes = [*graph.graph_def.node, *(n for f in graph.graph_def.library.function for n in f.node_def)]
+        forbidden |= {node.op for node in nodes} & FORBIDDEN_OPS
     if forbidden:
         raise DataError(
-            f"not loaded: its graph has {', '.join(sorted(forbidden))}, which no classifier needs",
+            f"is not loaded: its graph has {', '.join(sorted(forbidden))}, which no classifier needs",
             key="model",
             value=export.address,
             fix="serve an export of kubetune",
         )
 
 
-# Lines that TensorFlow adds around the message of an operation that fails inside a function.
-_OF_THE_GRAPH = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
+# How the lines begin that TensorFlow adds to the message of an operation that fails inside a function.
+_GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
-def _reason(error: tf.errors.OpError) -> str:
-    """The first line about the image, without names of the graph."""
+def _decoding_problem(error: tf.errors.OpError) -> str:
+    """Return the first line of the message that is about the image, without names of the graph."""
     lines = (line.strip() for line in (error.message or "").splitlines())
-    text = next((line for line in lines if line and not line.startswith(_OF_THE_GRAPH)), "")
+    text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
     return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"

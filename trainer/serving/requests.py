@@ -17,21 +17,21 @@ from starlette.requests import ClientDisconnect, Request
 
 from trainer.serving.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # as trainer.data.decoding
-MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding the image; usual files have about ten
-BODY_SECONDS = 30.0  # time limit of a body, plus its size over this rate:
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # those that exports decode
+MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding a baseline JPEG; usual files have about ten
+BODY_SECONDS = 30.0  # time limit of a body, to which its size / MIN_BYTES_PER_SECOND is added
 MIN_BYTES_PER_SECOND = 100_000
-CONCURRENT_BODIES = 8  # bodies of the largest size in memory at once
-DISCARDED_BODIES = 4  # bodies of the largest size that are read and discarded, so that the client gets the response
+CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
+DISCARDED_BODIES = 4  # how much of a too long body is read and discarded, so that the client gets the response
 MAX_FIELDS = 16  # of a form, not counting files
 CLOSE = {"Connection": "close"}
 
-Image.MAX_IMAGE_PIXELS = None  # PIL's limit warns, or raises while the header is read; `max_pixels` replaces it
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns or raises; `max_pixels` replaces it
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded image whose header is valid; `pixels` is width x height."""
+    """An encoded image with a valid header; `pixels` is width x height."""
 
     data: bytes
     name: str
@@ -40,7 +40,13 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """The images of a request, and the form of its response; `columnar`: TensorFlow Serving's response to `inputs`."""
+    """The images of a request, and what its response contains.
+
+    Attributes:
+        top_k: number of classes per image in a response of /predict.
+        explain: the response has heatmaps and, except for /predict, embeddings.
+        columnar: the request has `inputs` instead of `instances`; the response has `outputs`, one list per output.
+    """
 
     images: list[EncodedImage]
     top_k: int = 5
@@ -52,41 +58,42 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
     """Check the header of an image without decoding it.
 
     Raises:
-        HTTPException: 400 not an image; 413 too many pixels; 415 an animation.
+        HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
     """
     if not data:
         raise HTTPException(400, f"{name} is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height, kind = *image.size, image.format
-            animated = width * height <= max_pixels and kind in ("GIF", "WEBP") and getattr(image, "is_animated", False)
-    except Exception as error:  # of any class: the bytes are not trusted
+            (width, height), file_format = image.size, image.format
+            pixels = width * height
+            animated = pixels <= max_pixels and file_format in ("GIF", "WEBP") and getattr(image, "is_animated", False)
+    except Exception as error:  # arbitrary bytes raise errors of many classes
         raise HTTPException(400, f"{name} is not an image in a supported format: {', '.join(FORMATS)}") from error
     if animated:
         raise HTTPException(415, f"{name} is an animation; send one frame of it")
-    if width * height > max_pixels:
+    if pixels > max_pixels:
         raise HTTPException(413, f"{name} has {width} x {height} pixels, the limit is {max_pixels:,}; send it smaller")
-    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    if file_format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
         raise HTTPException(400, f"{name} is a JPEG with more than {MAX_SCANS} scans; save it as a baseline JPEG")
-    return EncodedImage(data, name, width * height)
+    return EncodedImage(data, name, pixels)
 
 
 @dataclass
 class MemoryBudget:
-    """Memory for request bodies, `CONCURRENT_BODIES` of `max_bytes`; a request that exceeds it gets 503."""
+    """Memory for request bodies, `CONCURRENT_BODIES` times `max_bytes`; a request that would exceed it gets 503."""
 
     max_bytes: int
     reserved: int = 0
 
     @contextlib.contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves more bytes; all of them are released at the end."""
+        """Yield a function that reserves a number of bytes; all are released at the end of the context."""
         size = 0
 
         def reserve(count: int) -> None:
             nonlocal size
             if self.reserved + count > CONCURRENT_BODIES * self.max_bytes:
-                raise unavailable("too many large requests at once")
+                raise unavailable("too many large requests at the same time")
             self.reserved += count
             size += count
 
@@ -97,30 +104,33 @@ class MemoryBudget:
 
 
 def unavailable(reason: str) -> HTTPException:
-    """HTTP error 503 with `Retry-After`."""
+    """Return an HTTP error 503 with `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
 
-async def read_body(request: Request, reserve: Callable[[int], None], limit: int) -> bytes:
-    """Read the whole body; `reserve` is called with the size of each chunk before it is stored.
+async def read_body(request: Request, reserve: Callable[[int], None], max_bytes: int) -> bytes:
+    """Read the whole body of a request.
+
+    Args:
+        reserve: called with the size of each chunk before it is stored; may raise.
 
     Raises:
-        HTTPException: 408 too slow; 413 too long; 503 no memory left.
+        HTTPException: 400 the client disconnected; 408 too slow; 413 longer than `max_bytes`; 503 raised by `reserve`.
     """
     header = request.headers.get("content-length", "")
     declared = int(header) if header.isdigit() else 0
-    too_long = HTTPException(413, f"the request is longer than {limit:,} bytes; send fewer or smaller images", CLOSE)
-    if declared > limit and request.headers.get("expect", "").lower() == "100-continue":
-        raise too_long  # before it is sent
+    too_long = HTTPException(413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE)
+    if declared > max_bytes and request.headers.get("expect", "").lower() == "100-continue":
+        raise too_long  # before the client sends the body
     body = bytearray()
     discarded = 0
-    seconds = BODY_SECONDS + min(declared or limit, DISCARDED_BODIES * limit) / MIN_BYTES_PER_SECOND
+    seconds = BODY_SECONDS + min(declared or max_bytes, DISCARDED_BODIES * max_bytes) / MIN_BYTES_PER_SECOND
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                if discarded or declared > limit or len(body) + len(chunk) > limit:
+                if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
                     discarded += len(chunk)
-                    if discarded > DISCARDED_BODIES * limit:
+                    if discarded > DISCARDED_BODIES * max_bytes:
                         raise too_long
                     continue
                 reserve(len(chunk))
@@ -135,34 +145,41 @@ async def read_body(request: Request, reserve: Callable[[int], None], limit: int
 
 
 def read_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
-    """`POST /predict`: a form with files, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
+    """Parse the body of `POST /predict`: a form with files, or JSON.
+
+    The JSON is `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
     Raises:
         HTTPException: 400, 413, 415.
     """
-    kind, options = parse_options_header(content_type)
+    media_type, options = parse_options_header(content_type)
     parameters: dict[str, Any]
-    if kind == b"multipart/form-data":
+    if media_type == b"multipart/form-data":
         parameters, files = _read_form(body, options.get(b"boundary", b""), settings.max_images)
-    elif kind == b"application/json":
+    elif media_type == b"application/json":
         parameters = _read_object(body)
         files = _read_list(parameters.pop("images", None), "images", settings.max_images)
     else:
-        form, tree = "multipart/form-data (curl -F file=@photo.jpg)", '{"images": ["..."]}'
-        raise HTTPException(415, f"send images as {form}, or in base64 as application/json: {tree}")
+        form, example = "multipart/form-data (curl -F file=@photo.jpg)", '{"images": ["..."]}'
+        raise HTTPException(415, f"send images as {form}, or in base64 as application/json: {example}")
     parameters = query | parameters
     unknown = sorted(set(parameters) - {"top_k", "explain"})
     if unknown:
         raise HTTPException(400, f"unknown parameter {unknown[0]!a}; known: images, top_k, explain")
-    images = _checked(files, settings)
-    return PredictRequest(images, _read_int(parameters.get("top_k", 5)), _read_bool(parameters.get("explain", False)))
+    images = _check_images(files, settings)
+    top_k, explain = _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
+    return PredictRequest(images, top_k, explain)
 
 
 def read_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:
-    """`POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}`, or `inputs` for a columnar response.
+    """Parse the body of `POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}` or `{"inputs": [...]}`.
 
-    Accepts both formats of TensorFlow Serving's REST API, with the name of the input (`image_bytes`) or without:
-    https://www.tensorflow.org/tfx/serving/api_rest. The content type does not matter, as there.
+    Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or
+    without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
+    Serving, it ignores the content type.
+
+    Args:
+        explain: the path ends in `:explain`; the same as the signature name `explain`.
 
     Raises:
         HTTPException: 400, 413, 415.
@@ -179,11 +196,11 @@ def read_instances(body: bytes, settings: Settings, explain: bool = False) -> Pr
         images = images["image_bytes"]
     if isinstance(images, list):
         images = [image.get("image_bytes", image) if isinstance(image, dict) else image for image in images]
-    images = _checked(_read_list(images, key, settings.max_images), settings)
+    images = _check_images(_read_list(images, key, settings.max_images), settings)
     return PredictRequest(images, explain=explain or signature == "explain", columnar=key == "inputs")
 
 
-def _checked(files: list[tuple[str, bytes]], settings: Settings) -> list[EncodedImage]:
+def _check_images(files: list[tuple[str, bytes]], settings: Settings) -> list[EncodedImage]:
     if not files:
         raise HTTPException(400, "there is no image in the request")
     return [check_image(data, name, settings.max_pixels) for name, data in files]
@@ -199,11 +216,11 @@ def _read_object(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def _read_list(images: Any, key: str, limit: int) -> list[tuple[str, bytes]]:
+def _read_list(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
-    if len(images) > limit:
-        raise _too_many(limit)
+    if len(images) > max_images:
+        raise _too_many_images(max_images)
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
@@ -217,7 +234,7 @@ def _decode_base64(value: Any, name: str) -> bytes:
         raise HTTPException(400, f"{name} is not valid base64") from None
 
 
-def _read_form(body: bytes, boundary: bytes, limit: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
     complete = False
@@ -228,8 +245,8 @@ def _read_form(body: bytes, boundary: bytes, limit: int) -> tuple[dict[str, Any]
             raise HTTPException(400, f"the form has more than {MAX_FIELDS} fields in addition to its files")
 
     def on_file(file: File) -> None:
-        if len(files) == limit:
-            raise _too_many(limit)
+        if len(files) == max_images:
+            raise _too_many_images(max_images)
         file.file_object.seek(0)
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
@@ -238,7 +255,7 @@ def _read_form(body: bytes, boundary: bytes, limit: int) -> tuple[dict[str, Any]
         nonlocal complete
         complete = True
 
-    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # instead of temporary files
     with contextlib.suppress(FormParserError):
         parser = FormParser("multipart/form-data", on_field, on_file, on_end, boundary=boundary, config=in_memory)
         parser.write(body)
@@ -248,11 +265,11 @@ def _read_form(body: bytes, boundary: bytes, limit: int) -> tuple[dict[str, Any]
     raise HTTPException(400, "the form is damaged: multipart/form-data needs a boundary and complete parts")
 
 
-def _too_many(limit: int) -> HTTPException:
-    return HTTPException(413, f"a request may hold {limit} images; split it")
+def _too_many_images(max_images: int) -> HTTPException:
+    return HTTPException(413, f"a request may have at most {max_images} images; split it")
 
 
-def _read_int(value: Any) -> int:
+def _read_top_k(value: Any) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -260,9 +277,9 @@ def _read_int(value: Any) -> int:
     return value
 
 
-def _read_bool(value: Any) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
-    flag = known.get(value.lower()) if isinstance(value, str) else value
+def _read_explain(value: Any) -> bool:
+    flags = {"true": True, "1": True, "false": False, "0": False}
+    flag = flags.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):
         raise HTTPException(400, "explain must be true or false")
     return flag

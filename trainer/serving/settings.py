@@ -1,4 +1,4 @@
-"""Settings of `python -m trainer.serve`: `key=value`, validated like the configuration of a run."""
+"""Settings of `python -m trainer.serve`: `key=value` arguments, validated like the configuration of a run."""
 
 from __future__ import annotations
 
@@ -11,46 +11,44 @@ from trainer.config.base import InvalidValue, Section, config_error
 
 
 class Settings(Section):
-    """The settings of a server."""
+    """The settings of a server; docs/serving.md describes them."""
 
     model: str = Field(min_length=1)  # output_dir of a run, its export, or a folder of SavedModel versions; also gs://
-    host: str = "127.0.0.1"  # 0.0.0.0, or :: for IPv6 as well: reachable from other machines
+    host: str = "127.0.0.1"  # 0.0.0.0 (or :: for IPv6 as well) is reachable from other machines
     port: int = Field(8501, ge=0, le=65535)  # 0: any free port
     name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")  # in /v1/models/NAME:predict
     batch: int = Field(32, ge=1, le=1024)  # largest number of images per call of the model
-    window_ms: float = Field(2.0, ge=0, le=1000)  # how long an image waits for others
-    queue: int = Field(256, ge=1)  # images in the queue; further ones get 503
-    max_bytes: int = Field(16 * 1024**2, ge=1024)  # per request; 8 times as many in all requests that are being read
+    window_ms: float = Field(2.0, ge=0, le=1000)  # how long an image waits for others while the model is idle
+    queue: int = Field(256, ge=1)  # largest number of waiting images; requests that exceed it get 503
+    max_bytes: int = Field(16 * 1024**2, ge=1024)  # per request; all requests in progress have 8 times as many
     max_pixels: int = Field(50_000_000, ge=1)  # per image, and per call of the model
     max_images: int = Field(64, ge=1)  # per request
-    log: str | None = None  # a file that gets one JSON line per prediction
+    log: str | None = None  # file to which one JSON line per prediction is appended
     log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # fraction of the predictions that is logged
     linger: float = Field(2.0, ge=0, le=600)  # seconds after SIGTERM in which new requests are accepted
     drain: float = Field(30.0, gt=0, le=3600)  # seconds after that in which accepted requests are answered
-    # Models from gs:// are copied to it.
+    # Exports in a bucket are copied to it; $KUBETUNE_CACHE replaces the default.
     cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = "~/.cache/kubetune"
 
     @model_validator(mode="after")
-    def _check_a_request_fits_the_queue(self) -> Settings:
+    def _check_that_a_request_fits_the_queue(self) -> Settings:
         if self.max_images > self.queue:
-            problem, fix = (
-                f"is more than queue={self.queue}: it would always get 503",
-                f"use at most {self.queue}, or a larger queue",
-            )
+            problem = f"exceeds queue={self.queue}: a request with so many images would always get 503"
+            fix = f"use at most {self.queue}, or a larger queue"
             raise InvalidValue(problem, key="max_images", value=self.max_images, fix=fix)
         return self
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is at least `largest`: the sizes that batches are padded to."""
-    return [2**power for power in range((largest - 1).bit_length() + 1)]
+def batch_sizes(max_batch: int) -> list[int]:
+    """Return the sizes that batches are padded to: 1, 2, 4, ... up to the first that is at least `max_batch`."""
+    return [2**power for power in range((max_batch - 1).bit_length() + 1)]
 
 
 def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """Validate the values of the command line; `cache_dir` replaces the default of that setting.
+    """Validate the values of the command line; `cache_dir`, if given, replaces the default of that setting.
 
     Raises:
-        ConfigError: with every fault.
+        ConfigError: lists every fault.
     """
     tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
