@@ -193,7 +193,7 @@ def _as_argument(value: Any) -> str:
 
 
 def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return what the page shows of each run on the common examples.
+    """Return what the table and the page show of each run on the common examples.
 
     `pair` is None for the first run; `changed` has the files that a run predicts correctly and the first does not, and
     the reverse.
@@ -249,14 +249,13 @@ def print_comparison(comparison: Comparison) -> None:
     for name in ("accuracy", "difference", "95 %", "only first", "only this", "p"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
-        row = [escape(run.name), f"{correct.mean():.4f}"]
-        if i > 0:
-            pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
+    for row in _score_rows(comparison):
+        cells = [escape(row["name"]), f"{row['accuracy']:.4f}"]
+        if pair := row["pair"]:
             interval = "{:+.4f} to {:+.4f}".format(*pair.interval)
-            row += [f"{pair.difference:+.4f}", interval, f"{pair.lost:,}", f"{pair.won:,}"]
-            row += [f"{p:.3g}", verdict(pair, p)]
-        table.add_row(*row)
+            cells += [f"{pair.difference:+.4f}", interval, f"{pair.lost:,}", f"{pair.won:,}"]
+            cells += [f"{row['p']:.3g}", row["verdict"]]
+        table.add_row(*cells)
     console.print(table)
     for key, values in configuration_differences(comparison.runs):
         console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
