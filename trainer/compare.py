@@ -1,8 +1,8 @@
 """`python -m trainer.compare RUN RUN ... [output=FILE.html]`: compare runs on the examples they have in common.
 
 Each RUN is the output_dir of a finished run, local or in a bucket, or a folder written by `python -m trainer.evaluate`.
-The first is the reference. Prints a table and writes a page (default: compare.html). Exit code 0, or 2 if the runs
-cannot be compared.
+The first is the reference. The command prints a table and writes an HTML page (default: compare.html). It exits with
+code 0, or with 2 if the runs cannot be compared.
 """
 
 import sys
@@ -15,18 +15,18 @@ from trainer.monitoring.log import log
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.compare`; exits with a documented code (`trainer.errors`)."""
+    """Run the command `python -m trainer.compare`; exit with a code of `trainer.errors`."""
     with exit_with_code():
-        own, addresses = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
+        options, addresses = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
         if len(addresses) < 2 or len(set(addresses)) != len(addresses):
             raise ConfigError("at least two different runs are required", fix=f"write {usage(__doc__)}")
-        output = Path(own.get("output", "compare.html")).expanduser()
+        output = Path(options.get("output", "compare.html")).expanduser()
         if output.suffix != ".html":
             raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
-        from trainer.report import compare  # matplotlib is imported only now
+        from trainer.report import compare  # imports matplotlib, after the arguments are checked
 
-        named = zip(addresses, compare.short_names(addresses), strict=True)
-        comparison = compare.compare_runs([compare.read_scored_run(address, name) for address, name in named])
+        names = compare.short_names(addresses)
+        comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
         compare.print_comparison(comparison)
         compare.write_comparison(output, comparison)
         log.info(f"page: {output}")

@@ -1,12 +1,12 @@
 """`python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] [split=test] [output=FOLDER] [data=...]`:
-score a checkpoint of a run, and write the report.
+score a checkpoint of a run on a split, and write a report.
 
-    checkpoint=best|last|STEP   which weights (default: those that the run exported)
-    split=train|validation|test which examples (default: test if the data has it, else validation, else train)
-    output=FOLDER               where to write (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
+    checkpoint=best|last|STEP   the weights (default: those that the run exports at its end)
+    split=train|validation|test the examples (default: test if the data has it, else validation, else train)
+    output=FOLDER               folder of the report (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
 
-The data is that of the run, or that of `data=...` and `data.KEY=...`; `runtime...`, `training.batch_size` and
-`debug.max_examples` can be changed as well. Exit codes are those of a run.
+The data is that of the run unless `data=...` or `data.KEY=...` changes it; `runtime...`, `training.batch_size` and
+`debug.max_examples` can be changed as well. Exit codes are those of a training run.
 """
 
 import re
@@ -26,19 +26,23 @@ from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.runs.finished_run import FinishedRun, load_checkpoint, read_run
 
-OWN = {"run": "give once the run to evaluate", "checkpoint": "", "split": "", "output": ""}
-FREE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
+ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}  # the problem if it is missing
+CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 
 
 def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
-    """Return the run's configuration with the changes of the arguments.
+    """Return the configuration of a run after changes.
+
+    Args:
+        tree: the configuration of the run as nested mappings; it is modified.
+        arguments: changes as `KEY=VALUE`, or `GROUP=NAME` for the files of conf/.
 
     Raises:
-        ConfigError: an argument is wrong or would change the model.
+        ConfigError: an argument is wrong or changes a key that an evaluation has to leave as it is.
     """
     keys = [a.split("=", 1)[0].lstrip("+") for a in arguments]
     for key in keys:
-        if not FREE.fullmatch(key):
+        if not CHANGEABLE.fullmatch(key):
             raise ConfigError(
                 "cannot be changed in an evaluation",
                 key=key,
@@ -47,29 +51,29 @@ def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
     composed = compose(arguments)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        tree["debug"]["overfit"] = False  # it applied to the data of the run
-    for key in sorted(keys, key=lambda k: k.count(".")):  # a group before the values in it
+        tree["debug"]["overfit"] = False  # the run's choice of one batch of its own data
+    for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
         old, new = tree, composed
-        *path, last = key.split(".")
-        for part in path:
-            old, new = old[part], new[part]
-        old[last] = new[last]
+        *parents, name = key.split(".")
+        for parent in parents:
+            old, new = old[parent], new[parent]
+        old[name] = new[name]
     return load_resolved(tree)
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.evaluate`; exits with a documented code (`trainer.errors`)."""
+    """Run the command `python -m trainer.evaluate`; exit with a code of `trainer.errors`."""
     with exit_with_code():
-        own, rest = read_arguments(sys.argv[1:], __doc__, OWN, rest=r"[^-~].*=(?s:.*)")
-        home, tree, facts = read_run(own["run"])
-        config = configuration(tree, rest)
+        options, changes = read_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
+        home, tree, run_json = read_run(options["run"])
+        config = configuration(tree, changes)
         configure_log(config.runtime)
-        run = FinishedRun(own["run"], home, config, tuple(facts["classes"]), facts["data_fingerprint"])
-        checkpoint = load_checkpoint(run, own.get("checkpoint"))
+        run = FinishedRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
+        checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
         with quiet_start():
-            from trainer.report.evaluate_run import evaluate  # TensorFlow, after all arguments have been checked
-        evaluate(run, checkpoint, own)
+            from trainer.report.evaluate_run import evaluate  # imports TensorFlow, after the arguments are checked
+        evaluate(run, checkpoint, options)
 
 
 if __name__ == "__main__":

@@ -122,20 +122,20 @@ WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "no examples": ((np.zeros(0), np.zeros((0, 3)), NAMES, ()), "has no examples", "add examples"),
     "NaN": (
         (LABELS, NOT_FINITE, NAMES, "wxyz"),
-        r"not finite for 1 of 4 .*first is example 2\).*diverged",
+        r"1 of 4 .*first is example 2\) are not finite: .*diverged",
         "lower learning rate",
     ),
     "infinite": (
         (LABELS, np.where(np.isnan(NOT_FINITE), np.inf, NOT_FINITE), NAMES, "wxyz"),
-        "not finite for 1 of 4",
+        "1 of 4 .* are not finite",
         "",
     ),
     "label": (
         (np.array([0, 3, 0, 0]), PROBABILITIES, NAMES, "wxyz"),
-        "label 3 of example 1 has no class: .* 0 to 2",
+        "label 3 of example 1 is out of range: .* 0 to 2",
         "correct",
     ),
-    "shape": ((LABELS, PROBABILITIES, ("a", "b"), "wxyz"), r"shape \(4, 3\), not .* \(4, 2\)", "same run"),
+    "shape": ((LABELS, PROBABILITIES, ("a", "b"), "wxyz"), r"shape \(4, 3\) instead of .* \(4, 2\)", "same run"),
     "file names": ((LABELS, PROBABILITIES, NAMES, "wxy"), "'test' has 4 labels but 3 file names", "read"),
 }
 

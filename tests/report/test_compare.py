@@ -101,9 +101,12 @@ def test_runs_of_other_classes_examples_or_truths_are_refused(tmp_path: Path) ->
         compared(first, other)
     with raises(DataError, problem="has no report", fix="output_dir of a finished run"):
         read_scored_run(str(tmp_path / "nothing"), "nothing")
-    report.write_text("{")
-    with raises(DataError, problem="is damaged", fix="evaluate the run again"):
-        read_scored_run(str(other), "b")
+    configuration = other / "config.yaml"
+    for damaged, valid in ((report, content), (configuration, configuration.read_text())):
+        damaged.write_text("{")
+        with raises(DataError, problem="is damaged", fix="evaluate the run again"):
+            read_scored_run(str(other), "b")
+        damaged.write_text(valid)
 
 
 def test_only_different_settings_are_listed(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_figures_of_scores(tmp_path: Path, classes: int, right: bool) -> None:
 )
 def test_galleries_of_predictions(tmp_path: Path, classes: int, n: int, right: bool) -> None:
     result = make_result(classes, n, right=right)
-    random, wrong = figures.find_random(result, 42), figures.find_most_wrong(result)
-    drawn = figures.draw_examples("random", result, fetch, random, named=False)
+    random, wrong = figures.select_random(result, 42), figures.select_most_wrong(result)
+    drawn = figures.draw_examples("random", result, fetch, random, show_files=False)
     assert ink(drawn, tmp_path) > 0.3
     mistakes = figures.draw_examples("wrong", result, fetch, wrong)
     assert ink(mistakes, tmp_path) > (0.3 if wrong else 0.002)  # without mistakes a line of text
@@ -82,14 +82,14 @@ def test_galleries_of_predictions(tmp_path: Path, classes: int, n: int, right: b
 
 
 def test_the_random_examples_are_nine_different_ones_and_follow_the_seed() -> None:
-    first, again, other = (figures.find_random(make_result(3, 50), seed) for seed in (1, 1, 2))
+    first, again, other = (figures.select_random(make_result(3, 50), seed) for seed in (1, 1, 2))
     assert len(set(first)) == 9
     assert first == again != other
 
 
 def test_the_most_wrong_are_the_mistakes_of_highest_confidence_in_order() -> None:
     result = make_result(5, 300)
-    indices = figures.find_most_wrong(result)
+    indices = figures.select_most_wrong(result)
     confidence = result.probabilities.max(axis=1)
     wrong = np.flatnonzero(result.probabilities.argmax(axis=1) != result.labels)
     assert len(indices) == 12
@@ -117,7 +117,8 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
             figures.Line(f"<b>{i} $x$", colour, [1, 2], [0.1, None if i else 0.2])
             for i, colour in enumerate(figures.SERIES)
         ]
-        chart = figures.line_chart("A & <i>", lines, fractions=True, marks={"<head>": 0.5, "rest": 1.5}, keys=True)
+        starts = {"<head>": 0.5, "rest": 1.5}
+        chart = figures.line_chart("A & <i>", lines, fractions=True, phase_starts=starts, legend=True)
         assert chart
         return figures.svg(name, chart)
 
@@ -127,7 +128,7 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
     assert [text for text in texts if text not in first] == []
     style = (TEMPLATES / "report.css").read_text()
     assert [
-        name for name in figures.PROPERTIES.values() if style.count(f"{name}: #") != 2
+        name for name in figures.CSS_PROPERTIES.values() if style.count(f"{name}: #") != 2
     ] == []  # in light, and in dark
     assert set(re.findall(r"var\((--\w+)\)", first)) == {"--ink", "--soft", "--rule", *(f"--s{i}" for i in range(6))}
     assert re.findall("#[0-9a-f]{6}", first) == []

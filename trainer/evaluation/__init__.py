@@ -1,1 +1,1 @@
-"""Evaluation: scores, confidence intervals, significance tests, label errors, duplicates and drift."""
+"""Score classifiers: metrics, confidence intervals, significance tests, label errors, duplicates and drift."""

@@ -1,4 +1,4 @@
-"""Scores of one pass over a split, in NumPy: accuracy, F1, calibration, and scores by group of examples."""
+"""Compute the scores of a split from its predictions with NumPy: accuracy, F1, calibration, and scores per group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,45 +9,48 @@ from trainer.errors import DataError
 from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson
 from trainer.types import EvaluationResult
 
-TOP = 5  # k of top-k accuracy, which is computed only with more classes
-BINS = 15  # of the calibration error, as in Guo et al. 2017
-_SMALLEST = 1e-7  # lower bound of a probability before the logarithm, as in Keras
+TOP_K = 5  # k of top-k accuracy, which is computed only with more classes than that
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
+MIN_PROBABILITY = 1e-7  # lower bound before the logarithm, as in Keras
 
 
-def top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP) -> int:
-    """Count the labels among the k most probable classes.
+def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> int:
+    """Count the examples whose label is among the k most probable classes.
 
-    Ties are ordered by class index, as in argmax, so top-k is never below accuracy (in scikit-learn it may be).
+    Ties are broken by class index, as in argmax, so top-k accuracy is never below accuracy (in scikit-learn it can be).
     """
-    of_truth = probabilities[np.arange(len(labels)), labels][:, None]
+    label_probabilities = probabilities[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
-    ranked_higher = (probabilities > of_truth) | ((probabilities == of_truth) & earlier)
+    ranked_higher = (probabilities > label_probabilities) | ((probabilities == label_probabilities) & earlier)
     return int((ranked_higher.sum(axis=1) < k).sum())
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean F1 of the classes that occur or are predicted (as scikit-learn); both int [n], n >= 1."""
+    """Return the mean F1 of the classes that are the label or prediction of an example, as scikit-learn does.
+
+    Predictions and labels are int [n], n >= 1.
+    """
     size = int(max(predictions.max(), labels.max())) + 1
     hits = np.bincount(labels[predictions == labels], minlength=size)
-    both = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
-    return float((2.0 * hits[both > 0] / both[both > 0]).mean())
+    denominators = np.bincount(labels, minlength=size) + np.bincount(predictions, minlength=size)
+    return float((2.0 * hits[denominators > 0] / denominators[denominators > 0]).mean())
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
     """Return the expected calibration error and its bins (Guo et al. 2017, "On calibration of modern neural networks").
 
     Args:
-        confidence: float [n], the probability of each prediction.
+        confidence: float [n], the probability of the predicted class.
         correct: bool [n].
 
     Returns:
-        The error, and for each bin (low, high]: low, high, count, and means confidence and accuracy (None if empty).
+        The error, and for each bin (low, high]: low, high, count, mean confidence and accuracy (None if it is empty).
     """
-    edges = np.linspace(0.0, 1.0, BINS + 1)
+    edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
     bin_of = np.digitize(confidence, edges[1:-1], right=True)
     bins: list[dict[str, Any]] = []
     error = 0.0
-    for b in range(BINS):
+    for b in range(CALIBRATION_BINS):
         inside = bin_of == b
         count, mean, accuracy = int(inside.sum()), None, None
         if count:
@@ -69,43 +72,43 @@ def _per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[s
     return [
         {
             "name": name,
-            **{key: float(above[k] / max(below[k], 1)) for key, (above, below) in ratios.items()},
+            **{key: float(numerator[k] / max(denominator[k], 1)) for key, (numerator, denominator) in ratios.items()},
             "support": int(support[k]),
-            "undefined": [key for key, (_, below) in ratios.items() if below[k] == 0],
+            "undefined": [key for key, (_, denominator) in ratios.items() if denominator[k] == 0],
         }
         for k, name in enumerate(class_names)
     ]
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return every score of one pass over one split, in JSON types.
+    """Compute the scores of a split, in JSON types.
 
     Args:
         labels: int32 [n].
-        probabilities: float32 [n, c], rows that sum to 1.
-        class_names: c names.
+        probabilities: float32 [n, c]; each row sums to 1.
+        class_names: the c names.
 
     Returns:
         `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
 
     Raises:
-        DataError: no example, shapes that do not match, a label without a class, or probabilities that are not finite.
+        DataError: there is no example, the shapes do not match, a label is out of range or a probability not finite.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     n, classes = len(labels), len(class_names)
-    _check(labels, probabilities, classes)
+    _validate(labels, probabilities, classes)
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
     scores: dict[str, Any] = _accuracy(correct)
-    if classes > TOP:
-        hits = top_k(probabilities, labels)
+    if classes > TOP_K:
+        hits = count_top_k(probabilities, labels)
         scores |= {"top_5": hits / n, "top_5_interval": list(wilson(hits, n))}
-    of_truth = probabilities[np.arange(n), labels].astype(np.float64)
-    losses = 0.0 - np.log(np.clip(of_truth, _SMALLEST, 1.0))
+    label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
+    losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))
     error, bins = calibration(confidence, correct)
-    cells = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
-    confusion = cells.reshape(classes, classes)
+    counts = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
+    confusion = counts.reshape(classes, classes)
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
         "loss": float(losses.mean()),
@@ -120,45 +123,45 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     }
 
 
-def _check(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
+def _validate(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
     n = len(labels)
     if n == 0:
         raise DataError("the split has no examples to evaluate", fix="add examples to it or choose another split")
     if probabilities.shape != (n, classes):
         raise DataError(
-            f"the probabilities have shape {probabilities.shape}, not [labels, class names] = ({n}, {classes})",
+            f"the probabilities have shape {probabilities.shape} instead of (labels, classes) = ({n}, {classes})",
             fix="evaluate with the model and the data of the same run",
         )
     invalid = np.flatnonzero((labels < 0) | (labels >= classes))
     if invalid.size:
         raise DataError(
-            f"the label {labels[invalid[0]]} of example {invalid[0]} has no class: the labels of {classes} class names "
+            f"the label {labels[invalid[0]]} of example {invalid[0]} is out of range: the labels of {classes} classes "
             f"are 0 to {classes - 1}",
             fix="correct the label or the class names",
         )
-    broken = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
-    if broken.size:
+    not_finite = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+    if not_finite.size:
         raise DataError(
-            f"the model's probabilities are not finite for {broken.size} of {n} examples (the first is example "
-            f"{broken[0]}): its weights have diverged",
+            f"the probabilities of {not_finite.size} of {n} examples (the first is example {not_finite[0]}) are not "
+            "finite: the weights of the model have diverged",
             fix="use an earlier checkpoint or a lower learning rate",
         )
 
 
 def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[str], field: str) -> dict[str, Any]:
-    """Return the scores of each group of examples, and the gap between the best and the worst group.
+    """Compute the scores of each group of examples, and the gap between the most and the least accurate group.
 
     Args:
         labels: int [n].
         predictions: int [n].
-        groups: n names, values of `field` (data.group_field).
+        groups: the group of each example, its value of the field `field` (configuration key data.group_field).
 
     Returns:
-        `test.groups` of report.json (`trainer.report.schema.Groups`), rows in alphabetical order; groups whose
-        intervals do not overlap differ.
+        `test.groups` of report.json (`trainer.report.schema.Groups`), rows in alphabetical order of the groups. Two
+        groups differ significantly if their intervals do not overlap.
 
     Raises:
-        DataError: the number of groups is not that of the examples.
+        DataError: the numbers of groups and examples differ.
     """
     if len(groups) != len(labels):
         raise DataError(
@@ -170,8 +173,8 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
     names, group_of = np.unique(np.asarray(groups), return_inverse=True)
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(names.tolist()):
-        truths, predicted = labels[group_of == number], predictions[group_of == number]
-        rows.append({"name": name, **_accuracy(truths == predicted), "macro_f1": macro_f1(predicted, truths)})
+        truth, predicted = labels[group_of == number], predictions[group_of == number]
+        rows.append({"name": name, **_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
     scores: dict[str, Any] = {"field": field, "rows": rows}
     if len(rows) > 1:
         high, low = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
@@ -193,17 +196,17 @@ def evaluate_arrays(
     groups: Sequence[str] | None = None,
     group_field: str = "",
 ) -> EvaluationResult:
-    """Score one pass over `split`; the result holds the scores and the arrays they were computed from.
+    """Score the predictions for the split `split`; the result holds them and their scores.
 
     Args:
-        class_names: c names.
+        class_names: the c names.
         labels: int32 [n], ordered by example index.
         probabilities: float32 [n, c].
         names: the file or record of each example.
-        groups: the group of each example, a value of `group_field`; adds `groups` to the metrics (`score_groups`).
+        groups: the group of each example, its value of `group_field`; None omits the scores per group.
 
     Raises:
-        DataError: as `score`, or the number of names or groups is not that of the examples.
+        DataError: the arrays contradict each other, there is no example, or a probability is not finite.
     """
     labels, probabilities = np.asarray(labels, np.int32), np.asarray(probabilities, np.float32)
     if len(names) != len(labels):

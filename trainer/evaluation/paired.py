@@ -1,4 +1,4 @@
-"""Paired comparison of two classifiers on the same examples: difference, interval and significance."""
+"""Compare two classifiers on the same examples: difference of their accuracies, its interval and significance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The second classifier against the first, on n examples.
+class PairedComparison:
+    """Comparison of a second classifier with a first one, the reference.
 
     Attributes:
+        n: the number of examples.
         lost: examples that only the first classifies correctly.
         won: examples that only the second classifies correctly.
         difference: accuracy of the second minus accuracy of the first.
-        interval: 95 % interval of the difference.
-        p: p value of McNemar's exact test.
+        interval: 95 % confidence interval of the difference.
+        p: two-sided p-value of McNemar's exact test.
     """
 
     n: int
@@ -27,25 +28,26 @@ class Paired:
     p: float
 
 
-def compare_paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compare by McNemar's exact test (McNemar 1947; advised by Dietterich 1998 for two classifiers and one test set).
+def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
+    """Compare by McNemar's exact test (McNemar 1947; recommended by Dietterich 1998 for one test set).
 
-    The interval is Wald's with half an example more in each cell (Agresti and Min 2005).
+    The interval is the Wald interval after 0.5 is added to each of the four counts of correct and wrong predictions
+    (Agresti and Min 2005).
 
     Args:
-        first: bool [n], True where the first classifier is correct; n >= 1.
-        second: bool [n], the same of the second one.
+        first: bool [n], n >= 1, True where the first classifier is correct.
+        second: bool [n], True where the second classifier is correct.
     """
     n, lost, won = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     p = 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
-    more, b, c = n + 2, lost + 0.5, won + 0.5
-    middle = (c - b) / more
-    half = 1.96 * float(np.sqrt(b + c - (c - b) ** 2 / more)) / more
-    return Paired(n, lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
+    total, b, c = n + 2, lost + 0.5, won + 0.5
+    middle = (c - b) / total
+    half = 1.96 * float(np.sqrt(b + c - (c - b) ** 2 / total)) / total
+    return PairedComparison(n, lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p values in their order, adjusted for the number of comparisons (Holm 1979)."""
+    """Adjust p-values for the number of comparisons by the step-down method of Holm 1979; keep their order."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -1,4 +1,4 @@
-"""predictions.csv, the prediction for every example, and names that can be printed."""
+"""Write predictions.csv, the prediction for every example, and make names printable."""
 
 import csv
 import io
@@ -11,24 +11,24 @@ COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 
 
 def printable(text: str) -> str:
-    """Escape what cannot be encoded or printed on one line (file names may hold any bytes)."""
+    """Escape characters that UTF-8 cannot encode or that do not print on one line; file names may hold any bytes."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> Path:
-    """Write one line per example, ordered by index.
+    """Write a CSV file with one line per example, ordered by index, and return its path.
 
-    The columns are `COLUMNS`: truth and prediction are class names, probability is that of the prediction with six
-    decimals, correct is true or false. UTF-8, "\\n" line ends; equal results give equal bytes.
+    Truth and prediction are class names, probability is that of the prediction with six decimals, correct is true or
+    false. The file is in UTF-8 with "\\n" line ends; equal results give equal bytes.
     """
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
     predictions = result.probabilities.argmax(axis=1)
     for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
         names = (result.names[index], result.class_names[truth], result.class_names[prediction])
         probability = f"{result.probabilities[index, prediction]:.6f}"
-        rows.writerow((index, *map(printable, names), probability, "true" if truth == prediction else "false"))
+        writer.writerow((index, *map(printable, names), probability, "true" if truth == prediction else "false"))
     write_whole(path, text.getvalue())
     return path

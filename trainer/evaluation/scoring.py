@@ -1,4 +1,4 @@
-"""Scoring of a split over all replicas and workers, and the validation scores of an epoch."""
+"""Score a split on all replicas and workers, and compute the validation scores of an epoch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,20 +12,20 @@ from trainer.data.pipeline import Batches, evaluation_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import StopRequested
-from trainer.evaluation.metrics import TOP, macro_f1, top_k
+from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
 
 
 class Network(Protocol):
-    """A classifier, the tail of one, or a teacher."""
+    """A classifier, the tail of a classifier (its layers above cached features), or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Return float32 [b, classes] for images in 0..255, [b, S, S, 3], or for features of the trunk."""
+        """Return float32 [b, classes] for images [b, S, S, 3] in 0..255, or for features if this is a tail."""
 
 
 class Predictor:
-    """Compiled prediction of a network for batches over the replicas of a strategy."""
+    """Predictions of a network for distributed batches, compiled for the replicas of a strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
@@ -37,9 +37,14 @@ class Predictor:
     def probabilities(
         self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return float32 [n, classes], int32 labels [n] and int64 indices [n] of `count` batches, ordered by index.
+        """Predict the first `count` batches of a distributed dataset.
 
-        Padding is left out. `ready()` is called before each batch; when it returns False, scoring ends early.
+        Args:
+            ready: called before each batch; if it returns False, the batches so far are returned.
+
+        Returns:
+            Probabilities float32 [n, classes], labels int32 [n] and indices int64 [n] of the examples, without padding,
+            ordered by index.
         """
         parts: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
@@ -48,14 +53,17 @@ class Predictor:
                 break
             outputs, batch = self._predict(next(stream))
             for p, *rest in zip(local(outputs), *(local(batch[k]) for k in ("label", "index", "weight")), strict=True):
-                label, index, weight = (r.numpy() for r in rest)
-                real = weight > 0
+                label, index, weight = (tensor.numpy() for tensor in rest)
+                real = weight > 0  # padding has weight 0
                 parts.append((p.numpy()[real], label[real], index[real]))
-        return by_index(parts)
+        return _join_by_index(parts)
 
 
 class Scorer:
-    """Scoring of splits with a network: each example exactly once over all workers, without a barrier."""
+    """Predictions of a network for whole splits: each example is scored by exactly one worker.
+
+    The workers do not wait for each other between batches; at the end the chief gathers the predictions of the others.
+    """
 
     def __init__(
         self,
@@ -64,20 +72,24 @@ class Scorer:
         sharding: Sharding = UNSHARDED,
         waited: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """`waited` is called with the seconds that this worker waited for shards."""
+        """Create a scorer; `waited` is called with the seconds of each wait for shards."""
         self.worker, self.sharding, self.waited = worker, sharding, waited
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
     def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
-        """Predict every example of `source`, or the fraction `part` that validation uses.
+        """Predict the examples of `source`, each worker those of its shard; all workers must call this.
 
-        Each worker scores its own shard. The chief returns all examples, the other workers their shard; after a stop
-        request every worker returns what it has, so call `Worker.should_stop` afterwards.
+        A stop request ends it early with incomplete predictions and without an exception, so call `Worker.should_stop`
+        before you use the result.
 
         Args:
             batch_size: the global batch size.
-            topic: name of the gather between the workers.
+            topic: name of the gather of the predictions on the control channel.
+            part: the fraction of the batches to predict; they have the same examples at every call.
+
+        Returns:
+            The predictions for all examples on the chief, for those of its shard on another worker.
 
         Raises:
             DataError: an example cannot be read.
@@ -85,20 +97,21 @@ class Scorer:
         batches, stream = self._open(source, batch_size, part)
         gate, rows = batches.gate(), batch_size // self.sharding.workers
         with data_errors(source):
-            own = self.predictor.probabilities(stream, batches.count or 0, lambda: self._ready(gate, rows))
+            arrays = self.predictor.probabilities(stream, batches.count or 0, lambda: self._ready(gate, rows))
         gate.close()
         if self.worker.size > 1:
             names = ("probabilities", "labels", "indices")
-            shards = self.worker.control.gather_arrays(topic, dict(zip(names, own, strict=True)))
+            shards = self.worker.control.gather_arrays(topic, dict(zip(names, arrays, strict=True)))
             if shards:
-                own = by_index([tuple(shard[name] for name in names) for shard in shards if len(shard["labels"])])
-        probabilities, labels, indices = own
+                parts = [tuple(shard[name] for name in names) for shard in shards if len(shard["labels"])]
+                arrays = _join_by_index(parts)
+        probabilities, labels, indices = arrays
         return Scored(source.split.name, indices, labels, probabilities)
 
     def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
-        """Return the batches of a source and their iterable, built once and not per epoch."""
-        for known, settings, batches, stream in self._opened:
-            if known is source and settings == (batch_size, part):
+        """Return the batches of a source and their distributed dataset, which is built once for all epochs."""
+        for opened, settings, batches, stream in self._opened:
+            if opened is source and settings == (batch_size, part):
                 return batches, stream
         batches = evaluation_batches(
             source, batch_size=batch_size, replicas=self.worker.replicas, part=part, sharding=self.sharding
@@ -108,7 +121,7 @@ class Scorer:
         return batches, stream
 
     def _ready(self, gate: ShardGate, rows: int) -> bool:
-        """Wait for the shards of the next batch; False after a stop request."""
+        """Wait for the shards of the next `rows` examples; return False after a stop request."""
         try:
             seconds = gate.wait_for(rows)
         except StopRequested:
@@ -119,8 +132,8 @@ class Scorer:
         return self.worker.stop.reason is None
 
 
-def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join parts of (probabilities, labels, indices), ordered by index."""
+def _join_by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Concatenate tuples of (probabilities, labels, indices), and order their rows by index."""
     if not parts:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64)
     probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -129,20 +142,20 @@ def by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.nd
 
 
 def validation_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the scores of the validation split after an epoch, in float64.
+    """Return the scores of the validation split after an epoch, computed in float64.
 
     Returns:
-        val_loss (mean cross-entropy; probabilities are at least 1e-7, as in Keras), val_accuracy, val_macro_f1, val_n,
-        and with more than five classes val_top_5.
+        val_loss (the mean cross-entropy), val_accuracy, val_macro_f1, val_n (the number of examples), and val_top_5 if
+        there are more than five classes.
     """
-    of_truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)
     scores = {
-        "val_loss": float(-np.log(np.maximum(of_truth, 1e-7)).mean()),
+        "val_loss": float(-np.log(np.maximum(label_probabilities, MIN_PROBABILITY)).mean()),
         "val_accuracy": float((predictions == labels).mean()),
         "val_macro_f1": macro_f1(predictions, labels),
         "val_n": len(labels),
     }
-    if probabilities.shape[1] > TOP:
-        scores["val_top_5"] = top_k(probabilities, labels) / len(labels)
+    if probabilities.shape[1] > TOP_K:
+        scores["val_top_5"] = count_top_k(probabilities, labels) / len(labels)
     return scores

@@ -1,1 +1,1 @@
-"""The report of a run: page, figures and tables."""
+"""Write reports of scored splits, compare runs, and draw figures."""

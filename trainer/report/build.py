@@ -1,4 +1,4 @@
-"""Assemble the report of a scored split: training samples, heatmaps, duplicates, and its figures in TensorBoard."""
+"""Assemble the report of a scored split from its predictions and images, and show its figures in TensorBoard."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +13,20 @@ from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
 from trainer.data.images import ImageStore, Pixels, data_errors
 from trainer.data.pipeline import chosen_batches
-from trainer.evaluation.duplicates import SIDE, find_duplicates, shrink
+from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, shrink
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.models.grad_cam import Explainer
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.report.page import MEMBERS_SHOWN, SHOWN, DuplicateImages, ReportImages, Samples
+from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, DuplicateImages, ReportImages, Samples
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import versions
 from trainer.types import Scored
 
-MAX_COMPARED = 100_000  # images of all splits in the search for duplicates
+MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
 READ_BATCH = 64  # images
-FETCH_BATCH = 512  # images of remote shards: the shards of one batch are on the local disk at the same time
+FETCH_BATCH = 512  # images in remote shards that are read at a time, as their shards have to be on the local disk
 
 
 def build_report(
@@ -34,42 +34,46 @@ def build_report(
     scored: Scored,
     images: ImageStore,
     explain: Explainer,
-    facts: Mapping[str, Any],
+    report_fields: Mapping[str, Any],
     splits: Sequence[str],
     check: Callable[[], None],
 ) -> Report:
-    """Write the report on the predictions for a split; returns the content of report.json.
+    """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        facts: title, export, timing and note of `run` in `write_report`; history and phases.
-        splits: searched for duplicates.
-        check: called while images are read; may raise to abort.
+        scored: the predictions for the split.
+        images: the images of all splits of the dataset.
+        explain: computes the heatmaps.
+        report_fields: title, history, phases, export and timing of report.json, and `note`, which explains how to read
+            the scores; all are optional.
+        splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
+        check: called after each batch of the search for duplicates; it may raise to abort the report.
     """
     split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
-    duplicates = find_duplicate_images(images, splits, check)  # before `undecodable`: it may read damaged images
+    duplicates = find_duplicate_images(images, splits, check)  # first, as it adds damaged images to `undecodable`
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
-    by_group, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
+    group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
-    result = evaluate_arrays(split, classes, labels, probabilities, names, by_group, field)
+    result = evaluate_arrays(split, classes, labels, probabilities, names, group_names, field)
     run = {
         "seed": config.seed,
         "data": describe_data(dataset) | {"undecodable": images.undecodable()},
         "config": config.model_dump(mode="json"),
         "versions": versions(),
-        **facts,
+        **report_fields,
     }
 
     def fetch(rows: Sequence[int]) -> np.ndarray:
         return images.rows(split, indices[list(rows)])
 
     samples = training_samples(images) if "train" in splits else None
-    shown = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
-    history, phases = facts.get("history", []), facts.get("phases", {})
-    return write_report(folder, result=result, history=history, phases=phases, run=run, images=shown)
+    report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
+    history, phases = report_fields.get("history", []), report_fields.get("phases", {})
+    return write_report(folder, result=result, history=history, phases=phases, run=run, images=report_images)
 
 
 def training_samples(images: ImageStore) -> Samples:
-    """Draw twelve training images, and eight augmented views of the first."""
+    """Select twelve random training images, and compute eight augmented views of the first."""
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:12])
     rows = images.rows("train", chosen)
@@ -78,25 +82,29 @@ def training_samples(images: ImageStore) -> Samples:
 
 
 def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return uint8 [8, S, S, 3]: the first of `images`, of the examples `indices`, as augmented in eight epochs.
+    """Return the first of `images` as augmented in eight epochs, uint8 [8, S, S, 3].
 
-    Mixup and cutmix mix it with the other images.
+    Mixup and CutMix mix it with another of the images in each epoch.
+
+    Args:
+        images: uint8 [k, S, S, 3].
+        indices: int64 [k], the indices of the images in the training split, on which the random parameters depend.
     """
-    each = 2 if augmentation.mixes else 1  # a pair is mixed, and its first image is shown
-    epochs, which = np.repeat(np.arange(8), each), np.zeros(8 * each, np.int64)
+    per_view = 2 if augmentation.mixes else 1  # a pair is mixed, and its first image is shown
+    epochs, rows = np.repeat(np.arange(8), per_view), np.zeros(8 * per_view, np.int64)
     if augmentation.mixes:
-        which[1::2] = (np.arange(8) + 1) % len(indices)
+        rows[1::2] = (np.arange(8) + 1) % len(indices)
     with tf.device("CPU"):  # as in the input pipeline
-        views = augment(images[which], augmentation, seed, epochs, indices[which])
+        views = augment(images[rows], augmentation, seed, epochs, indices[rows])
         if augmentation.mixes:
             labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
-            batch = {"image": views, "label": labels, "weight": weight, "index": indices[which]}
+            batch = {"image": views, "label": labels, "weight": weight, "index": indices[rows]}
             views = mixed(batch, augmentation, seed, epochs)["image"]
-    return np.asarray(views[::each])
+    return np.asarray(views[::per_view])
 
 
 def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Divide `MAX_COMPARED` images among the splits, small splits whole before large ones."""
+    """Divide `MAX_COMPARED` images among the splits equally, except that no split gets more images than it has."""
     compared: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
         compared[name] = min(counts[name], (MAX_COMPARED - sum(compared.values())) // (len(counts) - rank))
@@ -104,48 +112,50 @@ def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """Read uint8 [k, 16, 16, 3] of the examples at increasing `indices`; decoding overlaps with shrinking."""
+    """Return thumbnails, uint8 [k, 16, 16, 3], of the examples at `indices`, which are in increasing order."""
     if pixels.shards and len(indices) > FETCH_BATCH:
         batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch, check) for batch in batches])
     chosen = chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
     stream, gate = iter(chosen.dataset), chosen.gate()
-    small = np.zeros((len(indices) + READ_BATCH, SIDE, SIDE, 3), np.uint8)  # with the padding of the last batch
+    shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
+    thumbnails = np.zeros(shape, np.uint8)
     with data_errors(pixels):
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
-            small[start : start + READ_BATCH] = shrink(next(stream)["image"].numpy())
+            thumbnails[start : start + READ_BATCH] = shrink(next(stream)["image"].numpy())
             health.progress()
             check()
     del stream
     gate.close()
-    return small[: len(indices)]
+    return thumbnails[: len(indices)]
 
 
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
-    """Find duplicates among at most 100,000 images, which bounds time and memory (77 MB)."""
+    """Find duplicates among the images of splits; of more than `MAX_COMPARED` images only a sample is compared."""
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
     counts = compared_counts({name: dataset.splits[name].count for name in splits})
     for name in splits:
         indices, split = np.arange(counts[name], dtype=np.int64), dataset.splits[name]
-        if len(indices) < split.count and not split.shards:  # files are ordered by class; shards are shuffled
+        if len(indices) < split.count and not split.shards:  # files are ordered by class, the records of shards are not
             indices = np.linspace(0, split.count - 1, len(indices)).astype(np.int64)
-        small = read_thumbnails(images.split(name), indices, check)
-        good = ~np.isin(indices, list(images.split(name).bad))
-        thumbnails[name] = indices[good], small[good]
+        read = read_thumbnails(images.split(name), indices, check)
+        readable = ~np.isin(indices, list(images.split(name).bad))
+        thumbnails[name] = indices[readable], read[readable]
     labels = {name: dataset.splits[name].labels for name in splits}
 
     def describe(split: str, index: int) -> dict[str, Any]:
         label = dataset.class_names[labels[split][index]]
         return {"split": split, "index": index, "file": images.name_of(split, index), "label": label}
 
-    facts = find_duplicates(thumbnails, labels, describe)
-    shown = [group["members"][:MEMBERS_SHOWN] for group in facts["groups"][:SHOWN]]
-    return DuplicateImages(facts, [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown])
+    duplicates = find_duplicates(thumbnails, labels, describe)
+    shown = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_WITH_IMAGES]]
+    pixels = [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown]
+    return DuplicateImages(duplicates, pixels)
 
 
 def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
-    """Write the figures of the report in `folder` as TensorBoard images to `logs`, replacing older ones."""
+    """Write the figures of the report in `folder` as TensorBoard images to the folder `logs`, which is replaced."""
     shutil.rmtree(logs, ignore_errors=True)
     writer = tf.summary.create_file_writer(str(logs))
     with writer.as_default(step=step), tf.device("CPU"):

@@ -1,4 +1,4 @@
-"""Comparison of runs on the examples they have in common, as a table and as an HTML page."""
+"""Compare runs on the examples they have in common, in a table and on an HTML page."""
 
 import csv
 import io
@@ -21,72 +21,88 @@ from rich.table import Table
 from trainer.config.diff import flat
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson
-from trainer.evaluation.paired import Paired, compare_paired, holm
+from trainer.evaluation.paired import PairedComparison, compare_paired, holm
 from trainer.report.figures import SERIES, Line, line_chart, svg
-from trainer.report.page import NONE, number, percent, render
+from trainer.report.page import MISSING, number, percent, render
 from trainer.storage.local import write_whole
 from trainer.storage.path import StoragePath, storage_path
 
-SIGNIFICANT = 0.05  # p below which a run is called better or worse
-_IGNORED = {"output_dir", "runtime.cache_dir", "resume"}  # differ between runs without an effect
+SIGNIFICANCE_LEVEL = 0.05  # a run is called better or worse if p is below it
+_IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run, or an evaluation of a run: its report, predictions, configuration and epochs."""
+    """A run, or an evaluation of a run.
+
+    Attributes:
+        name: the shortest name that differs from those of the other runs.
+        address: the output_dir or folder of the evaluation, as the user gave it.
+        report: the content of report.json.
+        predictions: the class names (truth, prediction) by file.
+        config: the configuration of the run; empty if it is not available.
+        history: the epochs of the run.
+    """
 
     name: str
     address: str
     report: Mapping[str, Any]
-    predictions: Mapping[str, tuple[str, str]]  # file -> truth, prediction
+    predictions: Mapping[str, tuple[str, str]]
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs on the examples that all were scored on, the first of them as the reference."""
+    """Comparison of runs with the first one, the reference, on the examples that all runs were scored on.
+
+    Attributes:
+        files: names of the common examples.
+        correct: bool [runs, files].
+        pairs: comparison of each later run with the first one.
+        p: p-values of the pairs, adjusted for their number (Holm 1979).
+    """
 
     runs: Sequence[ScoredRun]
-    files: Sequence[str]  # the common examples
-    correct: np.ndarray  # bool [runs, files]
-    pairs: Sequence[Paired]  # each run after the first against it
-    p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
+    files: Sequence[str]
+    correct: np.ndarray
+    pairs: Sequence[PairedComparison]
+    p: Sequence[float]
 
 
 def read_scored_run(address: str, name: str) -> ScoredRun:
-    """Read the report and predictions of a run or an evaluation.
+    """Read a run or an evaluation from its folder, local or in a bucket.
 
     Raises:
-        DataError: they are missing or damaged.
+        DataError: report.json or predictions.csv is missing, or a file is damaged.
     """
     root = storage_path(address)
     folder = root if (root / "report.json").exists() else root / "report"
-    content, rows = (folder / "report.json").fetch(), (folder / "predictions.csv").fetch()
-    if content is None or rows is None:
+    report_json, predictions_csv = (folder / "report.json").fetch(), (folder / "predictions.csv").fetch()
+    if report_json is None or predictions_csv is None:
         raise DataError(
             f"{address} has no report (report/report.json and predictions.csv)",
             fix="give the output_dir of a finished run or a folder written by python -m trainer.evaluate",
         )
     try:
-        report = json.loads(content[0])
-        lines = csv.DictReader(io.StringIO(rows[0].decode()))
+        report = json.loads(report_json[0])
+        lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
         predictions = {line["file"]: (line["truth"], line["prediction"]) for line in lines}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{folder} is damaged: {error}", fix="evaluate the run again") from None
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{address} is damaged: {error}", fix="evaluate the run again") from None
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
-    """Read the epochs of a run whose report lacks them."""
+    """Read the epochs from metrics.jsonl, for a report without them."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
 
 
 def _read_configuration(root: StoragePath) -> dict[str, Any]:
-    """Read the configuration of a run; for an evaluation that of the run two folders up, if there is one."""
+    """Read config.yaml of a run, or of the run two folders above an evaluation; return {} if neither has one."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():
             return dict(yaml.safe_load(content[0]))
@@ -94,24 +110,24 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
 
 
 def short_names(addresses: Sequence[str]) -> list[str]:
-    """Return the shortest ends of addresses that are all different."""
-    parts = [address.rstrip("/").split("/") for address in addresses]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
+    """Return the last folders of each address, as few as make the names distinct."""
+    folders = [address.rstrip("/").split("/") for address in addresses]
+    for count in range(1, max(map(len, folders)) + 1):
+        names = ["/".join(each[-count:]) for each in folders]
         if len(set(names)) == len(names):
             return names
     return list(addresses)
 
 
-def _keys(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return {key: file} of the examples of each run.
+def _common_names(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
+    """Return the files of each run by a name that is the same in all runs.
 
-    Keys are whole names or, if no name is in all runs, names relative to the common folder of each run's files (the
-    root of the same data may differ).
+    The name is the file itself or, if no file is in all runs, its path relative to the common folder of the run's
+    files, as the same data may have been at different paths.
     """
-    whole = [{file: file for file in run.predictions} for run in runs]
-    if set.intersection(*map(set, whole)):
-        return whole
+    unchanged = [{file: file for file in run.predictions} for run in runs]
+    if set.intersection(*map(set, unchanged)):
+        return unchanged
     relative = []
     for run in runs:
         parents = [str(PurePosixPath(file).parent) for file in run.predictions]
@@ -124,7 +140,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
     """Compare runs on the examples that all of them were scored on.
 
     Raises:
-        DataError: their classes or truths differ, or they have no example in common.
+        DataError: the runs differ in their classes or in the label of an example, or have no example in common.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -135,49 +151,53 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
                 f"{unmatched[0]!r})",
                 fix="compare runs on data of the same classes",
             )
-    keys = _keys(runs)
-    common = sorted(set.intersection(*map(set, keys)))
+    files = _common_names(runs)
+    common = sorted(set.intersection(*map(set, files)))
     if not common:
         raise DataError(
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them",
             fix="evaluate them on the same data with python -m trainer.evaluate",
         )
-    rows = [[run.predictions[file_of[key]] for key in common] for run, file_of in zip(runs, keys, strict=True)]
-    for run, own in zip(runs, rows, strict=True):
-        for key, (expected, _), (truth, _) in zip(common, rows[0], own, strict=True):
+    rows = [[run.predictions[file_of[name]] for name in common] for run, file_of in zip(runs, files, strict=True)]
+    for run, predictions in zip(runs, rows, strict=True):
+        for name, (expected, _), (truth, _) in zip(common, rows[0], predictions, strict=True):
             if truth != expected:
                 raise DataError(
-                    f"{first.address} and {run.address} cannot be compared: the label of {key} is {expected!r} in one "
+                    f"{first.address} and {run.address} cannot be compared: the label of {name} is {expected!r} in one "
                     f"and {truth!r} in the other",
                     fix="evaluate both on the same labels",
                 )
-    correct = np.array([[truth == prediction for truth, prediction in own] for own in rows], bool)
+    correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in rows], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
     return Comparison(runs, common, correct, pairs, holm([pair.p for pair in pairs]))
 
 
-def verdict(pair: Paired, p: float) -> str:
-    """Return better, worse, or no significant difference."""
-    return "no significant difference" if p >= SIGNIFICANT else "better" if pair.difference > 0 else "worse"
+def verdict(pair: PairedComparison, p: float) -> str:
+    """Return "better", "worse" or "no significant difference" for the second run of a pair with adjusted p-value p."""
+    return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
 
 def configuration_differences(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (key, its value in each run) for the settings that differ."""
+    """Return (key, its value in each run) for each configuration key whose values differ."""
     trees = [flat(dict(run.config)) for run in runs]
-    keys = sorted(set().union(*trees) - _IGNORED)
-    rows = [(key, [_as_argument(tree[key]) if key in tree else NONE for tree in trees]) for key in keys]
+    keys = sorted(set().union(*trees) - _IGNORED_KEYS)
+    rows = [(key, [_as_argument(tree[key]) if key in tree else MISSING for tree in trees]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _as_argument(value: Any) -> str:
-    """Format a value as on the command line."""
+    """Format a configuration value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"[{','.join(map(_as_argument, value))}]" if isinstance(value, list) else str(value)
 
 
-def _rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the scores of each run on the common examples; the first has no pair. `changed`: [(change, files)]."""
+def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return what the table and the page show of each run on the common examples.
+
+    `pair` is None for the first run; `changed` has the files that a run predicts correctly and the first does not, and
+    the reverse.
+    """
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         hits = int(correct.sum())
@@ -193,7 +213,7 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-# (section of report.json, key, name in the page, format)
+# (section of report.json, key in it, name in the page, function that formats the value)
 _SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
     ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
     ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
@@ -204,59 +224,58 @@ _SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
 
 
 def _scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (name, its value in each run) of the scores on each run's own examples."""
-    rows = [(name, show, [run.report[part].get(key) for run in runs]) for part, key, name, show in _SCORES]
+    """Return (name, its value in each run) of the scores in the reports, which may be of different examples."""
+    rows = [(name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _SCORES]
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
 
 
 def _curves(runs: Sequence[ScoredRun]) -> list[Markup]:
-    drawn = []
+    charts = []
     for key, title in (("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss")):
         lines = []
         for i, run in enumerate(runs):
             epochs, values = [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
             lines.append(Line(run.name, SERIES[i % len(SERIES)], epochs, values))
         if chart := line_chart(title, lines, fractions=key == "val_accuracy"):
-            drawn.append(svg(key, chart))
-    return drawn
+            charts.append(svg(key, chart))
+    return charts
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print a row per run, and the configuration keys that differ."""
+    """Print a table with a row per run, and the configuration keys that differ."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
     table.add_column("run")
     for name in ("accuracy", "difference", "95 %", "only first", "only this", "p"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
-        row = [escape(run.name), f"{correct.mean():.4f}"]
-        if i > 0:
-            pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
+    for row in _score_rows(comparison):
+        cells = [escape(row["name"]), f"{row['accuracy']:.4f}"]
+        if pair := row["pair"]:
             interval = "{:+.4f} to {:+.4f}".format(*pair.interval)
-            row += [f"{pair.difference:+.4f}", interval, f"{pair.lost:,}", f"{pair.won:,}"]
-            row += [f"{p:.3g}", verdict(pair, p)]
-        table.add_row(*row)
+            cells += [f"{pair.difference:+.4f}", interval, f"{pair.lost:,}", f"{pair.won:,}"]
+            cells += [f"{row['p']:.3g}", row["verdict"]]
+        table.add_row(*cells)
     console.print(table)
     for key, values in configuration_differences(comparison.runs):
         console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> Path:
-    """Write the comparison as one self-contained page; classes with the largest loss of F1 come first."""
+    """Write a self-contained HTML page; the classes whose F1 decreases most from the first run come first."""
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
     names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
     page = render(
         "compare.html.j2",
-        runs=_rows(comparison),
+        runs=_score_rows(comparison),
         n=len(comparison.files),
         scores=_scores(runs),
         charts=_curves(runs),
         classes=[(name, [each[name] for each in f1]) for name in names],
         differences=configuration_differences(runs),
-        significant=SIGNIFICANT,
-        series=len(SERIES),
+        significance_level=SIGNIFICANCE_LEVEL,
+        colour_count=len(SERIES),
     )
     write_whole(path, page)
     return path

@@ -1,10 +1,11 @@
-"""Evaluation of a finished run: a checkpoint on a split of its own or other data."""
+"""Evaluate a checkpoint of a finished run on a split of its own or of other data."""
 
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,29 @@ from trainer.report.build import build_report
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
 from trainer.storage.path import storage_path
 
-TRAIN_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
-UNDIVIDED_NOTE = (
+TRAINED_ON_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
+UNSPLIT_NOTE = (
     "This data is not divided into splits, so all of it was scored as the split train. The run was trained on other "
     "data, which may contain some of these images."
 )
-DURING = "during the evaluation"
+DURING_EVALUATION = "during the evaluation"
 
 
-def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]) -> Mapping[str, Any]:
-    """Score a checkpoint of a run and write the report; returns the content of report.json.
+def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, options: dict[str, str]) -> Mapping[str, Any]:
+    """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:
-        own: the arguments `split` (default: the first of test, validation and train that the data has) and `output`
-            (default: a folder below the run).
+        options: `split` (default: the first of test, validation and train that the data has) and `output`, the folder
+            of the report (default: a folder below `evaluations` of the run).
 
     Raises:
         ConfigError: the data has no such split.
+        DataError: the classes of the data are not those of the run, or the data cannot be read.
+        StopRequested: by a signal; the evaluation has to be started again.
     """
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
-    bare = config.model_copy(update={"model": without_weights(config.model)})
-    data = open_run_data(bare, log.info, lambda address: stop.check(f"while {address} was fetched"))
+    data_config = config.model_copy(update={"model": without_weights(config.model)})  # loads no pretrained weights
+    data = open_run_data(data_config, log.info, lambda address: stop.check(f"while {address} was fetched"))
     dataset = data.dataset
     check_classes(run, dataset)
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
@@ -55,18 +58,19 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
     log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 
-    split = own.get("split")
+    split = options.get("split")
     if split is None:
         split = next(name for name in ("test", "validation", "train") if name in dataset.splits)
     if split not in dataset.splits:
-        raise ConfigError("no such split in the data", key="split", value=split, fix=f"use {', '.join(dataset.splits)}")
-    own_data = dataset.fingerprint == run.fingerprint
-    undivided = not own_data and list(dataset.splits) == ["train"]
-    prefix = "" if undivided else f"{split} "
+        fix = f"use {', '.join(dataset.splits)}"
+        raise ConfigError("is not a split of the data", key="split", value=split, fix=fix)
+    is_run_data = dataset.fingerprint == run.fingerprint
+    is_unsplit = not is_run_data and list(dataset.splits) == ["train"]
+    prefix = "" if is_unsplit else f"{split} "
     log.info(f"evaluating {dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
-    stop.check(DURING)
-    facts: dict[str, Any] = {
+    stop.check(DURING_EVALUATION)
+    report_fields: dict[str, Any] = {
         "title": f"{config.experiment_name or dataset.name}, {checkpoint.name} on {dataset.name}",
         "history": checkpoint.history,
         "phases": checkpoint.phases,
@@ -76,24 +80,25 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, own: dict[str, str]
             "checkpoint_step": checkpoint.step,
         },
     }
-    if not own_data:
-        facts["note"] = UNDIVIDED_NOTE if undivided else None
+    if not is_run_data:
+        report_fields["note"] = UNSPLIT_NOTE if is_unsplit else None
     elif split == "train" or config.debug.overfit:
-        facts["note"] = TRAIN_NOTE
+        report_fields["note"] = TRAINED_ON_NOTE
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
-    home = storage_path(own["output"]) if own.get("output") else run.home / "evaluations" / name
-    splits = list(dataset.splits) if own_data else [split]
+    output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name
+    splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:
-        local = Path(str(home)) if home.is_local else Path(temporary)
-        explainer = make_explainer(classifier)
-        report = build_report(local, scored, images, explainer, facts, splits, lambda: stop.check(DURING))
-        if not home.is_local:
-            for file in sorted(local.iterdir()):
-                (home / file.name).upload(file)
+        folder = Path(str(output)) if output.is_local else Path(temporary)
+        explain = make_explainer(classifier)
+        check = partial(stop.check, DURING_EVALUATION)
+        report = build_report(folder, scored, images, explain, report_fields, splits, check)
+        if not output.is_local:
+            for file in sorted(folder.iterdir()):
+                (output / file.name).upload(file)
     images.close()
     test, (low, high) = report["test"], report["test"]["interval"]
     log.info(
         f"{prefix}accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']}); macro F1 "
-        f"{test['macro_f1']:.4f}\n  report   {home}/index.html"
+        f"{test['macro_f1']:.4f}\n  report   {output}/index.html"
     )
     return report

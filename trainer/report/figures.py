@@ -1,6 +1,6 @@
-"""Figures of a report, drawn with matplotlib: SVG for the page, PNG for the folder and TensorBoard.
+"""Draw the figures of a report with matplotlib: as SVG in the page, as PNG in its folder and in TensorBoard.
 
-Uses neither pyplot nor global state.
+Figures are created without pyplot, which would register them globally and select a display.
 """
 
 import io
@@ -30,41 +30,42 @@ from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
 DPI = 110
-COMPRESSION = 2  # of 9: half the time of the default 6 for photos, a tenth more bytes
+PNG_COMPRESSION = 2  # of 9: for photos half the time of the default 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
-NUMBERED = 20  # classes up to which a confusion matrix has counts and names
+MAX_NUMBERED_CLASSES = 20  # in a confusion matrix with counts and class names
 MAX_BARS = 120  # classes in the F1 figure
 MAX_EXAMPLES = 12  # in a figure of examples
+MAX_MARKERS = 60  # epochs of a line with a marker and a tooltip for each
 INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
 TRAINING, VALIDATION = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
-SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # of compared runs
+SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
-# The custom properties of report.css that replace colours, so that charts in the page follow light and dark.
-PROPERTIES = {
+# The custom properties of report.css that replace colours in the page, so that charts follow its light or dark theme.
+CSS_PROPERTIES = {
     INK: "--ink", MUTED: "--soft", RULE: "--rule", TRAINING: "--faint", VALIDATION: "--lead", WRONG: "--wrong",
     **{colour: f"--s{i}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
 
 
-def canvas(height: float, width: float = WIDTH, laid_out: bool = True) -> Figure:
-    """Create an empty white figure; sizes in inches. `laid_out` fits it to its labels, which draws it twice."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if laid_out else None, facecolor="white")
+def canvas(height: float, width: float = WIDTH, fit_labels: bool = True) -> Figure:
+    """Create an empty white figure, sizes in inches; `fit_labels` makes room for axis labels by drawing it twice."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if fit_labels else None, facecolor="white")
 
 
-def shortened(name: str, longest: int) -> str:
-    """Return a printable name, cut in the middle if it is too long."""
-    name, tail = printable(name), longest // 2
-    return name if len(name) <= longest else name[: longest - tail - 1] + "…" + name[-tail:]
+def shortened(name: str, max_length: int) -> str:
+    """Return a printable name; if it is too long, an ellipsis replaces its middle."""
+    name, tail = printable(name), max_length // 2
+    return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
 
 
-def label(name: str, longest: int = 24) -> str:
-    """Return a class or file name as text of a figure: one line, without mathtext, cut in the middle if too long."""
-    return shortened(name, longest).replace("$", r"\$")
+def label(name: str, max_length: int = 24) -> str:
+    """Shorten a class or file name for a figure, and escape $, which would begin a formula in matplotlib."""
+    return shortened(name, max_length).replace("$", r"\$")
 
 
 def tidy(axes: Axes, grid: Literal["x", "y"] | None = None) -> None:
-    """Give axes a light frame, and grid lines behind the data."""
+    """Style axes: a light frame at the left and bottom, no tick lines, and grid lines of `grid` behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.tick_params(colors=INK, length=0, labelsize=9)
@@ -74,79 +75,79 @@ def tidy(axes: Axes, grid: Literal["x", "y"] | None = None) -> None:
 
 
 def heading(axes: Axes, title: str) -> None:
-    """Put a title at the left edge of axes."""
+    """Set a left-aligned title of axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """Ignore warnings of glyphs that matplotlib's font lacks: boxes in a PNG, correct in the page and the CSV."""
+def _ignore_missing_glyphs() -> Iterator[None]:
+    """Ignore warnings about glyphs that matplotlib's font lacks: boxes in a PNG, but correct in the page."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
-    """Write a figure, or several below each other, as PNG atomically."""
+    """Write a figure, or several stacked vertically, to a PNG file atomically; return its path."""
     drawn = []
     for figure in [figures] if isinstance(figures, Figure) else figures:
         agg = FigureCanvasAgg(figure)
-        with _any_script():
+        with _ignore_missing_glyphs():
             agg.draw()
         drawn.append(np.asarray(agg.buffer_rgba())[..., :3])
     width = max(pixels.shape[1] for pixels in drawn)
-    whole = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in drawn]
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in drawn]
     content = io.BytesIO()
-    Image.fromarray(np.concatenate(whole)).save(content, "PNG", compress_level=COMPRESSION, dpi=(DPI, DPI))
+    Image.fromarray(np.concatenate(padded)).save(content, "PNG", compress_level=PNG_COMPRESSION, dpi=(DPI, DPI))
     write_whole(path, content.getvalue())
     return path
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure that the page shows as SVG, in units of its pixels."""
+    """A figure that the page shows as SVG; a point of matplotlib (1/72 inch) is a unit of the SVG."""
 
     figure: Figure
     alt_text: str
-    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)  # gid of an artist -> tooltips of its marks
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tooltips of the markers, by gid of the artist
 
     def __post_init__(self) -> None:
         for artist in self.figure.findobj():
-            artist.set_clip_on(False)  # marks on the edge of the axes are drawn whole
+            artist.set_clip_on(False)  # or the edge of the axes would cut markers
 
 
 def svg(name: str, chart: Chart) -> Markup:
-    """Convert a chart to <svg> for an HTML page: real text, colours of the page, identifiers unique to `name`."""
+    """Convert a chart to an <svg> element with real text, the colours of the page, and ids derived from `name`."""
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _any_script():
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _ignore_missing_glyphs():
         chart.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())
-    box = root.attrib["viewBox"]
+    view_box = root.attrib["viewBox"]
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
         if element.tag == "g" and (tips := chart.tips.get(element.attrib.pop("id", ""))):
-            marks = element.findall(".//{*}use") or [element]
-            for mark, tip in zip(marks, tips, strict=True):
-                ElementTree.SubElement(mark, "title").text = tip
-        if address := element.attrib.pop("{http://www.w3.org/1999/xlink}href", None):
-            element.set("href", address)
+            markers = element.findall(".//{*}use") or [element]
+            for marker, tip in zip(markers, tips, strict=True):
+                ElementTree.SubElement(marker, "title").text = tip
+        if href := element.attrib.pop("{http://www.w3.org/1999/xlink}href", None):
+            element.set("href", href)
         if style := element.get("style"):
             style = re.sub(r"font-family: [^;]*;? ?", "", style)
-            for colour, name_of in PROPERTIES.items():
-                style = style.replace(colour, f"var({name_of})")
+            for colour, css_property in CSS_PROPERTIES.items():
+                style = style.replace(colour, f"var({css_property})")
             element.set("style", style)
         element.text, element.tail = (element.text or "").strip() or None, None
-    root.attrib = {"class": "chart", "viewBox": box, "role": "img", "aria-label": chart.alt_text}
-    for group in [part for part in root if part.tag == "metadata" or part.find("style") is not None]:
-        root.remove(group)
+    root.attrib = {"class": "chart", "viewBox": view_box, "role": "img", "aria-label": chart.alt_text}
+    for child in [child for child in root if child.tag == "metadata" or child.find("style") is not None]:
+        root.remove(child)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _plot(
     title: str, width: float, height: float, *, left: float, top: float, right: float = 10, bottom: float = 36
 ) -> tuple[Figure, Axes]:
-    """Create a figure with one pair of axes; size and fixed margins in pixels of the page."""
-    figure = canvas(height / 72, width / 72, laid_out=False)
+    """Create a figure with a title and one Axes; its size and margins are in points (units of the SVG)."""
+    figure = canvas(height / 72, width / 72, fit_labels=False)
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(box)
     tidy(axes)
@@ -162,7 +163,7 @@ def _title(figure: Figure, title: str, size: float = 13) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A series of values over epochs; a missing value is NaN or None."""
+    """A series of values over epochs; missing values are NaN or None."""
 
     name: str
     colour: str
@@ -171,13 +172,13 @@ class Line:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Return (epoch, value) of the values that are not missing."""
+        """Return (epoch, value) of each value that is not missing."""
         pairs = zip(self.epochs, self.values, strict=True)
         return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
 
 def _scientific(value: float) -> str:
-    """Format a number below 1 as 7.5e-4."""
+    """Format a number below 1 like 7.5e-4."""
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"
 
 
@@ -186,17 +187,17 @@ def line_chart(
     lines: Sequence[Line],
     *,
     fractions: bool = False,
-    marks: Mapping[str, float] | None = None,
-    rings: Sequence[tuple[float, float]] = (),
-    keys: bool = False,
+    phase_starts: Mapping[str, float] | None = None,
+    best_points: Sequence[tuple[float, float]] = (),
+    legend: bool = False,
 ) -> Chart | None:
-    """Draw lines over the epochs; None if there is nothing to draw.
+    """Draw lines over the epochs; return None if all values are missing.
 
     Args:
-        fractions: the values are fractions, shown in percent up to 100; otherwise the axis begins at 0.
-        marks: vertical lines, name -> epoch.
-        rings: (epoch, value) of the best epochs of phases.
-        keys: True for a legend.
+        fractions: whether the values are fractions; their axis is in percent and ends at 100, another one begins at 0.
+        phase_starts: epoch at which each phase starts, shown as a vertical line with the name of the phase.
+        best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
+        legend: whether to draw a legend.
     """
     drawn = [(line, line.points) for line in lines if line.points]
     if not drawn:
@@ -204,38 +205,38 @@ def line_chart(
     epochs, values = zip(*(point for _, points in drawn for point in points), strict=True)
     first, last = min(epochs) - 0.5, max(epochs) + 0.5
     low, high = (min(values), 1.0) if fractions else (0.0, max(values))
-    room = 0.06 * max(high - low, 1e-6)
-    marks = marks or {}
-    step = (400 - 46 - 10) / (last - first)
-    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(marks.items()))
+    padding = 0.06 * max(high - low, 1e-6)
+    phase_starts = phase_starts or {}
+    step = (400 - 46 - 10) / (last - first)  # points per epoch
+    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
     top = 78 if crowded else 44
     figure, axes = _plot(title, 400, 204 + top, left=46, top=top)
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.spines["left"].set_visible(False)
-    axes.set(xlim=(first, last), ylim=(max(0.0, low - room), high if fractions else high + room))
+    axes.set(xlim=(first, last), ylim=(max(0.0, low - padding), high if fractions else high + padding))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    form = (lambda v: f"{100 * v:.4g}%") if fractions else (_scientific if 0 < high < 0.01 else lambda v: f"{v:.3g}")
-    axes.yaxis.set_major_formatter(lambda value, _: form(value))
+    show = (lambda v: f"{100 * v:.4g}%") if fractions else (_scientific if 0 < high < 0.01 else lambda v: f"{v:.3g}")
+    axes.yaxis.set_major_formatter(lambda value, _: show(value))
     axes.set_xlabel("epoch", loc="right", fontsize=11, color=MUTED, labelpad=1)
-    for name, epoch in marks.items():
+    for name, epoch in phase_starts.items():
         axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
-        turn: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
+        rotation: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
         axes.annotate(label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
-                      xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **turn)  # fmt: skip
-    tips = {f"mark {name}": [f"{name} starts"] for name in marks}
+                      xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
+    tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
     for number, (line, points) in enumerate(drawn):
-        dots: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= 60 else {}
+        marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
         axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=label(line.name), gid=str(number),
-                  **dots)  # fmt: skip
-        if dots:
+                  **marker)  # fmt: skip
+        if marker:
             shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
             tips[str(number)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
-    if rings:
-        axes.plot(*zip(*rings, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
+    if best_points:
+        axes.plot(*zip(*best_points, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
                   markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
-        tips["rings"] = [f"best epoch of a phase: {epoch:g}" for epoch, _ in rings]
-    if keys:
+        tips["rings"] = [f"best epoch of a phase: {epoch:g}" for epoch, _ in best_points]
+    if legend:
         axes.legend(frameon=False, fontsize=11, loc="lower right" if fractions else "upper right", labelcolor=MUTED)
     return Chart(figure, f"{title}: {', '.join(printable(line.name) for line in lines)}", tips)
 
@@ -243,18 +244,19 @@ def line_chart(
 def draw_curves(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Chart]:
-    """Draw charts of loss, accuracy and learning rate over all phases, with rings at the best epoch of each phase.
+    """Draw loss, accuracy and learning rate over the epochs of all phases, with a ring at the best epoch of each phase.
 
     Args:
-        history: as `write_report`; at least one row. Without validation its scores are None or NaN.
-        phases: as `write_report`.
+        history: one row per epoch, at least one (`trainer.report.schema.Epoch`); without validation its val_ scores are
+            missing, None or NaN.
+        phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
     """
     epochs = [float(row["epoch"]) for row in history]
     best = [phase["best_epoch"] for phase in (phases or {}).values() if phase.get("best_epoch") is not None]
     starts: dict[str, float] = {}
     for row in history:
         starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
-    marks = starts if len(starts) > 1 else None
+    shared: dict[str, Any] = {"phase_starts": starts if len(starts) > 1 else None}
 
     def line(name: str, colour: str, key: str) -> Line:
         return Line(name, colour, epochs, [row.get(key) for row in history])
@@ -262,29 +264,31 @@ def draw_curves(
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
         lines = [line("training", TRAINING, key), line("validation", VALIDATION, f"val_{key}")]
-        rings = [point for point in lines[1].points if point[0] in best]
-        charts.append(line_chart(title, lines, fractions=key == "accuracy", marks=marks, rings=rings, keys=True))
-    charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], marks=marks))
+        best_points = [point for point in lines[1].points if point[0] in best]
+        fractions = key == "accuracy"
+        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **shared))
+    charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], **shared))
     return [chart for chart in charts if chart]
 
 
-def mistakes(confusion: np.ndarray) -> np.ndarray:
-    """Return the confusion matrix, int [c, c], with zeros in the diagonal."""
+def wrong_counts(confusion: np.ndarray) -> np.ndarray:
+    """Return the confusion matrix, int [c, c], with zeros on the diagonal."""
     return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
 
 
-def top_confusions(confusion: np.ndarray, most: int = 15) -> list[tuple[int, int, int]]:
-    """Return (truth, prediction, examples) of the most frequent mistakes of int [c, c]; ties by class."""
-    wrong = mistakes(confusion)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(cell), len(wrong)) for cell in order]
-    return [(truth, other, int(wrong[truth, other])) for truth, other in pairs if wrong[truth, other]]
+def top_confusions(confusion: np.ndarray, limit: int = 15) -> list[tuple[int, int, int]]:
+    """Return (truth, prediction, count) of the most frequent mistakes of a confusion matrix; ties in order of truth."""
+    wrong = wrong_counts(confusion)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
+    cells = [divmod(int(cell), len(wrong)) for cell in order]
+    return [(truth, other, int(wrong[truth, other])) for truth, other in cells if wrong[truth, other]]
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
-    """Draw one pixel per cell: blue if correct, red if wrong, grey rows for classes without examples.
+    """Draw one pixel per cell: blue if correct, red if wrong, and grey rows for classes without examples.
 
-    Returns the opacity, float [c, c] in 0..1, which grows with the fraction of the true class.
+    Returns:
+        The opacity of each cell, float [c, c] in 0..1, which grows with its fraction of the examples of the true class.
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
@@ -302,12 +306,13 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
-    """Draw the confusion matrix, int [c, c] (rows: truth), coloured by the fraction of the true class.
+    """Draw the confusion matrix, int [c, c] (rows: truth), each cell by its fraction of the examples of the true class.
 
-    Up to `NUMBERED` classes it has names and counts; with more, a second chart has the most frequent confusions.
+    Up to `MAX_NUMBERED_CLASSES` classes it has class names and counts. With more classes it has neither, and a second
+    chart shows the most frequent confusions.
     """
     table, classes = np.asarray(confusion), len(class_names)
-    if classes > NUMBERED:
+    if classes > MAX_NUMBERED_CLASSES:
         title = f"Confusion matrix of {classes} classes, in their order"
         figure, axes = _plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
@@ -316,14 +321,14 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     rows = [
         name + ("" if support else " (no examples)") for name, support in zip(names, table.sum(axis=1), strict=True)
     ]
-    side = max(190, 32 * classes)  # of the matrix, without the names around it
+    side = max(190, 32 * classes)  # points, of the matrix without the names around it
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
     figure, axes = _plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
     opacity = _draw_matrix(axes, table)
-    long = max(map(len, names)) > 3
-    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(range(classes), names, **slant)
+    has_long_name = max(map(len, names)) > 3
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
+    axes.set_xticks(range(classes), names, **slanted)
     axes.set_yticks(range(classes), rows)
     for (row, column), count in np.ndenumerate(table):
         if count:
@@ -352,9 +357,9 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
 
 
 def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
-    """Draw F1 per class as bars, weakest first, in columns of 40; of more than 120 classes the weakest 120.
+    """Draw F1 per class as bars, weakest first, in columns of up to 40; of more than `MAX_BARS` classes the weakest.
 
-    Classes without examples come last, without a bar; macro F1 is a dashed line.
+    Classes without examples come last, without a score; macro F1 is a dashed line.
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MAX_BARS]
@@ -364,10 +369,11 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     size, step = (9.5, 22) if len(shown) <= 15 else (8, 15.5)
     left = 12 + 0.66 * size * max(map(len, texts))
     width, height = left + (570 - left if columns == 1 else 150), 72 + step * length
-    figure = canvas(height / 72, columns * width / 72, laid_out=False)
+    figure = canvas(height / 72, columns * width / 72, fit_labels=False)
     for column in range(columns):
-        part = slice(column * length, (column + 1) * length)
-        rows, ys = shown[part], range(len(shown[part]))
+        in_column = slice(column * length, (column + 1) * length)
+        rows = shown[in_column]
+        ys = range(len(rows))
         low, high = (column * width + left) / (columns * width), ((column + 1) * width - 8) / (columns * width)
         axes = figure.add_axes((low, 36 / height, high - low, 1 - 66 / height))
         tidy(axes, "x")
@@ -375,19 +381,24 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
         for y, row in zip(ys, rows, strict=True):
             x, text, colour = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
             axes.text(x, y, text, va="center", fontsize=size, color=colour)
-        axes.set_yticks(ys, texts[part], fontsize=size)
+        axes.set_yticks(ys, texts[in_column], fontsize=size)
         axes.set(xlim=(0, 1.25 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", color=INK)
-    rest = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
-    _title(figure, f"F1 per class{rest} (number of examples); macro F1 {macro_f1:.3f} dashed", 11)
+    selection = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
+    _title(figure, f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed", 11)
     return figure
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """Draw a reliability diagram, accuracy over confidence, above a histogram of the confidence (`calibration`)."""
-    full = [b for b in bins if b["count"]]
+    """Draw a reliability diagram, accuracy over confidence, above a histogram of the confidence.
+
+    Args:
+        bins: low, high, count, mean confidence and accuracy of each bin; empty bins are omitted.
+        error: the expected calibration error.
+    """
+    nonempty = [b for b in bins if b["count"]]
     title = f"Accuracy (expected calibration error {error:.3f})"
     figure, upper = _plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
     lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
@@ -399,52 +410,52 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     upper.set(xlim=(0, 1), ylim=(0, 1))
     lower.xaxis.set_major_formatter(PercentFormatter(1.0))
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
-    points = ([b["confidence"] for b in full], [b["accuracy"] for b in full])
+    points = ([b["confidence"] for b in nonempty], [b["accuracy"] for b in nonempty])
     upper.plot(*points, color=VALIDATION, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
     upper.yaxis.set_major_formatter(PercentFormatter(1.0))
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
-    lows, widths = [b["low"] for b in full], [0.94 * (b["high"] - b["low"]) for b in full]
-    bars = lower.bar(lows, [b["count"] for b in full], widths, align="edge", color=TRAINING)
-    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(full)}
+    lows, widths = [b["low"] for b in nonempty], [0.94 * (b["high"] - b["low"]) for b in nonempty]
+    bars = lower.bar(lows, [b["count"] for b in nonempty], widths, align="edge", color=TRAINING)
+    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(nonempty)}
     for bar, gid in zip(bars, tips, strict=True):
         bar.set_gid(gid)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     lower.set_xlabel("confidence, and number of examples", loc="right", fontsize=11, color=MUTED)
     tips["model"] = [
         f"confidence {100 * b['confidence']:.1f} %, accuracy {100 * b['accuracy']:.1f} %, {b['count']:,} examples"
-        for b in full
+        for b in nonempty
     ]
     return Chart(figure, "Calibration: accuracy over confidence", tips)
 
 
-# Fetches images of the scored split by example index: uint8 [k, S, S, 3].
-Images = Callable[[Sequence[int]], np.ndarray]
+# Returns the images of k examples of the scored split, uint8 [k, S, S, 3], by their rows in the result.
+FetchImages = Callable[[Sequence[int]], np.ndarray]
 
-TOP = 0.36  # inches above the images, for the title
+_TITLE_HEIGHT = 0.36  # inches
 
 
 def _draw_grid(
     title: str, images: np.ndarray, captions: Sequence[str], columns: int, colours: Sequence[str] | None = None
 ) -> Figure:
-    """Draw images uint8 [k, S, S, 3] in rows, each with a caption above it and a coloured frame.
+    """Draw images, uint8 [k, S, S, 3], in rows, each with a caption above it and a coloured frame.
 
-    One pair of axes, in inches from the upper left corner, takes a third of the time of one pair per image.
+    All are drawn on one Axes, whose unit is an inch from the upper left corner; one Axes per image would take three
+    times as long.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     cell = WIDTH / max(columns, 3)
-    above = 0.06 + 0.16 * max(caption.count("\n") + 1 for caption in captions)
+    caption_height = 0.06 + 0.16 * max(caption.count("\n") + 1 for caption in captions)
     side, width = cell - 0.14, max(cell * columns, 5.0)
-    height = TOP + rows * (side + above + 0.1)
-    figure = canvas(height, width, laid_out=False)
+    height = _TITLE_HEIGHT + rows * (side + caption_height + 0.1)
+    figure = canvas(height, width, fit_labels=False)
     axes = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = (number % columns) * cell + (width - columns * cell + 0.14) / 2
-        top = TOP + (number // columns) * (side + above + 0.1) + above
+        top = _TITLE_HEIGHT + (number // columns) * (side + caption_height + 0.1) + caption_height
         colour = colours[number] if colours else RULE
-        # An image smaller than its cell retains sharp pixels; a larger one is averaged.
-        sharp = "nearest" if len(image) <= 64 else "antialiased"
-        axes.imshow(image, interpolation=sharp, extent=(left, left + side, top + side, top), aspect="auto")
+        interpolation = "nearest" if len(image) <= 64 else "antialiased"  # the pixels of a tiny image remain sharp
+        axes.imshow(image, interpolation=interpolation, extent=(left, left + side, top + side, top), aspect="auto")
         frame = Rectangle((left, top), side, side, fill=False, color=colour, linewidth=2.5 if colours else 0.8)
         axes.add_patch(frame)
         axes.text(left + side / 2, top - 0.06, caption, fontsize=9 if columns <= 4 else 8, linespacing=1.2,
@@ -455,7 +466,7 @@ def _draw_grid(
 
 
 def draw_samples(images: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw training images, uint8 [k, S, S, 3], k >= 1, with the class of each."""
+    """Draw training images, uint8 [k, S, S, 3], k >= 1, each with the name of its class."""
     captions = [label(name, 20) for name in class_names]
     return _draw_grid("Training examples, as the input of the model", images, captions, 6)
 
@@ -467,43 +478,43 @@ def draw_augmentation(original: np.ndarray, views: np.ndarray) -> Figure:
 
 
 def draw_examples(
-    title: str, result: EvaluationResult, images: Images, indices: Sequence[int], named: bool = True
+    title: str, result: EvaluationResult, fetch: FetchImages, indices: Sequence[int], show_files: bool = True
 ) -> Figure:
-    """Draw examples with truth, prediction and probability, green or red, and if `named` with their file names."""
+    """Draw examples of a result with truth, prediction and probability; correct ones are green, wrong ones red."""
     if not indices:
         figure = canvas(height=1.0)
         figure.text(0.5, 0.5, f"{title}: none", ha="center", va="center", color=MUTED)
         return figure
-    longest, columns = (16, 4) if named else (28, 3)
+    max_length, columns = (16, 4) if show_files else (28, 3)
     captions, colours = [], []
     for index in indices:
         k = int(result.probabilities[index].argmax())
         correct = k == result.labels[index]
-        truth, prediction = (label(result.class_names[i], longest) for i in (int(result.labels[index]), k))
+        truth, prediction = (label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
         percent = f"{100 * result.probabilities[index, k]:.1f} %"
-        file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if named else ""
+        file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
         captions.append(f"{file}truth: {truth}\n{'✓' if correct else '✗'} {prediction}, {percent}")
         colours.append(RIGHT if correct else WRONG)
-    return _draw_grid(title, images(indices), captions, columns, colours)
+    return _draw_grid(title, fetch(indices), captions, columns, colours)
 
 
-def find_most_wrong(result: EvaluationResult, most: int = MAX_EXAMPLES) -> list[int]:
-    """Return indices of the wrong predictions, highest probability first; ties by index."""
+def select_most_wrong(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
+    """Return the rows of the wrong predictions with the highest probabilities, in descending order; ties by row."""
     predictions = result.probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predictions != result.labels)
     order = np.argsort(-result.probabilities[wrong, predictions[wrong]], kind="stable")
-    return [int(i) for i in wrong[order][:most]]
+    return [int(i) for i in wrong[order][:limit]]
 
 
-def find_least_sure(result: EvaluationResult, most: int = MAX_EXAMPLES) -> list[int]:
-    """Return indices of the examples with the smallest margin of the two highest probabilities; ties by index."""
+def select_least_sure(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
+    """Return the rows with the smallest margins between the two highest probabilities, in ascending order."""
     if result.probabilities.shape[1] < 2:
-        return []
+        return []  # no margin is defined
     highest = -np.partition(-result.probabilities, 1, axis=1)[:, :2]
-    return [int(i) for i in np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:most]]
+    return [int(i) for i in np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:limit]]
 
 
-def find_random(result: EvaluationResult, seed: int) -> list[int]:
-    """Draw the indices of nine examples by the seed."""
+def select_random(result: EvaluationResult, seed: int) -> list[int]:
+    """Return up to nine random rows; the same seed and number of examples give the same rows."""
     n = len(result.labels)
     return [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]

@@ -1,4 +1,4 @@
-"""The page of a report: one self-contained HTML file for a laptop or a phone, in light or dark."""
+"""Write the page of a report: one self-contained HTML file for all screen sizes, with a light and a dark theme."""
 
 import base64
 import hashlib
@@ -18,49 +18,49 @@ from PIL import Image
 from trainer.config.diff import flat
 from trainer.evaluation.predictions import printable
 from trainer.report import figures
-from trainer.report.figures import Chart, Images, svg
+from trainer.report.figures import Chart, FetchImages, svg
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
 TEMPLATES = Path(__file__).parent / "templates"
-NONE = "\u2013"
+MISSING = "\u2013"  # en dash, shown instead of a missing value
 
-# Filters that format numbers and names. A template outputs Markup unchanged and escapes everything else.
+# The functions up to `plural` are filters of the templates. A template outputs Markup unchanged and escapes all else.
 
 
-def short(name: object, longest: int = 28) -> str:
-    """Cut a name in the middle if it is too long; the tooltip has the whole name."""
-    whole = printable(str(name))
-    cut = figures.shortened(whole, longest)
-    return whole if cut == whole else Markup('<span title="{}">{}</span>').format(whole, cut)
+def short(name: object, max_length: int = 28) -> str:
+    """Format a name; if it is too long, its middle is omitted, and a tooltip shows all of it."""
+    full_name = printable(str(name))
+    shortened = figures.shortened(full_name, max_length)
+    return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
 
 
 def percent(fraction: float | None, digits: int = 1) -> Markup:
-    return Markup(NONE if fraction is None else f"{100 * fraction:.{digits}f}\u202f%")
+    return Markup(MISSING if fraction is None else f"{100 * fraction:.{digits}f}\u202f%")
 
 
 def interval(bounds: Sequence[float]) -> Markup:
-    """Format an interval of fractions in percent."""
-    return Markup("{:.1f}{}{}").format(100 * bounds[0], NONE, percent(bounds[1]))
+    """Format an interval of fractions in percent, with an en dash between its bounds."""
+    return Markup("{:.1f}\u2013{}").format(100 * bounds[0], percent(bounds[1]))
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return NONE if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+    return MISSING if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
-        return NONE
+        return MISSING
     if seconds < 100:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
-def plural(count: int, singular: str, many: str | None = None) -> str:
-    """Format a count: "1 image", "2,000 images"."""
-    return f"{count:,} {singular if count == 1 else many or singular + 's'}"
+def plural(count: int, singular: str, plural_noun: str | None = None) -> str:
+    """Format a count with its noun, like "1 image" or "2,000 images"."""
+    return f"{count:,} {singular if count == 1 else plural_noun or singular + 's'}"
 
 
 @cache
@@ -71,46 +71,47 @@ def _environment() -> Environment:
     environment.filters |= {f.__name__: f for f in (short, percent, interval, number, duration, plural, flat)}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The page sends no request and runs no other script, whatever the names of classes and files contain.
+    # With this Content-Security-Policy the page sends no request and runs only report.js, even if escaping failed for a
+    # class or file name that contains HTML.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
     return environment
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a template with the variables that it uses."""
+    """Render a template of this package; an undefined variable is an error."""
     return _environment().get_template(template).render(context)
 
 
-LARGE_SIDE, SMALL_SIDE = 224, 112  # longest sides of thumbnails, pixels
-SHOWN = 12  # label errors, and groups of duplicates, that are shown with their images
-MEMBERS_SHOWN = 4  # images per group
-_SHARP = 64  # pixels; a smaller image is enlarged without interpolation
-_HEAT_SIDE = 28  # pixels of an overlay, which the browser enlarges smoothly
-_LARGE = 100_000  # bytes from which a figure is embedded as JPEG, a fifth of the size for photos
+GALLERY_SIDE, LIST_SIDE = 224, 112  # pixels, longest sides of the images of the gallery and of the other sections
+MAX_WITH_IMAGES = 12  # label errors, and groups of duplicates, that are shown with images
+MAX_IMAGES_PER_GROUP = 4
+_MAX_PIXELATED_SIDE = 64  # pixels; an image of at most this side is enlarged without interpolation
+_HEATMAP_SIDE = 28  # pixels, of an overlay, which the browser enlarges with interpolation
+_MAX_PNG_BYTES = 100_000  # a larger figure is embedded as JPEG, which takes a fifth of the size for photos
 
 
-def _embed(image: Image.Image, kind: str, alt: str = "", css_class: str = "", **options: Any) -> Markup:
-    """Encode an image and embed it as <img>."""
+def _embed(image: Image.Image, image_format: str, alt: str = "", css_class: str = "", **options: Any) -> Markup:
+    """Return an <img> element with the encoded image; `options` are those of the encoder."""
     out = io.BytesIO()
-    image.save(out, kind, **options)
+    image.save(out, image_format, **options)
     data = base64.b64encode(out.getvalue()).decode("ascii")
     tag = Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">')
-    return tag.format(css_class, printable(alt), kind.lower(), data)
+    return tag.format(css_class, printable(alt), image_format.lower(), data)
 
 
-def _thumbnail(pixels: np.ndarray, longest: int, alt: str) -> Markup:
-    """Embed uint8 [S, S, 3], at most `longest` pixels a side; tiny images retain their pixels."""
+def _thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
+    """Return an <img> element for uint8 [S, S, 3], reduced to at most `max_side` pixels per side unless it is tiny."""
     image = Image.fromarray(pixels)
-    if max(image.size) <= _SHARP:
+    if max(image.size) <= _MAX_PIXELATED_SIDE:
         return _embed(image, "PNG", alt, "sharp", optimize=True)
-    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return _embed(image, "JPEG", alt, quality=82)
 
 
 def _overlay(heatmap: np.ndarray) -> Markup:
-    """Embed a heatmap, float [h, w] in 0..1, in colours whose opacity grows with it."""
-    size = (_HEAT_SIDE, _HEAT_SIDE)
+    """Return an <img> element for a heatmap, float [h, w] in 0..1, whose opacity grows with its values."""
+    size = (_HEATMAP_SIDE, _HEATMAP_SIDE)
     smooth = Image.fromarray(np.asarray(heatmap, np.float32)).resize(size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
     pixels = colormaps["inferno"](0.25 + 0.75 * level, bytes=True)
@@ -119,46 +120,58 @@ def _overlay(heatmap: np.ndarray) -> Markup:
 
 
 def _figure(file: Path, alt: str) -> Markup:
-    """Embed a PNG file, as JPEG if it is large."""
+    """Return an <img> element for a PNG file, which is converted to JPEG if it is large."""
     image = Image.open(file)
-    small = file.stat().st_size <= _LARGE
-    return _embed(image, "PNG", alt) if small else _embed(image.convert("RGB"), "JPEG", alt, quality=85)
+    is_small = file.stat().st_size <= _MAX_PNG_BYTES
+    return _embed(image, "PNG", alt) if is_small else _embed(image.convert("RGB"), "JPEG", alt, quality=85)
 
 
-# Heatmaps of examples of the scored split for their predicted classes: indices [k] -> float32 [k, h, w] in 0..1.
-Explanations = Callable[[Sequence[int]], np.ndarray]
+# Returns Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k examples, by their rows in the
+# result of the scored split.
+ExplainRows = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Training images of the report."""
+    """Training images of the report.
 
-    images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
-    class_names: Sequence[str]  # of each image
-    augmented: np.ndarray | None = None  # uint8 [v, S, S, 3]: the first image in v epochs; None: no augmentation
+    Attributes:
+        images: uint8 [k, S, S, 3], k >= 1.
+        class_names: the class of each image.
+        augmented: uint8 [v, S, S, 3], the first image as augmented in v epochs; None without augmentation.
+    """
+
+    images: np.ndarray
+    class_names: Sequence[str]
+    augmented: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class DuplicateImages:
-    """Images that occur more than once."""
+    """Images that occur more than once.
 
-    facts: dict[str, Any]  # `find_duplicates`
-    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], the first members of the first groups
+    Attributes:
+        summary: `duplicates` of report.json.
+        images: uint8 [S, S, 3] of the first members of the first groups that `summary` lists.
+    """
+
+    summary: dict[str, Any]
+    images: Sequence[Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class ReportImages:
-    """The images of a report; all but `fetch` are optional."""
+    """The images of a report: a source of those of the scored split, and those of optional sections."""
 
-    fetch: Images  # of the scored split, by example index
+    fetch: FetchImages
     samples: Samples | None = None
-    explain: Explanations | None = None  # for the gallery
+    explain: ExplainRows | None = None  # heatmaps in the gallery
     duplicates: DuplicateImages | None = None
 
 
-IN_GALLERY = 24  # images of a tab
+MAX_PER_TAB = 24  # images in a tab of the gallery
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
-# Category of time -> its name, and the custom property of its colour.
+# Name and custom property of the colour (report.css) of each category of the time breakdown.
 CATEGORY_COLOURS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
@@ -168,12 +181,14 @@ CATEGORY_COLOURS = {
 }  # fmt: skip
 
 
-def _shot(result: EvaluationResult, index: int, pixels: np.ndarray, heatmap: np.ndarray | None) -> dict[str, Any]:
-    """Return an example of the gallery."""
+def _gallery_entry(
+    result: EvaluationResult, index: int, pixels: np.ndarray, heatmap: np.ndarray | None
+) -> dict[str, Any]:
+    """Return what the template shows of an example in the gallery."""
     label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
     prediction = int(probabilities.argmax())
     return {
-        "image": _thumbnail(pixels, LARGE_SIDE, f"{names[prediction]}, truth {names[label]}"),
+        "image": _thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
         "heat": "" if heatmap is None else _overlay(heatmap),
         "right": label == prediction,
         "prediction": names[prediction],
@@ -192,56 +207,60 @@ def write_page(
     images: ReportImages,
     charts: Mapping[str, Sequence[Chart]],
 ) -> Path:
-    """Write the page to `path`, index.html in the folder of the figures that it embeds.
+    """Write the page to `path`; its folder has the figures that the page embeds.
+
+    The size of the page does not grow with the number of examples, as only a limited number of images is read.
 
     Args:
-        report: as `write_report` returns it.
+        report: the content of report.json.
         config: the resolved configuration.
-        images: each is read once; their number does not depend on the size of the split.
-        charts: curves, confusion and calibration of `figures`.
+        result: the predictions for the scored split.
+        charts: charts by name: "curves" (optional), "confusion" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    few, wrong = len(confusion) <= figures.NUMBERED, figures.mistakes(confusion)
-    predicted = wrong.argmax(axis=1)  # the most frequent wrong prediction per class
+    numbered, wrong = len(confusion) <= figures.MAX_NUMBERED_CLASSES, figures.wrong_counts(confusion)
+    confused_with = wrong.argmax(axis=1)  # the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
-        "most_wrong": figures.find_most_wrong(result, IN_GALLERY),
-        "least_sure": figures.find_least_sure(result, IN_GALLERY),
-        "random": figures.find_random(result, report["seed"]),
+        "most_wrong": figures.select_most_wrong(result, MAX_PER_TAB),
+        "least_sure": figures.select_least_sure(result, MAX_PER_TAB),
+        "random": figures.select_random(result, report["seed"]),
     }
-    explained = sorted({index for indices in tabs.values() for index in indices})
-    suspects = report["label_errors"]["rows"][:SHOWN]
-    shown = sorted({*explained, *(row["index"] for row in suspects)})
+    in_gallery = sorted({index for indices in tabs.values() for index in indices})
+    suspects = report["label_errors"]["rows"][:MAX_WITH_IMAGES]
+    shown = sorted({*in_gallery, *(row["index"] for row in suspects)})
     pixels = dict(zip(shown, images.fetch(shown), strict=True))
-    heatmaps = dict(zip(explained, images.explain(explained), strict=True)) if images.explain and explained else {}
-    shots = {i: _shot(result, i, pixels[i], heatmaps.get(i)) for i in explained}
+    heatmaps = dict(zip(in_gallery, images.explain(in_gallery), strict=True)) if images.explain and in_gallery else {}
+    gallery = {i: _gallery_entry(result, i, pixels[i], heatmaps.get(i)) for i in in_gallery}
     seconds = report["timing"].get("seconds", {})
-    groups = report["duplicates"].get("groups", [])[:SHOWN]
-    members = [*(images.duplicates.images if images.duplicates else ()), *[()] * len(groups)]
+    groups = report["duplicates"].get("groups", [])[:MAX_WITH_IMAGES]
+    group_images = [*(images.duplicates.images if images.duplicates else ()), *[()] * len(groups)]
     page = render(
         "report.html.j2",
         report=report,
         config=config,
         charts={
             "curves": [svg(f"curve{i}", chart) for i, chart in enumerate(charts.get("curves", ()))],
-            "confusion": None if few else svg("confusion", charts["confusion"][0]),
+            "confusion": None if numbered else svg("confusion", charts["confusion"][0]),
             "calibration": svg("calibration", charts["calibration"][0]),
         },
-        mistakes=figures.top_confusions(confusion, 8 if few else 15),
-        per_class=[(per_class[i], per_class[predicted[i]]["name"], int(wrong[i, predicted[i]])) for i in weakest_first],
-        tabs={name: [shots[i] for i in indices] for name, indices in tabs.items()},
-        explained=bool(heatmaps),
-        suspects={row["index"]: _thumbnail(pixels[row["index"]], SMALL_SIDE, row["label"]) for row in suspects},
-        copied=[
-            [_thumbnail(p, SMALL_SIDE, m["file"]) for p, m in zip(first, group["members"], strict=False)]
-            for first, group in zip(members, groups, strict=False)
+        confusions=figures.top_confusions(confusion, 8 if numbered else 15),
+        per_class=[
+            (per_class[i], per_class[confused_with[i]]["name"], int(wrong[i, confused_with[i]])) for i in weakest_first
+        ],
+        tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
+        has_heatmaps=bool(heatmaps),
+        suspects={row["index"]: _thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
+        group_images=[
+            [_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
+            for members, group in zip(group_images, groups, strict=False)
         ],
         figures=[
             (_figure(path.parent / report["figures"][name], text), text)
             for name, text in _FIGURES.items()
             if name in report["figures"]
         ],
-        spent=[(*CATEGORY_COLOURS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
+        time_breakdown=[(*CATEGORY_COLOURS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
     write_whole(path, page)

@@ -1,11 +1,11 @@
-"""Schema of report.json; `python scripts/report_schema.py` writes docs/report.schema.json from it."""
+"""Define the schema of report.json; `python scripts/report_schema.py` writes docs/report.schema.json from it."""
 
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic supports that of typing from Python 3.12
 
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # 95 %
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # lower and upper bound, 95 % confidence
 Number = float | None  # null if it is not finite
 
 
@@ -26,7 +26,7 @@ class ClassScores(TypedDict):
 
 
 class CalibrationBin(TypedDict):
-    """Predictions whose probability is in (low, high], with means (null if there are none)."""
+    """Predictions with a confidence in (low, high]: their count, mean confidence and accuracy (null without any)."""
 
     low: float
     high: float
@@ -47,7 +47,7 @@ class GroupScores(TypedDict):
 
 
 class Gap(TypedDict):
-    """Gap between the best and the worst group."""
+    """Difference between the groups with the highest and the lowest accuracy."""
 
     accuracy: float
     highest: str
@@ -56,7 +56,7 @@ class Gap(TypedDict):
 
 
 class Groups(TypedDict):
-    """Scores by group, if the data has groups."""
+    """Scores per group of examples; `field` is the configuration value data.group_field."""
 
     field: str
     rows: list[GroupScores]
@@ -64,7 +64,7 @@ class Groups(TypedDict):
 
 
 class Scores(TypedDict):
-    """Scores of the held-out split."""
+    """Scores of the split that was scored: test, or validation if the data has no test split."""
 
     split: str
     note: NotRequired[Annotated[str, about("How to read the scores.")]]
@@ -74,7 +74,7 @@ class Scores(TypedDict):
     interval: Interval
     top_5: NotRequired[float]
     top_5_interval: NotRequired[Interval]
-    majority: Annotated[float, about("Accuracy of always predicting the most frequent class.")]
+    majority: Annotated[float, about("Accuracy of a model that always predicts the most frequent class of the split.")]
     loss: Annotated[float, about("Mean cross entropy, nats.")]
     loss_interval: Interval
     macro_f1: float
@@ -88,14 +88,14 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """Result of one phase; val_ are scores of its phase weights."""
+    """Result of a phase; keys that begin with val_ are scores of the weights that the phase ends with."""
 
     epochs: float
     seconds: float
     best_epoch: NotRequired[Annotated[int, about("Counted over the whole run.")]]
-    kept_step: NotRequired[int]
-    kept_from: NotRequired[Annotated[str, about("Earlier phase whose weights were better than its own.")]]
-    own_val_accuracy: NotRequired[Number]
+    kept_step: NotRequired[Annotated[int, about("Step of the weights that the phase ends with.")]]
+    kept_from: NotRequired[Annotated[str, about("Earlier phase whose better weights this phase ends with.")]]
+    own_val_accuracy: NotRequired[Annotated[Number, about("Best of the phase itself, if kept_from is present.")]]
     trainable_parameters: NotRequired[int]
     val_accuracy: Number
     val_interval: NotRequired[Interval]
@@ -106,7 +106,7 @@ class Phase(TypedDict):
 
 
 class Epoch(TypedDict):
-    """One finished epoch, counted over the whole run from 1."""
+    """A finished epoch; `epoch` counts from 1 over the whole run."""
 
     phase: str
     epoch: int
@@ -123,7 +123,7 @@ class Epoch(TypedDict):
 
 
 class Data(TypedDict, total=False):
-    """Data of the run."""
+    """Data that was scored, and its splits."""
 
     name: str
     fingerprint: str
@@ -136,13 +136,13 @@ class Data(TypedDict, total=False):
 
 
 class ExportTiming(TypedDict):
-    """Speed of an export."""
+    """Speed of an exported model."""
 
     milliseconds_per_image: float
 
 
 class Export(TypedDict):
-    """One exported format with its parity check."""
+    """An exported model, and the comparison of its predictions with those of the trainer."""
 
     path: str
     bytes: int
@@ -150,14 +150,14 @@ class Export(TypedDict):
     accuracy: float
     trainer_accuracy: float
     lost: Annotated[int, about("Examples that only the trainer predicts correctly.")]
-    gained: int
-    largest_difference: Annotated[Number, about("Of any probability from the trainer's.")]
+    gained: Annotated[int, about("Examples that only the exported model predicts correctly.")]
+    largest_difference: Annotated[Number, about("Largest difference of a probability from that of the trainer.")]
     timing: ExportTiming
     refused: Annotated[bool, about("True if it lost too much accuracy and was deleted.")]
 
 
 class LabelError(TypedDict):
-    """An example whose label may be wrong."""
+    """An example whose label may be wrong, and the class that the model suggests."""
 
     index: int
     file: str
@@ -168,7 +168,7 @@ class LabelError(TypedDict):
 
 
 class LabelErrors(TypedDict):
-    """Number of possible label errors, and the first of them."""
+    """Number of possible label errors, and the most likely ones."""
 
     count: int
     rows: list[LabelError]
@@ -184,21 +184,21 @@ class Copy(TypedDict):
 
 
 class CopyGroup(TypedDict):
-    """Equal images, the first of them listed."""
+    """Equal images."""
 
     count: int
     across_splits: bool
-    labels: list[str]
-    members: list[Copy]
+    labels: Annotated[list[str], about("Labels of all members.")]
+    members: Annotated[list[Copy], about("The first members.")]
 
 
 class Duplicates(TypedDict, total=False):
-    """Images that occur more than once; empty without a search."""
+    """Images that occur more than once; empty if they were not searched for."""
 
-    compared: Annotated[dict[str, int], about("Images by split.")]
+    compared: Annotated[dict[str, int], about("Number of images by split.")]
     across_splits: int
     different_labels: int
-    within_one_split_and_class: Annotated[int, about("Groups that are not listed.")]
+    within_one_split_and_class: Annotated[int, about("Number of groups, which are not listed.")]
     groups: list[CopyGroup]
 
 
@@ -208,20 +208,20 @@ class Timing(TypedDict):
 
     written: Annotated[str, about("ISO 8601, UTC.")]
     report_seconds: float
-    seconds: NotRequired[Annotated[dict[str, float], about("Time since the first start by category.")]]
+    seconds: NotRequired[Annotated[dict[str, float], about("By category, since the first start.")]]
     goodput: NotRequired[float]
     images: NotRequired[int]
     images_per_second: NotRequired[float]
     starts: NotRequired[int]
     workers: NotRequired[int]
     command: NotRequired[str]
-    run: NotRequired[Annotated[str, about("Evaluated run.")]]
+    run: NotRequired[Annotated[str, about("Address of the evaluated run.")]]
     checkpoint_step: NotRequired[int]
 
 
-@with_config(ConfigDict(extra="forbid"))  # applies to the nested types, too
+@with_config(ConfigDict(extra="forbid"))  # also applies to the nested types without a configuration
 class Report(TypedDict):
-    """A finished run, or an evaluation of one. Equal inputs give equal bytes except for `timing` and `seconds`."""
+    """Report of a run or of an evaluation. Equal inputs give equal bytes except for `timing` and `seconds`."""
 
     title: str
     seed: int
@@ -233,5 +233,5 @@ class Report(TypedDict):
     versions: dict[str, str]
     label_errors: LabelErrors
     duplicates: Duplicates
-    figures: Annotated[dict[str, str], about("Name -> file in the folder of the report.")]
+    figures: Annotated[dict[str, str], about("File in the folder of the report, by name.")]
     timing: Timing

@@ -1,4 +1,4 @@
-"""Summary of a finished run on the terminal: scores, files and the next command."""
+"""Log the summary of a finished run: scores, files and the next command."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from trainer.runs.metrics import format_duration
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
-    """Log the outcome of a run, and set it as the termination message.
+    """Log the outcome of a run, and set its scores and the path of its page as the termination message.
 
     Args:
         report: the content of report.json.
-        address: the output_dir as the user gave it.
+        address: the output_dir, as the user gave it.
     """
     test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
     low, high = test["interval"]
@@ -28,8 +28,8 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
         f"trained {timing['images']:,} images in {format_duration(timing['seconds']['train'])} "
         f"({timing['images_per_second']:,.0f} images/s; goodput {timing['goodput']:.0%})",
         f"  report   {folder}/report/index.html",
-        *(f"  export   {folder}/{facts['path']}  ({facts['bytes'] / 1e6:,.2f} MB; {_describe_export(facts)})"
-          for facts in report["export"].values()),
+        *(f"  export   {folder}/{export['path']}  ({export['bytes'] / 1e6:,.2f} MB; {_describe_export(export)})"
+          for export in report["export"].values()),
         f"next:  tensorboard --logdir {folder}/logs",
     ]  # fmt: skip
     log.info("\n".join(lines))
@@ -46,10 +46,10 @@ def _describe_gap(test: Mapping[str, Any]) -> list[str]:
     return [f"  by {field}: largest gap {gap['accuracy']:.4f}, {between} (their 95 % intervals {overlap})"]
 
 
-def _describe_export(facts: dict[str, Any]) -> str:
-    accuracy = f"accuracy {facts['accuracy']:.4f}, trainer {facts['trainer_accuracy']:.4f}"
-    if facts["refused"]:
+def _describe_export(export: dict[str, Any]) -> str:
+    accuracy = f"accuracy {export['accuracy']:.4f}, trainer {export['trainer_accuracy']:.4f}"
+    if export["refused"]:
         return f"deleted: {accuracy}"
-    if facts["lost"] == facts["gained"] == 0:
+    if export["lost"] == export["gained"] == 0:
         accuracy = "same predictions as the trainer"
-    return f"{accuracy}; {facts['timing']['milliseconds_per_image']:.2f} ms per image"
+    return f"{accuracy}; {export['timing']['milliseconds_per_image']:.2f} ms per image"

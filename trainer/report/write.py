@@ -1,4 +1,4 @@
-"""Write the report: figures, predictions.csv, report.json and one self-contained page."""
+"""Write the files of a report: figures, predictions.csv, report.json and index.html, one self-contained page."""
 
 import json
 import math
@@ -42,24 +42,25 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Convert a value to JSON types: NaN and infinity become None, NumPy values Python ones."""
+def _to_json_types(value: Any) -> Any:
+    """Convert NumPy values and nested containers to JSON types; NaN and infinity become None."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(branch) for key, branch in value.items()}
+        return {str(key): _to_json_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json_types(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summarise_phases(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
+    """Return `phases` of report.json: the given values, completed from the history and with a Wilson interval."""
     summary = {}
-    for name, facts in phases.items():
+    for name, values in phases.items():
         rows = [row for row in history if row["phase"] == name]
-        phase = {"epochs": len(rows), "seconds": sum(float(row.get("seconds") or 0) for row in rows), **facts}
+        phase = {"epochs": len(rows), "seconds": sum(float(row.get("seconds") or 0) for row in rows), **values}
         phase.setdefault("val_accuracy", None)
         if phase.get("val_n") and phase["val_accuracy"] is not None:
             phase["val_interval"] = wilson(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
@@ -70,7 +71,7 @@ def _summarise_phases(
 def _draw_all(
     folder: Path, result: EvaluationResult, report: Report, images: ReportImages
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
-    """Draw all figures; returns the file name of each, and the charts that the page shows as well."""
+    """Draw and save all figures; return the file of each by name, and the charts that the page shows as SVG."""
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
         "curves": figures.draw_curves(report["history"], report["phases"]) if report["history"] else [],
@@ -78,14 +79,14 @@ def _draw_all(
         "calibration": [figures.draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
 
-    def examples(title: str, indices: list[int], named: bool = True) -> Figure:
-        return figures.draw_examples(f"{title} ({result.split})", result, images.fetch, indices, named)
+    def examples(title: str, indices: list[int], show_files: bool = True) -> Figure:
+        return figures.draw_examples(f"{title} ({result.split})", result, images.fetch, indices, show_files)
 
     drawn: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
-        "predictions": examples("Random examples", figures.find_random(result, report["seed"]), named=False),
-        "most_wrong": examples("Wrong with the highest confidence", figures.find_most_wrong(result)),
-        "least_sure": examples("Least confident", figures.find_least_sure(result)),
+        "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
+        "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
+        "least_sure": examples("Least confident", figures.select_least_sure(result)),
         "confusion": [chart.figure for chart in charts["confusion"]],
         "f1": figures.draw_f1(metrics["per_class"], metrics["macro_f1"]),
         "calibration": charts["calibration"][0].figure,
@@ -110,12 +111,12 @@ def write_report(
 
     Args:
         folder: created if it does not exist.
-        result: of the test split, or of validation if the data has no test split.
-        history: rows of `trainer.report.schema.Epoch`; without rows there are no curves.
-        phases: values of `trainer.report.schema.Phase`; missing epochs and seconds are computed from the history, and
-            `val_interval` from `val_n`.
-        run: title, seed, data, export, versions and timing of `trainer.report.schema.Report`, `config` (the resolved
-            configuration) and `note` (how to read the scores); every key is optional.
+        result: the predictions for the scored split, and their scores.
+        history: one row per epoch (`trainer.report.schema.Epoch`); no curves are drawn if it is empty.
+        phases: results by phase (`trainer.report.schema.Phase`); `epochs` and `seconds` are computed from the history
+            if they are missing, and `val_interval` from `val_accuracy` and `val_n`.
+        run: title, seed, data, export, versions and timing of report.json, `config` (the resolved configuration), and
+            `note` (how to read the scores; the default warns that validation scores are biased). All are optional.
         images: the images to show.
 
     Returns:
@@ -124,7 +125,7 @@ def write_report(
     began = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
     test = {"split": result.split} | ({"note": note} if note else {})
-    report: Report = _plain(
+    report: Report = _to_json_types(
         {
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
@@ -135,18 +136,18 @@ def write_report(
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
             "label_errors": describe_label_errors(result),
-            "duplicates": images.duplicates.facts if images.duplicates else {},
+            "duplicates": images.duplicates.summary if images.duplicates else {},
         }
     )
     report["figures"], charts = _draw_all(folder, result, report, images)
     write_predictions(folder / "predictions.csv", result)
-    report["timing"] = _plain(run.get("timing", {})) | {
+    report["timing"] = _to_json_types(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),
     }
-    write_page(folder / "index.html", report, _plain(run.get("config", {})), result, images, charts)
+    write_page(folder / "index.html", report, _to_json_types(run.get("config", {})), result, images, charts)
     text = json.dumps(report, indent=2, allow_nan=False)
-    # Lists of numbers are joined: a row of the confusion matrix is one line.
+    # Write a list of numbers, as a row of the confusion matrix, on one line.
     text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
     write_whole(folder / "report.json", text + "\n")
     return report
