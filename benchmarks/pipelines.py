@@ -17,8 +17,8 @@ from trainer.types import Dataset
 def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixels]:
     """A dataset, and its training images at `size` x `size` pixels; `cached` is the value of `data.cache`."""
     cache = Path(tempfile.mkdtemp())
-    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, note=print)
-    pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", note=print)
+    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, log_message=print)
+    pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", log_message=print)
     plan = plan_image_cache(cached, image_bytes(pixels.split, size), memory_budget_default(), 0, once=False)
     fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels

@@ -72,7 +72,7 @@ Results = dict[Cell, list[Score]]
 def open_digits(labels_per_class: int | None, seed: int) -> Dataset:
     """The dataset of a run with these two settings."""
     data = Data(source="digits", labels_per_class=labels_per_class)
-    return open_dataset(data, seed=seed, cache_dir=CACHE, max_examples=None, note=lambda _: None)
+    return open_dataset(data, seed=seed, cache_dir=CACHE, max_examples=None, log_message=lambda _: None)
 
 
 def images_of(split: Split) -> np.ndarray:

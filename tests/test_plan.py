@@ -207,7 +207,7 @@ def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: 
         code, out, err = planned(*arguments, f"runtime.cache_dir={cache}")
         assert (code, err) == (0, "")
         size = sum(file.stat().st_size for file in local.glob("*.tfrecord*")) / 1e6
-        assert f"bucket {there}: 3 shards, {size:.1f} MB, come while they are used, {size:.1f} MB at a time" in out
+        assert f"bucket {there}: 3 shards, {size:.1f} MB, are fetched while they are used, {size:.1f} MB at a time" in out
         assert "train 1,257 examples in 1 shard" in out
         assert "test 360 examples in 1 shard" in out
         assert "balance most training examples" in out

@@ -1,4 +1,4 @@
-"""Lossless serialization of named NumPy arrays, for checkpoints and for messages between workers."""
+"""Serialize named NumPy arrays without loss, for files (checkpoints, labels) and for messages between workers."""
 
 import io
 
@@ -6,13 +6,17 @@ import numpy as np
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
-    """Serialize arrays by name as an uncompressed .npz."""
+    """Serialize arrays by name to the bytes of an uncompressed .npz file."""
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
     return out.getvalue()
 
 
-def unpack(content: bytes) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz by name; pickled objects are refused (ValueError)."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+def unpack(npz: bytes) -> dict[str, np.ndarray]:
+    """Read the arrays by name from the bytes of an .npz file.
+
+    Raises:
+        ValueError: the bytes are not an .npz file, or an array holds pickled objects.
+    """
+    with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

@@ -1,10 +1,11 @@
 """`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords.
 
-    output=FOLDER        folder of the records, local or gs://
-    data=..., KEY=VALUE  as of a run; data.*, seed, debug.max_examples, runtime.cache_dir and .progress matter
+    output=FOLDER        folder for the records, local or gs://
+    data=..., KEY=VALUE  configuration as for training; used are data.*, seed, debug.max_examples and, of runtime,
+                         cache_dir, disk_budget_gb, data_threads, progress, logging and health
 
-The splits are in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
-`tfds.builder_from_directory`.
+The splits are written in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
+`tfds.builder_from_directory`. Interrupted, the same command continues with the shards that are missing.
 """
 
 import os
@@ -27,30 +28,30 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import last_words
 
 
-def _end(number: int, _frame: object) -> None:
-    """Exit on a signal: finished shards stay, and the processes that write others end with this one."""
-    reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
+def _exit_on_signal(number: int, _frame: object) -> None:
+    """Exit at once; finished shards stay, and the processes that are writing others end with this one."""
+    reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
     last_words(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.prepare`; exits with a documented code (`trainer.errors`)."""
+    """Write the records that the command line describes; exit with a code of `trainer.errors`."""
     with exit_with_code():
-        own, rest = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
-        composed = compose(rest)
-        if composed is None:  # --cfg
+        arguments, overrides = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
+        composed = compose(overrides)
+        if composed is None:  # --cfg printed the configuration
             return
-        if "output" not in own:
+        if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
         config = load(composed)
         configure_log(config.runtime)
         part = part_of_job(os.environ)
         start_monitoring(config, *part)
-        signal.signal(signal.SIGTERM, _end)
+        signal.signal(signal.SIGTERM, _exit_on_signal)
         health.enter_phase("prepare")
-        prepare(config, own["output"], part)
+        prepare(config, arguments["output"], part)
 
 
 if __name__ == "__main__":

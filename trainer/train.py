@@ -168,7 +168,7 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
     sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
     check_resumable(sharding, state.sharding, state.epoch_step)
-    state.sharding = sharding.facts
+    state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(split, worker.index))
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)

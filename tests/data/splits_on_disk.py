@@ -64,7 +64,7 @@ def opened(
     **changes: object,
 ) -> Pixels:
     options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
-    pixels = Pixels(split, note=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
+    pixels = Pixels(split, log_message=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
     needed = image_bytes(split, pixels.size)
     plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
     fill_cache(pixels, plan, cache_dir or folder / "cache", fingerprint)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.decoding import ANTIALIAS_FROM, decode_image
+from trainer.data.decoding import ANTIALIAS_ABOVE, decode_image
 
 
 def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_a_jpeg_is_decoded_at_least_at_the_requested_size(resize: str, height: i
             top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
             whole = whole[top : top + side, left : left + side]
         shrinking = max(whole.shape[:2]) / size
-        expected = tf.round(tf.image.resize(whole, [size, size], antialias=shrinking > ANTIALIAS_FROM))
+        expected = tf.round(tf.image.resize(whole, [size, size], antialias=shrinking > ANTIALIAS_ABOVE))
         far = np.abs(decode_image(data, size, resize).numpy() - expected.numpy())
         assert (far[1:-1, 1:-1] if resize == "crop" else far).max() == 0  # a crop ends without neighbouring chroma
 

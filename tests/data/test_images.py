@@ -58,7 +58,7 @@ def test_the_tensor_is_over_the_memory_of_the_array(tmp_path: Path) -> None:
     [
         (NEEDED, NEEDED, "memory", "cached in memory (memory budget 0.0 MB, disk budget 0.0 MB)"),
         (NEEDED - 1, NEEDED, "disk", "cached in "),
-        (NEEDED - 1, NEEDED - 1, "none", "not cached, decoded whenever they are read (they fit neither memory budget"),
+        (NEEDED - 1, NEEDED - 1, "none", "not cached, decoded each time they are read (they fit neither memory budget"),
     ],
 )
 def test_auto_caches_what_fits_and_logs_why(memory: int, disk: int, cache: str, note: str, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
         os.unlink(file)
     second = opened(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(first.array, second.array)
-    assert "made by an earlier run" in notes[1]
+    assert "written by an earlier start" in notes[1]
 
 
 @pytest.mark.parametrize("change", [{"size": 11}, {"resize": "crop"}, {"fingerprint": "other"}])

@@ -32,7 +32,8 @@ def opened(cache: Path, notes: list[str] | None = None, **options: Any) -> Datas
     """`open_dataset` with these options of it and of `data`."""
     names = ("seed", "max_examples", "streamed", "all_groups")
     chosen = {"seed": 1, "max_examples": None} | {name: options.pop(name) for name in names if name in options}
-    return open_dataset(Data(**options), cache_dir=cache, note=(notes if notes is not None else []).append, **chosen)
+    log_message = (notes if notes is not None else []).append
+    return open_dataset(Data(**options), cache_dir=cache, log_message=log_message, **chosen)
 
 
 def folder(cache: Path, root: Path, **data: Any) -> Dataset:
@@ -89,7 +90,8 @@ def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from trainer.config.schema import Data\n"
         "from trainer.data.open import open_dataset\n"
-        "d = open_dataset(Data(source='digits'), seed=1, cache_dir=Path(sys.argv[1]), max_examples=None, note=print)\n"
+        "options = {'cache_dir': Path(sys.argv[1]), 'max_examples': None, 'log_message': print}\n"
+        "d = open_dataset(Data(source='digits'), seed=1, **options)\n"
         "print(d.fingerprint, d.splits['train'].count, 'tensorflow' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -103,7 +105,7 @@ def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
-    with raises(DataError, "runtime.cache_dir", tmp_path / "cache", "set a folder", "Not a directory"):
+    with raises(DataError, "runtime.cache_dir", tmp_path / "cache", "set a writable folder", "Not a directory"):
         opened(tmp_path / "cache", source="digits")
 
 
@@ -140,7 +142,7 @@ def test_image_files_are_selected_by_name(tmp_path: Path) -> None:
     names = sorted(Path(file).name for split in dataset.splits.values() for file in split.files)
     assert [name for name in names if "0" not in name] == ["A.JPEG", "b.Png", "c.bmp", "d.gif"]
     assert dataset.class_names == ("cat", "dog")
-    assert "files that are no jpg/jpeg/png/bmp/gif by name were ignored: 1 .webp" in dataset.notes
+    assert "ignored files without a jpg/jpeg/png/bmp/gif extension: 1 .webp" in dataset.notes
 
 
 @pytest.mark.parametrize("validation", ["validation", "val", "valid"])
@@ -228,7 +230,7 @@ def test_a_folder_cannot_be_two_splits(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     fill_folder(root / "train", {"cat": 5, "owl": 5})
     (root / "validation").symlink_to(root / "train")
-    with raises(DataError, "data.root", str(root), "a folder of its own", f"are the same folder .{root}/train."):
+    with raises(DataError, "data.root", str(root), "a separate folder", f"are the same folder .{root}/train."):
         folder(tmp_path, root)
 
 
@@ -246,9 +248,15 @@ def test_files_that_are_no_images_fail_or_are_skipped(tmp_path: Path) -> None:
         f"{root}/dog/02.jpg: does not begin like a JPEG, PNG, BMP or GIF",
         f"{root}/dog/03.jpg: does not begin like a JPEG, PNG, BMP or GIF (it is WebP)",
     ]
-    with raises(DataError, fix="data.on_error=skip", problem=re.escape("3 files are no JPEG") + ".*") as caught:
+    with raises(DataError, fix="data.on_error=skip", problem="3 of 16 files are not readable JPEG.*") as caught:
         folder(tmp_path, root)
     assert caught.value.problem.split("\n  ")[1:] == reasons
+    for number in (4, 5, 6):
+        (root / "dog" / f"0{number}.jpg").write_bytes(b"")
+    with raises(DataError, fix="data.on_error=skip", problem="(?s)6 of 16 files .*\n  and 1 more") as caught:
+        folder(tmp_path, root)
+    for number in (4, 5, 6):
+        (root / "dog" / f"0{number}.jpg").write_bytes(b"\xff\xd8\xff")
     dataset = folder(tmp_path, root, on_error="skip")
     assert list(dataset.skipped) == reasons
     assert sum(counts(dataset).values()) == 13
@@ -265,7 +273,7 @@ def test_labels_per_class_selects_that_many_by_seed(tmp_path: Path) -> None:
     assert few.splits["validation"].files == whole.splits["validation"].files
     assert folder(tmp_path, root, labels_per_class=5).splits["train"].files == train.files
     assert folder(tmp_path, root, labels_per_class=5, seed=2).splits["train"].files != train.files
-    assert "data.labels_per_class=5: all there are of owl" in notes
+    assert "data.labels_per_class=5: fewer examples exist of owl" in notes
 
 
 def test_max_examples_mixes_the_classes(tmp_path: Path) -> None:
@@ -381,7 +389,7 @@ def test_overlapping_splits_are_refused_or_noted(tmp_path: Path) -> None:
     ):
         opened(tmp_path, **data, validation_split="train[80%:]")
     notes = opened(tmp_path, **data, validation_split="test").notes
-    assert "validation and test have 3 examples in common: the test score also chose the checkpoint" in notes
+    assert "validation and test have 3 examples in common: the checkpoint is selected on test examples" in notes
 
 
 def test_missing_tfds_datasets_are_named(tmp_path: Path) -> None:
@@ -390,9 +398,9 @@ def test_missing_tfds_datasets_are_named(tmp_path: Path) -> None:
             opened(tmp_path, source="tfds", **{key: value}, data_dir=str(tmp_path))
 
     gone = f"{tmp_path}/gone"
-    refused("root", gone, "write one with python -m trainer.prepare", "holds no prepared dataset")
+    refused("root", gone, "write one with python -m trainer.prepare", "has no prepared dataset")
     write_records(tmp_path / "gone" / "1.0.0", {"train": [0, 1, 2]})
-    refused("root", gone, f"set data.root={gone}/1.0.0$", "holds no prepared dataset")
+    refused("root", gone, f"set data.root={gone}/1.0.0$", "has no prepared dataset")
     refused("name", "beans", "set data.download=true .*, or data.data_dir", f"is not prepared in {tmp_path}$")
     refused("name", "tf_flower", "set data.name=tf_flowers", f"no dataset .* and none is prepared in {tmp_path}$")
     (write_records(tmp_path / "bad", {"train": [0, 1, 2]}) / "dataset_info.json").write_text("{")
@@ -485,8 +493,8 @@ WRONG_PATTERNS: list[tuple[dict[str, Any], str | None, str, str]] = [
     ({"pattern": "{root}/*.rec"}, "data.pattern", "", f"no file matches .searched from {os.getcwd()}"),
     ({"label_field": "class"}, "data.label_field", "image .bytes., label .int64.", f"0 of shard {FIRST} has no such"),
     ({"class_names": CLASSES[:2]}, "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
-    ({"class_names": ("cat", "cat", "owl")}, None, "", "pets has a class name twice: cat, cat, owl"),
-    ({"class_names": (*CLASSES, "yak")}, None, "leave the class out", "no training example of yak"),
+    ({"class_names": ("cat", "cat", "owl")}, None, "", "pets has duplicate class names: cat"),
+    ({"class_names": (*CLASSES, "yak")}, None, "remove the class", "no training example of yak"),
 ]
 
 

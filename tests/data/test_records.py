@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.data.images import fill_folder, noise
 from tests.errors import raises
-from trainer.data.records import frame, index_shard, read_image, read_labels, records_of, serialize
+from trainer.data.records import frame_record, index_shard, read_image, read_labels, records_of, serialize
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
@@ -26,7 +26,7 @@ Examples = list[tuple[ImageSource, int]]
 
 
 def write_shard(path: Path, payloads: list[bytes]) -> Path:
-    path.write_bytes(b"".join(map(frame, payloads)))
+    path.write_bytes(b"".join(map(frame_record, payloads)))
     return path
 
 
@@ -178,7 +178,7 @@ def test_damaged_images_are_named_or_skipped(tmp_path: Path, examples: Examples)
     out, damaged = tmp_path / "out", [Path(str(examples[i][0])) for i in (1, 7)]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:300])
-    problem = rf"2 images cannot be decoded:\n  {damaged[0]}: .*\n  {damaged[1]}: "
+    problem = rf"2 images cannot be read or decoded:\n  {damaged[0]}: .*\n  {damaged[1]}: "
     with raises(DataError, fix="data.on_error=skip", problem=problem):
         write(out, examples, shards=2)
     assert not (out / "dataset_info.json").exists()
@@ -214,7 +214,7 @@ def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) ->
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrec"
-    for content, problem in ((b"something else entirely", "is no TFRecord file"), (gzip.compress(b"x"), "is gzip")):
+    for content, problem in ((b"something else entirely", "is not a TFRecord file"), (gzip.compress(b"x"), "is gzip")):
         path.write_bytes(content)
         with raises(DataError, fix="an uncompressed TFRecord file", problem=f"shard {path} {problem}"):
             index_shard(path)
@@ -247,7 +247,7 @@ def test_other_files_are_no_shards(tmp_path: Path) -> None:
             "image",
             "label_field",
             r"image \(bytes\), label \(int64\)",
-            "record 0 of shard {} has not one int64",
+            "record 0 of shard {} has not exactly one int64",
         ),
         ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
     ],

@@ -35,11 +35,11 @@ def test_shards_are_counted_by_file(shards: tuple[Shard, ...], expected: str) ->
 @pytest.mark.parametrize(
     ("shard_by", "split", "workers", "cache", "before", "by", "reason"),
     [
-        ("auto", RECORDS, 1, "none", {}, "record", "chosen since no decoded images are cached"),
-        ("auto", RECORDS, 2, "none", {}, "file", "chosen since no decoded images are cached"),
-        ("auto", RECORDS, 2, "memory", {}, "record", "chosen since decoded images are cached"),
-        ("auto", RECORDS, 2, "features", {}, "record", "chosen since features are cached"),
-        ("auto", RECORDS, 2, "memory", BEFORE, "file", "chosen since decoded images are cached"),
+        ("auto", RECORDS, 1, "none", BEFORE, "record", "there is one worker"),
+        ("auto", RECORDS, 2, "none", {}, "file", "no decoded images are cached"),
+        ("auto", RECORDS, 2, "memory", {}, "record", "decoded images are cached"),
+        ("auto", RECORDS, 2, "features", {}, "record", "features are cached"),
+        ("auto", RECORDS, 2, "memory", BEFORE, "file", "as in the checkpoint"),
         ("auto", RECORDS, 5, "none", {}, "record", "4 shards are too few for 5 workers"),
         ("auto", FILES, 2, "none", {}, "record", "image files have no shards"),
         ("file", RECORDS, 2, "memory", {}, "file", "data.shard_by"),
@@ -72,7 +72,7 @@ def test_a_checkpoint_between_epochs_resumes_with_the_same_steps() -> None:
     ("now", "epoch_step", "why"),
     [
         (ShardingPlan("record", 2, 5, ""), 3, "3 steps into an epoch"),
-        (ShardingPlan("file", 4, 6, ""), 0, "other steps per epoch"),
+        (ShardingPlan("file", 4, 6, ""), 0, "the steps per epoch differ"),
     ],
 )
 def test_a_checkpoint_inside_an_epoch_needs_the_same_sharding(now: ShardingPlan, epoch_step: int, why: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.data.images import noise
 from tests.data.test_open import CLASSES, opened
 from tests.errors import raises
-from trainer.data.tfds_folder import LABELS, MANIFEST, known_shards
+from trainer.data.tfds_folder import LABELS, MANIFEST, read_manifest_and_labels
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset
@@ -28,7 +28,7 @@ def opened_again(tmp_path: Path, name: str = "pets", **options: Any) -> Dataset:
 
 @pytest.mark.parametrize("broken", [None, 13])
 def test_the_labels_file_has_the_labels_of_every_shard(tmp_path: Path, broken: int | None) -> None:
-    entries, labels = known_shards(write(tmp_path / "pets", broken=broken))
+    entries, labels = read_manifest_and_labels(write(tmp_path / "pets", broken=broken))
     expected = {"train": [i % 3 for i in range(40) if i != broken], "test": [i % 3 for i in range(12)]}
     for split, values in expected.items():
         arrays = [labels[name] for name in sorted(entries) if split in name]
@@ -55,7 +55,7 @@ def test_preparing_again_writes_the_same_labels_and_no_shard(tmp_path: Path) -> 
     labels, times = (folder / LABELS).read_bytes(), {f: f.stat().st_mtime_ns for f in folder.glob("*.tfrecord*")}
     assert (write(tmp_path / "other") / LABELS).read_bytes() == labels
     (folder / LABELS).unlink()
-    assert known_shards(folder) == ({}, {})
+    assert read_manifest_and_labels(folder) == ({}, {})
     write(folder)
     assert (folder / LABELS).read_bytes() == labels
     assert {f: f.stat().st_mtime_ns for f in times} == times
@@ -83,6 +83,6 @@ def test_labels_that_contradict_the_manifest_are_not_used(tmp_path: Path) -> Non
         (MANIFEST, b"{"),
     ):
         (folder / name).write_bytes(content)
-        assert known_shards(folder) == ({}, {})
+        assert read_manifest_and_labels(folder) == ({}, {})
     with raises(DataError, fix="prepare the dataset again", problem="is not in the manifest"):
         opened_again(tmp_path, streamed=True)

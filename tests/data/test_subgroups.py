@@ -107,7 +107,7 @@ def test_tfrecord_patterns_have_groups_too(tmp_path: Path, clinic: Path) -> None
     data = {"source": "tfrecords", "pattern": f"{clinic}/clinic-train*", "class_names": CLASSES}
     dataset = opened(tmp_path, **data, group_field="camera", validation_fraction=0.5)
     assert dataset.splits["validation"].groups == tuple(camera(k) for k in range(15))
-    with raises(DataError, "data.group_field", "nothing", problem="has not one text or whole number there"):
+    with raises(DataError, "data.group_field", "nothing", problem="does not have exactly one text or whole number"):
         opened(tmp_path, **data, group_field="nothing")
 
 
@@ -116,7 +116,7 @@ def test_fields_without_groups_are_named(tmp_path: Path, clinic: Path) -> None:
     listed = r"camera \(bytes\), image \(bytes\), label \(int64\), quality \(float\)"
     for root, field, fix, problem in (
         (clinic, "sites", "set data.group_field=site$", "no such feature; it has camera, image, label, quality, site"),
-        (clinic, "quality", listed, f"record 0 of shard {clinic}/clinic-test.tfrecord-00000-of-00002 has not one text"),
+        (clinic, "quality", listed, f"{clinic}/clinic-test.tfrecord-00000-of-00002 does not have exactly one text"),
         (prepared, "site", "python -m trainer.prepare", "pets has no such feature; it has image, label"),
     ):
         with raises(DataError, "data.group_field", field, fix, problem):
@@ -145,7 +145,7 @@ def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic:
 def test_a_field_that_prepared_records_need_is_refused(tmp_path: Path, clinic: Path) -> None:
     names = {"class_names": ["a", "b", "c"], "label_field": "ward", "group_field": "label"}
     config = load({**REST, "data": {"source": "tfrecords", "pattern": f"{clinic}/*", **names}})
-    with raises(ConfigError, "data.group_field", "label", "set another field", "under image and label"):
+    with raises(ConfigError, "data.group_field", "label", "set another field", "store the image or the label"):
         prepare(config, str(tmp_path / "out"))
 
 

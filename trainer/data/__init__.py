@@ -1,1 +1,1 @@
-"""Datasets: sources, splits, order, decoding, augmentation, batches."""
+"""Read datasets of labelled images: sources, splits, order, decoding, augmentation and batches."""

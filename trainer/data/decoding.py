@@ -1,4 +1,4 @@
-"""Decoding of image files to pixels, the same in training, evaluation and export, and datasets of decoded rows."""
+"""Decode images to pixels, identically in training, evaluation and export, and build datasets of decoded rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,17 @@ from trainer.types import Split
 
 Resize = Literal["stretch", "crop"]
 
-# Antialias from this scale factor on. Plain bilinear reads 2x2 source pixels per output pixel. At a factor of 2
-# antialiasing doubles the CPU time of a decode (500x333 JPEG to 224: 2.6 against 1.3 ms) and changes a pixel by 1.6 of
-# 255; for a 3000x2000 photo it changes a pixel by 3.0 and removes visible speckles.
-ANTIALIAS_FROM = 3.0
+# Antialias when an image is reduced by more than this factor. Bilinear interpolation without antialiasing reads 2x2
+# source pixels per output pixel. At a factor of about 2, antialiasing doubles the decoding time (500x333 JPEG to 224:
+# 2.6 instead of 1.3 ms) and changes a pixel by 1.6 of 255; for a 3000x2000 photo it changes a pixel by 3.0 and removes
+# visible speckles.
+ANTIALIAS_ABOVE = 3.0
 
-RATIOS = (1, 2, 4, 8)  # JPEG decoding scales 1 / ratio, as in Pillow's draft mode; measured in docs/data.md
+JPEG_RATIOS = (1, 2, 4, 8)  # decode at 1 / ratio of the size, as in Pillow's draft mode; measured in docs/data.md
 
 
 def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
-    """Decode a BMP; TensorFlow returns the palette indices of an 8-bit BMP as grey values, so apply the palette."""
+    """Decode a BMP, and apply the palette of an 8-bit one, whose palette indices TensorFlow returns as grey values."""
 
     def header_field(offset: int, dtype: tf.DType) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(tf.strings.substr(data, offset, dtype.size), dtype)[0], tf.int32)
@@ -30,10 +31,10 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     has_palette = tf.logical_and(tf.equal(header_field(28, tf.uint16), 8), tf.equal(tf.shape(pixels)[2], 1))
 
     def apply_palette() -> tf.Tensor:
-        first, colours = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
+        offset, colours = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
         colours = tf.where(colours > 0, colours, 256)
-        table = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, first, 4 * colours), tf.uint8), [-1, 4])
-        return tf.gather(table[:, 2::-1], tf.cast(pixels[:, :, 0], tf.int32))  # stored blue, green, red, unused
+        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, offset, 4 * colours), tf.uint8), [-1, 4])
+        return tf.gather(palette[:, 2::-1], tf.cast(pixels[:, :, 0], tf.int32))  # stored as blue, green, red, unused
 
     return tf.cond(has_palette, apply_palette, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
 
@@ -45,7 +46,7 @@ def _centre_square(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
 
 
 def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
-    """Decode a JPEG, or for a crop its centred square, at the smallest scale with both sides >= `size` pixels."""
+    """Decode a JPEG (its centred square for a crop) at the smallest scale that leaves both sides >= `size` pixels."""
     shape = tf.io.extract_jpeg_shape(data)
 
     def decode(ratio: int) -> tf.Tensor:
@@ -54,32 +55,33 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
         top, left, side = _centre_square(-(-shape // ratio))
         return tf.io.decode_and_crop_jpeg(data, tf.stack([top, left, side, side]), channels=3, ratio=ratio)
 
-    fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in RATIOS[1:]]
-    return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), [partial(decode, ratio) for ratio in RATIOS])
+    fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in JPEG_RATIOS[1:]]
+    return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), [partial(decode, ratio) for ratio in JPEG_RATIOS])
 
 
 def _decode_other(data: tf.Tensor, resize: Resize) -> tf.Tensor:
+    """Decode a PNG, BMP, GIF or WebP, and crop it to its centred square if `resize` is "crop"."""
     is_bmp = tf.equal(tf.strings.substr(data, 0, 2), b"BM")
     decode = partial(tf.io.decode_image, data, channels=3, expand_animations=False)
-    whole = tf.cond(is_bmp, lambda: _decode_bmp(data), decode)
+    pixels = tf.cond(is_bmp, lambda: _decode_bmp(data), decode)
     if resize == "stretch":
-        return whole
-    top, left, side = _centre_square(tf.shape(whole))
-    return whole[top : top + side, left : left + side]
+        return pixels
+    top, left, side = _centre_square(tf.shape(pixels))
+    return pixels[top : top + side, left : left + side]
 
 
 def decode_image(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
     """Decode and resize one image; works in `Dataset.map` and in a SavedModel signature.
 
-    JPEG (CMYK too), PNG, BMP, GIF (first frame) and opaque WebP become RGB: grey is repeated, alpha is dropped (as in
-    `tf.io.decode_image(channels=3)`), 16 bits become 8. EXIF orientation is ignored. A JPEG with both sides at least 2,
-    4 or 8 times S is decoded at 1/2, 1/4 or 1/8 of its size. Resizing is bilinear in half-pixel coordinates,
-    antialiased above a scale factor of `ANTIALIAS_FROM`; values are rounded.
+    JPEG (also CMYK), PNG, BMP, GIF (first frame) and opaque WebP become 8-bit RGB: grey is repeated, and alpha is
+    dropped as in `tf.io.decode_image(channels=3)`. EXIF orientation is ignored. A JPEG with both sides at least 2, 4 or
+    8 times `size` is decoded at 1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centres, antialiased
+    if the longer decoded side is more than `ANTIALIAS_ABOVE` times `size`; values are rounded.
 
     Args:
-        data: string scalar.
-        size: side of the result, S pixels.
-        resize: `stretch` changes the aspect ratio; `crop` takes the largest centred square.
+        data: the encoded image, a string scalar.
+        size: side S of the result, in pixels.
+        resize: "stretch" changes the aspect ratio; "crop" takes the largest centred square.
 
     Returns:
         uint8 [S, S, 3].
@@ -91,44 +93,48 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
     pixels = tf.ensure_shape(pixels, [None, None, 3])
     factor = tf.cast(tf.reduce_max(tf.shape(pixels)), tf.float32) / float(size)
     resize_to = partial(tf.image.resize, pixels, [size, size])
-    resized = tf.cond(factor > ANTIALIAS_FROM, lambda: resize_to(antialias=True), resize_to)
+    resized = tf.cond(factor > ANTIALIAS_ABOVE, lambda: resize_to(antialias=True), resize_to)
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [size, size, 3])
 
 
-Row = dict[str, tf.Tensor]
+Row = dict[str, tf.Tensor]  # one example or a batch of them, by column
 COLUMNS = ("index", "weight", "position", "epoch")
 
-plain = tf.autograph.experimental.do_not_convert  # AutoGraph takes half of the time to build a pipeline
+without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph takes half of the time of building a pipeline
 
 
 def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Return blocks 0, 1, ... as a dataset, prefetched by one; infinite if `count` is None."""
-    blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(plain(block))
+    """Return the nonempty ones of blocks 0 to `count` - 1, prefetched by one; infinite if `count` is None."""
+    blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
-    return blocks.filter(plain(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
+    return blocks.filter(without_autograph(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
 
 
 def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Add the raw `records` of each block, string [n]; a record that cannot be read from its shard is empty."""
+    """Add to each block its serialized `records`, string [n]; a record that cannot be read is an empty string."""
     paths = tf.constant([shard.path for shard in split.shards])
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
-    @plain
+    @without_autograph
     def read_range(row: tf.Tensor) -> tf.data.Dataset:
         records = tf.data.TFRecordDataset(tf.gather(paths, row[0])).skip(row[1]).take(row[2])
         return records.ignore_errors().concatenate(empty).take(row[2])
 
-    @plain
+    @without_autograph
     def read(block: Block) -> tf.data.Dataset:
         ranges = block.pop("ranges")
         records = tf.data.Dataset.from_tensor_slices(ranges).flat_map(read_range).batch(tf.reduce_sum(ranges[:, 2]))
-        return records.map(plain(lambda raw: {**block, "records": raw}))
+        return records.map(without_autograph(lambda raw: {**block, "records": raw}))
 
     return blocks.flat_map(read).prefetch(1)
 
 
 def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Return a function: row with `record` (shards) or `index` (files) -> uint8 [S, S, 3], or a tf.errors.OpError."""
+    """Return a function that decodes the image of a row, uint8 [S, S, 3].
+
+    A row holds its serialized `record` if the split has shards, else its `index`. The function raises a
+    tf.errors.OpError for an unreadable image.
+    """
     paths = None if split.shards else tf.constant(split.files, tf.string)
 
     def decode(row: Row) -> tf.Tensor:
@@ -145,43 +151,46 @@ def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tenso
 def decoded_rows(
     blocks: tf.data.Dataset, split: Split, size: int, resize: Resize, *, threads: int, failures: str | None
 ) -> tf.data.Dataset:
-    """Return the rows of blocks as elements: index, weight, position, epoch, image uint8 [S, S, 3] (0 in padding).
+    """Return each row of the blocks as an element: index, weight, position, epoch, image uint8 [S, S, 3].
 
-    Images are decoded in parallel, in order. With `failures`, a file name, the index of each unreadable example is
-    appended to that file, one per line, and its row has weight 0 and a black image; this costs 10 % of the speed.
-    With None an unreadable example ends the iteration with a tf.errors.OpError.
+    Images are decoded by `threads` parallel calls, in the order of the rows; padding has a black image.
+
+    Args:
+        failures: file to which the index of each unreadable example is appended, one per line; its row then has weight
+            0 and a black image, which costs 10 % of the speed. If None, an unreadable example ends the iteration with a
+            tf.errors.OpError.
     """
-    decode, black = decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode, black_image = decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
-    @plain
-    def numbered(block: Block) -> tf.data.Dataset:
-        """Return the row numbers of a block, each with the block; with `failures` an end marker follows."""
+    @without_autograph
+    def row_numbers(block: Block) -> tf.data.Dataset:
+        """Return the row numbers of a block, each with the block, and an end marker after them if `failures` is set."""
         numbers = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
-        return numbers.map(plain(lambda number: {"number": number, "block": block}))
+        return numbers.map(without_autograph(lambda number: {"number": number, "block": block}))
 
-    @plain
+    @without_autograph
     def with_image(row: Row) -> Row:
         block, number = row["block"], row["number"]
         row_index = tf.minimum(number, tf.size(block["index"], tf.int64) - 1)
         example = {k: block[k][row_index] for k in COLUMNS}
         record = {"record": tf.gather(block["records"], block["offset"][row_index])} if split.shards else {}
         used = tf.logical_and(tf.equal(number, row_index), example["weight"] > 0)
-        image = tf.cond(used, lambda: decode({**example, **record}), lambda: black)
+        image = tf.cond(used, lambda: decode({**example, **record}), lambda: black_image)
         if failures is None:
             return {**example, "image": image}
         columns = {k: block[k] for k in COLUMNS}
         return {"number": number, "is_marker": number > row_index, "block": columns, "image": image}
 
-    @plain
-    def with_first(first: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Add `first`, the expected row number; rows from there up to this one failed to decode."""
-        return tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1), {**row, "first": first}
+    @without_autograph
+    def with_expected_number(expected: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
+        """Add the row number that was `expected` next; the rows from there to before this one failed to decode."""
+        return tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1), {**row, "expected": expected}
 
-    @plain
-    def filled(row: Row) -> tf.data.Dataset:
-        """Return the row, preceded by black rows of weight 0 for those that failed to decode."""
-        examples = {k: v[row["first"] : row["number"] + 1] for k, v in row["block"].items()}  # a marker adds no row
-        failed, rows = row["block"]["index"][row["first"] : row["number"]], tf.shape(examples["index"])[0]
+    @without_autograph
+    def with_failed_rows(row: Row) -> tf.data.Dataset:
+        """Return a black row of weight 0 for each that failed to decode, then this row unless it is an end marker."""
+        examples = {k: v[row["expected"] : row["number"] + 1] for k, v in row["block"].items()}  # a marker adds no row
+        failed, rows = row["block"]["index"][row["expected"] : row["number"]], tf.shape(examples["index"])[0]
         any_failed = tf.size(failed) > 0
 
         def record_failures() -> tf.Operation:
@@ -196,5 +205,7 @@ def decoded_rows(
         return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:rows]})
 
     blocks = _with_records(blocks, split) if split.shards else blocks
-    rows = blocks.flat_map(numbered).map(with_image, num_parallel_calls=threads, deterministic=True)
-    return rows.ignore_errors().scan(tf.zeros([], tf.int64), with_first).flat_map(filled) if failures else rows
+    rows = blocks.flat_map(row_numbers).map(with_image, num_parallel_calls=threads, deterministic=True)
+    if failures is None:
+        return rows
+    return rows.ignore_errors().scan(tf.zeros([], tf.int64), with_expected_number).flat_map(with_failed_rows)

@@ -1,4 +1,4 @@
-"""The embedded dataset: 1,797 real handwritten digits, 8x8 pixels, from scikit-learn."""
+"""Prepare the embedded dataset: 1,797 scanned handwritten digits of 8x8 pixels, from scikit-learn."""
 
 import io
 import os
@@ -11,14 +11,15 @@ import numpy as np
 from trainer.data.tfds_folder import INFO
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 
-TEST, VALIDATION, SPLIT_SEED = 360, 180, 42  # the rest, 1,257, trains
+TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 are for training
 
 
 def digits_folder(cache_dir: Path) -> Path:
-    """Write the digits as a TFDS folder below the cache folder, once, and return that folder.
+    """Return the folder of the digits in TFDS's format below the cache folder; the first call writes it.
 
-    White ink on black, 0..16 stretched to 0..255, 8-bit grayscale PNG; a fixed split, stratified by class, into
-    1,257 / 180 / 360. Source: UCI optical recognition of handwritten digits, Alpaydin and Kaynak, 1998 (test part).
+    The images are 8-bit grayscale PNGs of white ink on black; the values 0..16 are scaled to 0..255. The split into
+    1,257 / 180 / 360 examples is fixed and stratified by class. Source: test set of Optical Recognition of Handwritten
+    Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
 
     Raises:
         OSError: the folder cannot be written.
@@ -30,7 +31,9 @@ def digits_folder(cache_dir: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    temporary = cache_dir / f".digits-{uuid.uuid4().hex}"  # two runs may start at once: the first rename counts
+    temporary = (
+        cache_dir / f".digits-{uuid.uuid4().hex}"
+    )  # two runs may write it concurrently: the first rename succeeds
     temporary.mkdir(parents=True)
     digits, images = load_digits(), []
     for pixels in digits.images:
@@ -41,10 +44,10 @@ def digits_folder(cache_dir: Path) -> Path:
     def split_off(indices: np.ndarray, count: int) -> list[np.ndarray]:
         return train_test_split(indices, test_size=count, stratify=digits.target[indices], random_state=SPLIT_SEED)
 
-    rest, test = split_off(np.arange(len(images)), TEST)
-    train, validation = split_off(rest, VALIDATION)
+    train_and_validation, test = split_off(np.arange(len(images)), TEST_EXAMPLES)
+    train, validation = split_off(train_and_validation, VALIDATION_EXAMPLES)
     indices = {"train": train, "validation": validation, "test": test}
-    splits = {name: [(images[i], int(digits.target[i])) for i in chosen] for name, chosen in indices.items()}
+    splits = {name: [(images[i], int(digits.target[i])) for i in members] for name, members in indices.items()}
     write_dataset(temporary, LabelledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
     try:
         os.rename(temporary, folder)

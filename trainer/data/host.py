@@ -1,4 +1,4 @@
-"""Memory and processors that this process may use, by the limits of the container (cgroup) and of the machine."""
+"""Memory and CPUs that this process may use, limited by its container (cgroup) and the machine; page-aligned arrays."""
 
 import contextlib
 import mmap
@@ -10,7 +10,7 @@ import numpy as np
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def _numbers(file: Path) -> list[int]:
+def _read_integers(file: Path) -> list[int]:
     try:
         return [int(text) for text in file.read_text().split()]
     except (OSError, ValueError):  # the file is missing, or holds "max"
@@ -18,29 +18,31 @@ def _numbers(file: Path) -> list[int]:
 
 
 def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Bytes of memory: of the machine, or the container's limit (cgroup v2 or v1) if that is less."""
+    """Return the bytes of memory of the machine, or the container's limit (cgroup v2 or v1) if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *_numbers(cgroup / "memory.max"), *_numbers(cgroup / "memory" / "memory.limit_in_bytes")])
+    return min(
+        [machine, *_read_integers(cgroup / "memory.max"), *_read_integers(cgroup / "memory" / "memory.limit_in_bytes")]
+    )
 
 
 def memory_budget_default(cgroup: Path = CGROUP) -> int:
-    """Bytes that decoded images may take: a quarter of the memory."""
+    """Return the default memory budget of decoded images, in bytes: a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """Processors this process may use, at least 1: its affinity and its container's quota, rounded up."""
+    """Return the number of CPUs in the affinity of this process, or its container's quota (rounded up) if lower."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    v1 = [number for name in ("quota", "period") for number in _numbers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
-    quota = _numbers(cgroup / "cpu.max") or v1  # microseconds per period, and the period; -1 or "max" is no quota
+    v1 = [number for name in ("quota", "period") for number in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
+    quota = _read_integers(cgroup / "cpu.max") or v1  # quota and period in microseconds; without a quota "max" or -1
     return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
 
 
 def fresh_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros in newly mapped pages: aligned for DLPack, and part of the process' memory only once written."""
+    """Return zeros in newly mapped pages: aligned for DLPack, and resident in memory only once they are written."""
     size = int(np.prod(shape)) * dtype.itemsize
-    content = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
-            content.madvise(mmap.MADV_HUGEPAGE)  # faster: the first write to each 4 KB page costs more than its data
-    return np.frombuffer(content, dtype).reshape(shape)
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: one per 4 KB page costs more than writing its data
+    return np.frombuffer(pages, dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Image files in class folders."""
+"""Open a dataset of image files in class folders: list the files, check their first bytes, divide them into splits."""
 
 import hashlib
 import os
@@ -11,16 +11,17 @@ from itertools import accumulate, chain, combinations
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.splits import SPLITS, RawData, ends_of, split_sizes
+from trainer.data.records import join_first
+from trainer.data.splits import SPLITS, RawData, head_and_tail_digest, split_sizes
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
-_ENDS = 64  # bytes of each end of a file that its fingerprint covers
-_BATCH = 32  # files per task of a thread: to schedule a task costs more than to inspect one file
+_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
+_END_BYTES = 64  # at the beginning and at the end of each file, covered by the fingerprint of the dataset
+_FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
 
 
@@ -30,7 +31,7 @@ class _Image:
     name: str  # the path below the root, with forward slashes
     label: int
 
-    def rank(self, seed: int) -> tuple[bytes, str]:
+    def sort_key(self, seed: int) -> tuple[bytes, str]:
         content = f"{seed}/{self.name}".encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
@@ -38,12 +39,14 @@ class _Image:
 def open_image_folder(data: Data) -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
-    Each class is ordered by a hash of data.split_seed and the path below the root, and the first images validate: a
-    new image moves hardly any other. The examples of a split are in the order of that hash, which mixes the classes.
+    Images are sorted by a hash of data.split_seed and the path below the root, which mixes the classes. Splits without
+    a folder get a fraction of each class: the first images become the validation split, the next the test split, all
+    others stay in train. So a new image moves hardly any other image to another split.
 
     Raises:
-        DataError: the folder is missing, unreadable, empty or laid out in another way; the splits have different
-            classes or are one folder; a file is no image (on_error="fail").
+        DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
+            two classes; the splits have different classes or are the same folder; with on_error="fail", a file cannot
+            be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
     try:
@@ -51,28 +54,28 @@ def open_image_folder(data: Data) -> RawData:
     except OSError as error:
         problem = f"{error.strerror}: {error.filename} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
-    facts, faults = _inspect(list(chain.from_iterable(images.values())))
+    identities, faults = _inspect(list(chain.from_iterable(images.values())))
     if faults and data.on_error == "fail":
-        listed = "\n  ".join(list(faults.values())[:5])
-        problem = f"{len(faults)} file{'s are' if len(faults) > 1 else ' is'} no JPEG, PNG, BMP or GIF:\n  {listed}"
+        listed, total = join_first(list(faults.values()), "\n  "), len(identities)
+        problem = f"{len(faults)} of {total} files are not readable JPEG, PNG, BMP or GIF images:\n  {listed}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
-    rest = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
-    ordered = {name: sorted(chosen, key=lambda image: image.rank(data.split_seed)) for name, chosen in rest.items()}
+    readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
+    ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
     missing = {"validation": data.validation_fraction} if "validation" not in images else {}
     if set(images) == {"train"}:
         missing["test"] = data.test_fraction
     ordered |= _divide(ordered["train"], missing)
     splits = {
-        name: Split(name, np.array([image.label for image in chosen], np.int32), files=tuple(i.path for i in chosen))
-        for name, chosen in ordered.items()
-        if chosen
+        name: Split(name, np.array([image.label for image in members], np.int32), files=tuple(i.path for i in members))
+        for name, members in ordered.items()
+        if members
     }
     name, skipped = os.path.basename(os.path.abspath(root)), list(faults.values())
-    return RawData(name, class_names, splits, facts, skipped, notes)
+    return RawData(name, class_names, splits, identities, skipped, notes)
 
 
 def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str]]:
-    """Class names, images by split folder, and notes on ignored files."""
+    """Return the class names, the images of each split that has a folder, and notes on ignored files."""
     folders = _split_folders(root)
     classes = {split: _subfolders(folder) for split, folder in folders.items()}
     images: dict[str, list[_Image]] = {}
@@ -83,9 +86,9 @@ def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str
             problem = f"{folder} has {count} image{'s' * (count != 1)} and no class folders"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         if classes[split] != classes["train"]:
-            train, own = set(classes["train"]), set(classes[split])
-            only = {folders["train"]: sorted(train - own), folder: sorted(own - train)}
-            differences = ", and ".join(f"only {path} has {', '.join(names)}" for path, names in only.items() if names)
+            train, other = set(classes["train"]), set(classes[split])
+            extra = {folders["train"]: sorted(train - other), folder: sorted(other - train)}
+            differences = ", and ".join(f"only {path} has {', '.join(names)}" for path, names in extra.items() if names)
             problem, fix = f"the class folders differ: {differences}", "use the same class folders in each split"
             raise DataError(problem, key="data.root", value=root, fix=fix)
         ignored: Counter[str] = Counter()
@@ -96,7 +99,7 @@ def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str
         ]
         if ignored:
             kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.most_common(5))
-            notes.append(f"files that are no {'/'.join(e[1:] for e in EXTENSIONS)} by name were ignored: {kinds}")
+            notes.append(f"ignored files without a {'/'.join(e[1:] for e in EXTENSIONS)} extension: {kinds}")
     class_names = tuple(classes["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join(class_names[:5])})"
@@ -119,7 +122,7 @@ def _is_image(name: str) -> bool:
 
 
 def _split_folders(root: str) -> dict[str, str]:
-    """The folders of the splits; {"train": root} if the class folders are directly in the root."""
+    """Return the folder of each split; {"train": root} if the class folders are directly in the root."""
     names = _subfolders(root)
     splits = {name: _SPLIT_NAMES[name.lower()] for name in names if name.lower() in _SPLIT_NAMES}
     others = [name for name in names if name not in splits]
@@ -130,7 +133,7 @@ def _split_folders(root: str) -> dict[str, str]:
         return {"train": root}
     if others:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
-        if not _subfolders(train):  # a class with the name train
+        if not _subfolders(train):  # "train" is a class
             return {"train": root}
         problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(others[:5])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
@@ -141,24 +144,24 @@ def _split_folders(root: str) -> dict[str, str]:
             problem = f"{folders[split]} and {folder} are both the {split} split"
             raise DataError(problem, key="data.root", value=root, fix="remove one of them")
         folders[split] = folder
-    for (split, folder), (other, same) in combinations(folders.items(), 2):
-        if os.path.samefile(folder, same):
-            problem = f"{split} and {other} are the same folder ({os.path.realpath(folder)})"
-            fix = "use a folder of its own for each split: what is trained on cannot be scored"
+    for (split, folder), (other_split, other_folder) in combinations(folders.items(), 2):
+        if os.path.samefile(folder, other_folder):
+            problem = f"{split} and {other_split} are the same folder ({os.path.realpath(folder)})"
+            fix = "use a separate folder for each split: training images must not be scored"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return {split: folders[split] for split in SPLITS if split in folders}
 
 
 def _image_files(folder: str, ignored: Counter[str]) -> list[str]:
-    """Every image file below a class folder, sorted; `ignored` counts other files by extension."""
+    """Return the image files below a class folder, sorted; count the other files by extension in `ignored`."""
     files, seen = [], set()
 
-    def refuse(error: OSError) -> None:
+    def reraise(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=reraise, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above
+        if real in seen:  # a link to a folder that was visited
             folders.clear()
             continue
         seen.add(real)
@@ -170,29 +173,29 @@ def _image_files(folder: str, ignored: Counter[str]) -> list[str]:
 
 
 def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
-    """Facts of every file for the fingerprint, and the reason for each file that cannot be an image, by path."""
+    """Return by path the identity of each file (name, size, hash of its ends), and the fault of each unreadable one."""
 
     def inspect(image: _Image) -> tuple[str, str]:
         try:
-            size, head, ends = ends_of(image.path, _ENDS)
+            size, head, digest = head_and_tail_digest(image.path, _END_BYTES)
         except OSError as error:
             return "", f"cannot be read ({error.strerror})"
-        kind = " (it is WebP)" if head[8:12] == b"WEBP" else ""
-        fault = "" if head.startswith(_MAGIC) else f"does not begin like a JPEG, PNG, BMP or GIF{kind}"
-        return f"{image.name} {size} {ends}", fault if size else "is empty"
+        webp = " (it is WebP)" if head[8:12] == b"WEBP" else ""
+        fault = "" if head.startswith(_MAGIC_BYTES) else f"does not begin like a JPEG, PNG, BMP or GIF{webp}"
+        return f"{image.name} {size} {digest}", fault if size else "is empty"
 
     def inspect_batch(first: int) -> list[tuple[str, str]]:
         health.progress()
-        return [inspect(image) for image in images[first : first + _BATCH]]
+        return [inspect(image) for image in images[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
-        results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _BATCH))))
-    facts = {image.path: fact for image, (fact, _) in zip(images, results, strict=True)}
-    return facts, {i.path: f"{i.path}: {fault}" for i, (_, fault) in zip(images, results, strict=True) if fault}
+        results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
+    identities = {image.path: identity for image, (identity, _) in zip(images, results, strict=True)}
+    return identities, {i.path: f"{i.path}: {fault}" for i, (_, fault) in zip(images, results, strict=True) if fault}
 
 
 def _divide(images: list[_Image], fractions: dict[str, float]) -> dict[str, list[_Image]]:
-    """Give the first images of each class, in their order, to the splits of `fractions`, and the rest to train."""
+    """Move the first images of each class to the splits of `fractions`, in this order; the others stay in train."""
     totals = Counter(image.label for image in images)
     edges = {label: list(accumulate(split_sizes(total, fractions).values())) for label, total in totals.items()}
     names = [*fractions, "train"]

@@ -1,7 +1,8 @@
-"""The order of the training examples: order and position as pure functions of (seed, epoch, step).
+"""Compute the order of examples in blocks, each a pure function of its number: a stream can begin at any step.
 
-All of it is in the graph, without `tf.py_function`: under op determinism (`runtime.deterministic`) TensorFlow removes
-every parallel call and prefetch from a pipeline that has a stateful op (grappler's make_deterministic).
+Everything is computed in the graph, without `tf.py_function`: under op determinism (`runtime.deterministic`),
+TensorFlow removes all parallelism and prefetching from a pipeline that has a stateful op (grappler's
+make_deterministic).
 """
 
 import itertools
@@ -15,20 +16,20 @@ from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_wo
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, bits
 from trainer.types import Split
 
-BLOCK_RECORDS = 1024  # records per block without shuffling
-ROWS_PER_WORKER = 1 << 40  # more than any worker has: offset between the random numbers of two workers
+BLOCK_RECORDS = 1024  # records that a block spans if they are not shuffled
+ROWS_PER_WORKER = 1 << 40  # more than any worker has; offset between the random streams of two workers
 
 
 @dataclass(frozen=True)
 class Order:
-    """Order of the training examples, and the step at which a stream of them begins."""
+    """The order of the training examples, and the step at which the stream begins."""
 
-    batch_size: int  # of the global batch; a multiple of the number of workers
+    batch_size: int  # rows of a global batch; a multiple of the number of workers
     seed: int
-    window: int  # records that are shuffled together; see `windows`
+    window: int  # records that are shuffled together (data.shuffle_window); see `windows`
     first_epoch: int = 0
-    first_step: int = 0  # of that epoch
-    shuffle: bool = True  # False: in the order of the indices
+    first_step: int = 0  # in that epoch
+    shuffle: bool = True  # False: by index, which sharding by file overrides
     sharding: Sharding = UNSHARDED
 
     @property
@@ -37,37 +38,36 @@ class Order:
         return self.batch_size // self.sharding.workers
 
 
-# Consecutive rows of an epoch (r of them), and the record ranges to read for them.
-#   ranges   int64 [k, 3]  shard number, first record, count; k = 0 for image files
-#   offset   int64 [r]     position of the row's example in the records of all ranges
+# A block: r consecutive rows of an epoch, and the record ranges to read for them.
+#   ranges   int64 [k, 3]  shard number, first record, number of records; k = 0 for image files
+#   offset   int64 [r]     position of the row's record in the concatenated ranges (unused for image files)
 #   index    int64 [r]     example index (0 in padding)
 #   weight   float32 [r]   1 for an example, 0 for padding
-#   position int64 [r]     index in the global batch
+#   position int64 [r]     position in the global batch
 #   epoch    int64 [r]
 Block = dict[str, tf.Tensor]
 
+Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # ranges, offset and index of a block, without padding
 
-Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # ranges, offset and index of a block without padding
 
-
-def _shuffle(keys: tf.Tensor) -> tf.Tensor:
-    """Return the permutation that sorts random bits, int64 [n]."""
+def _permutation(keys: tf.Tensor) -> tf.Tensor:
+    """Return the permutation that sorts random keys, int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
-class _Records:
-    """Concatenated records of the shards of a split."""
+class _ShardRecords:
+    """The positions of the records of a split in its shards."""
 
-    def __init__(self, split: Split, chosen: np.ndarray | None = None) -> None:
-        """`chosen`: int64 [c], numbers of the shards to use; None: all of them."""
-        self.chosen = np.arange(len(split.shards)) if chosen is None else chosen
+    def __init__(self, split: Split, shards: np.ndarray | None = None) -> None:
+        """Use the shards of these numbers, int64 [s]; `shards` defaults to all of them."""
+        self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
         self.sizes = shard_sizes(split)
         self.first_index = np.cumsum(self.sizes) - self.sizes
-        self.total = int(self.sizes[self.chosen].sum())
+        self.total = int(self.sizes[self.shards].sum())
 
     def read(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return record ranges and example indices of positions [start, stop) in these concatenated shards."""
+        """Return the record ranges and example indices at positions [start, stop) of the concatenated `shards`."""
         sizes = tf.gather(tf.constant(self.sizes), shards)
         ends = tf.cumsum(sizes)
         begins = ends - sizes
@@ -80,41 +80,45 @@ class _Records:
 
 
 def windows(
-    split: Split, seed: int, window: int, shuffle: bool = True, chosen: np.ndarray | None = None, worker: int = 0
+    split: Split, seed: int, window: int, shuffle: bool = True, shards: np.ndarray | None = None, worker: int = 0
 ) -> tuple[int, Callable[..., Window]]:
     """Return the number of windows per epoch, and a function of (epoch, number) that computes a window.
 
-    Shards are permuted and concatenated, then divided into windows of `window` records, each shuffled as a whole. Image
-    files, which can be opened in any order at no cost and are often sorted by class, form one window. Without `shuffle`
-    the order is that of the indices.
+    In each epoch the shards are permuted and concatenated, then divided into windows of `window` records, and each
+    window is shuffled. All image files form one window: opening them in random order costs nothing extra. Without
+    `shuffle` the examples are in the order of their indices.
+
+    Args:
+        shards: numbers of the shards that are read; defaults to all of them.
+        worker: selects the random stream, where workers read different shards.
     """
 
     def file_window(epoch: tf.Tensor, _number: tf.Tensor) -> Window:
         index = tf.range(split.count, dtype=tf.int64)
         if shuffle:
-            index = _shuffle(bits(seed, ORDER, epoch, index))
+            index = _permutation(bits(seed, ORDER, epoch, index))
         return tf.zeros([0, 3], tf.int64), tf.zeros_like(index), index
 
     if not split.shards:
         return 1, file_window
-    records = _Records(split, chosen)
+    records = _ShardRecords(split, shards)
 
     def record_window(epoch: tf.Tensor, number: tf.Tensor) -> Window:
-        shards = tf.constant(records.chosen, tf.int64)
+        order = tf.constant(records.shards, tf.int64)
         if shuffle:
-            shards = tf.gather(shards, _shuffle(bits(seed, SHARDS, epoch, shards)))
+            order = tf.gather(order, _permutation(bits(seed, SHARDS, epoch, order)))
         start, stop = number * window, tf.minimum((number + 1) * window, records.total)
-        ranges, index = records.read(shards, start, stop)
+        ranges, index = records.read(order, start, stop)
         if not shuffle:
             return ranges, tf.range(stop - start), index
-        offset = _shuffle(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        offset = _permutation(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return ranges, offset, tf.gather(index, offset)
 
     return -(-records.total // window), record_window
 
 
 def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
-    """Return the block whose first row is row `start` of the epoch; the last one is padded by `padding` rows."""
+    """Return the block of a window whose first row is row `start` of `total`; pad the last one of an epoch."""
     ranges, offset, index = window
     rows = tf.size(index, tf.int64)
     padding = tf.where(start + rows >= total, tf.constant(padding, tf.int64), 0)
@@ -132,67 +136,71 @@ def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.T
 def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """Return a function that computes block 0, 1, ... of the infinite stream that begins at the order's first step.
 
-    A resume reads only the window of its first step. Each worker gets its own rows, so a block may be empty. By file, a
-    worker with fewer records than the others ends each epoch with padding.
+    The first block is in the window of the first step, so earlier windows of its epoch are not read. A block has only
+    the rows of this worker, so it may be empty. With sharding by file, a worker with fewer records than others ends
+    each epoch with padding.
     """
-    sharding, own_files, rows = order.sharding, order.sharding.own_files, order.rows
-    chosen = shards_of_workers(split, sharding.workers)[sharding.worker] if own_files else None
-    total, batch = (int(shard_sizes(split)[chosen].sum()), rows) if own_files else (split.count, order.batch_size)
+    sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
+    shards = shards_of_workers(split, sharding.workers)[sharding.worker] if by_file else None
+    total, batch = (int(shard_sizes(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
     steps = steps_per_epoch(split, order.batch_size, sharding)
-    shuffle = order.shuffle or own_files
+    shuffle = order.shuffle or by_file
     window_size = (order.window if shuffle else BLOCK_RECORDS) if split.shards else total
-    worker = sharding.worker if own_files else 0
-    per_epoch, make_window = windows(split, order.seed, window_size, shuffle, chosen, worker)
+    worker = sharding.worker if by_file else 0
+    per_epoch, make_window = windows(split, order.seed, window_size, shuffle, shards, worker)
     first_epoch, first_row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
-    # A first step within the padding begins with the last window, of which only padding is left.
+    # If the first step has only padding, the stream begins in the last window, all of whose examples precede the step.
     first_number = min(first_row // window_size, per_epoch - 1)
 
-    def block(number: tf.Tensor) -> Block:
+    def compute_block(number: tf.Tensor) -> Block:
         number = tf.cast(number, tf.int64) + first_number
         epochs_done, number = number // per_epoch, number % per_epoch
         epoch, start = first_epoch + epochs_done, number * window_size
-        whole = _block(make_window(epoch, number), start, total, batch, epoch, steps * batch - total)
+        padded = _block(make_window(epoch, number), start, total, batch, epoch, steps * batch - total)
         rows_done = tf.where(tf.equal(epochs_done, 0), tf.maximum(first_row - start, 0), 0)
-        own = {name: value if name == "ranges" else value[rows_done:] for name, value in whole.items()}
-        if own_files:
-            return {**own, "position": own["position"] + worker * rows}
+        block = {name: value if name == "ranges" else value[rows_done:] for name, value in padded.items()}
+        if by_file:
+            return {**block, "position": block["position"] + worker * rows}
         if sharding.workers == 1:
-            return own
-        mine = tf.equal(own["position"] // rows, sharding.worker)
-        return {name: value if name == "ranges" else tf.boolean_mask(value, mine) for name, value in own.items()}
+            return block
+        mask = tf.equal(block["position"] // rows, sharding.worker)
+        return {name: value if name == "ranges" else tf.boolean_mask(value, mask) for name, value in block.items()}
 
-    return block
+    return compute_block
 
 
-def sequence_blocks(split: Split, chosen: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
-    """Return the number of blocks of `chosen` (increasing indices), padded to whole batches, and their function."""
-    edges = np.array([0, len(chosen)], np.int64)
-    if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them are chosen
+def sequence_blocks(split: Split, indices: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
+    """Return the number of blocks of examples, padded to whole batches, and the function that computes a block.
+
+    `indices` are the examples, int64 [n], increasing.
+    """
+    edges = np.array([0, len(indices)], np.int64)
+    if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them are read
         limits = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
-        edges = np.unique(np.searchsorted(chosen, limits)).astype(np.int64)
-    records, zero = _Records(split), tf.zeros([], tf.int64)
+        edges = np.unique(np.searchsorted(indices, limits)).astype(np.int64)
+    records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
 
-    def block(number: tf.Tensor) -> Block:
+    def compute_block(number: tf.Tensor) -> Block:
         first, last = tf.gather(tf.constant(edges), number), tf.gather(tf.constant(edges), number + 1)
-        index = tf.constant(chosen, tf.int64)[first:last]
+        index = tf.constant(indices, tf.int64)[first:last]
         ranges, offset = tf.zeros([0, 3], tf.int64), index - index[0]
         if split.shards:
-            ranges, _ = records.read(tf.constant(records.chosen, tf.int64), index[0], index[-1] + 1)
-        return _block((ranges, offset, index), first, len(chosen), batch_size, zero, -len(chosen) % batch_size)
+            ranges, _ = records.read(tf.constant(records.shards, tf.int64), index[0], index[-1] + 1)
+        return _block((ranges, offset, index), first, len(indices), batch_size, zero, -len(indices) % batch_size)
 
-    return len(edges) - 1 if len(chosen) else 0, block
+    return len(edges) - 1 if len(indices) else 0, compute_block
 
 
-Read = tuple[int, np.ndarray]  # rows of this worker in a block, int64 numbers of the shards that it reads
+Read = tuple[int, np.ndarray]  # rows of this worker in a block, and int64 [k], the numbers of the shards it reads
 
 
 def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[Read]:
-    """Compute the reads of blocks 0, 1, ... that have rows of this worker, on the host; infinite if `count` is None."""
+    """Compute on the host what blocks 0 to `count` - 1 read, for each nonempty one; infinite if `count` is None."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
     def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        made = block(number)
-        return tf.size(made["index"]), made["ranges"][:, 0]
+        columns = block(number)
+        return tf.size(columns["index"]), columns["ranges"][:, 0]
 
     for number in itertools.count() if count is None else range(count):
         with tf.device("CPU:0"):
@@ -202,10 +210,13 @@ def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Itera
 
 
 def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED) -> np.ndarray:
-    """Return the examples that this worker scores, increasing int64 indices; a fraction comes from a fixed shuffle."""
+    """Return the increasing indices, int64 [n], of the examples that this worker scores.
+
+    A `fraction` below 1 selects that fraction of the batches, always with the same examples of a random permutation.
+    """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-        shuffled = _shuffle(bits(SUBSET, tf.constant(indices))).numpy()
+        shuffled = _permutation(bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
     return np.array_split(indices, sharding.workers)[sharding.worker]

@@ -1,4 +1,7 @@
-"""Input pipelines: a stream of batches that starts at any (epoch, step) equals the uninterrupted one bit for bit."""
+"""Build the input pipelines of training and evaluation.
+
+A stream of training batches that begins at any (epoch, step) equals the uninterrupted stream bit for bit.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,67 +12,70 @@ import tensorflow as tf
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
-from trainer.data.decoding import COLUMNS, Row, block_dataset, plain
-from trainer.data.images import BatchSource, Pixels, live_rows
+from trainer.data.decoding import COLUMNS, Row, block_dataset, without_autograph
+from trainer.data.images import BatchSource, Pixels, rows_decoded_on_read
 from trainer.data.order import Block, Order, block_reads, examples_to_score, sequence_blocks, training_blocks
 from trainer.data.shard_gate import ShardGate, rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
-DEVICE_BUFFER = 2  # elements per replica in the device buffers of a strategy
+DEVICE_BUFFER = 2  # elements per replica that a tf.distribute strategy prefetches to its device
 
 
 def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Return batches of `size` rows: image, weight, index, position, epoch and label."""
+    """Return the rows of blocks 0 to `count` - 1 in batches of `size`: image, weight, index, position, epoch, label."""
     if isinstance(source, Pixels) and source.array is None:
-        batches = live_rows(source, block, count).batch(size, drop_remainder=True)
+        batches = rows_decoded_on_read(source, block, count).batch(size, drop_remainder=True)
     else:
         batches = _cached_batches(source, block_dataset(block, count), size)
     labels = tf.constant(source.split.labels, tf.int32)
-    return batches.map(plain(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
+    return batches.map(without_autograph(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
 def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Return batches out of an array, with one gather per batch."""
-    # Creating an iterator, TensorFlow allocates a second tensor of the shape of each one that a function has captured,
-    # which doubles the memory of the images. An Optional has no shape.
+    """Return batches of rows that are stored in an array, with one gather per batch."""
+    # When TensorFlow creates an iterator it allocates a second tensor of the shape of each tensor that a function has
+    # captured, which would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
         content = tf.experimental.Optional.from_value(source.tensor())
-    bad = tf.constant(sorted(source.bad), tf.int64)
+    bad_indices = tf.constant(sorted(source.bad), tf.int64)
 
-    def pick(rows: Row) -> Row:
+    def gather(rows: Row) -> Row:
         weight = rows["weight"]
         if source.bad:
-            is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad[None, :]), axis=1)
+            is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
         index = tf.where(weight > 0, rows["index"], source.split.count)
         return {**rows, "weight": weight, "image": source.rows_of(content.get_value(), index, rows["epoch"])}
 
-    rows = blocks.map(plain(lambda block: {name: block[name] for name in COLUMNS}))
-    return rows.rebatch(size, drop_remainder=True).map(plain(pick))
+    rows = blocks.map(without_autograph(lambda block: {name: block[name] for name in COLUMNS}))
+    return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
 
 
-def _finished(batches: tf.data.Dataset, threads: int | None, ahead: int) -> tf.data.Dataset:
+def _with_options(batches: tf.data.Dataset, threads: int | None, prefetched: int) -> tf.data.Dataset:
+    """Prefetch elements; fix the order and every degree of parallelism, in a private pool of `threads` if given."""
     options = tf.data.Options()
     options.deterministic = True
-    options.autotune.enabled = False  # every degree of parallelism and buffer is given
+    options.autotune.enabled = False  # all degrees of parallelism and buffer sizes are fixed
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if threads:
         options.threading.private_threadpool_size = threads
-    return batches.prefetch(ahead).with_options(options)
+    return batches.prefetch(prefetched).with_options(options)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and the gate that waits for its shards."""
+    """A dataset of batches, and the gate at which the host waits for its shards."""
 
-    dataset: tf.data.Dataset  # infinite; an element is the batch of one replica, a `trainer.types.Batch`
-    count: int | None  # global batches until only padding follows; None: training, infinite
-    gate: Callable[[], ShardGate]  # makes the gate of one iteration; call its `wait_for` before rows are taken
+    dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
+    count: (
+        int | None
+    )  # global batches before only padding follows; None for training, which has no padding after the examples
+    gate: Callable[[], ShardGate]  # makes the gate of one iteration; call its `wait_for` before taking rows
 
 
 @dataclass(frozen=True)
 class View:
-    """Augmentation as in training epoch `number`, for a pass over chosen examples."""
+    """The augmentation of training epoch `number`, for a single pass over a split."""
 
     augmentation: Augmentation
     seed: int
@@ -81,17 +87,17 @@ def training_batches(
 ) -> Batches:
     """Return the infinite stream of training batches in this order.
 
-    An epoch has `steps_per_epoch` global batches, the last one padded with weight 0. An element has batch_size /
-    workers / replicas rows; `replicas` consecutive ones are this worker's rows of a global batch. Iterate within
-    `images.data_errors`.
+    An epoch has `steps_per_epoch` global batches; the last one is padded with rows of weight 0. An element has
+    batch_size / workers / replicas rows; `replicas` consecutive elements are this worker's rows of a global batch.
+    Iterate within `images.data_errors`, so that an error names the unreadable example.
 
     Args:
-        replicas: of this worker; divides the worker's rows of a global batch.
-        augmentation: with mixup or cutmix, elements hold `other_label` and `mix` too and have an even number of rows.
-        views: epoch e augments images as epoch e % views; None: as epoch e.
+        replicas: replicas of this worker; has to divide its rows of a global batch.
+        augmentation: with mixup or cutmix, elements also hold `other_label` and `mix`, and need an even number of rows.
+        views: number of augmentations per image: epoch e repeats that of epoch e % views; None for one per epoch.
     """
 
-    @plain
+    @without_autograph
     def change(batch: Row) -> Row:
         epoch = batch.pop("epoch")
         if augmentation.active:
@@ -103,37 +109,41 @@ def training_batches(
 
     block, rows = training_blocks(source.split, order), order.rows // replicas
     parallel = source.parallel if augmentation.active else None
-    # Otherwise a strategy checks at every step, over all workers, for the end of the data.
+    # Without a known infinite cardinality, a strategy has all workers check at each step for the end of the data.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     dataset = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
     prefetched = 2 * replicas
     ahead = rows_ahead(rows, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
-    dataset = _finished(dataset, source.threads, prefetched)
+    dataset = _with_options(dataset, source.threads, prefetched)
     return Batches(dataset, None, lambda: source.gate("training", block_reads(block, None), ahead))
 
 
 def evaluation_batches(
     source: BatchSource, *, batch_size: int, replicas: int, part: float = 1.0, sharding: Sharding = UNSHARDED
 ) -> Batches:
-    """Return each example of a split once over all workers, in the order of the indices, elements as in training.
+    """Return the batches that this worker scores; together the workers have each example of the split once.
 
-    A `part` below 1 is the fraction of the batches to use, filled from a fixed shuffle: always the same examples, of
-    all classes. Each worker has consecutive examples; the count is 0 on a worker without any.
+    Each worker has consecutive examples in the order of their indices, not augmented; a worker without any has `count`
+    0. A `part` below 1 is the fraction of the batches to score: always the same examples of a random permutation.
     """
-    own = examples_to_score(source.split, batch_size, part, sharding)
-    return chosen_batches(source, own, rows=batch_size // sharding.workers, replicas=replicas)
+    indices = examples_to_score(source.split, batch_size, part, sharding)
+    return chosen_batches(source, indices, rows=batch_size // sharding.workers, replicas=replicas)
 
 
 def chosen_batches(
-    source: BatchSource, chosen: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
+    source: BatchSource, indices: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
-    """Return the examples `chosen`, increasing indices, `rows` at a time, followed by infinite padding.
+    """Return batches of the given examples, followed by infinite padding.
 
-    With a `view` images are augmented. `prefetched`: elements to prefetch; 0: 2 per replica.
+    Args:
+        indices: the examples, int64 [n], increasing.
+        rows: rows of this worker in a global batch; an element has rows / replicas of them.
+        view: the augmentation of the images; None for none.
+        prefetched: number of elements to prefetch; 0 for 2 per replica.
     """
-    count, block = sequence_blocks(source.split, chosen, rows)
+    count, block = sequence_blocks(source.split, indices, rows)
 
-    @plain
+    @without_autograph
     def change(batch: Row) -> Row:
         del batch["epoch"]
         if view is not None:
@@ -144,10 +154,10 @@ def chosen_batches(
     parallel = source.parallel if view is not None and view.augmentation.active else None
     batches = _batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
-    # Infinite, so that no strategy polls for the end of the data.
+    # Infinite, so that a strategy does not check for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
     prefetched = prefetched or 2 * replicas
     ahead = rows_ahead(rows // replicas, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
-    dataset = _finished(endless, source.threads, prefetched)
-    steps = -(-len(chosen) // rows)
-    return Batches(dataset, steps, lambda: source.gate("evaluation", block_reads(block, count), ahead))
+    dataset = _with_options(endless, source.threads, prefetched)
+    batch_count = -(-len(indices) // rows)
+    return Batches(dataset, batch_count, lambda: source.gate("evaluation", block_reads(block, count), ahead))

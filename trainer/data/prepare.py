@@ -1,4 +1,4 @@
-"""Write the dataset of a configuration as sharded TFRecords in TFDS's folder format."""
+"""Write the dataset of a configuration as sharded TFRecords in TFDS's folder format, in one or several pods."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,24 +19,31 @@ from trainer.storage.path import storage_path
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset that the configuration names into `output`; a restart continues an interrupted one.
+    """Write the dataset of a configuration to the folder `output`; a restart writes only the missing shards.
 
-    With `part` (i, n) it writes every n-th shard, from the i-th on; the part that completes them finishes the dataset.
+    With `part` (i, n), shards i, i + n, i + 2n, ... are written; the process that completes them writes the metadata.
 
     Raises:
+        ConfigError: data.group_field would overwrite a field of the records.
         DataError: the data cannot be read, an image cannot be decoded (on_error=fail), or `output` has other files.
+        Interrupted: a bucket does not respond.
     """
     field = config.data.group_field
     if field in ("image", "label") and field != config.data.label_field:
-        problem, fix = "prepared records store the image and the class under image and label", "set another field"
+        problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
     data = local_copies(config, log.info, lambda _address: health.progress())[0].data
     dataset = open_dataset(
-        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, note=log.info, all_groups=field is not None
+        data,
+        seed=config.seed,
+        cache_dir=cache_dir,
+        max_examples=limit,
+        log_message=log.info,
+        all_groups=field is not None,
     )
     splits, groups = {}, {}
-    for name, split in dataset.splits.items():  # shuffled, so that each shard holds every class
+    for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
         sources: Sequence[ImageSource] = split.files or records_of(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
@@ -44,12 +51,12 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     workers = config.runtime.data_threads or usable_cpus()
     options = WriteOptions(data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part)
     target = storage_path(output)
-    group_field = field if field != "label" else None  # every record has a label, which can also be the group
+    group_field = field if field != "label" else None  # the label is stored anyway, and can also be the group
     images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)
     with written_images(config.runtime.progress) as progress:
         entries = write_dataset(target, images, options, progress)
     if entries is None:
-        outcome = f"part {part[0] + 1} of {part[1]} is written; the part that ends last finishes the dataset"
+        outcome = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
             log.info(f"skipped {fault}")
@@ -63,17 +70,19 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod and the number of pods: JOB_COMPLETION_INDEX and WORKER_COUNT of an Indexed Job.
+    """Return the index of this pod and the number of pods, from the environment variables of an Indexed Job.
+
+    They are JOB_COMPLETION_INDEX and WORKER_COUNT, and default to 0 and 1.
 
     Raises:
-        ConfigError: one of them is no whole number, or the index is not below the number of pods.
+        ConfigError: one of them is not a whole number, or the index is not below the number of pods.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():
         if not value.strip().isdecimal():
-            raise ConfigError("is no whole number", key=key, value=value, fix="set a whole number in the manifest")
+            raise ConfigError("is not a whole number", key=key, value=value, fix="set a whole number in the manifest")
     index, pods = map(int, values.values())
-    if not 0 <= index < pods:
+    if index >= pods:
         problem, fix = f"is not in 0..{pods - 1}", "set WORKER_COUNT to the completions of the Job"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=index, fix=fix)
     return index, pods

@@ -1,4 +1,4 @@
-"""TFRecord files without TensorFlow: index, verify, read and write records.
+"""Index, verify, read and write records of TFRecord files, without TensorFlow.
 
 The format of a record (https://www.tensorflow.org/tutorials/load_data/tfrecord): uint64 length, masked CRC32C of the
 length, the payload, masked CRC32C of the payload, all little-endian. The payload is a serialized `tf.train.Example`.
@@ -7,7 +7,7 @@ length, the payload, masked CRC32C of the payload, all little-endian. The payloa
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,12 +20,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from trainer.errors import DataError
 from trainer.types import Split
 
-HEADER, FOOTER = 12, 4  # bytes around a payload
-MOST_GROUPS = 100
+HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
+MAX_GROUPS = 100  # different values of data.group_field
 
 
 class RecordAt(NamedTuple):
-    """One record of a shard: the position of its payload, and the feature that holds the encoded image."""
+    """One record of a shard: the position of its payload, and the name of the feature with the encoded image."""
 
     path: str
     number: int  # of the record in its shard, from 0
@@ -44,7 +44,7 @@ class ShardIndex:
 
     offsets: np.ndarray  # int64 [n], bytes
     lengths: np.ndarray  # int64 [n], bytes
-    fault: str | None  # the reason if the file cannot be read beyond record n - 1
+    fault: str | None  # why the file cannot be read beyond record n - 1; None if it is complete
 
     @property
     def count(self) -> int:
@@ -52,7 +52,7 @@ class ShardIndex:
 
 
 def records_of(split: Split) -> list[RecordAt]:
-    """Every record of a split, in the order of its examples."""
+    """Return the records of a split, in the order of its examples."""
     index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
     return [
         RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
@@ -61,30 +61,36 @@ def records_of(split: Split) -> list[RecordAt]:
     ]
 
 
-def masked_crc(data: bytes) -> int:
-    """CRC32C, rotated right by 15 bits, plus a constant: the form that TFRecord stores."""
+def masked_crc32c(data: bytes) -> int:
+    """Return the checksum that TFRecord stores: CRC32C, rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def frame(payload: bytes) -> bytes:
-    """The bytes of one record: a header of 12 bytes, the payload, and a footer of 4 bytes."""
+def frame_record(payload: bytes) -> bytes:
+    """Return the bytes of one record: header, payload and footer."""
     length = struct.pack("<Q", len(payload))
-    return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
+    return length + struct.pack("<I", masked_crc32c(length)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
-    """The error of a file that the operating system cannot read."""
+    """Return the error of a file that cannot be read because of an operating system error."""
     return DataError(f"{path} cannot be read: {error.strerror}", fix="check that it exists and its permissions")
 
 
-def index_shard(path: str | Path) -> ShardIndex:
-    """Walk the length headers of a TFRecord file (about a million records per second).
+def join_first(items: Sequence[str], separator: str = ", ") -> str:
+    """Join the first five items for a message, and state how many others there are."""
+    more = [f"and {len(items) - 5} more"] if len(items) > 5 else []
+    return separator.join([*items[:5], *more])
 
-    A file that is truncated, or damaged after its first header, is indexed up to there; `fault` is the reason.
+
+def index_shard(path: str | Path) -> ShardIndex:
+    """Compute the position of each record from the record headers (about a million records per second).
+
+    A file that is truncated, or damaged after its first header, is indexed up to that point; `fault` is the reason.
 
     Raises:
-        DataError: the file is missing, unreadable, compressed, or no TFRecord file.
+        DataError: the file is missing, unreadable, compressed, or not a TFRecord file.
     """
     try:
         size = os.path.getsize(path)
@@ -92,49 +98,49 @@ def index_shard(path: str | Path) -> ShardIndex:
             if size == 0:
                 return ShardIndex(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _walk(str(path), data, size)
+                return _read_headers(str(path), data, size)
     except OSError as error:
         raise unreadable(path, error) from None
 
 
-def _walk(path: str, data: mmap.mmap, size: int) -> ShardIndex:
+def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     offsets: list[int] = []
     lengths: list[int] = []
-    at, fault = 0, None
-    while at < size:
-        header = data[at : at + HEADER]
-        end = at + HEADER
-        if len(header) == HEADER:
+    start, fault = 0, None
+    while start < size:
+        header = data[start : start + HEADER_BYTES]
+        end = start + HEADER_BYTES
+        if len(header) == HEADER_BYTES:
             length, crc = struct.unpack("<QI", header)
-            if crc != masked_crc(header[:8]):
-                if at == 0:
-                    kind = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is no TFRecord file"
+            if crc != masked_crc32c(header[:8]):
+                if start == 0:
+                    kind = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
                     fix = "write its tf.train.Example records as an uncompressed TFRecord file"
                     raise DataError(f"shard {path} {kind}", fix=fix)
                 fault = f"shard {path} is damaged at the header of record {len(offsets)}"
                 break
-            end += length + FOOTER
+            end += length + FOOTER_BYTES
         if end > size:
             fault = f"shard {path} is truncated: it ends inside record {len(offsets)}, {end - size} bytes early"
             break
-        offsets.append(at + HEADER)
+        offsets.append(start + HEADER_BYTES)
         lengths.append(length)
-        at = end
+        start = end
     return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
 
 
-def examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any]]:
-    """Yield number, name and Example of these records of a shard; the Example of a damaged record is None."""
+def read_examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any]]:
+    """Yield for each of these records of a shard its number, its name, and its Example, None if it is damaged."""
     if not index.count:  # an empty file cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number in numbers:
             start = int(index.offsets[number])
             end = start + int(index.lengths[number])
-            yield number, f"record {number} of shard {path}", _parse(data[start:end], data[end : end + FOOTER])
+            yield number, f"record {number} of shard {path}", _parse(data[start:end], data[end : end + FOOTER_BYTES])
 
 
-# tensorflow/core/example/{example,feature}.proto; importing it from TensorFlow would take eight seconds per process.
+# tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
 _EXAMPLE_PROTO = """
 name: "kubetune_example.proto" package: "kubetune" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -155,14 +161,14 @@ message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MES
 
 @cache
 def example_class() -> Any:
-    """`tf.train.Example`, declared without TensorFlow."""
+    """Return the message class of `tf.train.Example`, declared without TensorFlow."""
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
 
 
 def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
-    """Serialize a `tf.train.Example` of the features `image` (bytes), `label` (int64) and `texts` by name (bytes)."""
+    """Serialize a `tf.train.Example` with the features `image`, `label`, and a bytes feature for each of `texts`."""
     example = example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
@@ -174,19 +180,19 @@ def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) 
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
-def fields_of(example: Any) -> str:
-    """The fields of an Example as text: "image (bytes), label (int64)"."""
+def describe_fields(example: Any) -> str:
+    """List the fields of an Example, such as "image (bytes), label (int64)"."""
     kinds = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
 def _parse(payload: bytes, crc: bytes) -> Any:
     """Parse the Example of a record; None if it is damaged."""
-    if struct.pack("<I", masked_crc(payload)) != crc:
+    if struct.pack("<I", masked_crc32c(payload)) != crc:
         return None
     try:
         return example_class().FromString(payload)
-    except Exception:  # protobuf's DecodeError, and whatever else damaged bytes raise
+    except Exception:  # protobuf's DecodeError, and other exceptions that damaged bytes raise
         return None
 
 
@@ -194,11 +200,12 @@ def read_image(record: RecordAt) -> bytes:
     """Read the encoded image of one record.
 
     Raises:
-        DataError: the record is damaged or has no such bytes feature.
+        DataError: the record is damaged, or its image field is not one bytes value.
+        OSError: the shard cannot be read.
     """
     with open(record.path, "rb") as file:
         file.seek(record.offset)
-        payload, crc = file.read(record.length), file.read(FOOTER)
+        payload, crc = file.read(record.length), file.read(FOOTER_BYTES)
     example = _parse(payload, crc)
     if example is None:
         raise DataError(f"{record.name} is damaged", fix="fetch or write the shard again, or set data.on_error=skip")
@@ -209,7 +216,7 @@ def read_image(record: RecordAt) -> bytes:
 
 
 def _no_image(record: str, field: str, example: Any) -> DataError:
-    problem, fix = f"{record} has no image bytes in this field", f"set one of {fields_of(example)}"
+    problem, fix = f"{record} has no image bytes in this field", f"set one of {describe_fields(example)}"
     return DataError(problem, key="data.image_field", value=field, fix=fix)
 
 
@@ -219,28 +226,29 @@ def read_labels(
     """Read the label of every record of a shard, and verify each record's checksum.
 
     Returns:
-        int32 [n], -1 for a damaged record; and one sentence per damaged record.
+        int32 [n], -1 for a damaged record; and a description of each damaged record.
 
     Raises:
-        DataError: a record has no such label, one that is no integer, or one outside 0..classes-1; or no image.
+        DataError: a record has no image field of bytes, or its label is missing, not one integer, or not below
+        `classes`.
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    for number, record, example in examples(path, index, range(index.count)):
+    for number, record, example in read_examples(path, index, range(index.count)):
         if example is None:
             faults.append(f"{record} is damaged (checksum mismatch)")
             continue
         features = example.features.feature
         values = features[label_field].int64_list.value if label_field in features else []
         if len(values) != 1:
-            problem = f"{record} has {'not one int64 in this' if label_field in features else 'no such'} field"
-            fix = f"set one of {fields_of(example)}"
+            problem = f"{record} has {'not exactly one int64 in this' if label_field in features else 'no such'} field"
+            fix = f"set one of {describe_fields(example)}"
             raise DataError(problem, key="data.label_field", value=label_field, fix=fix)
         if image_field not in features or features[image_field].WhichOneof("kind") != "bytes_list":
             raise _no_image(record, image_field, example)
         if not 0 <= values[0] < classes:
             problem = f"the label {values[0]} of {record} is outside 0..{classes - 1}"
-            fix = f"set another field, or as many class names as there are labels, not {classes}"
+            fix = f"set another field, or as many class names as there are labels instead of {classes}"
             raise DataError(problem, key="data.label_field", value=label_field, fix=fix)
         labels[number] = values[0]
     return labels, faults
@@ -250,28 +258,29 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
     """Read the value of `field` for each example of a record split, in the order of the examples.
 
     Args:
-        field: text or whole numbers, one value per record.
-        names: names of the numbers; None: the numbers are the names.
+        field: name of a feature with one text or whole number per record.
+        names: the name of each number; None to use the number as its name.
 
     Raises:
-        DataError: a record has no such value, or there are more than 100 different ones.
+        DataError: a record has no such value, or there are more than `MAX_GROUPS` different values.
     """
     groups: list[str] = []
     for shard in split.shards:
-        for _, record, example in examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
+        for _, record, example in read_examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
             value = example.features.feature.get(field)
             values: list[Any] = [*value.bytes_list.value, *value.int64_list.value] if value else []
             if len(values) != 1:
-                problem, fix = f"{record} has not one text or whole number there", f"set one of {fields_of(example)}"
+                problem = f"{record} does not have exactly one text or whole number in this field"
+                fix = f"set one of {describe_fields(example)}"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             if names is not None and isinstance(values[0], int) and not 0 <= values[0] < len(names):
                 problem, fix = f"{record} holds {values[0]}, but there are {len(names)} names", "set another field"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             groups.append(_group_name(values[0], names))
     different = set(groups)
-    if len(different) > MOST_GROUPS:
+    if len(different) > MAX_GROUPS:
         count = f"{len(different):,} different values among the {split.count:,} {split.name} examples"
-        problem, fix = f"{count}, such as {min(different)!r}", f"set a field of at most {MOST_GROUPS} different values"
+        problem, fix = f"{count}, such as {min(different)!r}", f"set a field of at most {MAX_GROUPS} different values"
         raise DataError(problem, key="data.group_field", value=field, fix=fix)
     return tuple(groups)
 

@@ -1,10 +1,11 @@
-"""Local copies of the data and weights that a configuration names in buckets."""
+"""Copy the data and weights that a configuration names in buckets to the local disk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
-from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, manifest_of
+from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
 from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
@@ -13,11 +14,12 @@ from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, s
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Resolve the addresses of the data, for a run and for its plan.
+    """Resolve where the data of a run is stored.
 
     Returns:
-        `data`, with data.root set to the folder of a dataset that is named in a bucket; and the bucket folder whose
-        shards may be fetched while they are used, None with data.group_field: groups are stored in the records only.
+        `data`, in which data.root replaces data.name and data.data_dir if that is in a bucket; and the bucket folder
+        whose shards may be fetched while they are used. The folder is None for local data, for sources other than tfds,
+        and with data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
         folder = prepared_folder(str(data.data_dir), data.name)
@@ -27,51 +29,53 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
 
 
 def local_copies(
-    config: RequestedConfig, note: Note, check: Callable[[str], None], stream: bool = False
+    config: RequestedConfig, log_message: Note, check: Callable[[str], None], stream: bool = False
 ) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """Copy the data and weights of a configuration from buckets to the local disk.
 
     Args:
+        log_message: logs one line before slow work.
         check: called with an address while it is copied; may raise to stop.
-        stream: leave the shards of a prepared dataset in the bucket, if `resolve_addresses` allows it.
+        stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
 
     Returns:
         The configuration with local paths; the address of each local path; and the cache that fetches the shards
-        while they are read, None if all is copied.
+        while they are read, None if everything is copied.
 
     Raises:
-        DataError, Interrupted: as `trainer.storage.staging.stage`; or a shard differs from the manifest.
+        DataError: an address is missing, exceeds the disk budget, or has a shard that differs from its manifest.
+        Interrupted: a bucket does not respond.
     """
     runtime = config.runtime
     addresses: dict[str, str] = {}
 
-    def local(address: str | None) -> str | None:
+    def copy_of(address: str | None) -> str | None:
         if not address or not is_remote(address):
             return address
-        path = stage(address, runtime.cache_folder, runtime.disk_budget, note, lambda: check(address))
+        path = stage(address, runtime.cache_folder, runtime.disk_budget, log_message, partial(check, address))
         addresses[path] = address.rstrip("/")
         return path
 
     data, address = resolve_addresses(config.data)
-    shards = _open_shards(address, runtime, note, check) if stream and address else None
+    shards = _open_shards(address, runtime, log_message, check) if stream and address else None
     if address and shards:
         addresses[str(shards.folder)] = address
         data = data.model_copy(update={"root": str(shards.folder)})
-    data = data.model_copy(update={key: local(getattr(data, key)) for key in ("root", "pattern")})
-    model = config.model.model_copy(update={"weights": local(config.model.weights)})
+    data = data.model_copy(update={key: copy_of(getattr(data, key)) for key in ("root", "pattern")})
+    model = config.model.model_copy(update={"weights": copy_of(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A bucket folder that `python -m trainer.prepare` wrote: its shards, and its other files, by name."""
+    """A bucket folder that `python -m trainer.prepare` wrote: its shards and its metadata files by name."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
 
 
 def prepared_at(address: str) -> Prepared | None:
-    """The prepared dataset in a bucket folder; None if the folder has no labels file.
+    """Return the prepared dataset in a bucket folder; None if its manifest, labels or dataset_info.json is missing.
 
     Raises:
         DataError: a shard is missing, or differs from the manifest.
@@ -79,7 +83,7 @@ def prepared_at(address: str) -> Prepared | None:
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= files.keys():
         return None
-    manifest = manifest_of(files[MANIFEST].path.read())
+    manifest = parse_manifest(files[MANIFEST].path.read())
     for shard in manifest.values():
         info = files.get(shard.file)
         if info is None:
@@ -90,20 +94,22 @@ def prepared_at(address: str) -> Prepared | None:
     return Prepared({name: files[name] for name in manifest}, metadata)
 
 
-def _open_shards(address: str, runtime: Runtime, note: Note, check: Callable[[str], None]) -> ShardCache | None:
-    """A cache of the shards of a prepared folder, after its metadata is fetched; None if it has no labels file."""
+def _open_shards(address: str, runtime: Runtime, log_message: Note, check: Callable[[str], None]) -> ShardCache | None:
+    """Fetch the metadata of a prepared folder, and return the cache that fetches its shards; None if not prepared."""
     prepared = prepared_at(address)
     if prepared is None:
         return None
     budget, metadata = runtime.disk_budget, prepared.metadata
-    shards = ShardCache(address, prepared.shards, runtime.cache_folder, budget, note, lambda: check(address), metadata)
-    fetch_missing(address, metadata, shards.folder, note, lambda: check(address))
-    note(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
+    check_address = partial(check, address)
+    shards = ShardCache(address, prepared.shards, runtime.cache_folder, budget, log_message, check_address, metadata)
+    fetch_missing(address, metadata, shards.folder, log_message, check_address)
+    log_message(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
     return shards
 
 
 def describe_shards(prepared: Prepared, budget: int) -> str:
-    """Number and size of the shards that are fetched while they are used, as text."""
+    """Describe the number and size of the shards, and the size of the disk cache that they are fetched to."""
     size = sum(info.size for info in prepared.shards.values())
     count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
-    return f"{count}, {size / 1e6:,.1f} MB, come while they are used, {min(size, budget) / 1e6:,.1f} MB at a time"
+    at_most = f"{min(size, budget) / 1e6:,.1f} MB at a time"
+    return f"{count}, {size / 1e6:,.1f} MB, are fetched while they are used, {at_most}"

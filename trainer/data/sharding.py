@@ -1,4 +1,4 @@
-"""Sharding of the training data over the workers of a run, by record or by file, and the steps of an epoch."""
+"""Shard the training data over the workers of a run, by record or by file, and compute the steps of an epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from trainer.errors import ConfigError
 from trainer.types import Split
 
 By = Literal["record", "file"]
-Facts = Mapping[str, Any]  # of a `ShardingPlan`
+CheckpointState = Mapping[str, Any]  # by, workers and steps_per_epoch of a `ShardingPlan`; empty for a new run
 
 
 @dataclass(frozen=True)
 class Sharding:
     """The subset of the training split that one worker reads.
 
-    By record: the global batches are those of a run on one worker, and each worker takes its rows of each of them. By
-    file: each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them; no
-    record is read twice, but records are shuffled only among the shards of one worker.
+    By record, the global batches are those of a run on one worker, and each worker takes its rows of each of them. By
+    file, each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them:
+    each record is read by one worker only, but records are shuffled only within the shards of a worker.
     """
 
     worker: int = 0
@@ -27,7 +27,8 @@ class Sharding:
     by: By = "record"
 
     @property
-    def own_files(self) -> bool:
+    def by_file(self) -> bool:
+        """True if each of several workers reads only its own shards."""
         return self.by == "file" and self.workers > 1
 
 
@@ -40,7 +41,7 @@ def shard_sizes(split: Split) -> np.ndarray:
 
 
 def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
-    """Return increasing int64 shard numbers per worker, balanced by the longest-processing-time rule (Graham 1969)."""
+    """Return increasing shard numbers per worker, int64, balanced by longest-processing-time-first (Graham 1969)."""
     sizes = shard_sizes(split)
     loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
@@ -50,24 +51,24 @@ def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
 
 
 def own_examples(split: Split, sharding: Sharding) -> np.ndarray:
-    """Return the training examples that a worker may read in an epoch, increasing int64 indices; by record all."""
-    if not sharding.own_files:
+    """Return the increasing indices, int64 [n], of the training examples that a worker may read; by record all."""
+    if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
-    own, sizes = shards_of_workers(split, sharding.workers)[sharding.worker], shard_sizes(split)
-    return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), own))
+    shards, sizes = shards_of_workers(split, sharding.workers)[sharding.worker], shard_sizes(split)
+    return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), shards))
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Return the global batches per epoch, the last one padded; by file those of the worker with most records."""
-    if sharding.own_files:
+    """Return the global batches per epoch, the last one padded; by file, as many as the largest worker needs."""
+    if sharding.by_file:
         sizes, rows = shard_sizes(split), batch_size // sharding.workers
-        return max(-(-int(sizes[own].sum()) // rows) for own in shards_of_workers(split, sharding.workers))
+        return max(-(-int(sizes[shards].sum()) // rows) for shards in shards_of_workers(split, sharding.workers))
     return -(-split.count // batch_size)
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Sharding of the training split over all workers, with its reason."""
+    """Sharding of the training split over all workers, and the reason for it."""
 
     by: By
     workers: int
@@ -75,20 +76,21 @@ class ShardingPlan:
     reason: str
 
     def of_worker(self, worker: int) -> Sharding:
+        """Return the sharding of one worker."""
         return Sharding(worker, self.workers, self.by)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The entries of a checkpoint that `check_resumable` compares."""
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The content of a checkpoint with which `check_resumable` compares the plan of a later start."""
         return {"by": self.by, "workers": self.workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """Return the log line of a worker."""
+        """Return the log line about the records of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        own, sizes = shards_of_workers(split, self.workers)[worker], shard_sizes(split)
+        shards, sizes = shards_of_workers(split, self.workers)[worker], shard_sizes(split)
         paths = [shard.path for shard in split.shards]  # a split may use several ranges of a file
-        files, records = len({paths[shard] for shard in own}), sizes[own].sum()
+        files, records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
             f"sharding: by file ({self.reason}); worker {worker} has {files} of {len(set(paths))} shards with "
             f"{records:,} of {sizes.sum():,} records"
@@ -96,43 +98,54 @@ class ShardingPlan:
 
 
 def plan_sharding(
-    shard_by: By | Literal["auto"], split: Split, workers: int, batch_size: int, image_cache: str, before: Facts
+    shard_by: By | Literal["auto"],
+    split: Split,
+    workers: int,
+    batch_size: int,
+    image_cache: str,
+    checkpoint: CheckpointState,
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 
-    By file requires at least one shard per worker. `auto` uses the sharding of the run's checkpoint, `before` (empty
-    for a new run). A new run is sharded by file if `image_cache` (memory | disk | none; `features`: images are read
-    once) is none, so that each record is read and decoded by one worker only.
+    Sharding by file requires at least one shard per worker. "auto" continues with the sharding of the checkpoint; a new
+    run is sharded by file if decoded images are not cached, so that each record is read and decoded by one worker only.
+
+    Args:
+        image_cache: where decoded images are cached, "memory", "disk" or "none"; "features" if training reads images
+            only once, to compute features.
+        checkpoint: the sharding of the checkpoint.
     """
     by: By = "record"
     if workers > 1 and len(split.shards) >= workers:
-        by = before.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
+        by = checkpoint.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
     if shard_by == by:
         reason = "data.shard_by"
+    elif workers == 1:
+        reason = "there is one worker"
     elif not split.shards:
         reason = "image files have no shards"
     elif len(split.shards) < workers:
         reason = f"{len(split.shards)} shards are too few for {workers} workers"
+    elif checkpoint.get("by"):
+        reason = "as in the checkpoint"
     elif image_cache == "features":
-        reason = "chosen since features are cached"
+        reason = "features are cached"
     else:
-        reason = f"chosen since {'no decoded' if image_cache == 'none' else 'decoded'} images are cached"
+        reason = f"{'no decoded' if image_cache == 'none' else 'decoded'} images are cached"
     return ShardingPlan(by, workers, steps_per_epoch(split, batch_size, Sharding(0, workers, by)), reason)
 
 
-def check_resumable(plan: ShardingPlan, before: dict[str, Any], epoch_step: int) -> None:
-    """Raise a ConfigError if a checkpoint cannot resume with this plan.
+def check_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
+    """Raise a ConfigError if a run cannot resume from a checkpoint with this plan.
 
-    `before`: its `ShardingPlan.facts`, empty for a new run; `epoch_step`: steps that it has taken of its epoch.
+    Sharding by file can change only between epochs, and only if the steps per epoch stay the same. `epoch_step` is the
+    number of steps of the current epoch in the checkpoint.
     """
-    now = plan.facts
-    if not before or before == now or "file" not in (plan.by, before["by"]):
+    if not checkpoint or checkpoint == plan.checkpoint_state or "file" not in (plan.by, checkpoint["by"]):
         return
-    is_longer = before["steps_per_epoch"] != now["steps_per_epoch"]
-    if epoch_step or is_longer:
-        why = "other steps per epoch" if is_longer else f"the checkpoint is {epoch_step} steps into an epoch"
-        raise ConfigError(
-            f"cannot resume with another sharding: the checkpoint used {before['by']} on {before['workers']} workers, "
-            f"this start uses {plan.by} on {plan.workers} ({why})",
-            fix=f"resume with {before['workers']} workers",
-        )
+    steps_differ = checkpoint["steps_per_epoch"] != plan.steps_per_epoch
+    if epoch_step or steps_differ:
+        why = "the steps per epoch differ" if steps_differ else f"the checkpoint is {epoch_step} steps into an epoch"
+        used = f"the checkpoint used {checkpoint['by']} on {checkpoint['workers']} workers"
+        problem = f"cannot resume with another sharding: {used}, this start uses {plan.by} on {plan.workers} ({why})"
+        raise ConfigError(problem, fix=f"resume with {checkpoint['workers']} workers")

@@ -1,4 +1,4 @@
-"""Datasets that TFDS prepared: by name, or the folder of one version."""
+"""Open datasets in TFDS's format, by name or from the folder of one version."""
 
 import difflib
 import os
@@ -17,57 +17,64 @@ from trainer.storage.shard_cache import Note
 from trainer.types import Shard, Split
 
 
-def open_tfds(data: Data, cache_dir: Path, note: Note, streamed: bool = False) -> RawData:
-    """Resolve split strings to record ranges and read their labels.
+def open_tfds(data: Data, cache_dir: Path, log_message: Note, streamed: bool = False) -> RawData:
+    """Open the dataset of data.root or data.name, and read the labels of its splits.
 
-    If validation_split is null, validation is the dataset's own split, else the last validation_fraction of the
-    training records (one range, so that every pass reads only what it needs), else, if a class is missing there as in
-    records sorted by class, a stratified draw by split_seed. The same holds for test.
+    If data.validation_split is null, the dataset's split "validation" is used. If it has none, the last
+    data.validation_fraction of the training records becomes the validation split, or a stratified random sample of them
+    if a class is absent there, as in records that are sorted by class. The same applies to the test split.
+
+    Args:
+        log_message: logs one line before slow work.
+        streamed: the folder has only manifest and labels; its shards are fetched later.
 
     Raises:
-        DataError: the dataset is missing, not in TFRecords, or has no such split, image or label.
+        DataError: the dataset is missing, damaged or not stored as TFRecords, has no such split or field, or train has
+            records in common with another split.
     """
-    info = (_folder(os.path.expanduser(data.root)) if data.root else _named(data)).info
-    kind = info.file_format.value if info.file_format else "tfrecord"
-    if kind != "tfrecord":
-        raise DataError(f"{info.name} is stored as {kind}", fix="prepare it with file_format=tfrecord")
+    info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
+    file_format = info.file_format.value if info.file_format else "tfrecord"
+    if file_format != "tfrecord":
+        raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs = split_specs(data, info.splits)
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
-    source = RecordSource(data, len(class_names), cache_dir, note, streamed)
+    source = RecordSource(data, len(class_names), cache_dir, log_message, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
-    labels, facts, skipped = read_shards(paths, source)
+    labels, identities, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}
     notes = _check_overlaps(splits, specs)
     if fractions := missing_fractions(data, splits):
-        carved, reasons = carve(splits["train"], fractions, data.split_seed)
-        splits |= carved
-        notes += reasons
-    return RawData(info.name, class_names, splits, facts, skipped, notes, group_names)
+        new_splits, new_notes = carve(splits["train"], fractions, data.split_seed)
+        splits |= new_splits
+        notes += new_notes
+    return RawData(info.name, class_names, splits, identities, skipped, notes, group_names)
 
 
-def split_specs(data: Data, own: Container[str]) -> dict[str, str]:
-    """Split strings by split; a null one means the dataset's own split of that name, if `own` has it."""
+def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
+    """Return the TFDS split string of each split; one that is null is the split of that name, if it is `existing`."""
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
-    return {name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in own}
+    return {
+        name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
+    }
 
 
 def missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
-    """Fractions of the training records that become the splits which are not in `splits`."""
+    """Return the fraction of the training records for each split that is not in `splits`, if it is above 0."""
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
 
 
-def _folder(root: str) -> Any:
+def _open_folder(root: str) -> Any:
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        below = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
-        fix = f"set data.root={below[0].parent}" if below else "write one with python -m trainer.prepare"
-        raise DataError("holds no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
+        nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        fix = f"set data.root={nested[0].parent}" if nested else "write one with python -m trainer.prepare"
+        raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
-    except Exception as error:  # TFDS raises what its JSON and protocol readers raise
+    except Exception as error:  # including those of TFDS's JSON and protobuf parsers
         problem = f"TFDS cannot read this folder: {_first_line(error)}"
         raise DataError(problem, key="data.root", value=root, fix="prepare the dataset again") from None
 
@@ -76,7 +83,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _named(data: Data) -> Any:
+def _open_by_name(data: Data) -> Any:
     import tensorflow_datasets as tfds
 
     assert data.name
@@ -85,10 +92,10 @@ def _named(data: Data) -> Any:
     try:
         builder = tfds.builder(data.name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)  # listing the others takes the network
-        close = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], known, 1)
+        builders = tfds.list_builders(with_community_datasets=False)  # listing community datasets requires the network
+        close = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], builders, 1)
         fix = f"set data.name={close[0]}" if close else "set a name that TFDS lists, or data.data_dir to its folder"
-        problem = f"no dataset of TFDS has this name, and none is prepared in {prepared_in}"
+        problem = f"TFDS has no dataset of this name, and none is prepared in {prepared_in}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
         problem, fix = f"TFDS cannot open it: {_first_line(error)}", "set a version and config that TFDS lists"
@@ -101,33 +108,36 @@ def _named(data: Data) -> Any:
     try:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
-    except Exception as error:  # network, checksum, missing extra packages, disk: all end here
+    except Exception as error:  # network, checksums, missing packages or disk space
         problem = f"TFDS cannot download and prepare it: {_first_line(error)}"
-        fix = "prepare it with TFDS elsewhere, and set data.data_dir to its folder"
+        fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 
 
 def _class_names(info: Any, data: Data) -> tuple[str, ...]:
+    """Return the class names, after checking that the image and label fields have suitable types."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
-    shown = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
+    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
     required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
     for kind, name, expected in required:
         feature = features.get(name)
-        named = kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar)
-        if isinstance(feature, expected) or named:
+        named_scalar = kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar)
+        if isinstance(feature, expected) or named_scalar:
             continue
-        fitting = [n for n, f in features.items() if isinstance(f, expected)]
-        fix = f"set data.{kind}_field={fitting[0]}" if fitting else f"use a dataset with a feature {expected.__name__}"
-        problem = f"{info.name} has no {expected.__name__} of this name; it has {shown}"
+        suitable = [n for n, f in features.items() if isinstance(f, expected)]
+        fix = (
+            f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {expected.__name__}"
+        )
+        problem = f"{info.name} has no {expected.__name__} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     return data.class_names or tuple(features[data.label_field].names)
 
 
 def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
-    """Names of the values of data.group_field, if the feature has some."""
+    """Return the names of the values 0, 1, ... of data.group_field; None if they have no names."""
     if not data.group_field:
         return None
     features = dict(info.features)
@@ -141,16 +151,16 @@ def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
-    """Resolve "train[:80%]" to the ranges of its shards, by TFDS's own rules.
+    """Resolve a split string such as "train[:80%]" to ranges of shards with TFDS; `name` is the configured split.
 
     Raises:
         DataError: the dataset has no such split, or it is empty.
     """
-    known = ", ".join(f"{split} ({facts.num_examples})" for split, facts in info.splits.items())
-    key, fix = f"data.{name}_split", f"set a split string over {known}"
+    existing = ", ".join(f"{split} ({split_info.num_examples})" for split, split_info in info.splits.items())
+    key, fix = f"data.{name}_split", f"set a split string over {existing}"
     try:
         instructions = info.splits[spec].file_instructions
-    except Exception as error:  # KeyError, ValueError and AssertionError, by the kind of mistake
+    except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
         raise DataError(f"{info.name} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     if not shards:
@@ -159,42 +169,46 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
+    """Refuse records that are both in train and in another split; return a note on those in validation and test."""
     for name in ("validation", "test"):
         if name in splits and (common := overlap(splits["train"], splits[name])):
             problem = f"has {common} examples in common with data.train_split={specs['train']}"
-            fix = "set a split that is not trained on"
+            fix = "set a split without training examples"
             raise DataError(problem, key=f"data.{name}_split", value=specs[name], fix=fix)
     if "validation" in splits and "test" in splits and (common := overlap(splits["validation"], splits["test"])):
-        return [f"validation and test have {common} examples in common: the test score also chose the checkpoint"]
+        return [f"validation and test have {common} examples in common: the checkpoint is selected on test examples"]
     return []
 
 
 def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Divide the training records: the new splits are their tail, or a stratified draw if the tail is no fair sample.
+    """Move fractions of the training records to new splits.
+
+    The new splits are the last records, so that each split is one range of them; or a stratified random sample, if a
+    class is absent from the last records or from those that are left for training.
 
     Returns:
-        The new splits and what is left of `train`; and notes.
+        The new splits and the reduced train split; and notes.
     """
     count, sizes = train.count, split_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut the splits off the end of an order of the records, each as ascending positions."""
+        """Cut the new splits off the end of an order of the records; return ascending positions for each split."""
         stop, cuts = count, {}
         for name in reversed(fractions):
             cuts[name] = np.sort(order[stop - sizes[name] : stop])
             stop -= sizes[name]
         return cuts | {"train": np.sort(order[:stop])}
 
-    def is_unfair(name: str, positions: np.ndarray) -> bool:
-        """True if a class is absent that a fair sample lacks once in twenty draws (three expected examples or more)."""
+    def lacks_a_class(name: str, positions: np.ndarray) -> bool:
+        """Return whether train lacks a class, or a new split one that a random sample lacks in at most 5 % of cases."""
         absent = np.bincount(train.labels[positions], minlength=len(classes)) == 0
         expected = classes * len(positions) / count
         return bool((absent & ((expected >= 3) | ((name == "train") & (classes > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
-    if any(is_unfair(name, positions) for name, positions in cuts.items()):
-        rank = (class_rank(train.labels, seed) + 0.5) / classes[train.labels]  # in 0..1 within each class
+    if any(lacks_a_class(name, positions) for name, positions in cuts.items()):
+        rank = (class_rank(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
         cuts = cut(np.argsort(rank, kind="stable"))
         notes.append(
             f"the tail of the training records lacks classes (they are sorted), so {' and '.join(fractions)} "

@@ -1,4 +1,4 @@
-"""Write a dataset in TFDS's folder format, on a local disk or in a bucket: shards first, metadata last."""
+"""Write a folder in TFDS's format, local or in a bucket, shards first and metadata last; read its manifest."""
 
 import io
 import json
@@ -18,73 +18,81 @@ from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo, StoragePath
 
 MANIFEST = "kubetune_shards.json"
-LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard, so that no shard is read for its labels
-INFO = "dataset_info.json"  # makes a folder a dataset: written last
+LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard; makes reading shards for labels unnecessary
+INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
 METADATA = (INFO, "features.json", "label.labels.txt")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A finished shard: one entry of the manifest."""
+    """A finished shard: an entry of the manifest, and until that is written the content of the shard's sidecar file."""
 
     file: str
-    count: int
+    count: int  # records
     bytes: int
-    crc32c: str  # hex, of the whole file
-    made_of: str  # hash of its source images (by name, size and time) and labels
-    skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
+    crc32c: str  # of the file, 8 hex digits
+    made_of: str  # hash of the class names, source images (name, size and time, or content), labels and texts
+    skipped: tuple[str, ...] = ()  # images that could not be read or decoded, with the reason
     missing: tuple[int, ...] = ()  # their positions among the source images
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the entry of a JSON object; unknown or absent keys raise TypeError or KeyError."""
         lists = {"skipped": tuple(value["skipped"]), "missing": tuple(value.get("missing", ()))}
         return cls(**{**value, **lists})
 
     @property
-    def facts(self) -> str:
-        """Name, bytes and checksum, for the fingerprint of a dataset."""
+    def identity(self) -> str:
+        """Name, size and checksum, for the fingerprint of a dataset."""
         return f"{self.file} {self.bytes} {self.crc32c}"
 
 
 class DatasetFolder:
-    """A dataset that is being written: finished shards are visible, each with a small record until the manifest."""
+    """A dataset that is being written.
+
+    A finished shard gets its final name, and a sidecar file `.NAME.json` with its `ShardEntry` until the dataset is
+    complete.
+    """
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
+        """For a bucket, unfinished shards are written in `scratch`, which defaults to a new temporary folder."""
         local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
-        self.folder, self.scratch = folder, local  # shards are written in scratch before they are visible
+        self.folder, self.scratch = folder, local
 
-    def make_room(self, expected: set[str]) -> None:
-        """Create the folder.
+    def create(self, shards: set[str]) -> None:
+        """Create the folder, if it does not exist; `shards` are the file names of the dataset's shards.
 
         Raises:
-            DataError: it holds anything but an earlier start of the same dataset, or cannot be written to.
+            DataError: it has files of another dataset, or is not writable.
         """
-        known = {MANIFEST, LABELS, *METADATA} | expected
-        ours = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*expected, LABELS, *METADATA)))
-        fix = "set an empty folder, or one where the same dataset was begun"
+        names = {MANIFEST, LABELS, *METADATA} | shards
+        temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
+        fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             files = self.scratch.iterdir() if self.folder.is_local else [info.path for info in self._files()]
-            others = sorted(file.name for file in files if file.name not in known and not file.name.startswith(ours))
+            others = sorted(
+                file.name for file in files if file.name not in names and not file.name.startswith(temporary)
+            )
         except OSError as error:
             problem = f"cannot be written to ({error.strerror})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix) from None
         if others:
-            problem = f"holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+            problem = f"has other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def entries(self) -> dict[str, ShardEntry]:
-        """The shards that were written before, by file name."""
+        """Return the entries of the shards that earlier starts or other pods have written, by file name."""
         files = {info.path.name: info.path for info in self._files()}
         values = json.loads(files[MANIFEST].read_text()) if MANIFEST in files else []
-        values += [json.loads(path.read_text()) for name, path in files.items() if _is_record(name)]
+        values += [json.loads(path.read_text()) for name, path in files.items() if _is_sidecar(name)]
         return {entry.file: entry for entry in map(ShardEntry.from_json, values)}
 
     def _files(self) -> list[ObjectInfo]:
         return self.folder.list(recursive=False)
 
     def holds(self, entry: ShardEntry) -> bool:
-        """Return whether the shard exists, with the size and checksum of its record."""
+        """Return whether the shard exists with the size and checksum of its entry."""
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
@@ -92,7 +100,7 @@ class DatasetFolder:
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
-        """Make a written shard visible, then its record."""
+        """Move a finished shard to its final name, then write its sidecar file."""
         if self.folder.is_local:
             os.replace(temporary, self.scratch / entry.file)
         else:
@@ -108,7 +116,12 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_field: str | None = None,
     ) -> None:
-        """Write manifest, labels of each shard by file name, and metadata. Several processes write the same bytes."""
+        """Write manifest, labels and metadata, then delete the sidecar files; several pods may do so.
+
+        Args:
+            labels: int32 [records] by file name of the shard.
+            text_field: name of an additional text feature of the records.
+        """
         import tensorflow_datasets as tfds
 
         features: dict[str, Any] = {
@@ -121,7 +134,7 @@ class DatasetFolder:
         np.savez_compressed(arrays, **labels)  # type: ignore[arg-type]
         (self.folder / LABELS).write(arrays.getvalue())
         with tempfile.TemporaryDirectory() as local:
-            for entry in manifest:  # TFDS checks only that shards of these names exist
+            for entry in manifest:  # TFDS only checks that files of these names exist
                 Path(local, str(entry["file"])).touch()
             template = tfds.core.ShardedFileTemplate(data_dir=local, dataset_name=name, filetype_suffix="tfrecord")
             infos = []
@@ -139,35 +152,35 @@ class DatasetFolder:
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
         for info in self._files():
-            if _is_record(info.path.name):
+            if _is_sidecar(info.path.name):
                 info.path.delete()
         if self.folder.is_local:
             for unfinished in self.scratch.glob(".*.tmp"):
                 unfinished.unlink()
 
 
-def manifest_of(content: bytes | str) -> dict[str, ShardEntry]:
-    """The shards of a manifest by file name; empty if it is no manifest."""
+def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
+    """Return the entries of a manifest by file name; empty if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
     except (ValueError, KeyError, TypeError):
         return {}
 
 
-def known_shards(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
-    """Entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
+def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
+    """Return the entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
 
-    Both are empty if the manifest or the labels file is missing or they contradict: the shards have to be read then.
+    Both are empty if manifest or labels file are missing, damaged or inconsistent; then the shards have to be read.
     """
     try:
-        entries, labels = manifest_of((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
+        entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
     except (OSError, ValueError, zipfile.BadZipFile):
         return {}, {}
-    fit = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
-    return (entries, labels) if fit else ({}, {})
+    consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
+    return (entries, labels) if consistent else ({}, {})
 
 
-def _is_record(name: str) -> bool:
+def _is_sidecar(name: str) -> bool:
     return name.startswith(".") and name.endswith(".json")
 
 

@@ -1,4 +1,7 @@
-"""Write labelled images as sharded TFRecords in TFDS's folder format. Importing it does not import TensorFlow."""
+"""Write labelled images as sharded TFRecords in TFDS's folder format, in several processes.
+
+It does not import TensorFlow, which would take seconds in each process.
+"""
 
 import hashlib
 import io
@@ -19,7 +22,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from trainer.data.records import RecordAt, frame, read_image, serialize, unreadable
+from trainer.data.records import RecordAt, frame_record, join_first, read_image, serialize, unreadable
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import INTERRUPTED, DataError
 from trainer.storage.base import StoragePath
@@ -27,33 +30,33 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import origin
 
 ImageSource = str | Path | bytes | RecordAt
-SHARD_BYTES = 100 * 2**20  # size of a shard if the number of shards is not given
+SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A dataset to write: for each split (image, label) pairs in the order of the records; empty splits are omitted."""
+    """A dataset to write; splits have (image, label) pairs in the order of their records, empty splits are omitted."""
 
     name: str
     class_names: Sequence[str]
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
-    group_field: str | None = None  # one more text field of the records
-    groups: Mapping[str, Sequence[str]] | None = None  # its values by split, in the order of the examples
+    group_field: str | None = None  # name of an additional text field of the records
+    groups: Mapping[str, Sequence[str]] | None = None  # by split, its value for each example
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """Options of `write_dataset`."""
 
-    shards: int | None = None  # of the largest split, the others get shards of the same size; None: one per 100 MB
-    workers: int = 1  # processes; 1 writes in this one
-    verify: bool = True  # decode every image with Pillow first
-    on_error: str = "fail"  # fail | skip: leave out images that cannot be decoded
-    scratch: Path | None = None  # where shards for a bucket are written before they are uploaded
-    part: tuple[int, int] = (0, 1)  # (i, n): write every n-th shard from the i-th on
+    shards: int | None = None  # of the largest split, other splits get shards of its size; None: of `SHARD_BYTES`
+    workers: int = 1  # number of processes; with 1 this process writes
+    verify: bool = True  # decode each image with Pillow before it is written
+    on_error: str = "fail"  # fail | skip, for images that cannot be read or decoded
+    scratch: Path | None = None  # local folder in which shards are written before they are uploaded to a bucket
+    part: tuple[int, int] = (0, 1)  # (i, n): write shards i, i + n, i + 2n, ...
 
 
-USUAL = WriteOptions()
+DEFAULT_OPTIONS = WriteOptions()
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ class ShardJob:
     split: str
     file: str
     examples: list[tuple[ImageSource, int]]
-    texts: list[dict[str, str]]  # by example, then by field
-    made_of: str
+    texts: list[dict[str, str]]  # additional text fields of each example
+    made_of: str  # as in `ShardEntry`
     verify: bool
 
     def fits(self, entry: ShardEntry) -> bool:
-        """Return whether the entry is of a shard that was written from the same images."""
+        """Return whether the shard of this entry was written from the same images, labels and texts."""
         return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
@@ -85,13 +88,14 @@ def _size_of(source: ImageSource) -> int:
 
 
 def _identity(source: ImageSource) -> str:
+    """Return a text that changes when the image changes: hash of the bytes, address in a bucket, or size and time."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     path = source.path if isinstance(source, RecordAt) else source
-    if address := origin(path):  # local copies of other pods have other paths and times
+    if address := origin(path):  # in other pods, the local copy has another path and time
         return f"{address} {source.number}" if isinstance(source, RecordAt) else address
-    facts = os.stat(path)
-    return f"{_name_of(source)} {facts.st_size} {facts.st_mtime_ns}"
+    status = os.stat(path)
+    return f"{_name_of(source)} {status.st_size} {status.st_mtime_ns}"
 
 
 def _read(source: ImageSource) -> bytes:
@@ -101,35 +105,36 @@ def _read(source: ImageSource) -> bytes:
 
 
 def as_stored(data: bytes) -> bytes:
-    """Return the bytes that a record stores: JPEG and PNG unchanged, the first frame of any other image as PNG.
+    """Verify an encoded image, and return it as records store it: JPEG and PNG unchanged, others as PNG (first frame).
 
     Raises:
-        ValueError: Pillow cannot decode all of the image; the message is the reason.
+        ValueError: Pillow cannot decode the image completely; the message is the reason.
     """
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and unusual metadata
+            warnings.simplefilter("ignore")  # about large images and unusual metadata
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                if image.format in ("JPEG", "MPO", "PNG"):  # MPO: a camera's JPEG with a preview after it
+                if image.format in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG of a camera, followed by further images
                     return data
                 mode = {"1": "L", "L": "L", "RGBA": "RGBA"}.get(image.mode, "RGB")
                 out = io.BytesIO()
                 (image if image.mode == mode else image.convert(mode)).save(out, "PNG")
                 return out.getvalue()
-    except Exception as error:  # damaged bytes raise anything from struct.error to zlib.error
-        raise ValueError(str(error) if "BytesIO" not in str(error) else "not an image that Pillow knows") from None
+    except Exception as error:  # damaged bytes raise many types, such as struct.error and zlib.error
+        raise ValueError(str(error) if "BytesIO" not in str(error) else "not an image format of Pillow") from None
 
 
-_done: Any = None  # the count of images done, shared by all writing processes
+_images_done: Any = None  # counter of all writing processes, a multiprocessing.Value
 
 
 def _start_worker(counter: Any) -> None:
-    global _done
-    _done = counter
-    if parent := multiprocessing.parent_process():  # if that is killed, nothing else ends this process
+    """Set the shared counter of a writing process, and end the process when its parent ends, even if that is killed."""
+    global _images_done
+    _images_done = counter
+    if parent := multiprocessing.parent_process():
 
         def end_with_parent() -> None:
             parent.join()
@@ -139,7 +144,7 @@ def _start_worker(counter: Any) -> None:
 
 
 def _write_shard(job: ShardJob, folder: Path) -> tuple[Path, ShardEntry]:
-    """Write one shard to a temporary file that no other process uses."""
+    """Write one shard to a new temporary file in `folder`; return its path and the entry of the shard."""
     temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
     crc = size = count = 0
     with open(temporary, "wb") as file:
@@ -151,17 +156,18 @@ def _write_shard(job: ShardJob, folder: Path) -> tuple[Path, ShardEntry]:
                 faults.append(f"{_name_of(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing.append(number)
             else:
-                record = frame(payload)
+                record = frame_record(payload)
                 file.write(record)
                 crc, size, count = google_crc32c.extend(crc, record), size + len(record), count + 1
-            with _done.get_lock():
-                _done.value += 1
+            with _images_done.get_lock():
+                _images_done.value += 1
         file.flush()
         os.fsync(file.fileno())
     return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
-def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -> list[ShardJob]:
+def _plan_shards(name: str, images: LabelledImages, shards: int | None, verify: bool) -> list[ShardJob]:
+    """Divide the examples of each split into shards of about equal size."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
@@ -171,65 +177,70 @@ def _plan(name: str, images: LabelledImages, shards: int | None, verify: bool) -
         bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
         for number in range(count):
             rows = slice(bounds[number], bounds[number + 1])
-            chosen = list(examples[rows])
-            facts: list[Any] = [list(images.class_names), verify, [(_identity(source), int(n)) for source, n in chosen]]
-            texts: list[dict[str, str]] = [{}] * len(chosen)
+            members = list(examples[rows])
+            identities = [(_identity(source), int(label)) for source, label in members]
+            content: list[Any] = [list(images.class_names), verify, identities]
+            texts: list[dict[str, str]] = [{}] * len(members)
             if images.group_field and images.groups:
                 texts = [{images.group_field: value} for value in images.groups[split][rows]]
-                facts.append(texts)
-            made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+                content.append(texts)
+            made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-            jobs.append(ShardJob(split, file, chosen, texts, made_of, verify))
+            jobs.append(ShardJob(split, file, members, texts, made_of, verify))
     return jobs
 
 
 def write_dataset(
     folder: str | Path | StoragePath,
     images: LabelledImages,
-    options: WriteOptions = USUAL,
+    options: WriteOptions = DEFAULT_OPTIONS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[ShardEntry] | None:
-    """Write labelled images as a TFDS folder: `<name>-<split>.tfrecord-0000i-of-0000n`, metadata last.
+    """Write a folder in TFDS's format: shards `<name>-<split>.tfrecord-0000i-of-0000n`, then the metadata.
 
-    Each shard is written to a temporary file, flushed and renamed, then its record (count, bytes, CRC32C) is stored. A
-    shard whose record still fits is not written again: the same call continues an interrupted one. JPEG and PNG bytes
-    stay as they are, any other image becomes PNG.
+    Each shard is written to a temporary file, flushed and renamed or uploaded; then its entry (records, bytes, CRC32C)
+    is stored. A finished shard whose sources are unchanged is not written again, so that the same call continues an
+    interrupted one. With `verify`, JPEG and PNG bytes are stored unchanged and any other image as PNG; without it, all
+    bytes are stored unchanged.
 
     Args:
-        progress: called with the images done and their total number.
+        progress: called with the number of images done and the total number.
 
     Returns:
-        The manifest, in the order of the splits; None while shards of other parts are missing. The part that completes
-        them writes the metadata.
+        The entries of all shards, in the order of the splits; None if shards of other parts are missing. The part that
+        completes them writes the metadata.
 
     Raises:
-        DataError: `folder` has other files or cannot be written; an image is missing or (on_error="fail") damaged.
+        DataError: `folder` has other files or is not writable; an image is missing, or cannot be read or decoded
+            (on_error="fail"), or a shard has no readable image.
     """
     out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = name if name[0].isalpha() else f"data_{name}"
     try:
-        jobs = _plan(name, images, options.shards, options.verify)
+        jobs = _plan_shards(name, images, options.shards, options.verify)
     except OSError as error:
         raise unreadable(error.filename, error) from None
-    out.make_room({job.file for job in jobs})
+    out.create({job.file for job in jobs})
 
     def finished() -> dict[str, ShardEntry]:
+        """Return the entries of shards that exist, are intact and were written from the same images."""
         entries = {file: e for file, e in out.entries().items() if not e.skipped or options.on_error == "skip"}
-        fitting = {job.file: entries[job.file] for job in jobs if job.file in entries and job.fits(entries[job.file])}
-        return {file: entry for file, entry in fitting.items() if out.holds(entry)}
+        current = {job.file: entries[job.file] for job in jobs if job.file in entries and job.fits(entries[job.file])}
+        return {file: entry for file, entry in current.items() if out.holds(entry)}
 
     entries = finished()
     first, step = options.part
-    mine = jobs[first::step]
-    todo = [job for job in mine if job.file not in entries]
-    if todo:  # the folder must not count as a dataset while shards are missing
+    part_jobs = jobs[first::step]
+    missing_jobs = [job for job in part_jobs if job.file not in entries]
+    if missing_jobs:  # the folder must not be readable as a dataset while shards are missing
         (out.folder / INFO).delete()
-    total = sum(len(job.examples) for job in mine)
-    ready = total - sum(len(job.examples) for job in todo)
+    total = sum(len(job.examples) for job in part_jobs)
+    done_before = total - sum(len(job.examples) for job in missing_jobs)
     faults: list[str] = []
-    failed = False  # a shard has faults that may not be skipped, or no image at all
-    for temporary, entry in _run(todo, out.scratch, options.workers, lambda done: progress(ready + done, total)):
+    failed = False  # a shard has faults that must not be skipped, or no readable image
+    written = _run(missing_jobs, out.scratch, options.workers, lambda done: progress(done_before + done, total))
+    for temporary, entry in written:
         faults += entry.skipped
         if entry.skipped and (options.on_error == "fail" or not entry.count):
             failed = True
@@ -238,11 +249,11 @@ def write_dataset(
             out.commit(temporary, entry)
             entries[entry.file] = entry
     if failed:
-        listed = "\n  ".join(sorted(faults)[:5])
-        problem = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be decoded:\n  {listed}"
+        listed = join_first(sorted(faults), "\n  ")
+        problem = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be read or decoded:\n  {listed}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     progress(total, total)
-    if step > 1:  # other parts may have written theirs meanwhile
+    if step > 1:  # other parts may have written their shards meanwhile
         entries = finished()
     if len(entries) < len(jobs):
         return None
@@ -257,24 +268,24 @@ def write_dataset(
 
 
 def _run(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
-    """Yield the temporary file and the entry of each job as it ends."""
-    global _done
-    context = multiprocessing.get_context("spawn")  # a fork of a process with TensorFlow's threads may hang
+    """Yield the temporary file and the entry of each shard when it is written."""
+    global _images_done
+    context = multiprocessing.get_context("spawn")  # a forked process may hang because of TensorFlow's threads
     counter = context.Value("q", 0)
     if workers <= 1 or len(jobs) <= 1:
-        _done = counter
+        _images_done = counter
         for job in jobs:
             yield _write_shard(job, folder)
             progress(counter.value)
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker, initargs=(counter,)) as pool:
-        waiting = {pool.submit(_write_shard, job, folder) for job in jobs}
+        pending = {pool.submit(_write_shard, job, folder) for job in jobs}
         try:
-            while waiting:
-                ended, waiting = wait(waiting, timeout=0.25, return_when="FIRST_COMPLETED")
+            while pending:
+                ended, pending = wait(pending, timeout=0.25, return_when="FIRST_COMPLETED")
                 progress(counter.value)
                 for future in ended:
                     yield future.result()
-        except BaseException:  # a job that starts after the error would not find the counter
+        except BaseException:  # cancel jobs that have not started, which could no longer read the counter
             pool.shutdown(wait=False, cancel_futures=True)
             raise

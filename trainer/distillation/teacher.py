@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer.arrays import pack, unpack
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Model
-from trainer.data.decoding import plain
+from trainer.data.decoding import without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation import source
@@ -80,7 +80,8 @@ class OpenedTeacher:
         if self.soft_labels is None:
             return batches
         soft_labels = tf.constant(self.soft_labels)
-        return batches.map(plain(lambda batch: {**batch, "teacher": tf.gather(soft_labels, batch["index"])}))
+        add_labels = without_autograph(lambda row: {**row, "teacher": tf.gather(soft_labels, row["index"])})
+        return batches.map(add_labels)
 
 
 def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: str, before: str | None) -> OpenedTeacher:
