@@ -27,7 +27,7 @@ def test_after_enough_restarts_without_progress_the_run_gives_up_with_the_reason
     before = file.read_text()
     reasons = r"lost worker 1\n.*lost worker 2\n.*killed \(out of memory\?\)$"
     problem = rf"^3 restarts in a row made no progress beyond step 0.*\n.*{reasons}"
-    with raises(GaveUp, key="runtime.max_fruitless_restarts", value=3, problem=problem, fix=f"delete {file}"):
+    with raises(GaveUp, key="runtime.max_restarts_without_progress", value=3, problem=problem, fix=f"delete {file}"):
         attempt(file, 0)
     RestartHistory(file).failed(3, "gave up")  # not a start
     assert file.read_text() == before
