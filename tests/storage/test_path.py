@@ -56,7 +56,7 @@ def test_invalid_paths(text: str | Path, problem: str, fix: str) -> None:
 
 
 def test_a_bucket_has_no_parent_notation() -> None:
-    with raises(ConfigError, problem=r"^gs://b/a/\.\./c: ", fix="write the whole address"):
+    with raises(ConfigError, problem=r"^gs://b/a/\.\./c: ", fix="give the address without"):
         storage_path("gs://b/a") / "../c"
 
 

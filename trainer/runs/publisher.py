@@ -63,7 +63,8 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
 class Publisher:
     """Copies the folder `local` to `remote`, which another process cannot commit to while `lease` is held.
 
-    Both are None for a run with a local output_dir, and on workers other than the chief: then nothing is copied.
+    `remote` and `lease` are None for a run with a local output_dir and on workers other than the chief: then nothing is
+    copied, and only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
     """
 
     def __init__(self, local: Path, remote: StoragePath | None, lease: Lease | None) -> None:
