@@ -30,8 +30,8 @@ TRAINER = ["-m", "trainer"]
 WAITS = ["-c", """
 from trainer.runs.publisher import Publisher
 from trainer.__main__ import main
-begin = Publisher.checkpoint
-Publisher.checkpoint = lambda self: (begin(self), self.wait())
+begin = Publisher.publish_checkpoints
+Publisher.publish_checkpoints = lambda self: (begin(self), self.wait())
 main()
 """]  # fmt: skip
 

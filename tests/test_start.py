@@ -17,7 +17,7 @@ from trainer.config.schema import load
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import refresh_normalization
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.restore import assign_values, take_weights
+from trainer.runs.restore import assign_values, load_warm_start
 from trainer.training import variables
 from trainer.training.state import RunState
 
@@ -38,7 +38,7 @@ def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bo
         assign_values(other, other.variables, values, "a checkpoint")
     else:
         CheckpointFolder(tmp_path / "checkpoints", 1, print).save(RunState(step=1).to_json(), values, None)
-        _, count = take_weights(ControlChannel(discover({}), {}), other, str(tmp_path), tmp_path)
+        _, count = load_warm_start(ControlChannel(discover({}), {}), other, str(tmp_path), tmp_path)
         assert count == len(values)
     image = np.full((1, 32, 32, 3), 200, "float32")
     parts = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (one, other)]

@@ -35,9 +35,9 @@ from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder, last_command, resolve_auto_once, update_facts
-from trainer.runs.metrics import MetricsWriter, cut_back
-from trainer.runs.restore import assign_values, take_weights
+from trainer.runs.folder import RunFolder, last_command, resolve_auto_once, update_run_json
+from trainer.runs.metrics import MetricsWriter, truncate_metrics
+from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.training import early_stopping, variables
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -106,7 +106,7 @@ def set_up(
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": control.size, "found_by": control.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
-    control.broadcast("run", lambda: folder.note_start(facts, dataset.fingerprint, workers))
+    control.broadcast("run", lambda: folder.record_start(facts, dataset.fingerprint, workers))
 
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
@@ -140,7 +140,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
-        source, count = take_weights(control, classifier, config.warm_start, config.runtime.cache_folder)
+        source, count = load_warm_start(control, classifier, config.warm_start, config.runtime.cache_folder)
         log.info(f"weights: warm start from {source}, {count} of {len(classifier.variables)} variables")
     else:
         log.info(f"weights: backbone {config.model.weights}, head random")
@@ -149,7 +149,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
     if control.is_chief:
         health.checkpoint_saved()
         run.clock.resumed(run.state.train_seconds)
-        cut_back(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
+        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
     control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_restarts_without_progress))
     run.state.starts += 1
     return restored
@@ -172,7 +172,7 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     if worker.size > 1:
         log.info(sharding.describe(split, worker.index))
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)
-    run.metrics.expect(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
+    run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
     if config.distillation and state.phase < len(config.phases):
@@ -292,7 +292,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     log.info(f"features of phase {name}: live, because there is no space for a cache")
     go_live(name, run.images, run.plan.features)
     if run.worker.is_chief:
-        update_facts(run.saver.path, {"features": run.plan.features.reads})
+        update_run_json(run.saver.path, {"features": run.plan.features.reads})
     return open_phase_inputs(run, name)
 
 
@@ -512,7 +512,7 @@ def finish(run: RunContext) -> None:
     run.metrics.flush()
     health.set_activity("publishing")
     if any(facts["refused"] for facts in exports.values()):
-        saver.publisher.results()
+        saver.publisher.publish_results()
         summarise(report, saver.address)
         raise_if_refused(exports, config.export.max_accuracy_drop)
     saver.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": run.state.step}) + "\n")

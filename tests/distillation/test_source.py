@@ -115,7 +115,7 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
     damaged = leave_run(tmp_path / "damaged")
     file = damaged / "checkpoints" / "step-00000001" / "variables.npz"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    check(damaged, f"{file}.* does not match its checksum", "")
+    check(damaged, f"{file}.* does not match its size or checksum", "")
     (damaged / "run.json").write_text("{")
     check(damaged, f"{file.parent} or run.json is damaged", "restore")
     (damaged / "config.yaml").write_text("modle: {}")

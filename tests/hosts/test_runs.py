@@ -236,5 +236,5 @@ def test_the_successor_of_a_stopped_chief_exits_with_interrupted(network: Networ
         successors = start_job(elsewhere, tmp_path / "successors", *RUN, f"output_dir={folder}")
         codes = successors.wait(120)
     workers.kill()
-    assert "another process" in successors.output(0)
+    assert "is in use by another run" in successors.output(0)
     assert codes == [INTERRUPTED, INTERRUPTED]

@@ -58,12 +58,16 @@ def test_the_newest_and_the_best_ones_that_they_refer_to_are_retained(tmp_path: 
     assert folder.steps() == [6, 7]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "size"])
 def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)
     file = folder.path(2) / ("manifest.json" if damage == "manifest" else "variables.npz")
     if damage == "missing":
         file.unlink()
+    elif damage == "size":
+        manifest = json.loads((folder.path(2) / "manifest.json").read_text())
+        manifest["variables.npz"]["bytes"] += 1
+        (folder.path(2) / "manifest.json").write_text(json.dumps(manifest))
     elif damage == "flip":
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -75,7 +79,7 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
     assert newest[0]["step"] == 1
     (line,) = lines
     assert "renamed to damaged-step-00000002" in line
-    assert ("does not match its checksum" in line) == (damage in ("flip", "truncate"))
+    assert ("does not match its size or checksum" in line) == (damage in ("flip", "truncate", "size"))
     assert (tmp_path / "damaged-step-00000002").is_dir()
     assert folder.steps() == [1]
 

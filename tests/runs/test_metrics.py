@@ -6,7 +6,7 @@ from pathlib import Path
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.runs.metrics import MetricsWriter, cut_back, format_duration
+from trainer.runs.metrics import MetricsWriter, format_duration, truncate_metrics
 
 
 def entry(step: int) -> dict[str, object]:
@@ -15,7 +15,7 @@ def entry(step: int) -> dict[str, object]:
 
 def written(folder: Path, *steps: int) -> None:
     metrics = MetricsWriter(folder, "lines", batch_size=4)
-    metrics.expect(10)
+    metrics.start(10)
     for step in steps:
         metrics.interval(entry(step), examples=8.0, seconds=2.0, waited=0.5, goodput=0.5)
     last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}
@@ -47,7 +47,7 @@ def test_metrics_after_the_restored_step_are_deleted(tmp_path: Path) -> None:
     file.write_text(file.read_text() + '{"kind": "train", "st')  # truncated by a kill
     events = next((tmp_path / "logs" / "head").glob("events*"))
     events.write_bytes(events.read_bytes()[:-5])  # a record too
-    cut_back(file, tmp_path / "logs", 4)
+    truncate_metrics(file, tmp_path / "logs", 4)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
     assert logged_steps(tmp_path) == [2, 4]
 

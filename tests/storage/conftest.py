@@ -34,13 +34,13 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of milliseconds, a deadline of seconds."""
-    monkeypatch.setattr(gcs_client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(gcs_client, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(gcs_client, "DEADLINE", 15.0)
+    monkeypatch.setattr(gcs_client, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(gcs_client, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 15.0)
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects of more than 64 KiB count as large."""
-    for name in ("LARGE", "CHUNK", "PART"):
+    for name in ("MAX_UNCHUNKED_BYTES", "CHUNK_BYTES", "PART_BYTES"):
         monkeypatch.setattr(gcs, name, 1 << 16)

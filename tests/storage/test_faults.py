@@ -33,7 +33,7 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
     for _ in range(operations):
         name = f"file-{noise.integers(6)}"
         file, content = home / name, noise.bytes(int(noise.choice([0, 10, 5_000, 300_000])))
-        match int(noise.integers(8)):
+        match int(noise.integers(7)):
             case 0:
                 held[name], versions[name] = content, file.write(content)
             case 1:
@@ -50,9 +50,6 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
             case 5 if name in held:
                 assert file.download(scratch / "down").version == versions[name]
                 assert (scratch / "down").read_bytes() == held[name]
-            case 6 if name in held:
-                start = int(noise.integers(len(held[name]) + 1))
-                assert file.read_range(start, 1_000) == held[name][start : start + 1_000]
             case _:
                 file.delete()
                 held.pop(name, None), versions.pop(name, None)
@@ -126,7 +123,7 @@ def test_a_read_timeout_ends_a_request(
 ) -> None:
     proxy.odds = {}
     (in_bucket / "file").write("x" * 1000)
-    monkeypatch.setattr(gcs_client, "SILENCE", 0.3)
+    monkeypatch.setattr(gcs_client, "READ_SECONDS", 0.3)
     proxy.odds, proxy.slow_seconds = {"slow": 1.0}, 5.0
     threading.Timer(0.2, proxy.odds.clear).start()
     began = time.monotonic()
@@ -159,7 +156,7 @@ def test_a_server_that_restarts(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE", 0.6)
+    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.6)
     with running(tmp_path / "server") as server:
         file = storage_path(f"gs://{BUCKET}/x")
         version = file.write("saved")
@@ -180,7 +177,7 @@ def test_a_server_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_busy_server_is_named_by_its_code(
     proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE", 0.3)
+    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.3)
     proxy.odds = {"unavailable": 1.0}
     with raises(Interrupted, problem=r"did not respond for 0\.3 s \(503 Service Unavailable\)"):
         in_bucket.list()

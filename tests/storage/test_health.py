@@ -35,7 +35,7 @@ def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written
     lease = take(in_bucket, "a test", None)
     publishing = Publisher(tmp_path, in_bucket, lease)
     began = time.monotonic()
-    publishing.checkpoint()
+    publishing.publish_checkpoints()
     written = time.monotonic()
     publishing.wait()
     assert (in_bucket / "checkpoints" / "LATEST").exists()
@@ -48,7 +48,7 @@ def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written
 
 def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, health: Health) -> None:
     assert health.checkpoint_age is None
-    Publisher(tmp_path, None, None).checkpoint()
+    Publisher(tmp_path, None, None).publish_checkpoints()
     assert health.checkpoint_age is not None
 
 

@@ -130,7 +130,7 @@ def test_a_restart_reuses_no_damaged_or_old_shards(shards: StoragePath, tmp_path
     notes: list[str] = []
     with opened(shards, tmp_path, holds=20, notes=notes) as cache:
         assert cache.folder == folder
-        assert notes == [f"{shards}: 9 of 12 shards are in {folder}, fetched before"]
+        assert notes == [f"{shards}: 9 of 12 shards are already in {folder}"]
         assert {file.name for file in folder.iterdir()} == {*NAMES, "info.json"} - {"s01", "s02", "s03"}
         assert cache.require("a", ["s00", *NAMES[4:]]) == pytest.approx(0, abs=0.05)
         cache.require("a", NAMES)
@@ -160,8 +160,8 @@ def test_two_processes_have_different_folders(shards: StoragePath, tmp_path: Pat
 def test_an_outage_interrupts_only_readers_that_need_the_bucket(
     emulator: Emulator, shards: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE", 0.5)
-    monkeypatch.setattr(shard_cache, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.5)
+    monkeypatch.setattr(shard_cache, "REPORT_SECONDS", 0.2)
     notes: list[str] = []
     with opened(shards, tmp_path, holds=20, notes=notes) as cache:
         cache.require("a", NAMES[:3])

@@ -34,7 +34,7 @@ def test_a_folder_is_fetched_once_and_follows_the_bucket(in_bucket: StoragePath,
     assert folder.name == "photos"
     assert contents(folder) == {n: n.encode() for n in ("a/1.jpg", "a/2.jpg", "b/3.jpg")}
     assert notes == [f"{photos}: fetching 3 files, 0.0 MB, to {folder}"]
-    assert staged(str(photos), tmp_path)[1] == [f"{photos}: taken from {folder}, fetched before"]
+    assert staged(str(photos), tmp_path)[1] == [f"{photos}: all files are already in {folder}"]
     (photos / "a/1.jpg").write("another")
     (photos / "b/3.jpg").delete()
     (folder / "a" / "2.jpg").write_bytes(b"cut")

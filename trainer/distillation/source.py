@@ -11,7 +11,7 @@ import numpy as np
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.model_card import label_lines
-from trainer.runs.checkpoints import checksum, names_in, read_checkpoint, weights_of
+from trainer.runs.checkpoints import crc32c_hex, inference_weights, read_checkpoint, read_pointer
 from trainer.storage.path import StoragePath, storage_path
 
 KEY = "distillation.teacher"
@@ -68,7 +68,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     entries = {str(e.path).removeprefix(f"{home}/"): e for e in home.list()}
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
-        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else checksum(entry.path.read())
+        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else crc32c_hex(entry.path.read())
         digest.update(f"{name} {entry.size} {known}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
     sizes = {name: entry.size for name, entry in entries.items()}
@@ -81,7 +81,7 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None
-    names = names_in(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
+    names = read_pointer(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
     if not names:
         raise DataError("the run has no checkpoint yet", key=KEY, value=address, fix="wait until the run has finished")
     folder = home / "checkpoints" / names[0]
@@ -127,12 +127,12 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     Files are uint8 [bytes].
 
     Raises:
-        DataError: something is missing or does not match its checksum.
+        DataError: something is missing or does not match its size or checksum.
     """
     if teacher.kind == SAVED_MODEL:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
     try:
-        return weights_of(read_checkpoint(teacher.home)[1])
+        return inference_weights(read_checkpoint(teacher.home)[1])
     except DataError as error:
         fix = error.fix or "restore the files, or give another teacher"
         raise DataError(error.problem, key=KEY, value=teacher.address, fix=fix) from None

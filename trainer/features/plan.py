@@ -15,7 +15,7 @@ from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
-from trainer.runs.folder import read_facts, update_facts
+from trainer.runs.folder import read_run_json, update_run_json
 from trainer.types import Dataset
 
 # Input of a phase: features; images; or images for training and features for validation.
@@ -127,14 +127,14 @@ def choose_features(
     config = images.config
 
     def choose() -> tuple[dict[str, Reads], list[str]]:
-        before = read_facts(folder).get("features")
+        before = read_run_json(folder).get("features")
         if before is None and begun:
             before = dict.fromkeys(config.phases, "live")  # of a version without cached features
         if before is not None:
             return {name: before.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
         chosen = {name: choice.reads for name, choice in choices.items()}
-        update_facts(folder, {"features": chosen})
+        update_run_json(folder, {"features": chosen})
         return chosen, [choice.describe(name) for name, choice in choices.items()]
 
     reads, lines = control.broadcast("features", choose)

@@ -18,7 +18,7 @@ from trainer.data.images import tensor_over
 from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
-from trainer.runs.checkpoints import checksum
+from trainer.runs.checkpoints import crc32c_hex
 from trainer.types import Split
 
 # NumPy dtypes of stored rows; it has no bfloat16, whose bits are stored as uint16.
@@ -111,7 +111,7 @@ class Features:
             assert self.array is not None
             self.array[start : start + count] = rows
         if self.file:
-            block = {"view": view, "first": first, "count": count, "crc32c": checksum(rows),
+            block = {"view": view, "first": first, "count": count, "crc32c": crc32c_hex(rows),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
                 # Plain writes: a full disk under a mapped file would kill the process.
@@ -197,7 +197,7 @@ def _load_stored(features: Features) -> None:
             start = view * size + first
             rows.seek(start * features.row_bytes)
             content = rows.read(count * features.row_bytes)
-            is_intact = checksum(content) == block["crc32c"]
+            is_intact = crc32c_hex(content) == block["crc32c"]
             damaged += not is_intact
             features.known[view, first : first + count] = is_intact
             if is_intact:

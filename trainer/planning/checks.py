@@ -20,11 +20,11 @@ from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
 from trainer.planning.estimates import activation_bytes, bytes_of, parameters
-from trainer.runs.checkpoints import CheckpointFolder, names_in
+from trainer.runs.checkpoints import CheckpointFolder, read_pointer
 from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
 from trainer.storage.path import ObjectInfo, storage_path
-from trainer.storage.staging import is_remote, missing_from, planned_copy
+from trainer.storage.staging import is_remote, missing_from, plan_copy
 from trainer.training import variables
 from trainer.types import Dataset, Split
 
@@ -74,7 +74,7 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, lis
     Raises:
         DataError: as `stage`: it does not exist, cannot be read, or does not fit the budget.
     """
-    copy = planned_copy(address, cache, budget)
+    copy = plan_copy(address, cache, budget)
     missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
     if not missing:
         return copy.path, f"{address}: is in {copy.folder} already", entries
@@ -91,7 +91,7 @@ def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
-    names = names_in(home / "checkpoints" / "LATEST")
+    names = read_pointer(home / "checkpoints" / "LATEST")
     return json.loads((home / "checkpoints" / names[0] / "state.json").read()) if names else None
 
 

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
 from trainer.planning.estimates import PhasePlan, bytes_of_split
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
-from trainer.storage.path import ObjectInfo, storage_path
+from trainer.storage.path import ObjectInfo, StoragePath, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
@@ -163,12 +163,18 @@ def show_storage(plan: Plan, problem: str) -> None:
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
-            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path
+            paths = [min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path]
         else:
             assert dataset
             split = dataset.splits["train"]
-            path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
-        read = plan.tried(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
+            names = split.files[:1] or {shard.path for shard in split.shards}
+            paths = [storage_path(Path(name)) for name in names]
+
+        def read_smallest() -> str:
+            path = min(paths, key=StoragePath.size)
+            return f"{path}: {size(len(path.read()))} read"
+
+        read = plan.tried(read_smallest)
     rows: Rows = [("read data", read), ("write output", plan.tried(lambda: checks.probe_output(config)))]
     if config.warm_start:
         rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))

@@ -1,1 +1,1 @@
-"""Everything in the output_dir of a run."""
+"""The contents of a run's output_dir, except report and export: how they are written, published and read."""

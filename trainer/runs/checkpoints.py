@@ -1,7 +1,9 @@
 """Checkpoints of a run: written to a temporary folder, committed by one rename, verified when read.
 
 A checkpoint is a folder `step-00000420` with `variables.npz` (the exact values by name), `state.json` and
-`manifest.json` (size and CRC32C of both). `LATEST` and `BEST` name one each.
+`manifest.json` (size and CRC32C of both). `LATEST` and `BEST` next to them are pointers: text files with the names of
+checkpoints. On disk each names one. In a bucket, where a folder name also has a token (`step-00000420-1a2b3c4d`),
+`LATEST` lists all committed checkpoints, newest first.
 """
 
 import contextlib
@@ -22,65 +24,71 @@ from trainer.storage.path import StoragePath, storage_path
 PREFIX = "step-"
 
 
-def checksum(content: bytes | np.ndarray) -> str:
-    """CRC32C as 8 hex digits."""
+def crc32c_hex(content: bytes | np.ndarray) -> str:
+    """Compute the CRC32C as 8 hex digits."""
     return f"{google_crc32c.value(content):08x}"
 
 
 def step_of(name: str) -> int:
-    """Parse the step from the name of a checkpoint, `step-00000420`, or in a bucket `step-00000420-1a2b3c4d`."""
+    """Parse the step from the name of a checkpoint, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
-def names_in(pointer: StoragePath) -> list[str]:
-    """The names of checkpoints in a pointer such as LATEST; empty if it does not exist."""
+def read_pointer(pointer: StoragePath) -> list[str]:
+    """Read the names of checkpoints in LATEST or BEST; empty if the file does not exist."""
     content = pointer.fetch()
     return content[0].decode().split() if content else []
 
 
 def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """State and variables of the checkpoint in a folder.
+    """Read the state and the variables of the checkpoint in a folder, and verify their sizes and checksums.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the checkpoint is missing or damaged.
         Interrupted: the bucket does not respond.
     """
     fix = "give another one, or delete it and start the run again"
     try:
         manifest = json.loads((folder / "manifest.json").read())
         contents = {name: (folder / name).read() for name in manifest}
-        damaged = [name for name, content in contents.items() if checksum(content) != manifest[name]["crc32c"]]
+        actual = {name: {"bytes": len(content), "crc32c": crc32c_hex(content)} for name, content in contents.items()}
+        damaged = [name for name in manifest if actual[name] != manifest[name]]
         if not damaged:
             return json.loads(contents["state.json"]), unpack(contents["variables.npz"])
     except (DataError, ValueError, KeyError) as error:
         raise DataError(f"checkpoint {folder} cannot be read ({error})", fix=fix) from None
-    raise DataError(f"{folder / damaged[0]} does not match its checksum", fix=fix)
+    raise DataError(f"{folder / damaged[0]} does not match its size or checksum", fix=fix)
 
 
-def weights_of(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The model's values among the variables of a checkpoint, averaged if its run used EMA."""
+def inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Select the model's variables of a checkpoint by name, with the averages (EMA) where its run computed them."""
     values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
     return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run in a local folder."""
 
-    def __init__(self, folder: Path, keep: int, note: Callable[[str], None]) -> None:
-        self.folder, self.keep, self.note = folder, keep, note
+    def __init__(self, folder: Path, keep: int, log_message: Callable[[str], None]) -> None:
+        """`keep`: number of newest checkpoints that `save` retains; `log_message`: called for each damaged one."""
+        self.folder, self.keep, self.log_message = folder, keep, log_message
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"{PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """List the steps of the committed checkpoints in ascending order."""
         return sorted(step_of(p.name) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
-        """Commit a checkpoint and delete those without a reference.
+        """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.
+
+        Args:
+            best_step: step of the best checkpoint so far, for BEST; None if there is none yet.
 
         Raises:
-            OSError: the disk is full or lost; earlier checkpoints are intact.
+            OSError: the disk is full or fails; earlier checkpoints are intact.
         """
         final = self.path(state["step"])
         temporary = self.folder / f".writing-{final.name}"
@@ -88,10 +96,10 @@ class CheckpointFolder:
         temporary.mkdir(parents=True)
         try:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
-            manifest = {n: {"bytes": len(c), "crc32c": checksum(c)} for n, c in contents.items()}
+            manifest = {name: {"bytes": len(c), "crc32c": crc32c_hex(c)} for name, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
                 write_whole(temporary / name, content)
-            if final.exists():  # of a process that was killed before it wrote LATEST
+            if final.exists():  # an earlier checkpoint of the same step
                 shutil.rmtree(final)
             temporary.rename(final)
         except BaseException:
@@ -105,12 +113,12 @@ class CheckpointFolder:
         return final
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep` and the checkpoints that one of them refers to."""
+        """Delete all checkpoints except the newest `keep` and those that the state of one of them refers to."""
         steps = self.steps()
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
-            with contextlib.suppress(OSError, ValueError):  # a damaged one has no references; `newest` logs it
+            with contextlib.suppress(OSError, ValueError):  # a damaged one is logged when it is read
                 state = json.loads((self.path(step) / "state.json").read_text())
                 needed |= {state["best"]["step"]} if state["best"] else set()
                 needed |= {state["carried"]} if state.get("carried") else set()
@@ -118,11 +126,12 @@ class CheckpointFolder:
             shutil.rmtree(self.path(step))
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Read state and variables of the checkpoint of a step. Raises DataError if it is missing or damaged."""
         return read_checkpoint(storage_path(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """The newest checkpoint that can be read; damaged ones are renamed, with a message."""
-        for unfinished in self.folder.glob(".writing-*"):  # of a killed process
+        """Read the newest intact checkpoint, None if there is none; rename damaged ones and log a message for each."""
+        for unfinished in self.folder.glob(".writing-*"):  # left by a killed process
             shutil.rmtree(unfinished)
         for step in reversed(self.steps()):
             try:
@@ -131,5 +140,5 @@ class CheckpointFolder:
                 damaged = self.folder / f"damaged-{self.path(step).name}"
                 shutil.rmtree(damaged, ignore_errors=True)
                 self.path(step).rename(damaged)
-                self.note(f"{error.problem}; renamed to {damaged.name}, using the one before")
+                self.log_message(f"{error.problem}; renamed to {damaged.name}, using the previous one")
         return None

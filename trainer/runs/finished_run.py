@@ -1,4 +1,4 @@
-"""Read a run from its output_dir, local or in a bucket: configuration, checkpoints, classifier."""
+"""Read a run from its output_dir, local or in a bucket, to evaluate or export one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.config.schema import Model, RunConfig, load_resolved, read_config
 from trainer.errors import ConfigError, DataError
-from trainer.runs.checkpoints import PREFIX, names_in, read_checkpoint, step_of, weights_of
+from trainer.runs.checkpoints import PREFIX, inference_weights, read_checkpoint, read_pointer, step_of
 from trainer.storage.path import StoragePath, storage_path
 from trainer.types import Dataset
 
@@ -20,42 +20,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as read from its folder."""
+    """The configuration and classes of a run, which need not be finished."""
 
-    address: str  # as the user gave it
-    home: StoragePath
+    address: str  # output_dir as the user gave it
+    home: StoragePath  # output_dir
     config: RunConfig
     class_names: tuple[str, ...]
-    fingerprint: str  # of its data
+    fingerprint: str  # of the data that it was trained on
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
-    """The folder of a run, its configuration as written, and run.json with `classes` and `data_fingerprint`.
+    """Read a run without validating its configuration, to which the caller first applies its changes.
+
+    Returns:
+        The output_dir, the content of config.yaml, and that of run.json, which has `classes` and `data_fingerprint`.
 
     Raises:
-        DataError: there is no run, or its files are damaged.
+        DataError: there is no run, or run.json is damaged.
+        ConfigError: config.yaml is damaged.
     """
     home = storage_path(address)
-    written = (home / "config.yaml").fetch()
-    if written is None:
-        raise DataError("holds no run (no config.yaml)", key="run", value=address, fix="give the output_dir of one")
+    config = (home / "config.yaml").fetch()
+    if config is None:
+        raise DataError("has no config.yaml", key="run", value=address, fix="give the output_dir of a run")
     try:
-        facts = json.loads((home / "run.json").read())
-        if {"classes", "data_fingerprint"} <= facts.keys():
-            return home, read_config(written[0]), facts
+        run_json = json.loads((home / "run.json").read())
+        if {"classes", "data_fingerprint"} <= run_json.keys():
+            return home, read_config(config[0]), run_json
     except (ValueError, DataError):
         pass
-    raise DataError("its run.json is damaged or missing", key="run", value=address, fix="give another run")
+    raise DataError("has a damaged run.json, or none", key="run", value=address, fix="give another run")
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read a run by its output_dir, local or gs://; `changes`, as {"data.root": "/elsewhere"}, replace its own values.
+    """Read a run and validate its configuration.
+
+    Args:
+        address: its output_dir, local or gs://.
+        changes: values that replace those of its config.yaml, such as {"data.root": "/elsewhere"}.
 
     Raises:
-        DataError: there is no run, or its files are damaged.
-        ConfigError: its config.yaml is of another version, or the changes are invalid.
+        DataError: there is no run, or run.json is damaged.
+        ConfigError: its config.yaml is damaged or of another version, or the changes are invalid.
     """
-    home, tree, facts = read_run(address)
+    home, tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         section = tree
@@ -63,29 +71,32 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
             section = section.setdefault(part, {})
         section[last] = value
     try:
-        return FinishedRun(address, home, load_resolved(tree), tuple(facts["classes"]), facts["data_fingerprint"])
+        config = load_resolved(tree)
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
-        raise ConfigError(f"its config.yaml is invalid: {error}", key="run", value=address, fix=fix) from None
+        raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
+    return FinishedRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
 
 
 def exported_checkpoint(run: FinishedRun) -> str:
-    """The checkpoint that a run exports at its end: best or last."""
+    """Return which checkpoint a run exports at its end, best or last."""
     return run.config.training.keep
 
 
 def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
-    """The folder of a checkpoint; `which` is best, last or a step.
+    """Return the folder of a checkpoint; `which` is best, last or a step.
 
-    Raises ConfigError for another `which`, and DataError if the run does not have that checkpoint.
+    Raises:
+        ConfigError: `which` is something else.
+        DataError: the run does not have that checkpoint.
     """
     folder = run.home / "checkpoints"
-    latest = names_in(folder / "LATEST")
+    latest = read_pointer(folder / "LATEST")  # in a bucket all committed checkpoints, newest first
     available = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
-    if not run.home.is_local:  # in a bucket, LATEST names the committed ones
+    if not run.home.is_local:
         available = {name: child for name, child in available.items() if name in latest}
     if which in ("best", "last"):
-        names = latest[:1] if which == "last" else names_in(folder / "BEST")
+        names = latest[:1] if which == "last" else read_pointer(folder / "BEST")
     elif which.isdigit():
         names = [name for name in available if step_of(name) == int(which)]
     else:
@@ -93,36 +104,44 @@ def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
     if names and names[0] in available:
         return available[names[0]]
     if not available:
-        raise DataError("has no checkpoint yet", key="run", value=run.address, fix="let it train first")
+        raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
     steps = ", ".join(map(str, sorted(map(step_of, available))))
-    raise DataError(f"{run.address} has no such checkpoint", key="checkpoint", value=which, fix=f"give one of {steps}")
+    raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """The contents of a checkpoint for an evaluation or export."""
+    """The contents of a checkpoint that an evaluation or export needs."""
 
     name: str  # best, last or step-420
     step: int
     history: list[dict[str, Any]]  # one entry per epoch
-    phases: dict[str, Any]  # summaries of the finished phases, as in the report of the run
-    values: dict[str, np.ndarray]  # of the model's variables by name, averaged with EMA
+    phases: dict[str, Any]  # summary by phase, as in report.json
+    values: dict[str, np.ndarray]  # the model's variables by name, with averages (EMA) if the run computed them
 
 
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint; `which` is best, last, a step, or None for the exported one. Raises as `find_checkpoint`."""
-    chosen = which or exported_checkpoint(run)
-    state, values = read_checkpoint(find_checkpoint(run, chosen))
+    """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
+
+    Raises:
+        ConfigError: `which` is something else.
+        DataError: the run does not have that checkpoint, or it is damaged.
+    """
+    which = which or exported_checkpoint(run)
+    state, values = read_checkpoint(find_checkpoint(run, which))
     report = (run.home / "report" / "report.json").fetch()
     phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
-        phases = state.get("finished", {})
-    name = chosen if chosen in ("best", "last") else f"step-{state['step']}"
-    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, weights_of(values))
+        phases = state.get("finished", {})  # the report is of another checkpoint
+    name = which if which in ("best", "last") else f"step-{state['step']}"
+    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, inference_weights(values))
 
 
 def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with the weights of a checkpoint, in the precision of its training."""
+    """Rebuild the classifier of a run with the weights of a checkpoint.
+
+    The global Keras dtype policy is set to the precision of its training.
+    """
     import keras
 
     from trainer.cluster.devices import POLICIES
@@ -133,28 +152,28 @@ def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifie
 
 
 def check_classes(run: FinishedRun, dataset: Dataset) -> None:
-    """Raise a DataError unless the data has the classes of the run in the same order."""
-    classes, given = run.class_names, dataset.class_names
-    if classes == given:
+    """Raise a DataError unless the dataset has the classes of the run in the same order."""
+    expected, actual = run.class_names, dataset.class_names
+    if expected == actual:
         return
-    unknown = [repr(name) for name in given if name not in classes]
-    missing = [repr(name) for name in classes if name not in given]
-    parts = [f"{_some(unknown)} unknown to the run"] if unknown else []
-    parts += [f"{_some(missing)} missing in the data"] if missing else []
-    if not parts:
-        expected, name = next((a, b) for a, b in zip(classes, given, strict=True) if a != b)
-        parts = [f"the order differs, {name!r} instead of {expected!r}"]
-    problem = f"has {len(classes)} classes and the data has {len(given)}: {' and '.join(parts)}"
+    unknown = [repr(name) for name in actual if name not in expected]
+    missing = [repr(name) for name in expected if name not in actual]
+    differences = [f"{_names_with_verb(unknown)} unknown to the run"] if unknown else []
+    differences += [f"{_names_with_verb(missing)} missing in the data"] if missing else []
+    if not differences:
+        name, other = next((a, b) for a, b in zip(expected, actual, strict=True) if a != b)
+        differences = [f"the order differs, {other!r} instead of {name!r}"]
+    problem = f"has {len(expected)} classes and the data has {len(actual)}: {' and '.join(differences)}"
     raise DataError(problem, key="run", value=run.address, fix="give data with the same classes in the same order")
 
 
-def _some(names: list[str]) -> str:
+def _names_with_verb(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def without_weights(model: Model) -> Model:
-    """The model with `weights=none`, for values that come from a checkpoint."""
+    """Copy the settings of a model with `weights=none`, since its values come from a checkpoint."""
     return model.model_copy(update={"weights": "none"})
 
 
@@ -163,14 +182,13 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it in the strategy's scope and after the global Keras dtype policy is set. `source` names the values in
-    messages.
+    Call it in the strategy's scope and after the global Keras dtype policy is set. `source` names the values in errors.
 
     Raises:
         ModelError: the backbone cannot be loaded.
         DataError: a value is missing or has another shape.
     """
-    from trainer.models.classifier import build_classifier  # other errors are raised before TensorFlow is imported
+    from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values
 
     classifier = build_classifier(without_weights(model), class_count, seed)

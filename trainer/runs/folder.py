@@ -1,4 +1,4 @@
-"""The output folder of a run: new, resumed, or finished."""
+"""The output_dir of a run: lock it, decide whether the run begins, resumes or is finished, and record its starts."""
 
 import datetime
 import fcntl
@@ -32,31 +32,37 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
-LOCK = ".lock"  # in a local folder; the process that trains into it holds its flock
+LOCK = ".lock"  # file in a local folder, on which the process that trains into it holds a flock
 
 
 @dataclass
 class RunFolder:
-    """An output folder that this process has locked."""
+    """The output_dir of this run, which the chief has locked; other workers do not access it."""
 
-    path: Path  # where the run writes; for a bucket, a cache folder that is published to `address`
-    address: str  # as the user gave it
-    resuming: bool  # it contains this run
-    lock: TextIO | None  # None on workers other than the chief
+    path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
+    address: str  # output_dir as the user gave it, or a new folder under outputs/
+    resuming: bool  # the folder has an earlier start of this run; always False on workers other than the chief
+    lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
-    config: RequestedConfig  # of the run; when resuming, with the values that it chose for `auto`
+    config: RequestedConfig  # when resuming, with the values that the run chose for `auto`
 
-    def record(self, config: RequestedConfig) -> None:
-        """Write config.yaml: from now on the folder belongs to this run."""
+    def write_config(self, config: RequestedConfig) -> None:
+        """Write config.yaml, which marks the folder as that of this run."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
-    def note_start(self, facts: dict[str, Any], fingerprint: str, workers: dict[str, Any]) -> None:
-        """Add this start to run.json; the facts of the first start are not replaced.
+    def record_start(self, run_fields: dict[str, Any], fingerprint: str, start_fields: dict[str, Any]) -> None:
+        """Add this start to run.json.
 
-        Raises DataError if the data differs from the data of the first start.
+        Args:
+            run_fields: written at the first start and not replaced later.
+            fingerprint: of the data.
+            start_fields: written in the entry of this start, next to versions, host and command.
+
+        Raises:
+            DataError: the data differs from that of the first start.
         """
-        run = read_facts(self.path)
-        check_fingerprint(self.address, run, fingerprint)
+        run_json = read_run_json(self.path)
+        check_fingerprint(self.address, run_json, fingerprint)
         start = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
@@ -65,33 +71,33 @@ class RunFolder:
             "versions": versions(),
             "git": _git_commit(),
         }
-        starts = [*run.get("attempts", []), start | workers]
-        update_facts(self.path, facts | run | {"data_fingerprint": fingerprint, "attempts": starts})
+        starts = [*run_json.get("attempts", []), start | start_fields]
+        update_run_json(self.path, run_fields | run_json | {"data_fingerprint": fingerprint, "attempts": starts})
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Contents of run.json in a run's folder; empty if it does not exist."""
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """Read run.json in the folder of a run; empty if it does not exist."""
     file = folder / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def last_command(folder: Path) -> str:
-    """The shell command of the last start of a run."""
-    return shlex.join(read_facts(folder)["attempts"][-1]["command"])
+    """Return the shell command of the last start of a run."""
+    return shlex.join(read_run_json(folder)["attempts"][-1]["command"])
 
 
-def update_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Update run.json with `facts`."""
-    write_json(folder / "run.json", read_facts(folder) | facts)
+def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
+    """Add or replace fields of run.json."""
+    write_json(folder / "run.json", read_run_json(folder) | fields)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that determine the bits of a run."""
+    """Return the versions of the packages that determine the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
 def source_digest() -> str:
-    """16 hex digits over the package's Python files, which differ between container images of one version."""
+    """Hash the package's Python files to 16 hex digits; they can differ between container images of one version."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -99,6 +105,7 @@ def source_digest() -> str:
 
 
 def _git_commit() -> str | None:
+    """Return KUBETUNE_REVISION or the git commit of the package; None if neither is available."""
     if revision := os.environ.get("KUBETUNE_REVISION"):  # a container image has no .git
         return revision
     package = Path(trainer.__file__).parent
@@ -111,9 +118,10 @@ def _git_commit() -> str | None:
 
 
 def _fresh_folder(name: str | None) -> Path:
-    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{name}" if name else "")
-    for i in range(1, 1000):
-        folder = Path("outputs") / (stamp if i == 1 else f"{stamp}-{i}")
+    """Create a new folder under outputs/, named after the time and the experiment."""
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{name}" if name else "")
+    for number in range(1, 1000):
+        folder = Path("outputs") / (stem if number == 1 else f"{stem}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -121,13 +129,14 @@ def _fresh_folder(name: str | None) -> Path:
             continue
         except OSError as error:
             raise ConfigError(f"cannot create {folder}: {error.strerror}", fix="give output_dir=FOLDER") from None
-    raise ConfigError("outputs/ has a thousand runs of this second", fix="give output_dir=FOLDER")
+    raise ConfigError("outputs/ already has 999 runs that started in this second", fix="give output_dir=FOLDER")
 
 
-def _hold(folder: Path, workers: int) -> TextIO:
+def _lock_folder(folder: Path, workers: int) -> TextIO:
+    """Create a local folder, and lock it until the process ends or the returned file is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115  held until the process ends
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
         problem, fix = f"cannot be written to ({error.strerror})", "give a folder with write permission"
         raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
@@ -135,8 +144,8 @@ def _hold(folder: Path, workers: int) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        problem = f"another process ({lock.read().strip() or 'unknown'}) is training into it"
-        kind = Interrupted if workers > 1 else ConfigError
+        problem = f"is in use by another run ({lock.read().strip() or 'unknown process'})"
+        kind = Interrupted if workers > 1 else ConfigError  # an earlier pod of the Job may be about to end
         raise kind(problem, key="output_dir", value=folder, fix="give another folder or wait until it ends") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -145,14 +154,14 @@ def _hold(folder: Path, workers: int) -> TextIO:
 
 
 def holder_of_folder(config: RequestedConfig) -> str | None:
-    """The process that trains into output_dir, by its lock or lease (DataError: unreadable), or None. Read-only."""
+    """Describe the process that has locked output_dir or holds its lease; None if there is none. Write nothing."""
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
         return holder_of(folder, os.environ.get("JOB_UID") or None)
     file = Path(str(folder)) / LOCK
     try:
         with open(file) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
     except BlockingIOError:
         return file.read_text().strip() or "another process"
     except OSError:
@@ -161,45 +170,49 @@ def holder_of_folder(config: RequestedConfig) -> str | None:
 
 
 def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
-    """Lock the folder `config.output_dir`, or a new one under outputs/.
+    """Lock `config.output_dir` or a new folder under outputs/, and determine whether this run resumes in it.
+
+    If output_dir is in a bucket, take its lease and download the run. Only the chief calls this.
 
     Raises:
-        ConfigError: another run or process uses it, it has other files, or `resume` forbids it.
-        Interrupted: with several workers, another process uses it, probably an earlier pod of the same Job.
+        ConfigError: another process uses the folder, it has another run or other files, or `resume` forbids it.
+        Interrupted: with several workers, another process has locked the local folder, perhaps an earlier pod of this
+            Job; or the bucket does not respond.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
     remote, path = storage_path(address) if is_remote(address) else None, _local_folder(config, address)
-    lock, lease = _hold(path, workers), None
-    if remote:  # a pod of the same Kubernetes Job (JOB_UID) gets the lease at once
+    lock, lease = _lock_folder(path, workers), None
+    if remote:  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         pod = os.environ.get("HOSTNAME") or platform.node()
         lease = take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
     publisher = Publisher(path, remote, lease)
     try:
         publisher.fetch()
-        record, names = path / "config.yaml", [p.name for p in path.iterdir()]
-        begun = check_folder(config, address, names, record.read_text() if record.exists() else None)
-        folder = RunFolder(path, address, begun is not None, lock, publisher, begun or config)
-        if begun is not None:
+        file, names = path / "config.yaml", [p.name for p in path.iterdir()]
+        resumed = check_folder(config, address, names, file.read_text() if file.exists() else None)
+        folder = RunFolder(path, address, resumed is not None, lock, publisher, resumed or config)
+        if resumed is not None:
             (path / "DONE").unlink(missing_ok=True)  # a finished run is extended
-        if begun is not None or isinstance(config, RunConfig):  # else `resolve_auto_once` records it
-            folder.record(folder.config)
+        if resumed is not None or isinstance(config, RunConfig):  # else `resolve_auto_once` writes it
+            folder.write_config(folder.config)
         return folder
     except BaseException:
         publisher.close(publish=False)
         raise
 
 
-def check_folder(config: RequestedConfig, address: str, names: Iterable[str], record: str | None) -> RunConfig | None:
-    """The configuration with which a run resumes in its output_dir; None if it begins there.
+def check_folder(config: RequestedConfig, address: str, names: Iterable[str], text: str | None) -> RunConfig | None:
+    """Return the configuration with which a run resumes in its output_dir; None if a new run begins there.
 
     Args:
-        names: of the files in the folder.
-        record: its config.yaml, if it exists.
+        address: output_dir, for errors.
+        names: of the files and folders in it.
+        text: content of its config.yaml; None if it does not exist.
 
     Raises:
         ConfigError: the folder has another run or other files, or `resume` forbids it.
     """
-    if record is None:
+    if text is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
@@ -211,31 +224,42 @@ def check_folder(config: RequestedConfig, address: str, names: Iterable[str], re
     if config.resume == "never":
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
-    return check_same_run(config, load_resolved(read_config(record)), address)
+    return check_same_run(config, load_resolved(read_config(text)), address)
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """The result of `check_folder` for an output_dir, and its run.json, empty if it does not exist. Read-only."""
+    """Read how a run would begin in its output_dir, and write nothing.
+
+    Returns:
+        The configuration with which it would resume, None for a new run; and run.json, empty if it does not exist.
+
+    Raises:
+        ConfigError: the folder has another run or other files, or `resume` forbids it.
+    """
     folder = storage_path(config.output_dir or "")
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
-    if not folder.is_local:  # `Publisher.fetch` leaves these out
+    if not folder.is_local:  # without the files that `fetch_run` does not download
         names = {n for n in names if not n.startswith(".") and n not in ("DONE", "report", "export")}
-    record, facts = (folder / "config.yaml").fetch(), (folder / "run.json").fetch()
-    begun = check_folder(config, str(config.output_dir), names, record[0].decode() if record else None)
-    return begun, json.loads(facts[0]) if facts else {}
+    text, run_json = (folder / "config.yaml").fetch(), (folder / "run.json").fetch()
+    resumed = check_folder(config, str(config.output_dir), names, text[0].decode() if text else None)
+    return resumed, json.loads(run_json[0]) if run_json else {}
 
 
-def check_fingerprint(address: str, facts: dict[str, Any], fingerprint: str) -> None:
-    """Raise a DataError unless the run with this run.json began with the same data."""
-    before = facts.get("data_fingerprint", fingerprint)
-    if before != fingerprint:
-        problem = f"was trained on other data (fingerprint {before}, now {fingerprint})"
+def check_fingerprint(address: str, run_json: dict[str, Any], fingerprint: str) -> None:
+    """Raise a DataError if the run with this run.json began with data of another fingerprint."""
+    first = run_json.get("data_fingerprint", fingerprint)
+    if first != fingerprint:
+        problem = f"was trained on other data (fingerprint {first}, now {fingerprint})"
         fix = "give another folder, or the data of its first start"
         raise DataError(problem, key="output_dir", value=address, fix=fix)
 
 
 def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
-    """Return `config` with the values that `before` chose for `auto`. Raises ConfigError if it is another run."""
+    """Return `config` with the values that the run in the folder chose for `auto`.
+
+    Raises:
+        ConfigError: its configuration `before` differs in a value that a resumed run cannot change.
+    """
     config, _ = resolve_auto(config, begun=before)
     if changed := differences(before, config):
         problem = "\n".join(["holds a run with another configuration:", *(f"  {line}" for line in changed)])
@@ -244,7 +268,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
 
 
 def is_finished(config: RequestedConfig) -> bool:
-    """Return whether `config.output_dir` contains this run, finished. Read-only."""
+    """Return whether `config.output_dir` contains this run, finished and with the same length. Write nothing."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
@@ -257,7 +281,7 @@ def is_finished(config: RequestedConfig) -> bool:
 
 
 class Finished(Exception):
-    """The run is already finished."""
+    """The run is finished already, so the process ends with exit code 0."""
 
 
 def require_unfinished(config: RequestedConfig) -> None:
@@ -268,20 +292,20 @@ def require_unfinished(config: RequestedConfig) -> None:
 
 
 def require_output_dir(config: RequestedConfig, workers: int) -> None:
-    """Raise a ConfigError for several workers without an output_dir."""
+    """Raise a ConfigError if several workers have no output_dir."""
     if workers > 1 and not config.output_dir:
-        raise ConfigError("several workers need one", key="output_dir", fix="give a folder that outlives the workers")
+        raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
 def follow_run_folder(config: RequestedConfig) -> RunFolder:
-    """The folder on a worker other than the chief, which does not access it."""
+    """Describe the folder on a worker other than the chief, without accessing it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, False, None, Publisher(path, None, None), config)
 
 
 def _local_folder(config: RequestedConfig, address: str) -> Path:
-    """The folder that a run writes into: output_dir, or a cache folder for one in a bucket."""
+    """Return the local folder of a run: output_dir, or a cache folder if that is in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
@@ -290,14 +314,20 @@ def _local_folder(config: RequestedConfig, address: str) -> Path:
 def resolve_auto_once(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values as this run did before, or by the advice table; also return a reason for each."""
+    """Resolve `auto` values on the chief as an earlier start of this run did, or else for the dataset.
+
+    All workers call this and get the same configuration. The chief writes config.yaml of a new run.
+
+    Returns:
+        The configuration, and a reason for each value that was chosen.
+    """
 
     def choose() -> tuple[dict[str, Any], list[str]]:
-        begun = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
+        resumed = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         images, classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, images, classes, begun)
-        if begun is None:
-            folder.record(chosen)
+        chosen, reasons = resolve_auto(config, images, classes, resumed)
+        if resumed is None:
+            folder.write_config(chosen)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

@@ -16,24 +16,24 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
 
-VALIDATED = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # per epoch, in TensorBoard
+TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # one point per epoch
 
 
 def format_duration(seconds: float) -> str:
     """Format seconds: 75 as "1:15", 3700 as "1:01:40"."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def cut_back(metrics: Path, logs: Path, step: int) -> None:
-    """Delete metrics and TensorBoard records after `step`, from which the run resumes."""
+def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
+    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, from which the run resumes."""
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         write_whole(metrics, "".join(line + "\n" for line in lines))
     for file in logs.glob("*/events.out.tfevents.*"):
         records = []
-        with suppress(tf.errors.DataLossError):  # a record truncated by a kill
+        with suppress(tf.errors.DataLossError):  # the last record was truncated by a kill
             for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                 if Event.FromString(record).step <= step:
                     records.append(record)
@@ -51,21 +51,21 @@ def _step_of(line: str) -> float:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run; they do not influence training.
+    """Writes the metrics of a run on the chief; on other workers every method does nothing.
 
-    Each line of metrics.jsonl is one interval ("kind": "train") or one epoch ("kind": "epoch"). Values that depend on
-    machine and time are under "timing"; everything else is reproducible.
+    A line of metrics.jsonl is a logging interval ("kind": "train") or an epoch ("kind": "epoch"). Values that depend on
+    the machine and the time are under "timing"; everything else is reproducible.
     """
 
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
-        """`folder`: None on workers other than the chief, which write and log nothing."""
+        """`folder`: None on workers other than the chief. `style`: bar, lines, or auto (a bar in a terminal)."""
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.bar: Progress | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._profiling = False
 
-    def expect(self, total_steps: int) -> None:
-        """Set the number of steps of the whole run, and start the progress bar."""
+    def start(self, total_steps: int) -> None:
+        """Set the number of steps of all phases, and start the progress bar if there is one."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
             text = TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}")
@@ -75,41 +75,46 @@ class MetricsWriter:
             self.bar.start()
 
     def log(self, text: str, **fields: Any) -> None:
-        """Log a line, above a progress bar; `fields` are its values in a JSON log."""
+        """Log a line, above the progress bar if there is one; `fields` are its values in a JSON log."""
         if self.bar:
             self.bar.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
             log.info(text, extra={"fields": fields})
 
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
-        """Write an interval of training: `examples` in `seconds`, of which the device `waited` for data.
+        """Write and log a logging interval of training.
 
-        `entry` has phase, epoch, step, loss, accuracy and learning_rate; `goodput` is that of the run, in 0..1.
+        Args:
+            entry: phase, epoch, step, loss, accuracy and learning_rate.
+            examples: number of examples trained in the interval.
+            seconds: duration of the interval.
+            waited: seconds of it without data for the device.
+            goodput: of the run so far, in 0..1.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
-        left = (self.total_steps - entry["step"]) * self.batch_size / rate
-        rounded = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "goodput": round(goodput, 4)}
+        left = format_duration((self.total_steps - entry["step"]) * self.batch_size / rate)
+        timing = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "goodput": round(goodput, 4)}
         phase, epoch, step = entry["phase"], entry["epoch"], entry["step"]
-        self._write({"kind": "train", **entry, "timing": rounded | {"time": time.time()}})
+        self._write({"kind": "train", **entry, "timing": timing | {"time": time.time()}})
         health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
         scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
         self._scalars(phase, step, scalars)
         line = (
             f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {format_duration(left)}"
+            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {left}"
         )
         if self.bar:
             self.bar.update(self._task, completed=step, description=f"{phase} epoch {epoch}", line=line)
         else:
             progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-            self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **rounded)
+            self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **timing)
 
     def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
-        """Write a finished epoch with its validation scores."""
+        """Write and log an epoch: training means and validation scores; `best`: it is the best one so far."""
         self._write({"kind": "epoch", **entry, "timing": timing})
-        scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in VALIDATED if key in entry}
+        scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
         self._scalars(entry["phase"], entry["step"], scores)
         self.flush()
         top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
@@ -135,11 +140,12 @@ class MetricsWriter:
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
+        """Flush the TensorBoard files, so that a kill does not lose records before the next checkpoint."""
         for writer in self._writers.values():
             writer.flush()
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
-        """Profile the steps [first, last) of `window` for TensorBoard; call it between calls to the device."""
+        """Start or stop TensorBoard's profiler before `step`: it records the steps [first, last) of `window`."""
         if self.folder is None:
             return
         if window and not self._profiling and window[0] <= step < window[1]:
@@ -150,7 +156,7 @@ class MetricsWriter:
             self._profiling = False
 
     def close(self) -> None:
-        """Stop the bar and the profiler, and close all files."""
+        """Stop the progress bar and the profiler, and close the TensorBoard files."""
         self.profile(0, None)
         if self.bar:
             self.bar.stop()

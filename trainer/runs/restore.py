@@ -1,4 +1,4 @@
-"""Restore the variables of a classifier from a checkpoint of its own or of another run (warm start)."""
+"""Assign the values of a checkpoint to a classifier: of the run itself, or of another run (warm start)."""
 
 from pathlib import Path
 from typing import Any
@@ -10,37 +10,49 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, names_in, weights_of
-from trainer.runs.publisher import Publisher
+from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_checkpoint, read_pointer
+from trainer.runs.publisher import fetch_run
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.training import variables
 
 
-def assign_values(classifier: Classifier, chosen: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign trained values, by name, to the `chosen` ones of a classifier's variables.
+def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
+    """Assign trained values, by name, to `targets`, all or some of the classifier's variables.
 
-    Raises DataError, and assigns nothing, if a value is missing or has another shape.
+    Raises:
+        DataError: a value is missing or has another shape; nothing was assigned. `source` names the values.
     """
-    variables.write(chosen, values, source)
+    variables.write(targets, values, source)
     refresh_normalization(classifier.backbone)
 
 
-def take_weights(control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path) -> tuple[str, int]:
-    """Assign every variable of the same name and shape from another run's best (or newest) checkpoint, averaged if that
-    run used EMA, on every worker. `source` is its output_dir or a checkpoint, local or gs://, which the chief reads.
+def load_warm_start(
+    control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path
+) -> tuple[str, int]:
+    """Assign the variables of another run's checkpoint that have the same name and shape, with averages (EMA) if any.
+
+    All workers call this; the chief reads the checkpoint and broadcasts it.
+
+    Args:
+        source: output_dir of the other run, local or gs://, of which the best or else the newest checkpoint is read; or
+            the folder of a local checkpoint.
+        cache_folder: a run in a bucket is downloaded below it.
 
     Returns:
-        the path of the checkpoint, and the number of assigned variables.
+        The path of the checkpoint, and the number of assigned variables.
 
     Raises:
         DataError: there is no checkpoint, or none of its variables matches.
     """
-    path, values = _read(source, cache_folder) if control.is_chief else ("", {})
+    path, values = _read_source(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
-    values = weights_of(control.broadcast_arrays("weights", values))
-    own = classifier.variables
-    matching = {n: v for n, v in own.items() if n in values and tuple(values[n].shape) == tuple(v.shape)}
+    values = inference_weights(control.broadcast_arrays("weights", values))
+    matching = {
+        name: variable
+        for name, variable in classifier.variables.items()
+        if name in values and tuple(values[name].shape) == tuple(variable.shape)
+    }
     if not matching:
         problem, fix = "none of its variables matches this model", "give a run with the same backbone"
         raise DataError(problem, key="warm_start", value=source, fix=fix)
@@ -48,23 +60,27 @@ def take_weights(control: ControlChannel, classifier: Classifier, source: str, c
     return path, len(matching)
 
 
-def _read(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+def _read_source(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Read the variables of the checkpoint that a warm start begins with, and return them with its local path."""
     folder = Path(source).expanduser()
     if is_remote(source):
         folder = cache_folder / "warm_start"
-        Publisher(folder, storage_path(source), None).fetch()
+        fetch_run(storage_path(source), folder)
     checkpoints = local_checkpoints(source, folder)
-    pointer = storage_path(checkpoints.folder / "BEST")
-    names = names_in(pointer) if checkpoints.folder.parent == folder else [folder.name]
-    steps = checkpoints.steps()
-    step = next((step for step in steps if checkpoints.path(step).name in names), steps[-1])
-    return str(checkpoints.path(step)), checkpoints.read(step)[1]
+    if checkpoints.folder.parent == folder:
+        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.steps()
+        folder = checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
+    return str(folder), read_checkpoint(storage_path(folder))[1]
 
 
 def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """The checkpoints of a run; `folder` is its output_dir or one of them. Raises DataError if there are none."""
+    """Return the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
+
+    Raises:
+        DataError: the folder does not exist, or the run has no checkpoint. `source` is the value of `warm_start`.
+    """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
-    if not checkpoints.steps():
+    if not folder.is_dir() or not checkpoints.steps():
         raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
     return checkpoints

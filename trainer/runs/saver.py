@@ -1,4 +1,4 @@
-"""Save a run: checkpoints on the local disk, their publication in the background, and the restart history."""
+"""Save the checkpoints of a run, and read them for all workers."""
 
 from typing import Any
 
@@ -7,16 +7,24 @@ import numpy as np
 from trainer.cluster.control import ControlChannel
 from trainer.errors import DataError
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, weights_of
+from trainer.runs.checkpoints import CheckpointFolder, inference_weights
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import RestartHistory
 from trainer.training import variables
 
 
 class Saver:
-    """Saves one run; only the chief writes, on the other workers every method returns at once.
+    """Saves and reads the checkpoints of one run, and holds its restart history.
 
-    `saved_step` is the step of the newest checkpoint; `path` and `address` are those of the `RunFolder`.
+    Only the chief accesses the disk. `newest` and `read_weights` broadcast what it reads, so all workers call them;
+    `save` only records the step on other workers.
+
+    Attributes:
+        path: the local folder of the run.
+        address: `output_dir` as the user gave it.
+        publisher: copies the local folder to a bucket in the background.
+        saved_step: step of the newest checkpoint, 0 if there is none.
+        restarts: the restart history; other workers than the chief do not write it.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
@@ -27,7 +35,10 @@ class Saver:
         self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """State and variables of the newest checkpoint, or None and {}, on every worker; the chief reads them."""
+        """Broadcast state and variables of the newest intact checkpoint; None and {} if there is none.
+
+        Without `resuming` (a new run) nothing is read.
+        """
         newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
         state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
@@ -35,33 +46,41 @@ class Saver:
         self.saved_step = state["step"]
         return state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
 
-    def save(self, state: dict[str, Any], live: dict[str, Any], best_step: int | None) -> None:
-        """Commit a checkpoint of the `live` variables, by name, and publish it in the background."""
+    def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
+        """Commit a checkpoint of the current variables (by name) on the local disk; publish it in the background.
+
+        First wait until the previous checkpoint is published. `best_step` is the step of the best checkpoint so far.
+
+        Raises:
+            Interrupted: the lease of the bucket was lost, or the bucket does not respond.
+            OSError: the disk is full or fails.
+        """
         self.saved_step = state["step"]
         if self.control.is_chief:
-            self.publisher.wait()  # at most one checkpoint is unpublished
+            self.publisher.wait()
             with self.control.committing():
-                self.checkpoints.save(state, variables.read(live), best_step)
-            self.publisher.checkpoint()
+                self.checkpoints.save(state, variables.read(current), best_step)
+            self.publisher.publish_checkpoints()
 
     def read_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
-        """The step and the model's variables `names` of a checkpoint, averaged with EMA, on every worker.
+        """Broadcast the model's variables `names` of a checkpoint, with averages (EMA) if any, and its step.
 
-        If the checkpoint is damaged, the one of `last_step` is used.
+        If the checkpoint of `step` is damaged, that of `last_step` is read instead.
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
             try:
-                weights = weights_of(self.checkpoints.read(step)[1])
+                weights = inference_weights(self.checkpoints.read(step)[1])
             except DataError as error:
                 if step == last_step:
                     raise
                 log.info(f"{error.problem}; using the last checkpoint instead")
-                step, weights = last_step, weights_of(self.checkpoints.read(last_step)[1])
+                step, weights = last_step, inference_weights(self.checkpoints.read(last_step)[1])
             weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)
         return step, self.control.broadcast_arrays("weights", weights)
 
     @property
     def resume_hint(self) -> str:
+        """What the user can do after an interruption, for the `fix` of an error."""
         return f"Start the same command again with output_dir={self.address} to resume"

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all."""
+"""Files on disk and in buckets: atomic writes, leases, staging and a cache of shards."""

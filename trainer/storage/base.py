@@ -1,4 +1,4 @@
-"""Storage paths on disk or in a bucket: their common operations, without the slow import of Google's client."""
+"""The interface that local paths and `gs://` addresses have in common; imports no Google client, which is slow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.errors import TrainerError
 
 
 class Conflict(TrainerError):
-    """A conditional write did not match the current version; nothing was written."""
+    """The file no longer has the version that a conditional write replaces; nothing was written."""
 
 
 class _Any(Enum):
@@ -24,22 +24,28 @@ class _Any(Enum):
 
 
 ANY = _Any.ANY
-OnlyIf = int | None | Literal[_Any.ANY]
-ObjectInfos = list["ObjectInfo"]  # inside a StoragePath, `list` is its method
+OnlyIf = int | None | Literal[_Any.ANY]  # condition of a write: this version, no file yet, or none at all
+ObjectInfos = list["ObjectInfo"]  # in the body of StoragePath, `list` is the method
 StoragePaths = list["StoragePath"]
 
-# `.name.<digits>-<digits>` next to a local file, `.parts-<token>` next to a large object.
+# `.name.<digits>-<digits>` is a temporary local file; `name.parts-<token>/` has the parts of a large object.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether a name belongs to a transfer in progress, or to one whose process was killed."""
+    """Return whether this is the name of a temporary file or part, of a transfer that is in progress or was killed."""
     return bool(_UNFINISHED.search(name))
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One file or object: `size` in bytes, `version` as `StoragePath.version`, `crc32c` (None for local files)."""
+    """A file or object as it was listed.
+
+    Attributes:
+        size: in bytes.
+        version: differs for each write: the modification time in ns of a file, the generation of an object.
+        crc32c: None for local files.
+    """
 
     path: StoragePath
     size: int
@@ -50,9 +56,10 @@ class ObjectInfo:
 class StoragePath(ABC):
     """A file or folder, local or in a bucket. Equal addresses are equal values; `str` returns the address as written.
 
-    Writing creates missing parent folders. Every operation raises `DataError` for a permanent error (absent, no such
-    bucket, no permission, no credentials) and `Interrupted` if a bucket does not respond in time. Local writes raise
-    `OSError`, so that callers can handle a full disk.
+    Writing creates missing parent folders. Every operation raises `DataError` for a permanent error (no such bucket, no
+    permission, no credentials) and `Interrupted` if a bucket does not respond in time. Writing and deleting local files
+    raises `OSError`, so that callers can handle a full disk. `read`, `read_text`, `size` and `download` also raise
+    `DataError` if there is no such file.
     """
 
     is_local: bool
@@ -66,7 +73,7 @@ class StoragePath(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The last component of the path; the bucket's name for the bucket itself."""
+        """The last component of the path; of a bucket itself, its name."""
 
     @property
     @abstractmethod
@@ -74,31 +81,31 @@ class StoragePath(ABC):
 
     @abstractmethod
     def stat(self) -> ObjectInfo | None:
-        """Size and version of the file; None if it does not exist or is a folder."""
+        """Return size and version of the file; None if it does not exist or is a folder."""
 
     @abstractmethod
     def fetch(self) -> tuple[bytes, int] | None:
-        """The whole content, verified, and its version; None if there is no such file."""
-
-    @abstractmethod
-    def read_range(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, fewer at the end of the file."""
+        """Read the content (of an object, verified by its CRC32C) and its version; None if there is no such file."""
 
     @abstractmethod
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
-        """Write atomically and return the new version. `only_if=None` creates, `only_if=version` replaces that one.
+        """Write atomically and return the new version.
 
-        Raises `Conflict` if the current version is another one. A retry after a lost response recognizes its own
-        earlier write, which is no conflict.
+        Args:
+            only_if: None to create the file; a version to replace exactly that one. Unconditional by default.
+
+        Raises:
+            Conflict: the file exists, or has another version. If the response to a write was lost, its retry
+                recognizes the version as its own and succeeds.
         """
 
     @abstractmethod
     def list(self, recursive: bool = True) -> ObjectInfos:
-        """The files in this folder (and below it), sorted by name; empty if there is no such folder."""
+        """List the files below this folder, or only directly in it, by path; empty if there is no such folder."""
 
     @abstractmethod
     def folders(self) -> StoragePaths:
-        """The folders directly in this one, sorted by name."""
+        """List the folders directly in this one, sorted by name."""
 
     @abstractmethod
     def delete(self) -> None:
@@ -106,14 +113,16 @@ class StoragePath(ABC):
 
     @abstractmethod
     def delete_tree(self) -> None:
-        """Delete everything below this folder, including unfinished transfers."""
+        """Delete everything below this folder, including temporary files and parts."""
 
     @abstractmethod
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        """Copy to a local file: to a temporary file next to it, which is verified, then renamed.
+        """Copy to a local file atomically and return the size and version that were copied.
 
-        `expected`, an item of `list`, saves the request for size and version, and pins the version that is copied.
-        The disk is not flushed: after a power failure the file may have to be downloaded again.
+        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it.
+
+        Args:
+            expected: an item of `list`: only this version is copied, and a bucket is not queried for it again.
         """
 
     @abstractmethod
@@ -121,51 +130,52 @@ class StoragePath(ABC):
         """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
-        """The whole content, verified."""
+        """Read the content (of an object, verified by its CRC32C)."""
         content = self.fetch()
         if content is None:
             raise self._absent()
         return content[0]
 
     def read_text(self) -> str:
-        """The content as UTF-8."""
+        """Read the content as UTF-8."""
         return self.read().decode()
 
     def size(self) -> int:
-        """Size in bytes."""
-        return self._existing().size
+        """Return the size in bytes."""
+        return self._require_info().size
 
     def exists(self) -> bool:
-        """Return whether there is a file at this path (for folders: `is_folder`)."""
+        """Return whether there is a file, not a folder, at this path."""
         return self.stat() is not None
 
     def version(self) -> int | None:
-        """A number that differs for each write to this path (in a bucket, the generation); None if absent."""
+        """Return a number that differs for each write to this path; None if there is no such file."""
         info = self.stat()
         return None if info is None else info.version
 
     @abstractmethod
     def is_folder(self) -> bool:
-        """Return whether there is any file below this path."""
+        """Return whether there is anything below this path."""
 
-    def _existing(self) -> ObjectInfo:
+    def _require_info(self) -> ObjectInfo:
         info = self.stat()
         if info is None:
             raise self._absent()
         return info
 
     @abstractmethod
-    def _absent(self) -> TrainerError: ...
+    def _absent(self) -> TrainerError:
+        """Return the error for a path without a file."""
 
 
-deadline: ContextVar[float | None] = ContextVar("deadline", default=None)  # seconds, as set by `within`
+deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # set by `within`
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Replace `gcs_client.DEADLINE` for the operations of this thread inside the block."""
-    token = deadline.set(seconds)
+    """Limit each request to a bucket in the block to `seconds`, its retries included, instead of the default."""
+    token = deadline_seconds.set(seconds)
     try:
         yield
     finally:
-        deadline.reset(token)
+        deadline_seconds.reset(token)

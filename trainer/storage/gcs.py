@@ -1,4 +1,8 @@
-"""Storage paths in a Google Cloud Storage bucket, by google-cloud-storage; `gcs_client.persist` retries requests."""
+"""`GcsPath`, the storage path of an object or folder in a Google Cloud Storage bucket.
+
+All content is verified by CRC32C. `gcs_client.persist` sends each request with timeouts and retries; large files are
+transferred in parallel.
+"""
 
 from __future__ import annotations
 
@@ -33,35 +37,37 @@ from trainer.storage.base import (
 from trainer.storage.gcs_client import CHECK_BUCKET, NO_BUCKET, Damaged, Limits, client, persist
 from trainer.storage.local import LocalPath, temporary_file
 
-AT_ONCE = 8  # concurrent requests of one transfer
-LARGE = 32 << 20  # bytes above which a file is downloaded in chunks
-CHUNK = 16 << 20  # bytes of a chunk
-PART = 8 << 20  # bytes above which a file is uploaded in parts
-MOST_PARTS = 32  # of one compose request
-MEMORY = 256 << 20  # bytes of parts in memory at the same time
-CLEANING = 10.0  # deadline in seconds for deleting the parts of an upload
-DAMAGED_FILES = 5  # downloads of a large file that may fail its checksum
+MAX_CONCURRENT_REQUESTS = 8  # of one transfer
+MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
+CHUNK_BYTES = 16 << 20  # of a download
+PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
+MAX_COMPOSED_PARTS = 32  # limit of the storage for one compose request
+MAX_MEMORY_BYTES = 256 << 20  # of the parts of an upload that are in memory at the same time
+CLEANUP_SECONDS = 10.0  # deadline of deleting one part after an upload
+MAX_DOWNLOADS = 5  # tries until the CRC32C of a large object matches
 
-_OURS = "kubetune-write"  # metadata key: identifies the write that made this version
+_WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a generation
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _decoded(crc32c: str | None) -> int | None:
-    """Decode the storage's notation of a checksum: base64, big-endian."""
+def _decode_crc32c(crc32c: str | None) -> int | None:
+    """Decode the base64 of a big-endian CRC32C, as the storage reports it."""
     return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
 
 
-def _in_parallel(do: Callable[[Item], Result], items: Iterable[Item], most: int = AT_ONCE) -> list[Result]:
-    """Map `do` over items in threads, with the caller's deadline; an error cancels the calls that have not begun."""
-    calls = [partial(copy_context().run, do, item) for item in items]
-    with ThreadPoolExecutor(min(AT_ONCE, most)) as pool:
+def _in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = MAX_CONCURRENT_REQUESTS
+) -> list[Result]:
+    """Map `function` over items in threads, with the caller's deadline; an error cancels the calls not yet begun."""
+    calls = [partial(copy_context().run, function, item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda call: call(), calls))
 
 
 class _Replaced(DataError):
-    """The requested generation no longer exists."""
+    """The generation that is being read no longer exists."""
 
     def __init__(self, path: StoragePath) -> None:
         super().__init__(f"{path}: was replaced or deleted while it was read", fix="start the same command again")
@@ -69,7 +75,7 @@ class _Replaced(DataError):
 
 @dataclass(frozen=True)
 class GcsPath(StoragePath):
-    """`gs://bucket/key`; the key of the bucket itself is empty."""
+    """`gs://bucket/key`; the bucket itself has the key ""."""
 
     bucket: str
     key: str = ""
@@ -81,7 +87,7 @@ class GcsPath(StoragePath):
     def __truediv__(self, name: str) -> GcsPath:
         parts = [part for part in f"{self.key}/{name}".split("/") if part not in ("", ".")]
         if ".." in parts:
-            raise ConfigError(f"{self}/{name}: a bucket has no '..'", fix="write the whole address")
+            raise ConfigError(f"{self}/{name}: a bucket has no '..'", fix="give the address without '..'")
         return replace(self, key="/".join(parts))
 
     @property
@@ -113,66 +119,48 @@ class GcsPath(StoragePath):
                 data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=limits, retry=None)
             except NotFound:
                 return None
-            if google_crc32c.value(data) != _decoded(blob.crc32c):
+            if google_crc32c.value(data) != _decode_crc32c(blob.crc32c):
                 raise Damaged("CRC32C differs")
             return data, int(blob.generation)
 
         return persist(str(self), "storage.objects.get", get)
 
-    def read_range(self, start: int, length: int) -> bytes:
-        """Read a range, for headers and indexes. The storage has no checksum of a range: a small object is read and
-        verified as a whole; of a large one the range is read twice and compared."""
-        info = self._existing()
-        length = min(length, info.size - start)
-        if length <= 0:
-            return b""
-        if info.size <= PART:
-            return self._pinned(info)[start : start + length]
-
-        def twice(limits: Limits) -> bytes:
-            first = self._slice(info, start, length, limits)
-            if first != self._slice(info, start, length, limits):
-                raise Damaged("two reads of one range differ")
-            return first
-
-        return persist(str(self), "storage.objects.get", twice)
-
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
         data = content.encode() if isinstance(content, str) else content
-        if len(data) <= PART:
-            return self._send(data, only_if)
+        if len(data) <= PART_BYTES:
+            return self._upload_object(data, only_if)
         if only_if is not ANY:
-            raise ValueError(f"{self}: a conditional write is limited to {PART} bytes")
-        return self._send_parts(len(data), lambda start, length: data[start : start + length])
+            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
+        return self._upload_parts(len(data), lambda start, length: data[start : start + length])
 
     def upload(self, source: Path) -> int:
         with LocalPath(source)._reading():
             file = open(source, "rb")  # noqa: SIM115 - closed below
         with file:
             size = os.fstat(file.fileno()).st_size
-            if size <= PART:
-                return self._send(os.pread(file.fileno(), size, 0), ANY)
-            return self._send_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
+            if size <= PART_BYTES:
+                return self._upload_object(os.pread(file.fileno(), size, 0), ANY)
+            return self._upload_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         with temporary_file(to) as temporary:
-            for _ in range(DAMAGED_FILES):
-                info = expected or self._existing()
+            for _ in range(MAX_DOWNLOADS):
+                info = expected or self._require_info()
                 try:
-                    whole = self._download(temporary, info)
+                    is_intact = self._download(temporary, info)
                 except _Replaced:
                     if expected is not None:
                         raise
                     continue
-                if whole:
+                if is_intact:
                     os.replace(temporary, to)
                     return info
-        problem = f"{self}: the download failed its CRC32C check {DAMAGED_FILES} times"
+        problem = f"{self}: the download failed its CRC32C check {MAX_DOWNLOADS} times"
         raise Interrupted(problem, fix="start the same command again")
 
     def list(self, recursive: bool = True) -> ObjectInfos:
-        files = [info for page, _ in self._pages("" if recursive else "/") for info in page]
-        return sorted((f for f in files if not is_unfinished(str(f.path))), key=lambda f: str(f.path).encode())
+        infos = [info for page, _ in self._pages("" if recursive else "/") for info in page]
+        return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
 
     def folders(self) -> StoragePaths:
         names = {prefix for _, prefixes in self._pages("/") for prefix in prefixes if not is_unfinished(prefix)}
@@ -194,46 +182,41 @@ class GcsPath(StoragePath):
     def _absent(self) -> DataError:
         try:
             replace(self, key="")._page(None, "", 1)
-        except DataError as error:  # also raised for an account that may read but not list
+        except DataError as error:  # an account that may read but not list gets another one
             if NO_BUCKET in str(error):
                 return DataError(f"{self}: {NO_BUCKET}", fix=CHECK_BUCKET)
         return DataError(f"{self}: there is no such object", fix="check the address")
 
     def _info(self, blob: Any) -> ObjectInfo:
-        return ObjectInfo(self, int(blob.size), int(blob.generation), _decoded(blob.crc32c))
+        return ObjectInfo(self, int(blob.size), int(blob.generation), _decode_crc32c(blob.crc32c))
 
     def _pages(self, delimiter: str) -> Iterator[tuple[ObjectInfos, set[str]]]:
+        """Yield the objects and the subfolders of each page; with delimiter "", all objects below and no subfolders."""
         token: str | None = ""
         while token is not None:
             page, prefixes, token = self._page(token, delimiter)
             yield page, prefixes
 
     def _page(
-        self, token: str | None, delimiter: str, most: int | None = None
+        self, token: str | None, delimiter: str, max_objects: int | None = None
     ) -> tuple[ObjectInfos, set[str], str | None]:
-        """One page of the objects below, its prefixes, and the token of the next page (None at the end)."""
+        """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
         prefix = f"{self.key}/" if self.key else ""
 
         def get(limits: Limits) -> tuple[ObjectInfos, set[str], str | None]:
             listing = client().list_blobs(
-                self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None, max_results=most,
-                fields=_FIELDS, timeout=limits, retry=None,
+                self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None,
+                max_results=max_objects, fields=_FIELDS, timeout=limits, retry=None,
             )  # fmt: skip
             blobs = list(next(listing.pages, ()))
-            # The console marks an empty folder by an object whose name ends in a slash.
+            # The web console creates an object whose name ends in a slash to mark an empty folder.
             page = [replace(self, key=blob.name)._info(blob) for blob in blobs if not blob.name.endswith("/")]
             return page, set(listing.prefixes), listing.next_page_token or None
 
         return persist(str(self), "storage.objects.list", get)
 
-    def _pinned(self, info: ObjectInfo) -> bytes:
-        content = self.fetch(info.version)
-        if content is None:
-            raise _Replaced(self)
-        return content[0]
-
-    def _slice(self, info: ObjectInfo, start: int, length: int, limits: Limits) -> bytes:
-        """`length` bytes of one generation; for `persist`."""
+    def _request_range(self, info: ObjectInfo, start: int, length: int, limits: Limits) -> bytes:
+        """Request `length` bytes of one generation from offset `start`, without retries."""
         try:
             data = self._blob(info.version).download_as_bytes(
                 start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=limits, retry=None
@@ -245,92 +228,103 @@ class GcsPath(StoragePath):
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one generation to a file and return whether its CRC32C matches (a chunk has no checksum)."""
+        """Copy one generation to a file and return whether the CRC32C matches.
 
-        def chunk(start: int) -> None:
-            length = min(CHUNK, info.size - start)
-            data = persist(str(self), "storage.objects.get", lambda limits: self._slice(info, start, length, limits))
-            with open(to, "r+b") as part:
-                part.seek(start)
-                part.write(data)
+        A damaged small object is requested again by `fetch`. The storage has no checksum of a range, so the CRC32C of a
+        large object is computed after all its chunks are written.
+        """
+
+        def copy_chunk(start: int) -> None:
+            length = min(CHUNK_BYTES, info.size - start)
+            request = partial(self._request_range, info, start, length)
+            data = persist(str(self), "storage.objects.get", request)
+            with open(to, "r+b") as target:
+                target.seek(start)
+                target.write(data)
             health.progress()
 
         with open(to, "wb") as file:
-            if info.size <= LARGE:
-                file.write(self._pinned(info))
+            if info.size <= MAX_UNCHUNKED_BYTES:
+                if (content := self.fetch(info.version)) is None:
+                    raise _Replaced(self)
+                file.write(content[0])
                 return True
             file.truncate(info.size)
-        _in_parallel(chunk, range(0, info.size, CHUNK))
+        _in_parallel(copy_chunk, range(0, info.size, CHUNK_BYTES))
         crc = 0
-        with open(to, "rb") as copy:
-            while block := copy.read(1 << 20):
+        with open(to, "rb") as copied:
+            while block := copied.read(1 << 20):
                 crc = google_crc32c.extend(crc, block)
         return crc == info.crc32c
 
-    def _send(self, data: bytes, only_if: OnlyIf) -> int:
+    def _upload_object(self, data: bytes, only_if: OnlyIf) -> int:
         """Upload in one request with a CRC32C, which the storage verifies before the object becomes visible."""
-        ours, crc = uuid.uuid4().hex, google_crc32c.value(data)
-        condition = None if only_if is ANY else only_if or 0
+        write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
+        condition = None if only_if is ANY else only_if or 0  # 0: the object must not exist
         tries = 0
 
         def put(limits: Limits) -> int:
             nonlocal tries, condition
             tries += 1
             blob = self._blob()
-            blob.metadata = {_OURS: ours}
+            blob.metadata = {_WRITE_ID: write_id}
             try:
                 blob.upload_from_string(
                     data, content_type="application/octet-stream", checksum="crc32c",
                     if_generation_match=condition, timeout=limits, retry=None,
                 )  # fmt: skip
             except PreconditionFailed as error:
-                # An earlier try may have succeeded although its response was lost: then the version is ours.
+                # An earlier try may have succeeded although its response was lost; then the object has our write id.
                 bucket = client().bucket(self.bucket)
                 blob = bucket.get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
-                if blob is None or (blob.metadata or {}).get(_OURS) != ours:
+                if blob is None or (blob.metadata or {}).get(_WRITE_ID) != write_id:
                     raise Conflict(f"{self}: changed since it was read") from error
-            if _decoded(blob.crc32c) != crc:  # only with a server that does not verify (an emulator)
+            if _decode_crc32c(blob.crc32c) != crc:  # only an emulator stores damaged data
                 condition = None if condition is None else int(blob.generation)
                 raise Damaged("CRC32C of the stored object differs")
             return int(blob.generation)
 
         return persist(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
 
-    def _send_parts(self, size: int, content: Callable[[int, int], bytes]) -> int:
+    def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> int:
         """Upload parts in parallel, each verified, then compose them in one atomic request.
 
-        A resumable session would be sequential, and servers differ in how they treat a part that is sent again. The
-        parts of a killed upload are not listed; `delete_tree` deletes them.
+        A resumable upload would be sequential, and servers differ in how they treat a part that is sent again. `list`
+        omits parts that a killed process left; `delete_tree` deletes them.
+
+        Args:
+            read_range: returns `length` bytes of the source from offset `start`.
         """
-        length = max(PART, -(-size // MOST_PARTS))
+        part_bytes = max(PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
-        starts = range(0, size, length)
+        starts = range(0, size, part_bytes)
         parts = [folder / f"{index:02d}" for index in range(len(starts))]
 
-        def part_at(start: int) -> bytes:
-            return content(start, min(length, size - start))
+        def read_part(start: int) -> bytes:
+            return read_range(start, min(part_bytes, size - start))
 
-        def send(index: int) -> int:
-            generation = parts[index]._send(part_at(starts[index]), ANY)
+        def upload_part(index: int) -> int:
+            generation = parts[index]._upload_object(read_part(starts[index]), ANY)
             health.progress()
             return generation
 
-        def join(limits: Limits) -> ObjectInfo:
+        def compose(limits: Limits) -> ObjectInfo:
             blob = self._blob()
             blob.content_type = "application/octet-stream"
-            sent = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]
-            blob.compose(sent, timeout=limits, retry=None)
+            uploaded = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]
+            blob.compose(uploaded, timeout=limits, retry=None)
             return self._info(blob)
 
         try:
-            generations = _in_parallel(send, range(len(starts)), max(1, MEMORY // length))
-            made = persist(str(self), "storage.objects.create and storage.objects.get", join)
+            threads = min(MAX_CONCURRENT_REQUESTS, max(1, MAX_MEMORY_BYTES // part_bytes))
+            generations = _in_parallel(upload_part, range(len(starts)), threads)
+            composed = persist(str(self), "storage.objects.create and storage.objects.get", compose)
         finally:
-            with contextlib.suppress(DataError, Interrupted), within(CLEANING):
+            with contextlib.suppress(DataError, Interrupted), within(CLEANUP_SECONDS):
                 _in_parallel(lambda part: part.delete(), parts)
-        whole = google_crc32c.value(b"")
+        crc = google_crc32c.value(b"")
         for start in starts:
-            whole = google_crc32c.extend(whole, part_at(start))
-        if (made.size, made.crc32c) != (size, whole):
+            crc = google_crc32c.extend(crc, read_part(start))
+        if (composed.size, composed.crc32c) != (size, crc):
             raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
-        return made.version
+        return composed.version

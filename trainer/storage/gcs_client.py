@@ -1,4 +1,4 @@
-"""The process-wide client of Google Cloud Storage: credentials, retries, deadlines, and explained errors."""
+"""The process-wide client of Google Cloud Storage: credentials, retries, deadlines, and errors with a fix."""
 
 import http.client
 import os
@@ -24,28 +24,28 @@ from trainer.errors import DataError, Interrupted
 from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
 from trainer.storage import base
 
-DEADLINE = 120.0  # seconds per operation (of a large one, per part), all retries included
-CONNECT = 10.0  # connect timeout in seconds
-SILENCE = 30.0  # read timeout in seconds
-FIRST_PAUSE = 0.5  # seconds; exponential backoff with full jitter up to LONGEST_PAUSE
-LONGEST_PAUSE = 16.0
-DAMAGED_REQUESTS = 5  # responses 400 that count as a request damaged in transit
-POD_SECONDS = 20.0  # in which the credentials of a new pod may become available
-THREADS = 16  # size of the connection pool
+DEADLINE_SECONDS = 120.0  # of one request, its retries included
+CONNECT_SECONDS = 10.0  # connect timeout
+READ_SECONDS = 30.0  # read timeout
+FIRST_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniform between 0 and the backoff
+MAX_BACKOFF_SECONDS = 16.0
+MAX_BAD_REQUESTS = 5  # responses 400 per operation that are retried, since a request can be damaged in transit
+POD_CREDENTIALS_SECONDS = 20.0  # time that a new pod has until its credentials are available
+CONNECTION_POOL_SIZE = 16
 NO_BUCKET = "there is no such bucket, or this account may not see it"
 CHECK_BUCKET = "check the address"
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_HOW = (
+_CREDENTIALS_FIX = (
     "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
     "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
 )
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-# Not from the run's seed, with which all workers would retry at the same moment.
-_noise = random.SystemRandom()
-_clients: dict[tuple[int, str | None], Any] = {}
+# Not seeded: with the seed of the run, all workers would retry at the same moment.
+_jitter = random.SystemRandom()
+_clients: dict[tuple[int, str | None], Any] = {}  # by process id and STORAGE_EMULATOR_HOST
 _lock = threading.Lock()
 
 Limits = tuple[float, float]  # connect and read timeout in seconds
@@ -53,53 +53,55 @@ Result = TypeVar("Result")
 
 
 class Damaged(Exception):
-    """The checksum or length of transferred data differs."""
+    """Transferred data has a wrong checksum or length."""
 
 
-def persist(address: str, permission: str, call: Callable[[Limits], Result]) -> Result:
-    """Call with retries on transient errors.
+def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
+    """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
 
     Args:
-        permission: required by the operation, for the message.
+        address: named in errors.
+        permission: that the account needs, named in errors unless the response names it.
+        request: called with the connect and read timeouts of each try.
 
     Raises:
         Interrupted: the deadline has passed.
-        DataError: Google's client reports a permanent error; any other error of `call` is re-raised.
+        DataError: Google's client reports a permanent error.
     """
-    deadline = base.deadline.get() or DEADLINE
+    deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()
-    pause, damaged = FIRST_PAUSE, 0
+    backoff, bad_requests = FIRST_BACKOFF_SECONDS, 0
     while True:
-        left = max(deadline - (time.monotonic() - start), 0.05)
+        remaining = max(deadline - (time.monotonic() - start), 0.05)
         try:
-            return call((min(CONNECT, left), min(SILENCE, left)))
+            return request((min(CONNECT_SECONDS, remaining), min(READ_SECONDS, remaining)))
         except Exception as error:
             reason = _transient_reason(error)
             if isinstance(error, GoogleAPICallError) and error.code == 400:
-                damaged += 1
-                reason = None if damaged > DAMAGED_REQUESTS else "400 damaged request"
+                bad_requests += 1
+                reason = None if bad_requests > MAX_BAD_REQUESTS else "400 damaged request"
             if reason is None:
-                explained = _explained(error, address, permission)
-                if explained is None:
+                explanation = _explain(error, address, permission)
+                if explanation is None:
                     raise
-                raise explained from error
-            left = deadline - (time.monotonic() - start)
-            if left <= 0:
+                raise explanation from error
+            remaining = deadline - (time.monotonic() - start)
+            if remaining <= 0:
                 problem = f"{address}: the storage did not respond for {deadline:g} s ({reason})"
                 raise Interrupted(problem, fix="start the same command again: everything saved is intact") from error
-            after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
-            wait = max(_noise.uniform(0, pause), float(after) if after.isdigit() else 0.0)
-        time.sleep(min(wait, left))
-        pause = min(2 * pause, LONGEST_PAUSE)
+            retry_after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
+            pause = max(_jitter.uniform(0, backoff), float(retry_after) if retry_after.isdigit() else 0.0)
+        time.sleep(min(pause, remaining))
+        backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
 
 def _transient_reason(error: Exception) -> str | None:
-    """The reason why a retry may succeed; None for a permanent error."""
+    """Describe an error after which a retry may succeed; None for a permanent one."""
     if isinstance(error, Damaged | DataCorruption):
         return f"damaged response: {error}"
     if isinstance(error, GoogleAPICallError):
-        limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
-        if error.code in _TRANSIENT_CODES or limited:
+        rate_limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
+        if error.code in _TRANSIENT_CODES or rate_limited:
             return f"{int(error.code or 0)} {http.client.responses.get(int(error.code or 0), '')}".strip()
         return None
     if isinstance(error, RefreshError):
@@ -118,18 +120,18 @@ def _transient_reason(error: Exception) -> str | None:
 
 
 def client() -> Any:
-    """The `storage.Client` of this process, created at the first call; anonymous if there are no credentials.
+    """Return the `storage.Client` of this process, created at the first call; anonymous if there are no credentials.
 
-    A forked process and an emulator get another client.
+    A client cannot be used after a fork, nor for another STORAGE_EMULATOR_HOST, so each pair has one.
     """
     key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
     with _lock:
         if key not in _clients:
-            _clients[key] = _connect(emulated=bool(key[1]))
+            _clients[key] = _create_client(emulated=bool(key[1]))
         return _clients[key]
 
 
-def _connect(emulated: bool) -> Any:
+def _create_client(emulated: bool) -> Any:
     credentials: Credentials = AnonymousCredentials()
     project = None
     if not emulated:
@@ -141,18 +143,18 @@ def _connect(emulated: bool) -> Any:
                 problem, key = str(error).splitlines()[0], "GOOGLE_APPLICATION_CREDENTIALS"
                 raise DataError(problem, key=key, value=os.environ[key], fix="set it to a credentials file") from error
     created = storage.Client(project=project, credentials=credentials)
-    mount_transport(created, HTTPAdapter(pool_connections=4, pool_maxsize=THREADS))
+    mount_transport(created, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTION_POOL_SIZE))
     disable_bucket_metadata(created)
     return created
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Credentials and project. In a pod retry: GKE's metadata server may not respond in its first seconds."""
-    patient = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
-    deadline = time.monotonic() + (POD_SECONDS if patient else 0.0)
+    """Return credentials and project; retry in a new pod, where GKE's metadata server may not respond yet."""
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
+    deadline = time.monotonic() + (POD_CREDENTIALS_SECONDS if in_pod else 0.0)
     while True:
         try:
-            # With a scope, identity federation would request the project's name, which a closed network does not allow.
+            # No scopes: with them, identity federation requests the project id, which fails in a closed network.
             return google.auth.default()
         except DefaultCredentialsError:
             if time.monotonic() > deadline:
@@ -161,7 +163,7 @@ def _find_credentials() -> tuple[Credentials, str | None]:
 
 
 def identity() -> str:
-    """A description of the account that requests are made with."""
+    """Describe the account that requests are made with."""
     credentials = credentials_of(client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
@@ -169,7 +171,7 @@ def identity() -> str:
     if isinstance(credentials, external_account.Credentials):
         impersonated = f" as service account {email}" if email else ""
         return f"workload identity pool {credentials.info['audience']}{impersonated}"
-    if email == "default":  # its name comes with the first token
+    if email == "default":  # the metadata server has not yet returned the real address
         return "the default service account of this pod or machine"
     if email:
         return f"service account {email}"
@@ -177,15 +179,15 @@ def identity() -> str:
     return f"application default credentials ({user})"
 
 
-def _explained(error: Exception, address: str, permission: str) -> DataError | None:
-    """A `DataError` that explains an error of Google's client; None for any other error."""
+def _explain(error: Exception, address: str, permission: str) -> DataError | None:
+    """Return a `DataError` with a fix for a permanent error of Google's client; None for any other error."""
     if isinstance(error, NotFound):
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
-    if denied or isinstance(error, GoogleAuthError):  # the latter: after a 401 the client requests a new token
+    if denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
         anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
-            return DataError(f"{address}: is not public, and there are no credentials", fix=_HOW)
+            return DataError(f"{address}: is not public, and there are no credentials", fix=_CREDENTIALS_FIX)
     if isinstance(error, ClientError):  # includes 401 and 403
         response = f"({int(error.code or 0)}: {error.message})"
         if not denied:
@@ -194,5 +196,5 @@ def _explained(error: Exception, address: str, permission: str) -> DataError | N
         problem = f"{address}: {identity()} lacks the permission {missing} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):
-        return DataError(f"{address}: {identity()} got no access token ({error})", fix=_HOW)
+        return DataError(f"{address}: {identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)
     return None

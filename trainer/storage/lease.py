@@ -1,18 +1,19 @@
-"""A lease on a run's folder, which fences every commit: only its holder publishes.
+"""A lease on a run's folder: only the process that holds it can commit a marker, a small file such as LATEST or DONE.
 
-`.lease` in the folder names its holder. Every write to it is conditional on the version that was read (`only_if`), so
-one of any number of writers succeeds. Guarantees, without comparing the clocks of two machines:
+`.lease` in the folder names the holder. Every write to it is conditional on the version that was read (`only_if`), so
+exactly one of several concurrent writers succeeds. Guarantees, none of which compares the clocks of two machines:
 
-- **One holder.** `take` succeeds for one of many. Another process gets the lease only after it has observed, for
-  `LEASE_SECONDS` by its own clock, no write to `.lease`; the same uid (a Kubernetes Job) gets it at once.
-- **A process that lost the lease publishes nothing.** `commit` first writes its intent (name, content, version that it
-  replaces) into `.lease`, conditional on holding the lease, and then writes the marker, conditional on that version.
-  The first write is the commit. It fails if the lease was lost, however long the process was frozen between `check`
-  and the write: no clock is involved. Before `take` returns, the next holder completes a commit whose second write is
-  missing, so that the delayed second write of a frozen holder fails too: the marker has another version.
-- **Not fenced** are files other than markers (the shards of a checkpoint, logs): a frozen process that resumes can
-  write them until it calls `check`. They must have names that are used once
-  (`checkpoints/step-00000420-<start>/...`), and count only when a marker names them.
+- **One holder.** `take` succeeds for one of several processes. A lease that was not released passes to another process
+  only after that process has seen no write to `.lease` for `LEASE_SECONDS` by its own clock. A process with the same
+  uid (that of the Kubernetes Job) takes over without waiting.
+- **A process that lost the lease commits nothing.** `commit` first writes its intent (name, content, replaced version)
+  into `.lease`, conditional on holding the lease, and then the marker, conditional on the replaced version. The first
+  write is the commit. It fails if the lease was lost, however long the process was frozen between `check` and the
+  write. Before `take` returns, the next holder completes a commit whose second write is missing, so that the delayed
+  second write of a frozen holder fails too: the marker has another version by then.
+- **Other files are not protected** (the files of a checkpoint, logs): a frozen process that continues can write them
+  until it calls `check`. Their names must be used only once (`checkpoints/step-00000420-<token>/...`), and they count
+  only if a marker names them.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ NAME = ".lease"
 
 @dataclass(frozen=True)
 class _Commit:
-    """A marker that is being published; `replaces` is the version that it replaces (None: it is new)."""
+    """The intent to write a marker; `replaces` is the version that it replaces, None if it does not exist yet."""
 
     name: str
     content: str
@@ -41,7 +42,17 @@ class _Commit:
 
 @dataclass(frozen=True)
 class _State:
-    """The content of `.lease`. `token` identifies one call of `take`; `renewed` is informative only."""
+    """The content of `.lease`.
+
+    Attributes:
+        holder: describes the process for messages; None if the lease was released.
+        uid: processes with the same uid take over from each other without waiting.
+        note: further text about the holder for messages.
+        token: identifies the call of `take` that wrote this.
+        seconds: `LEASE_SECONDS` of the holder.
+        renewed: time of the last renewal, for messages only.
+        commit: the last commit if its marker may not be written yet.
+    """
 
     holder: str | None
     uid: str | None
@@ -53,56 +64,57 @@ class _State:
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """A lease, returned by `take`. It is thread-safe; a background thread renews it until `release`."""
+    """A lease that this process holds, made by `take`. Thread-safe; a background thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
         self._state, self._version, self._renewed_at = state, version, taken_at
-        self._lost: str | None = None
-        self._writing, self._committing = threading.Lock(), threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew_always, name="lease", daemon=True)
+        self._lost: str | None = None  # why the lease was lost
+        self._write_lock, self._commit_lock = threading.Lock(), threading.Lock()
+        self._released = threading.Event()
+        self._renewal = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def check(self) -> None:
         """Raise `Interrupted` if the lease was lost or released, or could not be renewed for `LEASE_SECONDS`."""
         age = time.monotonic() - self._renewed_at
         if self._lost:
             raise Interrupted(f"{self.folder}: {self._lost}; this process publishes nothing more")
-        if self._ended.is_set():
+        if self._released.is_set():
             raise Interrupted(f"{self.folder}: the lease was released")
         if age > self._state.seconds:
             problem = f"{self.folder}: the lease could not be renewed for {age:.0f} s; another run may hold it"
             raise Interrupted(problem, fix="start the same command again")
 
     def commit(self, name: str, content: str) -> int:
-        """Publish a marker (a small text file in the folder) atomically and return its new version.
+        """Write a marker (a small text file in the folder) atomically and return its new version.
 
-        Raises `Interrupted`, and publishes nothing, if the lease was lost. If the storage did not respond, the commit
-        may have succeeded: the next holder completes or ignores it.
+        Raises:
+            Interrupted: the lease was lost, and nothing was committed; or the storage did not respond, and the marker
+                is written now, by the next holder, or not at all.
         """
-        with self._committing:
+        with self._commit_lock:
             self.check()
             marker = self.folder / name
             commit = _Commit(name, content, marker.version())
-            self._write(commit)  # every renewal now contains the commit, also while the next line waits
+            self._write(commit)  # renewals include the commit until the marker is written
             try:
                 version = marker.write(content, only_if=commit.replaces)
             except Conflict as error:
                 self._lost = f"{marker} was changed by another process"
                 raise Interrupted(f"{self.folder}: {self._lost}; this process publishes nothing more") from error
-            with self._writing:  # not in the next renewal: a marker that is deleted later must stay deleted
+            with self._write_lock:  # the next holder must not restore a marker that is deleted later
                 self._state = replace(self._state, commit=None)
             return version
 
     def release(self) -> None:
-        """Release the lease, so that the next run need not wait; no error if it was lost or the storage is away."""
-        self._ended.set()
-        self._thread.join()
-        with self._writing:
+        """Release the lease, so that the next run does not wait; ignore a lost lease and errors of the storage."""
+        self._released.set()
+        self._renewal.join()
+        with self._write_lock:
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
-                failures = (Conflict, Interrupted, DataError, OSError)  # then the next run waits until it expires
-                with contextlib.suppress(*failures), within(self._state.seconds / 3):
+                # After an error the next run waits until the lease expires.
+                with contextlib.suppress(Conflict, Interrupted, DataError, OSError), within(self._state.seconds / 3):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was released"
 
@@ -110,9 +122,9 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         self.release()
 
     def _write(self, commit: _Commit | None) -> None:
-        """Renew, with a new commit or the last one. Raises `Interrupted` if another process holds the lease."""
+        """Renew the lease, with a new commit or the last one. Raises `Interrupted` if another process holds it."""
         file = self.folder / NAME
-        with self._writing:
+        with self._write_lock:
             if self._lost:
                 raise Interrupted(f"{self.folder}: {self._lost}")
             state = replace(self._state, renewed=_now(), commit=commit or self._state.commit)
@@ -122,22 +134,24 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                     self._version = file.write(_dump(state), only_if=self._version)
                     break
                 except Conflict as error:
-                    current, version = _read(file)  # our own write may have succeeded although its response was lost
+                    current, version = _read(file)  # an earlier write of ours may have succeeded unnoticed
                     if current is None or version is None or current.token != state.token or current.holder is None:
-                        self._lost = f"the lease was taken over by {_name(current)}"
+                        self._lost = f"the lease was taken over by {_describe(current)}"
                         raise Interrupted(f"{self.folder}: {self._lost}") from error
                     self._version = version
             self._state, self._renewed_at = state, began
 
-    def _renew_always(self) -> None:
-        every = pause = self._state.seconds / 3
-        while not self._ended.wait(pause) and self._lost is None:
-            pause = every
+    def _renew_until_released(self) -> None:
+        interval = pause = self._state.seconds / 3
+        while not self._released.wait(pause) and self._lost is None:
+            pause = interval
             try:
-                with within(every):
+                with within(interval):
                     self._write(None)
-            except Interrupted:  # lost, as recorded; or no response, and `check` counts the seconds
-                pause = every / 10
+            except (
+                Interrupted
+            ):  # lost, which `_write` records; or no response: retry, `check` fails after `LEASE_SECONDS`
+                pause = interval / 10
             except (DataError, OSError) as error:
                 self._lost = f"the lease cannot be renewed ({error})"
 
@@ -146,25 +160,26 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
     """Take the lease on a folder, and complete a commit that the last holder began.
 
     Args:
-        holder: names this process to others (pod, host and process).
-        uid: a holder with the same uid is replaced at once; another one after `LEASE_SECONDS` without a renewal.
-        wait: wait for that time; else only a free lease is taken.
+        holder: describes this process to others.
+        uid: take over from a holder with the same uid without waiting.
+        note: further text about this process for others.
+        wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
 
     Raises:
-        ConfigError: another process holds and renews the lease.
+        ConfigError: another process holds the lease, and renews it or `wait` is False.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
-    first_seen: tuple[int | None, float] | None = None  # version and time
+    first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
     while True:
         current, version = _read(file)
-        other, free = _held_by_another(current, uid), True
+        other, is_free = _other_holder(current, uid), True
         if other:
             first_seen = first_seen or (version, time.monotonic())
             if version != first_seen[0] or not wait:
-                problem = f"is in use by {_name(other)}{', ' + other.note if other.note else ''}"
+                problem = f"is in use by {_describe(other)}{', ' + other.note if other.note else ''}"
                 raise ConfigError(problem, key="output_dir", value=folder, fix="give another one, or end that run")
-            free = time.monotonic() - first_seen[1] > max(seconds, other.seconds)
-        if free:
+            is_free = time.monotonic() - first_seen[1] > max(seconds, other.seconds)
+        if is_free:
             commit = current.commit if current else None
             state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
             began = time.monotonic()
@@ -173,29 +188,29 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
             except Conflict:
                 continue
             if commit is not None:
-                with contextlib.suppress(Conflict):  # it was completed
+                with contextlib.suppress(Conflict):  # the marker was written
                     (folder / commit.name).write(commit.content, only_if=commit.replaces)
-            lease._thread.start()
+            lease._renewal.start()
             return lease
         time.sleep(seconds / 10)
 
 
 def holder_of(folder: StoragePath, uid: str | None) -> str | None:
-    """The holder of a folder's lease and its last renewal; None if a process with this `uid` can take it at once."""
-    other = _held_by_another(_read(folder / NAME)[0], uid)
+    """Describe the holder of a folder's lease; None if a process with this `uid` can take it without waiting."""
+    other = _other_holder(_read(folder / NAME)[0], uid)
     return f"{other.holder}, last renewed at {other.renewed}" if other else None
 
 
-def _held_by_another(state: _State | None, uid: str | None) -> _State | None:
-    free = state is None or state.holder is None or (uid is not None and state.uid == uid)
-    return None if free else state
+def _other_holder(state: _State | None, uid: str | None) -> _State | None:
+    is_free = state is None or state.holder is None or (uid is not None and state.uid == uid)
+    return None if is_free else state
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _name(state: _State | None) -> str:
+def _describe(state: _State | None) -> str:
     if state is None or state.holder is None:
         return "another run"
     return state.holder + (f" (uid {state.uid})" if state.uid else "")
@@ -206,7 +221,7 @@ def _dump(state: _State) -> str:
 
 
 def _read(file: StoragePath) -> tuple[_State | None, int | None]:
-    """The lease and its version; None and None if there is none."""
+    """Read the content of `.lease` and its version; None and None if it does not exist."""
     content = file.fetch()
     if content is None:
         return None, None

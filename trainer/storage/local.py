@@ -1,4 +1,4 @@
-"""Atomic writes of local files; storage paths on the local disk."""
+"""Atomic writes of local files, and `LocalPath`, the storage path of a local file or folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from trainer.storage.base import (
     is_unfinished,
 )
 
-_BLOCK = 1 << 22  # bytes copied at a time
+_COPY_BYTES = 1 << 22  # copied at a time
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file atomically: to a temporary file, flushed to disk, then renamed. Creates the folder if needed."""
+    """Write a file atomically and flush it to disk; create its folder if needed."""
     with temporary_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
@@ -48,15 +48,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_whole` as indented JSON."""
+    """Write indented JSON atomically and flush it to disk."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, which is created if needed; deleted at the end."""
+    """Yield an unused temporary path in the folder of `path`, created if needed; delete the file at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random number: on a disk that several pods use, process and thread ids are not unique.
+    # Random, since process ids are not unique on a disk that several pods use.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
     try:
         yield temporary
@@ -66,7 +66,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class LocalPath(StoragePath):
-    """A path on disk."""
+    """A path on the local disk."""
 
     path: Path
     is_local = True
@@ -86,7 +86,7 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.parent)
 
     def stat(self) -> ObjectInfo | None:
-        with self._reading(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with self._reading(), _ignore_absence():
             status = self.path.stat()
             return self._info(status) if self.path.is_file() else None
         return None
@@ -96,32 +96,27 @@ class LocalPath(StoragePath):
             return self.path.is_dir() and any(self.path.iterdir())
 
     def fetch(self) -> tuple[bytes, int] | None:
-        with self._reading(), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+        with self._reading(), _ignore_absence(), open(self.path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return None
-
-    def read_range(self, start: int, length: int) -> bytes:
-        with self._reading(), open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(length)
 
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
         with temporary_file(self.path) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-            return self._put(temporary, only_if)
+            return self._commit(temporary, only_if)
 
     def list(self, recursive: bool = True) -> ObjectInfos:
-        files: list[ObjectInfo] = []
+        infos: list[ObjectInfo] = []
         with self._reading():
             for folder, folders, names in os.walk(self.path, onerror=_raise_unless_absent):
                 for name in names:
                     path = Path(folder, name)
                     if not is_unfinished(name):
-                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                            files.append(LocalPath(path)._info(path.stat()))
+                        with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                            infos.append(LocalPath(path)._info(path.stat()))
                 if not recursive:
                     folders.clear()
-        return sorted(files, key=lambda info: str(info.path).encode())
+        return sorted(infos, key=lambda info: str(info.path).encode())
 
     def folders(self) -> StoragePaths:
         with self._reading():
@@ -130,22 +125,22 @@ class LocalPath(StoragePath):
             return [self / name for name in sorted(child.name for child in self.path.iterdir() if child.is_dir())]
 
     def delete(self) -> None:
-        with contextlib.suppress(NotADirectoryError):
-            self.path.unlink(missing_ok=True)
+        with _ignore_absence():
+            self.path.unlink()
 
     def delete_tree(self) -> None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with _ignore_absence():
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        info = self._existing()
+        info = self._require_info()
         if expected is not None and expected.version != info.version:
             raise DataError(f"{self}: was replaced after it was listed", fix="start the same command again")
         with temporary_file(to) as temporary:
             with self._reading():
-                source = open(self.path, "rb")  # noqa: SIM115 - closed below; errors of writing must stay OSError
+                source = open(self.path, "rb")  # noqa: SIM115 - closed below; `_reading` must not convert write errors
             with source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, _BLOCK)
+                shutil.copyfileobj(source, target, _COPY_BYTES)
             os.replace(temporary, to)
         return info
 
@@ -154,8 +149,8 @@ class LocalPath(StoragePath):
             with LocalPath(source)._reading():
                 file = open(source, "rb")  # noqa: SIM115 - as above
             with file, open(temporary, "wb") as target:
-                shutil.copyfileobj(file, target, _BLOCK)
-            return self._put(temporary, ANY)
+                shutil.copyfileobj(file, target, _COPY_BYTES)
+            return self._commit(temporary, ANY)
 
     def _info(self, status: os.stat_result) -> ObjectInfo:
         return ObjectInfo(self, status.st_size, status.st_mtime_ns)
@@ -165,6 +160,7 @@ class LocalPath(StoragePath):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
+        """Convert an OSError of reading this path to a DataError."""
         try:
             yield
         except OSError as error:
@@ -173,29 +169,33 @@ class LocalPath(StoragePath):
             problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
             raise DataError(problem, fix="check the path and its permissions") from error
 
-    def _put(self, temporary: Path, only_if: OnlyIf) -> int:
-        """Rename over this file; if the write is conditional, check the version first.
+    def _commit(self, temporary: Path, only_if: OnlyIf) -> int:
+        """Rename a temporary file to this path if the current version fulfills the condition; return the new version.
 
-        Conditional writers hold the folder's lock from the check to the rename (other writers do not take it: a marker
-        must be written conditionally by all). The modification time is set explicitly, because the kernel's clock
-        ticks in milliseconds and versions must not repeat.
+        A conditional write holds a lock on the folder from the check to the rename. An unconditional one does not take
+        the lock, so all writers of a file must be conditional for the condition to hold. The modification time is set
+        explicitly, because the kernel's clock ticks in milliseconds and versions must not repeat.
         """
         sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             if only_if is not ANY:
                 fcntl.flock(folder, fcntl.LOCK_EX)
-            now = self.version()
-            if only_if is not ANY and now != only_if:
+            current = self.version()
+            if only_if is not ANY and current != only_if:
                 raise Conflict(f"{self}: changed since it was read")
-            changed = max((now or 0) + 1, time.time_ns())
-            os.utime(temporary, ns=(changed, changed))
-            version = temporary.stat().st_mtime_ns
+            modified = max((current or 0) + 1, time.time_ns())
+            os.utime(temporary, ns=(modified, modified))
+            version = temporary.stat().st_mtime_ns  # as the file system rounds it
             os.replace(temporary, self.path)
         finally:
             os.close(folder)
         sync(self.path.parent)
         return version
+
+
+def _ignore_absence() -> contextlib.suppress:
+    return contextlib.suppress(FileNotFoundError, NotADirectoryError)
 
 
 def _raise_unless_absent(error: OSError) -> None:

@@ -1,9 +1,9 @@
-"""Storage paths: one type for a path on disk and an address in a bucket.
+"""Parse an address into a `StoragePath`, the common type of paths on disk and addresses in a bucket.
 
     folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
-    version = (folder / "LATEST").write("step-420", only_if=None)
+    version = (folder / "LATEST").write("step-420", only_if=None)  # only if it does not exist yet
 
-No path library offers writes that are conditional on a generation, see docs/storage.md.
+The path libraries for buckets do not offer such conditional writes, on which leases are built (docs/storage.md).
 """
 
 import re
@@ -17,7 +17,11 @@ __all__ = ["ANY", "Conflict", "LocalPath", "ObjectInfo", "OnlyIf", "StoragePath"
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
-    """Parse `gs://bucket/a/b`, or a local path, as text with `~`. Raises ConfigError for another scheme, no bucket."""
+    """Parse `gs://bucket/a/b` or a local path; `~` is expanded in a string.
+
+    Raises:
+        ConfigError: another scheme, an address without a bucket, or a `gs://` address as a pathlib.Path.
+    """
     if isinstance(text, StoragePath):
         return text
     if isinstance(text, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
@@ -26,7 +30,7 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
         bucket, _, key = text.removeprefix("gs://").partition("/")
         if not bucket:
             raise ConfigError(f"{text}: names no bucket", fix="write it as gs://bucket/folder")
-        from trainer.storage.gcs import GcsPath  # Google's client takes long to import
+        from trainer.storage.gcs import GcsPath  # slow: imports Google's client
 
         return GcsPath(bucket) / key
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):

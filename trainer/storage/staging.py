@@ -1,4 +1,4 @@
-"""Staging: files of a bucket are downloaded in parallel, verified, and cached for the next start on this machine."""
+"""Staging: download files from a bucket in parallel, and cache them for the next start on this machine."""
 
 import fnmatch
 import hashlib
@@ -16,12 +16,12 @@ from trainer.storage.base import ObjectInfo, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import storage_path
 
-TRANSFERS = 16  # concurrent files
-REPORT_SECONDS = 5.0
-ABANDONED_SECONDS = 3600.0  # age of an unfinished transfer that is deleted
-VERSIONS = ".versions.json"
+MAX_TRANSFERS = 16  # concurrent files
+REPORT_SECONDS = 5.0  # between two log lines with the progress
+ABANDONED_SECONDS = 3600.0  # an older temporary file is deleted
+VERSIONS = ".versions.json"  # in the local folder: version in the bucket of each downloaded file
 
-Note = Callable[[str], None]
+Note = Callable[[str], None]  # logs a message
 
 
 def is_remote(address: str | None) -> bool:
@@ -30,22 +30,23 @@ def is_remote(address: str | None) -> bool:
 
 
 def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[], None]) -> str:
-    """The local path of a staged file, folder, or pattern (`gs://bucket/folder/*.tfrec`); a local address unchanged.
+    """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
-    Files cached in the same version are not fetched again; files that the bucket no longer has are deleted.
+    A local address is returned unchanged. Files cached in the same version are not downloaded again; local files that
+    the bucket no longer has are deleted.
 
     Args:
-        budget: bytes that this address may take on the disk.
-        note: logs what is fetched and, every few seconds, the progress.
-        check: called often; raises to cancel.
+        budget: limit of the bytes on disk for this address.
+        note: logs what is downloaded and, every few seconds, the progress.
+        check: called after each file; raises to cancel.
 
     Raises:
-        DataError: the address is empty, cannot be read, or exceeds the budget.
+        DataError: nothing matches the address, or it cannot be read or exceeds the budget.
         Interrupted: the bucket does not respond.
     """
     if not is_remote(address):
         return address
-    copy = planned_copy(address, cache_dir, budget)
+    copy = plan_copy(address, cache_dir, budget)
     _delete_obsolete(copy)
     fetch_missing(address, copy.entries, copy.folder, note, check)
     return copy.path
@@ -53,20 +54,20 @@ def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callabl
 
 @dataclass(frozen=True)
 class Copy:
-    """The local copy of an address: its files by relative name, and their local folder."""
+    """The files that an address in a bucket matches, and the local folder of their copies."""
 
     folder: Path
-    pattern: str  # wildcards of the address, or the name of a single file; "" for a folder
-    entries: dict[str, ObjectInfo]
+    pattern: str  # the end of the address from its first wildcard, or the name of a single file; "" for a folder
+    entries: dict[str, ObjectInfo]  # files in the bucket, by name relative to the folder
 
     @property
     def path(self) -> str:
-        """The local path that replaces the address."""
+        """The local path that replaces the address, a pattern included."""
         return str(self.folder / self.pattern)
 
 
-def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """The copy that `stage` would make, without fetching anything. Raises as `stage`."""
+def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
+    """List the files that `stage` would download, and determine their folder. Raises the errors of `stage`."""
     root, pattern = _root_and_pattern(address)
     listed = {str(info.path).removeprefix(f"{root}/"): info for info in storage_path(root).list()}
     entries = {name: info for name, info in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
@@ -86,12 +87,12 @@ def planned_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 
 
 def prepared_folder(data_dir: str, name: str) -> str:
-    """The folder of a dataset that TensorFlow Datasets prepared in a bucket (`gs://tfds-data/datasets` is public).
+    """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
-    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`, by default of the newest version.
+    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
 
     Raises:
-        DataError: it does not exist.
+        DataError: the dataset or version does not exist.
     """
     builder, _, version = name.partition(":")
     folder = storage_path(data_dir) / builder
@@ -118,32 +119,32 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
 def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: Note, check: Callable[[], None]
 ) -> None:
-    """Fetch those of `entries` (by relative name) that the local folder does not have in the same version."""
+    """Download the entries (by relative name) that the local folder does not have in the same version."""
     versions, missing = _versions(folder) or {}, missing_from(folder, entries)
     if not missing:
-        note(f"{address}: taken from {folder}, fetched before")
+        note(f"{address}: all files are already in {folder}")
         return
     size, done = sum(info.size for info in missing.values()), 0
     files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
     note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
-    began = last = time.monotonic()
+    began = reported = time.monotonic()
 
-    def fetch(name: str) -> str:
+    def download(name: str) -> str:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         missing[name].path.download(target, expected=missing[name])
         return name
 
-    with ThreadPoolExecutor(TRANSFERS, "staging") as pool:
+    with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
         try:
-            for count, future in enumerate(as_completed([pool.submit(fetch, name) for name in sorted(missing)]), 1):
+            for count, future in enumerate(as_completed([pool.submit(download, name) for name in sorted(missing)]), 1):
                 name = future.result()
                 versions[name] = missing[name].version
                 done += missing[name].size
                 check()
-                if time.monotonic() - last > REPORT_SECONDS:
-                    last = time.monotonic()
-                    rate = done / 1e6 / (last - began)
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    rate = done / 1e6 / (reported - began)
                     note(f"{address}: {count:,} of {len(missing):,} files, {rate:,.1f} MB/s")
                     write_json(folder / VERSIONS, versions)
         finally:
@@ -152,7 +153,7 @@ def fetch_missing(
 
 
 def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Those of the entries that a local folder does not have in the same version."""
+    """Return the entries that a local folder does not have in the same version and size."""
     versions = _versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
@@ -165,7 +166,7 @@ def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Obje
 
 
 def origin(path: str | Path) -> str | None:
-    """Object and version of a staged file, the same on every machine; None for other files."""
+    """Identify a staged file by its name and version in the bucket, equal on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
         if (versions := _cached_versions(folder)) is not None:
@@ -175,7 +176,7 @@ def origin(path: str | Path) -> str | None:
 
 
 def _versions(folder: Path) -> dict[str, int] | None:
-    """Versions of the files staged in a folder, by name; None for other folders."""
+    """Read the versions of the files staged in a folder, by name; None if it is not a folder of staged files."""
     try:
         return json.loads((folder / VERSIONS).read_text())
     except (OSError, ValueError):
@@ -186,7 +187,7 @@ _cached_versions = cache(_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete files that the bucket no longer has and abandoned transfers; a recent one may be of another process."""
+    """Delete files that the bucket no longer has, and temporary files too old to be of a running download."""
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
