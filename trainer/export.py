@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # the imports below take seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 import yaml
 

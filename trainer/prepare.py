@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # the imports below take seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
@@ -24,13 +24,13 @@ from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import last_words
+from trainer.monitoring.log import log_unbuffered
 
 
 def _end(number: int, _frame: object) -> None:
     """Exit on a signal: finished shards stay, and the processes that write others end with this one."""
     reason = f"{signal.Signals(number).name}; start the same command again to write what is missing"
-    last_words(f"interrupted: {reason}")
+    log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 

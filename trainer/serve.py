@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # before the imports below, which take seconds
+    exit_on_sigterm()  # before the imports below, which take seconds
 
 from trainer.cli.arguments import ALL, read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
