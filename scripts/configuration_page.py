@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from trainer.config.base import Duration, Section, branches, is_section
+from trainer.config.base import Duration, Section, is_section, union_members
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import RequestedConfig
 
@@ -93,7 +93,7 @@ def sections(
     """Prefix, meaning and plain fields of a section and of those below it; NAME is the name of any phase."""
     plain, below = {}, []
     for name, field in section.model_fields.items():
-        first, *others = branches(field.annotation)
+        first, *others = union_members(field.annotation)
         whole = typing.get_origin(first) is dict and section is RequestedConfig
         inner = typing.get_args(first)[1] if whole else first
         if is_section(inner) and inner is not Duration:

@@ -111,7 +111,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
         (("training.class_weights={eleven: 2.0}",), "training.class_weights.*eleven"),
         (("--plot=",), "--plot=: is empty; write python -m trainer.plan "),
         (("--plot=net.jpg",), "--plot=net.jpg: .*--plot=FILE.png"),
-        (("-m", "seed=1,2"), "a plan is of one run.*leave out --multirun"),
+        (("-m", "seed=1,2"), "a sweep has no plan.*remove --multirun"),
     ],
 )
 def test_an_error_of_the_run_is_exit_2(planned: Planned, arguments: tuple[str, ...], pattern: str) -> None:
@@ -152,7 +152,7 @@ def test_what_is_auto_is_chosen_with_its_reason_and_once(planned: Planned, tmp_p
     arguments = ("data=digits", "model=auto", "model.weights=none", "model.image_size=32", f"output_dir={folder}")
     code, out, err = planned(*arguments, "phases=auto", "phases.auto.domain=different")
     assert (code, err) == (0, "")
-    assert "auto model.backbone=auto: MobileNetV2, for 1,257 training images of 10 classes (the small one" in out
+    assert "auto model.backbone=auto: MobileNetV2, for 1,257 training images of 10 classes (small" in out
     assert "auto phases=auto: few_different, that is head (none), fine_tune (percent:35), for 1,257" in out
     assert "auto training.batch_size=auto: 32, for 1,257 training images" in out
     assert "fine_tune 200 5 " in out
@@ -207,7 +207,9 @@ def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: 
         code, out, err = planned(*arguments, f"runtime.cache_dir={cache}")
         assert (code, err) == (0, "")
         size = sum(file.stat().st_size for file in local.glob("*.tfrecord*")) / 1e6
-        assert f"bucket {there}: 3 shards, {size:.1f} MB, are fetched while they are used, {size:.1f} MB at a time" in out
+        assert (
+            f"bucket {there}: 3 shards, {size:.1f} MB, are fetched while they are used, {size:.1f} MB at a time" in out
+        )
         assert "train 1,257 examples in 1 shard" in out
         assert "test 360 examples in 1 shard" in out
         assert "balance most training examples" in out

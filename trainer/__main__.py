@@ -1,22 +1,22 @@
 """`python -m trainer`: train the run of this command line, or resume it.
 
-Hydra composes, `config.schema.load` validates, `train.train_run` trains.
+Hydra composes the configuration, `config.schema.load` validates it, and `train.train_run` trains.
 """
 
 import os
 import sys
 import time
 
-from trainer.cluster.signals import StopFlag, end_at_once
+from trainer.cluster.signals import StopFlag, exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.process import configure_log, exit_with_code, quiet_start, start_monitoring
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
-from trainer.config.diff import in_common
+from trainer.config.diff import common_settings
 from trainer.config.schema import apply_overfit, load
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
@@ -32,11 +32,11 @@ from trainer.runs.folder import (
     versions,
 )
 
-CHECK_SECONDS = 15.0  # between checks of the output folder while waiting for the other workers
+DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while waiting for the other workers
 
 
 def main() -> None:
-    """Entry point of `python -m trainer`; exits with a documented code (`trainer.errors`)."""
+    """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         began = time.time()
         composed = compose_or_sweep(sys.argv[1:])
@@ -46,38 +46,38 @@ def main() -> None:
         configure_log(config.runtime)
         cluster = discover(os.environ)
         start_monitoring(config, cluster.index, cluster.size)
-        stop, checked = StopFlag(), time.monotonic()
+        stop, last_check = StopFlag(), time.monotonic()
 
-        def check() -> None:
-            """Raise, while waiting for the other workers, if the process is to stop or the run is finished."""
-            nonlocal checked
+        def check_cancelled() -> None:
+            """Raise `StopRequested` on a stop request, or `Finished` if the run is finished."""
+            nonlocal last_check
             stop.check("while waiting for the other workers")
-            if time.monotonic() - checked > CHECK_SECONDS:
-                checked = time.monotonic()
+            if time.monotonic() - last_check > DONE_CHECK_SECONDS:
+                last_check = time.monotonic()
                 require_unfinished(config)
 
         try:
             require_unfinished(config)
             require_output_dir(config, cluster.size)
             health.set_activity("waiting for the other workers")
-            control = rendezvous(cluster, config.runtime.start_timeout, log.info, check)
+            control = rendezvous(cluster, config.runtime.start_timeout, log.info, check_cancelled)
         except Finished as finished:
             log.info(str(finished))
             return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
-        # There is nothing to save yet, and importing TensorFlow takes longer than some grace periods.
+        # End at once: there is nothing to save yet, and importing TensorFlow takes longer than some grace periods.
         stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
         with control.propagate_failures():
-            control.require_equal("configuration", in_common(config))
+            control.require_equal("configuration", common_settings(config))
             control.require_equal("code", versions() | {"source": source_digest()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
             health.set_activity("importing TensorFlow")
             with quiet_start():
-                from trainer.train import train_run  # only now, so that help and errors are printed at once
+                from trainer.train import train_run  # here, so that help and errors do not wait for it
 
             train_run(config, folder, control, stop, began)
         control.disconnect()

@@ -1,4 +1,4 @@
-"""Run context: the objects that one training process holds."""
+"""The objects of one run on one worker, and the record of how the run failed or was stopped."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
-from trainer.cluster.control import HEARTBEAT_INTERVAL, HEARTBEAT_TIMEOUT
+from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig
 from trainer.data.images import ImageStore
@@ -27,7 +27,7 @@ from trainer.training.state import RunState
 
 @dataclass
 class RunPlan:
-    """Decisions made before the first step."""
+    """Decisions of each start, made before its first step."""
 
     features: FeaturePlan
     sharding: ShardingPlan
@@ -36,7 +36,7 @@ class RunPlan:
 
 @dataclass
 class RunContext:
-    """Objects of one run on one worker; `plan` and `scorer` are set after `train.restore`."""
+    """The objects of one run on one worker; `train.make_plan` sets `plan` and `scorer`."""
 
     config: RunConfig
     worker: Worker
@@ -52,7 +52,12 @@ class RunContext:
 
 @contextmanager
 def record_failures(run: RunContext) -> Iterator[None]:
-    """Record the time breakdown and the reason when a run fails or is stopped; close its files in any case."""
+    """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
+
+    An `OSError` becomes `Interrupted`, because a restart may succeed. A TensorFlow error of one of several workers is
+    re-raised only after the heartbeat timeout: it may be the effect of a lost peer, for which the control channel then
+    ends the process with exit code 75. Other exceptions than these and `TrainerError` are not recorded.
+    """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
@@ -60,7 +65,7 @@ def record_failures(run: RunContext) -> Iterator[None]:
         run.clock.write()
 
     def on_request(reason: str) -> None:
-        """End a stalled process at once, because it would not reach the next step; else record the stop request."""
+        """Record the stop request; end a stalled process at once, because it would not reach the next step."""
         if stalled := health.stall_reason():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # in case the process is killed before it has saved
@@ -74,8 +79,8 @@ def record_failures(run: RunContext) -> Iterator[None]:
         record(INTERRUPTED, str(interrupted))
         raise interrupted from error
     except tf.errors.OpError as error:
-        if control.size > 1:  # a failed collective: the control channel reports the lost worker first
-            time.sleep(HEARTBEAT_TIMEOUT + 2 * HEARTBEAT_INTERVAL)
+        if control.size > 1:  # perhaps a failed collective
+            time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 2 * HEARTBEAT_INTERVAL_SECONDS)
         record(BUG, str(error))
         raise
     except TrainerError as error:

@@ -4,20 +4,20 @@ from collections.abc import Iterable
 
 DONE = 0
 BUG = 1
-WRONG_INPUT = 2
+WRONG_INPUT = 2  # the same command fails again
 GAVE_UP = 3
 DRIFTED = 4
-INTERRUPTED = 75
+INTERRUPTED = 75  # the same command resumes
 
 
 class TrainerError(Exception):
-    """A failure with an explanation: `KEY=VALUE: problem; fix`.
+    """A failure that is printed as `KEY=VALUE: problem; fix` instead of a traceback.
 
     Attributes:
-        problem: what is wrong, and where.
-        key: the configuration key, command-line argument or environment variable at fault; None where there is none.
-        value: the value of `key`; None leaves it out of the message.
-        fix: what the user can do.
+        problem: what is wrong: a predicate of `KEY=VALUE` ("is not a duration") or a sentence.
+        key: the configuration key, command-line argument or environment variable at fault; None if there is none.
+        value: the value of `key`; None omits it from the message.
+        fix: what the user can do; None if there is no advice.
     """
 
     exit_code = BUG
@@ -32,10 +32,10 @@ class TrainerError(Exception):
 
 
 class ConfigError(TrainerError):
-    """The configuration is wrong; another try cannot help.
+    """The configuration, an argument or an environment variable is wrong; a restart cannot help.
 
     Attributes:
-        faults: all errors of a configuration with several, each with key, value, problem and fix.
+        faults: the errors that this one summarises; empty if it is a single error.
     """
 
     exit_code = WRONG_INPUT
@@ -43,11 +43,11 @@ class ConfigError(TrainerError):
 
     @classmethod
     def of_faults(cls, faults: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
-        """The error that lists these, one per line."""
-        listed = tuple(faults)
-        lines = "\n".join(f"  {fault}" for fault in listed)
-        error = cls(f"{subject} has {len(listed)} fault{'s' * (len(listed) > 1)}:\n{lines}")
-        error.faults = listed
+        """Build one error that lists `faults`, one per line."""
+        all_faults = tuple(faults)
+        lines = "\n".join(f"  {fault}" for fault in all_faults)
+        error = cls(f"{subject} has {len(all_faults)} fault{'s' * (len(all_faults) > 1)}:\n{lines}")
+        error.faults = all_faults
         return error
 
 
@@ -58,29 +58,29 @@ class DataError(TrainerError):
 
 
 class ModelError(TrainerError):
-    """The backbone, its weights or a freezing rule cannot be used as configured."""
+    """The backbone, its weights, a freezing rule or an export cannot be used as configured."""
 
     exit_code = WRONG_INPUT
 
 
 class Diverged(TrainerError):
-    """The loss is no longer a finite number; the same run would diverge again."""
+    """The loss is not finite; the same run would diverge again."""
 
     exit_code = WRONG_INPUT
 
 
 class Interrupted(TrainerError):
-    """Stopped from outside with everything saved; the same command resumes."""
+    """The run stopped for an external cause, such as a lost worker or unavailable storage; the same command resumes."""
 
     exit_code = INTERRUPTED
 
 
 class StopRequested(Interrupted):
-    """Stopped by a signal, here or on another worker."""
+    """The run stopped on a signal to this or another worker."""
 
 
 class GaveUp(TrainerError):
-    """Restarted too often without progress."""
+    """The run was restarted too often without progress."""
 
     exit_code = GAVE_UP
 

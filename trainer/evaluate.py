@@ -13,10 +13,10 @@ import re
 import sys
 from typing import Any
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # the imports below take seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose

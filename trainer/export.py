@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
+    exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 import yaml
 

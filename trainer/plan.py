@@ -1,22 +1,22 @@
 """`python -m trainer.plan [ARGUMENTS OF A RUN] [--plot=FILE.png] [--summary]`:
 print the plan of a run without training.
 
-    ARGUMENTS OF A RUN  as of `python -m trainer`: groups (data=digits), keys (seed=7), --cfg job
+    ARGUMENTS OF A RUN  those of `python -m trainer`: groups (data=digits), keys (seed=7), --cfg job
     --plot=FILE.png     draw the network
     --summary           print the layers of the network
 
-The exit code is 0, or that with which the run would end at its start, with the same message. Nothing is written to
-output_dir except a probe that is deleted again.
+The exit code is 0, or the one with which the run would end at its start, with the same message. Nothing is written to
+output_dir except a small file that is deleted again.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # what is imported below takes seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose, is_sweep
@@ -26,30 +26,30 @@ from trainer.config.schema import apply_overfit, load
 from trainer.errors import ConfigError
 from trainer.storage.base import within
 
-PATIENCE = 30.0  # seconds for each request to a bucket; a run waits longer
+BUCKET_TIMEOUT_SECONDS = 30.0  # per request, retries included; a run waits longer
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.plan`; exits with a documented code (`trainer.errors`)."""
+    """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         summary = "--summary" in sys.argv[1:]
         arguments = [a for a in sys.argv[1:] if a != "--summary"]
-        own, rest = read_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
-        plot = Path(own["--plot"]).expanduser() if "--plot" in own else None
+        options, run_arguments = read_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
+        plot = Path(options["--plot"]).expanduser() if "--plot" in options else None
         if plot and plot.suffix != ".png":
-            raise ConfigError("is no PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
+            raise ConfigError("is not a PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
         if is_sweep(arguments):
-            raise ConfigError("a plan is of one run, not of a sweep", fix="leave out --multirun and sweep=...")
-        composed = compose(rest)
+            raise ConfigError("a sweep has no plan, only a single run has one", fix="remove --multirun and sweep=...")
+        composed = compose(run_arguments)
         if composed is None:  # --cfg
             return
         config = apply_overfit(load(composed))
         with quiet_start():
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))
-        with within(PATIENCE):
-            show_run(plan, rest, plot, summary)
-        plan.conclude()
+        with within(BUCKET_TIMEOUT_SECONDS):
+            show_run(plan, run_arguments, plot, summary)
+        plan.show_warnings_and_raise()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 
-from trainer.cluster.signals import end_at_once
+from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    end_at_once()  # the imports below take seconds
+    exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
@@ -25,13 +25,13 @@ from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import last_words
+from trainer.monitoring.log import log_unbuffered
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:
     """Exit at once; finished shards stay, and the processes that are writing others end with this one."""
     reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
-    last_words(f"interrupted: {reason}")
+    log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 

@@ -1,4 +1,4 @@
-"""Training run: from a configuration to a report and exported models. Read it top to bottom.
+"""One training run, from the configuration to the report and the exported models. Read it top to bottom.
 
 set up -> restore -> plan -> per phase: freeze, open inputs, train and validate epochs -> test, export, report
 """
@@ -51,13 +51,13 @@ AFTER_TRAINING = "after the end of training"
 def train_run(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> None:
-    """Train, evaluate, export and report; resume a run that `folder` has. All workers run this in step.
+    """Train, evaluate, export and report, or resume the run in `folder`; every worker of the run calls this.
 
     Args:
         began: time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: its message is printed, its exit code is the one of the process.
+        TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
     """
     run, divisions = set_up(config, folder, control, stop, began)
     with record_failures(run):
@@ -82,7 +82,7 @@ def train_run(
 def set_up(
     requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
 ) -> tuple[RunContext, dict[str, Division]]:
-    """Open the data, configure the devices, build the model and find the frozen layers of each phase."""
+    """Open the data, configure the devices, build the model, and divide its layers into trunk and tail per phase."""
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
@@ -93,7 +93,7 @@ def set_up(
     log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
-    # Values that are `auto`, then devices (before the first tensor), then the model under the strategy.
+    # First the values that are `auto`, then the devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto_once(requested, folder, control, dataset)
     stop.check("before training")
     health.set_activity("building the model")
@@ -102,7 +102,7 @@ def set_up(
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    divisions = divide(config, classifier)  # for all phases now: an error in the last one fails before training
+    divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     workers = {"workers": control.size, "found_by": control.cluster.source}
     facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
@@ -128,10 +128,10 @@ def set_up(
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
-    """Load weights: from the newest checkpoint of this run, else from `warm_start`, else keep the initial ones.
+    """Load the weights of the newest checkpoint of this run, or else of `warm_start`, and record this start.
 
     Returns:
-        the variables of that checkpoint by name, for the optimizer of the current phase; else none.
+        the variables of that checkpoint by name, for the optimizer of the current phase; {} if there is none.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.newest(folder.resuming)
@@ -156,14 +156,14 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 
 def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
-    """Choose features or images per phase and how the data is sharded over workers; open the teacher."""
+    """Choose whether each phase reads features or images and how workers shard the data; open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
     reads = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
     features = FeaturePlan(divisions, reads)
     images.train_once = train_images_read_once(config, features.reads, state.phase)
     health.set_activity("opening the training images")
-    # Every worker opens its image cache here, at the same time; the sharding plan of the chief is used.
+    # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_once else images.split("train").cached_in
     local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
     sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
@@ -189,21 +189,21 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
 
 @dataclass
 class PhaseRun:
-    """Compiled step and input pipeline of one phase."""
+    """The compiled step and the input pipeline of one phase."""
 
     name: str
     phase: Phase
-    total_steps: int  # fewer with early stopping
+    total_steps: int  # maximum; early stopping may end the phase before
     step: TrainingStep
     schedule: Any  # learning rate as a function of the step within the phase
     inputs: Inputs
     batches: Any  # iterator over global batches
     gate: ShardGate  # waits for the shards of the next batches
-    checkpoint_variables: dict[str, Any]  # by name
+    checkpoint_variables: dict[str, Any]  # of the model and the training step, by name
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Freeze and thaw layers, train and validate epochs until the steps or the patience end, select phase weights."""
+    """Set the trainable layers, train and validate epochs until steps or patience end, and load the phase weights."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -217,7 +217,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
 
-    validated = state.epoch_step == 0  # false after a stop between the last step of an epoch and its validation
+    validated = state.epoch_step == 0  # False if the run was stopped after the last step of an epoch, before validation
     if not (validated and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
@@ -237,7 +237,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
                 save_and_stop(run, current)
             if finished():
                 break
-        current.batches = None  # ends the prefetching
+        current.batches = None  # deletes the pipeline, which ends its prefetching
         current.gate.close()
     end_phase(run, name, thaw)
 
@@ -256,7 +256,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     step = TrainingStep(
         worker.strategy, inputs.network, thaw.trainable, optimizer, settings, stop=stop, teacher=network
     )
-    # Batches begin at this step of this epoch, in an order that is a function of the seed.
+    # The order of the examples is a function of the seed; batches begin at the current step of the current epoch.
     order = Order(
         batch_size=batch_size,
         seed=config.seed,
@@ -275,17 +275,17 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
-    """Open the cached features or the images of a phase; without storage for its features it reads images."""
+    """Open the cached features or the images of a phase; use images if there is no space for its features."""
     category = "compile" if run.plan.features.reads[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
         inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     if inputs is not None:
         return inputs
-    if run.worker.should_stop(during := "while computing features"):
-        raise_stopped(run, during)
+    if run.worker.should_stop(when := "while computing features"):
+        raise_stopped(run, when)
     if run.state.phase_step:
         raise Interrupted(
-            f"phase {name} began with cached features, and there is no space for them",
+            f"phase {name} began with cached features, but there is no space for them",
             fix="increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; "
             + run.saver.resume_hint,
         )
@@ -297,7 +297,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
-    """Load the phase weights (`training.keep`; averaged with `training.ema`) and move the state to the next phase."""
+    """Load the phase weights, which `training.keep` selects, and advance the state to the next phase."""
     state, training = run.state, run.config.training
     step = early_stopping.select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
     step, weights = run.saver.read_weights(step, state.step, list(run.classifier.variables))
@@ -321,12 +321,12 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 
 
 def train_epoch(run: RunContext, current: PhaseRun) -> None:
-    """Run the steps of an epoch, several per device call; log per interval, save checkpoints, stop on request.
+    """Run the remaining steps of an epoch; log at each interval, save checkpoints that are due, stop on request.
 
     Raises:
         DataError: an example cannot be read.
         Diverged: the loss is not finite.
-        StopRequested: everything is saved.
+        StopRequested: after a checkpoint, unless one of several workers stops while it waits for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
@@ -378,7 +378,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
 
 
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
-    """Score the validation split with the averaged weights; return the history entry and whether it is the best."""
+    """Score the validation split (the average of `training.ema`); return its history entry and whether it is best."""
     state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
     began = time.monotonic()
     with run.clock.span("evaluation", "validation"):
@@ -412,13 +412,13 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 
 
 def checkpoint_due(run: RunContext) -> bool:
-    """Return whether `runtime.checkpoint_every` steps passed since the last checkpoint."""
+    """Return whether the last checkpoint is at least `runtime.checkpoint_every` ago."""
     every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
     return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
 def save(run: RunContext, current: PhaseRun) -> None:
-    """Commit a checkpoint of the current state; only the chief writes, and the other workers do not wait for it."""
+    """Commit a checkpoint of the current state; the chief writes it, and the other workers return at once."""
     state = run.state
     with run.clock.span("checkpoint", "saving a checkpoint"):
         state.train_seconds = run.clock.seconds["train"]
@@ -428,7 +428,7 @@ def save(run: RunContext, current: PhaseRun) -> None:
 
 
 def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
-    """Save a checkpoint on a stop request, wait on all workers until it is published, and raise StopRequested."""
+    """Save a checkpoint unless this step has one, wait on all workers until it is published; raise StopRequested."""
     if run.saver.saved_step != run.state.step:
         save(run, current)
     run.saver.publisher.wait()
@@ -449,13 +449,13 @@ def raise_stopped(run: RunContext, when: str) -> NoReturn:
 
 
 def finish(run: RunContext) -> None:
-    """Score the test split, export and verify, report, and write DONE; a restart repeats it with the same results.
+    """Score the test split, export and verify, report, and write DONE; a restart repeats all of this.
 
-    All workers score; the chief alone exports and writes, while the others wait for it.
+    All workers score; then the others wait while the chief exports and writes.
 
     Raises:
         StopRequested: the next start repeats this function.
-        ModelError: an export lost too much accuracy; everything but DONE is written.
+        ModelError: an export lost too much accuracy; all results are written, but not DONE.
     """
     # Imported here, because SciPy and matplotlib would delay the first step by seconds.
     from trainer.exporting.export import export_classifier
@@ -469,7 +469,6 @@ def finish(run: RunContext) -> None:
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
 
     def check() -> None:
-        health.progress()
         stop.check(AFTER_TRAINING)
 
     health.enter_phase(FINISH)
@@ -485,18 +484,18 @@ def finish(run: RunContext) -> None:
         stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")
         control.broadcast_bytes("done")
         return
-    control.detach_workers()
+    control.ignore_peer_failures()
     explain = make_explainer(run.classifier)
     with clock.span("finish", "export"):
         shutil.rmtree(saver.path / "export", ignore_errors=True)
         log.info("exporting")
         exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check)
-        exports = {name: facts | {"path": f"export/{facts['path']}"} for name, facts in exports.items()}
+        exports = {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()}
         check()
         clock.lap()
         log.info("writing the report")
         health.set_activity("report")
-        facts = {
+        run_results = {
             "title": config.experiment_name or dataset.name,
             "history": run.state.history,
             "phases": run.state.finished,
@@ -504,7 +503,7 @@ def finish(run: RunContext) -> None:
             "timing": clock.report(run.state.images)
             | {"starts": run.state.starts, "workers": run.worker.size, "command": last_command(saver.path)},
         }
-        report = build_report(saver.path / "report", scored, images, explain, facts, list(dataset.splits), check)
+        report = build_report(saver.path / "report", scored, images, explain, run_results, list(dataset.splits), check)
         show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
         write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
         check()

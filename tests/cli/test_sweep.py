@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.compose import is_sweep
-from trainer.cli.sweep import Job, Sweep, _in_one_folder, _searches_nothing, _value
-from trainer.config.diff import is_free
+from trainer.cli.sweep import Job, Sweep, _hyperparameter, _search_space_is_empty, _use_sweep_folder
+from trainer.config.diff import may_change_on_resume
 from trainer.errors import TrainerError
 
 
@@ -23,7 +23,7 @@ from trainer.errors import TrainerError
     ],
 )
 def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: list[str], folder: str | None) -> None:
-    assert _in_one_folder(given) == (arguments, folder)
+    assert _use_sweep_folder(given) == (arguments, folder)
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,18 @@ def test_a_sweep_is_recognised(arguments: list[str], expected: bool) -> None:
      (["hydra/sweeper=optuna", "--cfg", "job"], False), (["hydra/sweeper=optuna", "seed=[1"], False)],
 )  # fmt: skip
 def test_a_search_of_nothing_is_recognised(arguments: list[str], nothing: bool) -> None:
-    assert _searches_nothing(arguments) is nothing
+    assert _search_space_is_empty(arguments) is nothing
 
 
 def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
     tree = {"training": {"batch_size": 8, "loss": "focal"}, "augmentation": {"flip": True}}
-    assert _value(tree, "training.batch_size", "8") == 8
-    assert _value(tree, "training.loss", "'focal'") == "focal"
-    assert _value(tree, "augmentation", "light") == "light"
-    assert is_free("runtime.progress")
-    assert is_free("export.formats")
-    assert not is_free("runtime.precision")
-    assert not is_free("seed")
+    assert _hyperparameter(tree, "training.batch_size", "8") == 8
+    assert _hyperparameter(tree, "training.loss", "'focal'") == "focal"
+    assert _hyperparameter(tree, "augmentation", "light") == "light"
+    assert may_change_on_resume("runtime.progress")
+    assert may_change_on_resume("export.formats")
+    assert not may_change_on_resume("runtime.precision")
+    assert not may_change_on_resume("seed")
 
 
 def job(name: str, score: float | None, code: int = 0) -> Job:

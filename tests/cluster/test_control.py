@@ -137,7 +137,7 @@ def test_a_worker_of_another_job_is_refused() -> None:
     unknown = Cluster(1, other.addresses, "test", "another job")
     interrupted, refused = connected([chief, unknown], 3, [])
     assert isinstance(interrupted, Interrupted)
-    with raises(ConfigError, problem=f"this is {chief.job} with 2 workers, not another job with 2", fix="alike"):
+    with raises(ConfigError, problem=f"this is {chief.job} with 2 workers, not another job with 2", fix="same image"):
         raise refused
 
 

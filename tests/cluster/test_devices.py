@@ -11,10 +11,10 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import tensorflow as tf
-from trainer.cluster.devices import use_processors
+from trainer.cluster.devices import set_thread_pools
 from trainer.data.host import usable_cpus
 
-use_processors(usable_cpus(Path(sys.argv[1])))
+set_thread_pools(usable_cpus(Path(sys.argv[1])))
 numbers = tf.random.stateless_normal([1000, 1000], [1, 2])
 for _ in range(2):
     began, used = time.perf_counter(), time.process_time()

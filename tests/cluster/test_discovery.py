@@ -229,16 +229,27 @@ TF_CONFIG_FAULTS = [
         )
         for address in ("b", "b:", ":1", "b:0", "b:65536", "b:http", "b:-1", "grpc://b:1", "$(HOST):1", "b:1\n", 7)
     ),
-    (tf_config({"worker": ["a:1", "b:1", "a:1"]}, FIRST), None, "the address a:1 is there twice", "its own"),
-    (tf_config({"chief": ["a:1"], "worker": ["a:1", "b:1"]}, FIRST), None, "the address a:1 is there twice", "its own"),
+    (tf_config({"worker": ["a:1", "b:1", "a:1"]}, FIRST), None, "the address a:1 occurs twice", "different address"),
+    (
+        tf_config({"chief": ["a:1"], "worker": ["a:1", "b:1"]}, FIRST),
+        None,
+        "the address a:1 occurs twice",
+        "different address",
+    ),
     (tf_config({"chief": ["a:1", "b:1"], "worker": ["c:1"]}, FIRST), None, r"2 chiefs \(a:1, b:1\)", "as workers"),
     (tf_config({"chief": ["a:1"], "master": ["b:1"]}, {"type": "chief", "index": 0}), None, "2 chiefs", "as workers"),
 ]
 MANIFEST = "set it in the manifest"
 BOTH = "unset TF_CONFIG or WORKER_COUNT, or make them agree"
 KUBERNETES_FAULTS = [
-    (kubeflow_pod(2) | {COUNT: "3"}, COUNT, 3, "another number of workers, 4", "make them agree"),
-    (tf_config({"worker": ["a:1"]}, FIRST) | {COUNT: "2"}, COUNT, 2, "another number of workers, 1", "make them agree"),
+    (kubeflow_pod(2) | {COUNT: "3"}, COUNT, 3, "different number of workers, 4", "make them agree"),
+    (
+        tf_config({"worker": ["a:1"]}, FIRST) | {COUNT: "2"},
+        COUNT,
+        2,
+        "different number of workers, 1",
+        "make them agree",
+    ),
     (kubeflow_pod(2) | {COUNT: "4", INDEX: "1"}, INDEX, "1", "this worker 1, but TF_CONFIG makes it worker 2", BOTH),
     (jobset_pod(3) | kubeflow_pod(1), INDEX, "1", "this worker 3, but TF_CONFIG makes it worker 1", BOTH),
     ({INDEX: "1"}, INDEX, 1, "WORKER_COUNT is not set", "set WORKER_COUNT"),

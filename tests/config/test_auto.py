@@ -16,13 +16,13 @@ def requested(*arguments: str) -> RequestedConfig:
 @pytest.mark.parametrize(
     ("images", "classes", "backbone", "why"),
     [
-        (100, 2, "MobileNetV2", "the small one: under 5,000 images and 50 classes"),
-        (4_999, 49, "MobileNetV2", "the small one"),
-        (4_999, 50, "EfficientNetB0", "between the small one and that for 50,000 images and 50 classes"),
-        (5_000, 2, "EfficientNetB0", "between"),
-        (50_000, 49, "EfficientNetB0", "between"),
-        (49_999, 1_000, "EfficientNetB0", "between"),
-        (50_000, 50, "EfficientNetB3", "the large one: from 50,000 images and 50 classes on"),
+        (100, 2, "MobileNetV2", "small: under 5,000 images and 50 classes"),
+        (4_999, 49, "MobileNetV2", "small"),
+        (4_999, 50, "EfficientNetB0", "medium: under 50,000 images or 50 classes"),
+        (5_000, 2, "EfficientNetB0", "medium"),
+        (50_000, 49, "EfficientNetB0", "medium"),
+        (49_999, 1_000, "EfficientNetB0", "medium"),
+        (50_000, 50, "EfficientNetB3", "large: from 50,000 images and 50 classes on"),
     ],
 )
 def test_the_backbone_grows_with_images_and_classes(images: int, classes: int, backbone: str, why: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 from tests.errors import raises
 from trainer.cli.compose import compose, conf_folder
 from trainer.config.base import RENAMED, Duration
-from trainer.config.diff import differences, flat, in_common
+from trainer.config.diff import common_settings, differences, flat
 from trainer.config.schema import RunConfig, load, load_resolved, read_config
 from trainer.errors import ConfigError
 
@@ -103,7 +103,7 @@ def test_auto_is_a_value_until_the_data_is_open() -> None:
     config = load({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
     assert not isinstance(config, RunConfig)
     assert config.autos == ["phases", "model.backbone", "training.batch_size"]
-    assert in_common(config)["training.batch_size"] == "auto"  # two workers must request the same
+    assert common_settings(config)["training.batch_size"] == "auto"  # two workers must request the same
     assert load(config.model_dump(mode="json")) == config
     assert isinstance(load(tree()), RunConfig)
     with raises(ConfigError, key="training.batch_size", value="auto"):

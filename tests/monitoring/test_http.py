@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -152,3 +153,19 @@ def test_a_main_thread_blocked_in_c_is_detected(keeps_the_lock: bool) -> None:
                 assert get(port, "/healthz")[0] == 503
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize(("error", "logged"), [(BrokenPipeError(), 0), (TimeoutError(), 0), (ValueError("damaged"), 1)])
+def test_only_errors_of_the_handler_itself_are_logged(
+    health: Health, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, logged: int
+) -> None:
+    (port,) = free_ports(1)
+    server = serve(port, health, "run")
+    try:
+        monkeypatch.setattr(server, "finish_request", Mock(side_effect=error))
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            assert client.recv(1) == b""  # the connection is closed after the error is handled
+        assert capsys.readouterr().err.count("ValueError: damaged") == logged
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def logged(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Stdout and stderr of a process; every line must be a JSON object."""
-    head = "from trainer.monitoring.log import configure, last_words, log\n"
+    head = "from trainer.monitoring.log import configure, log_unbuffered, log\n"
     command = [sys.executable, "-c", head + program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == code, result.stderr
@@ -110,6 +110,6 @@ os._exit(75)"""
 
 
 def test_last_words_before_the_end() -> None:
-    program = "configure(json_lines=True)\nimport os\nlast_words('\\nSIGTERM: so long')\nos._exit(75)"
+    program = "configure(json_lines=True)\nimport os\nlog_unbuffered('\\nSIGTERM: so long')\nos._exit(75)"
     _, (entry,) = logged(program, code=75)
     assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.termination import LIMIT, shortened
+from trainer.monitoring.termination import MAX_BYTES, shortened
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["x" * 5000, "ä" * 3000, "𝄞" * 1500, "x" + "€" * 2000])
 def test_kubernetes_reads_4096_bytes(text: str) -> None:
     data = shortened(text)
-    assert LIMIT - 6 <= len(data) <= LIMIT
+    assert MAX_BYTES - 6 <= len(data) <= MAX_BYTES
     assert data.decode().endswith(text[-1] + "…")
 
 

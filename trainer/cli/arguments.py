@@ -1,53 +1,53 @@
-"""The `key=value` arguments of the verbs of the command line."""
+"""Read the `key=value` arguments of the commands other than training: `python -m trainer.evaluate` and the like."""
 
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer.config.base import closest
+from trainer.config.base import suggest_name
 from trainer.errors import ConfigError
 
-NONE = "(?!)"  # matches nothing
-ALL = "(?s:.*)"
+NOTHING = "(?!)"  # a regular expression that matches no text
+ALL = "(?s:.*)"  # one that matches every text
 
 
 def usage(doc: str | None) -> str:
-    """The usage line of a verb: its module docstring up to the first colon."""
+    """Return the usage line of a command: its module docstring up to the first colon."""
     return " ".join(re.split(r":\s", doc or "")[0].replace("`", "").split())
 
 
 def read_arguments(
-    arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NONE, rest: str = NONE
+    arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
 ) -> tuple[dict[str, str], list[str]]:
-    """The values by key, and the arguments that match `rest`; `-h` or `--help` prints `doc` and ends.
+    """Return the values by key, and the arguments that match `rest`; `-h` or `--help` prints `doc` and exits.
 
     Args:
-        doc: the module docstring of the verb, which begins with its usage.
-        keys: the arguments of the verb, each with the problem where it is missing, or "" if it is optional.
-        more: regular expression of further keys.
-        rest: regular expression of whole arguments that are returned unchanged.
+        doc: the module docstring of the command, which begins with its usage.
+        keys: the keys of the command, each with the problem to report if it is missing, or "" if it is optional.
+        more: regular expression of additional keys.
+        rest: regular expression of the arguments that are returned unchanged.
 
     Raises:
-        ConfigError: an argument is no `key=value`, unknown, empty or given twice, or a required one is missing.
+        ConfigError: an argument is not `key=value`, unknown, empty or given twice, or a required one is missing.
         SystemExit: `doc` was printed.
     """
     if {"-h", "--help"} & set(arguments):
         print(doc)
         raise SystemExit
     values: dict[str, str] = {}
-    others: list[str] = []
+    unchanged: list[str] = []
     fix = f"write {usage(doc)}"
     for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if sign and (key in keys or re.fullmatch(more, key)):
+        key, equals, value = argument.partition("=")
+        if equals and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)
             values[key] = value
         elif re.fullmatch(rest, argument):
-            others.append(argument)
-        elif sign:
-            raise ConfigError("there is no such argument", key=key, fix=f"{closest(key, list(keys))} {fix}")
+            unchanged.append(argument)
+        elif equals:
+            raise ConfigError("there is no such argument", key=key, fix=f"{suggest_name(key, list(keys))} {fix}")
         else:
             raise ConfigError("is not key=value", key=argument, fix=f"{fix}; known: {', '.join(keys)}")
     if missing := next((key for key, problem in keys.items() if problem and key not in values), None):
         raise ConfigError(keys[missing], key=missing, fix=fix)
-    return values, others
+    return values, unchanged

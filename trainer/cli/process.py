@@ -1,4 +1,4 @@
-"""The parts of every process of the command line: a quiet start, monitoring, and the exit code."""
+"""What every command has in common: a quiet import of TensorFlow, monitoring, and the exit code."""
 
 import importlib
 import logging
@@ -15,19 +15,19 @@ from trainer.config.schema import RequestedConfig, Runtime, load
 from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import configure, log, log_traceback, without
+from trainer.monitoring.log import configure, drop_stderr_lines, log, log_traceback
 
 # Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
-_CHATTER = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-# Keras imports these for wrappers and plots that are not used here, which takes seconds.
-_NEEDLESS = ("sklearn", "matplotlib")
+_TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
+# Keras imports these for wrappers and plots that are not used here; importing them takes seconds.
+_UNUSED_BY_KERAS = ("sklearn", "matplotlib")
 
 _log_is_configured = False
 
 
 @contextmanager
 def _hidden(names: Iterable[str]) -> Iterator[None]:
-    """Make packages appear not to be installed; those imported already stay, all can be imported after."""
+    """Make packages that are not imported yet appear not to be installed within this block."""
     absent = [name for name in names if name not in sys.modules]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -40,23 +40,23 @@ def _hidden(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Suppress the lines that TensorFlow prints when it is imported; all others still reach stderr.
+    """Suppress what TensorFlow prints on every start when it is imported in this block; other lines reach stderr.
 
-    Keras is imported first, without scikit-learn and matplotlib, which it then does not use in this process.
+    Keras is imported first, while scikit-learn and matplotlib are hidden, so that it does not import them.
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # CUDA's errors are noise then
-    with without(_CHATTER):
-        with _hidden(_NEEDLESS):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, errors of CUDA are expected
+    with drop_stderr_lines(_TENSORFLOW_NOISE):
+        with _hidden(_UNUSED_BY_KERAS):
             importlib.import_module("keras")
         yield
 
 
 def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> None:
-    """Set up the log, the termination message, and `/healthz` and `/metrics`, as configured in `runtime`.
+    """Set up the log and the termination message, and serve `/healthz` and `/metrics`, as `runtime` configures.
 
     Raises:
-        ConfigError: the port is in use or not allowed.
+        ConfigError: the process cannot listen on `runtime.http_port`.
     """
     run = {"run": config.output_dir} if config.output_dir else {}
     configure_log(config.runtime, worker=str(worker), **run)
@@ -68,7 +68,7 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> None
 
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
-    """Set up the log, with these labels in JSON, and the termination message."""
+    """Set up the log, with these labels in JSON, the termination message and the limit of a stall."""
     global _log_is_configured
     health.stuck_after = runtime.stuck_after
     termination.set_path(runtime.termination_log)
@@ -77,18 +77,21 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 
 def _configure_log_for_error() -> None:
-    """Set up the log of a process that ends before its configuration is known, from its arguments of `runtime`."""
-    for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):  # the rest may be the error
-        own = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
+    """Set up the log from the `runtime` arguments only, for an error before the configuration is loaded."""
+    for keys in (
+        r"runtime(\.\w+)?",
+        r"runtime(\.log_format|\.termination_log)?",
+    ):  # the second: others may be the error
+        arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
-            return configure_log(load(compose(["data=digits", *own]) or {}).runtime) if own else None
+            return configure_log(load(compose(["data=digits", *arguments]) or {}).runtime) if arguments else None
 
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Run a whole command, and exit with a documented code (`trainer.errors`).
+    """Run a whole command in this block, then exit with a code of `trainer.errors`.
 
-    A `TrainerError` becomes one message on stderr, any other error a traceback; either is the termination message too.
+    A `TrainerError` is logged as one message, any other exception with its traceback; both set the termination message.
     """
     code, reason = DONE, ""
     configure()

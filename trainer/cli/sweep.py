@@ -1,4 +1,4 @@
-"""A sweep: many runs of one command line, each in a process of its own, and their scores.
+"""A sweep: several runs of one command line, each in a separate process, and their scores.
 
 Hydra chooses the values (every combination, or a search by Optuna) and calls `Sweep.run` for each job.
 """
@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from trainer.cli.compose import compose, is_sweep, resolved
 from trainer.cli.process import configure_log
-from trainer.config.diff import flat, is_free
+from trainer.config.diff import flat, may_change_on_resume
 from trainer.config.schema import RequestedConfig, apply_overfit, load, load_resolved, read_config
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
 OBJECTIVE = "val_accuracy"
-FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in names
+EVENTS_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
 Value = bool | int | float | str
 
 
-def columns(names: list[str]) -> bytes:
-    """The event file of the whole sweep for TensorBoard; its columns are these hyperparameters and `METRICS`."""
+def columns_event_file(names: list[str]) -> bytes:
+    """Serialize the event file of the sweep: TensorBoard shows these hyperparameters and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -52,8 +52,8 @@ def columns(names: list[str]) -> bytes:
     return _events([summary_v2.hparams_config_pb(hparams, metrics)])
 
 
-def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """The event file of one job; `scores` by the keys of `METRICS`, empty for a job that failed."""
+def job_event_file(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
+    """Serialize the event file of one job, a row in TensorBoard; `scores` by `METRICS`, empty for a failed job."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
@@ -64,7 +64,7 @@ def row(name: str, hparams: dict[str, Value], scores: dict[str, float], succeede
 
 
 def _events(summaries: list[Summary]) -> bytes:
-    """An event file, written without TensorFlow, which takes seconds to import."""
+    """Serialize an event file without TensorFlow, whose import takes seconds."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -76,8 +76,8 @@ def _events(summaries: list[Summary]) -> bytes:
     return file.getvalue()
 
 
-class Ended(BaseException):
-    """The end of the whole sweep; not an `Exception`, which Hydra would take for the failure of one job."""
+class SweepEnded(BaseException):
+    """The end of the whole sweep. It is not an `Exception`, which Hydra would treat as the failure of one job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -85,82 +85,90 @@ class Ended(BaseException):
 
 @dataclass
 class Job:
-    """One run of a sweep; `arguments` are without its folder, `overrides` their values: {"seed": "1", ...}."""
+    """One run of a sweep.
+
+    Attributes:
+        arguments: of the command line, without those that choose the sweep and output_dir.
+        overrides: the values in `arguments` by key: {"seed": "1", ...}.
+        code: exit code of the process.
+    """
 
     name: str
     folder: str
     arguments: list[str]
     overrides: dict[str, str]
     code: int = DONE
-    scores: dict[str, float] = field(default_factory=dict)  # of METRICS
+    scores: dict[str, float] = field(default_factory=dict)  # by the keys of METRICS
 
     @property
-    def again(self) -> str:
-        """The command that runs this job alone."""
+    def command(self) -> str:
+        """The command that runs only this job."""
         arguments = [a.lstrip("+") for a in self.arguments]
         return shlex.join(["python", "-m", "trainer", *arguments, f"output_dir={self.folder}"])
 
 
 @dataclass
 class Sweep:
-    """A sweep and its jobs so far; `folder` holds one folder per job, None: the one that Hydra names."""
+    """A sweep and its jobs so far; `folder` holds one folder per job and defaults to the one that Hydra names."""
 
     folder: str | None
     jobs: list[Job] = field(default_factory=list)
-    columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs, in order
+    columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs so far, as an ordered set
     stop_signal: str | None = None  # the signal that requested the stop
-    search: bool = False
-    child: subprocess.Popen[bytes] | None = None
+    search: bool = False  # by Optuna, instead of a grid of all combinations
+    child: subprocess.Popen[bytes] | None = None  # the process of the current job
 
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
-        """Run one job (TensorFlow cannot start twice in a process), unless it is finished already.
+        """Run one job unless it is finished already, in a separate process: TensorFlow cannot be set up twice in one.
 
         Returns:
-            The validation accuracy of the last phase, for a sweeper; None of a job that failed.
+            The validation accuracy of the last phase, for the sweeper; None if the job failed.
 
         Raises:
-            Ended: a signal requested the stop, or the configuration is wrong.
+            SweepEnded: a signal requested the stop, the job was interrupted, or an exception occurred in this process.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._pass_on)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._forward_stop)
         self.folder = self.folder or str(settings.sweep.dir)
         self.search = not is_grid(settings)
         try:
-            job = self._finish(resolved(tree), overrides, str(settings.sweep.subdir))
+            job = self._run_job(resolved(tree), overrides, str(settings.sweep.subdir))
         except Exception as error:
-            raise Ended(error) from None
+            raise SweepEnded(error) from None
         return job.scores.get(OBJECTIVE)
 
-    def _finish(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
-        """Train or resume a job unless it is finished, and read its scores."""
-        self._stop_here()
+    def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
+        """Train or resume a job unless it is finished, read its scores and write its event files."""
+        self._raise_if_stopped()
         arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
-        target = str(tree["output_dir"] or f"{self.folder}/{name}")
-        config = apply_overfit(load(tree | {"output_dir": target}))
+        output_dir = str(tree["output_dir"] or f"{self.folder}/{name}")
+        config = apply_overfit(load(tree | {"output_dir": output_dir}))
         configure_log(config.runtime)
         finished = is_finished(config)
         if not finished:
-            _refuse_another(config)
-        given = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
-        job = Job(name, target, arguments, given)
-        log.info(f"sweep: job {name}: {self._differing(job)} -> {target}{' is finished already' * finished}")
-        job.code = DONE if finished else self._process([*arguments, f"output_dir={target}"])
+            _require_same_run(config)
+        values = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
+        job = Job(name, output_dir, arguments, values)
+        log.info(
+            f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{' is finished already' * finished}"
+        )
+        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={output_dir}"])
         if job.code == INTERRUPTED or job.code < 0:
-            self._stop_here()
-            why = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
-            raise Interrupted(f"job {name} of the sweep ended {why}", fix=self._resume())
+            self._raise_if_stopped()
+            cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
+            raise Interrupted(f"job {name} of the sweep ended {cause}", fix=self._resume_hint())
         self.jobs.append(job)
         if job.code == DONE:
-            report = json.loads((storage_path(target) / "report" / "report.json").read_text())
+            report = json.loads((storage_path(output_dir) / "report" / "report.json").read_text())
             job.scores[OBJECTIVE] = float(list(report["phases"].values())[-1]["val_accuracy"])
             if report["test"]["split"] == "test":
                 job.scores["test_accuracy"] = float(report["test"]["accuracy"])
-        self._show_on_tensorboard(job, tree)
+        self._write_events(job, tree)
         return job
 
-    def _process(self, arguments: list[str]) -> int:
-        # In its own process group: Ctrl-C must reach it once, from here, since a second one ends it at once.
+    def _run_process(self, arguments: list[str]) -> int:
+        # In a separate process group: Ctrl-C must reach it only once, through `_forward_stop`.
         self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
         if self.stop_signal:
             self.child.terminate()
@@ -168,50 +176,56 @@ class Sweep:
         self.child = None
         return code
 
-    def _pass_on(self, number: int, _frame: object) -> None:
+    def _forward_stop(self, number: int, _frame: object) -> None:
         self.stop_signal = signal.Signals(number).name
         if self.child:
             self.child.send_signal(signal.SIGTERM)
 
-    def _stop_here(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.stop_signal:
-            raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume())
+            raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume_hint())
 
-    def _resume(self) -> str:
+    def _resume_hint(self) -> str:
         return f"start the same command again with output_dir={self.folder} to resume"
 
-    def _show_on_tensorboard(self, job: Job, tree: dict[str, Any]) -> None:
-        values = {key: _value(tree, key, text) for key, text in job.overrides.items() if not is_free(key)}
-        before, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
+    def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
+        values = {
+            key: _hyperparameter(tree, key, text)
+            for key, text in job.overrides.items()
+            if not may_change_on_resume(key)
+        }
+        previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
-        if not (folder / "config.yaml").exists():  # it failed so early that its folder must stay empty
+        if not (
+            folder / "config.yaml"
+        ).exists():  # it failed before the run began: keep the folder empty, so that it can begin later
             return
-        (folder / FILE).write(row(job.name, values, job.scores, job.code == DONE))
-        if len(self.columns) > before:
-            (storage_path(self.folder or "") / FILE).write(columns(list(self.columns)))
+        (folder / EVENTS_FILE).write(job_event_file(job.name, values, job.scores, job.code == DONE))
+        if len(self.columns) > previous_count:
+            (storage_path(self.folder or "") / EVENTS_FILE).write(columns_event_file(list(self.columns)))
 
-    def _differing(self, job: Job) -> str:
-        """The overrides of a job that not all jobs have; all of them where there is one job."""
+    def _describe_overrides(self, job: Job) -> str:
+        """Describe the overrides of a job that differ from another job so far; all of them for the first job."""
         others = [other.overrides for other in self.jobs if other is not job]
-        own = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
-        return " ".join(own) or ("as the others" if others else "no overrides")
+        differing = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
+        return " ".join(differing) or ("as the others" if others else "no overrides")
 
     def close(self) -> None:
-        """Log every job and its score, the best one, and those that failed.
+        """Log every job with its score, and the best one.
 
         Raises:
-            TrainerError: with the exit code of the first job that failed: of a grid any job, of a search all of them.
+            TrainerError: a job of a grid, or all jobs of a search, failed; it has the exit code of the first of them.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         text = [""]
         for job in self.jobs:
             score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
-            text.append(f"job {job.name:>3}  {score}  {self._differing(job)}")
+            text.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
-                f"  again    {best.again}",
+                f"  again    {best.command}",
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
             termination.set_success_message(text[-3])
@@ -229,24 +243,24 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """Compose the configuration of these arguments, or run their sweep; None after `--help`, `--cfg` or a sweep.
 
     Raises:
-        TrainerError: as `compose`; a sweep was stopped or failed.
+        TrainerError: the arguments cannot be composed, or the sweep was stopped or failed.
     """
     if not is_sweep(arguments):
         return compose(arguments)
-    if _searches_nothing(arguments):
+    if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
-    arguments, folder = _in_one_folder(arguments)
+    arguments, folder = _use_sweep_folder(arguments)
     with suppress(ImportError):  # the extra `sweep`
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports on its study
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # its INFO lines repeat the log of the jobs
     sweep = Sweep(folder)
     try:
         compose(arguments, run_job=sweep.run)
-    except Ended as ended:
+    except SweepEnded as ended:
         raise ended.error from None
-    except ValueError:  # raised by Optuna where all jobs have failed
+    except ValueError:  # raised by Optuna if all jobs have failed
         if not sweep.jobs or any(job.scores for job in sweep.jobs):
             raise
     if sweep.jobs:
@@ -254,40 +268,46 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def _searches_nothing(arguments: list[str]) -> bool:
-    """Return whether Optuna has nothing to search, so that it would run the same job again and again."""
-    chosen = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
-    if not chosen or {"--cfg", "-c", "--help"} & set(arguments):
+def _search_space_is_empty(arguments: list[str]) -> bool:
+    """Return whether Optuna has no value to search, so that it would run the same job again and again."""
+    sweepers = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
+    if not sweepers or {"--cfg", "-c", "--help"} & set(arguments):
         return False
-    if set(chosen) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
+    if set(sweepers) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
         return False
     parser = OverridesParser.create()
     try:
         return not any(parser.parse_override(a).is_sweep_override() for a in arguments if not a.startswith("-"))
-    except HydraException:  # `compose` raises the error
+    except HydraException:  # `compose` raises it again
         return False
 
 
-def _in_one_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments in which an `output_dir` that is equal for all jobs is the folder of the sweep, and that folder."""
-    given = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
-    if not given:
+def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Make an `output_dir` that is equal for all jobs the folder of the sweep.
+
+    Returns:
+        the changed arguments, and that folder; None if there is no such `output_dir`.
+    """
+    outputs = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
+    if not outputs:
         return arguments, None
-    folder = given[-1].split("=", 1)[1].strip("'\"")
+    folder = outputs[-1].split("=", 1)[1].strip("'\"")
     if is_remote(folder):
-        return [a for a in arguments if a not in given], folder
+        return [a for a in arguments if a not in outputs], folder
     folder = str(Path(folder).expanduser())
-    return [f"hydra.sweep.dir='{folder}'" if a is given[-1] else a for a in arguments if a not in given[:-1]], folder
+    return [
+        f"hydra.sweep.dir='{folder}'" if a is outputs[-1] else a for a in arguments if a not in outputs[:-1]
+    ], folder
 
 
-def _refuse_another(config: RequestedConfig) -> None:
-    """Raise a ConfigError if the folder of a job holds a run of another sweep."""
+def _require_same_run(config: RequestedConfig) -> None:
+    """Raise a ConfigError if the folder of a job has a run with a different configuration."""
     record = storage_path(config.output_dir or "") / "config.yaml"
     if record.exists():
         check_same_run(config, load_resolved(read_config(record.read_text())), config.output_dir or "")
 
 
-def _value(tree: Any, key: str, text: str) -> Value:
-    """The value of a key in the configuration; for a group, the choice as text."""
+def _hyperparameter(tree: Any, key: str, text: str) -> Value:
+    """Return the value of a key in the configuration; for a group, the choice `text`."""
     value = flat(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

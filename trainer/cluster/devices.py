@@ -16,12 +16,12 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixe
 
 
 def build_strategy(
-    config: RunConfig, peers: ControlChannel, note: Callable[[str], None], processors: int
+    config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], cpus: int
 ) -> tf.distribute.Strategy:
     """Choose the devices and the strategy over them; must run before any tensor exists.
 
     Args:
-        processors: that TensorFlow may use; by default it uses all of the host and ignores a container's quota.
+        cpus: number of CPUs that TensorFlow may use; by default it would ignore the CPU quota of the container.
 
     Returns:
         The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
@@ -29,22 +29,22 @@ def build_strategy(
 
     Raises:
         ConfigError: there are fewer GPUs than replicas, the workers have different numbers of devices, or the global
-            batch cannot be divided evenly, or not in pairs where examples are mixed.
+            batch cannot be divided evenly among them (into pairs, with mixup or cutmix).
     """
     runtime = config.runtime
-    use_processors(processors)
+    set_thread_pools(cpus)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(POLICIES[runtime.precision])
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    kind, count = choose_devices(runtime, peers.size)
-    peers.require_equal("devices", {"kind": kind, "replicas": count})
-    note(describe_devices(kind, count, peers.cluster, config))
-    if peers.size > 1:
+    kind, count = choose_devices(runtime, control.size)
+    control.require_equal("devices", {"kind": kind, "replicas": count})
+    log_message(describe_devices(kind, count, control.cluster, config))
+    if control.size > 1:
         tf.config.set_visible_devices(gpus[:count], "GPU")
-        return _several_workers(runtime, peers, note)
+        return _multi_worker_strategy(runtime, control, log_message)
     if count == 1:
         return tf.distribute.get_strategy()
     if not gpus:
@@ -53,33 +53,37 @@ def build_strategy(
     return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(count)])
 
 
-def use_processors(count: int) -> None:
-    """Set the number of threads inside an operation, and of operations (those of `tf.data` too) in parallel.
+def set_thread_pools(count: int) -> None:
+    """Set the sizes of TensorFlow's thread pools: within an operation, and for parallel operations, `tf.data` included.
 
-    A pool larger than a container's quota uses up the quota of a period at once and is throttled until the next one.
+    A pool that exceeds the CPU quota of the container uses up the quota of each period early and is then throttled.
     """
     tf.config.threading.set_intra_op_parallelism_threads(count)
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
-    """The kind ("GPU" or "CPU") and number of the devices of one worker. Raises ConfigError if there are fewer."""
+    """Choose the kind ("GPU" or "CPU") and number of the devices of one worker.
+
+    Raises:
+        ConfigError: `runtime.replicas` exceeds the GPUs, or is above 1 on one of several workers without GPUs.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
     if gpus and count > len(gpus):
-        problem, fix = f"this machine has {len(gpus)} GPUs", "set it to null to use all"
+        problem, fix = f"exceeds the {len(gpus)} GPUs of this machine", "set it to null to use all"
         raise ConfigError(problem, key="runtime.replicas", value=count, fix=fix)
     if workers > 1 and not gpus and count > 1:
-        problem = "each of several workers without GPUs is one replica"
+        problem = "must be 1 on each of several workers without GPUs"
         raise ConfigError(problem, key="runtime.replicas", value=count, fix="set it to null")
     return kind, count
 
 
 def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Describe the devices of all workers and the examples per replica of a batch.
+    """Check the batch size, and describe the devices of all workers and the examples per replica.
 
     Raises:
-        ConfigError: the global batch cannot be divided evenly, or not in pairs where examples are mixed.
+        ConfigError: the global batch cannot be divided evenly among them (into pairs, with mixup or cutmix).
     """
     batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     _check_batch_size(config, replicas)
@@ -89,7 +93,7 @@ def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig)
     part = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
         return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{part}"
-    why = "runtime.replicas" if config.runtime.replicas else "all there are"
+    why = "runtime.replicas" if config.runtime.replicas else "all devices"
     return f"devices: {devices} mirrored ({why}), {precision}{part}"
 
 
@@ -98,30 +102,32 @@ def _check_batch_size(config: RunConfig, replicas: int) -> None:
     parts, rows, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
     if batch_size % parts:
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
-        fix = f"take {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
+        fix = f"use {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     if config.augmentation.mixes and rows % 2:
         each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
         smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
-        fix = f"take {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
+        fix = f"use {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
 
 
-def _several_workers(runtime: Runtime, peers: ControlChannel, note: Callable[[str], None]) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers; they have no deadline of their own, so a timer ends the process."""
-    os.environ["TF_CONFIG"] = peers.cluster.tf_config()
+def _multi_worker_strategy(
+    runtime: Runtime, control: ControlChannel, log_message: Callable[[str], None]
+) -> tf.distribute.Strategy:
+    """Start TensorFlow's servers. They wait for each other without a timeout, so a timer ends the process."""
+    os.environ["TF_CONFIG"] = control.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
     pack_bytes = int((runtime.pack_mb or 0) * 2**20)
     options = tf.distribute.experimental.CommunicationOptions(pack_bytes, implementation=implementation)
     packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
-    note(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
+    log_message(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
     problem = "TensorFlow's servers did not connect in time, though the workers did"
-    late = Interrupted(
+    timeout_error = Interrupted(
         problem, key="runtime.start_timeout", value=f"{runtime.start_timeout:g}", fix="start all workers again"
     )
-    timer = threading.Timer(runtime.start_timeout, peers.end, args=(late.exit_code, str(late)))
+    timer = threading.Timer(runtime.start_timeout, control.end, args=(timeout_error.exit_code, str(timeout_error)))
     timer.daemon = True
     timer.start()
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)

@@ -1,20 +1,20 @@
-"""Cluster discovery: index and addresses of the workers, by the first of these sources in the environment:
+"""Discover the index and addresses of the workers from the environment, from the first of these sources that is set:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
-   The chief (old name: master) is worker 0, the workers follow. Evaluators are ignored: a run evaluates itself. Empty,
-   `{}` or without a cluster it counts as not set.
-2. A JobSet, one replicatedJob of which holds all the workers: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0)
-   and REPLICATED_JOB_REPLICAS (default 1), by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
+   The chief (old name: master) is worker 0, the workers follow. Evaluators in the cluster are ignored, because the run
+   itself evaluates. If it is empty, `{}` or has no cluster, it counts as not set.
+2. A JobSet with all workers in one replicatedJob: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0) and
+   REPLICATED_JOB_REPLICAS (default 1), set by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
    `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`; WORKER_COUNT counts the pods of all child Jobs.
    Hosts are `<jobset>-<replicatedjob>-<job-index>-<pod-index>.<service>`
-   (https://jobset.sigs.k8s.io/docs/concepts); SERVICE_NAME is spec.network.subdomain, by default the JobSet's name.
+   (https://jobset.sigs.k8s.io/docs/concepts); SERVICE_NAME is spec.network.subdomain and defaults to the JobSet's name.
 3. An Indexed Job with a headless Service: WORKER_COUNT (its completions), JOB_NAME and SERVICE_NAME. Hosts are
    `<job>-<i>.<service>` (https://kubernetes.io/docs/tasks/job/job-with-pod-to-pod-communication).
-4. Otherwise this process is alone.
+4. Otherwise this process is the only worker.
 
 2 and 3 also read JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job, and WORKER_PORT (default
-2222). An empty variable counts as not set: the downward API makes one of a missing label.
+2222). An empty variable counts as not set, because the downward API sets an empty one for a missing label.
 """
 
 import json
@@ -28,8 +28,8 @@ from trainer.errors import ConfigError
 DEFAULT_PORT = 2222
 ALONE = "this process alone"
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):([0-9]{1,5})")
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_SOURCES = {  # for a manifest
+_DNS_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error messages
     "JOB_NAME": "the Job's metadata.name (the pod label batch.kubernetes.io/job-name)",
     "SERVICE_NAME": "the name of the headless Service that the pods have as their subdomain",
     "JOBSET_NAME": "the pod label jobset.sigs.k8s.io/jobset-name (by the downward API)",
@@ -42,10 +42,11 @@ class Cluster:
     """One worker's view of a run.
 
     Attributes:
-        index: this worker, 0 <= index < size; 0 is the chief.
-        addresses: "host:port" of every worker, in the order of their indices; empty for a worker alone.
-        source: for printing: "this process alone", "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME".
-        job: the same name on all workers of one job, another in another job; "" for a nameless process alone.
+        index: number of this worker, 0 <= index < size; 0 is the chief.
+        addresses: "host:port" of every worker, in the order of their indices; empty for a single worker.
+        source: of the index and addresses, for log lines: "this process alone", "TF_CONFIG", "Indexed Job NAME" or
+            "JobSet NAME".
+        job: identifies the job: equal on its workers, different from other jobs; "" for a single worker without a name.
     """
 
     index: int
@@ -55,16 +56,16 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """The number of workers, at least 1."""
+        """Number of workers, at least 1."""
         return max(len(self.addresses), 1)
 
     @property
     def is_chief(self) -> bool:
-        """True for worker 0, which alone writes."""
+        """True for worker 0, the only one that writes to the folder of the run."""
         return self.index == 0
 
     def tf_config(self) -> str:
-        """TF_CONFIG for TensorFlow, with worker 0 as the implicit chief; `{}` for a process alone."""
+        """Return TF_CONFIG for TensorFlow, with worker 0 as the implicit chief; `{}` for a single worker."""
         if not self.addresses:
             return "{}"
         task = {"type": "worker", "index": self.index}
@@ -80,23 +81,23 @@ def discover(environment: Mapping[str, str]) -> Cluster:
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
     if not _in_jobset(env):  # without a JobSet these two have no meaning
         env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
-    given = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
-    if given:
-        _check_against_kubernetes(given, env)
-        return given
+    from_tf_config = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
+    if from_tf_config:
+        _check_against_kubernetes(from_tf_config, env)
+        return from_tf_config
     return _from_kubernetes(env)
 
 
 def _from_tf_config(text: str) -> Cluster | None:
-    """The cluster in TF_CONFIG; None if it names none."""
+    """Parse the cluster in TF_CONFIG; None if it has none."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem, fix = f"is not JSON ({error})", "correct it or unset it"
-        raise ConfigError(problem, key="TF_CONFIG", value=_shown(text), fix=fix) from error
+        raise ConfigError(problem, key="TF_CONFIG", value=_short_repr(text), fix=fix) from error
     if not isinstance(tree, dict):
         problem, fix = "is not a JSON object", 'give {"cluster": ..., "task": ...} or unset it'
-        raise ConfigError(problem, key="TF_CONFIG", value=_shown(text), fix=fix)
+        raise ConfigError(problem, key="TF_CONFIG", value=_short_repr(text), fix=fix)
     if tree.get("sparseCluster"):
         problem, fix = "has a sparseCluster, for parameter servers only", "set enableDynamicWorker: false"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
@@ -104,35 +105,37 @@ def _from_tf_config(text: str) -> Cluster | None:
     if not cluster:
         return None
     if not isinstance(cluster, dict):
-        problem, fix = f"the cluster {_shown(cluster)} is not an object", 'give {"worker": ["host:port", ...]}'
+        problem, fix = f"the cluster {_short_repr(cluster)} is not an object", 'give {"worker": ["host:port", ...]}'
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
     if not isinstance(task, dict) or not {"type", "index"} <= task.keys():
-        problem, fix = f"the task is {_shown(task)}", 'give type and index, as in {"type": "worker", "index": 0}'
+        problem, fix = f"the task is {_short_repr(task)}", 'give type and index, as in {"type": "worker", "index": 0}'
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
     role, number = task["type"], task["index"]
     roles = _roles(cluster, role)
     if not isinstance(role, str) or role not in roles:
-        problem = f"the task type {_shown(role)} is not in the cluster, which has {', '.join(roles) or 'no workers'}"
+        problem = (
+            f"the task type {_short_repr(role)} is not in the cluster, which has {', '.join(roles) or 'no workers'}"
+        )
         raise ConfigError(problem, key="TF_CONFIG", fix="make the two agree")
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(roles[role]):
-        problem = f"the task index {_shown(number)} is not one of the {len(roles[role])} in {role}"
+        problem = f"the task index {_short_repr(number)} is not one of the {len(roles[role])} in {role}"
         raise ConfigError(problem, key="TF_CONFIG", fix=f"give 0 to {len(roles[role]) - 1}")
     workers = roles.pop("worker", [])
     chiefs = [address for addresses in roles.values() for address in addresses]
     if len(chiefs) > 1:
         problem = f"there are {len(chiefs)} chiefs ({', '.join(chiefs)})"
-        raise ConfigError(problem, key="TF_CONFIG", fix="leave one, list the others as workers")
+        raise ConfigError(problem, key="TF_CONFIG", fix="keep one, and list the others as workers")
     addresses = (*chiefs, *workers)
-    twice = next((address for i, address in enumerate(addresses) if address in addresses[:i]), None)
-    if twice:
-        problem, fix = f"the address {twice} is there twice", "give every worker (and the chief) its own"
+    duplicate = next((address for i, address in enumerate(addresses) if address in addresses[:i]), None)
+    if duplicate:
+        problem, fix = f"the address {duplicate} occurs twice", "give every worker (and the chief) a different address"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
     index = number + (len(chiefs) if role == "worker" else 0)
     return Cluster(index, addresses if len(addresses) > 1 else (), "TF_CONFIG", ",".join(addresses))
 
 
 def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
-    """The addresses of each role of the cluster that has any: chief, master, worker."""
+    """Return the addresses of each role (chief, master, worker) that has any."""
     if "ps" in (*(role for role in cluster if cluster[role]), task_type):
         raise ConfigError("parameter servers (ps) are not supported", key="TF_CONFIG", fix="run workers only")
     if task_type == "evaluator":
@@ -143,38 +146,39 @@ def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
         if role in ("ps", "evaluator"):
             continue
         if role not in ("chief", "master", "worker"):
-            problem = f"the cluster has the unknown role {_shown(role)}"
+            problem = f"the cluster has the unknown role {_short_repr(role)}"
             raise ConfigError(problem, key="TF_CONFIG", fix="use chief and worker")
         if not isinstance(addresses, list):
-            problem = f"{role} is {_shown(addresses)}"
+            problem = f"{role} is {_short_repr(addresses)}"
             raise ConfigError(problem, key="TF_CONFIG", fix=f'give a list of addresses, as in ["host:{DEFAULT_PORT}"]')
         for address in addresses:
             match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
             if not match or not 1 <= int(match[1]) <= 65535:
-                problem = f"the {role} address {_shown(address)} is not host:port with a port from 1 to 65535"
+                problem = f"the {role} address {_short_repr(address)} is not host:port with a port from 1 to 65535"
                 raise ConfigError(problem, key="TF_CONFIG", fix=f"write it as in host:{DEFAULT_PORT}")
         if addresses:
             roles[role] = addresses
     return roles
 
 
-def _check_against_kubernetes(given: Cluster, env: Mapping[str, str]) -> None:
+def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -> None:
     """Check that TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the index of the pod."""
     count = _integer(env, "WORKER_COUNT", 1)
     if count is None:
         return
-    if count != given.size:
-        problem, fix = f"TF_CONFIG has another number of workers, {given.size}", "unset one of them or make them agree"
+    if count != from_tf_config.size:
+        problem = f"TF_CONFIG has a different number of workers, {from_tf_config.size}"
+        fix = "unset one of them or make them agree"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
     index = _index(env, count)
-    if index is not None and index != given.index:
-        problem = f"makes this worker {index}, but TF_CONFIG makes it worker {given.index}"
+    if index is not None and index != from_tf_config.index:
+        problem = f"makes this worker {index}, but TF_CONFIG makes it worker {from_tf_config.index}"
         fix, value = "unset TF_CONFIG or WORKER_COUNT, or make them agree", env["JOB_COMPLETION_INDEX"]
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=value, fix=fix)
 
 
 def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
-    """The cluster of a pod of a JobSet or Indexed Job, or of a process alone."""
+    """Return the cluster of a pod of a JobSet or Indexed Job, or of a single worker."""
     count = _integer(env, "WORKER_COUNT", 1)
     if count is None:
         _check_alone(env)
@@ -203,10 +207,10 @@ def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
 
 
 def _check_alone(env: Mapping[str, str]) -> None:
-    """Refuse a pod that has peers but no WORKER_COUNT."""
-    for name, alone in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
-        value = _integer(env, name, alone)
-        if value is not None and value > alone:
+    """Raise a ConfigError if the pod has peers but WORKER_COUNT is not set."""
+    for name, single in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
+        value = _integer(env, name, single)
+        if value is not None and value > single:
             problem = "WORKER_COUNT is not set, so several pods would train the same run independently"
             raise ConfigError(problem, key=name, value=value, fix="set WORKER_COUNT to the number of pods")
 
@@ -216,8 +220,8 @@ def _in_jobset(env: Mapping[str, str]) -> bool:
 
 
 def _index(env: Mapping[str, str], count: int) -> int | None:
-    """The index of this worker among all `count`; None if the pod has no index."""
-    replicas = _integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # child Jobs; an Indexed Job is one
+    """Compute the index of this worker among all `count`; None if the pod has no index."""
+    replicas = _integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
     if count % replicas:
         problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={replicas}", "set it to the number of all pods"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
@@ -242,30 +246,32 @@ def _index(env: Mapping[str, str], count: int) -> int | None:
     return job * pods + pod
 
 
-def _integer(env: Mapping[str, str], name: str, least: int, most: int = 999_999) -> int | None:
+def _integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
     """Parse a variable as a whole number; None if it is not set."""
     text = env.get(name)
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,6}", text) or not least <= int(text) <= most:
+    if not re.fullmatch(r"[0-9]{1,6}", text) or not minimum <= int(text) <= maximum:
         # Kubernetes sets variables for every Service: one named `worker` sets WORKER_PORT=tcp://10.0.0.7:80.
         fix = "set it in the manifest" + " or set enableServiceLinks: false" * text.startswith("tcp://")
-        raise ConfigError(f"is not a whole number from {least} to {most}", key=name, value=_shown(text), fix=fix)
+        raise ConfigError(
+            f"is not a whole number from {minimum} to {maximum}", key=name, value=_short_repr(text), fix=fix
+        )
     return int(text)
 
 
 def _name(env: Mapping[str, str], name: str, count: int) -> str:
-    """Return a variable that is part of host names."""
-    fix = f"set it in the manifest to {_SOURCES[name]}"
+    """Return a required variable that is part of host names."""
+    fix = f"set it in the manifest to {_MANIFEST_SOURCES[name]}"
     if name not in env:
         raise ConfigError(f"is not set, but WORKER_COUNT={count}", key=name, fix=fix)
     parts = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
-    if not all(re.fullmatch(_LABEL, part) for part in parts):
-        raise ConfigError("cannot be part of a host name", key=name, value=_shown(env[name]), fix=fix)
+    if not all(re.fullmatch(_DNS_LABEL, part) for part in parts):
+        raise ConfigError("cannot be part of a host name", key=name, value=_short_repr(env[name]), fix=fix)
     return env[name]
 
 
-def _shown(value: Any) -> str:
-    """The value for a message, at most 80 characters."""
+def _short_repr(value: Any) -> str:
+    """Format a value for a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Stop requests: the first SIGTERM or SIGINT sets a flag, the second ends the process at once."""
+"""Signal handlers: in training, the first SIGTERM or SIGINT sets a flag, and the second ends the process at once."""
 
 import os
 import signal
@@ -9,29 +9,30 @@ from collections.abc import Callable
 from trainer.errors import INTERRUPTED, StopRequested
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import last_words
+from trainer.monitoring.log import log_unbuffered
 
 RETRY = "start the same command again, nothing is lost"
 
 
-def end_at_once() -> None:
-    """Let SIGTERM end the process at once with exit code 75; for commands that have nothing to save.
+def exit_on_sigterm() -> None:
+    """Install a handler with which SIGTERM ends the process at once with exit code 75, while there is nothing to save.
 
-    The kernel drops a signal to the first process of a container that has no handler for it, so that the pod would run
-    until the end of its grace period (`man 7 pid_namespaces`).
+    Without a handler the kernel drops the signal if the process is the first of its container (`man 7
+    pid_namespaces`), and the pod would run until the end of its grace period.
     """
 
     def end(_number: int, _frame: object) -> None:
-        last_words(f"interrupted: SIGTERM; {RETRY}")
+        log_unbuffered(f"interrupted: SIGTERM; {RETRY}")
         os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, end)
 
 
 def ignore_sigterm() -> None:
-    """Ignore SIGTERM, so that the exit code no longer changes.
+    """Ignore SIGTERM during shutdown, so that it no longer changes the exit code.
 
-    Python restores the default handlers before it shuts down TensorFlow; a signal then would fail a finished run.
+    At exit Python restores the default handlers before TensorFlow is shut down; a signal then would fail a run that
+    has finished.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -39,12 +40,13 @@ def ignore_sigterm() -> None:
 class StopFlag:
     """A flag that is set by a signal to this process or by a stop request of another worker.
 
-    A Python handler runs only when the main thread returns from TensorFlow, perhaps many steps later. So a thread reads
-    the signal's number from the wake-up pipe and sets the flag at once; the compiled step reads the flag.
+    A Python signal handler runs only when the main thread returns from TensorFlow, perhaps many steps later. So a
+    thread reads the signal's number from the wake-up file descriptor and sets the flag at once; the compiled training
+    step reads the flag.
 
     Attributes:
-        reason: why to stop; None without a request.
-        on_signal: called with the reason after a signal to this process.
+        reason: the reason of the first request; None without a request.
+        on_signal: called with the name of the first signal to this process, after the flag is set.
         on_request: called once with the reason of the first request.
     """
 
@@ -59,7 +61,7 @@ class StopFlag:
         self.install()
 
     def install(self) -> None:
-        """Install the handlers; again after the strategy exists, as TensorFlow's coordination service replaces them."""
+        """Install the handlers; call it again after TensorFlow's coordination service has replaced them."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -70,11 +72,11 @@ class StopFlag:
             self.reason = reason
             self.on_request(reason)
 
-    def check(self, where: str) -> None:
-        """Raise StopRequested if the flag is set; for loops that wait with a time limit and have nothing to save."""
+    def check(self, when: str) -> None:
+        """Record progress, and raise StopRequested if the flag is set; for loops that have nothing to save."""
         health.progress()
         if self.reason:
-            raise StopRequested(f"{self.reason} {where}", fix=RETRY)
+            raise StopRequested(f"{self.reason} {when}", fix=RETRY)
 
     def _watch(self) -> None:
         while True:
@@ -84,9 +86,9 @@ class StopFlag:
                 name = signal.Signals(number).name
                 self._signals += 1
                 if self._signals > 1:
-                    last_words(f"\n{name}: stopping at once")
+                    log_unbuffered(f"\n{name}: stopping at once")
                     termination.write(INTERRUPTED, f"{name} a second time: stopped at once")
                     os._exit(INTERRUPTED)
                 self.request(name)
-                last_words(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
+                log_unbuffered(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
                 self.on_signal(name)

@@ -11,7 +11,7 @@ from trainer.monitoring.health import health
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker of a run; the chief, worker 0, alone writes into the run's folder."""
+    """One worker of a run. Only the chief, worker 0, writes to the folder of the run."""
 
     control: ControlChannel
     strategy: tf.distribute.Strategy
@@ -24,6 +24,7 @@ class Worker:
 
     @property
     def size(self) -> int:
+        """Number of workers of the run."""
         return self.control.size
 
     @property
@@ -36,10 +37,10 @@ class Worker:
         return self.strategy.num_replicas_in_sync // self.size
 
     def stop_requested(self) -> bool:
-        """Return whether this worker has a stop request. The compiled step calls this: each step counts as progress."""
+        """Record progress, and return whether this worker has a stop request; the compiled step calls this."""
         health.progress()
         return self.stop.reason is not None
 
-    def should_stop(self, where: str) -> bool:
+    def should_stop(self, when: str) -> bool:
         """Return whether any worker has a stop request; all workers must call this at the same point."""
-        return self.control.any_worker(f"stop {where}", self.stop.reason is not None)
+        return self.control.any_worker(f"stop {when}", self.stop.reason is not None)

@@ -1,23 +1,23 @@
-"""The advice table of `auto`: rules of thumb from published recipes, applied once the training images are counted
-(docs/phases.md).
+"""Resolve the values that are `auto` with rules of thumb from published recipes, by the numbers of training images and
+classes (docs/phases.md).
 """
 
 from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import RequestedConfig, RunConfig, with_choices
 
-FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # fewer in total, or fewer per class, are few
-MANY_IMAGES, MANY_CLASSES = 50_000, 50
+FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a data set below one of these, in total or per class, has few images
+MANY_IMAGES, MANY_CLASSES = 50_000, 50  # from these on a larger backbone or batch
 
 
 def resolve_auto(
     config: RequestedConfig, images: int = 0, classes: int = 0, begun: RunConfig | None = None
 ) -> tuple[RunConfig, list[str]]:
-    """Choose a value for everything that is `auto`, and give the reasons, one line per choice.
+    """Choose a value for every key that is `auto`; return the configuration and a line with the reason of each choice.
 
     Args:
         images: number of training images.
-        classes: number of their classes.
-        begun: the configuration that a resumed run began with, whose choices are adopted.
+        classes: number of classes.
+        begun: the configuration that a resumed run began with. Its choices are adopted, and the counts are not used.
     """
     if isinstance(config, RunConfig):
         return config, []
@@ -41,16 +41,19 @@ def resolve_auto(
 
 
 def _backbone(images: int, classes: int) -> tuple[str, str]:
-    """The backbone, and why: larger networks transfer better (Kornblith et al. 2019) and need more images and time."""
+    """Choose the backbone, and return the reason.
+
+    Larger networks transfer better (Kornblith et al. 2019), but need more images and time.
+    """
     if images < FEW_IMAGES and classes < MANY_CLASSES:
-        return "MobileNetV2", f"the small one: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
+        return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
     if images < MANY_IMAGES or classes < MANY_CLASSES:
-        return "EfficientNetB0", f"between the small one and that for {MANY_IMAGES:,} images and {MANY_CLASSES} classes"
-    return "EfficientNetB3", f"the large one: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
+        return "EfficientNetB0", f"medium: under {MANY_IMAGES:,} images or {MANY_CLASSES} classes"
+    return "EfficientNetB3", f"large: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
 def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
-    """The phases, the row of the table with them as text, and a hint if the domain is not known."""
+    """Choose the phases; return them, a text with their row of the table, and a hint if `domain` is not set."""
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
     table, few = config.phases.auto, images < FEW_IMAGES or images < FEW_PER_CLASS * classes

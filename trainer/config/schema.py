@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen, validated tree.
 
-Hydra composes plain YAML from `conf/`; `load` turns it into a `RequestedConfig`, or a `RunConfig` where nothing is
-`auto`, or raises one `ConfigError` with all faults. Nothing here imports TensorFlow.
+Hydra composes a plain tree from the YAML in `conf/`. `load` validates it: the result is a `RunConfig` if nothing is
+`auto`, else a `RequestedConfig`; one `ConfigError` lists all faults. Nothing here imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config.base import RENAMED, Duration, InvalidValue, Section, SomeDuration, config_error
+from trainer.config.base import RENAMED, Duration, DurationSetting, InvalidValue, Section, config_error
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
 
@@ -21,15 +21,15 @@ class Data(Section):
     """The labelled images: source, splits, order and caches."""
 
     source: Literal["digits", "image_folder", "tfds", "tfrecords"]
-    """The digits of scikit-learn, class folders of image files, a TensorFlow dataset, or TFRecord files."""
+    """The digits of scikit-learn, image files in one folder per class, a dataset of TFDS, or TFRecord files."""
     root: str | None = None
-    """image_folder: the folder; tfds: the folder of one prepared dataset. Local or gs://."""
+    """image_folder: folder with the images; tfds: folder of one prepared dataset. Local or gs://."""
     name: str | None = None
     """tfds: name of the dataset, such as beans or food101:2.0.0."""
     data_dir: str | None = None
-    """tfds: folder of all prepared datasets; null: the default of TFDS."""
+    """tfds: folder of all prepared datasets; null: the default folder of TFDS."""
     download: bool = False
-    """tfds: download and prepare a dataset that is missing."""
+    """tfds: download and prepare the dataset if it is missing."""
     pattern: str | None = None
     """tfrecords: glob pattern of the files, such as shards/*.tfrec. Local or gs://."""
     image_field: str = "image"
@@ -45,25 +45,25 @@ class Data(Section):
     test_split: str | None = None
     """tfds: split of the test examples; null: "test" if it exists, else data.test_fraction."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
-    """Fraction of the training examples that validates where the data has no validation split."""
+    """Fraction of the training examples that become the validation split if the data has none."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the training examples that tests where the data has no test split."""
+    """Fraction of the training examples that become the test split if the data has none."""
     split_seed: int = Field(42, ge=0)
-    """Seed of the split by fractions."""
+    """Seed of the random choice of these fractions."""
     labels_per_class: int | None = Field(None, ge=1)
     """Training examples per class that are used; null: all."""
     shuffle_window: int = Field(8192, ge=1)
-    """Records that are shuffled together."""
+    """Number of records that are shuffled together."""
     shards: int | None = Field(None, ge=1)
-    """`trainer.prepare`: shards of the largest split, others have shards of the same size; null: one per 100 MB."""
+    """`trainer.prepare`: shards of the largest split; others have shards of the same size. null: one per 100 MB."""
     on_error: Literal["fail", "skip"] = "fail"
-    """An image or record that cannot be read ends the run, or is skipped."""
+    """Whether an image or record that cannot be read ends the run or is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
-    """Cache of the decoded images; auto: memory, else disk, as far as the budgets of `runtime` reach."""
+    """Where decoded images are cached; auto: in memory, else on disk, else not, within the budgets of `runtime`."""
     shard_by: Literal["auto", "record", "file"] = "auto"
-    """How several workers divide the training examples: each reads every n-th record, or whole files."""
+    """How the training examples are sharded over n workers: each reads every n-th record, or whole files."""
     group_field: str | None = None
-    """tfds, tfrecords: field (text or integer) by whose values the scores are reported separately."""
+    """tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the report."""
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -87,17 +87,17 @@ class Model(Section):
     """The backbone, its weights, and the head on top."""
 
     backbone: str
-    """Name of a network in `keras.applications`; auto: chosen by the number of images and classes (docs/phases.md)."""
+    """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
     weights: str = "imagenet"
-    """imagenet, glyphs (comes with the package), none (random), or the path of a .weights.h5 or .keras file."""
+    """imagenet, glyphs (part of the package), none (random), or the path of a .weights.h5 or .keras file."""
     alpha: float | None = Field(None, gt=0)
     """MobileNet, MobileNetV2: width multiplier; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
-    """Side of the input images in pixels; null: the backbone's own."""
+    """Side of the square input images in pixels; null: the default of the backbone."""
     resize: Literal["stretch", "crop"] = "stretch"
-    """How an image becomes a square: stretched, or its central square."""
+    """How an image becomes square: it is stretched, or its central square is used."""
     pooling: Literal["avg", "max"] = "avg"
-    """Global pooling of the backbone's last feature maps."""
+    """Global pooling of the last feature maps of the backbone."""
     hidden: int | None = Field(None, ge=1)
     """Units of an additional ReLU layer in the head; null: none."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -106,9 +106,9 @@ class Model(Section):
     """L2 regularization factor of the head's kernels."""
 
     @model_validator(mode="after")
-    def _fits_any(self) -> Model:
+    def _auto_backbone_fits(self) -> Model:
         if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
-            problem = f"may choose any network, but weights={self.weights} fits one"
+            problem = f"may choose any network, but weights={self.weights} are of a single one"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
         if self.backbone == "auto" and self.alpha is not None:
             problem = f"may choose a network without alpha, but alpha={self.alpha:g}"
@@ -119,7 +119,9 @@ class Model(Section):
 def _read_rotation(value: Any) -> Any:
     ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
-        raise InvalidValue("is no angle", fix="use degrees from 0 to 180, or [40, 108] to add a draw from each range")
+        raise InvalidValue(
+            "is not an angle", fix="use degrees from 0 to 180, or [40, 108] to add a draw from each range"
+        )
     return value
 
 
@@ -127,14 +129,14 @@ Rotation = Annotated[float | tuple[float, float], BeforeValidator(_read_rotation
 
 
 class Augmentation(Section):
-    """Random changes of training images, each a function of (seed, epoch, index). 0 is off."""
+    """Random changes of training images; each change is a function of (seed, epoch, index). 0 is off."""
 
     flip_horizontal: bool = False
     """Flip half of the images left to right."""
     flip_vertical: bool = False
     """Flip half of the images upside down."""
     rotation: Rotation = 0.0
-    """Largest rotation in degrees, in both directions; [40, 108]: the sum of a draw from each range."""
+    """Largest rotation in degrees, in either direction; [40, 108]: the sum of a draw from each range."""
     shift: float = Field(0.0, ge=0, le=1)
     """Largest shift in each direction, as a fraction of the side."""
     shear: float = Field(0.0, ge=0, lt=90)
@@ -144,7 +146,7 @@ class Augmentation(Section):
     stretch: float = Field(0.0, ge=0, lt=1)
     """Range of the scales of width and height, drawn separately: 0.2 draws from [0.8, 1.2]."""
     crop: float = Field(0.0, ge=0, lt=1)
-    """Least fraction of the area that a random crop has; its aspect ratio is between 3/4 and 4/3."""
+    """Smallest area of a random crop, as a fraction of the image; its aspect ratio is between 3/4 and 4/3."""
     contrast: float = Field(0.0, ge=0, lt=1)
     """Range of the contrast factor around 1."""
     brightness: float = Field(0.0, ge=0, lt=1)
@@ -152,23 +154,23 @@ class Augmentation(Section):
     saturation: float = Field(0.0, ge=0, le=1)
     """Range of the saturation factor around 1."""
     hue: float = Field(0.0, ge=0, le=0.5)
-    """Largest change of hue, as a fraction of a full turn."""
+    """Largest change of hue, as a fraction of the colour circle."""
     randaugment: int = Field(0, ge=0, le=14)
-    """Random operations per image (RandAugment)."""
+    """Number of random operations per image (RandAugment)."""
     magnitude: int = Field(9, ge=0, le=30)
     """Magnitude of the operations of RandAugment."""
     cutout: float = Field(0.0, ge=0, le=1)
     """Side of a grey square, as a fraction of the image's side."""
     mixup: float = Field(0.0, ge=0)
-    """alpha of Beta(alpha, alpha), from which the weight of two neighbours in a batch is drawn."""
+    """alpha of Beta(alpha, alpha), from which the mixing weight of two neighbours in a batch is drawn."""
     cutmix: float = Field(0.0, ge=0)
-    """alpha, as of mixup, for the area of a pasted rectangle; with mixup, each applies to half of the examples."""
+    """alpha, as for mixup, of the area of a pasted rectangle; with mixup too, each applies to half of the examples."""
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
     """Pixels outside of the image: the nearest one, black, or the reflected image."""
 
     @property
     def active(self) -> bool:
-        """True if anything is changed; `fill` and `magnitude` alone change nothing."""
+        """True if images are changed; `fill` and `magnitude` alone change nothing."""
         return any(value for name, value in self if name not in ("fill", "magnitude"))
 
     @property
@@ -184,7 +186,7 @@ class Augmentation(Section):
 
 
 class Training(Section):
-    """Settings of all phases."""
+    """Settings that apply to all phases."""
 
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
     """Examples per step, over all replicas and workers; auto: chosen by the number of images (docs/phases.md)."""
@@ -195,22 +197,23 @@ class Training(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of the target that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """Weight of an example's loss by its class: equal, inverse to the class' frequency, or {class: weight}."""
+    """Weight of an example's loss by its class: equal, inversely proportional to the frequency of the class, or
+    {class: weight}."""
     clip_norm: float | None = Field(None, gt=0)
-    """Largest L2 norm of the gradient of the whole batch; null: not clipped."""
+    """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1)
-    """Parts in which a replica computes its examples of a batch, to save memory."""
+    """Number of micro-batches in which a replica computes its examples of a batch, to save memory."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, which is validated and exported; null: none."""
+    """Decay per step of an exponential moving average of the weights, which is validated and exported. null: off."""
     keep: Literal["best", "last"] = "best"
-    """Weights that the next phase and the export continue from: of the best epoch, or of the last step."""
+    """Weights that the next phase and the export use: those of the best epoch, or of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
-    """Fraction of the validation batches that is used after each epoch; the end of a run uses all."""
+    """Fraction of the validation batches that is scored after each epoch; the end of a run uses all."""
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.loss != "focal" and self.focal_gamma != 2.0:
-            problem, value = f"training.loss={self.loss} has no gamma", f"{self.focal_gamma:g}"
+            problem, value = f"has no effect with training.loss={self.loss}", f"{self.focal_gamma:g}"
             raise InvalidValue(problem, key="focal_gamma", value=value, fix="set training.loss=focal")
         return self
 
@@ -219,27 +222,27 @@ class Distillation(Section):
     """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
     teacher: str
-    """output_dir of an earlier run, or folder of a SavedModel that a run exported. Local or gs://."""
+    """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or gs://."""
     alpha: float = Field(0.1, ge=0, lt=1)
-    """Weight of the loss against the labels."""
+    """Weight of the loss with the labels as targets."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature that softens the predictions of both."""
+    """Temperature that softens the predictions of teacher and student."""
 
 
 GIGABYTE = 1024**3
 
 
 class Runtime(Section):
-    """Use of the machine. Only precision, xla and deterministic change what is learned."""
+    """Devices, logs and caches. Of these, only precision, xla, deterministic and replicas may change the weights."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the computation; weights and loss are float32."""
+    """Data type of the computation; weights and loss are float32."""
     xla: bool = False
-    """Compile the training step with XLA; 7 to 15 times slower on CPUs for these networks."""
+    """Compile the training step with XLA; on CPUs these networks are 7 to 15 times slower with it."""
     deterministic: bool = True
     """Compute the same bits in every run on the same machine."""
     replicas: int | None = Field(None, ge=1)
-    """Replicas per worker; null: one per GPU, without GPU one. On CPUs: logical devices."""
+    """Replicas per worker; null: one per GPU, or one without GPUs. On CPUs they are logical devices."""
     collectives: Literal["auto", "nccl", "ring"] = "auto"
     """Implementation of the all-reduce between workers."""
     pack_mb: float | None = Field(None, gt=0)
@@ -247,39 +250,39 @@ class Runtime(Section):
     start_timeout: float = Field(600.0, gt=0)
     """Seconds after which a worker stops waiting for the others at the rendezvous."""
     max_restarts_without_progress: int = Field(5, ge=1)
-    """Restarts in a row without a step of progress after which the run ends with exit code 3."""
+    """Consecutive restarts without a new step after which the run ends with exit code 3."""
     steps_per_call: int = Field(10, ge=1)
-    """Optimizer steps per call of the device."""
-    log_every: SomeDuration = Duration(count=20, unit="steps")
-    """Interval of log lines and metrics."""
-    checkpoint_every: SomeDuration = Duration(count=1, unit="epochs")
-    """Interval of checkpoints within an epoch; each epoch ends with one."""
+    """Optimizer steps per call of the compiled function."""
+    log_every: DurationSetting = Duration(count=20, unit="steps")
+    """Interval at which the metrics of training are logged."""
+    checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
+    """Interval between checkpoints, checked at each log interval; best epochs and the end of a phase are saved too."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Number of newest checkpoints that are retained, in addition to the best."""
+    """Number of newest checkpoints that are retained, in addition to the best one."""
     progress: Literal["auto", "bar", "lines"] = "auto"
-    """Progress bar or log lines; auto: the bar on a terminal."""
+    """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: str = "~/.cache/kubetune"
     """Local folder of all caches and staged files."""
     memory_budget_gb: float | None = Field(None, gt=0)
-    """Gigabytes of memory for decoded images and features; null: a quarter of the machine's."""
+    """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
     disk_budget_gb: float = Field(50.0, ge=0)
-    """Gigabytes of `cache_dir` per cache."""
+    """Gigabytes in `cache_dir` that each cache may use."""
     data_threads: int | None = Field(None, ge=1)
-    """Threads that read and decode images (processes of `trainer.prepare`); null: by the number of CPUs."""
+    """Number of threads that read and decode images (`trainer.prepare`: processes); null: by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
     """Port of /healthz and /metrics; null: no server."""
     stuck_after: float = Field(900.0, gt=0)
     """Seconds without progress after which /healthz returns 503."""
     log_format: Literal["text", "json"] = "text"
-    """json: one object per line, with the field names of Cloud Logging."""
+    """json: one JSON object per line, with the field names of Cloud Logging."""
     termination_log: str | None = None
-    """File that receives the reason of the exit; in a pod /dev/termination-log."""
+    """File that receives the exit code and its reason; in a pod /dev/termination-log. null: none."""
 
     @model_validator(mode="after")
     def _fits(self) -> Runtime:
         if self.log_format == "json" and self.progress == "bar":
             fix = "set runtime.progress=lines or runtime.log_format=text"
-            raise InvalidValue("a progress bar is not JSON", key="progress", value="bar", fix=fix)
+            raise InvalidValue("cannot be used with runtime.log_format=json", key="progress", value="bar", fix=fix)
         return self
 
     @property
@@ -289,12 +292,12 @@ class Runtime(Section):
 
     @property
     def memory_budget(self) -> int | None:
-        """Bytes of memory that decoded images and features may take; None: the default of the machine."""
+        """Bytes of memory for decoded images and features; None for the default of this machine."""
         return int(self.memory_budget_gb * GIGABYTE) if self.memory_budget_gb else None
 
     @property
     def disk_budget(self) -> int:
-        """Bytes of `cache_folder` that each cache may take."""
+        """Bytes in `cache_folder` that each cache may use."""
         return int(self.disk_budget_gb * GIGABYTE)
 
 
@@ -302,29 +305,30 @@ ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tfli
 
 
 class Export(Section):
-    """The files that are made of the trained model at the end."""
+    """The files that are made from the trained model at the end of a run."""
 
     formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")
     """Formats to export (docs/exports.md)."""
     max_accuracy_drop: float = Field(0.01, ge=0, le=1)
-    """Fraction of the scored examples that an export may get wrong in addition; a worse one ends the run with 2."""
+    """Largest drop of accuracy in an export, as a fraction of the scored examples; above it the run ends with exit code
+    2."""
 
 
 class Debug(Section):
-    """Shortcuts for a trial run."""
+    """Limits and checks for trial runs."""
 
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps after which a phase ends; null: its own length."""
+    """Optimizer steps after which each phase ends; null: no limit."""
     max_examples: int | None = Field(None, ge=1)
-    """Examples of each split that are used; null: all."""
+    """Number of examples that are used of each split; null: all."""
     overfit: bool = False
-    """Train on one batch, without regularization, and score that batch."""
+    """Train on a single batch without regularization, and score that batch."""
     profile_steps: tuple[int, int] | None = None
-    """[first, last] step of the run that is profiled for TensorBoard."""
+    """[first, last] step of the run to profile for TensorBoard."""
 
 
 class RequestedConfig(Section):
-    """The configuration that a user requests; the backbone, the batch size and the phases may be `auto`."""
+    """The configuration as requested; the backbone, the batch size and the phases may be `auto`."""
 
     data: Data
     model: Model
@@ -336,15 +340,15 @@ class RequestedConfig(Section):
     debug: Debug = Debug()
     distillation: Distillation | None = None
     seed: int = Field(42, ge=0, lt=2**31)
-    """Seed of all random numbers: head, order of the examples, augmentation, dropout."""
+    """Seed of the random numbers of a run: head, order of the examples, augmentation, dropout."""
     output_dir: str | None = None
-    """Folder of the run, local or gs://; the same folder again resumes it. Null: a new folder below outputs/."""
+    """Folder of the run, local or gs://; a start with the same folder resumes it. null: a new one in outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: resume the run in output_dir if there is one; never: refuse such a folder; must: refuse any other."""
+    """Whether to resume the run in output_dir. auto: if there is one; never: fail if so; must: fail if not."""
     warm_start: str | None = None
-    """output_dir of an earlier run, or one of its checkpoints, with whose weights this run begins."""
+    """output_dir of an earlier run, or one of its checkpoints; this run begins with its weights."""
     experiment_name: str | None = None
-    """Name in the report and in the names of new folders below outputs/."""
+    """Name in the report, and in the names of new folders in outputs/."""
 
     @property
     def autos(self) -> list[str]:
@@ -355,7 +359,7 @@ class RequestedConfig(Section):
 
     @property
     def example_limit(self) -> int | None:
-        """Examples of each split that are used at most: one batch with debug.overfit; None: all."""
+        """Maximum number of examples per split: one batch with debug.overfit; None for all."""
         size = self.training.batch_size
         return size if self.debug.overfit and isinstance(size, int) else self.debug.max_examples
 
@@ -373,12 +377,12 @@ class RunConfig(RequestedConfig):
     training: ResolvedTraining = ResolvedTraining()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
-        """Optimizer steps that a phase takes at most."""
+        """Compute the maximum number of optimizer steps of a phase; early stopping may end it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
     def why_not_cacheable(self, phase: Phase) -> str | None:
-        """The reason why a phase like this cannot compute the features of its frozen layers once; None if it can."""
+        """Return the reason why the features of the phase's frozen layers cannot be cached; None if they can."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
@@ -388,25 +392,25 @@ class RunConfig(RequestedConfig):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def feature_fault(self, name: str) -> ConfigError | None:
-        """The fault in the settings of a phase for cached features; None if there is none."""
+        """Check the settings of a phase for cached features; return the error, or None if they are consistent."""
         phase, active = self.phases[name], self.augmentation.active
         if phase.augmented_views and phase.augmented_views > 1 and not active:
-            return ConfigError("every view is the same without augmentation", key=f"phases.{name}.augmented_views",
+            return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
                                value=phase.augmented_views, fix="set it to null, or set augmentation")  # fmt: skip
-        why = self.why_not_cacheable(phase)
-        if phase.features != "cached" or why is None:
+        reason = self.why_not_cacheable(phase)
+        if phase.features != "cached" or reason is None:
             return None
         fix = "use auto or live"
         if not (phase.augmented_views or self.augmentation.mixes or self.distillation):
             fix = f"set a number of fixed views per image, phases.{name}.augmented_views=4, or {fix}"
-        return ConfigError(why, key=f"phases.{name}.features", value="cached", fix=fix)
+        return ConfigError(reason, key=f"phases.{name}.features", value="cached", fix=fix)
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
     """Validate a composed tree; the result is a `RunConfig` if nothing in it is `auto`.
 
     Raises:
-        ConfigError: its `faults` are all faults at once.
+        ConfigError: the tree has faults; its `faults` lists all of them.
     """
     try:
         config = RequestedConfig.model_validate(tree)
@@ -415,26 +419,25 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
     if config.autos:
         return config
     resolved = with_choices(config)
-    faults = [fault for name in resolved.phases if (fault := resolved.feature_fault(name))]
-    if faults:
+    if faults := [fault for name in resolved.phases if (fault := resolved.feature_fault(name))]:
         raise ConfigError.of_faults(faults)
     return resolved
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree in which nothing is `auto`, such as that of config.yaml.
+    """Validate a tree in which nothing may be `auto`, such as the config.yaml of a run.
 
     Raises:
-        ConfigError: as `load`.
+        ConfigError: the tree has faults, or a value is `auto`.
     """
     config = load(tree)
     if not isinstance(config, RunConfig):
-        raise ConfigError("is chosen only when a run begins", key=config.autos[0], value="auto", fix="set a value")
+        raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")
     return config
 
 
 def read_config(text: str | bytes) -> dict[str, Any]:
-    """The tree of a config.yaml, with the present names of keys that were renamed since."""
+    """Parse a config.yaml; keys that have been renamed since it was written get their current names."""
     tree = yaml.safe_load(text)
     for old, new in RENAMED.items():
         section, _, key = old.rpartition(".")
@@ -446,7 +449,7 @@ def read_config(text: str | bytes) -> dict[str, Any]:
 def with_choices(
     config: RequestedConfig, backbone: str = "", batch_size: int = 0, phases: dict[str, Phase] | None = None
 ) -> RunConfig:
-    """The resolved configuration, with these values for what is `auto`."""
+    """Resolve the configuration, with these values for the keys that are `auto`."""
     size = config.training.batch_size
     training = dict(config.training) | {"batch_size": batch_size if size == "auto" else size}
     values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}
@@ -458,7 +461,7 @@ def with_choices(
 
 
 def apply_overfit(config: RequestedConfig) -> RequestedConfig:
-    """The configuration that is trained: debug.overfit switches off all regularization."""
+    """Switch off all regularization if debug.overfit is set; otherwise return the configuration unchanged."""
     if not config.debug.overfit:
         return config
     batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size

@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from trainer.exporting.bundle import ExportBundle, plain_float32
 from trainer.exporting.model_card import label_lines
-from trainer.monitoring.log import without
+from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_whole
 
 # Lines that the converter and a new interpreter always print.
@@ -27,7 +27,7 @@ _NOISE = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK
 
 def quiet() -> AbstractContextManager[None]:
     """Suppress the lines on stderr that every conversion and every new interpreter prints."""
-    return without(_NOISE)
+    return drop_stderr_lines(_NOISE)
 
 
 # ---------------------------------------------------------------------------------------------------------------

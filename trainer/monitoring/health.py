@@ -1,6 +1,6 @@
-"""Health of this process for `/healthz` and `/metrics`: its activity and last progress.
+"""Health of this process for `/healthz`, `/metrics` and the log: its activity, last progress and gauges.
 
-Nothing here blocks: any thread may call anything at any time.
+Nothing here blocks, so any thread may call it at any time.
 """
 
 import time
@@ -11,13 +11,13 @@ START, FINISH = "start", "finish"
 
 
 class Health:
-    """The activity, progress and gauges of a process.
+    """The activity, last progress and gauges of a process.
 
     Attributes:
         phase: START, the name of a phase of training, or FINISH.
-        activity: a few words on what the main thread does.
+        activity: what the main thread does, in a few words.
         stuck_after: seconds without progress that count as a stall (`runtime.stuck_after`).
-        values: known gauges by name: step, epoch, loss, ...
+        values: gauges that are set so far, by name: step, epoch, loss, ...
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Health:
         self._waiting_for: str | None = None
 
     def enter_phase(self, phase: str) -> None:
-        """Set the phase of the run, and the activity to its name."""
+        """Set the phase of the run, and set the activity to the name of the phase."""
         self.phase = phase
         self.set_activity(phase)
 
@@ -43,22 +43,23 @@ class Health:
         self._last_progress = time.monotonic()
 
     def steps_taken(self, step: int, epoch: int) -> None:
-        """Record optimizer steps; `step` counts from the start of the run, `epoch` from 1."""
+        """Record that optimizer steps were taken: up to `step` of the run, in `epoch`, counted from 1."""
         self.progress()
         self._last_step = self._last_progress
         self.set_gauges(step=step, epoch=epoch)
 
     def checkpoint_saved(self, seconds_ago: float = 0.0) -> None:
-        """Record that the state of `seconds_ago` is committed, or that training begins."""
+        """Record that the state of `seconds_ago` is saved, or that training begins and there is nothing to lose."""
         self._saved = time.monotonic() - seconds_ago
 
     def set_gauges(self, **values: float) -> None:
+        """Set gauges by name, such as loss."""
         self.values |= values
 
     @contextmanager
-    def waiting_for(self, what: str) -> Iterator[None]:
-        """Disable stall detection while another worker computes: it has its own, and a heartbeat timeout."""
-        self._waiting_for = what
+    def waiting_for(self, peer: str) -> Iterator[None]:
+        """Disable stall detection while the main thread waits for a peer, which has its own health and heartbeat."""
+        self._waiting_for = peer
         try:
             yield
         finally:
@@ -67,7 +68,7 @@ class Health:
 
     @property
     def seconds_since_progress(self) -> float:
-        """Seconds since the last progress; 0 while another worker computes."""
+        """Seconds since the last progress; 0 while the main thread waits for a peer."""
         return 0.0 if self._waiting_for else time.monotonic() - self._last_progress
 
     @property
@@ -77,7 +78,7 @@ class Health:
 
     @property
     def checkpoint_age(self) -> float | None:
-        """Seconds of work that a kill would lose; None if another worker saves."""
+        """Seconds of work that a kill would lose; None if no checkpoint is recorded here, as on all but the chief."""
         return None if self._saved is None else time.monotonic() - self._saved
 
     def describe(self) -> str:
@@ -85,7 +86,7 @@ class Health:
         return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
     def stall_reason(self) -> str | None:
-        """The activity and duration of a stall; None if the process makes progress."""
+        """Describe the stall: its activity and duration; None if the process makes progress."""
         seconds = self.seconds_since_progress
         if seconds <= self.stuck_after:
             return None
@@ -94,4 +95,4 @@ class Health:
         return f"stalled: no progress for {seconds:.0f} s ({limit}) in: {self.activity}{step}"
 
 
-health = Health()  # of this process
+health = Health()  # the health of this process

@@ -1,7 +1,7 @@
-"""`/healthz` and `/metrics` of this process, on `runtime.http_port`.
+"""HTTP server of `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
-Threads serve them, so that they report a main thread that is blocked in TensorFlow. If it holds Python's GIL, the probe
-times out, with the same effect.
+It runs in threads, so that it responds while the main thread is blocked in TensorFlow. If the main thread holds
+Python's GIL, the liveness probe times out, with the same effect as a 503.
 """
 
 import socket
@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 import trainer
 from trainer.errors import ConfigError
 from trainer.monitoring.health import Health
-from trainer.monitoring.log import log
+from trainer.monitoring.log import log, log_traceback
 
 GAUGES = {
     "step": "Optimizer steps of the run so far",
@@ -33,56 +33,60 @@ GAUGES = {
     "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
     "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-TIMEOUT = 10.0  # seconds for a client to send its request
+CLIENT_TIMEOUT_SECONDS = 10.0  # for a client to send its request
 
 
 class HealthCollector(Collector):
-    """The health of a process as Prometheus metrics, read at each scrape; unknown values are left out."""
+    """The health of a process as Prometheus metrics, read at each scrape; gauges that are not set yet are left out."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
 
     def collect(self) -> Iterator[Metric]:
         health = self.health
-        facts = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
-        yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", facts)
+        labels = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
+        yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", labels)
         values: dict[str, float | None] = {
             **health.values,
             "last_step_age_seconds": health.step_age,
             "last_progress_age_seconds": health.seconds_since_progress,
             "checkpoint_age_seconds": health.checkpoint_age,
         }
-        for name, text in GAUGES.items():
+        for name, description in GAUGES.items():
             if (value := values.get(name)) is not None:
-                yield GaugeMetricFamily(f"kubetune_{name}", text, value)
+                yield GaugeMetricFamily(f"kubetune_{name}", description, value)
 
 
 class _Server(ThreadingHTTPServer):
+    """A server on all addresses of this host, IPv6 and IPv4."""
+
     request_queue_size = 16
 
     def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
-        both = socket.has_dualstack_ipv6()
-        self.address_family = socket.AF_INET6 if both else socket.AF_INET
-        super().__init__(("::" if both else "0.0.0.0", port), handler)
+        dual_stack = socket.has_dualstack_ipv6()
+        self.address_family = socket.AF_INET6 if dual_stack else socket.AF_INET
+        super().__init__(("::" if dual_stack else "0.0.0.0", port), handler)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
-        TCPServer.server_bind(self)  # HTTPServer would resolve the name of this host, which may take long
+        TCPServer.server_bind(self)  # that of HTTPServer resolves the name of this host, which may take long
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that disconnect."""
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        """Log the exception of a request handler, except that its client disconnected or was too slow."""
+        if not isinstance(error := sys.exception(), ConnectionError | TimeoutError):
+            log_traceback(error)
 
 
 def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
-    """Serve `/healthz` and `/metrics` on `port` of all addresses. Raises ConfigError if the port is in use."""
+    """Start a server of `/healthz` and `/metrics` on `port`. Raises ConfigError if it cannot listen there."""
     metrics = CollectorRegistry()
     metrics.register(HealthCollector(health, run))
     ProcessCollector(registry=metrics)
-    reported = threading.Event()  # the current stall is in the log
+    stall_logged = threading.Event()  # the current stall is in the log
 
     class Handler(MetricsHandler):
-        timeout = TIMEOUT
+        timeout = CLIENT_TIMEOUT_SECONDS
         registry = metrics
 
         def do_GET(self) -> None:
@@ -92,7 +96,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
             code, text = 404, "the paths are /healthz and /metrics"
             if path == "/healthz":
                 reason = health.stall_reason()
-                _log_once(reason, reported)
+                _log_stall_once(reason, stall_logged)
                 code, text = (503, reason) if reason else (200, health.describe())
             body = f"{text}\n".encode()
             self.send_response(code)
@@ -104,19 +108,19 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
     try:
         server = _Server(port, Handler)
     except OSError as error:
-        problem = f"cannot be served ({error.strerror or error})"
-        fix = "end the process that uses it, give another port, or null to serve nothing"
+        problem = f"cannot listen on this port ({error.strerror or error})"
+        fix = "end the process that uses it, set another port, or null for no server"
         raise ConfigError(problem, key="runtime.http_port", value=port, fix=fix) from None
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server
 
 
-def _log_once(reason: str | None, reported: threading.Event) -> None:
-    """Log each stall once, with the stack of the main thread."""
+def _log_stall_once(reason: str | None, stall_logged: threading.Event) -> None:
+    """Log a stall, with the stack of the main thread, unless it is in the log; None ends the stall."""
     if reason is None:
-        reported.clear()
-    elif not reported.is_set():
-        reported.set()
+        stall_logged.clear()
+    elif not stall_logged.is_set():
+        stall_logged.set()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         log.error(f"{reason}; stack of the main thread:\n{stack}")

@@ -1,7 +1,7 @@
-"""The log of a process: the standard `logging`, as text or with one JSON object per line.
+"""The log of a process, by the standard `logging`, as text or as one JSON object per line.
 
-`log` is the logger of this package: INFO goes to stdout, WARNING and above to stderr. In JSON, records of other
-libraries and Python's warnings go to stderr as well; what a library prints itself is unchanged.
+`log` is the logger of this package: INFO goes to stdout, WARNING and above to stderr. With JSON, warnings and errors
+of other libraries and Python's warnings become JSON on stderr too; what a library prints itself is unchanged.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from trainer.monitoring.health import health
 
-LABELS = "logging.googleapis.com/labels"
+LABELS_FIELD = "logging.googleapis.com/labels"
 SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 log = logging.getLogger("trainer")
@@ -28,13 +28,15 @@ _stderr = os.dup(2)  # the original: descriptor 2 is redirected while TensorFlow
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as one JSON object with the field names of Cloud Logging, the phase and step of the run, labels,
-    and the `extra={"fields": {...}}` of the record. nan and infinity become strings.
+    """Format a record as one JSON object with the field names of Cloud Logging.
+
+    It has the phase and step of the run, the labels, and the `extra={"fields": {...}}` of the record; nan and infinity
+    become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:
         super().__init__()
-        self._labels = {LABELS: labels} if labels else {}
+        self._labels = {LABELS_FIELD: labels} if labels else {}
 
     def format(self, record: logging.LogRecord) -> str:
         severity = record.levelname if record.levelname in SEVERITIES else "INFO"
@@ -42,11 +44,11 @@ class JsonFormatter(logging.Formatter):
         entry |= {} if record.name == log.name else {"logger": record.name}
         step = {"step": int(health.values["step"])} if "step" in health.values else {}
         entry |= {"phase": health.phase} | step | getattr(record, "fields", {}) | self._labels
-        return json.dumps(_finite(entry), ensure_ascii=False, default=str)
+        return json.dumps(_without_nan(entry), ensure_ascii=False, default=str)
 
 
 class _StandardStream(logging.StreamHandler[TextIO]):
-    """A handler for the current object at `sys.stdout` or `sys.stderr`."""
+    """A handler that writes to the object that `sys.stdout` or `sys.stderr` is at the time of the record."""
 
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
@@ -77,33 +79,33 @@ def configure(json_lines: bool = False, **labels: str) -> None:
         return
     logging.getLogger().addHandler(_err)
     logging.captureWarnings(True)
-    # The resource tracker of multiprocessing outlives `os._exit` and warns on our stderr of what it cleans up.
-    quiet = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
+    # The resource tracker of multiprocessing outlives `os._exit`, and its warnings would not be JSON.
+    filters = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     sys.excepthook = lambda _kind, error, _trace: log_traceback(error)
     threading.excepthook = lambda ended: log_traceback(ended.exc_value)
 
 
 def log_traceback(error: BaseException | None) -> None:
-    """Log an exception, except SystemExit, as Python prints it."""
+    """Log an exception with its traceback; ignore None and SystemExit."""
     if error is not None and not isinstance(error, SystemExit):
         log.error("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
-def last_words(text: str) -> None:
-    """Log a WARNING right before the process ends, from any thread or signal handler, also before `os._exit`.
+def log_unbuffered(text: str) -> None:
+    """Log a WARNING straight to the file descriptor of stderr, so that it is written even right before `os._exit`.
 
-    It waits at most one second for the lock of the handler, whose reader may be blocked, and uses no Python stream.
+    Any thread may call this: it waits at most one second for the lock of the handler, whose holder may be blocked.
     """
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
     lock = _err.lock
-    held = lock.acquire(timeout=1.0) if lock else False
+    acquired = lock.acquire(timeout=1.0) if lock else False
     try:
         while data:
             data = data[os.write(_stderr, data) :]
     finally:
-        if lock and held:
+        if lock and acquired:
             lock.release()
 
 
@@ -112,16 +114,18 @@ def timestamp() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _finite(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
+    """Replace nan and infinity, which JSON does not have, by strings, in nested dicts too."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return {k: _finite(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: _without_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @contextmanager
-def without(chatter: re.Pattern[str]) -> Iterator[None]:
-    """Drop lines on stderr that match `chatter`, also those of C++ libraries, which bypass Python's logging; all others
-    reach stderr at the end of the block, also if it fails.
+def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
+    """Drop the lines on stderr in which `pattern` matches, including those of C++ libraries, which bypass `logging`.
+
+    The other lines are printed at the end of the block, also after an exception.
     """
     with tempfile.TemporaryFile() as captured:
         sys.stderr.flush()
@@ -135,5 +139,5 @@ def without(chatter: re.Pattern[str]) -> Iterator[None]:
             os.close(stderr)
             captured.seek(0)
             for line in captured.read().decode(errors="replace").splitlines():
-                if not chatter.search(line):
+                if not pattern.search(line):
                     print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Progress of writing images: a bar on a terminal, or log lines."""
+"""Progress of writing images, as a bar on a terminal or as log lines."""
 
 import sys
 import time
@@ -8,29 +8,29 @@ from contextlib import contextmanager
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-Progress = Callable[[int, int], None]  # images written so far, and in total
+ShowProgress = Callable[[int, int], None]  # arguments: images written so far, and in total
 
 
 @contextmanager
-def written_images(kind: str) -> Iterator[Progress]:
-    """Yield a function that shows how many images are written: a bar, or a log line every ten seconds and at the end.
+def written_images(kind: str) -> Iterator[ShowProgress]:
+    """Yield a function that shows how many images are written: in a bar, or in a log line every ten seconds.
 
-    Each call with more images counts as progress of the process.
+    A call with a new number of images counts as progress of the process (`health`).
 
     Args:
-        kind: as `runtime.progress`; "auto": a bar if stdout is a terminal.
+        kind: "bar", "lines", or "auto", a bar if stdout is a terminal (`runtime.progress`).
     """
-    start = last = time.monotonic()
-    before = logged = -1
+    start = last_logged = time.monotonic()
+    previous = logged = -1
 
     def show_line(done: int, total: int) -> None:
-        nonlocal before, last, logged
-        if done != before:
-            before = done
+        nonlocal previous, last_logged, logged
+        if done != previous:
+            previous = done
             health.progress()
         now = time.monotonic()
-        if done != logged and (done == total or now - last >= 10):
-            last, logged = now, done
+        if done != logged and (done == total or now - last_logged >= 10):
+            last_logged, logged = now, done
             text = f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)"
             log.info(text, extra={"fields": {"done": done, "total": total}})
 
@@ -38,9 +38,9 @@ def written_images(kind: str) -> Iterator[Progress]:
         yield show_line
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as ProgressBar
 
-    with Bar(TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with ProgressBar(TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("writing", total=None)
 
         def show_bar(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Termination message of a container: `kubectl describe pod` shows why the process ended.
+"""Termination message of a container, in which `kubectl describe pod` shows why the process ended.
 
 After SIGKILL there is none; with `terminationMessagePolicy: FallbackToLogsOnError` Kubernetes shows the end of the log.
 """
@@ -6,9 +6,9 @@ After SIGKILL there is none; with `terminationMessagePolicy: FallbackToLogsOnErr
 from pathlib import Path
 
 from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, WRONG_INPUT
-from trainer.monitoring.log import last_words
+from trainer.monitoring.log import log_unbuffered
 
-LIMIT = 4096  # bytes that Kubernetes reads
+MAX_BYTES = 4096  # Kubernetes reads no more
 MEANINGS = {
     DONE: "done",
     BUG: "a bug",
@@ -23,19 +23,19 @@ _success_message = ""
 
 
 def set_path(path: str | None) -> None:
-    """Set the file for the message; None: no message is written (`runtime.termination_log`)."""
+    """Set the file that receives the message (`runtime.termination_log`); None if no message is to be written."""
     global _path
     _path = path
 
 
 def set_success_message(text: str) -> None:
-    """Set the message for exit code 0."""
+    """Set the reason that `write` uses for exit code 0."""
     global _success_message
     _success_message = text
 
 
 def write(code: int, reason: str = "") -> None:
-    """Write the message, from any thread, right before the process exits. If this fails, only log it."""
+    """Write the exit code and reason right before the process exits, from any thread; only log a failure to write."""
     if not _path:
         return
     text = reason or (_success_message if code == DONE else "")
@@ -43,10 +43,10 @@ def write(code: int, reason: str = "") -> None:
     try:
         Path(_path).write_bytes(shortened(message))
     except OSError as error:
-        last_words(f"runtime.termination_log={_path}: cannot be written ({error.strerror or error})")
+        log_unbuffered(f"runtime.termination_log={_path}: cannot be written ({error.strerror or error})")
 
 
 def shortened(text: str) -> bytes:
-    """Encode as UTF-8 in at most `LIMIT` bytes, cut between characters."""
+    """Encode as UTF-8, cut between characters to at most `MAX_BYTES`."""
     data = text.strip().encode(errors="backslashreplace")
-    return data if len(data) <= LIMIT else (data[: LIMIT - 3].decode(errors="ignore") + "…").encode()
+    return data if len(data) <= MAX_BYTES else (data[: MAX_BYTES - 3].decode(errors="ignore") + "…").encode()

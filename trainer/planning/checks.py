@@ -1,4 +1,4 @@
-"""Checks that change nothing: data, output folder, warm start and teacher, with the errors of a run."""
+"""Checks of bucket data, output folder, warm start and teacher for a plan; they raise the same errors as a run."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
-from trainer.planning.estimates import activation_bytes, bytes_of, parameters
+from trainer.planning.estimates import activation_bytes, parameters, variable_bytes
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer
 from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
@@ -30,32 +30,32 @@ from trainer.types import Dataset, Split
 
 
 @contextmanager
-def metadata(address: str, entries: Iterable[ObjectInfo]) -> Iterator[str]:
-    """Yield a temporary folder, named like the one in the bucket, with these files of it."""
+def fetched_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
+    """Download these files of a bucket to a temporary folder with the same name, and yield its path."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
-        for entry in entries:
-            entry.path.download(folder / entry.path.name, expected=entry)
+        for file in files:
+            file.path.download(folder / file.path.name, expected=file)
         yield str(folder)
 
 
-def outline_of_bucket(config: RequestedConfig, root: str) -> Dataset:
-    """The dataset of a TFDS folder in a bucket by its metadata alone: names and counts are right, labels are all 0.
+def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
+    """Build the dataset of a TFDS folder in a bucket from its metadata: with correct counts, but all labels 0.
 
     Raises:
-        DataError: it is no TFDS folder, or lacks a configured split.
+        DataError: it is not a TFDS folder, or lacks a configured split.
     """
     import tensorflow_datasets as tfds
 
     data = config.data
-    small = [e for e in storage_path(root).list(recursive=False) if str(e.path).endswith((".json", ".txt"))]
-    with metadata(root, small) as folder:
+    files = [e for e in storage_path(root).list(recursive=False) if str(e.path).endswith((".json", ".txt"))]
+    with fetched_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
             names = data.class_names or tuple(info.features[data.label_field].names)
-        except Exception as error:  # TFDS raises what its JSON readers raise
-            problem = f"is no readable TFDS folder: {str(error).splitlines()[0]}"
+        except Exception as error:  # TFDS passes on the exceptions of its parsers
+            problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     specs = split_specs(data, info.splits)
     shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
@@ -68,11 +68,14 @@ def outline_of_bucket(config: RequestedConfig, root: str) -> Dataset:
     return Dataset(info.name, names, splits, fingerprint="")
 
 
-def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """The local path of an address (None if a run would fetch files first), a line about it, and its files.
+def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
+    """Check which files of an address are staged, without fetching any.
+
+    Returns:
+        its local path (None if a run would fetch files first), a line for the plan, and all its files.
 
     Raises:
-        DataError: as `stage`: it does not exist, cannot be read, or does not fit the budget.
+        DataError: it does not exist, cannot be read, or exceeds the budget.
     """
     copy = plan_copy(address, cache, budget)
     missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
@@ -83,23 +86,23 @@ def staged(address: str, cache: Path, budget: int) -> tuple[str | None, str, lis
 
 
 def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
-    """The state of the newest readable checkpoint in output_dir; None if there is none."""
-    home = storage_path(config.output_dir or "")
-    if home.is_local:
-        checkpoints = CheckpointFolder(Path(str(home)) / "checkpoints", 1, lambda _: None)
+    """Read the state of the newest checkpoint in output_dir that is readable; None if there is none."""
+    folder = storage_path(config.output_dir or "")
+    if folder.is_local:
+        checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", 1, lambda _: None)
         for step in reversed(checkpoints.steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
-    names = read_pointer(home / "checkpoints" / "LATEST")
-    return json.loads((home / "checkpoints" / names[0] / "state.json").read()) if names else None
+    names = read_pointer(folder / "checkpoints" / "LATEST")
+    return json.loads((folder / "checkpoints" / names[0] / "state.json").read()) if names else None
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in the folder that the run would write to, and return a line about it.
+    """Write and delete a small file in the folder that the run would write to, and return a line for the plan.
 
     Raises:
-        ConfigError, DataError, Interrupted: it cannot be written.
+        ConfigError, DataError, Interrupted: the file cannot be written.
     """
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
@@ -121,29 +124,32 @@ def probe_output(config: RequestedConfig) -> str:
         problem, fix = f"cannot be written to ({error.strerror})", "use a folder that this process may write to"
         raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
     free = shutil.disk_usage(existing).free
-    where = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
-    return f"{folder}: a probe was written and deleted{where}; {free / 1e9:,.1f} GB free"
+    parent = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
+    return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
 
 
-def find_warm_start(source: str) -> str:
-    """Return a line about the checkpoints of a warm start.
+def describe_warm_start(source: str) -> str:
+    """Describe the checkpoints of a warm start.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     if is_remote(source):
         if not (storage_path(source) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=source, fix="use the output_dir of a run")
         return f"{source}: has a committed checkpoint"
     steps = local_checkpoints(source, Path(source).expanduser()).steps()
-    return f"{source}: has checkpoints of the steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+    return f"{source}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
-    """The files of a teacher; `classes` are those of the data, None if they are not known.
+    """Return the files of a teacher, after a check of its classes.
+
+    Args:
+        classes: the class names of the data; None if they are not known.
 
     Raises:
-        DataError, ConfigError: there is none, or it has other classes.
+        DataError, ConfigError: there is no teacher, or its classes differ.
     """
     files = find_teacher(address)
     if classes is not None:
@@ -153,43 +159,46 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """A teacher; sizes in bytes, activations of one replica (0 for a SavedModel: they are not known)."""
+    """A line about the teacher, and the bytes of memory that it uses."""
 
     text: str
     variables: int
-    activations: int
-    logits: int  # that a worker stores; 0 if the teacher predicts in every step
+    activations: int  # of one replica; 0 for a SavedModel, whose activations are not known
+    logits: int  # stored by each worker; 0 if the teacher predicts in every step
 
     def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
-        """Bytes in memory, every replica of a worker counted."""
+        """List the uses of memory on a worker with this many replicas, in bytes."""
         optional = [("its activations", self.activations * replicas), ("its logits", self.logits)]
         return [("the teacher's variables", self.variables * replicas), *(row for row in optional if row[1])]
 
 
 def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, without weights from a bucket; a replica computes `rows` examples at once.
+    """Open the teacher as a run would, but without fetching weights from a bucket; None without distillation.
+
+    Args:
+        rows: number of examples that a replica computes at once.
 
     Raises:
-        DataError, ConfigError, ModelError: as a run would.
+        DataError, ConfigError, ModelError: a run would fail with this error.
     """
     if config.distillation is None:
         return None
     address = config.distillation.teacher
     files = check_teacher(address, dataset.class_names)
-    begun = newest_state(config) if config.output_dir else None
-    check_same(str(config.output_dir), begun.get("teacher") if begun else None, files.fingerprint)
+    state = newest_state(config) if config.output_dir else None
+    check_same(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     logits = 0 if every_step else count * len(files.classes) * 4
-    how = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
+    use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
             saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {how}", size, 0, logits)
+        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", size, 0, logits)
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
-    text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {how}"
+    text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
     activations = activation_bytes(classifier, None, rows if every_step else ROWS)
-    return TeacherPlan(text, bytes_of(classifier.variables.values()), activations, logits)
+    return TeacherPlan(text, variable_bytes(classifier.variables.values()), activations, logits)

@@ -1,4 +1,4 @@
-"""Estimates of steps, parameters, memory and bytes of a run before it begins."""
+"""Estimates of the steps, parameters and memory of a run before it begins."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from trainer.types import Split
 
 
 def bytes_of_split(split: Split) -> int:
-    """Bytes of the files of a split, or of its part of each shard; 0 if they are not on this disk."""
+    """Estimate the bytes of a split by its files, or by its fraction of each shard; 0 if one of them is not local."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -27,33 +27,37 @@ def bytes_of_split(split: Split) -> int:
         return 0
 
 
-COMPILED = 180_000_000  # bytes; the quickstart's peak was 984 MB where all else added up to 806 MB (TensorFlow 2.21)
+COMPILED_BYTES = (
+    180_000_000  # measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """The plan of one phase; sizes in bytes, activations of one replica's part of a batch."""
+    """The plan of one phase; gradients, optimizer, averages and activations are bytes per replica."""
 
     name: str
     steps: int
     epochs: float
     thaw: ThawPlan
-    trainable: int  # parameters
-    trains: frozenset[int]  # layers of the backbone with something to train
+    trainable: int  # number of trainable parameters
+    trains: frozenset[int]  # indices of the backbone's layers with trainable variables
     gradients: int
     optimizer: int
     averages: int
     activations: int
-    saves: int  # checkpoints, at most
+    saves: int  # maximum number of checkpoints
 
 
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
-    """Apply each phase's thaw in turn; the classifier is left in the state of the last phase.
+    """Plan every phase, by applying its thaw rule; the classifier remains in the state of the last phase.
 
-    `epoch` is in steps; a replica computes `rows` examples at once.
+    Args:
+        epoch: length of an epoch in steps.
+        rows: number of examples that a replica computes at once.
 
     Raises:
-        ModelError: a thaw rule matches nothing.
+        ModelError: a thaw rule matches no layer.
     """
     plans = []
     every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
@@ -64,65 +68,71 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
                               steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
         optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
         optimizer.build(list(thaw.trainable.values()))
-        sizes = bytes_of(thaw.trainable.values())
+        sizes = variable_bytes(thaw.trainable.values())
         layers = classifier.backbone.layers
         saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
-            trainable=count(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
+            trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
             trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
-            optimizer=bytes_of(optimizer.variables),
+            optimizer=variable_bytes(optimizer.variables),
             activations=activation_bytes(classifier, thaw.first_thawed, rows),
         ))  # fmt: skip
     return plans
 
 
-def bytes_of(variables: Any) -> int:
-    """Bytes of one copy of some variables."""
+def variable_bytes(variables: Any) -> int:
+    """Count the bytes of variables."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
-def count(variables: Any) -> int:
-    """Number of parameters in some variables."""
+def count_parameters(variables: Any) -> int:
+    """Count the parameters in variables."""
     return sum(math.prod(v.shape) for v in variables)
 
 
 def parameters(classifier: Classifier) -> int:
-    """Number of parameters of backbone and head, moving averages included."""
-    return count(classifier.variables.values())
+    """Count the parameters of backbone and head, including the moving statistics of BatchNormalization."""
+    return count_parameters(classifier.variables.values())
 
 
 def activation_bytes(classifier: Classifier, first_thawed: int | None, rows: int) -> int:
-    """Bytes of the layers' outputs for `rows` examples: all above the lowest thawed layer, below it two at a time."""
+    """Estimate the bytes of the activations of `rows` examples.
+
+    The outputs of the first thawed layer and all layers above it are stored for the gradient; below it only two at a
+    time are in memory, and the largest two are counted.
+    """
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
         return sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
 
     sizes = [rows * output_bytes(layer) for layer in classifier.backbone.layers]
-    border = len(sizes) if first_thawed is None else first_thawed
-    return sum(sizes[border:]) + sum(sorted(sizes[:border])[-2:])
+    cut = len(sizes) if first_thawed is None else first_thawed
+    return sum(sizes[cut:]) + sum(sorted(sizes[:cut])[-2:])
 
 
-def resident() -> int:
-    """Peak memory of this process so far, bytes."""
+def peak_memory_bytes() -> int:
+    """Return the peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """Bytes of memory by use, in the phase that takes most, every replica of this worker counted.
+    """List the uses of memory on this worker in bytes, in the phase that needs most.
 
-    `before` is the memory of the process with its libraries, before the network.
+    Args:
+        replicas: number of replicas on this worker.
+        before: memory of the process with its libraries, before the network is built.
     """
-    most = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
+    largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
         ("TensorFlow and libraries, measured here", before),
-        ("variables", bytes_of(classifier.variables.values()) * replicas),
-        (f"gradients (phase {most.name})", most.gradients * replicas),
-        ("optimizer and averages", (most.optimizer + most.averages) * replicas),
-        ("activations of one batch", most.activations * replicas),
-        ("compiled steps and buffers, about", COMPILED),
+        ("variables", variable_bytes(classifier.variables.values()) * replicas),
+        (f"gradients (phase {largest.name})", largest.gradients * replicas),
+        ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
+        ("activations of one batch", largest.activations * replicas),
+        ("compiled steps and buffers, about", COMPILED_BYTES),
         ("decoded images in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]

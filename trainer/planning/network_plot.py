@@ -1,4 +1,4 @@
-"""A drawing of the network: its stages, and which phase trains them."""
+"""Draw the network: its stages, and which of them each phase trains."""
 
 import math
 from dataclasses import dataclass
@@ -10,21 +10,28 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import PhasePlan, count, parameters
+from trainer.planning.estimates import PhasePlan, count_parameters, parameters
 from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
 
-FROZEN, PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # how a stage is drawn
-MOST_ROWS = 36  # of the drawing; more blocks than that are drawn by resolution
-MIDDLE, OUTPUT, LAYERS, PARAMETERS, FIRST_PHASE, STEP = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5  # columns; a row is 1 high
+FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
+MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
+CENTRE_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = (
+    2.9,
+    6.3,
+    9.6,
+    11.6,
+    12.2,
+    1.5,
+)  # positions of the columns; a row is 1 high
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers of the backbone that are drawn as one."""
+    """Consecutive layers of the backbone that are drawn as one."""
 
     name: str
     layers: range  # indices in backbone.layers
-    shape: tuple[int, ...]  # of the output, without the batch
+    shape: tuple[int, ...]  # of the output, without the batch dimension
     parameters: int
 
 
@@ -32,7 +39,7 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output,
 
 
 def stages(classifier: Classifier) -> list[Stage]:
-    """Stem, blocks and top; blocks of one resolution together where they are too many to draw."""
+    """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
     layers = classifier.backbone.layers
     names = [layer.name for layer in layers]
     starts = classifier.kind.block_starts(names)
@@ -46,7 +53,7 @@ def stages(classifier: Classifier) -> list[Stage]:
     edges = edges or [(classifier.kind.name, 0)]
     borders = [first for _, first in edges[1:]] + [len(names)]
     single = [_stage(classifier, n, range(first, after)) for (n, first), after in zip(edges, borders, strict=True)]
-    if len(single) <= MOST_ROWS:
+    if len(single) <= MAX_STAGES:
         return single
     merged: list[Stage] = []
     for _, group in groupby(single, key=lambda stage: stage.shape[:2]):
@@ -59,22 +66,24 @@ def stages(classifier: Classifier) -> list[Stage]:
 def _stage(classifier: Classifier, name: str, indices: range) -> Stage:
     layers = classifier.backbone.layers[indices.start : indices.stop]
     weights = [variable for layer in layers for variable in layer.weights]
-    return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count(weights))
+    return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count_parameters(weights))
 
 
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
-    """The network from images to probabilities as a PNG: one row a stage, as wide as its feature maps, coloured by
-    what trains in the last phase, with a column for every phase.
+    """Draw the network from images to probabilities as a PNG, and return its path.
+
+    Each row is a stage. Its width shows the side of its feature maps, its colour whether it trains in the last phase,
+    and one column per phase whether it trains in that phase.
     """
     size, drawn = classifier.image_size, stages(classifier)
-    head = count(classifier.head_variables.values())
+    head = count_parameters(classifier.head_variables.values())
     hidden = f"hidden {classifier.hidden.units}, " if classifier.hidden is not None else ""
     rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
     rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in drawn]
     rows.append((f"{classifier.pooling} pooling", (drawn[-1].shape[-1],), 0, 0, None))
     rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + bool(hidden), head, "head"))
 
-    width = FIRST_PHASE + STEP * len(phases)
+    width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
     figure = canvas(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))
     axes = figure.subplots()
     axes.set_xlim(-0.2, width)
@@ -83,16 +92,18 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     title = f"{classifier.kind.name}, {parameters(classifier):,} parameters"
     axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
     axes.plot([0, width - 0.1], [-1.15, -1.15], color=RULE, linewidth=0.8)
-    columns = [(OUTPUT, "output", "left"), (LAYERS, "layers", "right"), (PARAMETERS, "parameters", "right")]
-    columns += [(FIRST_PHASE + STEP * (n + 0.5), label(p.name, 12), "center") for n, p in enumerate(phases)]
+    columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
+    columns += [(FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), label(p.name, 12), "center") for n, p in enumerate(phases)]
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
     for y, row in enumerate(rows):
         _draw_row(axes, y, row, [_colour(classifier, phase, row[-1]) for phase in phases], size)
         if y + 1 < len(rows):
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
-            axes.annotate("", (MIDDLE, y + 0.7), (MIDDLE, y + 0.3), arrowprops=arrow)
-    for number, (colour, name) in enumerate(((TRAINS, "trains"), (PARTLY, "trains in part"), (FROZEN, "frozen"))):
+            axes.annotate("", (CENTRE_X, y + 0.7), (CENTRE_X, y + 0.3), arrowprops=arrow)
+    for number, (colour, name) in enumerate(
+        ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
+    ):
         x = 0.2 + 2.4 * number
         _box(axes, x, len(rows) + 0.35, 0.36, 0.36, colour)
         axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
@@ -100,32 +111,37 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
 
 
 def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int) -> None:
-    name, shape, layers, size_of, _ = row
-    # The side of the feature maps on a scale of logarithms: 48 -> 24 -> 12 narrows by the same amount each time.
+    name, shape, layers, parameter_count, _ = row
+    # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
-    wide, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
-    _box(axes, MIDDLE - wide / 2, y, wide, 0.6, colours[-1])
-    axes.text(MIDDLE, y, label(name, 30), fontsize=9, ha="center", va="center", color=ink)
-    axes.text(OUTPUT, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
-    for x, number in ((LAYERS, layers), (PARAMETERS, size_of)):
+    width_of_box, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
+    _box(axes, CENTRE_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
+    axes.text(CENTRE_X, y, label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
+    for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameter_count)):
         axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
     for column, colour in enumerate(colours):
         if colour:
-            _box(axes, FIRST_PHASE + STEP * column + 0.1, y, STEP - 0.2, 0.6, colour)
+            _box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, colour)
 
 
 def _box(axes: Axes, left: float, middle: float, width: float, height: float, colour: str | None) -> None:
-    """A filled box, or an empty one with an edge where there is no colour."""
+    """Draw a filled box, or only its edge if `colour` is None."""
     face, edge, style = colour or "white", "none" if colour else MUTED, "round,pad=0,rounding_size=0.11"
     corner = (left, middle - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge, linewidth=0.8))
 
 
 def _colour(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """By the fraction of its layers with weights that train; frozen batch norm does not make a stage a partial one."""
+    """Choose the colour of a stage by how many of its layers with weights train in a phase.
+
+    BatchNormalization layers are ignored, so that frozen ones do not make a stage appear partly trained.
+    """
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     norm = keras.layers.BatchNormalization
     able = {i for i in stage.layers if (layer := classifier.backbone.layers[i]).weights and not isinstance(layer, norm)}
     trains = able & phase.trains
-    return TRAINS if able and trains == able else PARTLY if trains or phase.trains & set(stage.layers) else FROZEN
+    return (
+        TRAINS if able and trains == able else TRAINS_PARTLY if trains or phase.trains & set(stage.layers) else FROZEN
+    )

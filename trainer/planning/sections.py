@@ -1,4 +1,4 @@
-"""The sections of a plan."""
+"""The sections of a plan: each prints a heading with a table, and adds its warnings and errors to the `Plan`."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -26,32 +26,35 @@ from trainer.storage.path import ObjectInfo, StoragePath, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
-WIDTH = 100  # columns where the output is no terminal
-FEW = 5  # names that are printed
-DOMINANT = 0.6  # fraction of the training examples above which one class is worth a warning
+WIDTH = 100  # characters per line if the output is not a terminal
+MAX_NAMES = 5  # class names or addresses that are printed
+DOMINANT_FRACTION = 0.6  # fraction of the training examples above which one class is worth a warning
 Rows = list[tuple[str, str]]
 
 
 @dataclass
 class Plan:
-    """The state of a dry run."""
+    """What a dry run has determined so far, with the warnings and errors to print at its end."""
 
     config: RequestedConfig
     cluster: Cluster
     replicas: int = 1  # of this worker
     warnings: list[str] = field(default_factory=list)
-    faults: list[TrainerError] = field(default_factory=list)  # a run would end with these
+    faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None
-    labels_known: bool = True
-    reasons: list[str] = field(default_factory=list)  # of `auto` values that the run chose before, one line per choice
-    to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would fetch from a bucket first
+    labels_known: bool = True  # False if only the metadata of the dataset is read
+    reasons: list[str] = field(
+        default_factory=list
+    )  # of the `auto` values of a run that is resumed, one line per choice
+    to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
 
     @property
     def bytes_to_stage(self) -> int:
+        """Bytes that a run would first fetch from a bucket."""
         return sum(entry.size for entry in self.to_stage)
 
     def section(self, title: str, rows: Rows, width: int = 14) -> None:
-        """Print a heading, and under it labels with their values."""
+        """Print a heading, and below it a table of labels and values."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
         table.add_column(overflow="fold")
@@ -60,23 +63,23 @@ class Plan:
         self.print(Text(f"\n{title}", style="bold"), table)
 
     def print(self, *parts: RenderableType) -> None:
-        """Print without the blanks that tables are padded with at the right."""
+        """Print tables and texts without trailing blanks."""
         console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         with console.capture() as captured:
             console.print(*parts, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
 
     @contextmanager
-    def fault(self) -> Iterator[None]:
-        """Collect an error that a run would end with, for the end of the plan; the rest continues without it."""
+    def collect_errors(self) -> Iterator[None]:
+        """Collect an error of this block, with which a run would end, for `show_warnings_and_raise`."""
         try:
             yield
         except TrainerError as error:
             if str(error) not in map(str, self.faults):
                 self.faults.append(error)
 
-    def conclude(self) -> None:
-        """Print the warnings, and raise the errors that a run would end with."""
+    def show_warnings_and_raise(self) -> None:
+        """Print the warnings, and raise the collected errors."""
         if self.warnings:
             self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
@@ -84,10 +87,10 @@ class Plan:
         if self.faults:
             raise ConfigError.of_faults(self.faults, "the run")
 
-    def tried(self, action: Callable[[], str]) -> str:
-        """A tick and the result, or a cross and the error, which is collected by `fault`."""
+    def check(self, action: Callable[[], str]) -> str:
+        """Return a tick and the result of `action`, or a cross and its error, which is collected."""
         line = ""
-        with self.fault():
+        with self.collect_errors():
             try:
                 line = f"✓ {action()}"
             except TrainerError as error:
@@ -96,7 +99,7 @@ class Plan:
         return line
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format bytes as kB, MB or GB."""
     if count < 1e5:
         return f"{count / 1e3:,.1f} kB"
@@ -104,18 +107,18 @@ def size(count: float) -> str:
 
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
-    """Print the chosen groups, the values that differ from them, and the state of output_dir."""
+    """Print the chosen groups, the values changed on the command line, and the state of output_dir."""
     config, output = plan.config, plan.config.output_dir
-    chosen = [a for a in arguments if a.split("=")[0] in GROUPS]
-    rows: Rows = [("choices", "  ".join(chosen) or "experiment=quickstart"), ("seed", str(config.seed))]
+    choices = [a for a in arguments if a.split("=")[0] in GROUPS]
+    rows: Rows = [("choices", "  ".join(choices) or "experiment=quickstart"), ("seed", str(config.seed))]
     with suppress(ConfigError):  # the groups alone may lack required keys
-        base, now = flat(load(compose(chosen) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        base, now = flat(load(compose(choices) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
         rows += [("" if number else "changed", line) for number, line in enumerate(changed)]
     state = "a new run in a new folder below outputs/"
     if output:
         state = "new"
-        with plan.fault():
+        with plan.collect_errors():
             if is_finished(config):
                 state = "finished already (it holds DONE): the run would end at once"
             elif begun := inspect_folder(config)[0]:
@@ -126,40 +129,44 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
             if (by := holder_of_folder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
-            state = f"a run would be refused: {plan.faults[-1]}"
+            state = f"a run would fail: {plan.faults[-1]}"
     before = len(plan.faults)
-    with plan.fault():
+    with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
-    state += "; refused for several workers" * (len(plan.faults) > before)
+    state += "; a run with several workers would fail" * (len(plan.faults) > before)
     plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
 def show_data(plan: Plan, rows: Rows) -> None:
-    """Print names, counts, bytes and balance."""
+    """Print the names, counts, bytes and class balance of the data; warn if one class dominates."""
     dataset = plan.dataset
     assert dataset
     names = dataset.class_names
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {', '.join(names[:FEW])}{more}")]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{more}")]
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = f", {size(count)}" if (count := bytes_of_split(split)) else ""
+        on_disk = f", {format_bytes(count)}" if (count := bytes_of_split(split)) else ""
         shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
-        most, fewest = int(counts.argmax()), int(counts.argmin())
-        shown.append(("balance", f"most training examples {counts[most]:,} ({names[most]}), "
-                                 f"fewest {counts[fewest]:,} ({names[fewest]})"))  # fmt: skip
-        if counts[most] > DOMINANT * counts.sum() and len(names) > 1:
-            part = counts[most] / counts.sum()
-            plan.warnings.append(f"{part:.0%} of the training examples are {names[most]}: a constant prediction is "
-                                 f"right {part:.0%} of the time; training.class_weights=balanced may help")  # fmt: skip
+        largest, smallest = int(counts.argmax()), int(counts.argmin())
+        shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
+                                 f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
+        if counts[largest] > DOMINANT_FRACTION * counts.sum() and len(names) > 1:
+            fraction = f"{counts[largest] / counts.sum():.0%}"
+            plan.warnings.append(f"{fraction} of the training examples are {names[largest]}: a constant prediction "
+                                 f"is right {fraction} of the time; try training.class_weights=balanced")  # fmt: skip
     plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
-    """Print probes of input and output, warm start, teacher and weights; `problem` is that of opening the data."""
+    """Try to read the data and write to the output folder, check warm start, teacher and weights; print the results.
+
+    Args:
+        problem: why the data could not be opened; "" if it could be, or is not staged yet.
+    """
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
@@ -172,25 +179,31 @@ def show_storage(plan: Plan, problem: str) -> None:
 
         def read_smallest() -> str:
             path = min(paths, key=StoragePath.size)
-            return f"{path}: {size(len(path.read()))} read"
+            return f"{path}: {format_bytes(len(path.read()))} read"
 
-        read = plan.tried(read_smallest)
-    rows: Rows = [("read data", read), ("write output", plan.tried(lambda: checks.probe_output(config)))]
+        read = plan.check(read_smallest)
+    rows: Rows = [("read data", read), ("write output", plan.check(lambda: checks.probe_output(config)))]
     if config.warm_start:
-        rows.append(("warm start", plan.tried(lambda: checks.find_warm_start(str(config.warm_start)))))
+        rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
         address, classes = config.distillation.teacher, dataset.class_names if dataset else None
-        rows.append(("teacher", plan.tried(lambda: checks.check_teacher(address, classes).summary)))
+        rows.append(("teacher", plan.check(lambda: checks.check_teacher(address, classes).summary)))
     weights = config.model.weights
     if is_remote(weights):
-        rows.append(("weights", plan.tried(lambda: f"{weights}: {size(storage_path(weights).size())}")))
+        rows.append(("weights", plan.check(lambda: f"{weights}: {format_bytes(storage_path(weights).size())}")))
     elif weights == "imagenet":
-        rows.append(("weights", "imagenet: Keras fetches them at the start, unless ~/.keras/models has them"))
+        rows.append(("weights", "imagenet: Keras downloads them at the start, unless ~/.keras/models has them"))
     plan.section("storage", rows)
 
 
 def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
-    """Print a table with one line per phase; an epoch has `epoch` steps, the workers shard the data by `by`."""
+    """Print a table with one line per phase.
+
+    Args:
+        total: number of parameters of the model.
+        epoch: length of an epoch in steps.
+        by: how several workers shard the data, "record" or "file".
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
     for name in ("steps", "epochs", "trains", "layers"):
@@ -210,48 +223,56 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         table.add_row(*(Text(cell) for cell in row))
     sharded = f"; sharded by {by}" if plan.cluster.size > 1 else ""
     steps = sum(phase.steps for phase in phases)
-    sums = f"  {steps:,} steps at most, {epoch:,} per epoch{sharded}; {total:,} parameters, the head included"
-    plan.print(Text("\nphases", style="bold"), table, Text(sums))
+    summary = f"  {steps:,} steps at most, {epoch:,} per epoch{sharded}; {total:,} parameters, the head included"
+    plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
 def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
-    """Print an estimate of memory by use, with the machine's limit."""
+    """Print the estimated uses of memory and the limit of this machine; warn if they exceed it."""
     limit, total = memory_limit(), sum(count for _, count in rows)
     shown = [*rows, ("in total", total), ("limit of this machine", limit)]
-    plan.section("memory, an estimate", [(name, f"{size(count):>11}") for name, count in shown])
+    plan.section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
     if total > limit:
-        plan.warnings.append(f"the estimate of {size(total)} is above this machine's {size(limit)}: lower "
-                             "training.batch_size, raise training.accumulate, or set data.cache=none")  # fmt: skip
+        plan.warnings.append(f"the estimate of {format_bytes(total)} is above this machine's {format_bytes(limit)}: "
+                             "lower training.batch_size, raise training.accumulate or set data.cache=none")  # fmt: skip
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Print the bytes that the whole run reads and writes."""
+    """Print the bytes that a run reads and writes.
+
+    Args:
+        checkpoint: bytes of one checkpoint.
+        model: bytes of the float32 weights of the model.
+    """
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
     read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
-    staged = f"; {size(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
+    staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
     formats = config.export.formats
     rows: Rows = [
-        ("read", f"{size(read or plan.bytes_to_stage)} of images{staged}"),
-        ("checkpoints", f"up to {saves:,} of {size(checkpoint)}; {stored} at once, {size(stored * checkpoint)}"),
-        ("export", f"{', '.join(formats)}: about {size(model * len(formats))}" if formats else "nothing"),
+        ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),
+        (
+            "checkpoints",
+            f"up to {saves:,} of {format_bytes(checkpoint)}; {stored} at once, {format_bytes(stored * checkpoint)}",
+        ),
+        ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),
     ]
     plan.section("bytes", rows)
 
 
 def add_warnings(plan: Plan, phases: list[PhasePlan]) -> None:
-    """Add warnings of settings that run, but hardly as intended."""
+    """Warn of settings that are valid, but probably not intended."""
     config, warn, dataset = plan.config, plan.warnings.append, plan.dataset
-    names = config.phases if isinstance(config, RunConfig) else {}
-    frozen = [name for name, phase in names.items() if phase.batch_norm == "frozen"]
+    settings = config.phases if isinstance(config, RunConfig) else {}
+    frozen = [name for name, phase in settings.items() if phase.batch_norm == "frozen"]
     if config.model.weights == "none" and not config.warm_start and frozen:
         warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalization stays as initialized, "
              f"scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all")  # fmt: skip
     limits = [f"debug.{key}={value}" for key, value in config.debug if value]
     if limits:
-        warn(f"{', '.join(limits)}: this is a trial, not the real run")
+        warn(f"{', '.join(limits)}: this is a trial run")
     if not phases or dataset is None or not isinstance(config, RunConfig):
         return
     epoch = max(phases[0].steps / phases[0].epochs, 1)

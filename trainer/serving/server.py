@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainer.errors import INTERRUPTED, ConfigError, Interrupted
-from trainer.monitoring.log import last_words, log
+from trainer.monitoring.log import log, log_unbuffered
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
 from trainer.serving.settings import Settings
@@ -153,11 +153,11 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
     def stop(number: signal.Signals) -> None:
         signals.append(number.name)
         if len(signals) > 1:
-            last_words(f"\n{number.name}: exiting now with {service.active} requests in progress")
+            log_unbuffered(f"\n{number.name}: exiting now with {service.active} requests in progress")
             os._exit(INTERRUPTED)
         service.stopping = True
         if service.model is None:
-            last_words(f"interrupted: {number.name} before the model was loaded; no request was lost")
+            log_unbuffered(f"interrupted: {number.name} before the model was loaded; no request was lost")
             os._exit(INTERRUPTED)  # the thread that loads the model cannot be stopped
         log.info(f"{number.name}: accepting requests for another {settings.linger:g} s, then finishing them")
         loop.call_later(settings.linger, setattr, server, "should_exit", True)
