@@ -10,7 +10,7 @@ import numpy as np
 from trainer.evaluation.drift import BINS, Window
 from trainer.storage.local import write_whole
 
-WIDEST = 16  # dimensions of a stored embedding: a covariance of 64 needs more examples than most splits have
+MAX_ASPECT = 16  # dimensions of a stored embedding: a covariance of 64 needs more examples than most splits have
 SEED = 8
 
 
@@ -60,9 +60,9 @@ def reference_distribution(
 
 def projection_of(width: int) -> np.ndarray | None:
     """Draw float64 [width, 16] with orthonormal columns, equal for all models of that width; None up to width 16."""
-    if width <= WIDEST:
+    if width <= MAX_ASPECT:
         return None
-    drawn = np.random.default_rng([SEED, width]).standard_normal((width, WIDEST))
+    drawn = np.random.default_rng([SEED, width]).standard_normal((width, MAX_ASPECT))
     return np.array(_rounded(np.linalg.qr(drawn)[0]))
 
 
