@@ -113,7 +113,14 @@ def open_teacher(
 
     def build() -> Teacher:
         arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
-        return _build(worker.strategy, images, address, properties, arrays)
+        with worker.strategy.scope():
+            if properties["kind"] == SAVED_MODEL:
+                with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
+                    source.write_saved_model(arrays, Path(folder))
+                    return saved_model_as_teacher(Path(folder), address)
+            model, setting = Model(**properties["model"]), f"{KEY}={address}"
+            classifier = rebuild_classifier(model, len(images.dataset.class_names), config.seed, arrays, setting)
+        return Teacher(classifier.image_size, classifier.logits)
 
     if config.augmentation.active:
         network = build()
@@ -121,23 +128,6 @@ def open_teacher(
         return OpenedTeacher(properties["fingerprint"], network=network)
     soft_labels = _soft_labels(worker, images, sharding, properties, build)
     return OpenedTeacher(properties["fingerprint"], soft_labels=soft_labels)
-
-
-def _build(
-    strategy: tf.distribute.Strategy,
-    images: ImageStore,
-    address: str,
-    properties: dict[str, Any],
-    arrays: dict[str, Any],
-) -> Teacher:
-    if properties["kind"] == SAVED_MODEL:
-        with strategy.scope(), tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-            source.write_saved_model(arrays, Path(folder))
-            return saved_model_as_teacher(Path(folder), address)
-    model, setting = Model(**properties["model"]), f"{KEY}={address}"
-    with strategy.scope():
-        classifier = rebuild_classifier(model, len(images.dataset.class_names), images.config.seed, arrays, setting)
-    return Teacher(classifier.image_size, classifier.logits)
 
 
 def _soft_labels(
@@ -175,9 +165,8 @@ def _soft_labels(
         try:
             write_whole(file, pack({"answers": labels}))
         except OSError as error:
-            log.info(
-                f"  soft labels cannot be stored in {file.parent} ({error.strerror}); a restart computes them again"
-            )
+            problem = f"soft labels cannot be stored in {file.parent} ({error.strerror})"
+            log.info(f"  {problem}; a restart computes them again")
     return labels
 
 

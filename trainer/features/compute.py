@@ -98,13 +98,14 @@ class FeaturePass:
         self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchange: bool, view: int,
         is_missing: np.ndarray,
     ) -> bool:  # fmt: skip
+        """Compute and store the missing features of one view, in blocks; return False if the run should stop."""
         worker = self.worker
         shards = np.array_split(np.flatnonzero(is_missing), worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
         with closing(self._batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
-            for first in range(0, len(shards[0]), calls * self.rows):  # the largest shard
+            for first in range(0, len(shards[0]), calls * self.rows):  # the first shard is the largest
                 index = shard[first : first + calls * self.rows]
                 outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:

@@ -94,7 +94,7 @@ class Backbone:
 
 
 def _renumber_automatic_names(network: keras.Model) -> None:
-    """Number the layers with automatic names from 0 within this network, in place.
+    """Number the layers with automatic names from 0 within this network.
 
     Keras numbers them across all networks of a process: `conv2d_93` of one run could be `conv2d_187` of another, but
     freezing patterns and checkpoints need stable names.
