@@ -25,7 +25,7 @@ from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
-from trainer.features.compute import FeaturePass, FeatureRequest, rows_at_once
+from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
 from trainer.features.cut import Cut, Trunk
 from trainer.features.plan import divide
 from trainer.features.store import Features, open_features
@@ -64,7 +64,7 @@ def our_pass(
             features = open_features(unfilled, Path(folder) / "f", 4 * GIGABYTE, 4 * GIGABYTE)
             assert features is not None
             began = time.perf_counter()
-            assert compute.fill([FeatureRequest(cut, features, needed=True)], Augmentation(), exchanged=False)
+            assert compute.fill([FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False)
             features.complete()
             return split.count / (time.perf_counter() - began)
 
@@ -73,7 +73,7 @@ def our_pass(
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """A function that runs the layers below the cut on the same images, and returns images/s."""
-    rows, pixels = rows_at_once(), images.split("train").tensor()
+    rows, pixels = rows_per_call(), images.split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> Result:
                     if turn:  # the first traces
                         speeds[side].append(speed)
             comparisons.append(Comparison(layers, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
-        values = {"data": describe_data(options, root), "model": describe_model(options), "rows": str(rows_at_once())}
+        values = {"data": describe_data(options, root), "model": describe_model(options), "rows": str(rows_per_call())}
     return Result(
         name=f"features-alpha-{options.alpha:g}",
         title=f"Feature pass, MobileNetV2 of width {options.alpha:g}",

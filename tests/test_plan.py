@@ -104,7 +104,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
         ),
         (("training.batch=30",), "training.batch: .*batch_size"),
         (("model.backbone=MobileNetV7",), "model.backbone=MobileNetV7.*MobileNetV"),
-        (("phases.head.thaw=from_block:block_99",), "from_block:block_99|no such block"),
+        (("phases.head.thaw=from_block:block_99",), "from_block:block_99|is not a block of"),
         (("data=image_folder", "data.root=gone"), "data.root=gone"),
         (("model.weights=gone.weights.h5",), "model.weights=gone.weights.h5"),
         (("warm_start=gone",), "warm_start=gone"),

@@ -22,7 +22,7 @@ from requests.adapters import HTTPAdapter
 
 from trainer import private_api
 from trainer.cli.compose import compose
-from trainer.models.batch_norm import ExampleNormalization
+from trainer.models.batch_norm import PaddingAwareBatchNormalization
 
 PACKAGE = Path(private_api.__file__).parent
 # | library | `name`, `name` | ...
@@ -85,8 +85,8 @@ def swaps_the_class_of_a_layer() -> None:
     layer = keras.layers.BatchNormalization()
     layer.build((None, 4))
     before = layer.weights
-    private_api.swap_class(layer, ExampleNormalization)
-    assert type(layer) is ExampleNormalization
+    private_api.swap_class(layer, PaddingAwareBatchNormalization)
+    assert type(layer) is PaddingAwareBatchNormalization
     assert private_api.library_class(layer) is keras.layers.BatchNormalization
     assert [id(w) for w in layer.weights] == [id(w) for w in before]
     assert layer(tf.ones([2, 4])).shape == (2, 4)

@@ -1,25 +1,25 @@
-"""All uses of private API of other libraries.
+"""Every use of the private API of other libraries.
 
 A library may rename or remove a private name in any release without notice. Therefore each use is a function in this
 module, no other module uses such a name, and `tests/test_private_api.py` tests every row of these tables on the
-installed versions: after an incompatible upgrade it fails with the library, its version and the name.
+installed versions: after an incompatible upgrade it fails and prints the library, its version and the name.
 
-Private by name, with the function here:
+Names that are private, each with the function that wraps it:
 
-| library | name | function | a public replacement would be |
+| library | name | function | public API that would replace it |
 | --- | --- | --- | --- |
 | keras | `Function._run_through_graph` | `run_through_graph` | `clone_model(call_function=)`, if it took tensors |
-| keras | `KerasTensor._keras_history` | `producer_of` | an `operation` of a tensor; there is none |
-| keras | `Optimizer._get_variable_index` | `variable_index` | learning rates by variable; there are none |
+| keras | `KerasTensor._keras_history` | `producer_of` | an `operation` attribute of tensors; there is none |
+| keras | `Optimizer._get_variable_index` | `variable_index` | learning rates per variable; there are none |
 | keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
 | tensorflow | `tensorflow.core.protobuf` | `new_saved_model_proto` | a parser of `saved_model.pb`; there is none |
-| tensorboard | `summary_v2._summary_pb` | `session_end_summary` | in `hparams.api`, which has `KerasCallback` only |
-| google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples do the same |
+| tensorboard | `summary_v2._summary_pb` | `session_end_summary` | a function in `hparams.api`; there is none |
+| google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples use it |
 | google-cloud-storage | `Client._bucket_metadata_cache` | `disable_bucket_metadata` | an argument of `Client` |
 | google-cloud-storage | `Client._credentials` | `credentials_of` | a property of `Client`; there is none |
-| hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a kind of sweeper in `HydraConf` |
+| hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a sweeper kind in `HydraConf`; there is none |
 
-Public by name, but undocumented:
+Names without an underscore that are undocumented, with the modules that use them:
 
 | library | name | used in |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ Public by name, but undocumented:
 | uvicorn | `Server`: `servers`, `server_state`, `lifespan`, `capture_signals`, `shutdown` | serving/server.py |
 | ai-edge-litert | `schema_py_generated` | exporting/tflite.py |
 
-Libraries are imported inside the functions, because modules that run without TensorFlow import this one.
+The functions import the libraries themselves, because modules that run without TensorFlow import this module.
 """
 
 from collections.abc import Callable
@@ -42,22 +42,22 @@ from typing import Any
 
 
 def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], Callable[..., Any]]) -> Any:
-    """Compute the outputs of a functional `keras.Model` with `operation_fn(operation)` instead of each operation."""
+    """Compute the outputs of a functional `keras.Model`, calling `operation_fn(operation)` for each operation."""
     return network._run_through_graph(inputs, operation_fn=operation_fn)
 
 
 def producer_of(tensor: Any) -> Any:
-    """Return the layer or operation with the output `keras.KerasTensor`."""
+    """Return the layer or operation whose output is this `keras.KerasTensor`."""
     return tensor._keras_history.operation
 
 
 def variable_index(optimizer: Any, variable: Any) -> int:
-    """Return the index of a variable in the list that the optimizer was built with."""
+    """Return the index of a variable in the list for which the optimizer was built."""
     return optimizer._get_variable_index(variable)
 
 
 def swap_class(layer: Any, cls: type) -> None:
-    """Set the class of a layer to a base or subclass without state of its own; its variables do not change."""
+    """Change the class of a layer to a base class or subclass that adds no state; its variables do not change."""
     layer.__class__ = cls
 
 
@@ -71,14 +71,14 @@ def library_class(layer: Any) -> type:
 
 
 def new_saved_model_proto() -> Any:
-    """Make an empty `SavedModel` message to parse a `saved_model.pb`."""
+    """Make an empty `SavedModel` message, into which a `saved_model.pb` can be parsed."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     return SavedModel()
 
 
 def session_end_summary(session_end_info: Any) -> Any:
-    """Make the `Summary` message of a `SessionEndInfo`, which ends a row of the HParams page."""
+    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row in TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 
     data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)
@@ -96,7 +96,7 @@ def mount_transport(client: Any, adapter: Any) -> None:
 
 
 def disable_bucket_metadata(client: Any) -> None:
-    """Disable the tracing requests of a `storage.Client`, which need the permission storage.buckets.get."""
+    """Stop a `storage.Client` from requesting bucket metadata for tracing, which needs storage.buckets.get."""
     client._bucket_metadata_cache = None
 
 
@@ -110,5 +110,5 @@ def credentials_of(client: Any) -> Any:
 
 
 def is_grid(hydra_settings: Any) -> bool:
-    """Return whether the sweeper of a `HydraConf` is Hydra's basic one, a grid search."""
+    """Return whether a `HydraConf` uses Hydra's basic sweeper, which runs a grid search."""
     return hydra_settings.sweeper["_target_"].endswith(".BasicSweeper")

@@ -1,13 +1,14 @@
-"""Stateless random numbers: functions of their coordinates alone.
+"""Stateless random numbers: pure functions of integer coordinates.
 
-Every random choice of a run (order, augmentation, dropout) is a function of the seed and the coordinates of its use, so
-it is reproducible after a restart, on another worker, or with another sharding. The mixing function is the finalizer of
-SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+The order of examples, augmentation and dropout draw their numbers here, with the seed, the epoch or step, and the
+example as coordinates. The numbers are therefore the same after a restart, on another worker, or with another sharding.
+Each coordinate is mixed in by the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
+number generators").
 """
 
 import tensorflow as tf
 
-# One stream per use: two uses may have equal coordinates.
+# Identifies the use, as one of the coordinates: without it, two uses with equal coordinates would have equal numbers.
 AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
 
@@ -15,31 +16,32 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-_GOLDEN, _FIRST, _SECOND = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_INCREMENT = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIER_1, _MULTIPLIER_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
-def _shift_right(x: tf.Tensor, bits: int) -> tf.Tensor:
-    """Logical right shift of an int64."""
-    return tf.bitwise.bitwise_and(tf.bitwise.right_shift(x, tf.constant(bits, tf.int64)), 2 ** (64 - bits) - 1)
+def _shift_right(x: tf.Tensor, count: int) -> tf.Tensor:
+    """Shift int64 values right by `count` bits, filling with zeros."""
+    return tf.bitwise.bitwise_and(tf.bitwise.right_shift(x, tf.constant(count, tf.int64)), 2 ** (64 - count) - 1)
 
 
 def _mix(x: tf.Tensor) -> tf.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _FIRST
-    x = (x ^ _shift_right(x, 27)) * _SECOND
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
     return x ^ _shift_right(x, 31)
 
 
 def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """64 random bits, int64, per element of the int64 coordinates after broadcasting.
+    """Return 64 random bits, int64, per element of the int64 coordinates after broadcasting.
 
-    Coordinates that differ in the last one only have different bits.
+    The mixing is a bijection: coordinates that differ only in the last one always have different bits.
     """
     state = tf.zeros([], tf.int64)
     for coordinate in coordinates:
-        state = _mix((state ^ tf.cast(coordinate, tf.int64)) + _GOLDEN)
+        state = _mix((state ^ tf.cast(coordinate, tf.int64)) + _INCREMENT)
     return state
 
 
 def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """Uniform float32 in [0, 1), per element of the int64 coordinates after broadcasting."""
+    """Return uniform float32 in [0, 1), per element of the int64 coordinates after broadcasting."""
     return tf.cast(_shift_right(bits(*coordinates), 40), tf.float32) * 2.0**-24

@@ -28,7 +28,7 @@ from trainer.distillation.teacher import open_teacher
 from trainer.errors import INTERRUPTED, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
-from trainer.features.inputs import Inputs, go_live, open_inputs
+from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -290,7 +290,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
             + run.saver.resume_hint,
         )
     log.info(f"features of phase {name}: live, because there is no space for a cache")
-    go_live(name, run.images, run.plan.features)
+    switch_to_images(name, run.images, run.plan.features)
     if run.worker.is_chief:
         update_run_json(run.saver.path, {"features": run.plan.features.reads})
     return open_phase_inputs(run, name)

@@ -1,4 +1,4 @@
-"""Small types used by several packages."""
+"""Data types that several packages exchange: dataset, batch, predictions and scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """One TFRecord file of `count` records; the split uses records [`start`, `stop`)."""
+    """One TFRecord file with `count` records, of which the split uses records [`start`, `stop`)."""
 
     path: str
     count: int
@@ -23,9 +23,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split, indexed by 0 <= index < count.
+    """Examples of one split, with indices 0 to `count` - 1.
 
-    Either `files` (one image file per example) or `shards` (records in order) is set.
+    Either `files` is set, with one image file per example, or `shards`, whose records are the examples in order.
     """
 
     name: str  # train | validation | test
@@ -33,14 +33,14 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
-    groups: tuple[str, ...] | None = None  # data.group_field per example, for the split of the final scores only
+    groups: tuple[str, ...] | None = None  # value of data.group_field per example; set for `scored_split` only
 
     @property
     def count(self) -> int:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the file, or shard#record, of an example, as reports print it."""
+        """Return the image file of an example, or its shard and record as `PATH#RECORD`."""
         if self.files:
             return self.files[index]
         for shard in self.shards:
@@ -56,28 +56,28 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split]  # train always; validation and test where the data has them
-    fingerprint: str  # hash of names, labels, sizes and checksums
-    skipped: tuple[str, ...] = ()  # unreadable files, with the reason
-    notes: tuple[str, ...] = ()  # for the log: imbalance, an empty split, ...
+    splits: dict[str, Split]  # train, and validation and test if the data has them
+    fingerprint: str  # hash of file names, labels, sizes and checksums
+    skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
+    notes: tuple[str, ...] = ()  # log lines about the data: class imbalance, an empty split, ...
 
 
 class Batch(TypedDict):
-    """Batch of one replica for one step; b is the per-replica batch size, S the image side in pixels."""
+    """Examples of one replica for one step; b is the batch size per replica, S the image side in pixels."""
 
-    image: tf.Tensor  # uint8 [b, S, S, 3], or the features of a trunk
+    image: tf.Tensor  # uint8 [b, S, S, 3], or cached features of the frozen layers
     label: tf.Tensor  # int32 [b]
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
     index: tf.Tensor  # int64 [b]: index in the split
     position: tf.Tensor  # int64 [b]: index in the global batch
-    other_label: NotRequired[tf.Tensor]  # int32 [b]: of the second image of mixup or cutmix
-    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label` in a mixed example, 1 without mixing
-    teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: cached probabilities of the teacher
+    other_label: NotRequired[tf.Tensor]  # int32 [b]: label of the image that mixup or cutmix mixes in
+    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; `other_label` has 1 - mix
+    teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: soft labels, the teacher's probabilities
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Predictions of a classifier for examples of a split, ordered by example index."""
+    """Predictions of a network for examples of a split, ordered by example index."""
 
     split: str
     indices: np.ndarray  # int64 [n]: index in the split
@@ -87,16 +87,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores of one pass over one split, with the predictions they are computed from."""
+    """Scores of a classifier on one split, with the predictions that they are computed from."""
 
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
     names: tuple[str, ...]  # file or record of each example
-    metrics: dict[str, object]  # see trainer/evaluation/metrics.py
+    metrics: dict[str, object]  # by name: accuracy, loss, per-class scores, ...
 
 
 def scored_split(splits: Container[str]) -> str:
-    """Return the split of the final scores: test, or validation where the data has no test split."""
+    """Return the split of the final scores: test, or validation if the data has no test split."""
     return "test" if "test" in splits else "validation"

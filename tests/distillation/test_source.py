@@ -139,7 +139,7 @@ def test_the_classes_of_the_data_pass() -> None:
         (
             ("dog", "cat"),
             ("cat", "dog"),
-            r"2 classes and the data has 2: they are in another order \(dog, cat; cat, dog\)",
+            r"2 classes and the data has 2: they are in a different order \(dog, cat; cat, dog\)",
         ),
         (tuple(map(str, range(20))), tuple(map(str, range(10))), "only the teacher has 10, 11, 12, 13, 14 and 5 more"),
     ],

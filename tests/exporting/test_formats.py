@@ -36,7 +36,7 @@ from trainer.exporting.bundle import plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
 from trainer.exporting.tflite import export_tflite, quiet
 from trainer.exporting.verify import accuracy_drop_too_large, load_export
-from trainer.models.batch_norm import ExampleNormalization
+from trainer.models.batch_norm import PaddingAwareBatchNormalization
 
 # Largest difference of a probability by the precision of the format; 1e-4 for others.
 TOLERANCE = {"tflite_float16": 0.01, "tflite_dynamic": 0.05, "tflite_int8": 0.1}
@@ -132,9 +132,9 @@ def test_a_keras_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
     model, images = small_model(), some_images(4)
     (inner,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
     norm = next(layer for layer in inner.layers if isinstance(layer, keras.layers.BatchNormalization))
-    norm.__class__ = ExampleNormalization
+    norm.__class__ = PaddingAwareBatchNormalization
     export_keras(bundle_for(model), tmp_path / "model.keras")
-    assert type(norm) is ExampleNormalization
+    assert type(norm) is PaddingAwareBatchNormalization
     np.save(tmp_path / "images.npy", images.astype("float32"))
     program = """
         import sys, keras, numpy as np

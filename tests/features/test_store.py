@@ -34,10 +34,10 @@ def values(view: int, index: np.ndarray | range) -> np.ndarray:
 
 
 def opened(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
-    options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "own": np.arange(COUNT), "threads": 2}
+    options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "indices": np.arange(COUNT), "threads": 2}
     where = {"file": folder / "f" / "x", "memory_budget": NEEDED, "disk_budget": 10 * NEEDED}
     where |= {name: changes.pop(name) for name in list(changes) if name in where}
-    features = Features(SPLIT, **(options | changes), note=(notes if notes is not None else []).append)  # type: ignore[arg-type]
+    features = Features(SPLIT, **(options | changes), log_message=(notes if notes is not None else []).append)  # type: ignore[arg-type]
     return open_features(features, **where)  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def filled(folder: Path, **changes: Any) -> Features:
     features = opened(folder, **changes)
     for view in range(features.views):
         index = np.flatnonzero(features.missing(view))
-        features.write(view, index, features.stored(values(view, index)), {})
+        features.write(view, index, features.encode(values(view, index)), {})
     return features
 
 
@@ -88,7 +88,7 @@ def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> No
 def test_values_beyond_float16_are_an_error(tmp_path: Path) -> None:
     features = opened(tmp_path, dtype="float16")
     with raises(DataError, "features_dtype", "float16", fix="bfloat16", problem="65,504"):
-        features.stored(np.full((1, *SHAPE), 7e4, np.float32))
+        features.encode(np.full((1, *SHAPE), 7e4, np.float32))
 
 
 @pytest.mark.parametrize("memory", [NEEDED, 0])
@@ -123,7 +123,7 @@ def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     notes: list[str] = []
     second = opened(tmp_path, notes)
     assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
-    assert notes == [f"1 blocks of {tmp_path}/f/x.rows are damaged; they are computed again"]
+    assert notes == [f"1 block of {tmp_path}/f/x.rows damaged; computing the features again"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
@@ -141,8 +141,8 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
 
 
 def test_a_worker_stores_and_counts_only_its_own_rows(tmp_path: Path) -> None:
-    own = np.array([1, 2, 9])
-    features = filled(tmp_path, own=own, memory_budget=0)
+    indices = np.array([1, 2, 9])
+    features = filled(tmp_path, indices=indices, memory_budget=0)
     assert features.bytes == VIEWS * 3 * 24 == bytes_of(SHAPE, "float32", VIEWS, 3)
     features.complete()
     assert not any(features.missing(view).any() for view in range(VIEWS))

@@ -122,7 +122,7 @@ def test_an_unknown_name_is_refused_with_the_closest_or_all(name: str, fix: str)
 
 
 def test_an_alpha_or_a_size_that_the_network_does_not_have_is_refused() -> None:
-    with raises(ModelError, "model.alpha", 0.5, r"unset it \(for MobileNet, MobileNetV2", "VGG16"):
+    with raises(ModelError, "model.alpha", 0.5, r"only MobileNet, MobileNetV2", "VGG16"):
         find_backbone("vgg16").build(48, 0.5, None)
     with raises(ModelError, "model.image_size", 70, "at least 71", r"Xception \(ImageNet weights: 299 px\)"):
         find_backbone("xception").build(70, None, None)

@@ -253,7 +253,7 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     problems = {
         "missing.weights.h5": "does not exist",
         ".": "is a folder",
-        "x.pt": "no Keras file",
+        "x.pt": "is not a Keras file",
         "x.weights.h5": "LFS",
     }
     for name, problem in problems.items():

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tests.errors import raises
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, ExampleNormalization, example_weights
+from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, example_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import GROUPS, apply_thaw
 
@@ -146,8 +146,8 @@ def test_trained_batch_norm_updates_thawed_layers_only(classifier: Classifier) -
         ("from_layer:154", "154 layers", "0 to 153"),
         ("last_layers:155", "154 layers", "1 to 154"),
         ("last_layers:0", "154 layers", "1 to 154"),
-        ("percent:0", "thaws no layer of MobileNetV2's 154", "none"),
-        ("from_block:block_17", "no such block, but expanded_conv, block_1, ", r"use block_\d+"),
+        ("percent:0", "selects none of the 154 layers of MobileNetV2", "none"),
+        ("from_block:block_17", "is not a block of MobileNetV2, which has expanded_conv, block_1, ", r"use block_\d+"),
         ("last_blocks:0", "17 blocks", "1 to 17"),
         ("last_blocks:18", "17 blocks", "1 to 17"),
         ("pattern:^dense", "matches no layer", "Conv_1_bn"),
@@ -189,7 +189,7 @@ def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None:
-    ours = ExampleNormalization(momentum=0.9, scale=affine, center=affine)
+    ours = PaddingAwareBatchNormalization(momentum=0.9, scale=affine, center=affine)
     keras_own = NORM(momentum=0.9, scale=affine, center=affine)
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (6, 4, 4, 5)).astype("float32")

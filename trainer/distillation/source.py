@@ -1,4 +1,4 @@
-"""Files of the teacher that `distillation.teacher` names, local or in a bucket."""
+"""The teacher's files at the address `distillation.teacher`, in a local folder or a bucket."""
 
 import hashlib
 import json
@@ -16,41 +16,44 @@ from trainer.storage.path import StoragePath, storage_path
 
 KEY = "distillation.teacher"
 SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
-ROWS = 32  # images per replica and call, whatever the batch size, so that workers and batch size change no bit
+ROWS_PER_CALL = 32  # images per replica and device call; constant, so that bits do not depend on the batch size
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """Files and classes of a teacher."""
+    """Description of a teacher: its files, classes and weights, none of which are loaded."""
 
     address: str  # as configured
     kind: str  # SavedModel | checkpoint
-    home: StoragePath
+    home: StoragePath  # folder of the files
     classes: tuple[str, ...]
-    fingerprint: str  # of its weights
-    files: dict[str, int]  # name below `home` -> bytes
-    model: config.Model | None = None  # of a checkpoint: the model to build
+    fingerprint: str  # 16 hex digits of a hash of its weights and model
+    files: dict[str, int]  # path relative to `home` -> size in bytes
+    model: config.Model | None = None  # settings of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
-        """One line for the log."""
+        """Description for the log."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """JSON values for the other workers."""
+    def properties(self) -> dict[str, Any]:
+        """What all workers need to know before the weights are loaded, as JSON values."""
         values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "summary")}
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
 def find_teacher(address: str) -> TeacherFiles:
-    """Find the checkpoint that a run exported, by its output_dir, or a SavedModel; of weights it reads only checksums.
+    """Describe the teacher at an address, the folder of a SavedModel or the output_dir of a run.
+
+    The teacher of a run is its best checkpoint if `training.keep` is best, otherwise the newest one. Weights are read
+    only if the storage has no checksums of them.
 
     Raises:
-        DataError: the address is neither, or its files are damaged.
-        ConfigError: the run's config.yaml is of another version.
+        DataError: the address has neither, the run has no checkpoint yet, or its files are damaged.
+        ConfigError: the run's config.yaml is not valid in this version.
     """
     home = storage_path(address)
     if (home / _GRAPH).exists():
@@ -63,15 +66,15 @@ def find_teacher(address: str) -> TeacherFiles:
 
 def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
-        problem = f"is a SavedModel without {_LABELS}, so not an export of kubetune"
+        problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
-    entries = {str(e.path).removeprefix(f"{home}/"): e for e in home.list()}
+    infos = {str(info.path).removeprefix(f"{home}/"): info for info in home.list()}
     digest = hashlib.sha256()
-    for name, entry in sorted(entries.items()):
-        known = f"{entry.crc32c:08x}" if entry.crc32c is not None else crc32c_hex(entry.path.read())
-        digest.update(f"{name} {entry.size} {known}\n".encode())
+    for name, info in sorted(infos.items()):
+        crc32c = f"{info.crc32c:08x}" if info.crc32c is not None else crc32c_hex(info.path.read())
+        digest.update(f"{name} {info.size} {crc32c}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
-    sizes = {name: entry.size for name, entry in entries.items()}
+    sizes = {name: info.size for name, info in infos.items()}
     return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
 
 
@@ -96,38 +99,43 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint, sizes, settings.model)
 
 
-def check_classes(address: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
-    """Raise a DataError unless the teacher's classes are those of the data, in the same order."""
-    required = tuple(label_lines(required).splitlines())  # as in labels.txt
-    known = tuple(label_lines(known).splitlines())
-    if known == required:
+def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
+    """Raise a DataError unless the classes of the teacher are those of the data, in the same order."""
+    teacher, data = (tuple(label_lines(names).splitlines()) for names in (teacher, data))  # as in labels.txt
+    if teacher == data:
         return
-    differences = {"only the teacher has": _missing(known, required), "only the data has": _missing(required, known)}
-    how = " and ".join(f"{whose} {names}" for whose, names in differences.items() if names)
-    how = how or f"they are in another order ({', '.join(known[:5])}; {', '.join(required[:5])})"
-    problem = f"has {len(known)} classes and the data has {len(required)}: {how}"
+    differences = {"only the teacher has": _difference(teacher, data), "only the data has": _difference(data, teacher)}
+    detail = " and ".join(f"{prefix} {names}" for prefix, names in differences.items() if names)
+    detail = detail or f"they are in a different order ({', '.join(teacher[:5])}; {', '.join(data[:5])})"
+    problem = f"has {len(teacher)} classes and the data has {len(data)}: {detail}"
     raise DataError(problem, key=KEY, value=address, fix="give a teacher that was trained on these classes")
 
 
-def check_same(run: str, before: str | None, now: str) -> None:
-    """Raise a DataError if the run at this address began with a teacher of another fingerprint."""
-    if before not in (None, now):
-        problem = f"{run} began with another teacher (fingerprint {before}, now {now})"
-        raise DataError(problem, key=KEY, fix="give the one that it began with, or another output_dir")
+def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
+    """Raise a DataError if the run in the output_dir `run` began with a teacher of another fingerprint.
+
+    `recorded` is that fingerprint, None for a new run; `current` is that of the teacher now configured.
+    """
+    if recorded not in (None, current):
+        problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
+        raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 
-def _missing(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    rest = [name for name in names if name not in others]
-    return ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
+def _difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """List the names that are not in `others`, at most five."""
+    extra = [name for name in names if name not in others]
+    return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
 
 def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
-    """Read the variables of a checkpoint by name, averaged if its run had EMA on, or the files of a SavedModel by name.
+    """Read the weights of a teacher.
 
-    Files are uint8 [bytes].
+    Returns:
+        for a checkpoint, the variables by name, with their moving averages if the run computed them; for a SavedModel,
+        the content of each file, uint8 [bytes], by its relative path.
 
     Raises:
-        DataError: something is missing or does not match its size or checksum.
+        DataError: a file is missing or does not match its size or checksum.
     """
     if teacher.kind == SAVED_MODEL:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
@@ -139,7 +147,7 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, as returned by `read_teacher`, to a folder."""
+    """Write the files of a SavedModel, which `read_teacher` returned, to a folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.tobytes())

@@ -1,4 +1,4 @@
-"""The teacher of a run with knowledge distillation (Hinton et al. 2015), and its soft labels."""
+"""Opens the teacher of a run with knowledge distillation (Hinton et al. 2015), and computes its soft labels."""
 
 import hashlib
 import tempfile
@@ -17,7 +17,7 @@ from trainer.data.decoding import without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation import source
-from trainer.distillation.source import KEY, ROWS, SAVED_MODEL, check_classes, check_same
+from trainer.distillation.source import KEY, ROWS_PER_CALL, SAVED_MODEL, check_classes, check_same_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.monitoring.health import health
@@ -26,20 +26,20 @@ from trainer.runs.finished_run import rebuild_classifier
 from trainer.storage.local import write_whole
 from trainer.training.losses import log_probs
 
-_FORMAT = 1  # version of cached soft labels; incremented when they change
+_FORMAT = 1  # version of the soft labels on disk; incremented when their values change
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network for inference on images of side S pixels."""
+    """The teacher's network, for inference on images with a side of S pixels."""
 
     image_size: int
     forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
 
-    def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - it never trains
-        """Compute float32 logits [b, classes], up to a constant per row, without gradient.
+    def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - as `Network.logits`
+        """Compute logits, float32 [b, classes], up to a constant per row; no gradient flows through them.
 
-        Images are uint8 or float32 [b, s, s, 3] in 0..255; those of another side are resized to S (bilinear).
+        Images are uint8 or float32 [b, s, s, 3] in 0..255, and are resized bilinearly if s is not S.
         """
         pixels = tf.cast(images, tf.float32)
         if pixels.shape[1] != self.image_size:
@@ -48,10 +48,10 @@ class Teacher:
 
 
 def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
-    """Make a teacher from an exported SavedModel (`trainer/exporting/saved_model.py`), in the strategy's scope.
+    """Load a SavedModel that kubetune exported as a teacher; call it in the scope of the strategy.
 
     Raises:
-        DataError: it has no signature `images` with an output `probabilities` for images of one size.
+        DataError: it has no signature `images` with a fixed image size and an output `probabilities`.
     """
     loaded = tf.saved_model.load(str(folder))
     signature = loaded.signatures.get("images")
@@ -61,7 +61,7 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
         raise DataError(problem, key=KEY, value=address, fix=f"{fix}, or its output_dir")
 
     def forward(images: Any) -> Any:
-        assert loaded is not None  # its variables are deleted with it
+        assert loaded is not None  # keeps it alive: its variables would be deleted with it
         return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward)
@@ -69,14 +69,14 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
 
 @dataclass(frozen=True)
 class OpenedTeacher:
-    """Teacher of a run: a `network` for every step, or soft labels of all examples; neither if the run should stop."""
+    """Teacher of a run: a network for every step, or the soft labels of all examples; neither after a stop request."""
 
-    fingerprint: str  # of its weights
+    fingerprint: str  # hash of its weights
     network: Teacher | None = None
-    soft_labels: np.ndarray | None = None  # its probabilities, float32 [count, classes], by example index
+    soft_labels: np.ndarray | None = None  # probabilities, float32 [count, classes], by example index
 
     def with_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """Add the soft labels of the examples, if they are known, to training batches as `teacher`."""
+        """Add the soft labels, if there are any, to training batches as `teacher`."""
         if self.soft_labels is None:
             return batches
         soft_labels = tf.constant(self.soft_labels)
@@ -84,62 +84,64 @@ class OpenedTeacher:
         return batches.map(add_labels)
 
 
-def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, run: str, before: str | None) -> OpenedTeacher:
-    """Open the configured teacher on all workers; only the chief reads it.
+def open_teacher(
+    worker: Worker, images: ImageStore, sharding: Sharding, run: str, recorded: str | None
+) -> OpenedTeacher:
+    """Open the configured teacher on all workers; the chief reads its files and broadcasts them.
 
-    Without augmentation every epoch has the same images, so the soft labels are computed now; with augmentation the
-    teacher predicts in every step. Check `Worker.should_stop` afterwards.
+    Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
+    augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
+    `Worker.should_stop` afterwards.
 
     Args:
         run: the output_dir of the student, for messages.
-        before: fingerprint of the teacher that this run began with; None for a new run.
+        recorded: fingerprint of the teacher with which this run began; None for a new run.
 
     Raises:
-        DataError: there is no teacher, it has other classes, or it is not the one that this run began with.
+        DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
+        ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
     config = images.config
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
     files = source.find_teacher(address) if worker.is_chief else None
-    facts: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.facts if files else None)
-    check_classes(address, tuple(facts["classes"]), images.dataset.class_names)
-    check_same(run, before, facts["fingerprint"])
+    properties: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.properties if files else None)
+    check_classes(address, tuple(properties["classes"]), images.dataset.class_names)
+    check_same_teacher(run, recorded, properties["fingerprint"])
     loss = f"{alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
     at_temperature = f" at temperature {temperature:g}" if temperature != 1 else ""
-    log.info(f"teacher: {facts['summary']}; loss = {loss}{at_temperature}")
+    log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
     def build() -> Teacher:
         arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
-        return _build(worker.strategy, images, address, facts, arrays)
+        with worker.strategy.scope():
+            if properties["kind"] == SAVED_MODEL:
+                with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
+                    source.write_saved_model(arrays, Path(folder))
+                    return saved_model_as_teacher(Path(folder), address)
+            model, setting = Model(**properties["model"]), f"{KEY}={address}"
+            classifier = rebuild_classifier(model, len(images.dataset.class_names), config.seed, arrays, setting)
+        return Teacher(classifier.image_size, classifier.logits)
 
     if config.augmentation.active:
         network = build()
         log.info("  it predicts in every step, for the augmented images")
-        return OpenedTeacher(facts["fingerprint"], network=network)
-    return OpenedTeacher(facts["fingerprint"], soft_labels=_soft_labels(worker, images, sharding, facts, build))
-
-
-def _build(
-    strategy: tf.distribute.Strategy, images: ImageStore, address: str, facts: dict[str, Any], arrays: dict[str, Any]
-) -> Teacher:
-    if facts["kind"] == SAVED_MODEL:
-        with strategy.scope(), tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-            source.write_saved_model(arrays, Path(folder))
-            return saved_model_as_teacher(Path(folder), address)
-    model, setting = Model(**facts["model"]), f"{KEY}={address}"
-    with strategy.scope():
-        classifier = rebuild_classifier(model, len(images.dataset.class_names), images.config.seed, arrays, setting)
-    return Teacher(classifier.image_size, classifier.logits)
+        return OpenedTeacher(properties["fingerprint"], network=network)
+    soft_labels = _soft_labels(worker, images, sharding, properties, build)
+    return OpenedTeacher(properties["fingerprint"], soft_labels=soft_labels)
 
 
 def _soft_labels(
-    worker: Worker, images: ImageStore, sharding: Sharding, facts: dict[str, Any], build: Callable[[], Teacher]
+    worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
-    """Return soft labels for images at the teacher's size and `resize`, if known; None if the run should stop."""
+    """Read or compute the soft labels of the training images; return None if the run should stop.
+
+    The images have the teacher's size and, if the teacher comes from a checkpoint, are resized in the same way.
+    """
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
-    resize = facts["model"]["resize"] if facts["model"] else config.model.resize
-    key = (_FORMAT, facts["fingerprint"], dataset.fingerprint, split.count, resize, config.runtime.precision)
+    resize = properties["model"]["resize"] if properties["model"] else config.model.resize
+    key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, config.runtime.precision)
     digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
     file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
     cached = _read_cached(file, (split.count, classes)) if worker.is_chief else None
@@ -148,28 +150,29 @@ def _soft_labels(
         return control.broadcast_arrays("soft labels", {} if cached is None else {"answers": cached})["answers"]
     teacher = build()
     health.set_activity("the soft labels of the teacher")
-    what = f"{split.count:,} training images at {teacher.image_size} px"
-    log.info(f"  soft labels of {what}: computed once, stored in {file}")
-    same = (teacher.image_size, resize) == (images.size, config.model.resize)
-    pixels = images.split("train") if same else images.at("train", teacher.image_size, resize)
-    batch_size = ROWS * worker.replicas * worker.size
+    subject = f"{split.count:,} training images at {teacher.image_size} px"
+    log.info(f"  soft labels of {subject}: computed once, stored in {file}")
+    as_student = (teacher.image_size, resize) == (images.size, config.model.resize)
+    pixels = images.split("train") if as_student else images.at("train", teacher.image_size, resize)
+    batch_size = ROWS_PER_CALL * worker.replicas * worker.size
     scored = Scorer(worker, teacher, sharding).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
-    labels = np.full((split.count, classes), 1 / classes, np.float32)  # also of undecodable images, of weight 0
+    # Examples without a prediction have an image that cannot be decoded, and weight 0.
+    labels = np.full((split.count, classes), 1 / classes, np.float32)
     labels[scored.indices] = scored.probabilities
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
     if worker.is_chief:
         try:
             write_whole(file, pack({"answers": labels}))
         except OSError as error:
-            log.info(
-                f"  soft labels cannot be stored in {file.parent} ({error.strerror}); a restart computes them again"
-            )
+            problem = f"soft labels cannot be stored in {file.parent} ({error.strerror})"
+            log.info(f"  {problem}; a restart computes them again")
     return labels
 
 
 def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return the soft labels in a file; None if it is missing or damaged."""
     try:
         labels = unpack(file.read_bytes())["answers"]
     except (OSError, ValueError, KeyError):

@@ -1,1 +1,1 @@
-"""Cached features of frozen layers: the choice, the cut, the feature pass and the store."""
+"""Cached features: the output of frozen layers, computed once and then read instead of the images."""

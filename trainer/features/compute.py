@@ -1,4 +1,4 @@
-"""One pass over the images that computes the features of frozen trunks, on all workers at the same time."""
+"""The pass over the images of a split that computes their features, on all workers in parallel."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -19,16 +19,16 @@ from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-# Images per replica and call, whatever the batch size, so that workers and batch size change no bit.
-ROWS = {"CPU": 32, "GPU": 128}
-BLOCK_BYTES = 32 << 20  # features that a worker computes before all workers exchange theirs, about
-MAX_CALLS = 8  # device calls before that, at most
-DECODED_AHEAD = 256 << 20  # limit in bytes of images decoded while the first call compiles
+# Images per replica and device call; constant, so that the bits do not depend on batch size and number of workers.
+ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
+BLOCK_BYTES = 32 << 20  # approximate size of the features that are computed, then exchanged and stored, as one block
+MAX_CALLS_PER_BLOCK = 8
+MAX_DECODED_BYTES = 256 << 20  # images decoded while the first call compiles
 
 
-def rows_at_once() -> int:
-    """Return the images per replica and call."""
-    return ROWS["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
+def rows_per_call() -> int:
+    """Return the number of images per replica and device call on this machine."""
+    return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
 
 
 @dataclass
@@ -37,54 +37,57 @@ class FeatureRequest:
 
     cut: Cut
     features: Features
-    needed: bool  # by the phase that begins; False: optional, for a later one
-    failed: bool = False  # there was no room
+    required: bool  # by the phase that begins; otherwise they are for a later phase, and optional
+    failed: bool = False  # this worker could not store them
 
 
 Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """Computes features of one split after the other; equal cuts are compiled once."""
+    """Computes the features of one split per `fill` call; the same cuts are compiled once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
-        self.rows = rows_at_once() * worker.replicas
+        self.rows = rows_per_call() * worker.replicas  # images per device call of this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
 
-    def fill(self, requests: Requests, augmentation: Augmentation, exchanged: bool) -> bool:
-        """Compute the missing features of one split; False if the run should stop.
+    def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
+        """Compute and store the missing features of one split; return False if the run should stop.
 
-        Each worker computes what it reads. With `exchanged` all workers read the same: each computes its shard, and
-        they exchange features. `FeatureRequest.failed` is set on this worker only.
+        Each worker computes the features that it reads. With `exchange`, all workers read the same features: each
+        computes a part of them, and they exchange the results. If this worker cannot store the features of a request,
+        it sets `failed` there, without notice to the other workers.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read, or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
-        missing = [[self._missing(request, view, exchanged) for view in range(views)] for request in requests]
+        missing = [[self._missing(request, view, exchange) for view in range(views)] for request in requests]
         incomplete = []
         for request, missing_in_views in zip(requests, missing, strict=True):
             if np.any(missing_in_views):
                 incomplete.append(request)
-            elif request.needed:
-                log.info(f"  features of {split.name}: read from {request.features.where}, computed before")
+            elif request.required:
+                log.info(f"  features of {split.name}: read from {request.features.location}, computed before")
         if not incomplete:
             return True
         missing_by_view = np.logical_or.reduce(missing)
-        targets = " and ".join(request.features.where for request in incomplete)
+        targets = " and ".join(request.features.location for request in incomplete)
         log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
         pixels = self.images.split(split.name)
         with data_errors(pixels):
-            for view, chosen in enumerate(missing_by_view):
-                if chosen.any() and not self._fill_view(incomplete, pixels, augmentation, exchanged, view, chosen):
+            for view, is_missing in enumerate(missing_by_view):
+                if not is_missing.any():
+                    continue
+                if not self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing):
                     return False
         return True
 
-    def _missing(self, request: FeatureRequest, view: int, exchanged: bool) -> np.ndarray:
-        """Return the examples that this worker, or with `exchanged` any worker, lacks: bool [count]."""
+    def _missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
+        """Return which features this worker, or with `exchange` any worker, lacks: bool [count]."""
         missing, control = request.features.missing(view), self.worker.control
-        if not exchanged:
+        if not exchange:
             return missing
         gathered = control.gather("missing features", np.packbits(missing).tobytes())
         arrays = [np.frombuffer(packed, np.uint8) for packed in gathered or [b""]]
@@ -92,45 +95,52 @@ class FeaturePass:
         return np.unpackbits(np.frombuffer(union, np.uint8), count=len(missing)).astype(bool)
 
     def _fill_view(
-        self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchanged: bool, view: int,
-        chosen: np.ndarray,
+        self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchange: bool, view: int,
+        is_missing: np.ndarray,
     ) -> bool:  # fmt: skip
+        """Compute and store the missing features of one view, in blocks; return False if the run should stop."""
         worker = self.worker
-        shards = np.array_split(np.flatnonzero(chosen), worker.size if exchanged else 1)
-        own = shards[worker.index if exchanged else 0]
+        shards = np.array_split(np.flatnonzero(is_missing), worker.size if exchange else 1)
+        shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
-        calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS), 1)
-        with closing(self._batches([r.cut for r in requests], pixels, own, augmentation, view)) as batches:
+        calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
+        with closing(self._batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             for first in range(0, len(shards[0]), calls * self.rows):  # the first shard is the largest
-                index = own[first : first + calls * self.rows]
+                index = shard[first : first + calls * self.rows]
                 outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
-                if worker.should_stop("between features") if exchanged else worker.stop.reason is not None:
+                if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
-                self._store_block(requests, pixels, view, index, outputs, exchanged)
+                self._store_block(requests, pixels, view, index, outputs, exchange)
         return True
 
     def _batches(
-        self, cuts: Sequence[Cut], pixels: Pixels, own: np.ndarray, augmentation: Augmentation, view: int
+        self, cuts: Sequence[Cut], pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
-        """Yield weights float32 [rows], 0 in padding, and the features at each cut; ends early on a stop request."""
+        """Yield the outputs of each device call: weights float32 [rows], then the features at each cut.
+
+        The weight of padding and of images that cannot be read is 0. A stop request ends the iteration early.
+        """
         compute, local = self._compute(cuts), self.worker.strategy.experimental_local_results
-        in_memory = pixels.array is not None and not augmentation.active
-        source = self._from_memory(pixels, own) if in_memory else self._live(pixels, own, augmentation, view)
+        if pixels.array is not None and not augmentation.active:
+            source = self._from_memory(pixels, shard)
+        else:
+            source = self._from_pipeline(pixels, shard, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outputs = compute(images, weights)
                 health.progress()
-                # np.asarray does not copy, as numpy() does.
-                yield [_joined([np.asarray(part) for part in local(output)]) for output in outputs]
+                # np.asarray avoids the copy that Tensor.numpy() makes.
+                yield [_concatenated([np.asarray(values) for values in local(output)]) for output in outputs]
 
-    def _live(
-        self, pixels: Pixels, own: np.ndarray, augmentation: Augmentation, view: int
+    def _from_pipeline(
+        self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
+        """Yield images and weights for each device call, decoded and augmented by an input pipeline."""
         replicas, one_view = self.worker.replicas, View(augmentation, self.images.config.seed, view)
         # Decode while the trunk is compiled, unless shards have to be fetched.
-        limit = DECODED_AHEAD // (self.rows // replicas * self.classifier.image_size**2 * 3)
-        ahead = 0 if pixels.shards else max(2 * replicas, min(limit, -(-len(own) // self.rows) * replicas))
-        batches = chosen_batches(pixels, own, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
+        max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
+        ahead = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
+        batches = chosen_batches(pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.gate()
         try:
@@ -138,33 +148,33 @@ class FeaturePass:
                 gate.wait_for(self.rows)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
-        except StopRequested:  # while waiting for a shard
+        except StopRequested:  # while it waited for a shard file
             return
         finally:
             gate.close()
 
-    def _from_memory(self, pixels: Pixels, own: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights of each call from the array; consecutive images are not copied."""
-        content, padding, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
+    def _from_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+        """Yield images and weights for each device call from the cache in memory; consecutive images are not copied."""
+        cached, padding, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad = list(pixels.bad)
-        for first in range(0, len(own), self.rows):
+        for first in range(0, len(shard), self.rows):
             if self.worker.stop.reason is not None:
                 return
-            chosen = own[first : first + self.rows]
-            index = np.pad(chosen, (0, self.rows - len(chosen)), constant_values=padding)
+            indices = shard[first : first + self.rows]
+            index = np.pad(indices, (0, self.rows - len(indices)), constant_values=padding)
             weights = ((index < padding) & ~np.isin(index, bad)).astype(np.float32)
 
-            def part(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
+            def on_replica(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
                 start = context.replica_id_in_sync_group % self.worker.replicas * per_replica
                 rows = index[start : start + per_replica]
                 is_consecutive = rows[-1] - rows[0] == per_replica - 1 and rows[-1] < padding
-                images = content[rows[0] : rows[0] + per_replica] if is_consecutive else tf.gather(content, rows)
+                images = cached[rows[0] : rows[0] + per_replica] if is_consecutive else tf.gather(cached, rows)
                 return images, tf.constant(weights[start : start + per_replica])
 
-            yield self.worker.strategy.experimental_distribute_values_from_function(part)
+            yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
     def _compute(self, cuts: Sequence[Cut]) -> Any:
-        """Return the compiled trunk: images, weights -> weights, then the features at each cut."""
+        """Return the compiled function (images, weights) -> weights, features at the first cut, ..."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -176,18 +186,19 @@ class FeaturePass:
         return self._compiled[key]
 
     def _store_block(
-        self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchanged: bool
+        self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
     ) -> None:
-        columns = [_joined(column)[: len(index)] for column in zip(*outputs, strict=True)]
+        """Store the features of the examples `index`, and with `exchange` those that the other workers computed."""
+        columns = [_concatenated(column)[: len(index)] for column in zip(*outputs, strict=True)]
         failed = index[columns[0] == 0] if columns else index
         reasons = np.array([pixels.bad.get(int(i), "") for i in failed] if len(failed) else [], str)
         rows = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
         block = {"index": index, "failed": failed, "reasons": reasons}
         for number, (request, values) in enumerate(zip(requests, rows, strict=True)):
-            block[f"rows{number}"] = request.features.stored(values)
-        if exchanged:
+            block[f"rows{number}"] = request.features.encode(values)
+        if exchange:
             gathered = self.worker.control.gather_arrays("features", block)
-            joined = {key: np.concatenate([part[key] for part in gathered]) for key in block} if gathered else {}
+            joined = {key: np.concatenate([values[key] for values in gathered]) for key in block} if gathered else {}
             block = self.worker.control.broadcast_arrays("features", joined)
         bad = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
         for number, request in enumerate(requests):
@@ -196,8 +207,8 @@ class FeaturePass:
                     request.features.write(view, block["index"], block[f"rows{number}"], bad)
             except OSError as error:
                 request.failed = True
-                log.info(f"  features cannot be stored in {request.features.where}: {error.strerror}")
+                log.info(f"  features cannot be stored in {request.features.location}: {error.strerror}")
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,4 +1,4 @@
-"""Inputs of a phase: images, or cached features of its frozen layers."""
+"""Inputs of a phase: images, or cached features, that is, the output of its frozen layers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from trainer.data.images import BatchSource, ImageStore, cache_name
 from trainer.data.order import examples_to_score
 from trainer.data.sharding import Sharding, own_examples
 from trainer.evaluation.scoring import Scorer
-from trainer.features.compute import FeaturePass, FeatureRequest, rows_at_once
+from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
 from trainer.features.cut import Tail
 from trainer.features.plan import FeaturePlan, stored_dtype
 from trainer.features.store import Features, open_features
@@ -21,30 +21,34 @@ from trainer.models.classifier import Classifier
 from trainer.monitoring.log import log
 from trainer.training.step import Network
 
-_FORMAT = 2  # version of features on disk; incremented when they change
+_FORMAT = 2  # version of the features on disk; incremented when their values change
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of a phase, and the network that it trains: the classifier, or its tail on cached features."""
+    """Sources of examples in a phase, and the network that it trains: the classifier, or its tail on features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
-    augmentation: Augmentation  # still to be applied to `training`
-    views: int | None  # fixed views per example; None: new augmentation in each epoch
+    augmentation: Augmentation  # applied to batches of `training`; disabled for features, which include it
+    views: int | None  # augmented views per example, reused in turn; None if each epoch has new ones
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open the inputs of a phase after `apply_thaw`, and compute missing features on all workers.
+    """Open the inputs of a phase after `apply_thaw`; all workers compute the missing features together.
 
-    `scorer` is that of the whole classifier. Returns None if a worker has no room for features or should stop.
+    Args:
+        scorer: of the complete classifier.
+
+    Returns:
+        None, on all workers, if one of them has no room for the features or the run should stop.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or a feature is too large for float16.
     """
     augmentation, reads = images.config.augmentation, plan.reads[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
@@ -61,8 +65,8 @@ def open_inputs(
     return Inputs(classifier, tail_scorer, images.split("train"), features[0], augmentation, views)
 
 
-def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Switch a phase without room for features to images."""
+def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
+    """Let a phase read images instead of the features for which there is no room."""
     if plan.reads[name] == "cached":
         images.forget("train")
     plan.reads[name] = "live"
@@ -71,7 +75,7 @@ def go_live(name: str, images: ImageStore, plan: FeaturePlan) -> None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Features of a run's phases, read from disk where an earlier start computed them."""
+    """Opens the features of the phases of a run; those that an earlier start stored on disk are read."""
 
     worker: Worker
     images: ImageStore
@@ -80,30 +84,31 @@ class FeatureCache:
     sharding: Sharding
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
-        """Return the complete features of these splits for a phase; None if a worker has no room or should stop.
+        """Return the complete features of these splits for a phase.
 
-        Features of later phases that are the same by then are computed in the same pass.
+        The same pass over the images computes features for later phases, if training until then does not change them.
+        Returns None, on all workers, if one of them has no room for the features of `phase` or the run should stop.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read, or a feature is too large for float16.
         """
         compute, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
         opened: list[Features] = []
         for split in splits:
-            used = sum(features.bytes for features in opened if features.cached_in == "memory")
-            features = self._open(phase, split, self.images.memory_left - used)
+            memory_used = sum(features.bytes for features in opened if features.cached_in == "memory")
+            features = self._open(phase, split, self.images.memory_left - memory_used)
             if control.any_worker("no room for features", features is None):
                 return None
             assert features is not None
-            requests = [FeatureRequest(self.plan.cut(phase), features, needed=True)]
+            requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later in self._later_phases_in_same_pass(phase, split):
-                # On disk only: whether there will be memory for them is not known yet.
-                more = self._open(later, split, -1, disk_used=sum(r.features.bytes for r in requests))
-                if not control.any_worker("no room for later features", more is None) and more is not None:
-                    requests.append(FeatureRequest(self.plan.cut(later), more, needed=False))
-            exchanged = split == "train" and self.sharding.by == "record" and self.worker.size > 1
+                # On disk only: the memory that will be free in that phase is not yet known.
+                optional = self._open(later, split, -1, disk_used=sum(r.features.bytes for r in requests))
+                if not control.any_worker("no room for later features", optional is None) and optional is not None:
+                    requests.append(FeatureRequest(self.plan.cut(later), optional, required=False))
+            exchange = split == "train" and self.sharding.by == "record" and self.worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
-            done = compute.fill(requests, augmentation, exchanged)
+            done = compute.fill(requests, augmentation, exchange)
             if control.any_worker("features not done", not done or requests[0].failed):
                 return None
             features.complete()
@@ -113,10 +118,10 @@ class FeatureCache:
         return opened
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
-        """Return the later phases that read the same views of a split, at cuts below all that trains until then."""
+        """Return the later phases that read the same views of a split at a trunk that no phase before them trains."""
         names, phases, reads = list(self.images.config.phases), self.images.config.phases, self.plan.reads
         updated: set[str] = set()
-        later_phases, layers = [], {self.plan.cut(phase).layer}
+        later_phases, cut_layers = [], {self.plan.cut(phase).layer}
         for before, later in pairwise(names[names.index(phase) :]):
             updated |= self.plan.divisions[before].updated
             if split == "train":
@@ -126,31 +131,32 @@ class FeatureCache:
             if not same_views:
                 continue
             cut = self.plan.cut(later)
-            if cut.layer not in layers and not updated & cut.variables.keys():
+            if cut.layer not in cut_layers and not updated & cut.variables.keys():
                 later_phases.append(later)
-                layers.add(cut.layer)
+                cut_layers.add(cut.layer)
         return later_phases
 
     def _open(self, phase: str, split: str, memory_budget: int, disk_used: int = 0) -> Features | None:
-        """Open the features of a split; None if there is no room. A negative `memory_budget` means disk only."""
+        """Open the features of a split; return None if there is no room. A negative `memory_budget` means disk only."""
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
         cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
         augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if augmented else 1
         if split == "validation":
-            own = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+            indices = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
         else:
-            own = own_examples(examples, self.sharding)
+            indices = own_examples(examples, self.sharding)
         dtype, threads = stored_dtype(options, cut), runtime.data_threads
-        features = Features(examples, cut.shape, dtype, views=views, own=own, threads=threads, note=log.info)
+        features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         if memory_budget < 0 and disk_used + features.bytes > runtime.disk_budget:
             return None
-        images = cache_name(examples, self.classifier.image_size, config.model.resize, self.images.dataset.fingerprint)
+        fingerprint = self.images.dataset.fingerprint
+        decoded_name = cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
         key = (
-            _FORMAT, images, self.classifier.kind.name, cut.layer, cut.pooled and self.classifier.pooling,
+            _FORMAT, decoded_name, self.classifier.kind.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,
             (config.seed, config.augmentation.model_dump_json()) if augmented else None,
-            rows_at_once(), runtime.deterministic, tf.__version__,
+            rows_per_call(), runtime.deterministic, tf.__version__,
         )  # fmt: skip
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
         file = runtime.cache_folder / "features" / f"{split}-{digest}"

@@ -1,4 +1,4 @@
-"""The choice between cached features and images for each phase (docs/features.md)."""
+"""The choice between cached features and images as the input of each phase (docs/features.md)."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
 from trainer.data.images import ImageStore, megabytes
 from trainer.errors import ConfigError, ModelError
-from trainer.features.cut import Cut, find_cut, is_moving
+from trainer.features.cut import Cut, find_cut, updates_moving_averages
 from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
@@ -18,7 +18,7 @@ from trainer.monitoring.log import log
 from trainer.runs.folder import read_run_json, update_run_json
 from trainer.types import Dataset
 
-# Input of a phase: features; images; or images for training and features for validation.
+# Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.
 Reads = Literal["cached", "live", "validation"]
 
 
@@ -30,13 +30,13 @@ class FeatureChoice:
     reason: str
 
     def describe(self, name: str) -> str:
-        """Return the log line of phase `name`."""
+        """Format the log line of phase `name`, about its training images."""
         return f"features of phase {name}: {'cached' if self.reads == 'cached' else 'live'}, {self.reason}"
 
 
 @dataclass(frozen=True)
 class Division:
-    """The cut of the classifier in a phase, and the names of the variables that the phase updates."""
+    """The cut of the classifier in a phase, if it has one, and the names of all variables that the phase updates."""
 
     cut: Cut | None
     updated: frozenset[str]
@@ -44,7 +44,7 @@ class Division:
 
 @dataclass
 class FeaturePlan:
-    """Inputs of all phases of a run; a phase without room for its features becomes `live`."""
+    """Inputs of all phases of a run; a phase without room for its features becomes "live"."""
 
     divisions: Mapping[str, Division]
     reads: dict[str, Reads]
@@ -57,15 +57,15 @@ class FeaturePlan:
 
 
 def stored_dtype(phase: Phase, cut: Cut) -> str:
-    """Return the dtype of stored features: the configured one, or that of the cut if it has less than 32 bits."""
+    """Return the dtype of stored features: that of the trunk's output, or if that is float32, the configured one."""
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
 def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Return the division of each phase; leaves the classifier as in the last phase.
+    """Apply the freezing rules of each phase in turn and return its division; the rules of the last one stay applied.
 
     Raises:
-        ModelError: a thaw rule matches no layer; names the phase.
+        ModelError: a thaw rule cannot be applied; the key of the error names the phase.
     """
     divisions = {}
     for name, phase in config.phases.items():
@@ -76,43 +76,47 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
             raise ModelError(error.problem, key=key, value=error.value, fix=error.fix) from None
         updated = set(plan.trainable)
         if plan.batch_norm_training:
-            moving = {id(v) for layer in classifier.backbone.layers if is_moving(layer) for v in layer.weights}
-            updated |= {n for n, v in classifier.variables.items() if id(v) in moving}
+            norms = [layer for layer in classifier.backbone.layers if updates_moving_averages(layer)]
+            norm_ids = {id(v) for norm in norms for v in norm.weights}
+            updated |= {n for n, v in classifier.variables.items() if id(v) in norm_ids}
         divisions[name] = Division(find_cut(classifier), frozenset(updated))
     return divisions
 
 
 def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
-    """True if the phases from number `first` on read the training images once, only for cached features."""
-    repeated = config.augmentation.active or config.distillation is not None
-    return not repeated and all(reads.get(name) == "cached" for name in list(config.phases)[first:])
+    """Return whether the phases from index `first` on only read the training images to compute features, once."""
+    reread = config.augmentation.active or config.distillation is not None
+    return not reread and all(reads.get(name) == "cached" for name in list(config.phases)[first:])
 
 
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose cached features or images for each phase; features may take `budget` bytes, in memory or on disk.
+    """Choose cached features or images for each phase.
+
+    Args:
+        budget: most bytes that the features of a phase may occupy, in memory or on disk.
 
     Raises:
-        ConfigError: `features=cached` is not possible.
+        ConfigError: a phase is configured with `features=cached`, which is not possible.
     """
-    count = dataset.splits["train"].count
-    scored = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    steps = -(-count // config.training.batch_size)
+    train_count = dataset.splits["train"].count
+    validation_count = dataset.splits["validation"].count if "validation" in dataset.splits else 0
+    steps_per_epoch = -(-train_count // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if fault := config.feature_fault(name):  # of phases that the advice table chose
+        if fault := config.feature_fault(name):  # automatic phases are not validated earlier
             raise fault
-        cut, epochs = divisions[name].cut, config.phase_steps(phase, steps) / steps
-        choice = _choose(config, phase, cut, epochs, count + scored, budget)
+        cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
+        choice = _choose(config, phase, cut, epochs, train_count + validation_count, budget)
         if phase.features == "cached" and choice.reads != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
         if cut and choice.reads != "cached" and phase.features == "auto" and epochs > 1:
-            needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, scored)
-            what = f"validation on features of {scored:,} images at {cut}, {megabytes(needed)}"
+            needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, validation_count)
             if needed <= budget:
-                choice = FeatureChoice("validation", f"{choice.reason}; {what}")
+                validation = f"validation on features of {validation_count:,} images at {cut}, {megabytes(needed)}"
+                choice = FeatureChoice("validation", f"{choice.reason}; {validation}")
         choices[name] = choice
     return choices
 
@@ -120,22 +124,26 @@ def plan_features(
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
 ) -> dict[str, Reads]:
-    """Return the inputs of each phase from run.json in `folder`, or choose and record them, on the chief for all.
+    """Return the input of each phase, the same on all workers.
 
-    `begun`: the run has taken a step.
+    The chief reads them from the run.json in `folder`; for a new run it chooses and records them there.
+
+    Args:
+        begun: the run has taken a training step. If run.json of such a run has no choice, its version had no cached
+            features, and every phase reads images.
     """
     config = images.config
 
     def choose() -> tuple[dict[str, Reads], list[str]]:
-        before = read_run_json(folder).get("features")
-        if before is None and begun:
-            before = dict.fromkeys(config.phases, "live")  # of a version without cached features
-        if before is not None:
-            return {name: before.get(name, "live") for name in config.phases}, []
+        recorded = read_run_json(folder).get("features")
+        if recorded is None and begun:
+            recorded = {}
+        if recorded is not None:
+            return {name: recorded.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
-        chosen = {name: choice.reads for name, choice in choices.items()}
-        update_run_json(folder, {"features": chosen})
-        return chosen, [choice.describe(name) for name, choice in choices.items()]
+        reads = {name: choice.reads for name, choice in choices.items()}
+        update_run_json(folder, {"features": reads})
+        return reads, [choice.describe(name) for name, choice in choices.items()]
 
     reads, lines = control.broadcast("features", choose)
     for line in lines:
@@ -146,20 +154,21 @@ def choose_features(
 def _choose(
     config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int
 ) -> FeatureChoice:
+    """Choose "cached" or "live" for one phase; `examples` are those of training and validation."""
     if phase.features == "live":
         return FeatureChoice("live", "as configured")
     if why := config.why_not_cacheable(phase):
         return FeatureChoice("live", why)
     if cut is None:
-        return FeatureChoice("live", f"no layers with weights stay frozen below all that thaw={phase.thaw} trains")
+        return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
     needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
-    counted_views = f"{views} view{'s' * (views > 1)}"
-    what = f"{counted_views} of {examples:,} images at {cut}, {megabytes(needed)}"
+    views_text = f"{views} view{'s' * (views > 1)}"
+    description = f"{views_text} of {examples:,} images at {cut}, {megabytes(needed)}"
     if needed > budget:
-        return FeatureChoice("live", f"{what} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    whole = math.ceil(epochs)
-    length = f"{whole} epoch{'s' * (whole > 1)}"
-    if phase.features == "auto" and views >= whole:
-        return FeatureChoice("live", f"{counted_views} would be computed for {length}")
-    return FeatureChoice("cached", f"{what}, computed once for {length}")
+        return FeatureChoice("live", f"{description} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
+    epoch_count = math.ceil(epochs)
+    length = f"{epoch_count} epoch{'s' * (epoch_count > 1)}"
+    if phase.features == "auto" and views >= epoch_count:
+        return FeatureChoice("live", f"{views_text} would be computed for {length}")
+    return FeatureChoice("cached", f"{description}, computed once for {length}")

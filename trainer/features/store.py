@@ -1,7 +1,8 @@
 """Features of the images of a split: computed once, stored in memory or on disk, and read instead of the images.
 
-`NAME.rows` holds all rows; `NAME.list` has a line with a checksum per stored block. Both only grow, so a start reads
-the rows of every earlier one; missing and damaged rows are computed again.
+On disk, `NAME.rows` has a row per view and example, at a fixed offset. After a block of rows is written there, a
+JSON line with its range and checksum is appended to `NAME.list`. A restart therefore reads the rows of all earlier
+starts; missing and damaged rows are computed again.
 """
 
 import json
@@ -21,7 +22,7 @@ from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
 from trainer.types import Split
 
-# NumPy dtypes of stored rows; it has no bfloat16, whose bits are stored as uint16.
+# NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
 STORED: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16),
 }  # fmt: skip
@@ -29,20 +30,20 @@ STORED: dict[str, np.dtype] = {
 
 @dataclass
 class Features:
-    """Features of the examples of a split that this worker reads; a `BatchSource`, as `Pixels` is."""
+    """Features of the examples of a split that this worker reads; a `BatchSource`, like `Pixels`, its images."""
 
     split: Split
     shape: tuple[int, ...]  # of one example
     dtype: str  # float32 | float16 | bfloat16
     views: int  # per example; epoch e reads view e % views
-    own: np.ndarray  # int64 increasing: the examples that this worker reads
-    threads: int | None = None  # of a private pool for pipelines; None: TensorFlow's
-    note: Callable[[str], None] = lambda _: None
+    indices: np.ndarray  # int64, increasing: the examples that this worker reads
+    threads: int | None = None  # of a private thread pool for pipelines; None for TensorFlow's own pool
+    log_message: Callable[[str], None] = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
-    array: np.ndarray | None = None  # [views * (count + 1), *shape], the last row of each view is 0
-    file: Path | None = None  # rows on disk, without suffix; None: nothing is written
-    known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]
-    bad: dict[int, str] = field(default_factory=dict)  # index -> why its image could not be read; it has weight 0
+    array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
+    file: Path | None = None  # path of NAME.rows and NAME.list without the suffix; None if nothing is on disk
+    stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]: rows available here
+    bad: dict[int, str] = field(default_factory=dict)  # index -> why the image could not be read; it has weight 0
 
     @property
     def parallel(self) -> int:
@@ -53,59 +54,66 @@ class Features:
         return bytes_of(self.shape, self.dtype, 1, 1)
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
+        """Storage of the features, for log lines."""
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
     def bytes(self) -> int:
-        return bytes_of(self.shape, self.dtype, self.views, len(self.own))
+        """Bytes of all views of the examples that this worker reads."""
+        return bytes_of(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
+        """Return a tensor over all rows, without a copy."""
         return tensor_over(self.array)
 
     def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Gather rows [b, *shape] at int64 indices [b], each of the view of its epoch, int64 [b]."""
+        """Gather rows [b, *shape] of the examples `index`, int64 [b], in the view for their `epoch`, int64 [b]."""
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
     def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """Return a gate that is always open."""
+        """Return a gate that never waits: features do not need the shards of the images."""
         return ShardGate(None, self.split, reader, reads, ahead)
 
     def missing(self, view: int) -> np.ndarray:
-        """Return the examples that this worker reads and lacks, bool [count]."""
+        """Return which examples this worker reads but has no features of, bool [count]."""
         required = np.zeros(self.split.count, bool)
-        required[self.own] = True
-        return required & ~self.known[view]
+        required[self.indices] = True
+        return required & ~self.stored[view]
 
-    def stored(self, rows: np.ndarray) -> np.ndarray:
-        """Convert `rows` [n, *shape] of any floating dtype for `write`.
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Convert rows [n, *shape] of any floating dtype to the stored dtype, as `write` requires.
 
         Raises:
-            DataError: a value is too large for float16.
+            DataError: a finite value is too large for float16.
         """
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
         with np.errstate(over="ignore"):
-            typed = rows.astype(STORED[self.dtype], copy=False)
-        if self.dtype == "float16" and not np.isfinite(typed).all() and np.isfinite(rows).all():
+            converted = rows.astype(STORED[self.dtype], copy=False)
+        if self.dtype == "float16" and not np.isfinite(converted).all() and np.isfinite(rows).all():
             problem, fix = "features exceed 65,504, the largest float16 value", "use features_dtype=bfloat16"
             raise DataError(problem, key="features_dtype", value="float16", fix=fix)
-        return typed
+        return converted
 
     def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store `rows` [n, *shape], of the dtype in `STORED`, at increasing indices int64 [n].
+        """Store encoded `rows` [n, *shape] of the examples `index`, int64 [n], increasing.
+
+        Args:
+            bad: reasons why images of these examples could not be read, by index.
 
         Raises:
-            OSError: the disk is full or missing, and the features are not in memory.
+            OSError: the rows cannot be written to disk, and the features are not in memory.
         """
-        splits = np.flatnonzero(np.diff(index) != 1) + 1
-        for indices, values in zip(np.split(index, splits), np.split(rows, splits), strict=True):
-            if len(indices):
-                self._write_run(view, int(indices[0]), np.ascontiguousarray(values), bad)
+        gaps = np.flatnonzero(np.diff(index) != 1) + 1
+        for consecutive, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
+            if len(consecutive):
+                self._write_block(view, int(consecutive[0]), np.ascontiguousarray(values), bad)
         self.bad |= bad
 
-    def _write_run(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
+    def _write_block(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
+        """Store rows of consecutive examples; if the disk fails, features in memory are no longer written to it."""
         count, start = len(rows), view * (self.split.count + 1) + first
         if self.cached_in == "memory":
             assert self.array is not None
@@ -114,66 +122,74 @@ class Features:
             block = {"view": view, "first": first, "count": count, "crc32c": crc32c_hex(rows),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
-                # Plain writes: a full disk under a mapped file would kill the process.
+                # Not through a mapped file: a full disk would kill the process with SIGBUS.
                 with open(self.file.with_suffix(".rows"), "r+b") as file:
                     file.seek(start * self.row_bytes)
                     file.write(rows.data.cast("B"))
-                with open(self.file.with_suffix(".list"), "a") as listed:
-                    listed.write(json.dumps(block) + "\n")
+                with open(self.file.with_suffix(".list"), "a") as blocks:
+                    blocks.write(json.dumps(block) + "\n")
             except OSError as error:
                 if self.cached_in != "memory":
                     raise
-                self.note(f"features cannot be stored in {self.file.parent} ({error.strerror}); using memory only")
+                folder = self.file.parent
+                self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
                 remove(self.file)
                 self.file = None
-        self.known[view, first : first + count] = True
+        self.stored[view, first : first + count] = True
 
     def complete(self) -> None:
-        """Make the features readable; all rows are stored."""
+        """Make the features readable, after all rows have been stored."""
         assert not any(self.missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
-            # Copy on write, since DLPack requires writable memory; nothing writes.
+            # Mode "c", copy on write: DLPack requires writable memory, although nothing writes to it.
             shape = (self.views * (self.split.count + 1), *self.shape)
             self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
 
 
 def remove(file: Path) -> None:
-    """Delete stored features; a process that has them open can still read them."""
+    """Delete features from disk; a process that has mapped them can still read them."""
     for suffix in (".rows", ".list"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
-    """Return the bytes of stored features."""
+    """Return the size in bytes of stored features of `shape` per view and example."""
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
-    """Load the rows of earlier starts, stored under the name `file`, into new `features`; None if there is no room.
+    """Prepare new `features` for writing, and load the rows that earlier starts stored on disk.
 
-    Features within the memory budget are in memory, with a copy on disk if they fit that budget; others on disk only.
-    The least recently used features on disk are deleted to keep within its budget. Budgets are in bytes.
+    Features that fit the memory budget are in memory, and also on disk if they fit the disk budget; all others are on
+    disk only. The least recently used features of other files are deleted to stay within the disk budget.
+
+    Args:
+        file: path on disk, without suffix, which identifies the features.
+        memory_budget, disk_budget: in bytes.
+
+    Returns:
+        `features`, or None if there is no room for them.
     """
     in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
     features.cached_in = "memory" if in_memory else "disk"
     rows = features.views * (features.split.count + 1)
-    features.known = np.zeros((features.views, features.split.count), bool)
+    features.stored = np.zeros((features.views, features.split.count), bool)
     if in_memory:
         features.array = fresh_array((rows, *features.shape), STORED[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _make_room(file, features.bytes, disk_budget)
+            _evict(file, features.bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as sparse:
                 sparse.truncate(rows * features.row_bytes)
             file.with_suffix(".list").touch()
             features.file = file
             _load_stored(features)
         except OSError as error:
-            features.note(f"features cannot be stored in {file.parent} ({error.strerror})")
+            features.log_message(f"features cannot be stored in {file.parent} ({error.strerror})")
             if not in_memory:
                 return None
             features.file = None
@@ -181,7 +197,7 @@ def open_features(features: Features, file: Path, memory_budget: int, disk_budge
 
 
 def _load_stored(features: Features) -> None:
-    """Mark the rows on disk that match their checksums as known, and read them if features are in memory."""
+    """Mark the rows on disk that match their checksums as stored, and read them if the features are in memory."""
     assert features.file
     damaged, size = 0, features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows:
@@ -199,18 +215,19 @@ def _load_stored(features: Features) -> None:
             content = rows.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == block["crc32c"]
             damaged += not is_intact
-            features.known[view, first : first + count] = is_intact
+            features.stored[view, first : first + count] = is_intact  # a later line replaces an earlier one
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
                     values = np.frombuffer(content, STORED[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
     if damaged:
-        features.note(f"{damaged} blocks of {features.file}.rows are damaged; they are computed again")
+        blocks = f"{damaged} block{'s' * (damaged > 1)}"
+        features.log_message(f"{blocks} of {features.file}.rows damaged; computing the features again")
 
 
-def _make_room(file: Path, needed: int, budget: int) -> None:
-    """Delete the least recently used features until `needed` more bytes fit the budget."""
+def _evict(file: Path, needed: int, budget: int) -> None:
+    """Delete the least recently used features, except those of `file`, until `needed` bytes fit the budget."""
     others = []
     for path in file.parent.glob("*.list"):
         rows = path.with_suffix(".rows")

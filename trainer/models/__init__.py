@@ -1,1 +1,1 @@
-"""Backbones, classifier head, pretrained weights and freezing."""
+"""The classifier: backbone, head, initial weights, freezing and Grad-CAM."""

@@ -1,6 +1,6 @@
 """Registry of backbones: every classification network of keras.applications, by name.
 
-A lookup does not import Keras; only `Backbone.build` and `Backbone.preprocess` do.
+Only `Backbone.build` and `Backbone.preprocess` import Keras, so that listing and finding backbones is fast.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 class Backbone:
     """A network of keras.applications.
 
-    The name of a block is the common prefix of its layers' names. In the Inception and NASNet families most layers of
-    a block are anonymous (`conv2d_17`) and precede its named layer: there a block begins right after the previous
-    one, and the first block begins after the layer `stem_end`.
+    The names of blocks are derived from the names of layers, by `block_pattern`. In the Inception and NASNet families
+    most layers of a block have automatic names (`conv2d_17`) and precede the layer that names the block: there a block
+    begins right after the previous one, and the first one after the layer `stem_end`.
     """
 
-    name: str  # of the constructor: "MobileNetV2"
-    module: str  # of keras.applications with its preprocess_input: "mobilenet_v2"
-    default_size: int  # pixels; the input size of the ImageNet weights
-    smallest_size: int  # pixels
+    name: str  # of the constructor in keras.applications, such as "MobileNetV2"
+    module: str  # of keras.applications that has its preprocess_input, such as "mobilenet_v2"
+    default_size: int  # image side in pixels with which the ImageNet weights were trained
+    smallest_size: int  # smallest image side in pixels
     block_pattern: str  # regular expression, searched in layer names
-    block_name: str = r"\1"  # expanded from the match
-    stem_end: str | None = None
-    takes_alpha: bool = False  # alpha is the width multiplier of the MobileNet families
+    block_name: str = r"\1"  # template of the block's name, expanded with the match
+    stem_end: str | None = None  # last layer before the first block
+    takes_alpha: bool = False  # has a width multiplier, as the MobileNet families do
 
     def preprocess(self, images: Any) -> Any:
-        """Apply Keras' `preprocess_input` of this network to float32 [b, S, S, 3] RGB in 0..255, in the graph.
+        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] in 0..255.
 
-        It is the identity for networks with a Rescaling or Normalization layer of their own.
+        It is the identity for networks that contain a Rescaling or Normalization layer.
         """
         import keras
 
@@ -49,8 +49,8 @@ class Backbone:
         """Build the network without its classification top: float [b, S, S, 3] -> float [b, h, w, C].
 
         Raises:
-            ModelError: the size is too small, `alpha` is set for a network without one, or Keras refuses.
-            OSError, Exception: from Keras, when it cannot download `weights="imagenet"`.
+            ModelError: the image size is too small, the network takes no `alpha`, or Keras rejects the arguments.
+            Exception: Keras cannot download the weights `imagenet`.
         """
         import keras
 
@@ -62,10 +62,9 @@ class Backbone:
                 fix=f"use at least {self.smallest_size}",
             )
         if alpha is not None and not self.takes_alpha:
-            takers = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
-            raise ModelError(
-                f"{self.name} has no alpha", key="model.alpha", value=alpha, fix=f"unset it (for {takers} only)"
-            )
+            names = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
+            problem, fix = f"{self.name} takes no alpha", f"set it to null; only {names} take it"
+            raise ModelError(problem, key="model.alpha", value=alpha, fix=fix)
         options: dict[str, Any] = {"alpha": alpha or 1.0} if self.takes_alpha else {}
         try:
             network = getattr(keras.applications, self.name)(
@@ -73,12 +72,13 @@ class Backbone:
             )
         except ValueError as error:
             fix = "change model.image_size or model.alpha"
-            raise ModelError(f"Keras refuses: {error}", key="model.backbone", value=self.name, fix=fix) from error
-        _reset_anonymous_names(network)
+            problem = f"cannot be built by Keras: {error}"
+            raise ModelError(problem, key="model.backbone", value=self.name, fix=fix) from error
+        _renumber_automatic_names(network)
         return network
 
     def block_of(self, layer_name: str) -> str | None:
-        """Return the block of a layer by its name; None for stem, top and anonymous layers."""
+        """Return the block that a layer name contains; None for the stem, the top and automatic names."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
@@ -93,22 +93,22 @@ class Backbone:
         return starts
 
 
-def _reset_anonymous_names(network: keras.Model) -> None:
-    """Number anonymous layers from 0 within this network.
+def _renumber_automatic_names(network: keras.Model) -> None:
+    """Number the layers with automatic names from 0 within this network.
 
-    Keras numbers them over the whole process: `conv2d_93` of one run would be `conv2d_187` of another, and freezing
-    patterns and checkpoints need stable names.
+    Keras numbers them across all networks of a process: `conv2d_93` of one run could be `conv2d_187` of another, but
+    freezing patterns and checkpoints need stable names.
     """
     import keras
 
-    anonymous: dict[str, list[tuple[int, keras.Layer]]] = {}
+    by_kind: dict[str, list[tuple[int, keras.Layer]]] = {}
     for layer in network.layers:
         words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
         kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # as Keras: Conv2D -> conv2d, ReLU -> re_lu
         match = re.fullmatch(re.escape(kind) + r"(?:_(\d+))?", layer.name)
         if match and not isinstance(layer, keras.layers.InputLayer):
-            anonymous.setdefault(kind, []).append((int(match[1] or 0), layer))
-    for kind, layers in anonymous.items():
+            by_kind.setdefault(kind, []).append((int(match[1] or 0), layer))
+    for kind, layers in by_kind.items():
         first = min(number for number, _ in layers)
         for number, layer in layers:
             layer.name = f"{kind}_{number - first}" if number > first else kind
@@ -116,7 +116,7 @@ def _reset_anonymous_names(network: keras.Model) -> None:
 
 @cache
 def backbones() -> dict[str, Backbone]:
-    """Return every backbone by its lower-case name without separators, such as "mobilenetv2"."""
+    """Return all backbones by their lower-case names without separators, such as "mobilenetv2"."""
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
     cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
@@ -148,24 +148,24 @@ def backbones() -> dict[str, Backbone]:
         for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
-    return {_plain(backbone.name): backbone for backbone in networks}
+    return {_normalized(backbone.name): backbone for backbone in networks}
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
+    """Return a name in lower case, without separators."""
     return re.sub(r"[\s_.-]", "", name).lower()
 
 
 def find_backbone(name: str) -> Backbone:
-    """Return the backbone of that name; case, underscores and hyphens do not matter.
+    """Return the backbone with a name; case, spaces, dots, underscores and hyphens do not matter.
 
     Raises:
-        ModelError: no backbone has that name; the fix names the closest match, or all of them.
+        ModelError: no backbone has that name; the fix suggests the closest name, or lists all.
     """
-    known, plain = backbones(), _plain(name)
-    if plain in known:
-        return known[plain]
-    close = difflib.get_close_matches(plain, known, 1, cutoff=0.5)
-    fix = (
-        f"did you mean {known[close[0]].name}?" if close else "use one of " + ", ".join(b.name for b in known.values())
-    )
+    registry, normalized = backbones(), _normalized(name)
+    if normalized in registry:
+        return registry[normalized]
+    close = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)
+    names = ", ".join(backbone.name for backbone in registry.values())
+    fix = f"did you mean {registry[close[0]].name}?" if close else f"use one of {names}"
     raise ModelError("is not a known backbone", key="model.backbone", value=name, fix=fix)

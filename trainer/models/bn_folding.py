@@ -1,9 +1,9 @@
-"""BatchNormalization folding: frozen layers become part of the convolutions before them.
+"""BatchNormalization folding: for speed, the convolution before a frozen layer computes both.
 
-With constant averages the layer is a per-channel scale and shift, so a convolution with another kernel and bias
-computes the same. Variables are unchanged: kernels are scaled in the graph, in float32, and gradients pass through.
-(Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-section 3.2, with constant averages.)
+With constant moving averages, BatchNormalization is a scale and a shift per channel, so a convolution with a scaled
+kernel and another bias computes the same in one operation. Variables do not change: kernels are scaled in the graph, in
+float32, and gradients flow through the scaling. Compare Jacob et al. 2018, "Quantization and Training of Neural
+Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 """
 
 import inspect
@@ -24,7 +24,7 @@ CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """Kernels and bias of a convolution and the BatchNormalization after it, in the compute dtype."""
+    """Kernels and bias, in the compute dtype, of a convolution that includes the BatchNormalization after it."""
 
     kernels: tuple[tf.Tensor, ...]  # a separable convolution has two: depthwise and pointwise
     bias: tf.Tensor
@@ -33,14 +33,16 @@ class FoldedWeights:
 def apply_folded(
     network: keras.Model, inputs: Any, training: bool = False, weights: Mapping[str, FoldedWeights] | None = None
 ) -> Any:
-    """Compute `network(inputs, training=training)` with folded layers, equal up to rounding.
+    """Compute `network(inputs, training=training)` with folded layers; the result is equal up to rounding.
 
-    With `training`, trainable BatchNormalization layers are not folded: they use the batch statistics.
+    With `training`, trainable BatchNormalization layers are not folded, because they use the batch statistics. For
+    symbolic inputs nothing is folded.
 
     Args:
-        weights: `fold_weights(network)`, where no variable of the network changes; None: fold in the graph.
+        weights: the result of `fold_weights(network)`, if no variable of the network changes afterwards; defaults to
+            folding in the graph, with the current variables at each execution.
     """
-    if isinstance(inputs, keras.KerasTensor):  # a symbolic call: the model has Keras' own layers
+    if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
     norm_of = {conv.name: norm for conv, norm in foldable_pairs(network) if not (training and norm.trainable)}
     folded_norms = {norm.name for norm in norm_of.values()}
@@ -50,7 +52,7 @@ def apply_folded(
             folded = weights[operation.name] if weights is not None else _fold(operation, norm)
             return partial(_convolve, operation, folded)
         if operation.name in folded_norms:
-            return lambda maps, **_: maps  # Keras also passes a mask, which images do not have
+            return lambda maps, **_: maps  # identity; Keras also passes a mask, which images do not have
         if isinstance(operation, keras.Layer) and "training" in inspect.signature(operation.call).parameters:
             return partial(operation, training=training)
         return operation
@@ -60,30 +62,31 @@ def apply_folded(
 
 
 def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
-    """Fold the current weights; keys are the names of the convolutions in `foldable_pairs`."""
+    """Fold all foldable layers with the current values of the variables; keys are the names of the convolutions."""
     return {convolution.name: _fold(convolution, norm) for convolution, norm in foldable_pairs(network)}
 
 
 def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
-    """List each linear convolution whose only consumer is a BatchNormalization, with that layer."""
+    """List the convolutions without an activation whose output only a BatchNormalization uses, each with that layer."""
     consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
     for operation in network.operations:
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
                 consumers[id(tensor)].append(operation)
-    last = {id(producer_of(tensor)) for tensor in network.outputs}
+    output_producers = {id(producer_of(tensor)) for tensor in network.outputs}
     pairs = []
     for operation in network.operations:
-        if isinstance(operation, CONVOLUTIONS) and id(operation) not in last:
-            linear = operation.activation in (None, keras.activations.linear)
-            after = consumers[id(operation.output)]
-            is_norm = len(after) == 1 and isinstance(after[0], NORM) and after[0].axis in (-1, 3)
-            if linear and is_norm and operation.data_format == "channels_last":
-                pairs.append((operation, after[0]))
+        if isinstance(operation, CONVOLUTIONS) and id(operation) not in output_producers:
+            is_linear = operation.activation in (None, keras.activations.linear)
+            users = consumers[id(operation.output)]
+            before_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
+            if is_linear and before_norm and operation.data_format == "channels_last":
+                pairs.append((operation, users[0]))
     return pairs
 
 
 def _fold(convolution: Any, norm: Any) -> FoldedWeights:
+    """Scale the kernels of a convolution, and shift its bias, as the BatchNormalization after it does."""
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma
@@ -105,7 +108,7 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
 
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
-    """[b, h, w, C] -> [b, h', w', C'] of the compute dtype."""
+    """Convolve feature maps [b, h, w, C] with folded weights, in the compute dtype of the layer."""
     op = keras.ops.conv
     if isinstance(convolution, keras.layers.SeparableConv2D):
         op = keras.ops.separable_conv
@@ -113,4 +116,4 @@ def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> 
         op = keras.ops.depthwise_conv
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
     outputs = op(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
-    return tf.nn.bias_add(outputs, weights.bias)  # TensorFlow fuses it with the convolution
+    return tf.nn.bias_add(outputs, weights.bias)  # bias_add: TensorFlow fuses it with the convolution

@@ -1,4 +1,4 @@
-"""Classifier: preprocessing, backbone, pooling and head, as plain functions over Keras variables."""
+"""The classifier: preprocessing, backbone, pooling and head, as functions of images and Keras variables."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,24 +19,28 @@ from trainer.stateless_random import DROPOUT, uniform
 class Classifier:
     """Image classifier; S is the image side in pixels, C the number of output channels of the backbone.
 
-    The head computes in float32 under every precision policy. All methods work in a tf.function and in replicas.
+    The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function
+    and in the replicas of a strategy.
     """
 
     kind: Backbone
     backbone: keras.Model  # preprocessed float [b, S, S, 3] -> float [b, h, w, C]
-    hidden: keras.layers.Dense | None
-    output: keras.layers.Dense
+    hidden: keras.layers.Dense | None  # hidden layer of the head, if it has one
+    output: keras.layers.Dense  # output layer of the head
     pooling: str  # avg | max
-    dropout: float  # rate, just before the output layer
-    l2: float
+    dropout: float  # rate, immediately before the output layer
+    l2: float  # factor of the penalty on the head's kernels
     image_size: int
 
     def features(self, images: Any, batch_norm_training: bool = False, weight: Any = None) -> Any:
-        """Feature maps [b, h, w, C] of the compute dtype for uint8 or float32 [b, S, S, 3] in 0..255.
+        """Compute feature maps [b, h, w, C], of the compute dtype, of uint8 or float32 [b, S, S, 3] in 0..255.
 
-        With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their
-        averages (keras#20285: `training=True` in any other case would update them as well). Examples of `weight` 0,
-        float32 [b], are padding and do not contribute to the statistics.
+        With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their moving
+        averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
+        could update the averages (keras#20285).
+
+        Args:
+            weight: float32 [b]; examples of weight 0 are padding, and excluded from the statistics.
         """
         pixels = self.kind.preprocess(keras.ops.cast(images, "float32"))
         with example_weights(weight if batch_norm_training else None):
@@ -52,10 +56,10 @@ class Classifier:
     def head_logits(
         self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None
     ) -> Any:
-        """Float32 logits [b, classes] for feature maps [b, h, w, C] or pooled features [b, C].
+        """Compute logits, float32 [b, classes], of feature maps [b, h, w, C] or pooled features [b, C].
 
-        The dropout mask in training is a function of (`seed`, run `step`, `position` in the global batch int64 [b],
-        unit) alone, so it does not depend on how the batch is split over replicas.
+        The dropout mask depends only on `seed`, the `step` of the run, the `position` in the global batch, int64 [b],
+        and the unit: not on how the batch is split over replicas.
         """
         x = self.pooled(features)
         if self.hidden is not None:
@@ -63,70 +67,70 @@ class Classifier:
         if training and self.dropout > 0:
             assert position is not None, "dropout needs the positions of the examples in the global batch"
             draws = uniform(seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :])
-            x = tf.where(
-                draws >= self.dropout, x / (1.0 - self.dropout), 0.0
-            )  # inverted dropout: no scale at inference
+            # Inverted dropout: scaled here, not at inference.
+            x = tf.where(draws >= self.dropout, x / (1.0 - self.dropout), 0.0)
         return self.output(x)
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Float32 logits [b, classes] for uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute logits, float32 [b, classes], of uint8 or float32 [b, S, S, 3] in 0..255."""
         return self.head_logits(self.features(images, batch_norm_training, weight), training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
-        """Float32 [b, classes] for uint8 or float32 [b, S, S, 3] in 0..255; each row sums to 1."""
+        """Compute class probabilities, float32 [b, classes], of uint8 or float32 [b, S, S, 3] in 0..255."""
         return keras.ops.softmax(self.logits(images))
 
     def l2_loss(self) -> tf.Tensor:
-        """L2 penalty, float32 scalar: l2 times the sum of squares of the kernels of the head."""
+        """Return the L2 penalty, a float32 scalar: `l2` times the sum of squares of the head's kernels."""
         if self.l2 == 0:
             return tf.constant(0.0)
         kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
 
     def keras_model(self) -> keras.Model:
-        """Build an inference model over the same variables: float32 [b, S, S, 3] in 0..255 -> `probabilities`."""
+        """Build an inference model with the same variables: float32 [b, S, S, 3] in 0..255 -> `probabilities`."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
         """Variables of the head by name: head/hidden/kernel, ..., head/output/bias."""
-        layers = {
-            name: layer for name, layer in (("hidden", self.hidden), ("output", self.output)) if layer is not None
+        layers = {"hidden": self.hidden, "output": self.output}
+        return {
+            f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
         }
-        return {f"head/{name}/{v.name}": v for name, layer in layers.items() for v in layer.weights}
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """All variables by a name that is stable across processes: the backbone's in layer order, then the head's."""
+        """All variables by names that are stable across processes: backbone in layer order, then head."""
         named: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in named:  # a nested block may have two variables of one name
+                while key in named:  # a layer with sublayers can have several variables of one name
                     key += "_"
                 named[key] = variable
         return named | self.head_variables
 
 
 def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:
-    """Build the classifier that `model` configures; random initial values are functions of `seed`.
+    """Build the classifier that `model` configures; random initial values depend on `seed` only.
 
-    Call it in the scope of the strategy, after the global Keras precision policy is set.
+    Call it in the scope of the strategy, after setting Keras' global precision policy.
 
     Raises:
-        ModelError: the backbone cannot be built with these options, or its weights cannot be loaded.
+        ModelError: there are fewer than two classes, or the backbone cannot be built or its weights loaded.
     """
     if class_count < 2:
-        raise ModelError(f"the data has {class_count} class, a classifier needs 2", fix="add images of another class")
+        problem = f"the number of classes is {class_count}, and a classifier needs at least 2"
+        raise ModelError(problem, fix="add images of another class")
     kind = find_backbone(model.backbone)
     image_size = model.image_size or kind.default_size
     network = build_with_weights(kind, image_size, model.alpha, model.weights, seed)
     for layer in network.layers:
-        # Drop-connect in some families draws from a stateful generator, whose state is not in a checkpoint.
+        # Drop-connect, in some families, draws from a stateful generator, whose state no checkpoint has.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     hidden, width = None, network.output_shape[-1]

@@ -1,4 +1,4 @@
-"""Freezing: trainable layers and learning-rate multipliers of one phase."""
+"""Freezing: selects the trainable layers of a phase and their learning-rate multipliers."""
 
 import bisect
 import difflib
@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, ExampleNormalization
+from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization
 from trainer.models.classifier import Classifier
 from trainer.private_api import swap_class
 
@@ -21,52 +21,52 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 
 @dataclass(frozen=True)
 class ThawPlan:
-    """Trainable and frozen variables of a phase; `groups` has every variable of the classifier exactly once."""
+    """Trainable and frozen variables of the classifier in one phase."""
 
     thaw: str
     batch_norm: str  # frozen | train
     trainable: dict[str, keras.Variable]  # the variables of the optimizer, in a fixed order
-    groups: dict[str, list[keras.Variable]]
+    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by its name in `GROUPS`
     first_thawed: int | None  # index in backbone.layers of the first layer with trainable weights
-    first_name: str | None
-    thawed_layers: int
-    layer_count: int
-    batch_norm_training: bool  # argument of `Classifier.features` in training
-    lr_multipliers: tuple[float, ...]  # per variable of `trainable`; empty: 1 for all
-    lr_summary: str  # `lr_multipliers` per block
+    first_name: str | None  # name of that layer
+    thawed_layers: int  # layers that the rule selects
+    layer_count: int  # layers of the backbone
+    batch_norm_training: bool  # whether training updates moving averages
+    lr_multipliers: tuple[float, ...]  # per variable of `trainable`; empty if all are 1
+    lr_summary: str  # the multipliers per block, as text; empty if all are 1
 
     def lines(self) -> list[str]:
-        """Format the plan as a table, one line per group."""
-        where = f"all {self.layer_count} layers of the backbone are frozen"
+        """Format the plan: a heading, a table with a row per group, and the multipliers."""
+        summary = f"all {self.layer_count} layers of the backbone are frozen"
         if self.first_thawed is not None:
-            where = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
-                     f"{self.first_thawed} ({self.first_name})")  # fmt: skip
+            summary = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
+                       f"{self.first_thawed} ({self.first_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
-        for name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
+        for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
             sizes = [(math.prod(v.shape), tf.as_dtype(v.dtype).size) for v in group]
             parameters, size = sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
-            table.append((name, f"{len(group):,}", f"{parameters:,}", f"{size / 1e6:,.2f} MB"))
-        first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
-        rows = ["  " + "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in table]
-        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {where}", *rows, *filter(None, [self.lr_summary])]
+            table.append((group_name, f"{len(group):,}", f"{parameters:,}", f"{size / 1e6:,.2f} MB"))
+        name_width, *widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        rows = ["  " + "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)]) for name, *cells in table]
+        return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {summary}", *rows, *filter(None, [self.lr_summary])]
 
 
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` of every backbone layer by the rule `thaw`; the head is always trainable.
+    """Set `.trainable` of every backbone layer according to the rule `thaw`; the head is always trainable.
 
-    `thaw` is none | all | from_layer:N | last_layers:N | percent:P | from_block:NAME | last_blocks:N | pattern:REGEX.
-    N counts `backbone.layers`, `percent:P` is the last P % of them, a pattern is searched in layer names.
-    `batch_norm=frozen` freezes all BatchNormalization layers; `train` trains the thawed ones, with statistics over
-    the examples of all replicas. Trace training steps after this call: a traced function ignores later changes.
+    Rules are none, all, from_layer:N (index N in `backbone.layers` and above), last_layers:N, percent:P (the last P %
+    of the layers), from_block:NAME, last_blocks:N and pattern:REGEX (searched in layer names). `batch_norm=frozen`
+    freezes all BatchNormalization layers; `train` trains the thawed ones, with statistics over the examples of all
+    replicas. Trace training steps after this call: a function that is already traced ignores the change.
 
-    The head trains at the learning rate, a backbone layer at `backbone_rate * layer_decay ** d` times it; d is 1 in
-    the last block and grows by 1 per block down to the stem (discriminative fine-tuning, Howard & Ruder 2018; d as in
-    BEiT, Bao et al. 2022).
+    The head is trained with the learning rate, a backbone layer with `backbone_rate * layer_decay ** d` times as much;
+    d is 1 in the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018;
+    d as in BEiT, Bao et al. 2022).
 
     Raises:
-        ModelError: the rule matches no layer, or none with weights to train; `key` is "thaw".
+        ModelError: the rule is invalid, matches no layer, or none with trainable weights; its `key` is "thaw".
     """
     layers, head = classifier.backbone.layers, classifier.head_variables
     matching = _matching_layers(classifier, thaw)
@@ -74,8 +74,8 @@ def apply_thaw(
     for index, layer in enumerate(layers):
         is_norm = isinstance(layer, NORM)
         layer.trainable = index in matching and not (is_norm and batch_norm == "frozen")
-        if is_norm:  # where it trains, its statistics exclude padding
-            swap_class(layer, ExampleNormalization if layer.trainable else NORM)
+        if is_norm:  # if it trains, its statistics exclude padding
+            swap_class(layer, PaddingAwareBatchNormalization if layer.trainable else NORM)
     thawed = [index for index in sorted(matching) if layers[index].trainable_weights]
     if matching and not thawed:
         frozen_class = NORM if batch_norm == "frozen" else ()
@@ -83,18 +83,18 @@ def apply_thaw(
         fix = f"include layer {last} ({layers[last].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
-    weights = {id(variable) for layer in layers for variable in layer.trainable_weights}
+    trained = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
     moving = {id(v) for i in thawed if isinstance(layers[i], NORM) for v in layers[i].non_trainable_weights}
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
         kind = "head" if name in head else "batch norm" if id(variable) in norms else "backbone"
-        role = "trains" if name in head or id(variable) in weights else "frozen"
+        role = "trains" if name in head or id(variable) in trained else "frozen"
         groups[f"{kind}, {'moving averages' if id(variable) in moving else role}"].append(variable)
     expected = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
-    assert {id(v) for v in classifier.variables.values()} == expected, "a variable is missing from the plan"
+    assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
-    trainable = {n: v for n, v in classifier.variables.items() if n in head or id(v) in weights}
+    trainable = {n: v for n, v in classifier.variables.items() if n in head or id(v) in trained}
     multipliers, summary = _lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
     return ThawPlan(
         thaw=thaw,
@@ -114,12 +114,12 @@ def apply_thaw(
 def _lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
-    """Learning-rate multiplier per trainable variable, and a summary per block; both empty where all are 1."""
+    """Return the multiplier of each trainable variable, and a text with that of each block; both empty if all are 1."""
     layers = classifier.backbone.layers
     starts = {"stem": 0, **classifier.kind.block_starts([layer.name for layer in layers])}
     names, firsts = sorted(starts, key=starts.__getitem__), sorted(starts.values())
-    by_variable: dict[int, float] = {}
-    by_block: dict[str, float] = {}  # blocks with trainable weights
+    by_variable: dict[int, float] = {}  # by id
+    by_block: dict[str, float] = {}  # only blocks with trainable weights
     for index, layer in enumerate(layers):
         block = bisect.bisect_right(firsts, index) - 1  # a block ends where the next one begins
         multiplier = backbone_rate * layer_decay ** (len(names) - block)
@@ -134,6 +134,7 @@ def _lr_multipliers(
 
 
 def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
+    """Return the indices of the backbone layers that a rule selects."""
     names = [layer.name for layer in classifier.backbone.layers]
     starts = classifier.kind.block_starts(names)
     rule, _, value = thaw.partition(":")
@@ -145,29 +146,23 @@ def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
         case "pattern":
             try:
                 matching = {index for index, name in enumerate(names) if re.search(value, name)}
-            except re.error as reason:
-                raise ModelError(
-                    f"is not a regular expression: {reason}", key="thaw", value=thaw, fix="correct it"
-                ) from None
+            except re.error as error:
+                problem = f"is not a valid regular expression: {error}"
+                raise ModelError(problem, key="thaw", value=thaw, fix="correct it") from None
             if not matching:
-                raise ModelError(
-                    f"matches no layer of {network}", key="thaw", value=thaw, fix=f"use names like {names[-2]}"
-                )
+                fix = f"use names like {names[-2]}"
+                raise ModelError(f"matches no layer of {network}", key="thaw", value=thaw, fix=fix)
             return matching
         case "from_block":
             if value not in starts:
                 close = difflib.get_close_matches(value, starts, 3, cutoff=0.5) or ["one of these"]
-                raise ModelError(
-                    f"{network} has no such block, but {', '.join(starts)}",
-                    key="thaw",
-                    value=thaw,
-                    fix=f"use {' or '.join(close)}",
-                )
+                problem = f"is not a block of {network}, which has {', '.join(starts)}"
+                raise ModelError(problem, key="thaw", value=thaw, fix=f"use {' or '.join(close)}")
             first = starts[value]
         case "last_blocks":
-            last = len(starts)
-            if not 1 <= int(value) <= last:
-                raise ModelError(f"{network} has {last} blocks", key="thaw", value=thaw, fix=f"use 1 to {last}")
+            total = len(starts)
+            if not 1 <= int(value) <= total:
+                raise ModelError(f"{network} has {total} blocks", key="thaw", value=thaw, fix=f"use 1 to {total}")
             first = sorted(starts.values())[-int(value)]
         case "from_layer":
             first = int(value)
@@ -180,7 +175,8 @@ def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
         case "percent":
             first = int(count * (1 - float(value) / 100))
             if first >= count:
-                raise ModelError(f"thaws no layer of {network}'s {count}", key="thaw", value=thaw, fix="use none")
+                problem = f"selects none of the {count} layers of {network}"
+                raise ModelError(problem, key="thaw", value=thaw, fix="use none")
         case _:
-            raise ModelError("is not a freezing rule", key="thaw", value=thaw, fix="use a rule of docs/phases.md")
+            raise ModelError("is not a freezing rule", key="thaw", value=thaw, fix="use a rule in docs/phases.md")
     return set(range(first, count))

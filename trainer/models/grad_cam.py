@@ -1,4 +1,4 @@
-"""Grad-CAM heatmaps with the probabilities and the embedding, in one pass over the backbone."""
+"""Grad-CAM heatmaps, probabilities and embeddings of images, in one pass through the backbone."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from trainer.models.classifier import Classifier
 
-BATCH_SIZE = 32
-Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the arrays of `explain`
+BATCH_SIZE = 32  # most images per call of the compiled function
+Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the results of `explain`
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
-    """Compile `explain` for any number of images; it is traced once, at the first call."""
-    signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)  # one for all sizes
+    """Compile `explain` for any number of images; the first call traces it, once."""
+    signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)
     compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
 
     def explainer(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -24,21 +24,21 @@ def make_explainer(classifier: Classifier) -> Explainer:
 
 
 def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
-    """Probabilities, embeddings and Grad-CAM heatmaps of images; works in a tf.function and a SavedModel.
+    """Compute probabilities, embeddings and Grad-CAM heatmaps of images, eagerly or in a graph.
 
     Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization") is the ReLU of a weighted sum of the feature maps; the weight of a map is the spatial mean of the
-    gradient of the class logit. Only the head is differentiated: a heatmap costs little more than a prediction.
+    gradient of the class logit. Only the head is differentiated, so a heatmap costs little more than a prediction.
 
     Args:
         images: uint8 or float32 [b, S, S, 3] in 0..255.
-        classes: int32 [b], the class of each heatmap; None: the most probable one.
+        classes: int32 [b], the class that each heatmap explains; defaults to the predicted class.
 
     Returns:
         `probabilities` float32 [b, classes]; `embedding` float32 [b, C], the pooled features; `heatmap` float32
-        [b, h, w] of the size of the feature maps, its maximum 1, or all 0 where no feature supports the class.
+        [b, h, w], of the size of the feature maps, with a maximum of 1, or all 0 if no feature supports the class.
     """
-    features = tf.cast(classifier.features(images), tf.float32)  # gradients of half precision would be rounded away
+    features = tf.cast(classifier.features(images), tf.float32)  # in half precision, small gradients would underflow
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(features)
         logits = classifier.head_logits(features)

@@ -1,4 +1,4 @@
-"""Initial weights of a backbone: from ImageNet, packaged, from a file, or random."""
+"""Initial weights of a backbone: published ImageNet weights, the packaged file, another file, or random values."""
 
 import zipfile
 from collections import Counter
@@ -23,11 +23,11 @@ def build_with_weights(
 ) -> keras.Model:
     """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file.
 
-    With `none` every value is a function of `seed`: this sets the global seeds, because Keras draws the seeds of its
-    initializers from Python's global generator. Nothing else in a run uses it.
+    With `none`, the values depend on `seed` only: Keras draws the seeds of its initializers from Python's global random
+    generator, which is therefore seeded here. Nothing else in a run uses it.
 
     Raises:
-        ModelError: the weights cannot be loaded, or do not fit the backbone.
+        ModelError: the backbone cannot be built, or the weights cannot be loaded or do not fit it.
     """
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
@@ -38,12 +38,12 @@ def build_with_weights(
     if weights == "glyphs":
         path = GLYPHS
         if (backbone.name, alpha) != ("MobileNetV2", 0.35):
-            problem, fix = f"does not fit {_with_alpha(backbone, alpha)}", "use model=glyphs_mobilenet_v2"
+            problem, fix = f"does not fit {_display_name(backbone, alpha)}", "use model=glyphs_mobilenet_v2"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
         if not path.is_file():
             problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
-    _check_file(path)  # before the seconds that building takes
+    _check_file(path)  # first, because building the network takes seconds
     network = backbone.build(image_size, alpha, None)
     _load(network, path, backbone, image_size, alpha)
     if backbone.module == "efficientnet":
@@ -52,27 +52,28 @@ def build_with_weights(
 
 
 def _set_published_variance(network: keras.Model) -> None:
-    """Set the input normalization of EfficientNet B0 to B7 to that of ImageNet training, (x - mean) / variance.
+    """Set the input normalization of EfficientNet B0 to B7 to that of the published weights.
 
-    For `weights="imagenet"` alone, Keras adds a Rescaling layer that divides a second time by the standard deviation
-    (tensorflow#49930). In a network without it, the variance of the Normalization layer includes that factor. A layer
-    with another mean or variance was not trained on ImageNet and is unchanged.
+    After the Normalization layer, which divides by the standard deviation std, Keras adds a Rescaling layer that
+    divides by sqrt(std), but only if it builds the network with `weights="imagenet"` (tensorflow#49930). In a network
+    without that layer, the variance of the Normalization layer is set to std^3, which has the same effect; in one with
+    it, to std^2. A layer with any other mean or variance was not trained on ImageNet and is unchanged.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    current, expected = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
+    other, expected = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        current, expected = expected, current
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, current, atol=1e-3):
+        other, expected = expected, other
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other, atol=1e-3):
         norm.adapt_variance.assign(expected)
         norm.finalize_state()
 
 
 def refresh_normalization(network: keras.Model) -> None:
-    """Update the input normalization of a network after its variables were assigned.
+    """Update the input normalization of a network after values were assigned to its variables.
 
-    A Normalization layer computes with constants made from its variables at load time, and with `weights="imagenet"`
-    Keras divides a second time (`_set_published_variance`).
+    A Normalization layer computes with constants that Keras derives from its variables when it loads them. The values
+    may also come from a network that Keras built with, or without, a second layer for the ImageNet normalization.
     """
     for layer in network.layers:
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
@@ -81,49 +82,52 @@ def refresh_normalization(network: keras.Model) -> None:
 
 
 def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
+    """Build a backbone with the ImageNet weights that Keras downloads, or has downloaded earlier."""
     try:
         return backbone.build(image_size, alpha, "imagenet")
     except ModelError:
         raise
-    except Exception as error:  # get_file raises a bare Exception without a network
+    except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"the weights of {backbone.name} could not be downloaded ({reason})",
             key="model.weights",
             value="imagenet",
-            fix="use /path/to/file.weights.h5, or none for random weights",
+            fix="use the path of a .weights.h5 file, or none for random weights",
         ) from error
 
 
 def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    # Keras itself checks the older HDF5 layout of the published ImageNet files.
+    """Load a weights file into a network, and explain in the error why it does not fit."""
+    # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
         _check_shapes(network, path, backbone, image_size, alpha)
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        # Keras' own sentence about the first object that does not fit, without its lists.
+        # Only Keras' sentence about the first object that does not fit, without the lists around it.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
         raise _mismatch(path, backbone, alpha, detail.strip()) from error
 
 
-def _with_alpha(backbone: Backbone, alpha: float | None) -> str:
+def _display_name(backbone: Backbone, alpha: float | None) -> str:
     return backbone.name + (f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else "")
 
 
 def _mismatch(path: Path, backbone: Backbone, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
-    problem = f"does not fit {_with_alpha(backbone, alpha)} without its top: {detail}"
+    problem = f"does not fit {_display_name(backbone, alpha)} without its top: {detail}"
     return ModelError(problem, key="model.weights", value=path, fix=fix or f"use weights of {backbone.name}")
 
 
 def _check_file(path: Path) -> None:
+    """Raise a ModelError unless the path is a file in one of Keras' formats."""
     if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
-        reason = "is a folder" if path.is_dir() else "is no Keras file" if path.is_file() else "does not exist"
+        reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
         raise ModelError(reason, key="model.weights", value=path, fix=fix)
     if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
-        raise _damaged(path, "a Git LFS pointer?")
+        raise _damaged(path, "possibly a Git LFS pointer")
 
 
 def _damaged(path: Path, reason: object) -> ModelError:
@@ -132,7 +136,7 @@ def _damaged(path: Path, reason: object) -> ModelError:
 
 
 def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
-    """Count the arrays of each shape in a Keras 3 file, without the states of random generators."""
+    """Count the arrays of each shape in a Keras 3 file, except states of optimizers and random generators."""
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -155,7 +159,7 @@ def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
 
 
 def _check_shapes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless the file has arrays of exactly the network's shapes; Keras ignores extra ones."""
+    """Raise a ModelError unless the file has exactly the shapes of the network; Keras would ignore extra arrays."""
     actual, expected = _shapes_in_file(path), _shapes(network)
     if actual == expected:
         return

@@ -15,7 +15,14 @@ import numpy as np
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
-from trainer.distillation.source import ROWS, TeacherFiles, check_classes, check_same, find_teacher, read_teacher
+from trainer.distillation.source import (
+    ROWS_PER_CALL,
+    TeacherFiles,
+    check_classes,
+    check_same_teacher,
+    find_teacher,
+    read_teacher,
+)
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier
@@ -186,7 +193,7 @@ def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan 
     address = config.distillation.teacher
     files = check_teacher(address, dataset.class_names)
     state = newest_state(config) if config.output_dir else None
-    check_same(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
+    check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     logits = 0 if every_step else count * len(files.classes) * 4
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
@@ -200,5 +207,5 @@ def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan 
     if not is_remote(address):
         variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
-    activations = activation_bytes(classifier, None, rows if every_step else ROWS)
+    activations = activation_bytes(classifier, None, rows if every_step else ROWS_PER_CALL)
     return TeacherPlan(text, variable_bytes(classifier.variables.values()), activations, logits)

@@ -1,1 +1,1 @@
-"""Training step, optimizers, schedules, losses, early stopping and run state."""
+"""Training: step, losses, optimizers, learning-rate schedules, early stopping and the state of a run."""

@@ -1,4 +1,4 @@
-"""Keras optimizers and learning-rate schedules from the configuration."""
+"""Builds Keras optimizers and learning-rate schedules from the configuration."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ schedules = keras.optimizers.schedules
 
 
 class WarmUp(LearningRateSchedule):
-    """Linear warm-up over `steps` steps, peak * (s + 1) / (steps + 1) at step s, then the schedule `after`."""
+    """Linear warm-up for `steps` steps, peak * (s + 1) / (steps + 1) at step s, then `main_schedule`."""
 
-    def __init__(self, peak: float, steps: int, after: LearningRateSchedule) -> None:
+    def __init__(self, peak: float, steps: int, main_schedule: LearningRateSchedule) -> None:
         super().__init__()
-        self.peak, self.steps, self.after = peak, steps, after
+        self.peak, self.steps, self.main_schedule = peak, steps, main_schedule
 
     def __call__(self, step: Any) -> tf.Tensor:
         step = tf.cast(step, tf.float32)
         warmup = self.peak * (step + 1) / (self.steps + 1)
-        return tf.where(step < self.steps, warmup, self.after(tf.maximum(step - self.steps, 0)))
+        return tf.where(step < self.steps, warmup, self.main_schedule(tf.maximum(step - self.steps, 0)))
 
 
 def build_schedule(
@@ -30,9 +30,12 @@ def build_schedule(
 ) -> LearningRateSchedule:
     """Build the learning rate as a function of the step within the phase, 0 <= step < total_steps.
 
-    constant; cosine: from `rate` to `final * rate` over the steps after the warm-up (Loshchilov & Hutter 2017);
-    exponential: rate * decay ** (step / every), continuous; time: rate / (1 + decay * step); step: multiplied by
-    `decay` at each of `at`.
+    After the warm-up, with s = 0 at its end, the rate is for each schedule
+    - constant: `rate`;
+    - cosine: from `rate` at s = 0 to final * rate at the end of the phase (Loshchilov & Hutter 2017);
+    - exponential: rate * decay ** (s / every);
+    - time: rate / (1 + decay * s);
+    - step: `rate`, multiplied by `decay` when s reaches each value of `at`.
     """
 
     def steps(duration: Any) -> int:
@@ -41,41 +44,41 @@ def build_schedule(
     warmup = min(steps(schedule.warmup), total_steps)
     match schedule.name:
         case "cosine":
-            body = schedules.CosineDecay(rate, max(total_steps - warmup, 1), alpha=schedule.final)
+            main = schedules.CosineDecay(rate, max(total_steps - warmup, 1), alpha=schedule.final)
         case "exponential":
-            body = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
+            main = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
         case "time":
-            body = schedules.InverseTimeDecay(rate, 1, schedule.decay)
+            main = schedules.InverseTimeDecay(rate, 1, schedule.decay)
         case "step":
-            factors = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
-            # Keras uses the first value for step <= boundary; here step 10 of `at: 10 steps` has the new rate.
-            body = schedules.PiecewiseConstantDecay([steps(at) - 1 for at in schedule.at], factors)
+            rates = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
+            # Keras changes the value after the boundary; subtracting 1 changes it at the boundary.
+            main = schedules.PiecewiseConstantDecay([steps(at) - 1 for at in schedule.at], rates)
         case _:
-            body = schedules.PiecewiseConstantDecay([0], [rate, rate])
-    return WarmUp(rate, warmup, body) if warmup else body
+            main = schedules.PiecewiseConstantDecay([0], [rate, rate])
+    return WarmUp(rate, warmup, main) if warmup else main
 
 
 def build_optimizer(
     optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
-    """Build a Keras optimizer; options that are null have Keras' defaults.
+    """Build a Keras optimizer; an option that is null has Keras' default.
 
     Args:
-        lr_multipliers: factors of `rate`, one per variable; empty: `rate` for all, and Keras' own class.
+        lr_multipliers: a factor of `rate` per variable; if empty, all variables have `rate`.
     """
     names = {"adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop"}
     cls = getattr(keras.optimizers, names[optimizer.name])
     if lr_multipliers:
         cls = _with_lr_multipliers(cls, lr_multipliers)
-    # A fixed name: Keras numbers the optimizers of a process, and checkpoints need stable names.
+    # A fixed name, because checkpoints need stable names and Keras numbers the optimizers of a process.
     return cls(learning_rate=rate, name="optimizer", **optimizer.options)
 
 
 def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
-    """Subclass an optimizer class with a learning-rate multiplier per variable.
+    """Derive an optimizer class that has a learning-rate multiplier per variable.
 
-    The learning rate of `update_step` is scaled, not the gradient, which adaptive optimizers normalize. AdamW's weight
-    decay scales with it, because Keras multiplies it by the rate.
+    It scales the learning rate in `update_step`. Scaling gradients would have no effect in adaptive optimizers, which
+    normalize them. AdamW's weight decay is proportional to the learning rate and is scaled with it.
     """
 
     class WithLrMultipliers(cls):
@@ -83,7 +86,7 @@ def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            # Keras decays all variables at one rate before the first update; here each decays before its own update.
+            # Keras decays all variables with one rate before it updates the first; here each decays before its update.
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run state: the part of a checkpoint that is not variables."""
+"""Run state: what a checkpoint stores in addition to variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Progress of a run, saved as JSON with every checkpoint; JSON preserves the floats exactly."""
+    """Progress of a run, saved as JSON in every checkpoint; JSON represents the floats exactly."""
 
     phase: int = 0  # index of the current phase
     epoch: int = 0  # finished epochs of all phases; seeds order and augmentation
@@ -16,17 +16,17 @@ class RunState:
     phase_step: int = 0  # optimizer steps of the current phase
     epoch_step: int = 0  # optimizer steps of the current epoch
     best: dict[str, Any] | None = None  # of the current phase: {"step", "epoch", "value", "val_loss"}
-    bad_epochs: int = 0  # epochs without improvement
-    carried: int | None = None  # step of the best epoch of earlier phases
+    bad_epochs: int = 0  # consecutive epochs of the current phase without improvement
+    carried: int | None = None  # step of the best epoch of all earlier phases
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # this epoch: loss, correct, examples
-    interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same since the last log line
+    interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same sums since the last log line
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry per finished phase
-    images: float = 0.0  # training examples since the first start
-    train_seconds: float = 0.0  # of training until this checkpoint
-    starts: int = 0
+    images: float = 0.0  # training examples processed
+    train_seconds: float = 0.0  # seconds of training until this checkpoint
+    starts: int = 0  # of the process, restarts included
     sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"}
-    teacher: str | None = None  # fingerprint of the teacher
+    teacher: str | None = None  # fingerprint of the teacher's weights
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

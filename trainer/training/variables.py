@@ -1,4 +1,4 @@
-"""Read and write variables by name, under any distribution strategy."""
+"""Reads and writes variables by name, under any distribution strategy."""
 
 from typing import Any
 
@@ -14,17 +14,20 @@ def _tf_variable(variable: Any) -> Any:
 
 
 def read(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Copy the values of variables; all replicas have equal values, so those of the first one are read."""
+    """Copy the values of variables from the first local replica; all replicas have equal values."""
     tensors = {name: _tf_variable(variable) for name, variable in variables.items()}
     replicated = tf.distribute.DistributedValues
     return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tensors.items()}
 
 
 def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign `values` to all `variables`; `source` names the origin of the values in errors.
+    """Assign `values` to all `variables`, or to none.
+
+    Args:
+        source: origin of the values, for errors.
 
     Raises:
-        DataError: a variable is missing in `values` or has another shape; no variable is assigned then.
+        DataError: a variable is missing from `values` or has another shape there.
     """
     for name, variable in variables.items():
         if name not in values:
@@ -37,5 +40,5 @@ def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str)
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's variables by a stable name."""
+    """Return the variables of an optimizer by names that are stable across processes."""
     return {f"optimizer/{i:04d}/{v.path}": v for i, v in enumerate(optimizer.variables)}

@@ -1,1 +1,1 @@
-"""Augmentation of training images as a function of (seed, epoch, index)."""
+"""Augmentation of training images; random values are functions of the seed, the epoch and the example."""

@@ -1,8 +1,8 @@
 """Affine transforms of a batch of images, each in one bilinear resampling, compiled by XLA.
 
-TensorFlow's ImageProjectiveTransformV3 computes the position of a pixel once per channel and takes 2.6 ms of CPU time
-for an image of 224 pixels; this takes 0.75 ms (docs/log.md). Each function below becomes one XLA loop. A single loop
-would be slower, because a loop that gathers pixels is not vectorized.
+TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel and takes 2.6 ms of CPU
+time for an image of 224 x 224 pixels; this module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
+interpolation are compiled separately: a single XLA loop would be slower, because one that gathers is not vectorized.
 """
 
 from collections.abc import Callable
@@ -13,115 +13,130 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment import draws as kinds
+from trainer.data.augment import draws as draw_ids
 from trainer.data.augment.draws import LEVELS, Draws, levels
 
-WIDEST = 4 / 3  # largest aspect (width : height) of a crop; the smallest is 1 / WIDEST
+MAX_ASPECT = 4 / 3  # of a crop, width : height; the smallest is 1 / MAX_ASPECT
 
 
 def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Flip images without resampling; the dtype does not change."""
-    for is_on, kind, axis in ((a.flip_horizontal, kinds.FLIP_HORIZONTAL, 2), (a.flip_vertical, kinds.FLIP_VERTICAL, 1)):
+    """Flip images as drawn, without resampling; the dtype does not change."""
+    horizontal = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
+    for is_on, draw, axis in (horizontal, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
         if is_on:
-            # Selects whole images by one flag each, in half the time of `tf.where` with a flag per pixel.
-            images = tf.raw_ops.Select(condition=draws.coin(kind), x=tf.reverse(images, [axis]), y=images)
+            # One flag per image: takes half the time of `tf.where` with a flag per pixel.
+            images = tf.raw_ops.Select(condition=draws.coin(draw), x=tf.reverse(images, [axis]), y=images)
     return images
 
 
-def _matrix(a: Augmentation, draws: Draws, rows: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
-    """Return the 2x2 matrix from output to source coordinates, both about their centres; `rows` is that of the crop."""
+def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    def then(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
-        return [[r[0] * m[0][j] + r[1] * m[1][j] for j in range(2)] for r in rows]
+    The product maps output coordinates, relative to the centre of the output, to source coordinates, relative to the
+    centre of the crop.
+    """
 
-    # The matrix is the product of the inverses of crop, flip, zoom, shear, rotate and stretch.
+    def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+        return [[row[0] * m[0][j] + row[1] * m[1][j] for j in range(2)] for row in matrix]
+
+    matrix = crop_matrix
     if a.flip_horizontal:
-        rows = then([[tf.where(draws.coin(kinds.FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
+        matrix = times([[tf.where(draws.coin(draw_ids.FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
     if a.flip_vertical:
-        rows = then([[1.0, 0.0], [0.0, tf.where(draws.coin(kinds.FLIP_VERTICAL), -1.0, 1.0)]])
+        matrix = times([[1.0, 0.0], [0.0, tf.where(draws.coin(draw_ids.FLIP_VERTICAL), -1.0, 1.0)]])
     if a.zoom:
-        scale = draws.of(kinds.ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
-        rows = then([[scale, 0.0], [0.0, scale]])
+        scale = draws.select(draw_ids.ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
+        matrix = times([[scale, 0.0], [0.0, scale]])
     if a.shear:
-        rows = then([[1.0, -draws.of(kinds.SHEAR, np.tan(np.radians(levels(-a.shear, a.shear))))], [0.0, 1.0]])
-    for kind, limit in zip((kinds.ROTATION, kinds.SECOND_ROTATION), a.rotations, strict=False):
+        tangents = np.tan(np.radians(levels(-a.shear, a.shear)))
+        matrix = times([[1.0, -draws.select(draw_ids.SHEAR, tangents)], [0.0, 1.0]])
+    for draw, limit in zip((draw_ids.ROTATION, draw_ids.SECOND_ROTATION), a.rotations, strict=False):
         angles = np.radians(levels(-limit, limit))
-        cos, sin = draws.of(kind, np.cos(angles)), draws.of(kind, np.sin(angles))
-        rows = then([[cos, sin], [-sin, cos]])
+        cos, sin = draws.select(draw, np.cos(angles)), draws.select(draw, np.sin(angles))
+        matrix = times([[cos, sin], [-sin, cos]])
     if a.stretch:
         scales = 1 / levels(1 - a.stretch, 1 + a.stretch)
-        rows = then([[draws.of(kinds.STRETCH_X, scales), 0.0], [0.0, draws.of(kinds.STRETCH_Y, scales)]])
-    return rows
+        scale_x, scale_y = (draws.select(draw, scales) for draw in (draw_ids.STRETCH_X, draw_ids.STRETCH_Y))
+        matrix = times([[scale_x, 0.0], [0.0, scale_y]])
+    return matrix
 
 
 def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Crop, flip, zoom, shear, rotate, stretch and shift, in one resampling; uint8 [b, S, S, 3]."""
+    """Crop, flip, zoom, shear, rotate, stretch and shift images uint8 [b, S, S, 3], in one resampling."""
     count, size = tf.shape(images)[0], images.shape[1]
-    zero, centre, reach = tf.zeros([count]), (size - 1) / 2, a.shift * size
-    rows, middle = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
+    zero, centre, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
+    crop_matrix, crop_centre = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
     if a.crop:
         (width, height), (left, top) = windows(a.crop, draws)
-        rows = [[width, 0.0], [0.0, height]]
-        middle = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
-    (xx, xy), (yx, yy) = _matrix(a, draws, rows)
-    right = centre + (draws.of(kinds.SHIFT_X, levels(-reach, reach)) if a.shift else zero)
-    down = centre + (draws.of(kinds.SHIFT_Y, levels(-reach, reach)) if a.shift else zero)
-    offset = middle[0] - xx * right - xy * down, middle[1] - yx * right - yy * down
+        crop_matrix = [[width, 0.0], [0.0, height]]
+        crop_centre = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
+    (xx, xy), (yx, yy) = _matrix(a, draws, crop_matrix)
+    shifts = levels(-max_shift, max_shift)
+    centre_x = centre + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
+    centre_y = centre + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
+    offset = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
     entries = (xx, xy, offset[0], yx, yy, offset[1])
     return resampled(images, tf.stack([zero + entry for entry in entries], axis=1), a.fill)
 
 
-def aspects(least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the possible aspects of a crop, and the largest possible area of each.
+def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
+    """Tabulate equally likely aspect ratios of a crop, and the largest area that a crop of each can have.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
-    area uniform in [least, 1], log aspect (width : height) uniform in +- log(4/3), conditioned on a crop that fits into
-    the image. Then an aspect q >= 1 has a density proportional to 1 / q - least, and the area is uniform in
-    [least, 1 / q]; q < 1 as 1 / q.
+    the area is uniform in [min_area, 1] and the log of the aspect (width : height) in +- log(4/3), given that the crop
+    fits into the image. The density of the log of an aspect q >= 1 is then proportional to 1 / q - min_area, and the
+    area is uniform in [min_area, 1 / q]; q and 1 / q are equally likely and have the same areas.
+
+    Args:
+        min_area: smallest area of a crop, as a fraction of the image.
 
     Returns:
-        float64 [LEVELS] each: square roots of equally likely aspects, and the largest area of each as a fraction.
+        float64 [LEVELS] each: square roots of the aspects, and the largest areas as fractions of the image.
     """
-    limit = min(np.log(WIDEST), -np.log(least))
+    limit = min(np.log(MAX_ASPECT), -np.log(min_area))
     grid = np.linspace(0, limit, 100_001)
-    cumulative = 1 - np.exp(-grid) - least * grid  # distribution function of the log aspect, not normalised
+    cumulative = 1 - np.exp(-grid) - min_area * grid  # distribution function of the log aspect, not normalised
     half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * cumulative[-1], cumulative, grid)
     log_aspects = np.concatenate([-half[::-1], half])
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 
 
-def windows(least: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Return (width, height) and (left, top) of each crop, as fractions of the image, float32 [b] each."""
-    roots, largest = aspects(least)
-    root = draws.of(kinds.CROP_ASPECT, roots)
-    area = least + (draws.of(kinds.CROP_ASPECT, largest) - least) * draws.uniform(kinds.CROP_AREA)
+def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Draw a crop per image: (width, height) and (left, top) as fractions of the image, float32 [b] each."""
+    roots, max_areas = aspects(min_area)
+    root = draws.select(draw_ids.CROP_ASPECT, roots)
+    max_area = draws.select(draw_ids.CROP_ASPECT, max_areas)
+    area = min_area + (max_area - min_area) * draws.uniform(draw_ids.CROP_AREA)
     # In float64: the last bit of a float32 square root can depend on the length of the vector.
-    side = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
-    width, height = (tf.minimum(x, 1.0) for x in (side * root, side * draws.of(kinds.CROP_ASPECT, 1 / roots)))
-    left, top = ((1 - x) * draws.uniform(kind) for x, kind in ((width, kinds.CROP_X), (height, kinds.CROP_Y)))
+    root_area = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
+    inverse_root = draws.select(draw_ids.CROP_ASPECT, 1 / roots)
+    width, height = tf.minimum(root_area * root, 1.0), tf.minimum(root_area * inverse_root, 1.0)
+    left = (1 - width) * draws.uniform(draw_ids.CROP_X)
+    top = (1 - height) * draws.uniform(draw_ids.CROP_Y)
     return (width, height), (left, top)
 
 
 def xla_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function with XLA, once per shape of its arguments."""
+    """Compile a function with XLA, once per combination of argument shapes."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
 def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
-    """Sample the source at (t0 x + t1 y + t2, t3 x + t4 y + t5) for the output pixel (x, y), bilinearly.
+    """Compute output pixel (x, y) from the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), by bilinear interpolation.
 
     Args:
-        images: uint8 [b, S, S, 3], b * (S + 2)^2 below 2^31.
+        images: uint8 [b, S, S, 3] with b * (S + 2)^2 < 2^31, the limit of an int32 index.
         transforms: t0 to t5 of each image, in pixels, float32 [b, 6].
-        fill: outside the source: its `nearest` pixel, black (`constant`), or its reflection (`reflect`).
+        fill: pixels outside the source: `nearest` (the nearest source pixel), `constant` (black) or `reflect`.
 
     Returns:
         uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
     """
     border = 1 if fill == "constant" else 0
     source = tf.pad(images, [[0, 0], [border, border], [border, border], [0, 0]]) if border else images
-    first, right, down = _positions(images.shape[1], fill)(transforms)
-    return unpacked(_mixed(*_neighbours(_together(source), first), right, down), images.shape)
+    upper_left, right, down = _positions(images.shape[1], fill)(transforms)
+    neighbours = _neighbours(_pack_images(source), upper_left)
+    return unpacked(_interpolated(*neighbours, right, down), images.shape)
 
 
 def packed(planes: list[tf.Tensor]) -> tf.Tensor:
@@ -135,16 +150,20 @@ def unpacked(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 
 
 @xla_compiled
-def _together(images: tf.Tensor) -> tf.Tensor:
+def _pack_images(images: tf.Tensor) -> tf.Tensor:
     return packed(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
 @cache
 def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Return a function: transforms [b, 6] -> index of the upper left pixel, and fractions to the right and down."""
+    """Compile the map from transforms [b, 6] to source positions.
 
-    def inside(x: tf.Tensor) -> tf.Tensor:
-        """Map a coordinate into 0 to size - 1, or with a black border into 0 to size + 1."""
+    It returns [b, S, S] each: the int32 index of the source pixel at or to the upper left of a position, among all
+    pixels of the batch, and the float32 distances from it, to the right and down.
+    """
+
+    def apply_fill(x: tf.Tensor) -> tf.Tensor:
+        """Map a coordinate into 0..size - 1, or into 0..size + 1 of a source with a black border."""
         if fill == "constant":
             return tf.clip_by_value(x + 1.0, 0.0, size + 1.0)
         if fill == "reflect":  # about the outer edges of the outermost pixels
@@ -156,25 +175,32 @@ def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, t
     def positions(transforms: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         xx, xy, x, yx, yy, y = (transforms[:, k, None, None] for k in range(6))
         across, down = tf.range(size, dtype=tf.float32), tf.range(size, dtype=tf.float32)[:, None]
-        x, y = inside(xx * across + (xy * down + x)), inside(yx * across + (yy * down + y))
+        x, y = apply_fill(xx * across + (xy * down + x)), apply_fill(yx * across + (yy * down + y))
         left, top = tf.cast(x, tf.int32), tf.cast(y, tf.int32)
-        pitch = size + 2 if fill == "constant" else size
+        row_length = size + 2 if fill == "constant" else size
         image = tf.range(tf.shape(transforms)[0])[:, None, None]
-        return (image * pitch + top) * pitch + left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
+        upper_left = (image * row_length + top) * row_length + left
+        return upper_left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
 
     return xla_compiled(positions)
 
 
 @xla_compiled
-def _neighbours(pixels: tf.Tensor, first: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Gather the pixels `first`, right, below, and below right; beyond the edge any pixel, of weight 0."""
-    pitch, flat = pixels.shape[2], tf.reshape(pixels, [-1])
-    return tuple(tf.gather(flat, tf.minimum(first + step, tf.size(flat) - 1)) for step in (0, 1, pitch, pitch + 1))
+def _neighbours(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Gather the pixels at `upper_left`, to its right, below, and below to the right.
+
+    A neighbour beyond the edge is some other pixel; its weight is 0.
+    """
+    row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
+    steps = (0, 1, row_length, row_length + 1)
+    return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)
 
 
 @xla_compiled
-def _mixed(a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor) -> tf.Tensor:
-    """Interpolate four packed neighbours per channel, round, and pack again."""
+def _interpolated(
+    a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
+) -> tf.Tensor:
+    """Interpolate the four neighbours a b / c d, packed pixels, per channel; round and pack the result."""
 
     def colour(packed: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, shift), 255), tf.float32)

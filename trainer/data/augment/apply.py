@@ -1,4 +1,4 @@
-"""Augmentation of training images as a function of (seed, epoch, index), independent of the rest of the batch."""
+"""Augmentation of single images, which depends on the seed, the epoch and the example, not on the rest of the batch."""
 
 import tensorflow as tf
 
@@ -6,45 +6,47 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import flipped, warped
 from trainer.data.augment.colour import recoloured
 from trainer.data.augment.draws import RANDAUGMENT, Draws
-from trainer.data.augment.mixing import with_hole
+from trainer.data.augment.mixing import with_cutout
 from trainer.data.augment.randaugment import randaugmented
 
 
 def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Augment each image with its own random numbers; operations that are off are not in the graph.
+    """Augment each image with its own random numbers; disabled operations are not in the graph.
 
-    1. Colours: contrast ((x - mean of the image) * factor in 1 +- contrast + mean), brightness (+- brightness * 255),
-       saturation ((x - grey of the pixel) * factor in 1 +- saturation + grey), hue (HSV, +- hue turns); clipped to
+    1. Colours: contrast, mean + factor * (x - mean) with the mean of the image and a factor in 1 +- `contrast`;
+       brightness, x +- 255 * `brightness`; saturation, grey + factor * (x - grey) with the grey of the pixel and a
+       factor in 1 +- `saturation`; a rotation of the HSV hue by up to `hue` turns either way. Values are clipped to
        0..255.
-    2. Geometry, in one bilinear resampling: a crop of the fraction `crop` to 1 of the area with an aspect of 3/4 to
-       4/3; then, about the centre, flips, zoom (magnification 1 +- zoom), shear (x + y * tan(angle)), rotation
-       (clockwise for positive angles; the sum of a draw from each range), stretch (as zoom, width and height
-       independently) and shift (+- shift * S pixels per axis). Pixels outside the source follow `fill`.
-    3. `randaugment` operations (`randaugment.py`).
-    4. Cutout. Mixup and cutmix need more than one example and follow in `mixing.py`.
+    2. Geometry, in one bilinear resampling: a crop to between the fraction `crop` and all of the area, with an aspect
+       ratio of 3/4 to 4/3; then, about the centre, flips, zoom (magnification 1 +- `zoom`), shear (x + y * tan(angle)),
+       rotation (the sum of one draw per range; positive angles are clockwise), stretch (a separate zoom of width and
+       height) and shift (up to `shift` * S pixels per axis). `fill` sets the pixels outside the source. Flips alone
+       need no resampling; they copy pixels, before step 1.
+    3. RandAugment: `randaugment` operations, chosen per image.
+    4. Cutout. Mixup and cutmix, which need pairs of examples, follow later (`mixing.py`).
 
-    Every step takes and returns bytes.
+    Every step takes and returns uint8.
 
     Args:
         images: uint8 [b, S, S, 3].
         epoch, index: int64 [b].
 
     Returns:
-        uint8 [b, S, S, 3], the same bits for an example in every batch.
+        uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
     """
     a = augmentation
     if not a.active:
         return images
     draws = Draws(seed, epoch, index)
-    resampling = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
-    if not resampling:
+    resamples = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
+    if not resamples:
         images = flipped(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
         images = recoloured(images, a, draws)
-    if resampling:
+    if resamples:
         images = warped(images, a, draws)
     if a.randaugment:
         images = randaugmented(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
-        images = with_hole(images, a.cutout, draws)
+        images = with_cutout(images, a.cutout, draws)
     return images

@@ -1,4 +1,4 @@
-"""Colour augmentation: contrast, brightness, saturation, hue, within 0..255."""
+"""Colour augmentation: contrast, brightness, saturation and hue; values are clipped to 0..255."""
 
 from typing import TypeAlias
 
@@ -8,65 +8,67 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import packed, unpacked, xla_compiled
 from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, levels
 
-LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the grey of a pixel (ITU-R BT.601)
 
 Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
-Value: TypeAlias = tf.Tensor | None  # factors, offsets or turns, float32 [b]; None: off
+Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
 def recoloured(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Change contrast and brightness in one pass, then saturation, then hue, and round; uint8 [b, S, S, 3]."""
-    changed = _recoloured(
+    """Change contrast and brightness, then saturation, then hue, of images uint8 [b, S, S, 3], as drawn."""
+    pixels = _recoloured(
         images,
-        draws.of(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
-        draws.of(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
-        draws.of(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
-        draws.of(HUE, levels(-a.hue, a.hue)) if a.hue else None,
+        draws.select(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
+        draws.select(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
+        draws.select(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
+        draws.select(HUE, levels(-a.hue, a.hue)) if a.hue else None,
     )
-    return unpacked(changed, images.shape)
+    return unpacked(pixels, images.shape)
 
 
 @xla_compiled
-def _recoloured(images: tf.Tensor, contrast: Value, brightness: Value, saturation: Value, hue: Value) -> tf.Tensor:
-    """Return packed pixels int32 [b, S, S]."""
+def _recoloured(
+    images: tf.Tensor, contrast: Parameter, brightness: Parameter, saturation: Parameter, hue: Parameter
+) -> tf.Tensor:
+    """Return packed pixels int32 [b, S, S]; parameters are factors, offsets, factors and fractions of a turn."""
     planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
-    plus = tf.zeros([]) if brightness is None else brightness[:, None, None]
+    offset = tf.zeros([]) if brightness is None else brightness[:, None, None]
     if contrast is not None:  # (x - mean) * factor + mean
         factor = contrast[:, None, None]
-        plus += _mean(images) * (1 - factor)
+        offset += _mean(images) * (1 - factor)
         planes = [plane * factor for plane in planes]
     if contrast is not None or brightness is not None:
-        planes = [tf.clip_by_value(plane + plus, 0.0, 255.0) for plane in planes]
+        planes = [tf.clip_by_value(plane + offset, 0.0, 255.0) for plane in planes]
     if saturation is not None:  # (x - grey) * factor + grey
         factor = saturation[:, None, None]
         grey = planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]
         planes = [tf.clip_by_value(plane * factor + grey * (1 - factor), 0.0, 255.0) for plane in planes]
     if hue is not None:
-        planes = _turned(planes, hue[:, None, None])
+        planes = _rotate_hue(planes, hue[:, None, None])
     return packed([tf.cast(plane + 0.5, tf.int32) for plane in planes])
 
 
 def _mean(images: tf.Tensor) -> tf.Tensor:
-    """Return the mean of each uint8 image, float32 [b, 1, 1]; integer sums do not depend on their order."""
+    """Return the mean of each uint8 image, float32 [b, 1, 1]; integer sums do not depend on the order."""
     columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
     total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
     return tf.cast(total / (3 * images.shape[1] * images.shape[2]), tf.float32)[:, None, None]
 
 
-def _turned(planes: Planes, turns: tf.Tensor) -> Planes:
-    """Rotate the hue of HSV by a fraction of a turn; value and saturation do not change."""
+def _rotate_hue(planes: Planes, turns: tf.Tensor) -> Planes:
+    """Rotate the HSV hue by fractions of a turn; HSV value and saturation do not change."""
     red, green, blue = planes
-    most = tf.maximum(tf.maximum(red, green), blue)
-    chroma = most - tf.minimum(tf.minimum(red, green), blue)
+    value = tf.maximum(tf.maximum(red, green), blue)
+    chroma = value - tf.minimum(tf.minimum(red, green), blue)
     unit = 1 / tf.where(chroma > 0, chroma, 1.0)  # the hue of grey has no effect
-    sixths = tf.where(
-        most == red,
+    hue_sixths = tf.where(
+        value == red,
         (green - blue) * unit,
-        tf.where(most == green, (blue - red) * unit + 2.0, (red - green) * unit + 4.0),
+        tf.where(value == green, (blue - red) * unit + 2.0, (red - green) * unit + 4.0),
     )
-    turned = []
-    for start in (5.0, 3.0, 1.0):  # Smith's hexcone, unrolled: distance of each channel from the largest
-        hue = (sixths + start) / 6.0 + turns
+    rotated = []
+    for start in (5.0, 3.0, 1.0):  # of red, green, blue in the closed form of HSV to RGB (Smith's hexcone)
+        hue = (hue_sixths + start) / 6.0 + turns
         hue = (hue - tf.floor(hue)) * 6.0
-        turned.append(most - chroma * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
-    return turned
+        rotated.append(value - chroma * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
+    return rotated

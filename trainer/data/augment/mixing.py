@@ -1,7 +1,7 @@
 """Cutout, mixup and cutmix.
 
-The partner of the example at `position` in the global batch is the one at `position ^ 1`, its neighbour, so that both
-are on the same replica, and pairs do not depend on the number of replicas.
+Mixup and cutmix pair the examples at positions 2k and 2k + 1 of the global batch: both are on the same replica, and the
+pairs do not depend on the number of replicas.
 """
 
 import numpy as np
@@ -11,25 +11,31 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import xla_compiled
 from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_KIND, Draws
 
-GREY = 128  # middle of the pixel range, near zero after the preprocessing of every backbone
+GREY = 128  # middle of the pixel range, close to zero after the preprocessing of any backbone
 
 
-def with_hole(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
+def with_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
     """Apply cutout (DeVries and Taylor 2017): a grey square of side `fraction` * S, centred anywhere in the image."""
-    side = tf.fill([tf.shape(images)[0]], max(round(fraction * images.shape[1]), 1))
-    hole, _ = _box(side, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
-    return tf.reshape(tf.where(hole, tf.constant(GREY, images.dtype), _flat(images)), tf.shape(images))
+    sides = tf.fill([tf.shape(images)[0]], max(round(fraction * images.shape[1]), 1))
+    square, _ = _random_squares(sides, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
+    return tf.reshape(tf.where(square, tf.constant(GREY, images.dtype), _flat(images)), tf.shape(images))
 
 
-def _box(side: tf.Tensor, draws: Draws, kinds: tuple[int, int], size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the mask, bool [b, S, 3 S], of a random square of `side` int32 [b], and its pixels inside, int32 [b]."""
+def _random_squares(
+    sides: tf.Tensor, draws: Draws, centre_draws: tuple[int, int], size: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draw a square per image, of the given side, int32 [b], clipped to the image.
+
+    Returns:
+        its mask, bool [b, S, 3 S], and the number of its pixels, int32 [b].
+    """
     inside, lengths = [], []
-    for kind in kinds:
-        first = tf.cast(draws.uniform(kind) * size, tf.int32) - side // 2
-        first, last = tf.maximum(first, 0), tf.minimum(first + side, size)
-        pixels = tf.range(size)
-        inside.append((pixels >= first[:, None]) & (pixels < last[:, None]))
-        lengths.append(last - first)
+    pixels = tf.range(size)
+    for draw in centre_draws:
+        first = tf.cast(draws.uniform(draw) * size, tf.int32) - sides // 2
+        start, stop = tf.maximum(first, 0), tf.minimum(first + sides, size)
+        inside.append((pixels >= start[:, None]) & (pixels < stop[:, None]))
+        lengths.append(stop - start)
     across, down = inside
     return down[:, :, None] & tf.repeat(across, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
 
@@ -40,18 +46,18 @@ def _flat(images: tf.Tensor) -> tf.Tensor:
 
 
 def beta_quantiles(alpha: float) -> np.ndarray:
-    """Return equally likely values of lambda, from Beta(alpha, alpha), float64 [LEVELS]."""
-    from scipy import stats  # imported here: takes half a second or more, and few runs need it
+    """Return equally likely values of a Beta(alpha, alpha) variable, float64 [LEVELS]."""
+    from scipy import stats  # imported here: it takes half a second or more, and few runs need it
 
     return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
 
 
 def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Apply mixup or cutmix to each image and its partner; lam is the weight of the image's own label.
+    """Mix each image with its partner, by mixup or cutmix.
 
-    Mixup (Zhang et al. 2018) computes lam * own + (1 - lam) * other. Cutmix (Yun et al. 2019) covers a square of the
-    image with the other one; lam is the fraction that stays visible. With both on, each is applied with probability
-    1/2. Padding is never mixed.
+    Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner. Cutmix (Yun et al. 2019) replaces a square of
+    the image with that of the partner; lam is the fraction of the image that remains. If both are configured, each is
+    applied with probability 1/2. Padding, and an example whose partner is padding, is not mixed.
 
     Args:
         batch: image uint8 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]; b is even, and the
@@ -59,36 +65,36 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
         epoch: int64 [b].
 
     Returns:
-        image as above, `other_label` int32 [b] and `mix` float32 [b], the weight lam of `label`: 1 if not mixed.
+        `image` as above; `other_label` int32 [b], the partner's label; `mix` float32 [b], lam, or 1 if not mixed.
     """
     images = _flat(batch["image"])
-    size, others, draws = images.shape[1], _partners(images), Draws(seed, epoch, batch["index"])
-    real = (batch["weight"] > 0) & (_partners(batch["weight"]) > 0)
-    is_cut = real if a.cutmix else tf.zeros_like(real)
+    size, partners, draws = images.shape[1], _partners(images), Draws(seed, epoch, batch["index"])
+    both_real = (batch["weight"] > 0) & (_partners(batch["weight"]) > 0)
+    is_cut = both_real if a.cutmix else tf.zeros_like(both_real)
     if a.mixup and a.cutmix:
         is_cut &= draws.coin(MIX_KIND)
     mixture, lam = images, tf.ones_like(batch["weight"])
     if a.mixup:
-        lam = tf.where(real & ~is_cut, draws.of(MIX, beta_quantiles(a.mixup)), 1.0)
-        mixture = _blended(images, others, lam)
+        lam = tf.where(both_real & ~is_cut, draws.select(MIX, beta_quantiles(a.mixup)), 1.0)
+        mixture = _blended(images, partners, lam)
     if a.cutmix:
-        sides = tf.cast(draws.of(MIX, np.rint(np.sqrt(1 - beta_quantiles(a.cutmix)) * size)), tf.int32)
-        box, covered = _box(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
-        mixture = tf.raw_ops.Select(condition=box & is_cut[:, None, None], x=others, y=mixture)
+        sides = tf.cast(draws.select(MIX, np.rint(np.sqrt(1 - beta_quantiles(a.cutmix)) * size)), tf.int32)
+        square, covered = _random_squares(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
+        mixture = tf.raw_ops.Select(condition=square & is_cut[:, None, None], x=partners, y=mixture)
         lam = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), lam)
     image = tf.ensure_shape(tf.reshape(mixture, tf.shape(batch["image"])), batch["image"].shape)
     return {"image": image, "other_label": _partners(batch["label"]), "mix": lam}
 
 
 @xla_compiled
-def _blended(images: tf.Tensor, others: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
-    """Return lam * images + (1 - lam) * others, rounded, uint8 [b, S, 3 S]; lam is float32 [b]."""
+def _blended(images: tf.Tensor, partners: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """Return lam * images + (1 - lam) * partners, rounded, uint8 [b, S, 3 S]; lam is float32 [b]."""
     lam = lam[:, None, None]
-    mixture = tf.cast(images, tf.float32) * lam + tf.cast(others, tf.float32) * (1.0 - lam)
+    mixture = tf.cast(images, tf.float32) * lam + tf.cast(partners, tf.float32) * (1.0 - lam)
     return tf.cast(mixture + 0.5, tf.uint8)
 
 
 def _partners(rows: tf.Tensor) -> tf.Tensor:
-    """Swap neighbouring rows of a tensor [b, ...]."""
+    """Swap rows 2k and 2k + 1 of a tensor [b, ...]."""
     pairs = tf.reshape(rows, [-1, 2, *rows.shape[1:]])
     return tf.reshape(tf.reverse(pairs, [1]), tf.shape(rows))
