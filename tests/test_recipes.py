@@ -111,12 +111,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def composed(name: str) -> dict[str, Any]:
-    return compose([f"experiment={name}", *GIVEN.get(name, ())]) or {}
+def composed(name: str, *changes: str) -> dict[str, Any]:
+    return compose([f"experiment={name}", *GIVEN.get(name, ()), *changes]) or {}
 
 
-def preset(name: str) -> RunConfig:
-    return load_resolved(composed(name))
+def preset(name: str, *changes: str) -> RunConfig:
+    return load_resolved(composed(name, *changes))
 
 
 def test_every_preset_is_in_the_table() -> None:
