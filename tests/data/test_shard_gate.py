@@ -71,7 +71,7 @@ class Strict(ShardCache):
         assert not set(names) & set(then)
         waited = super().require(reader, names)
         with self._changed:
-            pinned = self._pinned()
+            pinned = self._required()
             self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
             self.nothing_else(pinned)
         return waited
