@@ -286,7 +286,9 @@ def test_imagenet_without_a_network_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for proxy in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # a closed port
-    with raises(ModelError, "model.weights", "imagenet", "path of a .weights.h5 file, or none", "VGG19 could not be downloaded"):
+    with raises(
+        ModelError, "model.weights", "imagenet", "path of a .weights.h5 file, or none", "VGG19 could not be downloaded"
+    ):
         build(backbone="vgg19", alpha=None, weights="imagenet")
 
 
