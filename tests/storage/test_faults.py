@@ -33,7 +33,7 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
     for _ in range(operations):
         name = f"file-{noise.integers(6)}"
         file, content = home / name, noise.bytes(int(noise.choice([0, 10, 5_000, 300_000])))
-        match int(noise.integers(7)):
+        match int(noise.integers(8)):
             case 0:
                 held[name], versions[name] = content, file.write(content)
             case 1:
@@ -50,6 +50,9 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
             case 5 if name in held:
                 assert file.download(scratch / "down").version == versions[name]
                 assert (scratch / "down").read_bytes() == held[name]
+            case 6 if name in held:
+                start = int(noise.integers(len(held[name]) + 1))
+                assert file.read_range(start, 1_000) == held[name][start : start + 1_000]
             case _:
                 file.delete()
                 held.pop(name, None), versions.pop(name, None)

@@ -74,6 +74,15 @@ def test_writing_and_reading(home: StoragePath) -> None:
     assert (below.exists(), below.version(), below.stat(), below.fetch()) == (False, None, None, None)
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_ranges(home: StoragePath) -> None:
+    for size in (100, 200_000):
+        content = os.urandom(size)
+        (home / "file").write(content)
+        for start, length in [(0, 1), (7, 50), (size - 3, 3), (size - 3, 9), (size, 1), (size + 9, 9), (4, 0)]:
+            assert (home / "file").read_range(start, length) == content[start : start + length]
+
+
 def test_conditional_writes(home: StoragePath) -> None:
     file = home / "LATEST"
     first = file.write("1", only_if=None)

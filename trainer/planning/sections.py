@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
 from trainer.planning.estimates import PhasePlan, bytes_of_split
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
-from trainer.storage.path import ObjectInfo, StoragePath, storage_path
+from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
@@ -170,18 +170,12 @@ def show_storage(plan: Plan, problem: str) -> None:
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
-            paths = [min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path]
+            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path
         else:
             assert dataset
             split = dataset.splits["train"]
-            names = split.files[:1] or {shard.path for shard in split.shards}
-            paths = [storage_path(Path(name)) for name in names]
-
-        def read_smallest() -> str:
-            path = min(paths, key=StoragePath.size)
-            return f"{path}: {format_bytes(len(path.read()))} read"
-
-        read = plan.check(read_smallest)
+            path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
+        read = plan.check(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
     rows: Rows = [("read data", read), ("write output", plan.check(lambda: checks.probe_output(config)))]
     if config.warm_start:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))

@@ -88,6 +88,10 @@ class StoragePath(ABC):
         """Read the content (of an object, verified by its CRC32C) and its version; None if there is no such file."""
 
     @abstractmethod
+    def read_range(self, start: int, length: int) -> bytes:
+        """Read `length` bytes from `start`, fewer at the end of the file."""
+
+    @abstractmethod
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
         """Write atomically and return the new version.
 

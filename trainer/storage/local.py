@@ -100,6 +100,11 @@ class LocalPath(StoragePath):
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return None
 
+    def read_range(self, start: int, length: int) -> bytes:
+        with self._reading(), open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
     def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
         with temporary_file(self.path) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
