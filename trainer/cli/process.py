@@ -78,10 +78,8 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 def _configure_log_for_error() -> None:
     """Set up the log from the `runtime` arguments only, for an error before the configuration is loaded."""
-    for keys in (
-        r"runtime(\.\w+)?",
-        r"runtime(\.log_format|\.termination_log)?",
-    ):  # the second: others may be the error
+    # The second pattern leaves out the other keys of `runtime`, one of which may be the error.
+    for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
             return configure_log(load(compose(["data=digits", *arguments]) or {}).runtime) if arguments else None

@@ -126,8 +126,9 @@ class GcsPath(StoragePath):
         return persist(str(self), "storage.objects.get", get)
 
     def read_range(self, start: int, length: int) -> bytes:
-        """Read a range, of which the storage has no checksum: a small object is read and verified as a whole, the range of
-        a large one is read twice and compared.
+        """Read a range, of which the storage has no checksum.
+
+        A small object is read and verified as a whole; the range of a large one is read twice and compared.
         """
         info = self.stat()
         if info is None:
