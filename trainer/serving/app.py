@@ -36,24 +36,18 @@ CSP = (  # content security policy: the page is self-contained and connects only
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-Parse = Callable[[bytes], PredictRequest]
 LOADING_PAGE = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
 
 
 class Service:
-    """The HTTP service of one model; it responds before the model is loaded and until the server exits.
-
-    Attributes:
-        model: None until it is loaded and warmed up.
-        stopping: a signal was received; the service is not ready, and each response closes its connection.
-        active: number of requests in progress, to any route.
-        cancelled: number of requests that did not finish within `drain` seconds of the shutdown.
-    """
+    """The HTTP service of one model; it responds before the model is loaded and until the server exits."""
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
-        self.model: ServedModel | None = None
-        self.stopping, self.active, self.cancelled = False, 0, 0
+        self.model: ServedModel | None = None  # until it is loaded and warmed up
+        self.stopping = False  # a signal was received: the service is not ready, and responses close their connections
+        self.active = 0  # requests in progress, to any route
+        self.cancelled = 0  # requests that did not finish within `drain` seconds of the shutdown
         self.metrics = ServingMetrics(settings, export)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
         self.metrics.active.set_function(lambda: self.active)
@@ -129,17 +123,15 @@ class Service:
             self.metrics.requests.labels(route, code).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
-    async def _predict_images(self, request: Request, parse: Parse) -> tuple[PredictRequest, list[Prediction]]:
-        """Read and parse a request, and predict its images.
-
-        Raises:
-            HTTPException: the request is invalid or too large, or the model, memory or queue is not available.
-        """
+    async def _predict_images(
+        self, request: Request, parse: Callable[..., PredictRequest], *arguments: Any
+    ) -> tuple[PredictRequest, list[Prediction]]:
+        """Read a request, parse it with `parse(body, *arguments)`, and predict its images."""
         if self.model is None:
             raise unavailable("the model is being loaded")
         with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
-            parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
+            parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body, *arguments)
             del body
             if parsed.explain and not self.model.explains:
                 raise HTTPException(400, "this export has no signature `explain`; export it again with this version")
@@ -155,9 +147,7 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
         content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._predict_images(
-            request, lambda body: read_predict(body, content_type, query, self.settings)
-        )
+        parsed, predictions = await self._predict_images(request, read_predict, content_type, query, self.settings)
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             p = prediction.probabilities
@@ -174,9 +164,7 @@ class Service:
         """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._predict_images(
-            request, lambda body: read_instances(body, self.settings, explain)
-        )
+        parsed, predictions = await self._predict_images(request, read_instances, self.settings, explain)
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:

@@ -25,11 +25,7 @@ class Batcher:
 
     A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. When the
     model is idle, it gets the next batch as soon as the queue has `size` images or the oldest one has waited for
-    `window` seconds.
-
-    Args:
-        run_model: called in `pool` with the encoded images of a batch; returns one prediction per image.
-        queue: largest number of waiting images.
+    `window` seconds. At most `queue` images wait. `run_model` is called in `pool`.
     """
 
     def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
@@ -43,11 +39,7 @@ class Batcher:
         return len(self._pending)
 
     async def predict(self, images: Sequence[EncodedImage]) -> list[Any]:
-        """Queue images, and return one prediction per image as soon as the model has processed all of them.
-
-        Raises:
-            asyncio.QueueFull: there is not enough space in the queue for all images; none was added.
-        """
+        """Queue images, and return one prediction per image; `asyncio.QueueFull` if there is not space for all."""
         if len(self._pending) + len(images) > self.queue:
             raise asyncio.QueueFull
         loop = asyncio.get_running_loop()

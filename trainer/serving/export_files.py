@@ -19,42 +19,28 @@ MAX_EXPORT_BYTES = 20 * 1024**3  # limit for an export in a bucket, which is cop
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on the local disk.
+    """A SavedModel on the local disk."""
 
-    Attributes:
-        address: the setting `model`, for messages.
-        version: number of its folder, "1" if the folder is not a number.
-        classes: labels.txt, in the order of the probabilities.
-        reference: parsed reference.json; None if the export has none.
-    """
-
-    address: str
+    address: str  # the setting `model`, for messages
     folder: Path
-    version: str
-    classes: tuple[str, ...]
-    reference: dict[str, Any] | None
+    version: str  # number of its folder, "1" if the folder is not a number
+    classes: tuple[str, ...]  # labels.txt, in the order of the probabilities
+    reference: dict[str, Any] | None  # parsed reference.json; None if the export has none
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The outputs of the model for one image.
+    """The outputs of the model for one image."""
 
-    Attributes:
-        probabilities: float32 [classes].
-        embedding: float32 [C], the pooled features; None if the export has no signature `explain`.
-        heatmap: float32 [h, w] in 0..1, Grad-CAM of the predicted class; None unless it was requested.
-    """
-
-    probabilities: np.ndarray
-    embedding: np.ndarray | None = None
-    heatmap: np.ndarray | None = None
+    probabilities: np.ndarray  # float32 [classes]
+    embedding: np.ndarray | None = None  # float32 [C], the pooled features; None without the signature `explain`
+    heatmap: np.ndarray | None = None  # float32 [h, w] in 0..1, Grad-CAM of the predicted class; None if not requested
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
-    """Find the newest version of the export at an address, copy it to `cache_dir` if it is in a bucket, and read it.
+    """Read the newest version of an export, which is copied to `cache_dir` if it is in a bucket.
 
-    Args:
-        address: output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel.
+    Its address is the output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel.
 
     Raises:
         DataError: there is no SavedModel, or its labels or reference are missing, damaged or of another model.
@@ -79,24 +65,14 @@ def _newest_version(address: str, root: StoragePath) -> StoragePath:
         if numbered:
             return max(numbered, key=lambda folder: int(folder.name))
     if root.exists():
-        raise DataError(
-            "is a file, not a SavedModel", key="model", value=address, fix="give the folder of a SavedModel"
-        )
+        fix = "give the folder of a SavedModel"
+        raise DataError("is a file, not a SavedModel", key="model", value=address, fix=fix)
+    if (root / "config.yaml").exists():
+        fix = "finish the run with saved_model in export.formats, or run trainer.export"
+        raise DataError("is a run without export/saved_model", key="model", value=address, fix=fix)
+    problem = f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/"
+    fix = "give the output_dir of a run, or its export"
     if not root.is_folder():
         parent = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
-        raise DataError(
-            f"does not exist{parent}", key="model", value=address, fix="give the output_dir of a run, or its export"
-        )
-    if (root / "config.yaml").exists():
-        raise DataError(
-            "is a run without export/saved_model",
-            key="model",
-            value=address,
-            fix="finish the run with saved_model in export.formats, or run trainer.export",
-        )
-    raise DataError(
-        f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/",
-        key="model",
-        value=address,
-        fix="give the output_dir of a run, or its export",
-    )
+        raise DataError(f"does not exist{parent}", key="model", value=address, fix=fix)
+    raise DataError(problem, key="model", value=address, fix=fix)

@@ -27,10 +27,9 @@ disable_created_metrics()  # no series kubetune_serving_..._created
 
 
 class ServingMetrics(Collector):
-    """Metrics and prediction log of a server; drift of the latest predictions is computed at each scrape.
+    """Metrics, drift (computed at each scrape) and prediction log of a server.
 
-    Raises:
-        ConfigError: the prediction log cannot be written.
+    Raises ConfigError if the prediction log cannot be written.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
@@ -127,6 +126,5 @@ def _open_log(file: str | None) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(
-            f"cannot be written ({error.strerror})", key="log", value=file, fix="give a writable file, or leave log out"
-        ) from None
+        problem, fix = f"cannot be written ({error.strerror})", "give a writable file, or leave log out"
+        raise ConfigError(problem, key="log", value=file, fix=fix) from None

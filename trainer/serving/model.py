@@ -20,15 +20,10 @@ OUTPUTS = ("probabilities", "embedding", "heatmap")
 class ServedModel:
     """A loaded export. Not thread-safe.
 
-    Attributes:
-        explains: True if the export has the signature `explain`.
-
-    Raises:
-        DataError: the export cannot be loaded, does not fit its labels or reference, or contains forbidden operations.
+    Raises DataError if it cannot be loaded, does not fit its labels or reference, or contains forbidden operations.
     """
 
     def __init__(self, export: Export) -> None:
-        self.export = export
         address = export.address
         _check_operations(export)
         try:
@@ -38,21 +33,16 @@ class ServedModel:
             raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
         if IMAGE_BYTES not in signatures:
-            raise DataError(
-                f"has no signature {IMAGE_BYTES}", key="model", value=address, fix="export it with kubetune"
-            )
+            problem = f"has no signature {IMAGE_BYTES}"
+            raise DataError(problem, key="model", value=address, fix="export it with kubetune")
         width = signatures[IMAGE_BYTES].structured_outputs["probabilities"].shape[-1]
         if width != len(export.classes):
-            raise DataError(
-                f"has {width} outputs for {len(export.classes)} classes",
-                key="model",
-                value=address,
-                fix="export it again",
-            )
+            problem = f"has {width} outputs for {len(export.classes)} classes"
+            raise DataError(problem, key="model", value=address, fix="export it again")
         side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
-        self.explains = self._explain is not None
+        self.explains = self._explain is not None  # the export has the signature `explain`
         self._classify = _without_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
         reference = (export.reference or {}).get("embedding")
         if reference and self._explain:
@@ -66,9 +56,7 @@ class ServedModel:
         """Return for each encoded image its prediction, or the reason why it cannot be decoded.
 
         If the batch fails, predict each half of it, down to single images: one damaged image does not affect others.
-
-        Args:
-            explain: also compute heatmaps; requires `explains`.
+        `explain` requires `explains` and adds heatmaps.
         """
         signature = self._explain if explain else self._classify
         assert signature, "requires `explains`"
@@ -107,11 +95,7 @@ def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_operations(export: Export) -> None:
-    """Refuse a graph that could read or write files, print or call Python; no export of kubetune does.
-
-    Raises:
-        DataError: the graph is damaged or has a forbidden operation.
-    """
+    """Refuse a graph that could read or write files, print or call Python; no export of kubetune does."""
     model = new_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
@@ -122,12 +106,8 @@ def _check_operations(export: Export) -> None:
         nodes = [*graph.graph_def.node, *(n for f in graph.graph_def.library.function for n in f.node_def)]
         forbidden |= {node.op for node in nodes} & FORBIDDEN_OPS
     if forbidden:
-        raise DataError(
-            f"is not loaded: its graph has {', '.join(sorted(forbidden))}, which no classifier needs",
-            key="model",
-            value=export.address,
-            fix="serve an export of kubetune",
-        )
+        problem = f"is not loaded: its graph has {', '.join(sorted(forbidden))}, which no classifier needs"
+        raise DataError(problem, key="model", value=export.address, fix="serve an export of kubetune")
 
 
 # How the lines begin that TensorFlow adds to the message of an operation that fails inside a function.

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,25 +41,18 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """The images of a request, and what its response contains.
-
-    Attributes:
-        top_k: number of classes per image in a response of /predict.
-        explain: the response has heatmaps and, except for /predict, embeddings.
-        columnar: the request has `inputs` instead of `instances`; the response has `outputs`, one list per output.
-    """
+    """The images of a request, and what its response contains."""
 
     images: list[EncodedImage]
-    top_k: int = 5
-    explain: bool = False
-    columnar: bool = False
+    top_k: int = 5  # number of classes per image in a response of /predict
+    explain: bool = False  # the response has heatmaps and, except for /predict, embeddings
+    columnar: bool = False  # `inputs` instead of `instances`; the response has `outputs`, one list per output
 
 
 def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
     """Check the header of an image without decoding it.
 
-    Raises:
-        HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
+    Raises HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
     """
     if not data:
         raise HTTPException(400, f"{name} is empty")
@@ -109,10 +103,7 @@ def unavailable(reason: str) -> HTTPException:
 
 
 async def read_body(request: Request, reserve: Callable[[int], None], max_bytes: int) -> bytes:
-    """Read the whole body of a request.
-
-    Args:
-        reserve: called with the size of each chunk before it is stored; may raise.
+    """Read the whole body of a request; `reserve` is called with the size of each chunk before it is stored.
 
     Raises:
         HTTPException: 400 the client disconnected; 408 too slow; 413 longer than `max_bytes`; 503 raised by `reserve`.
@@ -145,15 +136,11 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
 
 
 def read_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
-    """Parse the body of `POST /predict`: a form with files, or JSON.
+    """Parse the body of `POST /predict`: a form, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
-    The JSON is `{"images": [base64, ...], "top_k": 5, "explain": false}`.
-
-    Raises:
-        HTTPException: 400, 413, 415.
+    Raises HTTPException 400, 413 or 415, as `read_instances` does.
     """
     media_type, options = parse_options_header(content_type)
-    parameters: dict[str, Any]
     if media_type == b"multipart/form-data":
         parameters, files = _read_form(body, options.get(b"boundary", b""), settings.max_images)
     elif media_type == b"application/json":
@@ -163,8 +150,7 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
         form, example = "multipart/form-data (curl -F file=@photo.jpg)", '{"images": ["..."]}'
         raise HTTPException(415, f"send images as {form}, or in base64 as application/json: {example}")
     parameters = query | parameters
-    unknown = sorted(set(parameters) - {"top_k", "explain"})
-    if unknown:
+    if unknown := sorted(parameters.keys() - {"top_k", "explain"}):
         raise HTTPException(400, f"unknown parameter {unknown[0]!a}; known: images, top_k, explain")
     images = _check_images(files, settings)
     top_k, explain = _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
@@ -176,13 +162,7 @@ def read_instances(body: bytes, settings: Settings, explain: bool = False) -> Pr
 
     Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or
     without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
-    Serving, it ignores the content type.
-
-    Args:
-        explain: the path ends in `:explain`; the same as the signature name `explain`.
-
-    Raises:
-        HTTPException: 400, 413, 415.
+    Serving, it ignores the content type. `explain`, for paths that end in `:explain`, is as the signature of that name.
     """
     tree = _read_object(body)
     if ("instances" in tree) == ("inputs" in tree):
@@ -237,7 +217,7 @@ def _decode_base64(value: Any, name: str) -> bytes:
 def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
-    complete = False
+    ended = threading.Event()
 
     def on_field(field: Field) -> None:
         fields[(field.field_name or b"").decode(errors="replace")[:50]] = (field.value or b"").decode(errors="replace")
@@ -251,16 +231,12 @@ def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str,
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
 
-    def on_end() -> None:
-        nonlocal complete
-        complete = True
-
     in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # instead of temporary files
     with contextlib.suppress(FormParserError):
-        parser = FormParser("multipart/form-data", on_field, on_file, on_end, boundary=boundary, config=in_memory)
+        parser = FormParser("multipart/form-data", on_field, on_file, ended.set, boundary=boundary, config=in_memory)
         parser.write(body)
         parser.finalize()
-        if complete:
+        if ended.is_set():
             return fields, files
     raise HTTPException(400, "the form is damaged: multipart/form-data needs a boundary and complete parts")
 

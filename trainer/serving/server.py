@@ -40,16 +40,15 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head_timeout(HEAD_SECONDS)
+        self._set_head_timeout(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._head_timeout is None:
-                self._start_head_timeout(HEAD_SECONDS)
-        elif self._head_timeout is not None:
-            self._head_timeout.cancel()
-            self._head_timeout = None
+                self._set_head_timeout(HEAD_SECONDS)
+        else:
+            self._set_head_timeout(None)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a half-closed connection open: a client that has sent its request may still wait for the response."""
@@ -59,27 +58,24 @@ class Connection(H11Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timeout is not None:
-            self._head_timeout.cancel()
+        self._set_head_timeout(None)
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
         """Close the connection; first wait if a request may have arrived that has not been read yet."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
-            self._start_head_timeout(FIRST_REQUEST_SECONDS)
+            self._set_head_timeout(FIRST_REQUEST_SECONDS)
         else:
             super().shutdown()
 
-    def _start_head_timeout(self, seconds: float) -> None:
+    def _set_head_timeout(self, seconds: float | None) -> None:
         if self._head_timeout is not None:
             self._head_timeout.cancel()
-        self._head_timeout = self.loop.call_later(seconds, self.transport.close)
+        self._head_timeout = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server without its signal handlers; serves every connection in the backlog before it exits."""
-
-    listener: socket.socket
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,7 +85,8 @@ class Server(uvicorn.Server):
         def new_connection() -> asyncio.Protocol:
             return Connection(self.config, self.server_state, self.lifespan.state)
 
-        listener = self.listener.dup()  # closing the last descriptor would reset connections in the backlog
+        assert sockets
+        listener = sockets[0].dup()  # closing the last descriptor would reset connections in the backlog
         listener.setblocking(False)
         for server in self.servers:
             server.close()
@@ -120,33 +117,30 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     try:
         listener = socket.create_server((host, port), family=family, backlog=MAX_BACKLOG, dualstack_ipv6=dual_stack)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on host={host} ({error})", key="port", value=port, fix="free the port, or give another one"
-        ) from None
+        problem, fix = f"cannot listen on host={host} ({error})", "free the port, or give another one"
+        raise ConfigError(problem, key="port", value=port, fix=fix) from None
     with listener:
         asyncio.run(_serve(settings, export, load_model, listener))
 
 
 async def _serve(settings: Settings, export: Export, load_model: LoadModel, listener: socket.socket) -> None:
     service = Service(settings, export)
-    server = Server(
-        uvicorn.Config(
-            service.app,
-            interface="asgi3",  # uvicorn does not detect it for a bound method
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            backlog=MAX_BACKLOG,
-            timeout_keep_alive=round(IDLE_SECONDS),
-            timeout_graceful_shutdown=math.ceil(settings.drain),
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        )
+    config = uvicorn.Config(
+        service.app,
+        interface="asgi3",  # uvicorn does not detect it for a bound method
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        backlog=MAX_BACKLOG,
+        timeout_keep_alive=round(IDLE_SECONDS),
+        timeout_graceful_shutdown=math.ceil(settings.drain),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
-    server.listener = listener
+    server = Server(config)
     loop = asyncio.get_running_loop()
     signals: list[str] = []
 

@@ -45,11 +45,7 @@ def batch_sizes(max_batch: int) -> list[int]:
 
 
 def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """Validate the values of the command line; `cache_dir`, if given, replaces the default of that setting.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """Validate the arguments; `cache_dir` replaces the default of that setting. Raises ConfigError, with all faults."""
     tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
         return Settings.model_validate(tree)
