@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,14 +40,11 @@ class ProtocolError(ConnectionError):
 
 
 class Connection:
-    """One connection to a peer. Any thread may call `send`; only one may call `receive`.
-
-    Attributes:
-        last_received: time.monotonic() of the last bytes that arrived.
-    """
+    """One connection to a peer. Any thread may call `send`; only one may call `receive`."""
 
     def __init__(self, connected_socket: socket.socket) -> None:
-        self.socket, self.last_received = connected_socket, time.monotonic()
+        self.socket = connected_socket
+        self.last_received = time.monotonic()  # when the last bytes arrived
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._send_lock = threading.Lock()
 
@@ -63,9 +59,7 @@ class Connection:
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for one message, and return its header and payload.
 
-        Raises:
-            ProtocolError: the bytes received are not from a worker.
-            OSError: the connection is closed, or the timeout of its socket has passed.
+        Raises OSError if the connection is closed or timed out, and of these `ProtocolError` if no worker sent it.
         """
         magic, header_bytes, payload_bytes = HEADER.unpack(self._receive_exactly(HEADER.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
@@ -96,17 +90,13 @@ class ControlChannel:
     The chief has a connection to every other worker, the others have one to the chief. All workers must call the
     collective operations in the same order with the same topics: gather, broadcast, reduce, barrier and those built on
     them.
-
-    Attributes:
-        on_stop: called with the reason when the stop request of another worker arrives.
-        on_end: called with (exit code, reason) before `end` exits the process.
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
         self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
-        self.on_stop: Callable[[str], None] = lambda _reason: None
-        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None
+        self.on_stop: Callable[[str], None] = lambda _reason: None  # called on the stop request of another worker
+        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called before `end` exits the process
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}
         self._departed_peers: set[int] = set()
         self._shutting_down = False
@@ -188,13 +178,11 @@ class ControlChannel:
         """Send a stop request to the other workers."""
         self._send_to_all("stop", reason=reason)
 
-    @contextmanager
-    def committing(self) -> Iterator[None]:
+    def committing(self) -> contextlib.AbstractContextManager[bool]:
         """Let the write in this block finish, within `MAX_COMMIT_SECONDS`, before `end` exits the process."""
-        with self._commit_lock:
-            yield
+        return self._commit_lock
 
-    @contextmanager
+    @contextlib.contextmanager
     def propagate_failures(self) -> Iterator[None]:
         """If the block raises an exception, end the other workers with its exit code and message, and re-raise it."""
         try:
@@ -219,11 +207,10 @@ class ControlChannel:
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
         for peer, connection in self.connections.items():
-            if peer not in self._departed_peers:
-                try:
+            # `_listen` detects a closed connection, `_send_heartbeats` a timeout.
+            with contextlib.suppress(OSError):
+                if peer not in self._departed_peers:
                     connection.send(kind, **fields)
-                except OSError:
-                    continue  # `_listen` detects a closed connection, `_send_heartbeats` a timeout
 
     def _listen(self, peer: int, connection: Connection) -> None:
         while True:
@@ -238,11 +225,9 @@ class ControlChannel:
                 if self.is_chief:
                     self._send_to_all("stop", reason=header["reason"])
                 self.on_stop(header["reason"])
-            elif header["kind"] == "left":
+            elif header["kind"] in ("left", "failed"):
                 self._departed_peers.add(peer)
-            elif header["kind"] == "failed":
-                self._departed_peers.add(peer)
-                if not self._ignore_peers:
+                if header["kind"] == "failed" and not self._ignore_peers:
                     self._end_like_peer(header["code"], header["message"], header["worker"], sender=peer)
 
     def _send_heartbeats(self) -> None:
@@ -250,8 +235,7 @@ class ControlChannel:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
             self._send_to_all("heartbeat")
             for peer, connection in self.connections.items():
-                age = time.monotonic() - connection.last_received
-                if age > HEARTBEAT_TIMEOUT_SECONDS:
+                if (age := time.monotonic() - connection.last_received) > HEARTBEAT_TIMEOUT_SECONDS:
                     self._end_unless_expected(peer, f"no heartbeat for {age:.0f} s")
 
     def _end_unless_expected(self, peer: int, cause: str) -> None:

@@ -18,10 +18,7 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixe
 def build_strategy(
     config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], cpus: int
 ) -> tf.distribute.Strategy:
-    """Choose the devices and the strategy over them; must run before any tensor exists.
-
-    Args:
-        cpus: number of CPUs that TensorFlow may use; by default it would ignore the CPU quota of the container.
+    """Size the thread pools for `cpus`, and choose the devices and the strategy over them, before any tensor exists.
 
     Returns:
         The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
@@ -65,8 +62,7 @@ def set_thread_pools(count: int) -> None:
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
     """Choose the kind ("GPU" or "CPU") and number of the devices of one worker.
 
-    Raises:
-        ConfigError: `runtime.replicas` exceeds the GPUs, or is above 1 on one of several workers without GPUs.
+    Raises ConfigError if `runtime.replicas` exceeds the GPUs, or is above 1 on one of several workers without GPUs.
     """
     gpus = tf.config.list_physical_devices("GPU")
     kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
@@ -80,11 +76,7 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Check the batch size, and describe the devices of all workers and the examples per replica.
-
-    Raises:
-        ConfigError: the global batch cannot be divided evenly among them (into pairs, with mixup or cutmix).
-    """
+    """Check the batch size as `build_strategy` does, and describe the devices of all workers and their batches."""
     batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     _check_batch_size(config, replicas)
     if replicas == 1:
@@ -123,11 +115,9 @@ def _multi_worker_strategy(
     options = tf.distribute.experimental.CommunicationOptions(pack_bytes, implementation=implementation)
     packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
     log_message(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
-    problem = "TensorFlow's servers did not connect in time, though the workers did"
-    timeout_error = Interrupted(
-        problem, key="runtime.start_timeout", value=f"{runtime.start_timeout:g}", fix="start all workers again"
-    )
-    timer = threading.Timer(runtime.start_timeout, control.end, args=(timeout_error.exit_code, str(timeout_error)))
+    problem, fix = "TensorFlow's servers did not connect in time, though the workers did", "start all workers again"
+    error = Interrupted(problem, key="runtime.start_timeout", value=f"{runtime.start_timeout:g}", fix=fix)
+    timer = threading.Timer(runtime.start_timeout, control.end, args=(error.exit_code, str(error)))
     timer.daemon = True
     timer.start()
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)

@@ -39,20 +39,12 @@ _MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error
 
 @dataclass(frozen=True)
 class Cluster:
-    """One worker's view of a run.
+    """One worker's view of a run."""
 
-    Attributes:
-        index: number of this worker, 0 <= index < size; 0 is the chief.
-        addresses: "host:port" of every worker, in the order of their indices; empty for a single worker.
-        source: of the index and addresses, for log lines: "this process alone", "TF_CONFIG", "Indexed Job NAME" or
-            "JobSet NAME".
-        job: identifies the job: equal on its workers, different from other jobs; "" for a single worker without a name.
-    """
-
-    index: int
-    addresses: tuple[str, ...]
-    source: str
-    job: str
+    index: int  # number of this worker, 0 <= index < size; 0 is the chief
+    addresses: tuple[str, ...]  # "host:port" of every worker, in the order of their indices; empty for a single worker
+    source: str  # of the index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
+    job: str  # equal on the workers of a job, different from other jobs; "" for a single worker without a name
 
     @property
     def size(self) -> int:
@@ -75,14 +67,12 @@ class Cluster:
 def discover(environment: Mapping[str, str]) -> Cluster:
     """Discover the cluster from the sources that the module docstring lists, in their order.
 
-    Raises:
-        ConfigError: a variable is missing or wrong, or two of them contradict each other.
+    Raises ConfigError if a variable is missing or wrong, or two of them contradict each other.
     """
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
     if not _in_jobset(env):  # without a JobSet these two have no meaning
         env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
-    from_tf_config = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
-    if from_tf_config:
+    if from_tf_config := _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None:
         _check_against_kubernetes(from_tf_config, env)
         return from_tf_config
     return _from_kubernetes(env)
@@ -113,9 +103,8 @@ def _from_tf_config(text: str) -> Cluster | None:
     role, number = task["type"], task["index"]
     roles = _roles(cluster, role)
     if not isinstance(role, str) or role not in roles:
-        problem = (
-            f"the task type {_short_repr(role)} is not in the cluster, which has {', '.join(roles) or 'no workers'}"
-        )
+        available = ", ".join(roles) or "no workers"
+        problem = f"the task type {_short_repr(role)} is not in the cluster, which has {available}"
         raise ConfigError(problem, key="TF_CONFIG", fix="make the two agree")
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(roles[role]):
         problem = f"the task index {_short_repr(number)} is not one of the {len(roles[role])} in {role}"
@@ -126,8 +115,7 @@ def _from_tf_config(text: str) -> Cluster | None:
         problem = f"there are {len(chiefs)} chiefs ({', '.join(chiefs)})"
         raise ConfigError(problem, key="TF_CONFIG", fix="keep one, and list the others as workers")
     addresses = (*chiefs, *workers)
-    duplicate = next((address for i, address in enumerate(addresses) if address in addresses[:i]), None)
-    if duplicate:
+    if duplicate := next((address for i, address in enumerate(addresses) if address in addresses[:i]), None):
         problem, fix = f"the address {duplicate} occurs twice", "give every worker (and the chief) a different address"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
     index = number + (len(chiefs) if role == "worker" else 0)
@@ -168,8 +156,7 @@ def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -
         return
     if count != from_tf_config.size:
         problem = f"TF_CONFIG has a different number of workers, {from_tf_config.size}"
-        fix = "unset one of them or make them agree"
-        raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
+        raise ConfigError(problem, key="WORKER_COUNT", value=count, fix="unset one of them or make them agree")
     index = _index(env, count)
     if index is not None and index != from_tf_config.index:
         problem = f"makes this worker {index}, but TF_CONFIG makes it worker {from_tf_config.index}"
@@ -254,9 +241,8 @@ def _integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999
     if not re.fullmatch(r"[0-9]{1,6}", text) or not minimum <= int(text) <= maximum:
         # Kubernetes sets variables for every Service: one named `worker` sets WORKER_PORT=tcp://10.0.0.7:80.
         fix = "set it in the manifest" + " or set enableServiceLinks: false" * text.startswith("tcp://")
-        raise ConfigError(
-            f"is not a whole number from {minimum} to {maximum}", key=name, value=_short_repr(text), fix=fix
-        )
+        problem = f"is not a whole number from {minimum} to {maximum}"
+        raise ConfigError(problem, key=name, value=_short_repr(text), fix=fix)
     return int(text)
 
 

@@ -6,10 +6,13 @@ the port of every other one, because the collectives need all these routes, and 
 """
 
 import contextlib
+import itertools
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError
@@ -22,18 +25,13 @@ MAX_REACH_SECONDS = 30.0  # to reach the port of each other worker
 
 RETRY = "start all workers again"
 
-LogMessage = Callable[[str], None]
-
 
 def rendezvous(
-    cluster: Cluster, timeout: float, log_message: LogMessage, check_cancelled: Callable[[], None]
+    cluster: Cluster, timeout: float, log_message: Callable[[str], None], check_cancelled: Callable[[], None]
 ) -> ControlChannel:
-    """Connect all workers.
+    """Connect all workers within `timeout` seconds, and log every few seconds which ones are missing and why.
 
-    Args:
-        timeout: seconds to wait for all workers.
-        log_message: logs a line; called every few seconds with the missing workers and why they are missing.
-        check_cancelled: called several times per second; raises an exception to cancel, as after a signal.
+    `check_cancelled` is called several times per second; it raises an exception to cancel, as after a signal.
 
     Raises:
         Interrupted: a worker is missing after `timeout`, or cannot reach another one; a restart may succeed.
@@ -42,34 +40,30 @@ def rendezvous(
     if cluster.size == 1:
         return ControlChannel(cluster, {})
     log_message(f"workers: this is {cluster.index} of {cluster.size} ({cluster.source}); waiting for the others")
-    deadline = time.monotonic() + timeout
-    with _Listener(cluster, deadline, log_message, check_cancelled) as listener:
-        connections = (
-            listener.await_all(log_message, check_cancelled)
-            if cluster.is_chief
-            else _join(cluster, deadline, log_message, check_cancelled)
-        )
-        control = ControlChannel(cluster, connections)
+    with _Rendezvous(cluster, time.monotonic() + timeout, log_message, check_cancelled) as workers:
+        control = ControlChannel(cluster, workers.await_all() if cluster.is_chief else workers.join())
         with control.propagate_failures():
             _require_all_reachable(cluster, control)
     log_message(f"workers: all {cluster.size} are connected")
     return control
 
 
-class _Listener(contextlib.AbstractContextManager["_Listener"]):
+@dataclass
+class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     """A server on this worker's port until TensorFlow uses the port.
 
     It responds with the job and index of this worker. On the chief it also accepts the connections of the others.
     """
 
-    def __init__(
-        self, cluster: Cluster, deadline: float, log_message: LogMessage, check_cancelled: Callable[[], None]
-    ) -> None:
-        self.cluster, self.deadline = cluster, deadline
+    cluster: Cluster
+    deadline: float  # time.monotonic()
+    log_message: Callable[[str], None]
+    check_cancelled: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}
         self._changed = threading.Condition()
-        port = int(cluster.addresses[cluster.index].rpartition(":")[2])
-        self._socket = self._bind(port, log_message, check_cancelled)
+        self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +71,7 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _bind(self, port: int, log_message: LogMessage, check_cancelled: Callable[[], None]) -> socket.socket:
+    def _bind(self, port: int) -> socket.socket:
         reported = False
         while True:
             try:
@@ -85,12 +79,12 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
                 family = socket.AF_INET6 if both else socket.AF_INET
                 return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
             except OSError as error:
-                check_cancelled()
+                self.check_cancelled()
                 if time.monotonic() > self.deadline:
                     problem = f"port {port} of this worker is in use by another process ({error.strerror})"
                     raise Interrupted(problem, fix="end that process, or set another WORKER_PORT") from None
                 if not reported:
-                    log_message(f"workers: port {port} is in use by another process; waiting until it is free")
+                    self.log_message(f"workers: port {port} is in use by another process; waiting until it is free")
                 reported = True
                 time.sleep(0.5)
 
@@ -106,7 +100,7 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
         peer = Connection(connection)
         connection.settimeout(RESPONSE_TIMEOUT_SECONDS)
         joins = False
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             header, _ = peer.receive()
             if header["kind"] != "join":
                 peer.send("identity", job=self.cluster.job, index=self.cluster.index)
@@ -114,15 +108,11 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
                 peer.send("refused", reason=refusal)
             else:
                 joins = True
-        except (OSError, ValueError, KeyError):
-            pass
         if not joins:
-            peer.close()
-            return
+            return peer.close()
         connection.setblocking(False)  # `_remove_closed` only checks whether it is still open
         with self._changed:
-            old = self.connections.pop(header["index"], None)
-            if old:  # a reconnect: the first connection broke, or the process was restarted
+            if old := self.connections.pop(header["index"], None):  # its connection broke, or the process restarted
                 old.close()
             self.connections[header["index"]] = peer
             self._changed.notify_all()
@@ -130,16 +120,15 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
     def _refusal_reason(self, header: dict[str, Any]) -> str | None:
         cluster = self.cluster
         if not cluster.is_chief:
-            return (
-                f"worker {cluster.index} is at the address of worker 0; the workers have different lists of addresses"
-            )
+            problem = "the workers have different lists of addresses"
+            return f"worker {cluster.index} is at the address of worker 0; {problem}"
         if (header["job"], header["size"]) != (cluster.job, cluster.size):
             return f"this is {cluster.job} with {cluster.size} workers, not {header['job']} with {header['size']}"
         if not 0 < header["index"] < cluster.size:
             return f"worker {header['index']} is not one of 1..{cluster.size - 1}"
         return None
 
-    def await_all(self, log_message: LogMessage, check_cancelled: Callable[[], None]) -> dict[int, Connection]:
+    def await_all(self) -> dict[int, Connection]:
         """Wait until all other workers are connected, send them "go", and return the connections by index."""
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
         while True:
@@ -149,7 +138,7 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
                 if not missing:
                     break
                 self._changed.wait(0.2)
-            check_cancelled()
+            self.check_cancelled()
             now = time.monotonic()
             if now > next_report or now > self.deadline:
                 workers = ", ".join(_describe_missing(self.cluster.addresses[i], i) for i in missing[:5])
@@ -158,7 +147,7 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
                 self._send_to_all("waiting", text=text, over=now > self.deadline)
                 if now > self.deadline:
                     raise Interrupted(text, key="runtime.start_timeout", fix=RETRY)
-                log_message(f"workers: {text}")
+                self.log_message(f"workers: {text}")
                 next_report = now + REPORT_INTERVAL_SECONDS
         self._send_to_all("go")
         return dict(self.connections)
@@ -180,6 +169,55 @@ class _Listener(contextlib.AbstractContextManager["_Listener"]):
                 peer.close()
                 del self.connections[index]
 
+    def join(self) -> dict[int, Connection]:
+        """Connect to the chief, wait until all other workers have connected too, and return the connection."""
+        next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
+        cluster, address = self.cluster, self.cluster.addresses[0]
+        while True:
+            self.check_cancelled()
+            try:
+                peer = _connect(address)
+                try:
+                    peer.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
+                    return {0: self._await_start(peer)}
+                except BaseException:
+                    peer.close()
+                    raise
+            except ProtocolError:
+                reason = "another server uses its port; it may be training already, without this worker"
+            except socket.gaierror:
+                reason = "the name does not resolve yet"
+            except OSError as error:
+                reason = f"no response ({error.strerror or error})"
+            problem, now = f"worker 0 ({address}) is missing: {reason}", time.monotonic()
+            if now > self.deadline:
+                raise Interrupted(problem, key="runtime.start_timeout", fix=RETRY)
+            if now > next_report:
+                self.log_message(f"workers: {problem}")
+                next_report = now + REPORT_INTERVAL_SECONDS
+            time.sleep(0.3)
+
+    def _await_start(self, peer: Connection) -> Connection:
+        """Wait for the chief's "go", sent when all workers are connected, and log which are missing until then."""
+        while True:
+            self.check_cancelled()
+            if not select.select([peer.socket], [], [], 0.5)[0]:
+                if time.monotonic() > self.deadline + RESPONSE_TIMEOUT_SECONDS:
+                    raise Interrupted("worker 0 stopped responding in the rendezvous", fix=RETRY)
+                continue
+            if not peer.socket.recv(1, socket.MSG_PEEK):
+                raise ConnectionError("worker 0 closed the connection")
+            header, _ = peer.receive()
+            if header["kind"] == "waiting":
+                if header["over"]:
+                    raise Interrupted(header["text"], key="runtime.start_timeout", fix=RETRY)
+                self.log_message(f"workers: {header['text']}")
+            elif header["kind"] == "refused":
+                fix = "start all workers with the same image and environment variables"
+                raise ConfigError(f"worker 0 refuses this worker: {header['reason']}", fix=fix)
+            elif header["kind"] == "go":
+                return peer
+
 
 def _describe_missing(address: str, index: int) -> str:
     """Describe a missing worker: its name does not resolve yet, or it has not connected."""
@@ -191,68 +229,6 @@ def _describe_missing(address: str, index: int) -> str:
     return f"worker {index} ({address}: has not connected)"
 
 
-def _join(
-    cluster: Cluster, deadline: float, log_message: LogMessage, check_cancelled: Callable[[], None]
-) -> dict[int, Connection]:
-    """Connect to the chief, wait until all other workers have connected too, and return the connection."""
-    next_report, reason = time.monotonic() + REPORT_INTERVAL_SECONDS / 2, ""
-    address = cluster.addresses[0]
-    while True:
-        check_cancelled()
-        try:
-            peer = _connect(address)
-            try:
-                peer.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
-                return {0: _await_start(peer, deadline, log_message, check_cancelled)}
-            except BaseException:
-                peer.close()
-                raise
-        except ProtocolError:
-            reason = "another server uses its port; it may be training already, without this worker"
-        except socket.gaierror:
-            reason = "the name does not resolve yet"
-        except OSError as error:
-            reason = f"no response ({error.strerror or error})"
-        now = time.monotonic()
-        if now > deadline:
-            raise Interrupted(f"worker 0 ({address}) is missing: {reason}", key="runtime.start_timeout", fix=RETRY)
-        if now > next_report:
-            log_message(f"workers: worker 0 ({address}) is missing: {reason}")
-            next_report = now + REPORT_INTERVAL_SECONDS
-        time.sleep(0.3)
-
-
-def _await_start(
-    peer: Connection, deadline: float, log_message: LogMessage, check_cancelled: Callable[[], None]
-) -> Connection:
-    """Wait for the chief's "go", sent when all workers are connected, and log which are missing until then."""
-    peer.socket.settimeout(0.5)
-    while True:
-        check_cancelled()
-        try:  # peek, so that a timeout does not cut a message in two
-            first = peer.socket.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            if time.monotonic() > deadline + RESPONSE_TIMEOUT_SECONDS:
-                raise Interrupted("worker 0 stopped responding in the rendezvous", fix=RETRY) from None
-            continue
-        if not first:
-            raise ConnectionError("worker 0 closed the connection")
-        peer.socket.settimeout(RESPONSE_TIMEOUT_SECONDS)
-        header, _ = peer.receive()
-        peer.socket.settimeout(0.5)
-        if header["kind"] == "waiting":
-            if header["over"]:
-                raise Interrupted(header["text"], key="runtime.start_timeout", fix=RETRY)
-            log_message(f"workers: {header['text']}")
-        elif header["kind"] == "refused":
-            raise ConfigError(
-                f"worker 0 refuses this worker: {header['reason']}",
-                fix="start all workers with the same image and environment variables",
-            )
-        elif header["kind"] == "go":
-            return peer
-
-
 def _connect(address: str) -> Connection:
     host, _, port = address.rpartition(":")
     return Connection(socket.create_connection((host.strip("[]"), int(port)), RESPONSE_TIMEOUT_SECONDS))
@@ -262,8 +238,7 @@ def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
     """Connect to every other worker's port; raise `Interrupted` on all workers if one of them cannot."""
     others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
     faults = [fault for i, address in others for fault in _reach_faults(cluster, i, address)]
-    faults = control.reduce("reach", faults, lambda gathered: [fault for faults in gathered for fault in faults])
-    if faults:
+    if faults := control.reduce("reach", faults, lambda gathered: list(itertools.chain(*gathered))):
         problem = "not all workers can reach each other: " + ", ".join(faults[:5])
         raise Interrupted(problem, fix="check network policies, then start all workers again")
 

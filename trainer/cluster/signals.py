@@ -29,11 +29,7 @@ def exit_on_sigterm() -> None:
 
 
 def ignore_sigterm() -> None:
-    """Ignore SIGTERM during shutdown, so that it no longer changes the exit code.
-
-    At exit Python restores the default handlers before TensorFlow is shut down; a signal then would fail a run that
-    has finished.
-    """
+    """Ignore SIGTERM during shutdown: Python then restores the default handlers, and it would fail a finished run."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -43,20 +39,14 @@ class StopFlag:
     A Python signal handler runs only when the main thread returns from TensorFlow, perhaps many steps later. So a
     thread reads the signal's number from the wake-up file descriptor and sets the flag at once; the compiled training
     step reads the flag.
-
-    Attributes:
-        reason: the reason of the first request; None without a request.
-        on_signal: called with the name of the first signal to this process, after the flag is set.
-        on_request: called once with the reason of the first request.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        self.on_signal: Callable[[str], None] = lambda _reason: None
-        self.on_request: Callable[[str], None] = lambda _reason: None
+        self.reason: str | None = None  # of the first request
+        self.on_signal: Callable[[str], None] = lambda _name: None  # called for the first signal, after the flag is set
+        self.on_request: Callable[[str], None] = lambda _reason: None  # called once, for the first request
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._signals = 0  # to this process, not counting stop requests of peers
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         self.install()
 
@@ -79,13 +69,14 @@ class StopFlag:
             raise StopRequested(f"{self.reason} {when}", fix=RETRY)
 
     def _watch(self) -> None:
+        signals = 0  # to this process, not counting stop requests of peers
         while True:
             for number in self._reader.recv(16):
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 name = signal.Signals(number).name
-                self._signals += 1
-                if self._signals > 1:
+                signals += 1
+                if signals > 1:
                     log_unbuffered(f"\n{name}: stopping at once")
                     termination.write(INTERRUPTED, f"{name} a second time: stopped at once")
                     os._exit(INTERRUPTED)
