@@ -11,18 +11,13 @@ START, FINISH = "start", "finish"
 
 
 class Health:
-    """The activity, last progress and gauges of a process.
-
-    Attributes:
-        phase: START, the name of a phase of training, or FINISH.
-        activity: what the main thread does, in a few words.
-        stuck_after: seconds without progress that count as a stall (`runtime.stuck_after`).
-        values: gauges that are set so far, by name: step, epoch, loss, ...
-    """
+    """The activity, last progress and gauges of a process."""
 
     def __init__(self) -> None:
-        self.phase, self.activity, self.stuck_after = START, "starting", float("inf")
-        self.values: dict[str, float] = {}
+        self.phase = START  # or the name of a phase of training, or FINISH
+        self.activity = "starting"  # what the main thread does, in a few words
+        self.stuck_after = float("inf")  # seconds without progress that count as a stall (`runtime.stuck_after`)
+        self.values: dict[str, float] = {}  # gauges that are set so far, by name: step, epoch, loss, ...
         self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None

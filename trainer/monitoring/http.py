@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 
 from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
@@ -61,11 +61,7 @@ class _Server(ThreadingHTTPServer):
     """A server on all addresses of this host, IPv6 and IPv4."""
 
     request_queue_size = 16
-
-    def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
-        dual_stack = socket.has_dualstack_ipv6()
-        self.address_family = socket.AF_INET6 if dual_stack else socket.AF_INET
-        super().__init__(("::" if dual_stack else "0.0.0.0", port), handler)
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -106,7 +102,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
     try:
-        server = _Server(port, Handler)
+        server = _Server(("", port), Handler)
     except OSError as error:
         problem = f"cannot listen on this port ({error.strerror or error})"
         fix = "end the process that uses it, set another port, or null for no server"

@@ -66,10 +66,7 @@ _err.setLevel(logging.WARNING)
 
 
 def configure(json_lines: bool = False, **labels: str) -> None:
-    """Set up `log` to write text, or JSON with these labels; a later call replaces an earlier one.
-
-    With JSON, uncaught exceptions and Python's warnings are records too.
-    """
+    """Set up `log` to write text, or JSON with these labels and for uncaught exceptions and Python's warnings too."""
     log.setLevel(logging.INFO)
     log.propagate = False
     log.handlers = [_out, _err]

@@ -15,10 +15,8 @@ ShowProgress = Callable[[int, int], None]  # arguments: images written so far, a
 def written_images(kind: str) -> Iterator[ShowProgress]:
     """Yield a function that shows how many images are written: in a bar, or in a log line every ten seconds.
 
-    A call with a new number of images counts as progress of the process (`health`).
-
-    Args:
-        kind: "bar", "lines", or "auto", a bar if stdout is a terminal (`runtime.progress`).
+    It is a bar if `kind` (`runtime.progress`) is "bar", or "auto" and stdout is a terminal. A call with a new number of
+    images counts as progress of the process (`health`).
     """
     start = last_logged = time.monotonic()
     previous = logged = -1
