@@ -55,10 +55,7 @@ def help_text() -> str:
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1` into `++a.b=1`, so that a mistyped key reaches the validator, which suggests the nearest name.
-
-    Group choices (`data=digits`), Hydra's own keys and explicit `+`, `~`, `++` stay as they are.
-    """
+    """Turn `a.b=1`, but not groups and Hydra's keys, into `++a.b=1`: the validator suggests names for wrong keys."""
     match = re.match(r"([A-Za-z_][\w.]*)=", argument)
     unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
     return argument if unchanged else "++" + argument
@@ -74,10 +71,9 @@ RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
 def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, Any] | None:
-    """Compose the configuration of these arguments; without `experiment` or `data` it is the quickstart.
+    """Compose and resolve the configuration of these arguments; without `experiment` or `data` it is the quickstart.
 
-    Returns:
-        The resolved tree; None after `--help` or `--cfg`, or if `run_job` ran the jobs of a sweep.
+    None after `--help` or `--cfg`, or if `run_job` ran the jobs of a sweep.
 
     Raises:
         ConfigError: a group or file is unknown, a value cannot be parsed, or a required one (`???`) is missing.
@@ -117,8 +113,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
 def resolved(tree: DictConfig) -> dict[str, Any]:
     """Return the values of a composed configuration with its interpolations resolved.
 
-    Raises:
-        ConfigError: a required value (`???`) is missing, or an interpolation cannot be resolved.
+    Raises ConfigError if a required value (`???`) is missing, or an interpolation cannot be resolved.
     """
     if missing := sorted(OmegaConf.missing_keys(tree)):
         arguments = " ".join(f"{key}=..." for key in missing)

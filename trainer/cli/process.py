@@ -53,10 +53,9 @@ def quiet_start() -> Iterator[None]:
 
 
 def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> None:
-    """Set up the log and the termination message, and serve `/healthz` and `/metrics`, as `runtime` configures.
+    """Set up what `runtime` configures: log, termination message, `/healthz` and `/metrics`.
 
-    Raises:
-        ConfigError: the process cannot listen on `runtime.http_port`.
+    Raises ConfigError if the process cannot listen on `runtime.http_port`.
     """
     run = {"run": config.output_dir} if config.output_dir else {}
     configure_log(config.runtime, worker=str(worker), **run)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from trainer.cli.compose import compose, is_sweep, resolved
 from trainer.cli.process import configure_log
 from trainer.config.diff import flat, may_change_on_resume
-from trainer.config.schema import RequestedConfig, apply_overfit, load, load_resolved, read_config
+from trainer.config.schema import apply_overfit, load, load_resolved, read_config
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
@@ -85,26 +85,14 @@ class SweepEnded(BaseException):
 
 @dataclass
 class Job:
-    """One run of a sweep.
-
-    Attributes:
-        arguments: of the command line, without those that choose the sweep and output_dir.
-        overrides: the values in `arguments` by key: {"seed": "1", ...}.
-        code: exit code of the process.
-    """
+    """One run of a sweep."""
 
     name: str
     folder: str
-    arguments: list[str]
-    overrides: dict[str, str]
-    code: int = DONE
+    arguments: list[str]  # of the command line, without those that choose the sweep and output_dir
+    overrides: dict[str, str]  # the values in `arguments` by key: {"seed": "1", ...}
+    code: int = DONE  # exit code of the process
     scores: dict[str, float] = field(default_factory=dict)  # by the keys of METRICS
-
-    @property
-    def command(self) -> str:
-        """The command that runs only this job."""
-        arguments = [a.lstrip("+") for a in self.arguments]
-        return shlex.join(["python", "-m", "trainer", *arguments, f"output_dir={self.folder}"])
 
 
 @dataclass
@@ -121,11 +109,8 @@ class Sweep:
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
         """Run one job unless it is finished already, in a separate process: TensorFlow cannot be set up twice in one.
 
-        Returns:
-            The validation accuracy of the last phase, for the sweeper; None if the job failed.
-
-        Raises:
-            SweepEnded: a signal requested the stop, the job was interrupted, or an exception occurred in this process.
+        Returns its score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
+        SweepEnded on a stop request, after an interrupted job, or if an exception occurred in this process.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
@@ -145,14 +130,12 @@ class Sweep:
         output_dir = str(tree["output_dir"] or f"{self.folder}/{name}")
         config = apply_overfit(load(tree | {"output_dir": output_dir}))
         configure_log(config.runtime)
-        finished = is_finished(config)
-        if not finished:
-            _require_same_run(config)
-        values = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
-        job = Job(name, output_dir, arguments, values)
-        log.info(
-            f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{' is finished already' * finished}"
-        )
+        finished, record = is_finished(config), storage_path(output_dir) / "config.yaml"
+        if not finished and record.exists():
+            check_same_run(config, load_resolved(read_config(record.read_text())), output_dir)
+        job = Job(name, output_dir, arguments, dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a))
+        outcome = " is finished already" if finished else ""
+        log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{outcome}")
         job.code = DONE if finished else self._run_process([*arguments, f"output_dir={output_dir}"])
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
@@ -189,16 +172,11 @@ class Sweep:
         return f"start the same command again with output_dir={self.folder} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
-        values = {
-            key: _hyperparameter(tree, key, text)
-            for key, text in job.overrides.items()
-            if not may_change_on_resume(key)
-        }
+        overrides = {key: text for key, text in job.overrides.items() if not may_change_on_resume(key)}
+        values = {key: _hyperparameter(tree, key, text) for key, text in overrides.items()}
         previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
-        if not (
-            folder / "config.yaml"
-        ).exists():  # it failed before the run began: keep the folder empty, so that it can begin later
+        if not (folder / "config.yaml").exists():  # it failed early; in an empty folder the run can begin later
             return
         (folder / EVENTS_FILE).write(job_event_file(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
@@ -213,8 +191,7 @@ class Sweep:
     def close(self) -> None:
         """Log every job with its score, and the best one.
 
-        Raises:
-            TrainerError: a job of a grid, or all jobs of a search, failed; it has the exit code of the first of them.
+        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all of a search failed.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         text = [""]
@@ -223,18 +200,17 @@ class Sweep:
             text.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
+            arguments = [*(a.lstrip("+") for a in best.arguments), f"output_dir={best.folder}"]
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
-                f"  again    {best.command}",
+                f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
             termination.set_success_message(text[-3])
         log.info("\n".join(text))
         if failed and (not self.search or not scored):
-            names = ", ".join(job.name for job in failed)
-            error = TrainerError(
-                f"{len(failed)} of {len(self.jobs)} jobs failed ({names})", fix="read their errors above"
-            )
+            problem = f"{len(failed)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed)})"
+            error = TrainerError(problem, fix="read their errors above")
             error.exit_code = failed[0].code
             raise error
 
@@ -242,8 +218,7 @@ class Sweep:
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """Compose the configuration of these arguments, or run their sweep; None after `--help`, `--cfg` or a sweep.
 
-    Raises:
-        TrainerError: the arguments cannot be composed, or the sweep was stopped or failed.
+    Raises TrainerError if the arguments cannot be composed, or the sweep was stopped or failed.
     """
     if not is_sweep(arguments):
         return compose(arguments)
@@ -283,11 +258,7 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Make an `output_dir` that is equal for all jobs the folder of the sweep.
-
-    Returns:
-        the changed arguments, and that folder; None if there is no such `output_dir`.
-    """
+    """Make an `output_dir` that is equal for all jobs the folder of the sweep; return the new arguments and folder."""
     outputs = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
     if not outputs:
         return arguments, None
@@ -295,16 +266,8 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     if is_remote(folder):
         return [a for a in arguments if a not in outputs], folder
     folder = str(Path(folder).expanduser())
-    return [
-        f"hydra.sweep.dir='{folder}'" if a is outputs[-1] else a for a in arguments if a not in outputs[:-1]
-    ], folder
-
-
-def _require_same_run(config: RequestedConfig) -> None:
-    """Raise a ConfigError if the folder of a job has a run with a different configuration."""
-    record = storage_path(config.output_dir or "") / "config.yaml"
-    if record.exists():
-        check_same_run(config, load_resolved(read_config(record.read_text())), config.output_dir or "")
+    setting = f"hydra.sweep.dir='{folder}'"
+    return [setting if a is outputs[-1] else a for a in arguments if a not in outputs[:-1]], folder
 
 
 def _hyperparameter(tree: Any, key: str, text: str) -> Value:
