@@ -59,8 +59,7 @@ class FeaturePass:
         computes a part of them, and they exchange the results. If this worker cannot store the features of a request,
         it sets `failed` there, without notice to the other workers.
 
-        Raises:
-            DataError: an image cannot be read, or a feature is too large for float16.
+        Raises DataError if an image cannot be read or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
         missing = [[self._missing(request, view, exchange) for view in range(views)] for request in requests]

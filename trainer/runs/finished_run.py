@@ -53,15 +53,9 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read a run and validate its configuration.
+    """Read a run and validate its configuration, with `changes` such as {"data.root": "/elsewhere"}.
 
-    Args:
-        address: its output_dir, local or gs://.
-        changes: values that replace those of its config.yaml, such as {"data.root": "/elsewhere"}.
-
-    Raises:
-        DataError: there is no run, or run.json is damaged.
-        ConfigError: its config.yaml is damaged or of another version, or the changes are invalid.
+    Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or the changes are invalid.
     """
     home, tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
@@ -76,11 +70,6 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
     return FinishedRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
-
-
-def exported_checkpoint(run: FinishedRun) -> str:
-    """Return which checkpoint a run exports at its end, best or last."""
-    return run.config.training.keep
 
 
 def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
@@ -123,11 +112,9 @@ class LoadedCheckpoint:
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
     """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
 
-    Raises:
-        ConfigError: `which` is something else.
-        DataError: the run does not have that checkpoint, or it is damaged.
+    Raises the errors of `find_checkpoint`, and DataError if the checkpoint is damaged.
     """
-    which = which or exported_checkpoint(run)
+    which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
     report = (run.home / "report" / "report.json").fetch()
     phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
@@ -138,10 +125,7 @@ def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with the weights of a checkpoint.
-
-    The global Keras dtype policy is set to the precision of its training.
-    """
+    """Rebuild the classifier of a run with a checkpoint's weights; set Keras' global dtype policy to its precision."""
     import keras
 
     from trainer.cluster.devices import POLICIES

@@ -77,12 +77,9 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
     size = sum(info.size for info in entries.values())
     if size > budget:
-        raise DataError(
-            f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}",
-            key="runtime.disk_budget_gb",
-            value=f"{budget / 1e9:.1f}",
-            fix="raise it, or set runtime.cache_dir to a larger disk",
-        )
+        problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
+        fix = "raise it, or set runtime.cache_dir to a larger disk"
+        raise DataError(problem, key="runtime.disk_budget_gb", value=value, fix=fix)
     return Copy(folder, pattern, entries)
 
 
@@ -90,20 +87,15 @@ def prepared_folder(data_dir: str, name: str) -> str:
     """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
     `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
-
-    Raises:
-        DataError: the dataset or version does not exist.
+    Raises DataError if the dataset or version does not exist.
     """
     builder, _, version = name.partition(":")
     folder = storage_path(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
     if not versions or (version and version not in versions):
-        raise DataError(
-            f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}",
-            key="data.name",
-            value=name,
-            fix="prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones",
-        )
+        problem = f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}"
+        fix = "prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones"
+        raise DataError(problem, key="data.name", value=name, fix=fix)
     return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
 
 
@@ -130,9 +122,7 @@ def fetch_missing(
     began = reported = time.monotonic()
 
     def download(name: str) -> str:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        missing[name].path.download(target, expected=missing[name])
+        missing[name].path.download(folder / name, expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
