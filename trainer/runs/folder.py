@@ -202,8 +202,7 @@ def check_folder(config: RequestedConfig, address: str, names: Iterable[str], te
         names: of the files and folders in output_dir.
         text: content of its config.yaml; None if it does not exist.
 
-    Raises:
-        ConfigError: the folder has another run or other files, or `resume` forbids it.
+    Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
     """
     if text is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})

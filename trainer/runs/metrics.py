@@ -84,9 +84,7 @@ class MetricsWriter:
 
         Args:
             entry: phase, epoch, step, loss, accuracy and learning_rate.
-            examples: number of examples trained in the interval.
-            seconds: duration of the interval.
-            waited: seconds of it without data for the device.
+            waited: seconds of the interval without data for the device.
             goodput: of the run so far, in 0..1.
         """
         seconds = max(seconds, 1e-9)

@@ -38,8 +38,7 @@ def load_warm_start(
             the folder of a local checkpoint.
         cache_folder: a run in a bucket is downloaded below it.
 
-    Raises:
-        DataError: there is no checkpoint, or none of its variables matches.
+    Raises DataError if there is no checkpoint or none of its variables matches.
     """
     path, values = _read_source(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)

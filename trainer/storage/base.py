@@ -78,14 +78,10 @@ class StoragePath(ABC):
 
     @abstractmethod
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
-        """Write atomically and return the new version.
+        """Write atomically and return the new version; `only_if`: None to create the file, or the version to replace.
 
-        Args:
-            only_if: None to create the file; a version to replace exactly that one. Unconditional by default.
-
-        Raises:
-            Conflict: the file exists, or has another version. If the response to a write was lost, its retry
-                recognizes the version as its own and succeeds.
+        Raises Conflict if the file exists or has another version. If the response to a write was lost, its retry
+        recognizes the version as its own and succeeds.
         """
 
     @abstractmethod
@@ -108,10 +104,8 @@ class StoragePath(ABC):
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file atomically and return the size and version that were copied.
 
-        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it.
-
-        Args:
-            expected: an item of `list`: only this version is copied, and a bucket is not queried for it again.
+        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it. If an item of
+        `list` is `expected`, only this version is copied, and a bucket is not queried for it again.
         """
 
     @abstractmethod

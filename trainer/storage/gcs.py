@@ -133,18 +133,12 @@ class GcsPath(StoragePath):
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         data = content.encode() if isinstance(content, str) else content
-        if len(data) <= PART_BYTES:
-            return self._upload_object(data, only_if)
-        if only_if != ANY:
-            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
-        return self._upload_parts(len(data), lambda start, length: data[start : start + length])
+        return self._upload(len(data), lambda start, length: data[start : start + length], only_if)
 
     def upload(self, source: Path) -> int:
         with LocalPath(source).open() as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= PART_BYTES:
-                return self._upload_object(os.pread(file.fileno(), size, 0), ANY)
-            return self._upload_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
+            return self._upload(size, lambda start, length: os.pread(file.fileno(), length, start), ANY)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         with temporary_file(to) as temporary:
@@ -291,12 +285,16 @@ class GcsPath(StoragePath):
 
         return persist(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
 
-    def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> int:
-        """Upload parts in parallel, each verified, then compose them in one atomic request.
+    def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: int | None) -> int:
+        """Upload a small object in one request; else parts in parallel, each verified, composed in one atomic request.
 
         A resumable upload would be sequential, and servers differ in how they treat a part that is sent again. `list`
         omits parts that a killed process left; `delete_tree` deletes them. `read_range` takes an offset and a length.
         """
+        if size <= PART_BYTES:
+            return self._upload_object(read_range(0, size), only_if)
+        if only_if != ANY:
+            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
         part_bytes = max(PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
         starts = range(0, size, part_bytes)

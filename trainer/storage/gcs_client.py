@@ -59,10 +59,8 @@ class Damaged(Exception):
 def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
     """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
 
-    Args:
-        address: named in errors.
-        permission: that the account needs, named in errors unless the response names it.
-        request: called with the connect and read timeouts of each try.
+    `request` is called with the timeouts of each try. Errors name the address, and the permission that is needed
+    unless the response names it.
 
     Raises:
         Interrupted: the deadline has passed.

@@ -78,9 +78,8 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
     def commit(self, name: str, content: str) -> int:
         """Write a marker (a small text file in the folder) atomically and return its new version.
 
-        Raises:
-            Interrupted: the lease was lost, and nothing was committed; or the storage did not respond, and the marker
-                is written now, by the next holder, or not at all.
+        Raises Interrupted if the lease was lost, and nothing was committed; or if the storage did not respond, and the
+        marker is written now, by the next holder, or not at all.
         """
         with self._commit_lock:
             self.check()
@@ -153,8 +152,7 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
         note: further text about this process for others.
         wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
 
-    Raises:
-        ConfigError: another process holds the lease, and renews it or `wait` is False.
+    Raises ConfigError if another process holds the lease, and renews it or `wait` is False.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
     first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
