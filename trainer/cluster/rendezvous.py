@@ -15,14 +15,13 @@ from typing import Any
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError
 from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
+from trainer.types import LogMessage
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
 MAX_REACH_SECONDS = 30.0  # to reach the port of each other worker
 
 RETRY = "start all workers again"
-
-LogMessage = Callable[[str], None]
 
 
 def rendezvous(

@@ -6,7 +6,7 @@ starts; missing and damaged rows are computed again.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
-from trainer.types import Split
+from trainer.types import LogMessage, Split
 
 # NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
 STORED: dict[str, np.dtype] = {
@@ -38,7 +38,7 @@ class Features:
     views: int  # per example; epoch e reads view e % views
     indices: np.ndarray  # int64, increasing: the examples that this worker reads
     threads: int | None = None  # of a private thread pool for pipelines; None for TensorFlow's own pool
-    log_message: Callable[[str], None] = lambda _: None
+    log_message: LogMessage = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
     array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
     file: Path | None = None  # path of NAME.rows and NAME.list without the suffix; None if nothing is on disk

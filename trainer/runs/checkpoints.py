@@ -9,7 +9,6 @@ checkpoints. On disk each names one. In a bucket, where a folder name also has a
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from trainer.arrays import pack, unpack
 from trainer.errors import DataError
 from trainer.storage.local import sync, write_whole
 from trainer.storage.path import StoragePath, storage_path
+from trainer.types import LogMessage
 
 PREFIX = "step-"
 
@@ -67,7 +67,7 @@ def inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 class CheckpointFolder:
     """The checkpoints of one run in a local folder."""
 
-    def __init__(self, folder: Path, keep: int, log_message: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, keep: int, log_message: LogMessage) -> None:
         """`keep`: number of newest checkpoints that `save` retains; `log_message`: called for each damaged one."""
         self.folder, self.keep, self.log_message = folder, keep, log_message
 

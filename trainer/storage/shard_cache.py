@@ -18,7 +18,8 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
-from trainer.storage.staging import VERSIONS, Note
+from trainer.storage.staging import VERSIONS
+from trainer.types import LogMessage
 
 MAX_TRANSFERS = 8  # concurrent shards; a large one is transferred in several concurrent chunks
 REPORT_SECONDS = 5.0  # a longer wait is logged
@@ -56,7 +57,7 @@ class ShardCache:
         entries: Mapping[str, ObjectInfo],
         cache_dir: Path,
         budget: int,
-        note: Note,
+        note: LogMessage,
         check: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:

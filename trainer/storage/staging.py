@@ -15,13 +15,12 @@ from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import storage_path
+from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
 REPORT_SECONDS = 5.0  # between two log lines with the progress
 ABANDONED_SECONDS = 3600.0  # an older temporary file is deleted
 VERSIONS = ".versions.json"  # in the local folder: version in the bucket of each downloaded file
-
-Note = Callable[[str], None]  # logs a message
 
 
 def is_remote(address: str | None) -> bool:
@@ -29,7 +28,7 @@ def is_remote(address: str | None) -> bool:
     return bool(address) and str(address).startswith("gs://")
 
 
-def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[], None]) -> str:
+def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
     A local address is returned unchanged. Files cached in the same version are not downloaded again; local files that
@@ -109,7 +108,7 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
 
 
 def fetch_missing(
-    address: str, entries: dict[str, ObjectInfo], folder: Path, note: Note, check: Callable[[], None]
+    address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
     """Download the entries (by relative name) that the local folder does not have in the same version."""
     versions, missing = _versions(folder) or {}, missing_from(folder, entries)
