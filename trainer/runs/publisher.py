@@ -1,9 +1,7 @@
 """Publish the local folder of a run to its folder in a bucket, in the background of training.
 
-Both folders have the same layout with two exceptions. In the bucket the name of a checkpoint is used only once
-(`checkpoints/step-00000420-<token>/`, a new token for each process), and `checkpoints/LATEST` lists all committed
-checkpoints, newest first. Writing LATEST through the lease commits a checkpoint; `DONE` is written last, in the same
-way.
+Both folders have the same layout, except for checkpoints (see `trainer.runs.checkpoints`): each process has a new token
+for their names in the bucket. Writing LATEST through the lease commits a checkpoint; `DONE` is written last, likewise.
 """
 
 import shutil
