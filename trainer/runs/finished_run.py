@@ -30,14 +30,9 @@ class FinishedRun:
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
-    """Read a run without validating its configuration, to which the caller first applies its changes.
+    """Return output_dir, config.yaml (not validated) and run.json, which has `classes` and `data_fingerprint`.
 
-    Returns:
-        The output_dir, the content of config.yaml, and that of run.json, which has `classes` and `data_fingerprint`.
-
-    Raises:
-        DataError: there is no run, or run.json is damaged.
-        ConfigError: config.yaml is damaged.
+    Raises DataError if there is no run or run.json is damaged, and ConfigError if config.yaml is damaged.
     """
     home = storage_path(address)
     config = (home / "config.yaml").fetch()
@@ -75,9 +70,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
 def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
     """Return the folder of a checkpoint; `which` is best, last or a step.
 
-    Raises:
-        ConfigError: `which` is something else.
-        DataError: the run does not have that checkpoint.
+    Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
     """
     folder = run.home / "checkpoints"
     latest = read_pointer(folder / "LATEST")  # in a bucket all committed checkpoints, newest first
@@ -166,11 +159,8 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it in the strategy's scope and after the global Keras dtype policy is set. `source` names the values in errors.
-
-    Raises:
-        ModelError: the backbone cannot be loaded.
-        DataError: a value is missing or has another shape.
+    Call it in the strategy's scope and after the global Keras dtype policy is set. Raises ModelError if the backbone
+    cannot be loaded, and DataError, which names `source`, if a value is missing or has another shape.
     """
     from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values

@@ -198,11 +198,8 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
 def check_folder(config: RequestedConfig, address: str, names: Iterable[str], text: str | None) -> RunConfig | None:
     """Return the configuration with which a run resumes in its output_dir; None if a new run begins there.
 
-    Args:
-        names: of the files and folders in output_dir.
-        text: content of its config.yaml; None if it does not exist.
-
-    Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
+    `names` are the files and folders in it, and `text` is its config.yaml, None if there is none. Raises ConfigError
+    if the folder has another run or other files, or `resume` forbids it.
     """
     if text is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})

@@ -82,10 +82,8 @@ class MetricsWriter:
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
         """Write and log a logging interval of training.
 
-        Args:
-            entry: phase, epoch, step, loss, accuracy and learning_rate.
-            waited: seconds of the interval without data for the device.
-            goodput: of the run so far, in 0..1.
+        `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` are the seconds without data for the
+        device; `goodput`, in 0..1, is that of the run so far.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)

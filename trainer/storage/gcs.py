@@ -228,11 +228,7 @@ class GcsPath(StoragePath):
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one generation to a file and return whether the CRC32C matches.
-
-        A damaged small object is requested again by `fetch`. The storage has no checksum of a range, so the CRC32C of a
-        large object is computed after all its chunks are written.
-        """
+        """Copy one generation to a file and return whether its CRC32C matches; the storage has none of a range."""
 
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)

@@ -59,12 +59,8 @@ class Damaged(Exception):
 def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
     """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
 
-    `request` is called with the timeouts of each try. Errors name the address, and the permission that is needed
-    unless the response names it.
-
-    Raises:
-        Interrupted: the deadline has passed.
-        DataError: Google's client reports a permanent error.
+    `request` is called with the timeouts of each try. Raises Interrupted after the deadline, and DataError if Google's
+    client reports a permanent error; it names the address, and `permission` unless the response names another one.
     """
     deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()

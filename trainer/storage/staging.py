@@ -32,16 +32,12 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
     A local address is returned unchanged. Files cached in the same version are not downloaded again; local files that
-    the bucket no longer has are deleted.
+    the bucket no longer has are deleted. Raises DataError if nothing matches the address or it exceeds the budget.
 
     Args:
         budget: limit of the bytes on disk for this address.
         note: logs what is downloaded and, every few seconds, the progress.
         check: called after each file; raises to cancel.
-
-    Raises:
-        DataError: nothing matches the address, or it cannot be read or exceeds the budget.
-        Interrupted: the bucket does not respond.
     """
     if not is_remote(address):
         return address
