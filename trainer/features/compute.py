@@ -76,12 +76,11 @@ class FeaturePass:
         log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
         pixels = self.images.split(split.name)
         with data_errors(pixels):
-            for view, is_missing in enumerate(missing_by_view):
-                if not is_missing.any():
-                    continue
-                if not self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing):
-                    return False
-        return True
+            return all(
+                self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing)
+                for view, is_missing in enumerate(missing_by_view)
+                if is_missing.any()
+            )
 
     def _missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
         """Return which features this worker, or with `exchange` any worker, lacks: bool [count]."""

@@ -88,9 +88,8 @@ class FeatureCache:
         for split in splits:
             memory_used = sum(features.bytes for features in opened if features.cached_in == "memory")
             features = self._open(phase, split, self.images.memory_left - memory_used)
-            if control.any_worker("no room for features", features is None):
+            if control.any_worker("no room for features", features is None) or features is None:
                 return None
-            assert features is not None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later in self._later_phases_in_same_pass(phase, split):
                 # On disk only: the memory that will be free in that phase is not yet known.
