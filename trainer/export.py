@@ -28,7 +28,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
-from trainer.runs.finished_run import FinishedRun, exported_checkpoint, find_run, load_checkpoint
+from trainer.runs.finished_run import FinishedRun, find_run, load_checkpoint
 
 EXPORT_KEYS = ("formats", "max_accuracy_drop")  # of the section `export` of the run's configuration
 # Key -> the problem if it is missing, "" if it is optional.
@@ -53,7 +53,7 @@ def _output_folder(run: FinishedRun, arguments: Mapping[str, str]) -> tuple[Path
         return Path(output).expanduser(), False
     if not run.home.is_local:
         raise ConfigError("is in a bucket", key="run", value=run.address, fix="give output=FOLDER on this machine")
-    exported = exported_checkpoint(run)
+    exported = run.config.training.keep
     if (checkpoint := arguments.get("checkpoint", exported)) != exported:
         raise ConfigError(
             f"is not the checkpoint of the run's export ({exported}), and all files of a folder have the same weights",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
+
+LogMessage = Callable[[str], None]  # logs a line
 
 
 @dataclass(frozen=True)

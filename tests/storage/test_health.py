@@ -33,7 +33,7 @@ def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written
 ) -> None:
     checkpoint_in(tmp_path)
     lease = take(in_bucket, "a test", None)
-    publishing = Publisher(tmp_path, in_bucket, lease)
+    publishing = Publisher(tmp_path, lease)
     began = time.monotonic()
     publishing.publish_checkpoints()
     written = time.monotonic()
@@ -48,7 +48,7 @@ def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written
 
 def test_a_checkpoint_on_disk_counts_at_once(tmp_path: Path, health: Health) -> None:
     assert health.checkpoint_age is None
-    Publisher(tmp_path, None, None).publish_checkpoints()
+    Publisher(tmp_path, None).publish_checkpoints()
     assert health.checkpoint_age is not None
 
 

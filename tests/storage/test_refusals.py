@@ -62,9 +62,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(client, "_clients", {})
+    client._create_client.cache_clear()
     monkeypatch.setattr(Refusing, "status", 403)
     yield url
+    client._create_client.cache_clear()
     refusing.shutdown()
     refusing.server_close()
 

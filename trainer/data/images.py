@@ -26,8 +26,8 @@ from trainer.data.splits import SPLITS
 from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.storage.local import write_whole
-from trainer.storage.shard_cache import Note, ShardCache
-from trainer.types import Dataset, Split
+from trainer.storage.shard_cache import ShardCache
+from trainer.types import Dataset, LogMessage, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
 # Errors that damaged data never causes.
@@ -72,7 +72,7 @@ class Pixels:
     resize: Resize
     on_error: Literal["fail", "skip"]
     threads: int | None = None  # in a private pool of the pipeline; None: one decode per CPU, in TensorFlow's pool
-    log_message: Note = lambda _: None
+    log_message: LogMessage = lambda _: None
     check: Callable[[], None] = lambda: None  # called between batches that fill a cache; raises to stop
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     cached_in: Literal["memory", "disk", "none"] = "none"

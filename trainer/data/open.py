@@ -13,11 +13,11 @@ from trainer.data.digits import digits_folder
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
 from trainer.data.remote import local_copies
-from trainer.data.splits import Note, RawData, at_most, fingerprint, open_tfrecords, per_class
+from trainer.data.splits import RawData, at_most, fingerprint, open_tfrecords, per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
-from trainer.types import Dataset, scored_split
+from trainer.types import Dataset, LogMessage, scored_split
 
 SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
 MAX_CLASS_RATIO = 3  # largest / smallest number of training examples of a class without a note on imbalance
@@ -34,7 +34,7 @@ class OpenedData:
 
 
 def open_run_data(
-    config: RequestedConfig, log_message: Note, check: Callable[[str], None], stream: bool = True
+    config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = True
 ) -> OpenedData:
     """Open the data of a run; copy data and weights in buckets to the local disk first.
 
@@ -52,7 +52,7 @@ def open_run_data(
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
-def open_run_dataset(config: RequestedConfig, data: Data, log_message: Note, streamed: bool = False) -> Dataset:
+def open_run_dataset(config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False) -> Dataset:
     """Open `data`, `config.data` with local paths; with debug.overfit, one batch is both train and validation split."""
     cache, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
@@ -77,7 +77,7 @@ def open_dataset(
     seed: int,
     cache_dir: Path,
     max_examples: int | None,
-    log_message: Note,
+    log_message: LogMessage,
     streamed: bool = False,
     all_groups: bool = False,
 ) -> Dataset:
@@ -117,7 +117,7 @@ def open_dataset(
     return Dataset(raw.name, raw.class_names, raw.splits, fingerprint(raw), skipped, notes)
 
 
-def _open_source(data: Data, cache_dir: Path, log_message: Note, streamed: bool) -> RawData:
+def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool) -> RawData:
     if data.source == "image_folder":
         return open_image_folder(data)
     if data.source == "tfrecords":

@@ -9,8 +9,9 @@ from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_man
 from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
-from trainer.storage.shard_cache import Note, ShardCache
+from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
+from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
@@ -29,7 +30,7 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
 
 
 def local_copies(
-    config: RequestedConfig, log_message: Note, check: Callable[[str], None], stream: bool = False
+    config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = False
 ) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """Copy the data and weights of a configuration from buckets to the local disk.
 
@@ -94,7 +95,9 @@ def prepared_at(address: str) -> Prepared | None:
     return Prepared({name: files[name] for name in manifest}, metadata)
 
 
-def _open_shards(address: str, runtime: Runtime, log_message: Note, check: Callable[[str], None]) -> ShardCache | None:
+def _open_shards(
+    address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
+) -> ShardCache | None:
     """Fetch the metadata of a prepared folder, and return the cache that fetches its shards; None if not prepared."""
     prepared = prepared_at(address)
     if prepared is None:

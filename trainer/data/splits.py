@@ -16,8 +16,7 @@ from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.storage.local import write_whole
-from trainer.storage.shard_cache import Note
-from trainer.types import Shard, Split
+from trainer.types import LogMessage, Shard, Split
 
 SPLITS = ("train", "validation", "test")
 
@@ -132,7 +131,7 @@ class RecordSource:
     data: Data
     classes: int  # number of classes
     cache_dir: Path  # stores the labels of shards for later runs
-    log_message: Note
+    log_message: LogMessage
     streamed: bool = False  # the shards are fetched later: use the manifest and the labels file
 
 
@@ -210,7 +209,7 @@ def split_of(name: str, ranges: list[Shard], labels: dict[str, np.ndarray], sour
     return take(split, np.flatnonzero(all_labels >= 0))
 
 
-def open_tfrecords(data: Data, cache_dir: Path, log_message: Note) -> RawData:
+def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
     """Open the TFRecord files that match data.pattern, and divide them, sorted by path, by the configured fractions.
 
     The first files are the validation split, the next the test split, and all others the train split.

@@ -13,11 +13,10 @@ from trainer.config.schema import Data
 from trainer.data.splits import RawData, RecordSource, class_rank, overlap, read_shards, split_of, split_sizes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.storage.shard_cache import Note
-from trainer.types import Shard, Split
+from trainer.types import LogMessage, Shard, Split
 
 
-def open_tfds(data: Data, cache_dir: Path, log_message: Note, streamed: bool = False) -> RawData:
+def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool = False) -> RawData:
     """Open the dataset of data.root or data.name, and read the labels of its splits.
 
     If data.validation_split is null, the dataset's split "validation" is used. If it has none, the last

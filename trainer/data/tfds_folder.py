@@ -88,7 +88,7 @@ class DatasetFolder:
         values += [json.loads(path.read_text()) for name, path in files.items() if _is_sidecar(name)]
         return {entry.file: entry for entry in map(ShardEntry.from_json, values)}
 
-    def _files(self) -> list[ObjectInfo]:
+    def _files(self) -> Sequence[ObjectInfo]:
         return self.folder.list(recursive=False)
 
     def holds(self, entry: ShardEntry) -> bool:

@@ -59,8 +59,7 @@ class FeaturePass:
         computes a part of them, and they exchange the results. If this worker cannot store the features of a request,
         it sets `failed` there, without notice to the other workers.
 
-        Raises:
-            DataError: an image cannot be read, or a feature is too large for float16.
+        Raises DataError if an image cannot be read or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
         missing = [[self._missing(request, view, exchange) for view in range(views)] for request in requests]
@@ -77,12 +76,11 @@ class FeaturePass:
         log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
         pixels = self.images.split(split.name)
         with data_errors(pixels):
-            for view, is_missing in enumerate(missing_by_view):
-                if not is_missing.any():
-                    continue
-                if not self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing):
-                    return False
-        return True
+            return all(
+                self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing)
+                for view, is_missing in enumerate(missing_by_view)
+                if is_missing.any()
+            )
 
     def _missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
         """Return which features this worker, or with `exchange` any worker, lacks: bool [count]."""

@@ -111,13 +111,7 @@ class Tail:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute float32 logits [b, classes].
-
-        Args:
-            images: the trunk's output [b, *shape], of any floating dtype, instead of images.
-
-        The other arguments are those of `Classifier.logits`.
-        """
+        """Compute logits as `Classifier.logits`; `images` is the trunk's output [b, *shape] of any floating dtype."""
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
             with example_weights(weight if batch_norm_training else None):

@@ -41,14 +41,7 @@ def open_inputs(
 ) -> Inputs | None:
     """Open the inputs of a phase after `apply_thaw`; all workers compute the missing features together.
 
-    Args:
-        scorer: of the complete classifier.
-
-    Returns:
-        None, on all workers, if one of them has no room for the features or the run should stop.
-
-    Raises:
-        DataError: an image cannot be read, or a feature is too large for float16.
+    `scorer` is that of the complete classifier. Return None, and raise errors, as `FeatureCache.open` does.
     """
     augmentation, reads = images.config.augmentation, plan.reads[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
@@ -87,19 +80,16 @@ class FeatureCache:
         """Return the complete features of these splits for a phase.
 
         The same pass over the images computes features for later phases, if training until then does not change them.
-        Returns None, on all workers, if one of them has no room for the features of `phase` or the run should stop.
-
-        Raises:
-            DataError: an image cannot be read, or a feature is too large for float16.
+        Return None, on all workers, if one of them has no room for the features of `phase` or the run should stop.
+        Raises DataError if an image cannot be read or a feature is too large for float16.
         """
         compute, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
         opened: list[Features] = []
         for split in splits:
             memory_used = sum(features.bytes for features in opened if features.cached_in == "memory")
             features = self._open(phase, split, self.images.memory_left - memory_used)
-            if control.any_worker("no room for features", features is None):
+            if control.any_worker("no room for features", features is None) or features is None:
                 return None
-            assert features is not None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later in self._later_phases_in_same_pass(phase, split):
                 # On disk only: the memory that will be free in that phase is not yet known.

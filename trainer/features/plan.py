@@ -64,8 +64,7 @@ def stored_dtype(phase: Phase, cut: Cut) -> str:
 def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
     """Apply the freezing rules of each phase in turn and return its division; the rules of the last one stay applied.
 
-    Raises:
-        ModelError: a thaw rule cannot be applied; the key of the error names the phase.
+    Raises ModelError if a thaw rule cannot be applied; the key of the error names the phase.
     """
     divisions = {}
     for name, phase in config.phases.items():
@@ -92,13 +91,9 @@ def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first:
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose cached features or images for each phase.
+    """Choose cached features or images for each phase; its features may occupy `budget` bytes, in memory or on disk.
 
-    Args:
-        budget: most bytes that the features of a phase may occupy, in memory or on disk.
-
-    Raises:
-        ConfigError: a phase is configured with `features=cached`, which is not possible.
+    Raises ConfigError if a phase is configured with `features=cached`, which is not possible.
     """
     train_count = dataset.splits["train"].count
     validation_count = dataset.splits["validation"].count if "validation" in dataset.splits else 0
@@ -126,18 +121,13 @@ def choose_features(
 ) -> dict[str, Reads]:
     """Return the input of each phase, the same on all workers.
 
-    The chief reads them from the run.json in `folder`; for a new run it chooses and records them there.
-
-    Args:
-        begun: the run has taken a training step. If run.json of such a run has no choice, its version had no cached
-            features, and every phase reads images.
+    The chief reads them from the run.json in `folder`; for a new run it chooses and records them there. If a run that
+    has taken a training step (`begun`) recorded none, its version had no cached features: every phase reads images.
     """
     config = images.config
 
     def choose() -> tuple[dict[str, Reads], list[str]]:
-        recorded = read_run_json(folder).get("features")
-        if recorded is None and begun:
-            recorded = {}
+        recorded = read_run_json(folder).get("features", {} if begun else None)
         if recorded is not None:
             return {name: recorded.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))

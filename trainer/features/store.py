@@ -6,7 +6,7 @@ starts; missing and damaged rows are computed again.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
-from trainer.types import Split
+from trainer.types import LogMessage, Split
 
 # NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
 STORED: dict[str, np.dtype] = {
@@ -38,7 +38,7 @@ class Features:
     views: int  # per example; epoch e reads view e % views
     indices: np.ndarray  # int64, increasing: the examples that this worker reads
     threads: int | None = None  # of a private thread pool for pipelines; None for TensorFlow's own pool
-    log_message: Callable[[str], None] = lambda _: None
+    log_message: LogMessage = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
     array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
     file: Path | None = None  # path of NAME.rows and NAME.list without the suffix; None if nothing is on disk
@@ -85,8 +85,7 @@ class Features:
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Convert rows [n, *shape] of any floating dtype to the stored dtype, as `write` requires.
 
-        Raises:
-            DataError: a finite value is too large for float16.
+        Raises DataError if a finite value is too large for float16.
         """
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
@@ -98,13 +97,9 @@ class Features:
         return converted
 
     def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store encoded `rows` [n, *shape] of the examples `index`, int64 [n], increasing.
+        """Store encoded `rows` [n, *shape] of the examples `index`, int64 [n], increasing, and `bad`.
 
-        Args:
-            bad: reasons why images of these examples could not be read, by index.
-
-        Raises:
-            OSError: the rows cannot be written to disk, and the features are not in memory.
+        Raises OSError if the rows cannot be written to disk and the features are not in memory.
         """
         gaps = np.flatnonzero(np.diff(index) != 1) + 1
         for consecutive, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
@@ -159,17 +154,11 @@ def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> i
 
 
 def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
-    """Prepare new `features` for writing, and load the rows that earlier starts stored on disk.
+    """Prepare new `features` for writing, load the rows that earlier starts stored in `file`, and return `features`.
 
-    Features that fit the memory budget are in memory, and also on disk if they fit the disk budget; all others are on
-    disk only. The least recently used features of other files are deleted to stay within the disk budget.
-
-    Args:
-        file: path on disk, without suffix, which identifies the features.
-        memory_budget, disk_budget: in bytes.
-
-    Returns:
-        `features`, or None if there is no room for them.
+    Features that fit the memory budget (bytes) are in memory, and also on disk if they fit the disk budget; all others
+    are on disk only. The least recently used features of other files are deleted to stay within the disk budget. Return
+    None if there is no room. `file` has no suffix.
     """
     in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
     if not in_memory and not on_disk:

@@ -9,7 +9,6 @@ checkpoints. On disk each names one. In a bucket, where a folder name also has a
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from trainer.arrays import pack, unpack
 from trainer.errors import DataError
 from trainer.storage.local import sync, write_whole
 from trainer.storage.path import StoragePath, storage_path
+from trainer.types import LogMessage
 
 PREFIX = "step-"
 
@@ -41,11 +41,9 @@ def read_pointer(pointer: StoragePath) -> list[str]:
 
 
 def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read the state and the variables of the checkpoint in a folder, and verify their sizes and checksums.
+    """Read the state and the variables of a checkpoint, and verify their sizes and checksums.
 
-    Raises:
-        DataError: the checkpoint is missing or damaged.
-        Interrupted: the bucket does not respond.
+    Raises DataError if the checkpoint is missing or damaged, and Interrupted if the bucket does not respond.
     """
     fix = "give another one, or delete it and start the run again"
     try:
@@ -69,7 +67,7 @@ def inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 class CheckpointFolder:
     """The checkpoints of one run in a local folder."""
 
-    def __init__(self, folder: Path, keep: int, log_message: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, keep: int, log_message: LogMessage) -> None:
         """`keep`: number of newest checkpoints that `save` retains; `log_message`: called for each damaged one."""
         self.folder, self.keep, self.log_message = folder, keep, log_message
 
@@ -84,11 +82,8 @@ class CheckpointFolder:
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.
 
-        Args:
-            best_step: step of the best checkpoint so far, for BEST; None if there is none yet.
-
-        Raises:
-            OSError: the disk is full or fails; earlier checkpoints are intact.
+        `best_step` is that of the best checkpoint so far, None if there is none yet. Raises OSError if the disk is full
+        or fails; earlier checkpoints are intact.
         """
         final = self.path(state["step"])
         temporary = self.folder / f".writing-{final.name}"

@@ -30,14 +30,9 @@ class FinishedRun:
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
-    """Read a run without validating its configuration, to which the caller first applies its changes.
+    """Return output_dir, config.yaml (not validated) and run.json, which has `classes` and `data_fingerprint`.
 
-    Returns:
-        The output_dir, the content of config.yaml, and that of run.json, which has `classes` and `data_fingerprint`.
-
-    Raises:
-        DataError: there is no run, or run.json is damaged.
-        ConfigError: config.yaml is damaged.
+    Raises DataError if there is no run or run.json is damaged, and ConfigError if config.yaml is damaged.
     """
     home = storage_path(address)
     config = (home / "config.yaml").fetch()
@@ -53,15 +48,9 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
-    """Read a run and validate its configuration.
+    """Read a run and validate its configuration, with `changes` such as {"data.root": "/elsewhere"}.
 
-    Args:
-        address: its output_dir, local or gs://.
-        changes: values that replace those of its config.yaml, such as {"data.root": "/elsewhere"}.
-
-    Raises:
-        DataError: there is no run, or run.json is damaged.
-        ConfigError: its config.yaml is damaged or of another version, or the changes are invalid.
+    Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or the changes are invalid.
     """
     home, tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
@@ -78,17 +67,10 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
     return FinishedRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
 
 
-def exported_checkpoint(run: FinishedRun) -> str:
-    """Return which checkpoint a run exports at its end, best or last."""
-    return run.config.training.keep
-
-
 def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
     """Return the folder of a checkpoint; `which` is best, last or a step.
 
-    Raises:
-        ConfigError: `which` is something else.
-        DataError: the run does not have that checkpoint.
+    Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
     """
     folder = run.home / "checkpoints"
     latest = read_pointer(folder / "LATEST")  # in a bucket all committed checkpoints, newest first
@@ -123,11 +105,9 @@ class LoadedCheckpoint:
 def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
     """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
 
-    Raises:
-        ConfigError: `which` is something else.
-        DataError: the run does not have that checkpoint, or it is damaged.
+    Raises the errors of `find_checkpoint`, and DataError if the checkpoint is damaged.
     """
-    which = which or exported_checkpoint(run)
+    which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
     report = (run.home / "report" / "report.json").fetch()
     phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
@@ -138,10 +118,7 @@ def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with the weights of a checkpoint.
-
-    The global Keras dtype policy is set to the precision of its training.
-    """
+    """Rebuild the classifier of a run with a checkpoint's weights; set Keras' global dtype policy to its precision."""
     import keras
 
     from trainer.cluster.devices import POLICIES
@@ -182,11 +159,8 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
 
-    Call it in the strategy's scope and after the global Keras dtype policy is set. `source` names the values in errors.
-
-    Raises:
-        ModelError: the backbone cannot be loaded.
-        DataError: a value is missing or has another shape.
+    Call it in the strategy's scope and after the global Keras dtype policy is set. Raises ModelError if the backbone
+    cannot be loaded, and DataError, which names `source`, if a value is missing or has another shape.
     """
     from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values

@@ -51,15 +51,9 @@ class RunFolder:
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def record_start(self, run_fields: dict[str, Any], fingerprint: str, start_fields: dict[str, Any]) -> None:
-        """Add this start to run.json.
+        """Add this start to run.json: `start_fields` with versions, host and command; at the first start `run_fields`.
 
-        Args:
-            run_fields: written at the first start and not replaced later.
-            fingerprint: of the data.
-            start_fields: written in the entry of this start, next to versions, host and command.
-
-        Raises:
-            DataError: the data differs from that of the first start.
+        Raises DataError if the fingerprint of the data differs from that of the first start.
         """
         run_json = read_run_json(self.path)
         check_fingerprint(self.address, run_json, fingerprint)
@@ -180,12 +174,12 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
             Job; or the bucket does not respond.
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
-    remote, path = storage_path(address) if is_remote(address) else None, _local_folder(config, address)
+    path = _local_folder(config, address)
     lock, lease = _lock_folder(path, workers), None
-    if remote:  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
-        pod = os.environ.get("HOSTNAME") or platform.node()
-        lease = take_lease(remote, f"process {os.getpid()} on {pod}", os.environ.get("JOB_UID") or None)
-    publisher = Publisher(path, remote, lease)
+    if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
+        holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
+        lease = take_lease(storage_path(address), holder, os.environ.get("JOB_UID") or None)
+    publisher = Publisher(path, lease)
     try:
         publisher.fetch()
         file, names = path / "config.yaml", [p.name for p in path.iterdir()]
@@ -204,13 +198,8 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
 def check_folder(config: RequestedConfig, address: str, names: Iterable[str], text: str | None) -> RunConfig | None:
     """Return the configuration with which a run resumes in its output_dir; None if a new run begins there.
 
-    Args:
-        address: output_dir, for errors.
-        names: of the files and folders in it.
-        text: content of its config.yaml; None if it does not exist.
-
-    Raises:
-        ConfigError: the folder has another run or other files, or `resume` forbids it.
+    `names` are the files and folders in it, and `text` is its config.yaml, None if there is none. Raises ConfigError
+    if the folder has another run or other files, or `resume` forbids it.
     """
     if text is None:
         others = sorted(set(names) - {LOCK, "config.yaml"})
@@ -228,13 +217,9 @@ def check_folder(config: RequestedConfig, address: str, names: Iterable[str], te
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Read how a run would begin in its output_dir, and write nothing.
+    """Read the configuration with which a run would resume (None: a new run) and run.json (empty: none); write nothing.
 
-    Returns:
-        The configuration with which it would resume, None for a new run; and run.json, empty if it does not exist.
-
-    Raises:
-        ConfigError: the folder has another run or other files, or `resume` forbids it.
+    Raises the error of `check_folder`.
     """
     folder = storage_path(config.output_dir or "")
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
@@ -257,8 +242,7 @@ def check_fingerprint(address: str, run_json: dict[str, Any], fingerprint: str) 
 def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
     """Return `config` with the values that the run in the folder chose for `auto`.
 
-    Raises:
-        ConfigError: its configuration `before` differs in a value that a resumed run cannot change.
+    Raises ConfigError if its configuration `before` differs in a value that a resumed run cannot change.
     """
     config, _ = resolve_auto(config, begun=before)
     if changed := differences(before, config):
@@ -301,7 +285,7 @@ def follow_run_folder(config: RequestedConfig) -> RunFolder:
     """Describe the folder on a worker other than the chief, without accessing it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
-    return RunFolder(path, address, False, None, Publisher(path, None, None), config)
+    return RunFolder(path, address, False, None, Publisher(path, None), config)
 
 
 def _local_folder(config: RequestedConfig, address: str) -> Path:
@@ -316,10 +300,8 @@ def resolve_auto_once(
 ) -> tuple[RunConfig, list[str]]:
     """Resolve `auto` values on the chief as an earlier start of this run did, or else for the dataset.
 
-    All workers call this and get the same configuration. The chief writes config.yaml of a new run.
-
-    Returns:
-        The configuration, and a reason for each value that was chosen.
+    All workers call this and get the same configuration, with a reason for each value that was chosen. The chief writes
+    config.yaml of a new run.
     """
 
     def choose() -> tuple[dict[str, Any], list[str]]:

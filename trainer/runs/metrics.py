@@ -32,15 +32,13 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         write_whole(metrics, "".join(line + "\n" for line in lines))
     for file in logs.glob("*/events.out.tfevents.*"):
-        records = []
-        with suppress(tf.errors.DataLossError):  # the last record was truncated by a kill
+        shortened = Path(f"{file}.cut")
+        # Data loss: the last record was truncated by a kill.
+        with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError):
             for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                 if Event.FromString(record).step <= step:
-                    records.append(record)
-        with tf.io.TFRecordWriter(str(file) + ".cut") as writer:
-            for record in records:
-                writer.write(record)
-        Path(str(file) + ".cut").replace(file)
+                    writer.write(record)
+        shortened.replace(file)
 
 
 def _step_of(line: str) -> float:
@@ -84,12 +82,8 @@ class MetricsWriter:
     def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
         """Write and log a logging interval of training.
 
-        Args:
-            entry: phase, epoch, step, loss, accuracy and learning_rate.
-            examples: number of examples trained in the interval.
-            seconds: duration of the interval.
-            waited: seconds of it without data for the device.
-            goodput: of the run so far, in 0..1.
+        `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` are the seconds without data for the
+        device; `goodput`, in 0..1, is that of the run so far.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)

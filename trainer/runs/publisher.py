@@ -1,9 +1,7 @@
 """Publish the local folder of a run to its folder in a bucket, in the background of training.
 
-Both folders have the same layout with two exceptions. In the bucket the name of a checkpoint is used only once
-(`checkpoints/step-00000420-<token>/`, a new token for each process), and `checkpoints/LATEST` lists all committed
-checkpoints, newest first. Writing LATEST through the lease commits a checkpoint; `DONE` is written last, in the same
-way.
+Both folders have the same layout, except for checkpoints (see `trainer.runs.checkpoints`): each process has a new token
+for their names in the bucket. Writing LATEST through the lease commits a checkpoint; `DONE` is written last, likewise.
 """
 
 import shutil
@@ -29,12 +27,7 @@ FINAL_RESULTS = ("report/", "export/")  # published only at the end
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     """Replace a local folder by the files of a run in a bucket: of checkpoints only the committed ones, no results.
 
-    Returns:
-        The name of each committed checkpoint in the bucket, by its local name.
-
-    Raises:
-        DataError: the bucket cannot be read.
-        Interrupted: the bucket does not respond.
+    Return the name of each committed checkpoint in the bucket, by its local name.
     """
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
@@ -50,8 +43,6 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
                 continue
             name = f"checkpoints/{_local_name(checkpoint)}/{file}"
         downloads.append((info.path, local / name))
-    for _, target in downloads:
-        target.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
@@ -61,33 +52,33 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
 
 
 class Publisher:
-    """Copies the folder `local` to `remote`, which another process cannot commit to while `lease` is held.
+    """Copies the folder `local` to that of the lease, which another process cannot commit to meanwhile.
 
-    `remote` and `lease` are None for a run with a local output_dir and on workers other than the chief: then nothing is
-    copied, and only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
+    `lease` is None for a run with a local output_dir and on workers other than the chief: then nothing is copied, and
+    only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
     """
 
-    def __init__(self, local: Path, remote: StoragePath | None, lease: Lease | None) -> None:
+    def __init__(self, local: Path, lease: Lease | None) -> None:
         """Begin to publish changed files every `PUBLISH_SECONDS`."""
-        self.local, self.remote, self.lease = local, remote, lease
+        self.local, self.lease = local, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
         self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time when it was copied
         self._error: BaseException | None = None  # of the background thread
         self._pending: Future[None] | None = None
         self._closed = threading.Event()
-        if remote:
+        if lease:
             self._pool = ThreadPoolExecutor(1, "publisher")  # one thread: publications do not overlap
             threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def fetch(self) -> None:
-        """Replace `local` by the run's files in the bucket. Raises the errors of `fetch_run`."""
-        if self.remote:
-            self._names = fetch_run(self.remote, self.local)
+        """Replace `local` by the run's files in the bucket."""
+        if self.lease:
+            self._names = fetch_run(self.lease.folder, self.local)
 
     def publish_checkpoints(self) -> None:
         """Begin to publish the local checkpoints; call `wait` before the next one is written."""
-        if not self.remote:
+        if not self.lease:
             health.checkpoint_saved()
         self._submit(partial(self._upload_and_commit, time.monotonic()))
 
@@ -107,19 +98,19 @@ class Publisher:
     def publish_results(self) -> None:
         """Publish all changed files, including report and export."""
         self.wait()
-        if self.remote and self.lease:
+        if self.lease:
             self._publish_files(results=True)
 
     def finish(self, content: str) -> None:
         """Publish all changed files, then write DONE with this content, in the bucket and locally."""
         self.publish_results()
-        if self.remote and self.lease:
+        if self.lease:
             self.lease.commit(DONE, content)
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
         """Publish changed files unless publishing has failed or `publish` is False, and release the lease."""
-        if not self.remote or self._closed.is_set():
+        if not self.lease or self._closed.is_set():
             return
         self._closed.set()
         self._pool.shutdown(wait=True)
@@ -128,8 +119,7 @@ class Publisher:
                 self._publish_files()
         except Exception as error:  # must not hide the error that ends the run
             self._error = error
-        if self.lease:
-            self.lease.release()
+        self.lease.release()
 
     def _submit(self, task: Callable[[], None]) -> None:
         def run_task() -> None:
@@ -138,7 +128,7 @@ class Publisher:
             except BaseException as error:
                 self._error = error
 
-        if self.remote and not self._closed.is_set():
+        if self.lease and not self._closed.is_set():
             self._pending = self._pool.submit(run_task)
 
     def _publish_periodically(self) -> None:
@@ -148,14 +138,14 @@ class Publisher:
 
     def _upload_and_commit(self, written_at: float) -> None:
         """Upload new local checkpoints, commit them, and delete those that no longer exist locally."""
-        assert self.remote
         assert self.lease
+        remote = self.lease.folder
         names = sorted((p.name for p in (self.local / "checkpoints").glob(f"{PREFIX}*")), reverse=True)
         for name in names:
             if name not in self._names:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
-                    (self.remote / f"checkpoints/{published}/{file.name}").upload(file)
+                    (remote / f"checkpoints/{published}/{file.name}").upload(file)
                     health.progress()
                 self._names[name] = published
         self._names = {name: published for name, published in self._names.items() if name in names}
@@ -164,16 +154,15 @@ class Publisher:
         health.checkpoint_saved(time.monotonic() - written_at)
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
-            (self.remote / BEST).write(self._names[name] + "\n")
-        for old in (self.remote / "checkpoints").folders():
+            (remote / BEST).write(self._names[name] + "\n")
+        for old in (remote / "checkpoints").folders():
             if old.name.startswith(PREFIX) and old.name not in self._names.values():
                 old.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:
         """Copy changed files except checkpoints; each is read only once, since it may grow meanwhile."""
-        assert self.remote
-        if self.lease:
-            self.lease.check()
+        assert self.lease
+        self.lease.check()
         for file in sorted(self.local.rglob("*")):
             name = file.relative_to(self.local).as_posix()
             hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -183,7 +172,7 @@ class Publisher:
             status = file.stat()
             current = (status.st_size, status.st_mtime_ns)
             if self._published.get(name) != current:
-                (self.remote / name).write(file.read_bytes())
+                (self.lease.folder / name).write(file.read_bytes())
                 health.progress()
                 self._published[name] = current
 

@@ -34,9 +34,8 @@ class RestartHistory:
     def begin(self, step: int, max_failures: int) -> None:
         """Add this start, which resumes from `step`.
 
-        Raises:
-            GaveUp: since `step` was first resumed from, `max_failures` restarts failed or were killed. Restarts that a
-                stop request or an error of the user ended are not counted.
+        Raises GaveUp if `max_failures` restarts failed or were killed since `step` was first resumed from. Restarts
+        that a stop request or an error of the user ended are not counted.
         """
         restarts = self.entries[1:]  # the first entry is not a restart
         progressed = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)

@@ -20,8 +20,7 @@ from trainer.training import variables
 def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
     """Assign trained values, by name, to `targets`, all or some of the classifier's variables.
 
-    Raises:
-        DataError: a value is missing or has another shape; nothing was assigned. `source` names the values.
+    Raises DataError if a value is missing or has another shape: nothing was assigned. `source` names the values.
     """
     variables.write(targets, values, source)
     refresh_normalization(classifier.backbone)
@@ -32,18 +31,14 @@ def load_warm_start(
 ) -> tuple[str, int]:
     """Assign the variables of another run's checkpoint that have the same name and shape, with averages (EMA) if any.
 
-    All workers call this; the chief reads the checkpoint and broadcasts it.
+    All workers call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of values.
 
     Args:
         source: output_dir of the other run, local or gs://, of which the best or else the newest checkpoint is read; or
             the folder of a local checkpoint.
         cache_folder: a run in a bucket is downloaded below it.
 
-    Returns:
-        The path of the checkpoint, and the number of assigned variables.
-
-    Raises:
-        DataError: there is no checkpoint, or none of its variables matches.
+    Raises DataError if there is no checkpoint or none of its variables matches.
     """
     path, values = _read_source(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
@@ -76,8 +71,7 @@ def _read_source(source: str, cache_folder: Path) -> tuple[str, dict[str, np.nda
 def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
     """Return the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
 
-    Raises:
-        DataError: the folder does not exist, or the run has no checkpoint. `source` is the value of `warm_start`.
+    Raises DataError if the folder does not exist or the run has no checkpoint; `source` is the value of `warm_start`.
     """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)

@@ -17,14 +17,7 @@ class Saver:
     """Saves and reads the checkpoints of one run, and holds its restart history.
 
     Only the chief accesses the disk. `newest` and `read_weights` broadcast what it reads, so all workers call them;
-    `save` only records the step on other workers.
-
-    Attributes:
-        path: the local folder of the run.
-        address: `output_dir` as the user gave it.
-        publisher: copies the local folder to a bucket in the background.
-        saved_step: step of the newest checkpoint, 0 if there is none.
-        restarts: the restart history; other workers than the chief do not write it.
+    `save` only records the step on other workers. `saved_step` is that of the newest checkpoint, 0 if there is none.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
@@ -50,10 +43,7 @@ class Saver:
         """Commit a checkpoint of the current variables (by name) on the local disk; publish it in the background.
 
         First wait until the previous checkpoint is published. `best_step` is the step of the best checkpoint so far.
-
-        Raises:
-            Interrupted: the lease of the bucket was lost, or the bucket does not respond.
-            OSError: the disk is full or fails.
+        Raises the errors of `Publisher.wait` and `CheckpointFolder.save`.
         """
         self.saved_step = state["step"]
         if self.control.is_chief:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 from trainer.errors import TrainerError
 
@@ -19,14 +17,7 @@ class Conflict(TrainerError):
     """The file no longer has the version that a conditional write replaces; nothing was written."""
 
 
-class _Any(Enum):
-    ANY = "any"
-
-
-ANY = _Any.ANY
-OnlyIf = int | None | Literal[_Any.ANY]  # condition of a write: this version, no file yet, or none at all
-ObjectInfos = list["ObjectInfo"]  # in the body of StoragePath, `list` is the method
-StoragePaths = list["StoragePath"]
+ANY = -1  # for an unconditional write; no file has this version
 
 # `.name.<digits>-<digits>` is a temporary local file; `name.parts-<token>/` has the parts of a large object.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
@@ -39,18 +30,12 @@ def is_unfinished(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """A file or object as it was listed.
-
-    Attributes:
-        size: in bytes.
-        version: differs for each write: the modification time in ns of a file, the generation of an object.
-        crc32c: None for local files.
-    """
+    """A file or object as it was listed."""
 
     path: StoragePath
-    size: int
-    version: int
-    crc32c: int | None = None
+    size: int  # in bytes
+    version: int  # differs for each write: the modification time in ns of a file, the generation of an object
+    crc32c: int | None = None  # None for local files
 
 
 class StoragePath(ABC):
@@ -92,23 +77,19 @@ class StoragePath(ABC):
         """Read `length` bytes from `start`, fewer at the end of the file."""
 
     @abstractmethod
-    def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
-        """Write atomically and return the new version.
+    def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
+        """Write atomically and return the new version; `only_if`: None to create the file, or the version to replace.
 
-        Args:
-            only_if: None to create the file; a version to replace exactly that one. Unconditional by default.
-
-        Raises:
-            Conflict: the file exists, or has another version. If the response to a write was lost, its retry
-                recognizes the version as its own and succeeds.
+        Raises Conflict if the file exists or has another version. If the response to a write was lost, its retry
+        recognizes the version as its own and succeeds.
         """
 
     @abstractmethod
-    def list(self, recursive: bool = True) -> ObjectInfos:
+    def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
         """List the files below this folder, or only directly in it, by path; empty if there is no such folder."""
 
     @abstractmethod
-    def folders(self) -> StoragePaths:
+    def folders(self) -> Sequence[StoragePath]:
         """List the folders directly in this one, sorted by name."""
 
     @abstractmethod
@@ -123,10 +104,8 @@ class StoragePath(ABC):
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file atomically and return the size and version that were copied.
 
-        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it.
-
-        Args:
-            expected: an item of `list`: only this version is copied, and a bucket is not queried for it again.
+        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it. If an item of
+        `list` is `expected`, only this version is copied, and a bucket is not queried for it again.
         """
 
     @abstractmethod

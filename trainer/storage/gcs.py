@@ -10,7 +10,7 @@ import base64
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -23,17 +23,7 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
-from trainer.storage.base import (
-    ANY,
-    Conflict,
-    ObjectInfo,
-    ObjectInfos,
-    OnlyIf,
-    StoragePath,
-    StoragePaths,
-    is_unfinished,
-    within,
-)
+from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished, within
 from trainer.storage.gcs_client import CHECK_BUCKET, NO_BUCKET, Damaged, Limits, client, persist
 from trainer.storage.local import LocalPath, temporary_file
 
@@ -100,12 +90,8 @@ class GcsPath(StoragePath):
 
     def stat(self) -> ObjectInfo | None:
         def get(limits: Limits) -> ObjectInfo | None:
-            blob = self._blob()
-            try:
-                blob.reload(timeout=limits, retry=None)
-            except NotFound:
-                return None
-            return self._info(blob)
+            blob = self._current_blob(limits)
+            return None if blob is None else self._info(blob)
 
         return persist(str(self), "storage.objects.get", get) if self.key else None
 
@@ -130,9 +116,7 @@ class GcsPath(StoragePath):
 
         A small object is read and verified as a whole; the range of a large one is read twice and compared.
         """
-        info = self.stat()
-        if info is None:
-            raise self._absent()
+        info = self._require_info()
         length = min(length, info.size - start)
         if length <= 0:
             return b""
@@ -147,44 +131,34 @@ class GcsPath(StoragePath):
 
         return persist(str(self), "storage.objects.get", read_twice)
 
-    def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
+    def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         data = content.encode() if isinstance(content, str) else content
-        if len(data) <= PART_BYTES:
-            return self._upload_object(data, only_if)
-        if only_if is not ANY:
-            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
-        return self._upload_parts(len(data), lambda start, length: data[start : start + length])
+        return self._upload(len(data), lambda start, length: data[start : start + length], only_if)
 
     def upload(self, source: Path) -> int:
-        with LocalPath(source)._reading():
-            file = open(source, "rb")  # noqa: SIM115 - closed below
-        with file:
+        with LocalPath(source).open() as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= PART_BYTES:
-                return self._upload_object(os.pread(file.fileno(), size, 0), ANY)
-            return self._upload_parts(size, lambda start, length: os.pread(file.fileno(), length, start))
+            return self._upload(size, lambda start, length: os.pread(file.fileno(), length, start), ANY)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         with temporary_file(to) as temporary:
             for _ in range(MAX_DOWNLOADS):
                 info = expected or self._require_info()
                 try:
-                    is_intact = self._download(temporary, info)
+                    if self._download(temporary, info):
+                        os.replace(temporary, to)
+                        return info
                 except _Replaced:
                     if expected is not None:
                         raise
-                    continue
-                if is_intact:
-                    os.replace(temporary, to)
-                    return info
         problem = f"{self}: the download failed its CRC32C check {MAX_DOWNLOADS} times"
         raise Interrupted(problem, fix="start the same command again")
 
-    def list(self, recursive: bool = True) -> ObjectInfos:
+    def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
         infos = [info for page, _ in self._pages("" if recursive else "/") for info in page]
         return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
 
-    def folders(self) -> StoragePaths:
+    def folders(self) -> Sequence[StoragePath]:
         names = {prefix for _, prefixes in self._pages("/") for prefix in prefixes if not is_unfinished(prefix)}
         return [replace(self, key=name.rstrip("/")) for name in sorted(names)]
 
@@ -201,6 +175,10 @@ class GcsPath(StoragePath):
     def _blob(self, generation: int | None = None) -> Any:
         return client().bucket(self.bucket).blob(self.key, generation=generation)
 
+    def _current_blob(self, limits: Limits) -> Any:
+        """Request the metadata of the object, without retries; None if there is no such object."""
+        return client().bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None)
+
     def _absent(self) -> DataError:
         try:
             replace(self, key="")._page(None, "", 1)
@@ -212,7 +190,7 @@ class GcsPath(StoragePath):
     def _info(self, blob: Any) -> ObjectInfo:
         return ObjectInfo(self, int(blob.size), int(blob.generation), _decode_crc32c(blob.crc32c))
 
-    def _pages(self, delimiter: str) -> Iterator[tuple[ObjectInfos, set[str]]]:
+    def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
         """Yield the objects and the subfolders of each page; with delimiter "", all objects below and no subfolders."""
         token: str | None = ""
         while token is not None:
@@ -221,11 +199,11 @@ class GcsPath(StoragePath):
 
     def _page(
         self, token: str | None, delimiter: str, max_objects: int | None = None
-    ) -> tuple[ObjectInfos, set[str], str | None]:
+    ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
         """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
         prefix = f"{self.key}/" if self.key else ""
 
-        def get(limits: Limits) -> tuple[ObjectInfos, set[str], str | None]:
+        def get(limits: Limits) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
             listing = client().list_blobs(
                 self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None,
                 max_results=max_objects, fields=_FIELDS, timeout=limits, retry=None,
@@ -250,11 +228,7 @@ class GcsPath(StoragePath):
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one generation to a file and return whether the CRC32C matches.
-
-        A damaged small object is requested again by `fetch`. The storage has no checksum of a range, so the CRC32C of a
-        large object is computed after all its chunks are written.
-        """
+        """Copy one generation to a file and return whether its CRC32C matches; the storage has none of a range."""
 
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)
@@ -279,10 +253,10 @@ class GcsPath(StoragePath):
                 crc = google_crc32c.extend(crc, block)
         return crc == info.crc32c
 
-    def _upload_object(self, data: bytes, only_if: OnlyIf) -> int:
+    def _upload_object(self, data: bytes, only_if: int | None) -> int:
         """Upload in one request with a CRC32C, which the storage verifies before the object becomes visible."""
         write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
-        condition = None if only_if is ANY else only_if or 0  # 0: the object must not exist
+        condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
         tries = 0
 
         def put(limits: Limits) -> int:
@@ -297,8 +271,7 @@ class GcsPath(StoragePath):
                 )  # fmt: skip
             except PreconditionFailed as error:
                 # An earlier try may have succeeded although its response was lost; then the object has our write id.
-                bucket = client().bucket(self.bucket)
-                blob = bucket.get_blob(self.key, timeout=limits, retry=None) if tries > 1 else None
+                blob = self._current_blob(limits) if tries > 1 else None
                 if blob is None or (blob.metadata or {}).get(_WRITE_ID) != write_id:
                     raise Conflict(f"{self}: changed since it was read") from error
             if _decode_crc32c(blob.crc32c) != crc:  # only an emulator stores damaged data
@@ -308,15 +281,16 @@ class GcsPath(StoragePath):
 
         return persist(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
 
-    def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> int:
-        """Upload parts in parallel, each verified, then compose them in one atomic request.
+    def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: int | None) -> int:
+        """Upload a small object in one request; else parts in parallel, each verified, composed in one atomic request.
 
         A resumable upload would be sequential, and servers differ in how they treat a part that is sent again. `list`
-        omits parts that a killed process left; `delete_tree` deletes them.
-
-        Args:
-            read_range: returns `length` bytes of the source from offset `start`.
+        omits parts that a killed process left; `delete_tree` deletes them. `read_range` takes an offset and a length.
         """
+        if size <= PART_BYTES:
+            return self._upload_object(read_range(0, size), only_if)
+        if only_if != ANY:
+            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
         part_bytes = max(PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
         starts = range(0, size, part_bytes)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import google.auth
@@ -45,7 +46,6 @@ _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.clie
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
 # Not seeded: with the seed of the run, all workers would retry at the same moment.
 _jitter = random.SystemRandom()
-_clients: dict[tuple[int, str | None], Any] = {}  # by process id and STORAGE_EMULATOR_HOST
 _lock = threading.Lock()
 
 Limits = tuple[float, float]  # connect and read timeout in seconds
@@ -59,14 +59,8 @@ class Damaged(Exception):
 def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
     """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
 
-    Args:
-        address: named in errors.
-        permission: that the account needs, named in errors unless the response names it.
-        request: called with the connect and read timeouts of each try.
-
-    Raises:
-        Interrupted: the deadline has passed.
-        DataError: Google's client reports a permanent error.
+    `request` is called with the timeouts of each try. Raises Interrupted after the deadline, and DataError if Google's
+    client reports a permanent error; it names the address, and `permission` unless the response names another one.
     """
     deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()
@@ -124,17 +118,15 @@ def client() -> Any:
 
     A client cannot be used after a fork, nor for another STORAGE_EMULATOR_HOST, so each pair has one.
     """
-    key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
     with _lock:
-        if key not in _clients:
-            _clients[key] = _create_client(emulated=bool(key[1]))
-        return _clients[key]
+        return _create_client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
 
 
-def _create_client(emulated: bool) -> Any:
+@cache
+def _create_client(_process: int, emulator: str | None) -> Any:
     credentials: Credentials = AnonymousCredentials()
     project = None
-    if not emulated:
+    if not emulator:
         try:
             credentials, project = _find_credentials()
             credentials = with_scopes_if_required(credentials, [_SCOPE])

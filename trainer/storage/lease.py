@@ -42,25 +42,15 @@ class _Commit:
 
 @dataclass(frozen=True)
 class _State:
-    """The content of `.lease`.
+    """The content of `.lease`."""
 
-    Attributes:
-        holder: describes the process for messages; None if the lease was released.
-        uid: processes with the same uid take over from each other without waiting.
-        note: further text about the holder for messages.
-        token: identifies the call of `take` that wrote this.
-        seconds: `LEASE_SECONDS` of the holder.
-        renewed: time of the last renewal, for messages only.
-        commit: the last commit if its marker may not be written yet.
-    """
-
-    holder: str | None
-    uid: str | None
-    note: str
-    token: str
-    seconds: float
-    renewed: str
-    commit: _Commit | None
+    holder: str | None  # describes the process for messages; None if the lease was released
+    uid: str | None  # processes with the same uid take over from each other without waiting
+    note: str  # further text about the holder for messages
+    token: str  # identifies the call of `take` that wrote this
+    seconds: float  # `LEASE_SECONDS` of the holder
+    renewed: str  # time of the last renewal, for messages only
+    commit: _Commit | None  # the last commit if its marker may not be written yet
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
@@ -88,9 +78,8 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
     def commit(self, name: str, content: str) -> int:
         """Write a marker (a small text file in the folder) atomically and return its new version.
 
-        Raises:
-            Interrupted: the lease was lost, and nothing was committed; or the storage did not respond, and the marker
-                is written now, by the next holder, or not at all.
+        Raises Interrupted if the lease was lost, and nothing was committed; or if the storage did not respond, and the
+        marker is written now, by the next holder, or not at all.
         """
         with self._commit_lock:
             self.check()
@@ -148,9 +137,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             try:
                 with within(interval):
                     self._write(None)
-            except (
-                Interrupted
-            ):  # lost, which `_write` records; or no response: retry, `check` fails after `LEASE_SECONDS`
+            except Interrupted:  # lost, which `_write` records; or no response: `check` fails after `LEASE_SECONDS`
                 pause = interval / 10
             except (DataError, OSError) as error:
                 self._lost = f"the lease cannot be renewed ({error})"
@@ -165,34 +152,33 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
         note: further text about this process for others.
         wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
 
-    Raises:
-        ConfigError: another process holds the lease, and renews it or `wait` is False.
+    Raises ConfigError if another process holds the lease, and renews it or `wait` is False.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
     first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
     while True:
         current, version = _read(file)
-        other, is_free = _other_holder(current, uid), True
+        other = _other_holder(current, uid)
         if other:
             first_seen = first_seen or (version, time.monotonic())
             if version != first_seen[0] or not wait:
                 problem = f"is in use by {_describe(other)}{', ' + other.note if other.note else ''}"
                 raise ConfigError(problem, key="output_dir", value=folder, fix="give another one, or end that run")
-            is_free = time.monotonic() - first_seen[1] > max(seconds, other.seconds)
-        if is_free:
-            commit = current.commit if current else None
-            state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
-            began = time.monotonic()
-            try:
-                lease = Lease(folder, state, file.write(_dump(state), only_if=version), began)
-            except Conflict:
+            if time.monotonic() - first_seen[1] <= max(seconds, other.seconds):
+                time.sleep(seconds / 10)
                 continue
-            if commit is not None:
-                with contextlib.suppress(Conflict):  # the marker was written
-                    (folder / commit.name).write(commit.content, only_if=commit.replaces)
-            lease._renewal.start()
-            return lease
-        time.sleep(seconds / 10)
+        commit = current.commit if current else None
+        state = _State(holder, uid, note, uuid.uuid4().hex, seconds, _now(), commit)
+        began = time.monotonic()
+        try:
+            lease = Lease(folder, state, file.write(_dump(state), only_if=version), began)
+        except Conflict:
+            continue
+        if commit is not None:
+            with contextlib.suppress(Conflict):  # the marker was written
+                (folder / commit.name).write(commit.content, only_if=commit.replaces)
+        lease._renewal.start()
+        return lease
 
 
 def holder_of(folder: StoragePath, uid: str | None) -> str | None:

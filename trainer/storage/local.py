@@ -9,24 +9,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.errors import DataError
-from trainer.storage.base import (
-    ANY,
-    Conflict,
-    ObjectInfo,
-    ObjectInfos,
-    OnlyIf,
-    StoragePath,
-    StoragePaths,
-    is_unfinished,
-)
+from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished
 
 _COPY_BYTES = 1 << 22  # copied at a time
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 def sync(path: Path) -> None:
@@ -86,7 +78,7 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.parent)
 
     def stat(self) -> ObjectInfo | None:
-        with self._reading(), _ignore_absence():
+        with self._reading(), contextlib.suppress(*_ABSENT):
             status = self.path.stat()
             return self._info(status) if self.path.is_file() else None
         return None
@@ -96,7 +88,7 @@ class LocalPath(StoragePath):
             return self.path.is_dir() and any(self.path.iterdir())
 
     def fetch(self) -> tuple[bytes, int] | None:
-        with self._reading(), _ignore_absence(), open(self.path, "rb") as file:
+        with self._reading(), contextlib.suppress(*_ABSENT), open(self.path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return None
 
@@ -105,12 +97,12 @@ class LocalPath(StoragePath):
             file.seek(start)
             return file.read(length)
 
-    def write(self, content: bytes | str, *, only_if: OnlyIf = ANY) -> int:
+    def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         with temporary_file(self.path) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             return self._commit(temporary, only_if)
 
-    def list(self, recursive: bool = True) -> ObjectInfos:
+    def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
         infos: list[ObjectInfo] = []
         with self._reading():
             for folder, folders, names in os.walk(self.path, onerror=_raise_unless_absent):
@@ -123,18 +115,18 @@ class LocalPath(StoragePath):
                     folders.clear()
         return sorted(infos, key=lambda info: str(info.path).encode())
 
-    def folders(self) -> StoragePaths:
+    def folders(self) -> Sequence[StoragePath]:
         with self._reading():
             if not self.path.is_dir():
                 return []
             return [self / name for name in sorted(child.name for child in self.path.iterdir() if child.is_dir())]
 
     def delete(self) -> None:
-        with _ignore_absence():
+        with contextlib.suppress(*_ABSENT):
             self.path.unlink()
 
     def delete_tree(self) -> None:
-        with _ignore_absence():
+        with contextlib.suppress(*_ABSENT):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
@@ -142,20 +134,23 @@ class LocalPath(StoragePath):
         if expected is not None and expected.version != info.version:
             raise DataError(f"{self}: was replaced after it was listed", fix="start the same command again")
         with temporary_file(to) as temporary:
-            with self._reading():
-                source = open(self.path, "rb")  # noqa: SIM115 - closed below; `_reading` must not convert write errors
-            with source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, _COPY_BYTES)
+            self._copy(temporary)
             os.replace(temporary, to)
         return info
 
     def upload(self, source: Path) -> int:
         with temporary_file(self.path) as temporary:
-            with LocalPath(source)._reading():
-                file = open(source, "rb")  # noqa: SIM115 - as above
-            with file, open(temporary, "wb") as target:
-                shutil.copyfileobj(file, target, _COPY_BYTES)
+            LocalPath(source)._copy(temporary)
             return self._commit(temporary, ANY)
+
+    def open(self) -> BinaryIO:
+        """Open the file for reading. Raises DataError if it cannot be opened; later errors remain OSErrors."""
+        with self._reading():
+            return open(self.path, "rb")
+
+    def _copy(self, to: Path) -> None:
+        with self.open() as source, open(to, "wb") as target:
+            shutil.copyfileobj(source, target, _COPY_BYTES)
 
     def _info(self, status: os.stat_result) -> ObjectInfo:
         return ObjectInfo(self, status.st_size, status.st_mtime_ns)
@@ -169,12 +164,12 @@ class LocalPath(StoragePath):
         try:
             yield
         except OSError as error:
-            if isinstance(error, FileNotFoundError | NotADirectoryError):
+            if isinstance(error, _ABSENT):
                 raise self._absent() from error
             problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
             raise DataError(problem, fix="check the path and its permissions") from error
 
-    def _commit(self, temporary: Path, only_if: OnlyIf) -> int:
+    def _commit(self, temporary: Path, only_if: int | None) -> int:
         """Rename a temporary file to this path if the current version fulfills the condition; return the new version.
 
         A conditional write holds a lock on the folder from the check to the rename. An unconditional one does not take
@@ -184,10 +179,10 @@ class LocalPath(StoragePath):
         sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            if only_if is not ANY:
+            if only_if != ANY:
                 fcntl.flock(folder, fcntl.LOCK_EX)
             current = self.version()
-            if only_if is not ANY and current != only_if:
+            if only_if != ANY and current != only_if:
                 raise Conflict(f"{self}: changed since it was read")
             modified = max((current or 0) + 1, time.time_ns())
             os.utime(temporary, ns=(modified, modified))
@@ -199,10 +194,6 @@ class LocalPath(StoragePath):
         return version
 
 
-def _ignore_absence() -> contextlib.suppress:
-    return contextlib.suppress(FileNotFoundError, NotADirectoryError)
-
-
 def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+    if not isinstance(error, _ABSENT):
         raise error

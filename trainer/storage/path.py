@@ -10,17 +10,16 @@ import re
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.storage.base import ANY, Conflict, ObjectInfo, OnlyIf, StoragePath
+from trainer.storage.base import Conflict, ObjectInfo, StoragePath
 from trainer.storage.local import LocalPath
 
-__all__ = ["ANY", "Conflict", "LocalPath", "ObjectInfo", "OnlyIf", "StoragePath", "storage_path"]
+__all__ = ["Conflict", "ObjectInfo", "StoragePath", "storage_path"]
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
     """Parse `gs://bucket/a/b` or a local path; `~` is expanded in a string.
 
-    Raises:
-        ConfigError: another scheme, an address without a bucket, or a `gs://` address as a pathlib.Path.
+    Raises ConfigError for another scheme, an address without a bucket, or a `gs://` address as a pathlib.Path.
     """
     if isinstance(text, StoragePath):
         return text

@@ -18,7 +18,8 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
-from trainer.storage.staging import VERSIONS, Note
+from trainer.storage.staging import VERSIONS
+from trainer.types import LogMessage
 
 MAX_TRANSFERS = 8  # concurrent shards; a large one is transferred in several concurrent chunks
 REPORT_SECONDS = 5.0  # a longer wait is logged
@@ -56,16 +57,14 @@ class ShardCache:
         entries: Mapping[str, ObjectInfo],
         cache_dir: Path,
         budget: int,
-        note: Note,
+        note: LogMessage,
         check: Callable[[], None],
-        other_files: Iterable[str] = (),
+        other_files: Iterable[str],
     ) -> None:
         """Reuse cached shards of the same version, and delete all other files.
 
         Args:
-            address: the folder in the bucket.
-            entries: object info of its shards, by file name.
-            cache_dir: the local folder is below it.
+            entries: object info of the shards in the folder `address`, by file name.
             budget: bytes on disk; a shard in transfer counts with its full size.
             note: logs a message: reused shards, and waits longer than `REPORT_SECONDS`.
             check: called while a reader waits; raises to cancel.
@@ -86,11 +85,7 @@ class ShardCache:
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
         """Wait until these shards are on disk, where they stay until the reader requires others or is released.
 
-        Args:
-            then: shards that the reader needs later, soonest first.
-
-        Returns:
-            Seconds waited.
+        `then` are the shards that the reader needs later, soonest first. Return the seconds waited.
 
         Raises:
             DataError: a shard was deleted or replaced in the bucket, or the required shards of all readers exceed the
@@ -155,12 +150,9 @@ class ShardCache:
         required = self._required()
         size = sum(self.entries[name].size for name in required)
         if size > self.budget:
-            raise DataError(
-                f"{self.address}: {len(required)} shards of {size / 1e9:.3g} GB are needed at the same time",
-                key="runtime.disk_budget_gb",
-                value=f"{self.budget / 1e9:.3g}",
-                fix="raise it, or lower data.shuffle_window",
-            )
+            problem = f"{self.address}: {len(required)} shards of {size / 1e9:.3g} GB are needed at the same time"
+            budget, fix = f"{self.budget / 1e9:.3g}", "raise it, or lower data.shuffle_window"
+            raise DataError(problem, key="runtime.disk_budget_gb", value=budget, fix=fix)
 
     def _wait(self, names: tuple[str, ...]) -> float:
         began, reported = time.monotonic(), False
@@ -200,18 +192,16 @@ class ShardCache:
     def _evict(self, size: int, rank: int) -> bool:
         """Evict shards needed later than `rank`, latest first, until `size` bytes fit; return False if they cannot."""
         excess = self.used + size - self.budget
-        if excess <= 0:
-            return True
         required, unneeded = self._required(), len(self._rank)  # a shard that no reader needs ranks last
         later = [n for n in self._cached if self._rank.get(n, unneeded) > rank and n not in required]
         if sum(self._cached[name] for name in later) < excess:
             return False
         later.sort(key=lambda name: -self._rank.get(name, unneeded))  # stable: least recently required first
         for name in later:
-            (self.folder / name).unlink(missing_ok=True)
-            excess -= self._cached.pop(name)
             if excess <= 0:
                 break
+            (self.folder / name).unlink(missing_ok=True)
+            excess -= self._cached.pop(name)
         return True
 
     def _fetch(self, name: str) -> None:

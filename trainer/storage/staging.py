@@ -15,13 +15,12 @@ from trainer.errors import DataError
 from trainer.storage.base import ObjectInfo, is_unfinished
 from trainer.storage.local import write_json
 from trainer.storage.path import storage_path
+from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
 REPORT_SECONDS = 5.0  # between two log lines with the progress
 ABANDONED_SECONDS = 3600.0  # an older temporary file is deleted
 VERSIONS = ".versions.json"  # in the local folder: version in the bucket of each downloaded file
-
-Note = Callable[[str], None]  # logs a message
 
 
 def is_remote(address: str | None) -> bool:
@@ -29,20 +28,16 @@ def is_remote(address: str | None) -> bool:
     return bool(address) and str(address).startswith("gs://")
 
 
-def stage(address: str, cache_dir: Path, budget: int, note: Note, check: Callable[[], None]) -> str:
+def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
     A local address is returned unchanged. Files cached in the same version are not downloaded again; local files that
-    the bucket no longer has are deleted.
+    the bucket no longer has are deleted. Raises DataError if nothing matches the address or it exceeds the budget.
 
     Args:
         budget: limit of the bytes on disk for this address.
         note: logs what is downloaded and, every few seconds, the progress.
         check: called after each file; raises to cancel.
-
-    Raises:
-        DataError: nothing matches the address, or it cannot be read or exceeds the budget.
-        Interrupted: the bucket does not respond.
     """
     if not is_remote(address):
         return address
@@ -77,12 +72,9 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
     size = sum(info.size for info in entries.values())
     if size > budget:
-        raise DataError(
-            f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}",
-            key="runtime.disk_budget_gb",
-            value=f"{budget / 1e9:.1f}",
-            fix="raise it, or set runtime.cache_dir to a larger disk",
-        )
+        problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
+        fix = "raise it, or set runtime.cache_dir to a larger disk"
+        raise DataError(problem, key="runtime.disk_budget_gb", value=value, fix=fix)
     return Copy(folder, pattern, entries)
 
 
@@ -90,20 +82,15 @@ def prepared_folder(data_dir: str, name: str) -> str:
     """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
     `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
-
-    Raises:
-        DataError: the dataset or version does not exist.
+    Raises DataError if the dataset or version does not exist.
     """
     builder, _, version = name.partition(":")
     folder = storage_path(data_dir) / builder
     versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
     if not versions or (version and version not in versions):
-        raise DataError(
-            f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}",
-            key="data.name",
-            value=name,
-            fix="prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones",
-        )
+        problem = f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}"
+        fix = "prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones"
+        raise DataError(problem, key="data.name", value=name, fix=fix)
     return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
 
 
@@ -117,7 +104,7 @@ def _root_and_pattern(address: str) -> tuple[str, str]:
 
 
 def fetch_missing(
-    address: str, entries: dict[str, ObjectInfo], folder: Path, note: Note, check: Callable[[], None]
+    address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
     """Download the entries (by relative name) that the local folder does not have in the same version."""
     versions, missing = _versions(folder) or {}, missing_from(folder, entries)
@@ -130,9 +117,7 @@ def fetch_missing(
     began = reported = time.monotonic()
 
     def download(name: str) -> str:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        missing[name].path.download(target, expected=missing[name])
+        missing[name].path.download(folder / name, expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
