@@ -42,7 +42,7 @@ def test_curves(tmp_path: Path, lengths: tuple[int, ...]) -> None:
 
 def test_curves_mark_the_start_of_later_phases(tmp_path: Path) -> None:
     one, two = make_history(6), make_history(3, 3)
-    pixels = [png(figures.draw_curves(h), tmp_path / "curves.png").astype(int).mean(axis=-1) for h in (one, two)]
+    pixels = [png(figures.draw_curves(h, {}), tmp_path / "curves.png").astype(int).mean(axis=-1) for h in (one, two)]
     columns = (np.abs(pixels[0] - pixels[1]) > 60).sum(axis=0)
     middle = int(0.4 * len(columns))
     line = middle + int(columns[middle:].argmax())
@@ -52,7 +52,7 @@ def test_curves_mark_the_start_of_later_phases(tmp_path: Path) -> None:
 
 def test_curves_without_validation(tmp_path: Path) -> None:
     history: list[dict[str, Any]] = [row | {"val_loss": None, "val_accuracy": float("nan")} for row in make_history(2)]
-    assert ink(figures.draw_curves(history), tmp_path) > 0.01
+    assert ink(figures.draw_curves(history, {}), tmp_path) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,14 @@ def test_the_most_wrong_are_the_mistakes_of_highest_confidence_in_order() -> Non
 
 @pytest.mark.parametrize("side", [8, 48, 200])
 @pytest.mark.parametrize("count", [1, 18])
-def test_samples_and_augmentation(tmp_path: Path, side: int, count: int) -> None:
+def test_images_of_all_sizes(tmp_path: Path, side: int, count: int) -> None:
     images = np.random.default_rng(side).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    assert ink(figures.draw_samples(images, ["class"] * count), tmp_path) > 0.2
-    assert ink(figures.draw_augmentation(images[0], images), tmp_path) > 0.2
+    assert ink(figures.draw_images("title", images, ["class"] * count), tmp_path) > 0.2
 
 
 def test_small_images_are_enlarged_without_blur(tmp_path: Path) -> None:
     board = (np.indices((8, 8)).sum(axis=0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, axis=-1)
-    pixels = png(figures.draw_samples(board, ["a"]), tmp_path / "samples.png")
+    pixels = png(figures.draw_images("title", board, ["a"]), tmp_path / "samples.png")
     assert np.isin(pixels[120:-60, 200:-200], (0, 255)).mean() > 0.99
 
 

@@ -78,10 +78,11 @@ def text_of(folder: Path) -> str:
 
 
 def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]:
+    """Write a report; `more` replaces its images, its `run` or values of it."""
     history, images = make_history(2, 3), fetch(range(4))
-    shown = ReportImages(fetch, Samples(images, [result.class_names[0]] * 4, images))
-    given = {"history": history, "phases": make_phases(history), "run": facts(result), "images": shown}
-    report = write_report(folder, result=result, **(given | more))  # type: ignore[arg-type]
+    shown = more.pop("images", ReportImages(fetch, Samples(images, [result.class_names[0]] * 4, images)))
+    run = more.pop("run", facts(result))
+    report = write_report(folder, result, {"history": history, "phases": make_phases(history), **run, **more}, shown)
     jsonschema.validate(json.loads((folder / "report.json").read_text()), SCHEMA)
     return dict(report)
 

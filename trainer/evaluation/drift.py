@@ -54,19 +54,13 @@ class Measure:
 
 
 class Window:
-    """Counts and moments of the last `size` predictions, or of all if `size` is None. Not thread-safe.
-
-    Attributes:
-        classes: int64 [classes], predictions per class.
-        confidences: int64 [CONFIDENCE_BINS], histogram of the largest probability.
-        embedding_count: how many of the predictions have an embedding.
-    """
+    """Counts and moments of the last `size` predictions, or of all if `size` is None. Not thread-safe."""
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
         self.size = size
-        self.classes = np.zeros(class_count, np.int64)
-        self.confidences = np.zeros(CONFIDENCE_BINS, np.int64)
-        self.embedding_count = 0
+        self.classes = np.zeros(class_count, np.int64)  # predictions per class
+        self.confidences = np.zeros(CONFIDENCE_BINS, np.int64)  # histogram of the largest probability
+        self.embedding_count = 0  # predictions with an embedding
         self._sum: Any = 0.0
         self._outer: Any = 0.0
         self._recent: deque[tuple[int, int, np.ndarray | None]] = deque()
@@ -96,7 +90,6 @@ class Window:
 
     def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean [C'] and covariance [C', C'] of the embeddings, of which at least two are required."""
-        assert self.embedding_count > 1, self.embedding_count
         mean = self._sum / self.embedding_count
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
@@ -137,10 +130,8 @@ def embedding_distance(
     """Return the squared Frechet distance of two Gaussians, divided by the trace of the reference's covariance.
 
     (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1) is 0 for equal Gaussians, and 1 for equal covariances if
-    the squared distance of the means equals the total variance of the reference.
-
-    Args:
-        reference: `mean` [C'] and `covariance` [C', C'], as `embedding` of reference.json.
+    the squared distance of the means equals the total variance of the reference. `reference` is `embedding` of
+    reference.json, with `mean` [C'] and `covariance` [C', C'].
     """
     m1, s1 = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
     m2, s2 = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
@@ -185,7 +176,6 @@ def distance_limit(reference: Mapping[str, Any], reference_n: int, n: int, seed:
 
 def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
     """Measure the drift of a window of predictions; without at least two embeddings, leave out `embedding`."""
-    assert window.n > 0, "no predictions"
     reference_n = int(reference["n"])
     classes = np.asarray(reference["class_frequencies"], np.float64) * reference_n, window.classes
     confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
@@ -208,16 +198,11 @@ def verdict(measured: Sequence[Measure]) -> Level:
 
 
 def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Parse reference.json; return None if it is damaged.
-
-    Args:
-        classes: the classes of the model, whose number has to match; defaults to those in the file.
-    """
+    """Parse reference.json; return None if it is damaged, or if its number of classes is not that of `classes`."""
     try:
         reference: dict[str, Any] = json.loads(content)
-        counts = reference["confidence_histogram"]["counts"]
+        sizes = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
         names = reference["classes"] if classes is None else classes
-        sizes = len(reference["class_frequencies"]), len(counts)
         valid = sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
     except (ValueError, KeyError, TypeError):
         return None
@@ -244,10 +229,7 @@ def read_reference(address: str) -> dict[str, Any]:
 
 
 def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
-    """Read the predictions of a log, or of all logs in a folder, into a window.
-
-    Args:
-        hours: reads only the predictions of the last `hours`; defaults to all.
+    """Read the predictions of the last `hours` (None: all) of a log, or of all logs in a folder, into a window.
 
     Returns:
         The window, and the number of skipped invalid lines; the server may still be writing the last line.

@@ -79,10 +79,7 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return pairs of positions of duplicates, int64 [2, k].
-
-    Of images with the same hash, only the first is compared with the others and with images of close hashes.
-    """
+    """Return pairs of positions of duplicates, int64 [2, k]; only the first image of a hash is compared with others."""
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
     hashes, first, inverse = np.unique(perceptual_hashes(thumbnails), return_index=True, return_inverse=True)
@@ -108,16 +105,15 @@ def find_duplicates(
     labels: Mapping[str, np.ndarray],
     describe: Callable[[str, int], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Group the images that occur more than once; blank images, of about one grey level, are left out.
+    """Group the images that occur more than once, as `duplicates` of report.json; leave out images of one grey level.
+
+    Groups with several labels come first, those that are also in several splits before the others; groups within one
+    split and class are only counted.
 
     Args:
         thumbnails: indices int64 [n] and their thumbnails uint8 [n, 16, 16, 3], by split.
-        labels: int [count], the label of each example, by split.
+        labels: int [count], by split.
         describe: returns split, index, file and label (the class name) of an example from its split and index.
-
-    Returns:
-        `duplicates` of report.json. Groups with several labels come first, those that are also in several splits before
-        the others; groups within one split and class are only counted.
     """
     splits = list(thumbnails)
     rows = [

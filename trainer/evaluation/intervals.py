@@ -32,10 +32,7 @@ def macro_f1_interval(confusion: np.ndarray) -> tuple[float, float]:
 
     To resample n examples with replacement is to draw the counts of the confusion matrix from a multinomial
     distribution, which is faster. The seed depends on the numbers of examples and classes, so the interval of a matrix
-    is always the same.
-
-    Args:
-        confusion: int [c, c] of at least one example; rows: truth, columns: prediction.
+    is always the same. `confusion` is int [c, c] of at least one example; rows: truth, columns: prediction.
     """
     truth, prediction = np.nonzero(confusion)
     correct, counts = truth == prediction, confusion[truth, prediction]

@@ -17,20 +17,14 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
     differs from its label is a possible error (in the paper: off the diagonal of the confident joint). Use it only with
     a model that was not trained on the examples.
 
-    Args:
-        labels: int [n].
-        probabilities: float [n, c].
-
-    Returns:
-        Indices int64 [m] and suggested classes int64 [m], in ascending order of the margin: the probability of the
-        label minus that of the suggestion.
+    From labels int [n] and probabilities float [n, c] it returns indices int64 [m] and suggested classes int64 [m], in
+    ascending order of the margin: the probability of the label minus that of the suggestion.
     """
     n, classes = probabilities.shape
     counts = np.bincount(labels, minlength=classes)
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     sums = np.bincount(labels, weights=label_probabilities, minlength=classes)
-    # A class without examples is never suggested.
-    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
+    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # never suggest a class without examples
     confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
     best = confident.argmax(axis=1)
     candidates = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))

@@ -1,6 +1,7 @@
 """Compute the scores of a split from its predictions with NumPy: accuracy, F1, calibration, and scores per group."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,24 +40,19 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
     """Return the expected calibration error and its bins (Guo et al. 2017, "On calibration of modern neural networks").
 
-    Args:
-        confidence: float [n], the probability of the predicted class.
-        correct: bool [n].
-
-    Returns:
-        The error, and for each bin (low, high]: low, high, count, mean confidence and accuracy (None if it is empty).
+    `confidence`, float [n], is the probability of the predicted class, and `correct` is bool [n]. Each bin (low, high]
+    has low, high, count, mean confidence and accuracy (None if it is empty).
     """
     edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
     bin_of = np.digitize(confidence, edges[1:-1], right=True)
     bins: list[dict[str, Any]] = []
     error = 0.0
-    for b in range(CALIBRATION_BINS):
+    for b, (low, high) in enumerate(pairwise(edges.tolist())):
         inside = bin_of == b
         count, mean, accuracy = int(inside.sum()), None, None
         if count:
             mean, accuracy = float(confidence[inside].mean(dtype=np.float64)), float(correct[inside].mean())
             error += count / len(confidence) * abs(accuracy - mean)
-        low, high = float(edges[b]), float(edges[b + 1])
         bins.append({"low": low, "high": high, "count": count, "confidence": mean, "accuracy": accuracy})
     return error, bins
 
@@ -81,20 +77,13 @@ def _per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[s
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Compute the scores of a split, in JSON types.
+    """Return `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
 
-    Args:
-        labels: int32 [n].
-        probabilities: float32 [n, c]; each row sums to 1.
-        class_names: the c names.
-
-    Returns:
-        `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
+    Labels are int32 [n]; probabilities are float32 [n, c], and each row sums to 1.
 
     Raises:
         DataError: there is no example, the shapes do not match, a label is out of range or a probability not finite.
     """
-    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     n, classes = len(labels), len(class_names)
     _validate(labels, probabilities, classes)
     predictions = probabilities.argmax(axis=1)
@@ -149,16 +138,11 @@ def _validate(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> No
 
 
 def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[str], field: str) -> dict[str, Any]:
-    """Compute the scores of each group of examples, and the gap between the most and the least accurate group.
+    """Return `test.groups` of report.json (`trainer.report.schema.Groups`), rows in alphabetical order of the groups.
 
-    Args:
-        labels: int [n].
-        predictions: int [n].
-        groups: the group of each example, its value of the field `field` (configuration key data.group_field).
+    Two groups differ significantly if their intervals do not overlap.
 
-    Returns:
-        `test.groups` of report.json (`trainer.report.schema.Groups`), rows in alphabetical order of the groups. Two
-        groups differ significantly if their intervals do not overlap.
+    Labels and predictions are int [n], `groups` the values of the field `field` (configuration key data.group_field).
 
     Raises:
         DataError: the numbers of groups and examples differ.
@@ -199,11 +183,9 @@ def evaluate_arrays(
     """Score the predictions for the split `split`; the result holds them and their scores.
 
     Args:
-        class_names: the c names.
         labels: int32 [n], ordered by example index.
         probabilities: float32 [n, c].
-        names: the file or record of each example.
-        groups: the group of each example, its value of `group_field`; None omits the scores per group.
+        groups: the value of `group_field` of each example; None omits the scores per group.
 
     Raises:
         DataError: the arrays contradict each other, there is no example, or a probability is not finite.

@@ -9,41 +9,27 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Comparison of a second classifier with a first one, the reference.
+    """Comparison of a second classifier with a first one, the reference."""
 
-    Attributes:
-        n: the number of examples.
-        lost: examples that only the first classifies correctly.
-        won: examples that only the second classifies correctly.
-        difference: accuracy of the second minus accuracy of the first.
-        interval: 95 % confidence interval of the difference.
-        p: two-sided p-value of McNemar's exact test.
-    """
-
-    n: int
-    lost: int
-    won: int
-    difference: float
-    interval: tuple[float, float]
-    p: float
+    lost: int  # examples that only the first classifies correctly
+    won: int  # examples that only the second classifies correctly
+    difference: float  # accuracy of the second minus accuracy of the first
+    interval: tuple[float, float]  # 95 %, of the difference
+    p: float  # two-sided, of McNemar's exact test
 
 
 def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     """Compare by McNemar's exact test (McNemar 1947; recommended by Dietterich 1998 for one test set).
 
     The interval is the Wald interval after 0.5 is added to each of the four counts of correct and wrong predictions
-    (Agresti and Min 2005).
-
-    Args:
-        first: bool [n], n >= 1, True where the first classifier is correct.
-        second: bool [n], True where the second classifier is correct.
+    (Agresti and Min 2005). `first` and `second`, bool [n] with n >= 1, are True where a classifier is correct.
     """
     n, lost, won = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     p = 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
     total, b, c = n + 2, lost + 0.5, won + 0.5
     middle = (c - b) / total
     half = 1.96 * float(np.sqrt(b + c - (c - b) ** 2 / total)) / total
-    return PairedComparison(n, lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
+    return PairedComparison(lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,8 +16,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def write_predictions(path: Path, result: EvaluationResult) -> Path:
-    """Write a CSV file with one line per example, ordered by index, and return its path.
+def write_predictions(path: Path, result: EvaluationResult) -> None:
+    """Write a CSV file with one line per example, ordered by index.
 
     Truth and prediction are class names, probability is that of the prediction with six decimals, correct is true or
     false. The file is in UTF-8 with "\\n" line ends; equal results give equal bytes.
@@ -31,4 +31,3 @@ def write_predictions(path: Path, result: EvaluationResult) -> Path:
         probability = f"{result.probabilities[index, prediction]:.6f}"
         writer.writerow((index, *map(printable, names), probability, "true" if truth == prediction else "false"))
     write_whole(path, text.getvalue())
-    return path

@@ -37,10 +37,7 @@ class Predictor:
     def probabilities(
         self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Predict the first `count` batches of a distributed dataset.
-
-        Args:
-            ready: called before each batch; if it returns False, the batches so far are returned.
+        """Predict the first `count` batches of a distributed dataset, or those before `ready` returns False.
 
         Returns:
             Probabilities float32 [n, classes], labels int32 [n] and indices int64 [n] of the examples, without padding,
@@ -80,16 +77,14 @@ class Scorer:
     def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
         """Predict the examples of `source`, each worker those of its shard; all workers must call this.
 
-        A stop request ends it early with incomplete predictions and without an exception, so call `Worker.should_stop`
-        before you use the result.
+        The result has the predictions for all examples on the chief, for those of its shard on another worker. A stop
+        request ends it early with incomplete predictions and without an exception, so call `Worker.should_stop` before
+        you use the result.
 
         Args:
             batch_size: the global batch size.
             topic: name of the gather of the predictions on the control channel.
             part: the fraction of the batches to predict; they have the same examples at every call.
-
-        Returns:
-            The predictions for all examples on the chief, for those of its shard on another worker.
 
         Raises:
             DataError: an example cannot be read.
@@ -144,9 +139,7 @@ def _join_by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray,
 def validation_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the scores of the validation split after an epoch, computed in float64.
 
-    Returns:
-        val_loss (the mean cross-entropy), val_accuracy, val_macro_f1, val_n (the number of examples), and val_top_5 if
-        there are more than five classes.
+    val_loss is the mean cross-entropy, val_n the number of examples; val_top_5 requires more than five classes.
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)

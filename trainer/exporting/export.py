@@ -11,13 +11,13 @@ from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
-from trainer.exporting.model_card import write_labels, write_model_card
+from trainer.exporting.model_card import label_lines, write_model_card
 from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
-from trainer.storage.local import write_json
+from trainer.storage.local import write_json, write_whole
 from trainer.types import Scored, scored_split
 
 READ_BATCH = 256  # images
@@ -38,20 +38,18 @@ def export_classifier(
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the configured formats to `folder`, and score the exported files.
+    """Write labels.txt, reference.json and the configured formats to `folder`; return the scores by format.
 
     Args:
         images: opened data of the run, for the parity check and the calibration of int8.
         scored: predictions for all examples of the test split, or of the validation split if there is no test split.
         check: called before each format and each batch of the parity check; may raise to stop the export.
-
-    Returns:
-        The scores of each format by its name (`trainer.exporting.formats.export_formats`).
     """
     config, dataset, size = images.config, images.dataset, classifier.image_size
     sampled = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
     examples = images.rows(scored.split, scored.indices[sampled])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
+    calibration = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
     bundle = ExportBundle(
         model=classifier.keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
@@ -59,11 +57,9 @@ def export_classifier(
         image_size=size,
         resize=resize,
         reference=reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize),
-        calibration_images=lambda: images.rows(
-            "train", _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
-        ),
+        calibration_images=lambda: images.rows("train", calibration),
     )
-    write_labels(folder / "labels.txt", names)
+    write_whole(folder / "labels.txt", label_lines(names))
     write_reference(folder / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
@@ -104,10 +100,9 @@ def export_run(run: FinishedRun, folder: Path, checkpoint: LoadedCheckpoint) -> 
 
 
 def record_exports(run: FinishedRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
-    """Write the scores by format to the report and model card of the run, or else to export.json next to the files.
+    """Write the scores by format to report and model card if `folder` is the run's own `export` and it has a report.
 
-    Args:
-        in_run: `folder` is the run's own `export`; report and model card are updated if the report exists.
+    Otherwise they are written to export.json next to the files.
     """
     path = folder.parent / "report" / "report.json"
     if not in_run or not path.exists():

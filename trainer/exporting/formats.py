@@ -101,14 +101,9 @@ def export_formats(
 ) -> dict[str, dict[str, Any]]:
     """Write each format below `folder` and score it; delete it if it lost too much accuracy.
 
-    Args:
-        held_out: the examples that the files are scored on.
-        max_accuracy_drop: fraction of the examples; a larger loss, if it is also significant, is too much.
-        check: called before each format and each batch; may raise to stop the export.
-
-    Returns:
-        By format: the scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`, True if
-        it was deleted.
+    A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant. `check`
+    is called before each format and each batch; it may raise to stop the export. The result has for each format the
+    scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`, True if it was deleted.
 
     Raises:
         ModelError: a written file cannot be loaded.
@@ -132,11 +127,7 @@ def export_formats(
 def raise_if_refused(
     exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float, section: str = "export."
 ) -> None:
-    """Raise a ModelError that names the deleted formats, if there are any.
-
-    Args:
-        section: prefix of the keys in the message: "" for `trainer.export`, whose arguments have no section.
-    """
+    """Raise a ModelError that names the deleted formats, if there are any, and the keys with the prefix `section`."""
     refused = [
         f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"
         for name, scores in exports.items()

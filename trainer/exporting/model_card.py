@@ -1,4 +1,4 @@
-"""Write labels.txt, and the model card from a template."""
+"""Write the model card from a template, and format labels.txt."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 
 
 def label_lines(class_names: Sequence[str]) -> str:
-    """Return one class name per line, in the order of the probabilities, with spaces for line breaks in a name."""
+    """Return labels.txt: a class name per line, in the order of the probabilities, with spaces for its line breaks."""
     return "".join(" ".join(name.splitlines()) + "\n" for name in class_names)
-
-
-def write_labels(path: Path, class_names: Sequence[str]) -> None:
-    """Write labels.txt in UTF-8, atomically."""
-    write_whole(path, label_lines(class_names))
 
 
 def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -10,9 +10,7 @@ import numpy as np
 from trainer.evaluation.drift import CONFIDENCE_BINS, Window
 from trainer.storage.local import write_whole
 
-MAX_EMBEDDING_WIDTH = (
-    16  # wider embeddings are projected: a 64 x 64 covariance needs more examples than most splits have
-)
+MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs more examples than most splits have
 PROJECTION_SEED = 8
 
 
@@ -24,10 +22,9 @@ def reference_distribution(
     image_size: int,
     resize: str,
 ) -> dict[str, Any]:
-    """Return the content of reference.json.
+    """Return the content of reference.json for the examples of `split`, test or validation.
 
     Args:
-        split: name of the split of these examples, test or validation.
         probabilities: float32 [n, classes].
         embeddings: float32 [m, C], of these examples or some of them.
 
@@ -41,12 +38,11 @@ def reference_distribution(
     for row in probabilities:
         window.add(int(row.argmax()), float(row.max()))
     vectors, projection = embeddings.astype(np.float64), draw_projection(embeddings.shape[1])
+    projected = {}
     if projection is not None:
-        vectors = vectors @ projection
+        vectors, projected = vectors @ projection, {"projection": projection.tolist()}
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
     embedding = {"n": len(vectors), "mean": _rounded(vectors.mean(0)), "covariance": _rounded(covariance)}
-    if projection is not None:
-        embedding["projection"] = projection.tolist()
     edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
     return {
         "classes": list(class_names),
@@ -54,7 +50,7 @@ def reference_distribution(
         "split": split,
         "class_frequencies": (window.classes / max(window.n, 1)).tolist(),
         "confidence_histogram": {"edges": edges, "counts": counts},
-        "embedding": embedding,
+        "embedding": embedding | projected,
         "image_size": image_size,
         "resize": resize,
     }

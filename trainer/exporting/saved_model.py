@@ -11,8 +11,9 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from trainer.data.decoding import decode_image
 from trainer.exporting.bundle import ExportBundle
-from trainer.exporting.model_card import write_labels
+from trainer.exporting.model_card import label_lines
 from trainer.exporting.reference import write_reference
+from trainer.storage.local import write_whole
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 WARMUP_BATCH = 4  # images of a second request: a graph that is warm for one image may not be warm for several
@@ -91,7 +92,7 @@ def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
     # A model server does not take a name with a dot for a version, if it lists the folder before the rename.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         labels, reference, saved = (Path(temporary) / name for name in ("labels.txt", "reference.json", "model"))
-        write_labels(labels, bundle.class_names)
+        write_whole(labels, label_lines(bundle.class_names))
         write_reference(reference, bundle.reference)
         module = _ServedModule(bundle, labels, reference)
         signatures = {name: getattr(module, name) for name in ("image_bytes", "images", "explain")}

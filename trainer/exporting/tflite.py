@@ -6,7 +6,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,14 +20,9 @@ from trainer.exporting.model_card import label_lines
 from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_whole
 
-# Lines that the converter and a new interpreter always print.
 _NOISE = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
-
-
-def quiet() -> AbstractContextManager[None]:
-    """Suppress the lines on stderr that every conversion and every new interpreter prints."""
-    return drop_stderr_lines(_NOISE)
-
+# Returns a context without the lines on stderr that every conversion and every new interpreter prints.
+quiet = partial(drop_stderr_lines, _NOISE)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metadata: a description of input and output, and the class names in a zip archive at the end of the file
@@ -37,7 +31,6 @@ METADATA_NAME, METADATA_IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M00
 LABELS = "labels.txt"
 # Values of TENSOR_AXIS_LABELS, ColorSpaceType.RGB, ImageProperties and NormalizationOptions in metadata_schema.fbs
 _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
-_MEAN, _DEVIATION = 0.0, 1.0  # identity: the model itself normalizes its input
 
 
 def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
@@ -76,7 +69,7 @@ def _model_metadata() -> bytes:
     def text(slot: int, value: str) -> tuple[str, int, int]:
         return "offset", slot, builder.CreateString(value)
 
-    mean, deviation = (vector(value, builder.PrependFloat32) for value in (_MEAN, _DEVIATION))
+    mean, deviation = (vector(value, builder.PrependFloat32) for value in (0.0, 1.0))  # the model itself normalizes
     normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
     unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
     colours = table(("byte", 0, _RGB), slots=2)
@@ -132,7 +125,6 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:
     """Yield the images one by one as inputs of the model."""
-    images = images.copy()
+    images = images.astype(np.float32)
     images[0, 0, :2] = [[0], [255]]  # the range of the input is then 0..255, and its scale exactly 1
-    for image in images:
-        yield [image[None].astype(np.float32)]
+    yield from ([image[None]] for image in images)

@@ -80,10 +80,7 @@ def _onnx(path: Path) -> Classify:
 
 
 def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Score an export on held-out examples, and time it on this machine.
-
-    Args:
-        check: called before each batch; may raise to stop the parity check.
+    """Score an export on held-out examples, and time it on this machine; `check` is called before each batch.
 
     Returns:
         `examples`, their number; `accuracy` of the export and `trainer_accuracy` on them; `lost` and `gained`, the
@@ -120,8 +117,6 @@ def accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
     sqrt(lost + gained) (McNemar 1947): 2 lost of 60 are not significant, 6 are. Probabilities that are not finite are
     always too large a drop.
     """
-    if not np.isfinite(scores["largest_difference"]):
-        return True
-    net_loss = scores["lost"] - scores["gained"]
-    changed = scores["lost"] + scores["gained"]
-    return net_loss > max_drop * scores["examples"] and net_loss > Z_ONE_SIDED * changed**0.5
+    net_loss, changed = scores["lost"] - scores["gained"], scores["lost"] + scores["gained"]
+    too_large = net_loss > max_drop * scores["examples"] and net_loss > Z_ONE_SIDED * changed**0.5
+    return too_large or not np.isfinite(scores["largest_difference"])

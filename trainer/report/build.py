@@ -41,9 +41,6 @@ def build_report(
     """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        scored: the predictions for the split.
-        images: the images of all splits of the dataset.
-        explain: computes the heatmaps.
         report_fields: title, history, phases, export and timing of report.json, and `note`, which explains how to read
             the scores; all are optional.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
@@ -68,8 +65,7 @@ def build_report(
 
     samples = training_samples(images) if "train" in splits else None
     report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
-    history, phases = report_fields.get("history", []), report_fields.get("phases", {})
-    return write_report(folder, result=result, history=history, phases=phases, run=run, images=report_images)
+    return write_report(folder, result, run, report_images)
 
 
 def training_samples(images: ImageStore) -> Samples:
@@ -82,13 +78,10 @@ def training_samples(images: ImageStore) -> Samples:
 
 
 def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the first of `images` as augmented in eight epochs, uint8 [8, S, S, 3].
+    """Return the first of `images`, uint8 [k, S, S, 3], as augmented in eight epochs, uint8 [8, S, S, 3].
 
-    Mixup and CutMix mix it with another of the images in each epoch.
-
-    Args:
-        images: uint8 [k, S, S, 3].
-        indices: int64 [k], the indices of the images in the training split, on which the random parameters depend.
+    Mixup and CutMix mix it with another of the images in each epoch. The random parameters depend on `indices`, int64
+    [k], those of the images in the training split.
     """
     per_view = 2 if augmentation.mixes else 1  # a pair is mixed, and its first image is shown
     epochs, rows = np.repeat(np.arange(8), per_view), np.zeros(8 * per_view, np.int64)

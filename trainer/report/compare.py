@@ -33,41 +33,25 @@ _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configur
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run, or an evaluation of a run.
+    """A run, or an evaluation of a run."""
 
-    Attributes:
-        name: the shortest name that differs from those of the other runs.
-        address: the output_dir or folder of the evaluation, as the user gave it.
-        report: the content of report.json.
-        predictions: the class names (truth, prediction) by file.
-        config: the configuration of the run; empty if it is not available.
-        history: the epochs of the run.
-    """
-
-    name: str
-    address: str
-    report: Mapping[str, Any]
-    predictions: Mapping[str, tuple[str, str]]
-    config: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
+    name: str  # the shortest one that differs from those of the other runs
+    address: str  # the output_dir or folder of the evaluation, as the user gave it
+    report: Mapping[str, Any]  # the content of report.json
+    predictions: Mapping[str, tuple[str, str]]  # class names (truth, prediction) by file
+    config: Mapping[str, Any]  # empty if it is not available
+    history: Sequence[Mapping[str, Any]]  # a row per epoch
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of runs with the first one, the reference, on the examples that all runs were scored on.
-
-    Attributes:
-        files: names of the common examples.
-        correct: bool [runs, files].
-        pairs: comparison of each later run with the first one.
-        p: p-values of the pairs, adjusted for their number (Holm 1979).
-    """
+    """Comparison of runs with the first one, the reference, on the examples that all runs were scored on."""
 
     runs: Sequence[ScoredRun]
-    files: Sequence[str]
-    correct: np.ndarray
-    pairs: Sequence[PairedComparison]
-    p: Sequence[float]
+    files: Sequence[str]  # of the common examples
+    correct: np.ndarray  # bool [runs, files]
+    pairs: Sequence[PairedComparison]  # each later run with the first one
+    p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
 
 
 def read_scored_run(address: str, name: str) -> ScoredRun:
@@ -120,10 +104,9 @@ def short_names(addresses: Sequence[str]) -> list[str]:
 
 
 def _common_names(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return the files of each run by a name that is the same in all runs.
+    """Return the files of each run by their names, which are the files themselves if one is in all runs.
 
-    The name is the file itself or, if no file is in all runs, its path relative to the common folder of the run's
-    files, as the same data may have been at different paths.
+    Otherwise a name is relative to the common folder of the files, as the same data may have been at different paths.
     """
     unchanged = [{file: file for file in run.predictions} for run in runs]
     if set.intersection(*map(set, unchanged)):
@@ -193,11 +176,7 @@ def _as_argument(value: Any) -> str:
 
 
 def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return what the table and the page show of each run on the common examples.
-
-    `pair` is None for the first run; `changed` has the files that a run predicts correctly and the first does not, and
-    the reverse.
-    """
+    """Return what the table and the page show of each run on the common examples; `pair` is None for the first."""
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         hits = int(correct.sum())
@@ -261,7 +240,7 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
 
 
-def write_comparison(path: Path, comparison: Comparison) -> Path:
+def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write a self-contained HTML page; the classes whose F1 decreases most from the first run come first."""
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
@@ -278,4 +257,3 @@ def write_comparison(path: Path, comparison: Comparison) -> Path:
         colour_count=len(SERIES),
     )
     write_whole(path, page)
-    return path

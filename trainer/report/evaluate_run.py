@@ -58,9 +58,7 @@ def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, options: dict[str, 
     log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 
-    split = options.get("split")
-    if split is None:
-        split = next(name for name in ("test", "validation", "train") if name in dataset.splits)
+    split = options.get("split", next(name for name in ("test", "validation", "train") if name in dataset.splits))
     if split not in dataset.splits:
         fix = f"use {', '.join(dataset.splits)}"
         raise ConfigError("is not a split of the data", key="split", value=split, fix=fix)

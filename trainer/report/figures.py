@@ -64,11 +64,11 @@ def label(name: str, max_length: int = 24) -> str:
     return shortened(name, max_length).replace("$", r"\$")
 
 
-def tidy(axes: Axes, grid: Literal["x", "y"] | None = None) -> None:
-    """Style axes: a light frame at the left and bottom, no tick lines, and grid lines of `grid` behind the data."""
+def tidy(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, colour: str = INK) -> None:
+    """Style axes: a frame at the left and bottom, tick labels of a size and colour, grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(colors=INK, length=0, labelsize=9)
+    axes.tick_params(colors=colour, length=0, labelsize=size)
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color=RULE, linewidth=0.6)
@@ -122,7 +122,6 @@ def svg(name: str, chart: Chart) -> Markup:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _ignore_missing_glyphs():
         chart.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())
-    view_box = root.attrib["viewBox"]
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
         if element.tag == "g" and (tips := chart.tips.get(element.attrib.pop("id", ""))):
@@ -137,7 +136,9 @@ def svg(name: str, chart: Chart) -> Markup:
                 style = style.replace(colour, f"var({css_property})")
             element.set("style", style)
         element.text, element.tail = (element.text or "").strip() or None, None
-    root.attrib = {"class": "chart", "viewBox": view_box, "role": "img", "aria-label": chart.alt_text}
+    view_box = root.attrib["viewBox"]
+    size = {"viewBox": view_box, "width": view_box.split()[2]}
+    root.attrib = {"class": "chart", **size, "role": "img", "aria-label": chart.alt_text}
     for child in [child for child in root if child.tag == "metadata" or child.find("style") is not None]:
         root.remove(child)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
@@ -150,8 +151,7 @@ def _plot(
     figure = canvas(height / 72, width / 72, fit_labels=False)
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(box)
-    tidy(axes)
-    axes.tick_params(colors=MUTED, labelsize=11)
+    tidy(axes, size=11, colour=MUTED)
     _title(figure, title)
     return figure, axes
 
@@ -163,7 +163,7 @@ def _title(figure: Figure, title: str, size: float = 13) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A series of values over epochs; missing values are NaN or None."""
+    """A series of values over epochs; missing values are NaN or None, and `points` are the others."""
 
     name: str
     colour: str
@@ -172,7 +172,6 @@ class Line:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Return (epoch, value) of each value that is not missing."""
         pairs = zip(self.epochs, self.values, strict=True)
         return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
@@ -197,7 +196,6 @@ def line_chart(
         fractions: whether the values are fractions; their axis is in percent and ends at 100, another one begins at 0.
         phase_starts: epoch at which each phase starts, shown as a vertical line with the name of the phase.
         best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
-        legend: whether to draw a legend.
     """
     drawn = [(line, line.points) for line in lines if line.points]
     if not drawn:
@@ -241,18 +239,15 @@ def line_chart(
     return Chart(figure, f"{title}: {', '.join(printable(line.name) for line in lines)}", tips)
 
 
-def draw_curves(
-    history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[Chart]:
+def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Draw loss, accuracy and learning rate over the epochs of all phases, with a ring at the best epoch of each phase.
 
     Args:
-        history: one row per epoch, at least one (`trainer.report.schema.Epoch`); without validation its val_ scores are
-            missing, None or NaN.
+        history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores may be missing, None or NaN.
         phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
     """
     epochs = [float(row["epoch"]) for row in history]
-    best = [phase["best_epoch"] for phase in (phases or {}).values() if phase.get("best_epoch") is not None]
+    best = [phase["best_epoch"] for phase in phases.values() if phase.get("best_epoch") is not None]
     starts: dict[str, float] = {}
     for row in history:
         starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
@@ -279,23 +274,21 @@ def wrong_counts(confusion: np.ndarray) -> np.ndarray:
 def top_confusions(confusion: np.ndarray, limit: int = 15) -> list[tuple[int, int, int]]:
     """Return (truth, prediction, count) of the most frequent mistakes of a confusion matrix; ties in order of truth."""
     wrong = wrong_counts(confusion)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
-    cells = [divmod(int(cell), len(wrong)) for cell in order]
-    return [(truth, other, int(wrong[truth, other])) for truth, other in cells if wrong[truth, other]]
+    order = np.argsort(-wrong, axis=None, kind="stable")[: min(limit, np.count_nonzero(wrong))]
+    truth, prediction = np.unravel_index(order, wrong.shape)
+    return list(zip(truth.tolist(), prediction.tolist(), wrong[truth, prediction].tolist(), strict=True))
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
-    """Draw one pixel per cell: blue if correct, red if wrong, and grey rows for classes without examples.
+    """Draw a blue (correct) or red (wrong) pixel per cell, and grey rows for classes without examples.
 
-    Returns:
-        The opacity of each cell, float [c, c] in 0..1, which grows with its fraction of the examples of the true class.
+    Returns the opacity, float [c, c] in 0..1, which grows with the fraction of the examples of the true class.
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
-    pixels = np.zeros((*confusion.shape, 4))
-    pixels[..., :3] = matplotlib.colors.to_rgb(WRONG)
-    np.einsum("iij->ij", pixels)[:, :3] = matplotlib.colors.to_rgb(VALIDATION)
-    pixels[..., 3] = opacity
+    right, wrong = (matplotlib.colors.to_rgb(colour) for colour in (VALIDATION, WRONG))
+    colours = np.where(np.eye(len(confusion), dtype=bool)[..., None], right, wrong)
+    pixels = np.dstack([colours, opacity])
     pixels[support[:, 0] == 0] = (0.5, 0.5, 0.5, 0.15)
     axes.imshow(np.rint(255 * pixels).astype(np.uint8), interpolation="none")
     axes.set_xlabel("prediction", color=MUTED, fontsize=11)
@@ -317,10 +310,8 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         figure, axes = _plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
-    names = [label(name) for name in class_names]
-    rows = [
-        name + ("" if support else " (no examples)") for name, support in zip(names, table.sum(axis=1), strict=True)
-    ]
+    names, support = [label(name) for name in class_names], table.sum(axis=1)
+    rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * classes)  # points, of the matrix without the names around it
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
@@ -330,11 +321,13 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
     axes.set_xticks(range(classes), names, **slanted)
     axes.set_yticks(range(classes), rows)
-    for (row, column), count in np.ndenumerate(table):
-        if count:
-            colour = "white" if opacity[row, column] > 0.7 else INK
-            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=10, color=colour)
-    return [Chart(figure, "Confusion matrix")]
+    tips = {}
+    for row, column in np.argwhere(table):
+        count, gid = table[row, column], f"cell {row} {column}"
+        colour = "white" if opacity[row, column] > 0.7 else INK
+        axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=11, color=colour, gid=gid)
+        tips[gid] = [f"{100 * count / support[row]:.1f} % of {printable(class_names[row])}"]
+    return [Chart(figure, "Confusion matrix", tips)]
 
 
 def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
@@ -356,7 +349,7 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     return Chart(figure, title)
 
 
-def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
+def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
     """Draw F1 per class as bars, weakest first, in columns of up to 40; of more than `MAX_BARS` classes the weakest.
 
     Classes without examples come last, without a score; macro F1 is a dashed line.
@@ -366,53 +359,52 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Figure:
     texts = [f"{label(row['name'], 20)} ({row['support']:,})" for row in shown]
     columns = math.ceil(len(shown) / 40)
     length = math.ceil(len(shown) / columns)
-    size, step = (9.5, 22) if len(shown) <= 15 else (8, 15.5)
-    left = 12 + 0.66 * size * max(map(len, texts))
-    width, height = left + (570 - left if columns == 1 else 150), 72 + step * length
-    figure = canvas(height / 72, columns * width / 72, fit_labels=False)
+    left = 12 + 6.6 * max(map(len, texts))  # points, as the other sizes
+    width, height = 570 if columns == 1 else left + 145, 72 + (22 if length <= 15 else 17) * length
+    total = columns * width
+    figure = canvas(height / 72, total / 72, fit_labels=False)
     for column in range(columns):
         in_column = slice(column * length, (column + 1) * length)
         rows = shown[in_column]
         ys = range(len(rows))
-        low, high = (column * width + left) / (columns * width), ((column + 1) * width - 8) / (columns * width)
-        axes = figure.add_axes((low, 36 / height, high - low, 1 - 66 / height))
-        tidy(axes, "x")
+        box = ((column * width + left) / total, 36 / height, (width - left - 8) / total, 1 - 66 / height)
+        axes = figure.add_axes(box)
+        tidy(axes, "x", size=11)
         axes.barh(ys, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
         for y, row in zip(ys, rows, strict=True):
             x, text, colour = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
-            axes.text(x, y, text, va="center", fontsize=size, color=colour)
-        axes.set_yticks(ys, texts[in_column], fontsize=size)
-        axes.set(xlim=(0, 1.25 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
+            axes.text(x, y, text, va="center", fontsize=11, color=colour)
+        axes.set_yticks(ys, texts[in_column])
+        axes.set(xlim=(0, 1.35 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlabel("F1", color=INK)
+        axes.set_xlabel("F1", fontsize=11, color=INK)
     selection = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
-    _title(figure, f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed", 11)
-    return figure
+    title = f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed"
+    _title(figure, title, 11)
+    return Chart(figure, title)
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """Draw a reliability diagram, accuracy over confidence, above a histogram of the confidence.
+    """Draw a reliability diagram, accuracy over confidence, above a histogram of the confidence, without empty bins.
 
-    Args:
-        bins: low, high, count, mean confidence and accuracy of each bin; empty bins are omitted.
-        error: the expected calibration error.
+    `bins` and `error` are the results of `trainer.evaluation.metrics.calibration`.
     """
     nonempty = [b for b in bins if b["count"]]
     title = f"Accuracy (expected calibration error {error:.3f})"
     figure, upper = _plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
     lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
-    tidy(lower)
-    lower.tick_params(colors=MUTED, labelsize=11, pad=5)
+    tidy(lower, size=11, colour=MUTED)
+    lower.tick_params(pad=5)
     for axes in (upper, lower):
         axes.grid(axis="y", color=RULE, linewidth=1)
     upper.tick_params(labelbottom=False)
     upper.set(xlim=(0, 1), ylim=(0, 1))
-    lower.xaxis.set_major_formatter(PercentFormatter(1.0))
+    for axis in (lower.xaxis, upper.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
     points = ([b["confidence"] for b in nonempty], [b["accuracy"] for b in nonempty])
     upper.plot(*points, color=VALIDATION, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
-    upper.yaxis.set_major_formatter(PercentFormatter(1.0))
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in nonempty], [0.94 * (b["high"] - b["low"]) for b in nonempty]
     bars = lower.bar(lows, [b["count"] for b in nonempty], widths, align="edge", color=TRAINING)
@@ -434,10 +426,10 @@ FetchImages = Callable[[Sequence[int]], np.ndarray]
 _TITLE_HEIGHT = 0.36  # inches
 
 
-def _draw_grid(
-    title: str, images: np.ndarray, captions: Sequence[str], columns: int, colours: Sequence[str] | None = None
+def draw_images(
+    title: str, images: np.ndarray, captions: Sequence[str], columns: int = 6, colours: Sequence[str] | None = None
 ) -> Figure:
-    """Draw images, uint8 [k, S, S, 3], in rows, each with a caption above it and a coloured frame.
+    """Draw images, uint8 [k, S, S, 3] with k >= 1, in rows, each with a caption above it and a coloured frame.
 
     All are drawn on one Axes, whose unit is an inch from the upper left corner; one Axes per image would take three
     times as long.
@@ -456,25 +448,13 @@ def _draw_grid(
         colour = colours[number] if colours else RULE
         interpolation = "nearest" if len(image) <= 64 else "antialiased"  # the pixels of a tiny image remain sharp
         axes.imshow(image, interpolation=interpolation, extent=(left, left + side, top + side, top), aspect="auto")
-        frame = Rectangle((left, top), side, side, fill=False, color=colour, linewidth=2.5 if colours else 0.8)
-        axes.add_patch(frame)
+        line_width = 2.5 if colours else 0.8
+        axes.add_patch(Rectangle((left, top), side, side, fill=False, color=colour, linewidth=line_width))
         axes.text(left + side / 2, top - 0.06, caption, fontsize=9 if columns <= 4 else 8, linespacing=1.2,
                   color=colour if colours else INK, ha="center", va="bottom")  # fmt: skip
     axes.text(0.08, 0.08, title, fontsize=11, fontweight="bold", color=INK, va="top")
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
-
-
-def draw_samples(images: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw training images, uint8 [k, S, S, 3], k >= 1, each with the name of its class."""
-    captions = [label(name, 20) for name in class_names]
-    return _draw_grid("Training examples, as the input of the model", images, captions, 6)
-
-
-def draw_augmentation(original: np.ndarray, views: np.ndarray) -> Figure:
-    """Draw a training image, uint8 [S, S, 3], and its augmented views, uint8 [k, S, S, 3], k >= 1."""
-    captions = ["original"] + [f"view {i}" for i in range(1, len(views) + 1)]
-    return _draw_grid("One training example under augmentation", np.stack([original, *views]), captions, 6)
 
 
 def draw_examples(
@@ -495,7 +475,7 @@ def draw_examples(
         file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
         captions.append(f"{file}truth: {truth}\n{'✓' if correct else '✗'} {prediction}, {percent}")
         colours.append(RIGHT if correct else WRONG)
-    return _draw_grid(title, fetch(indices), captions, columns, colours)
+    return draw_images(title, fetch(indices), captions, columns, colours)
 
 
 def select_most_wrong(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
@@ -503,7 +483,7 @@ def select_most_wrong(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> li
     predictions = result.probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predictions != result.labels)
     order = np.argsort(-result.probabilities[wrong, predictions[wrong]], kind="stable")
-    return [int(i) for i in wrong[order][:limit]]
+    return wrong[order][:limit].tolist()
 
 
 def select_least_sure(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
@@ -511,10 +491,10 @@ def select_least_sure(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> li
     if result.probabilities.shape[1] < 2:
         return []  # no margin is defined
     highest = -np.partition(-result.probabilities, 1, axis=1)[:, :2]
-    return [int(i) for i in np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:limit]]
+    return np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:limit].tolist()
 
 
 def select_random(result: EvaluationResult, seed: int) -> list[int]:
     """Return up to nine random rows; the same seed and number of examples give the same rows."""
     n = len(result.labels)
-    return [int(i) for i in np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False)]
+    return np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False).tolist()

@@ -126,37 +126,21 @@ def _figure(file: Path, alt: str) -> Markup:
     return _embed(image, "PNG", alt) if is_small else _embed(image.convert("RGB"), "JPEG", alt, quality=85)
 
 
-# Returns Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k examples, by their rows in the
-# result of the scored split.
-ExplainRows = Callable[[Sequence[int]], np.ndarray]
-
-
 @dataclass(frozen=True)
 class Samples:
-    """Training images of the report.
+    """Training images of the report."""
 
-    Attributes:
-        images: uint8 [k, S, S, 3], k >= 1.
-        class_names: the class of each image.
-        augmented: uint8 [v, S, S, 3], the first image as augmented in v epochs; None without augmentation.
-    """
-
-    images: np.ndarray
-    class_names: Sequence[str]
-    augmented: np.ndarray | None = None
+    images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
+    class_names: Sequence[str]  # of each image
+    augmented: np.ndarray | None  # uint8 [v, S, S, 3], the first image as augmented in v epochs
 
 
 @dataclass(frozen=True)
 class DuplicateImages:
-    """Images that occur more than once.
+    """Images that occur more than once."""
 
-    Attributes:
-        summary: `duplicates` of report.json.
-        images: uint8 [S, S, 3] of the first members of the first groups that `summary` lists.
-    """
-
-    summary: dict[str, Any]
-    images: Sequence[Sequence[np.ndarray]]
+    summary: dict[str, Any]  # `duplicates` of report.json
+    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3] of the first members of the first groups in `summary`
 
 
 @dataclass(frozen=True)
@@ -165,7 +149,8 @@ class ReportImages:
 
     fetch: FetchImages
     samples: Samples | None = None
-    explain: ExplainRows | None = None  # heatmaps in the gallery
+    # Returns Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k rows of the scored split.
+    explain: Callable[[Sequence[int]], np.ndarray] | None = None
     duplicates: DuplicateImages | None = None
 
 
@@ -206,19 +191,14 @@ def write_page(
     result: EvaluationResult,
     images: ReportImages,
     charts: Mapping[str, Sequence[Chart]],
-) -> Path:
+) -> None:
     """Write the page to `path`; its folder has the figures that the page embeds.
 
     The size of the page does not grow with the number of examples, as only a limited number of images is read.
-
-    Args:
-        report: the content of report.json.
-        config: the resolved configuration.
-        result: the predictions for the scored split.
-        charts: charts by name: "curves" (optional), "confusion" and "calibration".
+    `charts` are "curves", which may be empty, "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    numbered, wrong = len(confusion) <= figures.MAX_NUMBERED_CLASSES, figures.wrong_counts(confusion)
+    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.wrong_counts(confusion)
     confused_with = wrong.argmax(axis=1)  # the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
@@ -239,12 +219,9 @@ def write_page(
         "report.html.j2",
         report=report,
         config=config,
-        charts={
-            "curves": [svg(f"curve{i}", chart) for i, chart in enumerate(charts.get("curves", ()))],
-            "confusion": None if numbered else svg("confusion", charts["confusion"][0]),
-            "calibration": svg("calibration", charts["calibration"][0]),
-        },
-        confusions=figures.top_confusions(confusion, 8 if numbered else 15),
+        charts={key: [svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
+        many_classes=many_classes,
+        confusions=figures.top_confusions(confusion, 15 if many_classes else 8),
         per_class=[
             (per_class[i], per_class[confused_with[i]]["name"], int(wrong[i, confused_with[i]])) for i in weakest_first
         ],
@@ -264,4 +241,3 @@ def write_page(
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
     write_whole(path, page)
-    return path

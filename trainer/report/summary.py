@@ -9,11 +9,9 @@ from trainer.runs.metrics import format_duration
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
-    """Log the outcome of a run, and set its scores and the path of its page as the termination message.
+    """Log the outcome of a run from its report.json, and set scores and path of the page as the termination message.
 
-    Args:
-        report: the content of report.json.
-        address: the output_dir, as the user gave it.
+    `address` is the output_dir, as the user gave it.
     """
     test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
     low, high = test["interval"]

@@ -74,8 +74,9 @@ def _draw_all(
     """Draw and save all figures; return the file of each by name, and the charts that the page shows as SVG."""
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
-        "curves": figures.draw_curves(report["history"], report["phases"]) if report["history"] else [],
+        "curves": figures.draw_curves(report["history"], report["phases"]),
         "confusion": figures.draw_confusion(metrics["confusion"], result.class_names),
+        "f1": [figures.draw_f1(metrics["per_class"], metrics["macro_f1"])],
         "calibration": [figures.draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
 
@@ -87,40 +88,28 @@ def _draw_all(
         "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
         "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
         "least_sure": examples("Least confident", figures.select_least_sure(result)),
-        "confusion": [chart.figure for chart in charts["confusion"]],
-        "f1": figures.draw_f1(metrics["per_class"], metrics["macro_f1"]),
-        "calibration": charts["calibration"][0].figure,
+        **{name: [chart.figure for chart in of_name] for name, of_name in charts.items() if name != "curves"},
     }
     if samples := images.samples:
-        drawn["samples"] = figures.draw_samples(samples.images, samples.class_names)
+        captions = [figures.label(name, 20) for name in samples.class_names]
+        title = "Training examples, as the input of the model"
+        drawn["samples"] = figures.draw_images(title, samples.images, captions)
         if samples.augmented is not None:
-            drawn["augmentation"] = figures.draw_augmentation(samples.images[0], samples.augmented)
+            views = np.stack([samples.images[0], *samples.augmented])
+            captions = ["original", *(f"view {i}" for i in range(1, len(views)))]
+            drawn["augmentation"] = figures.draw_images("One training example under augmentation", views, captions)
     return {name: figures.save(f, folder / f"{name}.png").name for name, f in drawn.items() if f}, charts
 
 
-def write_report(
-    folder: Path,
-    *,
-    result: EvaluationResult,
-    history: Sequence[Mapping[str, Any]],
-    phases: Mapping[str, Mapping[str, Any]],
-    run: Mapping[str, Any],
-    images: ReportImages,
-) -> Report:
+def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any], images: ReportImages) -> Report:
     """Write figures, predictions.csv, report.json and index.html to `folder`, each file atomically.
 
-    Args:
-        folder: created if it does not exist.
-        result: the predictions for the scored split, and their scores.
-        history: one row per epoch (`trainer.report.schema.Epoch`); no curves are drawn if it is empty.
-        phases: results by phase (`trainer.report.schema.Phase`); `epochs` and `seconds` are computed from the history
-            if they are missing, and `val_interval` from `val_accuracy` and `val_n`.
-        run: title, seed, data, export, versions and timing of report.json, `config` (the resolved configuration), and
-            `note` (how to read the scores; the default warns that validation scores are biased). All are optional.
-        images: the images to show.
+    It returns the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
-    Returns:
-        The content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
+    `run` has title, seed, phases, history, data, export, versions and timing of report.json (`trainer.report.schema`),
+    `config` (the resolved configuration), and `note` (how to read the scores; the default warns that validation scores
+    are biased). All are optional. Of a phase, `epochs` and `seconds` are computed from the history if they are missing,
+    and `val_interval` from `val_accuracy` and `val_n`.
     """
     began = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
@@ -130,8 +119,8 @@ def write_report(
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
             "test": test | result.metrics,
-            "phases": _summarise_phases(history, phases),
-            "history": history,
+            "phases": _summarise_phases(run.get("history", []), run.get("phases", {})),
+            "history": run.get("history", []),
             "data": run.get("data", {}),
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
