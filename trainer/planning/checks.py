@@ -6,13 +6,12 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.config.schema import Distillation, RequestedConfig, RunConfig
 from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
 from trainer.distillation.source import (
@@ -136,11 +135,7 @@ def probe_output(config: RequestedConfig) -> str:
 
 
 def describe_warm_start(source: str) -> str:
-    """Describe the checkpoints of a warm start.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Describe the checkpoints of a warm start; raise a DataError if there are none."""
     if is_remote(source):
         if not (storage_path(source) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=source, fix="use the output_dir of a run")
@@ -150,13 +145,9 @@ def describe_warm_start(source: str) -> str:
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
-    """Return the files of a teacher, after a check of its classes.
+    """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes are not these.
 
-    Args:
-        classes: the class names of the data; None if they are not known.
-
-    Raises:
-        DataError, ConfigError: there is no teacher, or its classes differ.
+    `classes` are those of the data, None if they are not known.
     """
     files = find_teacher(address)
     if classes is not None:
@@ -164,48 +155,41 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles
     return files
 
 
-@dataclass(frozen=True)
-class TeacherPlan:
-    """A line about the teacher, and the bytes of memory that it uses."""
-
-    text: str
-    variables: int
-    activations: int  # of one replica; 0 for a SavedModel, whose activations are not known
-    logits: int  # stored by each worker; 0 if the teacher predicts in every step
-
-    def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
-        """List the uses of memory on a worker with this many replicas, in bytes."""
-        optional = [("its activations", self.activations * replicas), ("its logits", self.logits)]
-        return [("the teacher's variables", self.variables * replicas), *(row for row in optional if row[1])]
-
-
-def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, but without fetching weights from a bucket; None without distillation.
+def plan_teacher(
+    config: RunConfig, distillation: Distillation, dataset: Dataset, rows: int, replicas: int
+) -> tuple[str, list[tuple[str, int]]]:
+    """Open the teacher as a run would, but without fetching weights from a bucket.
 
     Args:
         rows: number of examples that a replica computes at once.
+        replicas: number of replicas on this worker.
+
+    Returns:
+        a text for the plan, and the uses of memory on this worker in bytes.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.
     """
-    if config.distillation is None:
-        return None
-    address = config.distillation.teacher
+    address = distillation.teacher
     files = check_teacher(address, dataset.class_names)
     state = newest_state(config) if config.output_dir else None
     check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
-    logits = 0 if every_step else count * len(files.classes) * 4
+    logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
             saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", size, 0, logits)
+        weights = ("the teacher's variables", size * replicas)
+        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", [weights, *logits]
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
-    activations = activation_bytes(classifier, None, rows if every_step else ROWS_PER_CALL)
-    return TeacherPlan(text, variable_bytes(classifier.variables.values()), activations, logits)
+    memory = [
+        ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas),
+        ("its activations", activation_bytes(classifier, None, rows if every_step else ROWS_PER_CALL) * replicas),
+    ]
+    return text, memory + logits

@@ -27,9 +27,8 @@ def bytes_of_split(split: Split) -> int:
         return 0
 
 
-COMPILED_BYTES = (
-    180_000_000  # measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB
-)
+# Measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB.
+COMPILED_BYTES = 180_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +119,9 @@ def peak_memory_bytes() -> int:
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """List the uses of memory on this worker in bytes, in the phase that needs most.
+    """List the uses of memory on this worker, with `replicas` replicas, in bytes, in the phase that needs most.
 
-    Args:
-        replicas: number of replicas on this worker.
-        before: memory of the process with its libraries, before the network is built.
+    `before` is the memory of the process with its libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
