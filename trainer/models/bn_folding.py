@@ -19,7 +19,11 @@ import tensorflow as tf
 from trainer.models.batch_norm import NORM
 from trainer.private_api import producer_of, run_through_graph
 
-CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
+CONVOLUTIONS = {
+    keras.layers.Conv2D: keras.ops.conv,
+    keras.layers.DepthwiseConv2D: keras.ops.depthwise_conv,
+    keras.layers.SeparableConv2D: keras.ops.separable_conv,
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers
     output_producers = {id(producer_of(tensor)) for tensor in network.outputs}
     pairs = []
     for operation in network.operations:
-        if isinstance(operation, CONVOLUTIONS) and id(operation) not in output_producers:
+        if type(operation) in CONVOLUTIONS and id(operation) not in output_producers:
             is_linear = operation.activation in (None, keras.activations.linear)
             users = consumers[id(operation.output)]
             before_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
@@ -95,25 +99,19 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
         shift += norm.beta
     if convolution.use_bias:
         shift += convolution.bias * scale
-    kernels: tuple[tf.Tensor, ...]
     if isinstance(convolution, keras.layers.SeparableConv2D):
-        kernels = (tf.convert_to_tensor(convolution.depthwise_kernel), convolution.pointwise_kernel * scale)
+        kernels = [convolution.depthwise_kernel, convolution.pointwise_kernel * scale]
     elif isinstance(convolution, keras.layers.DepthwiseConv2D):
-        kernel = tf.convert_to_tensor(convolution.kernel)
-        kernels = (kernel * tf.reshape(scale, kernel.shape[2:]),)
+        kernels = [convolution.kernel * tf.reshape(scale, convolution.kernel.shape[2:])]
     else:
-        kernels = (convolution.kernel * scale,)
+        kernels = [convolution.kernel * scale]
     dtype = convolution.compute_dtype
     return FoldedWeights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
 
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
     """Convolve feature maps [b, h, w, C] with folded weights, in the compute dtype of the layer."""
-    op = keras.ops.conv
-    if isinstance(convolution, keras.layers.SeparableConv2D):
-        op = keras.ops.separable_conv
-    elif isinstance(convolution, keras.layers.DepthwiseConv2D):
-        op = keras.ops.depthwise_conv
+    op = CONVOLUTIONS[type(convolution)]
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
     outputs = op(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
     return tf.nn.bias_add(outputs, weights.bias)  # bias_add: TensorFlow fuses it with the convolution

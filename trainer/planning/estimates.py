@@ -51,9 +51,7 @@ class PhasePlan:
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
     """Plan every phase, by applying its thaw rule; the classifier remains in the state of the last phase.
 
-    Args:
-        epoch: length of an epoch in steps.
-        rows: number of examples that a replica computes at once.
+    `epoch` is the length of an epoch in steps, `rows` the number of examples that a replica computes at once.
 
     Raises:
         ModelError: a thaw rule matches no layer.
@@ -68,12 +66,11 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
         optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
         optimizer.build(list(thaw.trainable.values()))
         sizes = variable_bytes(thaw.trainable.values())
-        layers = classifier.backbone.layers
         saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
             trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
-            trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
+            trains=frozenset(i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights),
             optimizer=variable_bytes(optimizer.variables),
             activations=activation_bytes(classifier, thaw.first_thawed, rows),
         ))  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -34,19 +34,15 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output,
 
 def stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
-    layers = classifier.backbone.layers
-    names = [layer.name for layer in layers]
-    starts = classifier.kind.block_starts(names)
-    edges = list(starts.items())
-    if edges and edges[0][1] > 0:
+    kind, names = classifier.kind, [layer.name for layer in classifier.backbone.layers]
+    edges = list(kind.block_starts(names).items())
+    top = 1 + max(i for i, name in enumerate(names) if kind.block_of(name) == edges[-1][0])
+    if edges[0][1] > 0:
         edges.insert(0, ("stem", 0))
-    last_block = edges[-1][0] if edges else None
-    end = max((i for i, n in enumerate(names) if classifier.kind.block_of(n) == last_block), default=len(names) - 1)
-    if edges and end + 1 < len(names):
-        edges.append(("top", end + 1))
-    edges = edges or [(classifier.kind.name, 0)]
-    borders = [first for _, first in edges[1:]] + [len(names)]
-    single = [_stage(classifier, n, range(first, after)) for (n, first), after in zip(edges, borders, strict=True)]
+    if top < len(names):
+        edges.append(("top", top))
+    borders = pairwise([*edges, ("end", len(names))])
+    single = [_stage(classifier, name, range(first, after)) for (name, first), (_, after) in borders]
     if len(single) <= MAX_STAGES:
         return single
     merged: list[Stage] = []
