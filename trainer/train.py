@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +31,7 @@ from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
-from trainer.models.classifier import build_classifier
+from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
@@ -53,8 +54,7 @@ def train_run(
 ) -> None:
     """Train, evaluate, export and report, or resume the run in `folder`; every worker of the run calls this.
 
-    Args:
-        began: time.time() at the start of the process, for the time breakdown.
+    `began` is time.time() at the start of the process, for the time breakdown.
 
     Raises:
         TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
@@ -299,9 +299,8 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     selected = best if training.keep == "best" else state.step
     step, weights = run.saver.read_weights(selected, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
-    trainable = sum(int(np.prod(v.shape)) for v in thaw.trainable.values())
     summary, entry = early_stopping.summarise_phase(state, name, step)
-    state.finished[name] = summary | {"trainable_parameters": trainable}
+    state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
     epoch, accuracy = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}", entry["val_accuracy"]
     if "kept_from" in summary:
         log.info(f"phase {name}: best val_accuracy {summary['own_val_accuracy']:.4f}, not better than {accuracy:.4f} "
@@ -459,10 +458,7 @@ def finish(run: RunContext) -> None:
 
     images, config, clock, saver = run.images, run.config, run.clock, run.saver
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
-
-    def check() -> None:
-        stop.check(AFTER_TRAINING)
-
+    check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
     images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
     with clock.span("evaluation", "evaluation"):

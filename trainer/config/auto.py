@@ -14,10 +14,8 @@ def resolve_auto(
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`; return the configuration and a line with the reason of each choice.
 
-    Args:
-        images: number of training images.
-        classes: number of classes.
-        begun: the configuration that a resumed run began with. Its choices are adopted, and the counts are not used.
+    The choices of `begun`, the configuration that a resumed run began with, are adopted. Otherwise they depend on the
+    numbers of training images and classes.
     """
     if isinstance(config, RunConfig):
         return config, []

@@ -91,11 +91,8 @@ def open_teacher(
 
     Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
     augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
-    `Worker.should_stop` afterwards.
-
-    Args:
-        run: the output_dir of the student, for messages.
-        recorded: fingerprint of the teacher with which this run began; None for a new run.
+    `Worker.should_stop` afterwards. `recorded` is the fingerprint of the teacher with which the run in output_dir `run`
+    began, None for a new run.
 
     Raises:
         DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.

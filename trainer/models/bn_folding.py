@@ -9,7 +9,6 @@ Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,14 +23,8 @@ CONVOLUTIONS = {
     keras.layers.DepthwiseConv2D: keras.ops.depthwise_conv,
     keras.layers.SeparableConv2D: keras.ops.separable_conv,
 }
-
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """Kernels and bias, in the compute dtype, of a convolution that includes the BatchNormalization after it."""
-
-    kernels: tuple[tf.Tensor, ...]  # a separable convolution has two: depthwise and pointwise
-    bias: tf.Tensor
+# Kernels (two if separable: depthwise, pointwise) and bias of a convolution with its BatchNormalization, compute dtype.
+FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
 
 
 def apply_folded(
@@ -40,11 +33,8 @@ def apply_folded(
     """Compute `network(inputs, training=training)` with folded layers; the result is equal up to rounding.
 
     With `training`, trainable BatchNormalization layers are not folded, because they use the batch statistics. For
-    symbolic inputs nothing is folded.
-
-    Args:
-        weights: the result of `fold_weights(network)`, if no variable of the network changes afterwards; defaults to
-            folding in the graph, with the current variables at each execution.
+    symbolic inputs nothing is folded. `weights` are those of `fold_weights`, if no variable of the network changes
+    afterwards; None folds in the graph, with the current variables at each execution.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
@@ -106,12 +96,12 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
     else:
         kernels = [convolution.kernel * scale]
     dtype = convolution.compute_dtype
-    return FoldedWeights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
+    return [tf.cast(kernel, dtype) for kernel in kernels], tf.cast(shift, dtype)
 
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
     """Convolve feature maps [b, h, w, C] with folded weights, in the compute dtype of the layer."""
-    op = CONVOLUTIONS[type(convolution)]
+    op, (kernels, bias) = CONVOLUTIONS[type(convolution)], weights
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
-    outputs = op(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
-    return tf.nn.bias_add(outputs, weights.bias)  # bias_add: TensorFlow fuses it with the convolution
+    outputs = op(tf.cast(maps, convolution.compute_dtype), *kernels, **options)
+    return tf.nn.bias_add(outputs, bias)  # bias_add: TensorFlow fuses it with the convolution

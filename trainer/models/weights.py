@@ -65,7 +65,7 @@ def _set_published_variance(network: keras.Model) -> None:
 
     After the Normalization layer, which divides by the standard deviation std, Keras adds a Rescaling layer that
     divides by sqrt(std), but only if it builds the network with `weights="imagenet"` (tensorflow#49930). In a network
-    without that layer, a variance of std^3 has the same effect.
+    without that layer, a variance of std^3 has the same effect. Any other variance is not that of ImageNet and stays.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
@@ -80,8 +80,7 @@ def _set_published_variance(network: keras.Model) -> None:
 def refresh_normalization(network: keras.Model) -> None:
     """Update the input normalization of a network after values were assigned to its variables.
 
-    A Normalization layer computes with constants that Keras derives from its variables when it loads them. The values
-    may also come from a network that Keras built with, or without, a second layer for the ImageNet normalization.
+    A Normalization layer computes with constants that Keras derives from its variables only when it loads them.
     """
     for layer in network.layers:
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:

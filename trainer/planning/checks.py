@@ -24,8 +24,8 @@ from trainer.distillation.source import (
 )
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
-from trainer.models.classifier import build_classifier
-from trainer.planning.estimates import activation_bytes, parameters, variable_bytes
+from trainer.models.classifier import build_classifier, variable_bytes
+from trainer.planning.estimates import activation_bytes, parameters
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer
 from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
@@ -75,10 +75,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
 
 
 def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """Check which files of an address are staged, without fetching any.
-
-    Returns:
-        its local path (None if a run would fetch files first), a line for the plan, and all its files.
+    """Return the local path of an address (None if a run would fetch files), a line for the plan, and all its files.
 
     Raises:
         DataError: it does not exist, cannot be read, or exceeds the budget.
@@ -158,14 +155,9 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles
 def plan_teacher(
     config: RunConfig, distillation: Distillation, dataset: Dataset, rows: int, replicas: int
 ) -> tuple[str, list[tuple[str, int]]]:
-    """Open the teacher as a run would, but without fetching weights from a bucket.
+    """Open the teacher as a run would, but fetch no weights; return a text, and its uses of memory here in bytes.
 
-    Args:
-        rows: number of examples that a replica computes at once.
-        replicas: number of replicas on this worker.
-
-    Returns:
-        a text for the plan, and the uses of memory on this worker in bytes.
+    `rows` is the number of examples that each of the `replicas` on this worker computes at once.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.

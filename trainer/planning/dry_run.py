@@ -14,7 +14,7 @@ from trainer.errors import DataError
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
-from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import PhasePlan
 from trainer.planning.sections import WIDTH, Plan, Rows, first_names, format_bytes
@@ -168,14 +168,14 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
-    checkpoint = estimates.variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
+    checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
     return phases
 
 
 def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
     """List the backbone, the image size and the head."""
-    backbone, head = classifier.backbone, estimates.count_parameters(classifier.head_variables.values())
+    backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
     body = f"{estimates.parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"

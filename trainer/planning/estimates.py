@@ -4,14 +4,13 @@ import math
 import os
 import resource
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from trainer.config.schema import RunConfig
 from trainer.data.images import CachePlan
-from trainer.models.classifier import Classifier
+from trainer.models.classifier import Classifier, count_parameters, variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.types import Split
@@ -75,16 +74,6 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
             activations=activation_bytes(classifier, thaw.first_thawed, rows),
         ))  # fmt: skip
     return plans
-
-
-def variable_bytes(variables: Any) -> int:
-    """Count the bytes of variables."""
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
-
-
-def count_parameters(variables: Any) -> int:
-    """Count the parameters in variables."""
-    return sum(math.prod(v.shape) for v in variables)
 
 
 def parameters(classifier: Classifier) -> int:

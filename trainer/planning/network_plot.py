@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.batch_norm import NORM
-from trainer.models.classifier import Classifier
-from trainer.planning.estimates import PhasePlan, count_parameters, parameters
+from trainer.models.classifier import Classifier, count_parameters
+from trainer.planning.estimates import PhasePlan, parameters
 from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
