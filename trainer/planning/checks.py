@@ -14,14 +14,7 @@ import numpy as np
 from trainer.config.schema import Distillation, RequestedConfig, RunConfig
 from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
-from trainer.distillation.source import (
-    ROWS_PER_CALL,
-    TeacherFiles,
-    check_classes,
-    check_same_teacher,
-    find_teacher,
-    read_teacher,
-)
+from trainer.distillation import source
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier, variable_bytes
@@ -102,11 +95,7 @@ def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in the folder that the run would write to, and return a line for the plan.
-
-    Raises:
-        ConfigError, DataError, Interrupted: the file cannot be written.
-    """
+    """Write and delete a small file in the run's folder; return a line for the plan, or raise the error of a run."""
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
     if is_remote(address):
@@ -131,24 +120,24 @@ def probe_output(config: RequestedConfig) -> str:
     return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
 
 
-def describe_warm_start(source: str) -> str:
+def describe_warm_start(run: str) -> str:
     """Describe the checkpoints of a warm start; raise a DataError if there are none."""
-    if is_remote(source):
-        if not (storage_path(source) / "checkpoints" / "LATEST").exists():
-            raise DataError("there is no checkpoint", key="warm_start", value=source, fix="use the output_dir of a run")
-        return f"{source}: has a committed checkpoint"
-    steps = local_checkpoints(source, Path(source).expanduser()).steps()
-    return f"{source}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+    if is_remote(run):
+        if not (storage_path(run) / "checkpoints" / "LATEST").exists():
+            raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
+        return f"{run}: has a committed checkpoint"
+    steps = local_checkpoints(run, Path(run).expanduser()).steps()
+    return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
-def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
+def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
     """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes are not these.
 
     `classes` are those of the data, None if they are not known.
     """
-    files = find_teacher(address)
+    files = source.find_teacher(address)
     if classes is not None:
-        check_classes(address, files.classes, classes)
+        source.check_classes(address, files.classes, classes)
     return files
 
 
@@ -165,7 +154,7 @@ def plan_teacher(
     address = distillation.teacher
     files = check_teacher(address, dataset.class_names)
     state = newest_state(config) if config.output_dir else None
-    check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
+    source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
@@ -178,10 +167,8 @@ def plan_teacher(
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
-        variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
+        variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
-    memory = [
-        ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas),
-        ("its activations", activation_bytes(classifier, None, rows if every_step else ROWS_PER_CALL) * replicas),
-    ]
-    return text, memory + logits
+    weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
+    activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
+    return text, [weights, ("its activations", activations * replicas), *logits]

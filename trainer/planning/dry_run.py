@@ -157,11 +157,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     model_rows = _model_rows(config, classifier, classes)
     with plan.collect_errors():
         if config.distillation:
-            text, rows_of_teacher = checks.plan_teacher(
-                config, config.distillation, dataset, per_replica, plan.replicas
-            )
+            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
             model_rows.append(("teacher", text))
-            memory += rows_of_teacher
+            memory += uses
     if plot:
         model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
     plan.section("model", model_rows)

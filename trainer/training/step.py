@@ -125,7 +125,6 @@ class TrainingStep:
         """Build the variables of optimizer, averages and loss scale in the scope of the strategy.
 
         Args:
-            trained: the variables to train, by name.
             stop: called in each step, in a thread of TensorFlow; if it returns true on any worker, all workers stop
                 after that step.
             teacher: computes logits without gradients, float32 [b, classes], of the images in each step; None if
