@@ -26,17 +26,8 @@ from trainer.training.state import RunState
 
 
 @dataclass
-class RunPlan:
-    """Decisions of each start, made before its first step."""
-
-    features: FeaturePlan
-    sharding: ShardingPlan
-    teacher: OpenedTeacher | None
-
-
-@dataclass
 class RunContext:
-    """The objects of one run on one worker; `train.make_plan` sets `plan` and `scorer`."""
+    """The objects of one run on one worker; `train.make_plan` sets those after `metrics`."""
 
     config: RunConfig
     worker: Worker
@@ -46,7 +37,9 @@ class RunContext:
     saver: Saver
     clock: Clock
     metrics: MetricsWriter
-    plan: RunPlan = field(init=False)
+    features: FeaturePlan = field(init=False)
+    sharding: ShardingPlan = field(init=False)
+    teacher: OpenedTeacher | None = field(init=False, default=None)
     scorer: Scorer = field(init=False)
 
 
