@@ -26,8 +26,17 @@ from trainer.training.state import RunState
 
 
 @dataclass
+class RunPlan:
+    """Decisions of each start, made before its first step."""
+
+    features: FeaturePlan
+    sharding: ShardingPlan
+    teacher: OpenedTeacher | None
+
+
+@dataclass
 class RunContext:
-    """The objects of one run on one worker; `train.make_plan` sets those after `metrics`."""
+    """The objects of one run on one worker; `train.make_plan` sets `plan` and `scorer`."""
 
     config: RunConfig
     worker: Worker
@@ -37,9 +46,7 @@ class RunContext:
     saver: Saver
     clock: Clock
     metrics: MetricsWriter
-    features: FeaturePlan = field(init=False)
-    sharding: ShardingPlan = field(init=False)
-    teacher: OpenedTeacher | None = field(init=False, default=None)
+    plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
 
 

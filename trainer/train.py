@@ -17,7 +17,7 @@ from trainer.cluster.devices import build_strategy
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RequestedConfig
-from trainer.context import RunContext, record_failures
+from trainer.context import RunContext, RunPlan, record_failures
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
 from trainer.data.open import open_run_data, require_validation
@@ -62,7 +62,7 @@ def train_run(
     run, divisions = set_up(config, folder, control, stop, began)
     with record_failures(run):
         restored = restore(run, folder)
-        make_plan(run, divisions)
+        run.plan = make_plan(run, divisions)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
@@ -153,18 +153,18 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
     return restored
 
 
-def make_plan(run: RunContext, divisions: dict[str, Division]) -> None:
+def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     """Choose whether each phase reads features or images and how workers shard the data; open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
     reads = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
-    run.features = FeaturePlan(divisions, reads)
-    images.train_once = train_images_read_once(config, reads, state.phase)
+    features = FeaturePlan(divisions, reads)
+    images.train_once = train_images_read_once(config, features.reads, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_once else images.split("train").cached_in
     local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
-    run.sharding = sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
+    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
     check_resumable(sharding, state.sharding, state.epoch_step)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
@@ -172,10 +172,12 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> None:
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
+    teacher = None
     if config.distillation and state.phase < len(config.phases):
         health.set_activity("opening the teacher")
-        run.teacher = open_teacher(worker, images, run.scorer.sharding, run.saver.address, state.teacher)
-        state.teacher = run.teacher.fingerprint
+        teacher = open_teacher(worker, images, run.scorer.sharding, run.saver.address, state.teacher)
+        state.teacher = teacher.fingerprint
+    return RunPlan(features, sharding, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ class PhaseRun:
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
     """Set the trainable layers, train and validate epochs until steps or patience end, and load the phase weights."""
-    phase, state, steps_per_epoch = run.config.phases[name], run.state, run.sharding.steps_per_epoch
+    phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
@@ -207,7 +209,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in thaw.lines():
         log.info(f"  {line}")
-    run.images.train_once = train_images_read_once(run.config, run.features.reads, state.phase)
+    run.images.train_once = train_images_read_once(run.config, run.plan.features.reads, state.phase)
 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
@@ -241,7 +243,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
     inputs = open_phase_inputs(run, name)
-    teacher, batch_size, per_epoch = run.teacher, config.training.batch_size, run.sharding.steps_per_epoch
+    teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
     lr = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with worker.strategy.scope():
@@ -270,9 +272,9 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     """Open the cached features or the images of a phase; use images if there is no space for its features."""
-    category = "compile" if run.features.reads[name] == "live" else "features"
+    category = "compile" if run.plan.features.reads[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
-        inputs = open_inputs(name, run.worker, run.images, run.classifier, run.features, run.scorer)
+        inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     if inputs is not None:
         return inputs
     if run.worker.should_stop(when := "while computing features"):
@@ -283,9 +285,9 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
         fix = f"increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; {hint}"
         raise Interrupted(problem, fix=fix)
     log.info(f"features of phase {name}: live, because there is no space for a cache")
-    switch_to_images(name, run.images, run.features)
+    switch_to_images(name, run.images, run.plan.features)
     if run.worker.is_chief:
-        update_run_json(run.saver.path, {"features": run.features.reads})
+        update_run_json(run.saver.path, {"features": run.plan.features.reads})
     return open_phase_inputs(run, name)
 
 
@@ -322,7 +324,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         StopRequested: after a checkpoint, unless one of several workers stops while it waits for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
-    steps_per_epoch = run.sharding.steps_per_epoch
+    steps_per_epoch = run.plan.sharding.steps_per_epoch
     left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
     log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
     window = run.config.debug.profile_steps
@@ -403,7 +405,7 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 
 def checkpoint_due(run: RunContext) -> bool:
     """Return whether the last checkpoint is at least `runtime.checkpoint_every` ago."""
-    every = run.config.runtime.checkpoint_every.steps(run.sharding.steps_per_epoch, run.config.training.batch_size)
+    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
     return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
@@ -458,7 +460,7 @@ def finish(run: RunContext) -> None:
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
-    images.train_once = train_images_read_once(config, run.features.reads, run.state.phase)
+    images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
     with clock.span("evaluation", "evaluation"):
         split = scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
