@@ -13,10 +13,6 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def unpack(npz: bytes) -> dict[str, np.ndarray]:
-    """Read the arrays by name from the bytes of an .npz file.
-
-    Raises:
-        ValueError: the bytes are not an .npz file, or an array holds pickled objects.
-    """
+    """Read the arrays by name; raise a ValueError if this is not an .npz file or an array holds pickled objects."""
     with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

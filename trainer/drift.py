@@ -54,10 +54,8 @@ def main() -> None:
         log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
         if level == "shifted":
             shifted = ", ".join(measure.name for measure in measured if measure.level == "shifted")
-            raise Drifted(
-                f"{shifted} shifted from reference={arguments['reference']}",
-                fix=f"inspect {output}, and label some of the new images to evaluate or retrain the model",
-            )
+            fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
+            raise Drifted(f"{shifted} shifted from reference={arguments['reference']}", fix=fix)
 
 
 if __name__ == "__main__":

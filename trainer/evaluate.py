@@ -31,11 +31,7 @@ CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_
 
 
 def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
-    """Return the configuration of a run after changes.
-
-    Args:
-        tree: the configuration of the run as nested mappings; it is modified.
-        arguments: changes as `KEY=VALUE`, or `GROUP=NAME` for the files of conf/.
+    """Return the configuration `tree` of a run, which is modified, after changes as `KEY=VALUE` or `GROUP=NAME`.
 
     Raises:
         ConfigError: an argument is wrong or changes a key that an evaluation has to leave as it is.
@@ -43,11 +39,8 @@ def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
     keys = [a.split("=", 1)[0].lstrip("+") for a in arguments]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
-            raise ConfigError(
-                "cannot be changed in an evaluation",
-                key=key,
-                fix="change only data, runtime, training.batch_size and debug.max_examples",
-            )
+            fix = "change only data, runtime, training.batch_size and debug.max_examples"
+            raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)
     composed = compose(arguments)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):

@@ -44,11 +44,7 @@ def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _output_folder(run: FinishedRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
-    """Return the folder to write to, and whether it is the `export` folder of the run.
-
-    Raises:
-        ConfigError: `output` is required, because the run is in a bucket or has exported another checkpoint.
-    """
+    """Return the folder to write to, and whether it is the `export` folder of the run."""
     if output := arguments.get("output"):
         return Path(output).expanduser(), False
     if not run.home.is_local:

@@ -51,9 +51,8 @@ def main() -> None:
             raise ConfigError(f"{package} is not installed", fix="run pip install 'kubetune[serve]'") from None
         export = find_export(settings.model, Path(settings.cache_dir).expanduser(), log.info)
         if export.reference is None:
-            log.warning(
-                f"{export.folder} has no reference.json, so drift is not measured; export the model again to measure it"
-            )
+            problem = f"{export.folder} has no reference.json, so drift is not measured"
+            log.warning(f"{problem}; export the model again to measure it")
         serve(settings, export, _load_model)
 
 

@@ -11,13 +11,8 @@ import tensorflow as tf
 # Identifies the use, as one of the coordinates: without it, two uses with equal coordinates would have equal numbers.
 AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-_INCREMENT = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIER_1, _MULTIPLIER_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # these three as signed integers
+_MULTIPLIER_1, _MULTIPLIER_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def _shift_right(x: tf.Tensor, count: int) -> tf.Tensor:

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +31,7 @@ from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
-from trainer.models.classifier import build_classifier
+from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
@@ -53,8 +54,7 @@ def train_run(
 ) -> None:
     """Train, evaluate, export and report, or resume the run in `folder`; every worker of the run calls this.
 
-    Args:
-        began: time.time() at the start of the process, for the time breakdown.
+    `began` is time.time() at the start of the process, for the time breakdown.
 
     Raises:
         TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
@@ -76,7 +76,6 @@ def train_run(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Set up
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def set_up(
@@ -124,7 +123,6 @@ def set_up(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Restore and plan
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
@@ -184,7 +182,6 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
 
 # ---------------------------------------------------------------------------------------------------------------
 # One phase
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -252,10 +249,9 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
-    network, stop = teacher.network if teacher else None, worker.stop_requested
-    step = TrainingStep(
-        worker.strategy, inputs.network, thaw.trainable, optimizer, settings, stop=stop, teacher=network
-    )
+    live = teacher.network.logits if teacher and teacher.network else None
+    stop, trained = worker.stop_requested, thaw.trainable
+    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, stop=stop, teacher=live)
     # The order of the examples is a function of the seed; batches begin at the current step of the current epoch.
     order = Order(
         batch_size=batch_size,
@@ -284,11 +280,10 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     if run.worker.should_stop(when := "while computing features"):
         raise_stopped(run, when)
     if run.state.phase_step:
-        raise Interrupted(
-            f"phase {name} began with cached features, but there is no space for them",
-            fix="increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; "
-            + run.saver.resume_hint,
-        )
+        problem = f"phase {name} began with cached features, but there is no space for them"
+        hint = run.saver.resume_hint
+        fix = f"increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; {hint}"
+        raise Interrupted(problem, fix=fix)
     log.info(f"features of phase {name}: live, because there is no space for a cache")
     switch_to_images(name, run.images, run.plan.features)
     if run.worker.is_chief:
@@ -299,12 +294,13 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     """Load the phase weights, which `training.keep` selects, and advance the state to the next phase."""
     state, training = run.state, run.config.training
-    step = early_stopping.select_phase_weights(state, run.config.phases[name].early_stopping, training.keep)
-    step, weights = run.saver.read_weights(step, state.step, list(run.classifier.variables))
+    best = early_stopping.best_step(state, run.config.phases[name].early_stopping)
+    assert best is not None, "a phase ends after a validation"
+    selected = best if training.keep == "best" else state.step
+    step, weights = run.saver.read_weights(selected, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
-    trainable = sum(int(np.prod(v.shape)) for v in thaw.trainable.values())
     summary, entry = early_stopping.summarise_phase(state, name, step)
-    state.finished[name] = summary | {"trainable_parameters": trainable}
+    state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
     epoch, accuracy = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}", entry["val_accuracy"]
     if "kept_from" in summary:
         log.info(f"phase {name}: best val_accuracy {summary['own_val_accuracy']:.4f}, not better than {accuracy:.4f} "
@@ -317,7 +313,6 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # One epoch
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def train_epoch(run: RunContext, current: PhaseRun) -> None:
@@ -352,9 +347,9 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         waited += batches_waited + shards_waited
         taken = len(sums)
         left -= taken
-        state.step, state.phase_step, state.epoch_step = (
-            steps + taken for steps in (state.step, state.phase_step, state.epoch_step)
-        )
+        state.step += taken
+        state.phase_step += taken
+        state.epoch_step += taken
         health.steps_taken(state.step, state.epoch + 1)
         require_finite(sums, state.step, current.name, state.epoch + 1)
         for row in sums.astype(np.float64):
@@ -385,17 +380,15 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         if averages:
             averages.swap()
         try:
-            scored = inputs.scorer.score(
-                inputs.validation, training.batch_size, "validation", training.validation_share
-            )
+            part = training.validation_share
+            scored = inputs.scorer.score(inputs.validation, training.batch_size, "validation", part)
         finally:
             if averages:
                 averages.swap()
         if run.worker.should_stop("in validation"):
             save_and_stop(run, current)
-        scores = run.worker.control.broadcast(
-            "validation", lambda: validation_scores(scored.probabilities, scored.labels)
-        )
+        control = run.worker.control
+        scores = control.broadcast("validation", lambda: validation_scores(scored.probabilities, scored.labels))
     loss, correct, seen = state.sums
     rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
@@ -408,7 +401,6 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Save and stop
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_due(run: RunContext) -> bool:
@@ -445,7 +437,6 @@ def raise_stopped(run: RunContext, when: str) -> NoReturn:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Finish
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def finish(run: RunContext) -> None:
@@ -467,10 +458,7 @@ def finish(run: RunContext) -> None:
 
     images, config, clock, saver = run.images, run.config, run.clock, run.saver
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
-
-    def check() -> None:
-        stop.check(AFTER_TRAINING)
-
+    check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
     images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
     with clock.span("evaluation", "evaluation"):

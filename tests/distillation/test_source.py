@@ -54,7 +54,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def test_the_best_checkpoint_of_a_run_with_its_averages(run: str) -> None:
     teacher = find_teacher(run + "/")
-    assert (teacher.kind, teacher.classes, teacher.home.name[:13]) == ("checkpoint", CLASSES, "step-00000001")
+    assert (teacher.classes, teacher.home.name[:13]) == (CLASSES, "step-00000001")
     assert (teacher.model.backbone, teacher.model.image_size) == ("Xception", 96)
     assert teacher.summary.startswith(f"{run}/ (Xception, checkpoint step-00000001")
     values = read_teacher(teacher)
@@ -88,7 +88,7 @@ def test_a_saved_model_has_the_same_fingerprint_in_a_bucket(tmp_path: Path) -> N
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(content)
     local = find_teacher(str(home))
-    assert (local.kind, local.classes, local.model) == ("SavedModel", CLASSES, None)
+    assert (local.classes, local.model) == (CLASSES, None)
     with running(tmp_path / "objects"):
         for name in contents:
             (storage_path(f"gs://{BUCKET}/m") / name).upload(home / name)

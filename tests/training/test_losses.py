@@ -172,7 +172,7 @@ def one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = Non
         network.variables,
         keras.optimizers.SGD(1.0),
         StepSettings(seed=1, **settings),  # type: ignore[arg-type]
-        teacher=teacher,
+        teacher=teacher and teacher.logits,
     )
     batches = stream(20, 8)
     if soft_labels is not None:

@@ -14,10 +14,8 @@ def resolve_auto(
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`; return the configuration and a line with the reason of each choice.
 
-    Args:
-        images: number of training images.
-        classes: number of classes.
-        begun: the configuration that a resumed run began with. Its choices are adopted, and the counts are not used.
+    The choices of `begun`, the configuration that a resumed run began with, are adopted. Otherwise they depend on the
+    numbers of training images and classes.
     """
     if isinstance(config, RunConfig):
         return config, []
@@ -41,10 +39,7 @@ def resolve_auto(
 
 
 def _backbone(images: int, classes: int) -> tuple[str, str]:
-    """Choose the backbone, and return the reason.
-
-    Larger networks transfer better (Kornblith et al. 2019), but need more images and time.
-    """
+    """Choose the backbone: larger networks transfer better (Kornblith et al. 2019), but need more images and time."""
     if images < FEW_IMAGES and classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
     if images < MANY_IMAGES or classes < MANY_CLASSES:
@@ -56,7 +51,7 @@ def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[st
     """Choose the phases; return them, a text with their row of the table, and a hint if `domain` is not set."""
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
-    table, few = config.phases.auto, images < FEW_IMAGES or images < FEW_PER_CLASS * classes
+    table, few = config.phases.auto, images < max(FEW_IMAGES, FEW_PER_CLASS * classes)
     row = f"{'few' if few else 'many'}_{table.domain or 'similar'}"
     phases: dict[str, Phase] = getattr(table, row)
     names = ", ".join(f"{name} ({phase.thaw})" for name, phase in phases.items())

@@ -15,16 +15,8 @@ CHANGEABLE_ON_RESUME = (
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
 # Keys that may differ between the workers of a run.
-_RUNTIME_KEYS = (
-    "cache_dir",
-    "memory_budget_gb",
-    "disk_budget_gb",
-    "data_threads",
-    "progress",
-    "http_port",
-    "log_format",
-)
-PER_WORKER = tuple(f"runtime.{key}" for key in (*_RUNTIME_KEYS, "termination_log"))
+PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
+              "progress", "http_port", "log_format", "termination_log")}  # fmt: skip
 
 
 def may_change_on_resume(key: str) -> bool:

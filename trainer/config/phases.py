@@ -69,8 +69,7 @@ class Schedule(Section):
     def _complete(self) -> Schedule:
         needed = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(self.name, ())
         if missing := [key for key in needed if not getattr(self, key)]:
-            text = " and ".join(missing)
-            raise InvalidValue("is incomplete", key="name", value=self.name, fix=f"set {text}")
+            raise InvalidValue("is incomplete", key="name", value=self.name, fix=f"set {' and '.join(missing)}")
         return self
 
 

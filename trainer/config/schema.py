@@ -72,8 +72,7 @@ class Data(Section):
         if self.source == "tfds" and not (self.name or self.root):
             missing = ["data.name (or data.root)"]
         if missing:
-            text = " and ".join(missing)
-            raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {text}")
+            raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing)}")
         if self.group_field and self.source not in ("tfds", "tfrecords"):
             problem, fix = f"data.source={self.source} has only image and label", "use data.source=tfds or tfrecords"
             raise InvalidValue(problem, key="group_field", value=self.group_field, fix=fix)
@@ -119,9 +118,8 @@ class Model(Section):
 def _read_rotation(value: Any) -> Any:
     ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
-        raise InvalidValue(
-            "is not an angle", fix="use degrees from 0 to 180, or [40, 108] to add a draw from each range"
-        )
+        fix = "use degrees from 0 to 180, or [40, 108] to add a draw from each range"
+        raise InvalidValue("is not an angle", fix=fix)
     return value
 
 
@@ -409,8 +407,7 @@ class RunConfig(RequestedConfig):
 def load(tree: dict[str, Any]) -> RequestedConfig:
     """Validate a composed tree; the result is a `RunConfig` if nothing in it is `auto`.
 
-    Raises:
-        ConfigError: the tree has faults; its `faults` lists all of them.
+    A ConfigError lists all faults of the tree in its `faults`.
     """
     try:
         config = RequestedConfig.model_validate(tree)
@@ -425,11 +422,7 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree in which nothing may be `auto`, such as the config.yaml of a run.
-
-    Raises:
-        ConfigError: the tree has faults, or a value is `auto`.
-    """
+    """Validate a tree such as the config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
     config = load(tree)
     if not isinstance(config, RunConfig):
         raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")

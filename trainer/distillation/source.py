@@ -15,7 +15,6 @@ from trainer.runs.checkpoints import crc32c_hex, inference_weights, read_checkpo
 from trainer.storage.path import StoragePath, storage_path
 
 KEY = "distillation.teacher"
-SAVED_MODEL, CHECKPOINT = "SavedModel", "checkpoint"
 ROWS_PER_CALL = 32  # images per replica and device call; constant, so that bits do not depend on the batch size
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
@@ -25,7 +24,6 @@ class TeacherFiles:
     """Description of a teacher: its files, classes and weights, none of which are loaded."""
 
     address: str  # as configured
-    kind: str  # SavedModel | checkpoint
     home: StoragePath  # folder of the files
     classes: tuple[str, ...]
     fingerprint: str  # 16 hex digits of a hash of its weights and model
@@ -41,7 +39,7 @@ class TeacherFiles:
     @property
     def properties(self) -> dict[str, Any]:
         """What all workers need to know before the weights are loaded, as JSON values."""
-        values = {key: getattr(self, key) for key in ("kind", "classes", "fingerprint", "summary")}
+        values = {key: getattr(self, key) for key in ("classes", "fingerprint", "summary")}
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
@@ -75,7 +73,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
         digest.update(f"{name} {info.size} {crc32c}\n".encode())
     classes = tuple((home / _LABELS).read_text().splitlines())
     sizes = {name: info.size for name, info in infos.items()}
-    return TeacherFiles(address, SAVED_MODEL, home, classes, digest.hexdigest()[:16], sizes)
+    return TeacherFiles(address, home, classes, digest.hexdigest()[:16], sizes)
 
 
 def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
@@ -96,7 +94,7 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
         raise DataError(f"{folder} or run.json is damaged", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
     fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": int(manifest["bytes"])}
-    return TeacherFiles(address, CHECKPOINT, folder, classes, fingerprint, sizes, settings.model)
+    return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
 
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
@@ -112,10 +110,7 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
 
 
 def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
-    """Raise a DataError if the run in the output_dir `run` began with a teacher of another fingerprint.
-
-    `recorded` is that fingerprint, None for a new run; `current` is that of the teacher now configured.
-    """
+    """Raise a DataError if the run in output_dir `run` began with a fingerprint, `recorded`, that is not `current`."""
     if recorded not in (None, current):
         problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
@@ -128,16 +123,13 @@ def _difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
 
 
 def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
-    """Read the weights of a teacher.
+    """Read the weights of a teacher; raise a DataError if a file is missing or does not match its size or checksum.
 
     Returns:
         for a checkpoint, the variables by name, with their moving averages if the run computed them; for a SavedModel,
         the content of each file, uint8 [bytes], by its relative path.
-
-    Raises:
-        DataError: a file is missing or does not match its size or checksum.
     """
-    if teacher.kind == SAVED_MODEL:
+    if teacher.model is None:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
     try:
         return inference_weights(read_checkpoint(teacher.home)[1])

@@ -17,7 +17,7 @@ from trainer.data.decoding import without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation import source
-from trainer.distillation.source import KEY, ROWS_PER_CALL, SAVED_MODEL, check_classes, check_same_teacher
+from trainer.distillation.source import KEY, ROWS_PER_CALL, check_classes, check_same_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.monitoring.health import health
@@ -91,11 +91,8 @@ def open_teacher(
 
     Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
     augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
-    `Worker.should_stop` afterwards.
-
-    Args:
-        run: the output_dir of the student, for messages.
-        recorded: fingerprint of the teacher with which this run began; None for a new run.
+    `Worker.should_stop` afterwards. `recorded` is the fingerprint of the teacher with which the run in output_dir `run`
+    began, None for a new run.
 
     Raises:
         DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
@@ -115,7 +112,7 @@ def open_teacher(
     def build() -> Teacher:
         arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
         with worker.strategy.scope():
-            if properties["kind"] == SAVED_MODEL:
+            if properties["model"] is None:
                 with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
                     source.write_saved_model(arrays, Path(folder))
                     return saved_model_as_teacher(Path(folder), address)
@@ -134,10 +131,7 @@ def open_teacher(
 def _soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
-    """Read or compute the soft labels of the training images; return None if the run should stop.
-
-    The images have the teacher's size and, if the teacher comes from a checkpoint, are resized in the same way.
-    """
+    """Read or compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize

@@ -37,10 +37,7 @@ class Backbone:
     takes_alpha: bool = False  # has a width multiplier, as the MobileNet families do
 
     def preprocess(self, images: Any) -> Any:
-        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] in 0..255.
-
-        It is the identity for networks that contain a Rescaling or Normalization layer.
-        """
+        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] in 0..255."""
         import keras
 
         return getattr(keras.applications, self.module).preprocess_input(images)
@@ -55,12 +52,9 @@ class Backbone:
         import keras
 
         if image_size < self.smallest_size:
-            raise ModelError(
-                f"is too small for {self.name} (ImageNet weights: {self.default_size} px)",
-                key="model.image_size",
-                value=image_size,
-                fix=f"use at least {self.smallest_size}",
-            )
+            problem = f"is too small for {self.name} (ImageNet weights: {self.default_size} px)"
+            fix = f"use at least {self.smallest_size}"
+            raise ModelError(problem, key="model.image_size", value=image_size, fix=fix)
         if alpha is not None and not self.takes_alpha:
             names = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
             problem, fix = f"{self.name} takes no alpha", f"set it to null; only {names} take it"
@@ -71,8 +65,7 @@ class Backbone:
                 include_top=False, weights=weights, input_shape=(image_size, image_size, 3), **options
             )
         except ValueError as error:
-            fix = "change model.image_size or model.alpha"
-            problem = f"cannot be built by Keras: {error}"
+            problem, fix = f"cannot be built by Keras: {error}", "change model.image_size or model.alpha"
             raise ModelError(problem, key="model.backbone", value=self.name, fix=fix) from error
         _renumber_automatic_names(network)
         return network
@@ -94,10 +87,8 @@ class Backbone:
 
 
 def _renumber_automatic_names(network: keras.Model) -> None:
-    """Number the layers with automatic names from 0 within this network.
-
-    Keras numbers them across all networks of a process: `conv2d_93` of one run could be `conv2d_187` of another, but
-    freezing patterns and checkpoints need stable names.
+    """Number the layers with automatic names from 0: Keras numbers them across all networks of a process, but freezing
+    patterns and checkpoints need stable names.
     """
     import keras
 

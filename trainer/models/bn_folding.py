@@ -9,7 +9,6 @@ Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,13 @@ import tensorflow as tf
 from trainer.models.batch_norm import NORM
 from trainer.private_api import producer_of, run_through_graph
 
-CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
-
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """Kernels and bias, in the compute dtype, of a convolution that includes the BatchNormalization after it."""
-
-    kernels: tuple[tf.Tensor, ...]  # a separable convolution has two: depthwise and pointwise
-    bias: tf.Tensor
+CONVOLUTIONS = {
+    keras.layers.Conv2D: keras.ops.conv,
+    keras.layers.DepthwiseConv2D: keras.ops.depthwise_conv,
+    keras.layers.SeparableConv2D: keras.ops.separable_conv,
+}
+# Kernels (two if separable: depthwise, pointwise) and bias of a convolution with its BatchNormalization, compute dtype.
+FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
 
 
 def apply_folded(
@@ -36,11 +33,8 @@ def apply_folded(
     """Compute `network(inputs, training=training)` with folded layers; the result is equal up to rounding.
 
     With `training`, trainable BatchNormalization layers are not folded, because they use the batch statistics. For
-    symbolic inputs nothing is folded.
-
-    Args:
-        weights: the result of `fold_weights(network)`, if no variable of the network changes afterwards; defaults to
-            folding in the graph, with the current variables at each execution.
+    symbolic inputs nothing is folded. `weights` are those of `fold_weights`, if no variable of the network changes
+    afterwards; None folds in the graph, with the current variables at each execution.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
@@ -76,7 +70,7 @@ def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers
     output_producers = {id(producer_of(tensor)) for tensor in network.outputs}
     pairs = []
     for operation in network.operations:
-        if isinstance(operation, CONVOLUTIONS) and id(operation) not in output_producers:
+        if type(operation) in CONVOLUTIONS and id(operation) not in output_producers:
             is_linear = operation.activation in (None, keras.activations.linear)
             users = consumers[id(operation.output)]
             before_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
@@ -95,25 +89,19 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
         shift += norm.beta
     if convolution.use_bias:
         shift += convolution.bias * scale
-    kernels: tuple[tf.Tensor, ...]
     if isinstance(convolution, keras.layers.SeparableConv2D):
-        kernels = (tf.convert_to_tensor(convolution.depthwise_kernel), convolution.pointwise_kernel * scale)
+        kernels = [convolution.depthwise_kernel, convolution.pointwise_kernel * scale]
     elif isinstance(convolution, keras.layers.DepthwiseConv2D):
-        kernel = tf.convert_to_tensor(convolution.kernel)
-        kernels = (kernel * tf.reshape(scale, kernel.shape[2:]),)
+        kernels = [convolution.kernel * tf.reshape(scale, convolution.kernel.shape[2:])]
     else:
-        kernels = (convolution.kernel * scale,)
+        kernels = [convolution.kernel * scale]
     dtype = convolution.compute_dtype
-    return FoldedWeights(tuple(tf.cast(kernel, dtype) for kernel in kernels), tf.cast(shift, dtype))
+    return [tf.cast(kernel, dtype) for kernel in kernels], tf.cast(shift, dtype)
 
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
     """Convolve feature maps [b, h, w, C] with folded weights, in the compute dtype of the layer."""
-    op = keras.ops.conv
-    if isinstance(convolution, keras.layers.SeparableConv2D):
-        op = keras.ops.separable_conv
-    elif isinstance(convolution, keras.layers.DepthwiseConv2D):
-        op = keras.ops.depthwise_conv
+    op, (kernels, bias) = CONVOLUTIONS[type(convolution)], weights
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
-    outputs = op(tf.cast(maps, convolution.compute_dtype), *weights.kernels, **options)
-    return tf.nn.bias_add(outputs, weights.bias)  # bias_add: TensorFlow fuses it with the convolution
+    outputs = op(tf.cast(maps, convolution.compute_dtype), *kernels, **options)
+    return tf.nn.bias_add(outputs, bias)  # bias_add: TensorFlow fuses it with the convolution

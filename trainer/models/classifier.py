@@ -1,5 +1,7 @@
 """The classifier: preprocessing, backbone, pooling and head, as functions of images and Keras variables."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +39,7 @@ class Classifier:
 
         With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their moving
         averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
-        could update the averages (keras#20285).
-
-        Args:
-            weight: float32 [b]; examples of weight 0 are padding, and excluded from the statistics.
+        could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
         """
         pixels = self.kind.preprocess(keras.ops.cast(images, "float32"))
         with example_weights(weight if batch_norm_training else None):
@@ -113,6 +112,16 @@ class Classifier:
                     key += "_"
                 named[key] = variable
         return named | self.head_variables
+
+
+def count_parameters(variables: Iterable[Any]) -> int:
+    """Count the parameters in variables."""
+    return sum(math.prod(v.shape) for v in variables)
+
+
+def variable_bytes(variables: Iterable[Any]) -> int:
+    """Count the bytes of variables."""
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:

@@ -2,17 +2,15 @@
 
 import bisect
 import difflib
-import math
 import re
 from dataclasses import dataclass
 from itertools import chain
 
 import keras
-import tensorflow as tf
 
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization
-from trainer.models.classifier import Classifier
+from trainer.models.classifier import Classifier, count_parameters, variable_bytes
 from trainer.private_api import swap_class
 
 GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
@@ -43,9 +41,8 @@ class ThawPlan:
                        f"{self.first_thawed} ({self.first_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
-            sizes = [(math.prod(v.shape), tf.as_dtype(v.dtype).size) for v in group]
-            parameters, size = sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
-            table.append((group_name, f"{len(group):,}", f"{parameters:,}", f"{size / 1e6:,.2f} MB"))
+            sizes = f"{count_parameters(group):,}", f"{variable_bytes(group) / 1e6:,.2f} MB"
+            table.append((group_name, f"{len(group):,}", *sizes))
         name_width, *widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         rows = ["  " + "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)]) for name, *cells in table]
         return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {summary}", *rows, *filter(None, [self.lr_summary])]
@@ -54,12 +51,10 @@ class ThawPlan:
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` of every backbone layer according to the rule `thaw`; the head is always trainable.
+    """Set `.trainable` of every backbone layer according to the rule `thaw` (docs/phases.md); the head always trains.
 
-    Rules are none, all, from_layer:N (index N in `backbone.layers` and above), last_layers:N, percent:P (the last P %
-    of the layers), from_block:NAME, last_blocks:N and pattern:REGEX (searched in layer names). `batch_norm=frozen`
-    freezes all BatchNormalization layers; `train` trains the thawed ones, with statistics over the examples of all
-    replicas. Trace training steps after this call: a function that is already traced ignores the change.
+    `batch_norm=frozen` freezes all BatchNormalization layers; `train` trains the thawed ones, with statistics over the
+    examples of all replicas. Trace training steps after this call: a traced function ignores the change.
 
     The head is trained with the learning rate, a backbone layer with `backbone_rate * layer_decay ** d` times as much;
     d is 1 in the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018;

@@ -29,10 +29,7 @@ def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None
     Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization") is the ReLU of a weighted sum of the feature maps; the weight of a map is the spatial mean of the
     gradient of the class logit. Only the head is differentiated, so a heatmap costs little more than a prediction.
-
-    Args:
-        images: uint8 or float32 [b, S, S, 3] in 0..255.
-        classes: int32 [b], the class that each heatmap explains; defaults to the predicted class.
+    Images are uint8 or float32 [b, S, S, 3] in 0..255; `classes`, int32 [b], defaults to the predicted classes.
 
     Returns:
         `probabilities` float32 [b, classes]; `embedding` float32 [b, C], the pooled features; `heatmap` float32

@@ -45,7 +45,16 @@ def build_with_weights(
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
     _check_file(path)  # first, because building the network takes seconds
     network = backbone.build(image_size, alpha, None)
-    _load(network, path, backbone, image_size, alpha)
+    # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
+    if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
+        _check_shapes(network, path, backbone, image_size, alpha)
+    try:
+        network.load_weights(path)
+    except (ValueError, KeyError, OSError) as error:
+        # Only Keras' sentence about the first object that does not fit, without the lists around it.
+        reasons = [line for line in str(error).splitlines() if line.strip()]
+        detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
+        raise _mismatch(path, backbone, alpha, detail.strip()) from error
     if backbone.module == "efficientnet":
         _set_published_variance(network)
     return network
@@ -56,8 +65,7 @@ def _set_published_variance(network: keras.Model) -> None:
 
     After the Normalization layer, which divides by the standard deviation std, Keras adds a Rescaling layer that
     divides by sqrt(std), but only if it builds the network with `weights="imagenet"` (tensorflow#49930). In a network
-    without that layer, the variance of the Normalization layer is set to std^3, which has the same effect; in one with
-    it, to std^2. A layer with any other mean or variance was not trained on ImageNet and is unchanged.
+    without that layer, a variance of std^3 has the same effect. Any other variance is not that of ImageNet and stays.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
@@ -72,8 +80,7 @@ def _set_published_variance(network: keras.Model) -> None:
 def refresh_normalization(network: keras.Model) -> None:
     """Update the input normalization of a network after values were assigned to its variables.
 
-    A Normalization layer computes with constants that Keras derives from its variables when it loads them. The values
-    may also come from a network that Keras built with, or without, a second layer for the ImageNet normalization.
+    A Normalization layer computes with constants that Keras derives from its variables only when it loads them.
     """
     for layer in network.layers:
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
@@ -89,26 +96,9 @@ def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras
         raise
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"the weights of {backbone.name} could not be downloaded ({reason})",
-            key="model.weights",
-            value="imagenet",
-            fix="use the path of a .weights.h5 file, or none for random weights",
-        ) from error
-
-
-def _load(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
-    """Load a weights file into a network, and explain in the error why it does not fit."""
-    # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
-    if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
-        _check_shapes(network, path, backbone, image_size, alpha)
-    try:
-        network.load_weights(path)
-    except (ValueError, KeyError, OSError) as error:
-        # Only Keras' sentence about the first object that does not fit, without the lists around it.
-        reasons = [line for line in str(error).splitlines() if line.strip()]
-        detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
-        raise _mismatch(path, backbone, alpha, detail.strip()) from error
+        problem = f"the weights of {backbone.name} could not be downloaded ({reason})"
+        fix = "use the path of a .weights.h5 file, or none for random weights"
+        raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
 
 
 def _display_name(backbone: Backbone, alpha: float | None) -> str:

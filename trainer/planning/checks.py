@@ -6,27 +6,19 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.config.schema import Distillation, RequestedConfig, RunConfig
 from trainer.data.splits import split_sizes
 from trainer.data.tfds import missing_fractions, resolve_split, split_specs
-from trainer.distillation.source import (
-    ROWS_PER_CALL,
-    TeacherFiles,
-    check_classes,
-    check_same_teacher,
-    find_teacher,
-    read_teacher,
-)
+from trainer.distillation import source
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
-from trainer.models.classifier import build_classifier
-from trainer.planning.estimates import activation_bytes, parameters, variable_bytes
+from trainer.models.classifier import build_classifier, variable_bytes
+from trainer.planning.estimates import activation_bytes, parameters
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer
 from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
@@ -76,10 +68,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
 
 
 def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """Check which files of an address are staged, without fetching any.
-
-    Returns:
-        its local path (None if a run would fetch files first), a line for the plan, and all its files.
+    """Return the local path of an address (None if a run would fetch files), a line for the plan, and all its files.
 
     Raises:
         DataError: it does not exist, cannot be read, or exceeds the budget.
@@ -106,11 +95,7 @@ def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in the folder that the run would write to, and return a line for the plan.
-
-    Raises:
-        ConfigError, DataError, Interrupted: the file cannot be written.
-    """
+    """Write and delete a small file in the run's folder; return a line for the plan, or raise the error of a run."""
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
     if is_remote(address):
@@ -135,77 +120,55 @@ def probe_output(config: RequestedConfig) -> str:
     return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
 
 
-def describe_warm_start(source: str) -> str:
-    """Describe the checkpoints of a warm start.
+def describe_warm_start(run: str) -> str:
+    """Describe the checkpoints of a warm start; raise a DataError if there are none."""
+    if is_remote(run):
+        if not (storage_path(run) / "checkpoints" / "LATEST").exists():
+            raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
+        return f"{run}: has a committed checkpoint"
+    steps = local_checkpoints(run, Path(run).expanduser()).steps()
+    return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
-    Raises:
-        DataError: there are none.
+
+def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
+    """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes are not these.
+
+    `classes` are those of the data, None if they are not known.
     """
-    if is_remote(source):
-        if not (storage_path(source) / "checkpoints" / "LATEST").exists():
-            raise DataError("there is no checkpoint", key="warm_start", value=source, fix="use the output_dir of a run")
-        return f"{source}: has a committed checkpoint"
-    steps = local_checkpoints(source, Path(source).expanduser()).steps()
-    return f"{source}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
-
-
-def check_teacher(address: str, classes: tuple[str, ...] | None) -> TeacherFiles:
-    """Return the files of a teacher, after a check of its classes.
-
-    Args:
-        classes: the class names of the data; None if they are not known.
-
-    Raises:
-        DataError, ConfigError: there is no teacher, or its classes differ.
-    """
-    files = find_teacher(address)
+    files = source.find_teacher(address)
     if classes is not None:
-        check_classes(address, files.classes, classes)
+        source.check_classes(address, files.classes, classes)
     return files
 
 
-@dataclass(frozen=True)
-class TeacherPlan:
-    """A line about the teacher, and the bytes of memory that it uses."""
+def plan_teacher(
+    config: RunConfig, distillation: Distillation, dataset: Dataset, rows: int, replicas: int
+) -> tuple[str, list[tuple[str, int]]]:
+    """Open the teacher as a run would, but fetch no weights; return a text, and its uses of memory here in bytes.
 
-    text: str
-    variables: int
-    activations: int  # of one replica; 0 for a SavedModel, whose activations are not known
-    logits: int  # stored by each worker; 0 if the teacher predicts in every step
-
-    def memory_rows(self, replicas: int) -> list[tuple[str, int]]:
-        """List the uses of memory on a worker with this many replicas, in bytes."""
-        optional = [("its activations", self.activations * replicas), ("its logits", self.logits)]
-        return [("the teacher's variables", self.variables * replicas), *(row for row in optional if row[1])]
-
-
-def plan_teacher(config: RunConfig, dataset: Dataset, rows: int) -> TeacherPlan | None:
-    """Open the teacher as a run would, but without fetching weights from a bucket; None without distillation.
-
-    Args:
-        rows: number of examples that a replica computes at once.
+    `rows` is the number of examples that each of the `replicas` on this worker computes at once.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.
     """
-    if config.distillation is None:
-        return None
-    address = config.distillation.teacher
+    address = distillation.teacher
     files = check_teacher(address, dataset.class_names)
     state = newest_state(config) if config.output_dir else None
-    check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
+    source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
-    logits = 0 if every_step else count * len(files.classes) * 4
+    logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
             saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return TeacherPlan(f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", size, 0, logits)
+        weights = ("the teacher's variables", size * replicas)
+        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", [weights, *logits]
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
-        variables.write(classifier.variables, read_teacher(files), f"distillation.teacher={address}")
+        variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
-    activations = activation_bytes(classifier, None, rows if every_step else ROWS_PER_CALL)
-    return TeacherPlan(text, variable_bytes(classifier.variables.values()), activations, logits)
+    weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
+    activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
+    return text, [weights, ("its activations", activations * replicas), *logits]

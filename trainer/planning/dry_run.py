@@ -14,10 +14,10 @@ from trainer.errors import DataError
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
-from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import PhasePlan
-from trainer.planning.sections import MAX_NAMES, WIDTH, Plan, Rows, format_bytes
+from trainer.planning.sections import WIDTH, Plan, Rows, first_names, format_bytes
 from trainer.runs.finished_run import without_weights
 from trainer.runs.folder import check_fingerprint, inspect_folder
 from trainer.storage.staging import is_remote
@@ -34,25 +34,16 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 
 
 def _show_cluster(plan: Plan) -> None:
-    """Print the workers, the devices, and how a batch is divided over them.
-
-    Raises:
-        ConfigError: the batch cannot be divided evenly, or there are too few devices.
-    """
-    config, cluster, addresses = plan.config, plan.cluster, plan.cluster.addresses[:MAX_NAMES]
+    """Print the workers, the devices, and how a batch is divided over them."""
+    config, cluster = plan.config, plan.cluster
     kind, plan.replicas = choose_devices(config.runtime, cluster.size)
     text = describe_devices(kind, plan.replicas, cluster, config) if isinstance(config, RunConfig) else f": {kind}"
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
     source = f"detected from {cluster.source}; this is number {cluster.index}" if cluster.size > 1 else cluster.source
     rows: Rows = [("workers", f"{cluster.size}, {source}")]
-    if addresses:
-        rows.append(
-            (
-                "addresses",
-                ", ".join(addresses) + (f" and {cluster.size - MAX_NAMES} more" if cluster.size > MAX_NAMES else ""),
-            )
-        )
+    if cluster.addresses:
+        rows.append(("addresses", first_names(cluster.addresses)))
     accumulate = config.training.accumulate
     micro_batches = f", in {accumulate} micro-batches per replica" if accumulate > 1 else ""
     rows += [("devices", text.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
@@ -117,18 +108,16 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> list
     with plan.collect_errors():
         rows = _open_data(plan)
     problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > before else ""
-    dataset = plan.dataset
-    if dataset is None:
-        if rows:
-            plan.section("data", rows)
-        sections.show_storage(plan, problem)
-        return []
-    with plan.collect_errors():
-        require_validation(dataset)
-    sections.show_data(plan, rows)
+    if plan.dataset:
+        with plan.collect_errors():
+            require_validation(plan.dataset)
+        sections.show_data(plan, plan.dataset, rows)
+    elif rows:
+        plan.section("data", rows)
     sections.show_storage(plan, problem)
-    with plan.collect_errors():  # raised at the end, with all others
-        return _show_training(plan, dataset, plot, summary)
+    if plan.dataset:
+        with plan.collect_errors():
+            return _show_training(plan, plan.dataset, plot, summary)
     return []
 
 
@@ -161,31 +150,30 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
         reason = "; read once, for features" if read_once and name == "train" else ""
-        rows.append(
-            (
-                "decoded" if name == "train" else "",
-                f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}",
-            )
-        )
+        text = f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}"
+        rows.append(("decoded" if name == "train" else "", text))
     plan.section("caches", rows)
-    teacher = None
+    memory = estimates.memory_rows(classifier, phases, caches, plan.replicas, memory_before)
+    model_rows = _model_rows(config, classifier, classes)
     with plan.collect_errors():
-        teacher = checks.plan_teacher(config, dataset, per_replica)
-    extra_rows = [("teacher", teacher.text)] if teacher else []
-    extra_rows += [("drawing", str(network_plot.draw(classifier, phases, classes, plot)))] if plot else []
-    plan.section("model", [*_model_rows(config, classifier, classes), *extra_rows])
+        if config.distillation:
+            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
+            model_rows.append(("teacher", text))
+            memory += uses
+    if plot:
+        model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
+    plan.section("model", model_rows)
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
-    memory = estimates.memory_rows(classifier, phases, caches, plan.replicas, memory_before)
-    sections.show_memory(plan, memory + (teacher.memory_rows(plan.replicas) if teacher else []))
-    checkpoint = estimates.variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
+    sections.show_memory(plan, memory)
+    checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
     return phases
 
 
 def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
     """List the backbone, the image size and the head."""
-    backbone, head = classifier.backbone, estimates.count_parameters(classifier.head_variables.values())
+    backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
     body = f"{estimates.parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"

@@ -4,14 +4,13 @@ import math
 import os
 import resource
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from trainer.config.schema import RunConfig
 from trainer.data.images import CachePlan
-from trainer.models.classifier import Classifier
+from trainer.models.classifier import Classifier, count_parameters, variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.types import Split
@@ -27,9 +26,8 @@ def bytes_of_split(split: Split) -> int:
         return 0
 
 
-COMPILED_BYTES = (
-    180_000_000  # measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB
-)
+# Measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB.
+COMPILED_BYTES = 180_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +50,7 @@ class PhasePlan:
 def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
     """Plan every phase, by applying its thaw rule; the classifier remains in the state of the last phase.
 
-    Args:
-        epoch: length of an epoch in steps.
-        rows: number of examples that a replica computes at once.
+    `epoch` is the length of an epoch in steps, `rows` the number of examples that a replica computes at once.
 
     Raises:
         ModelError: a thaw rule matches no layer.
@@ -69,26 +65,15 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
         optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
         optimizer.build(list(thaw.trainable.values()))
         sizes = variable_bytes(thaw.trainable.values())
-        layers = classifier.backbone.layers
         saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
             trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
-            trains=frozenset(i for i, layer in enumerate(layers) if layer.trainable_weights),
+            trains=frozenset(i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights),
             optimizer=variable_bytes(optimizer.variables),
             activations=activation_bytes(classifier, thaw.first_thawed, rows),
         ))  # fmt: skip
     return plans
-
-
-def variable_bytes(variables: Any) -> int:
-    """Count the bytes of variables."""
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
-
-
-def count_parameters(variables: Any) -> int:
-    """Count the parameters in variables."""
-    return sum(math.prod(v.shape) for v in variables)
 
 
 def parameters(classifier: Classifier) -> int:
@@ -120,11 +105,9 @@ def peak_memory_bytes() -> int:
 def memory_rows(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
 ) -> list[tuple[str, int]]:
-    """List the uses of memory on this worker in bytes, in the phase that needs most.
+    """List the uses of memory on this worker, with `replicas` replicas, in bytes, in the phase that needs most.
 
-    Args:
-        replicas: number of replicas on this worker.
-        before: memory of the process with its libraries, before the network is built.
+    `before` is the memory of the process with its libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [

@@ -2,27 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
-import keras
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from trainer.models.classifier import Classifier
-from trainer.planning.estimates import PhasePlan, count_parameters, parameters
+from trainer.models.batch_norm import NORM
+from trainer.models.classifier import Classifier, count_parameters
+from trainer.planning.estimates import PhasePlan, parameters
 from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
 MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
-CENTRE_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = (
-    2.9,
-    6.3,
-    9.6,
-    11.6,
-    12.2,
-    1.5,
-)  # positions of the columns; a row is 1 high
+# Positions of the columns; a row is 1 high.
+CENTRE_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
 
 @dataclass(frozen=True)
@@ -40,19 +34,15 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output,
 
 def stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
-    layers = classifier.backbone.layers
-    names = [layer.name for layer in layers]
-    starts = classifier.kind.block_starts(names)
-    edges = list(starts.items())
-    if edges and edges[0][1] > 0:
+    kind, names = classifier.kind, [layer.name for layer in classifier.backbone.layers]
+    edges = list(kind.block_starts(names).items())
+    top = 1 + max(i for i, name in enumerate(names) if kind.block_of(name) == edges[-1][0])
+    if edges[0][1] > 0:
         edges.insert(0, ("stem", 0))
-    last_block = edges[-1][0] if edges else None
-    end = max((i for i, n in enumerate(names) if classifier.kind.block_of(n) == last_block), default=len(names) - 1)
-    if edges and end + 1 < len(names):
-        edges.append(("top", end + 1))
-    edges = edges or [(classifier.kind.name, 0)]
-    borders = [first for _, first in edges[1:]] + [len(names)]
-    single = [_stage(classifier, n, range(first, after)) for (n, first), after in zip(edges, borders, strict=True)]
+    if top < len(names):
+        edges.append(("top", top))
+    borders = pairwise([*edges, ("end", len(names))])
+    single = [_stage(classifier, name, range(first, after)) for (name, first), (_, after) in borders]
     if len(single) <= MAX_STAGES:
         return single
     merged: list[Stage] = []
@@ -101,9 +91,8 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
         if y + 1 < len(rows):
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
             axes.annotate("", (CENTRE_X, y + 0.7), (CENTRE_X, y + 0.3), arrowprops=arrow)
-    for number, (colour, name) in enumerate(
-        ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
-    ):
+    legend = ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
+    for number, (colour, name) in enumerate(legend):
         x = 0.2 + 2.4 * number
         _box(axes, x, len(rows) + 0.35, 0.36, 0.36, colour)
         axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
@@ -133,15 +122,12 @@ def _box(axes: Axes, left: float, middle: float, width: float, height: float, co
 
 
 def _colour(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """Choose the colour of a stage by how many of its layers with weights train in a phase.
-
-    BatchNormalization layers are ignored, so that frozen ones do not make a stage appear partly trained.
-    """
+    """Choose the colour of a stage by how many of its layers with weights train in a phase."""
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
-    norm = keras.layers.BatchNormalization
-    able = {i for i in stage.layers if (layer := classifier.backbone.layers[i]).weights and not isinstance(layer, norm)}
-    trains = able & phase.trains
-    return (
-        TRAINS if able and trains == able else TRAINS_PARTLY if trains or phase.trains & set(stage.layers) else FROZEN
-    )
+    layers = classifier.backbone.layers
+    # Without BatchNormalization, so that frozen layers do not make a stage appear partly trained.
+    able = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
+    if able and able <= phase.trains:
+        return TRAINS
+    return FROZEN if phase.trains.isdisjoint(stage.layers) else TRAINS_PARTLY

@@ -1,7 +1,7 @@
 """The sections of a plan: each prints a heading with a table, and adds its warnings and errors to the `Plan`."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +43,7 @@ class Plan:
     faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None
     labels_known: bool = True  # False if only the metadata of the dataset is read
-    reasons: list[str] = field(
-        default_factory=list
-    )  # of the `auto` values of a run that is resumed, one line per choice
+    reasons: list[str] = field(default_factory=list)  # of each choice for `auto` in a run that is resumed
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
 
     @property
@@ -89,14 +87,19 @@ class Plan:
 
     def check(self, action: Callable[[], str]) -> str:
         """Return a tick and the result of `action`, or a cross and its error, which is collected."""
-        line = ""
         with self.collect_errors():
             try:
-                line = f"✓ {action()}"
+                return f"✓ {action()}"
             except TrainerError as error:
                 line = f"✗ {error}"
                 raise
         return line
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Format the first `MAX_NAMES` names, and the number of the others."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def format_bytes(count: float) -> str:
@@ -137,13 +140,10 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
-def show_data(plan: Plan, rows: Rows) -> None:
+def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
     """Print the names, counts, bytes and class balance of the data; warn if one class dominates."""
-    dataset = plan.dataset
-    assert dataset
     names = dataset.class_names
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{more}")]
+    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {first_names(names)}")]
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
@@ -164,8 +164,7 @@ def show_data(plan: Plan, rows: Rows) -> None:
 def show_storage(plan: Plan, problem: str) -> None:
     """Try to read the data and write to the output folder, check warm start, teacher and weights; print the results.
 
-    Args:
-        problem: why the data could not be opened; "" if it could be, or is not staged yet.
+    `problem` is why the data could not be opened; "" if it could be, or is not staged yet.
     """
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
@@ -193,10 +192,8 @@ def show_storage(plan: Plan, problem: str) -> None:
 def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
     """Print a table with one line per phase.
 
-    Args:
-        total: number of parameters of the model.
-        epoch: length of an epoch in steps.
-        by: how several workers shard the data, "record" or "file".
+    `total` is the number of parameters of the model, `epoch` the length of an epoch in steps, and `by` how several
+    workers shard the data, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -232,28 +229,19 @@ def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Print the bytes that a run reads and writes.
-
-    Args:
-        checkpoint: bytes of one checkpoint.
-        model: bytes of the float32 weights of the model.
-    """
+    """Print the bytes that a run reads and writes; `checkpoint` and `model` are the bytes of one of its files each."""
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
     read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
     staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
-    formats = config.export.formats
-    rows: Rows = [
+    formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"
+    plan.section("bytes", [
         ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),
-        (
-            "checkpoints",
-            f"up to {saves:,} of {format_bytes(checkpoint)}; {stored} at once, {format_bytes(stored * checkpoint)}",
-        ),
+        ("checkpoints", f"up to {saves:,} of {format_bytes(checkpoint)}; {at_once}"),
         ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),
-    ]
-    plan.section("bytes", rows)
+    ])  # fmt: skip
 
 
 def add_warnings(plan: Plan, phases: list[PhasePlan]) -> None:

@@ -7,13 +7,10 @@ from trainer.training.state import RunState
 
 
 def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
-    """Update `state.best` and `state.bad_epochs` with a finished epoch; return whether it is the new best one.
+    """Update `state.best` and `state.bad_epochs` with an entry of `state.history`; return whether it is the new best.
 
     At equal accuracy, a lower validation loss makes an epoch the best one, so that a saturated accuracy does not select
     the earliest epoch. It still counts as an epoch without improvement.
-
-    Args:
-        epoch: entry of `state.history`.
     """
     value = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
@@ -34,22 +31,15 @@ def out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
 
 def best_step(state: RunState, rule: EarlyStopping) -> int | None:
     """Return the step of the best epoch of this and all earlier phases; None before the first validation."""
-    in_phase = state.best["step"] if state.best else None
-    if in_phase is None or state.carried is None:
-        return state.carried if in_phase is None else in_phase
+    if state.best is None or state.carried is None:
+        return state.best["step"] if state.best else state.carried
     entries = {entry["step"]: entry for entry in state.history}
 
     def rank(step: int) -> tuple[float, ...]:
         accuracy, loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
         return (accuracy, -loss) if rule.metric == "accuracy" else (-loss,)
 
-    return state.carried if rank(state.carried) > rank(in_phase) else in_phase
-
-
-def select_phase_weights(state: RunState, rule: EarlyStopping, keep: str) -> int:
-    """Return the step of the phase weights: that of the best epoch if `keep` is best, otherwise the last one."""
-    best = best_step(state, rule)
-    return best if keep == "best" and best is not None else state.step
+    return max(state.best["step"], state.carried, key=rank)  # at equal ranks the first
 
 
 def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,9 +30,8 @@ def class_weights(
     """Return a loss weight per class, or None if all are 1.
 
     Args:
-        setting: `training.class_weights`: "none"; "balanced", for n / (classes * count of the class) as in
-            scikit-learn; or weights by class name, 1 for the classes that it does not name.
-        class_names: all classes of the data.
+        setting: "none"; "balanced", for n / (classes * count of the class) as in scikit-learn; or weights by class
+            name, 1 for the classes that it does not name.
         labels: int32 [n], of the training examples.
 
     Raises:
@@ -76,12 +75,8 @@ def divergence(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float 
     """Compute the distillation loss per example, float32 [b]: T^2 * KL(teacher, student) at temperature T.
 
     The gradients of soft labels scale with 1 / T^2; the factor T^2 makes their weight relative to the labels
-    independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network").
-
-    Args:
-        teacher_logits: float32 [b, classes]; log-probabilities are equivalent.
-        logits: float32 [b, classes], of the student.
-        temperature: T, the divisor of both logits before the softmax.
+    independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Both logits, float32
+    [b, classes], are divided by T; log-probabilities of the teacher are equivalent to its logits.
     """
     teacher, student = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
     return temperature**2 * tf.reduce_sum(tf.exp(teacher) * (teacher - student), -1)

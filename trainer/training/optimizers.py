@@ -61,11 +61,7 @@ def build_schedule(
 def build_optimizer(
     optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
-    """Build a Keras optimizer; an option that is null has Keras' default.
-
-    Args:
-        lr_multipliers: a factor of `rate` per variable; if empty, all variables have `rate`.
-    """
+    """Build a Keras optimizer; `lr_multipliers` has a factor of `rate` per variable, and is empty if all are 1."""
     names = {"adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop"}
     cls = getattr(keras.optimizers, names[optimizer.name])
     if lr_multipliers:
@@ -75,10 +71,9 @@ def build_optimizer(
 
 
 def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
-    """Derive an optimizer class that has a learning-rate multiplier per variable.
+    """Derive an optimizer class that scales the learning rate, and with it AdamW's weight decay, per variable.
 
-    It scales the learning rate in `update_step`. Scaling gradients would have no effect in adaptive optimizers, which
-    normalize them. AdamW's weight decay is proportional to the learning rate and is scaled with it.
+    Scaling gradients would have no effect in adaptive optimizers, which normalize them.
     """
 
     class WithLrMultipliers(cls):

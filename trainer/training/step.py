@@ -40,13 +40,6 @@ class Network(Protocol):
         """Return the L2 penalty on the head, a float32 scalar."""
 
 
-class Teacher(Protocol):
-    """What a training step needs of a teacher."""
-
-    def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Compute logits, float32 [b, classes], of images [b, S, S, 3] in 0..255; no gradient flows through them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(LossSettings):
     """Settings of a training step."""
@@ -127,15 +120,15 @@ class TrainingStep:
         settings: StepSettings,
         *,
         stop: Callable[[], bool] = lambda: False,
-        teacher: Teacher | None = None,
+        teacher: Callable[[Any], Any] | None = None,
     ) -> None:
         """Build the variables of optimizer, averages and loss scale in the scope of the strategy.
 
         Args:
-            trained: the variables to train, by name.
             stop: called in each step, in a thread of TensorFlow; if it returns true on any worker, all workers stop
                 after that step.
-            teacher: computes soft labels in each step; None if batches have them, or without distillation.
+            teacher: computes logits without gradients, float32 [b, classes], of the images in each step; None if
+                batches have soft labels, or without distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.stop = list(trained.values()), settings, stop
@@ -226,20 +219,16 @@ class TrainingStep:
     def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: compute the gradients of its part of the global mean loss.
+        """In a replica: compute the gradients of its part of the mean loss over the `examples` of the global batch.
 
-        Args:
-            examples: number of examples in the global batch, float32 scalar.
-
-        Returns:
-            the gradients, times the loss scale, and the sum of losses, correct examples and examples, float32 [3].
+        The gradients are times the loss scale; with them returns the sums of losses, correct and all examples, [3].
         """
         settings, values = self.settings, dict[str, Any](batch)
         teacher_logits = None
         if "teacher" in values:
             teacher_logits = log_probs(values["teacher"])
         elif self.teacher:
-            teacher_logits = self.teacher.logits(values["image"])
+            teacher_logits = self.teacher(values["image"])
         raw = [v.value for v in self.variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:  # so that frozen layers are not recorded
             tape.watch(raw)

@@ -21,10 +21,7 @@ def read(variables: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign `values` to all `variables`, or to none.
-
-    Args:
-        source: origin of the values, for errors.
+    """Assign `values` to all `variables`, or to none; `source` is the origin of the values, for errors.
 
     Raises:
         DataError: a variable is missing from `values` or has another shape there.
