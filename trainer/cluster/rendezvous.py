@@ -18,7 +18,6 @@ from typing import Any
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError
 from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
-from trainer.types import LogMessage
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
