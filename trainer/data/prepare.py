@@ -35,12 +35,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
     data = local_copies(config, log.info, lambda _address: health.progress())[0].data
     dataset = open_dataset(
-        data,
-        seed=config.seed,
-        cache_dir=cache_dir,
-        max_examples=limit,
-        log_message=log.info,
-        all_groups=field is not None,
+        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, all_groups=True
     )
     splits, groups = {}, {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
