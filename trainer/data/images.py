@@ -112,10 +112,7 @@ class Pixels:
         return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images of these examples, uint8 [k, S, S, 3].
-
-        An unreadable one is black, or raises a DataError if `on_error` is "fail".
-        """
+        """Return these images, uint8 [k, S, S, 3]; an unreadable one is black, or a DataError if `on_error` is fail."""
         if self.array is not None:
             return np.array(self.array[indices])
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
@@ -314,13 +311,12 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
             log_message(f"{subject}: cached in {stem}.u8{suffix}")
             try:
                 _fill_disk(pixels, stem, shape)
+                _open_stored(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
                 free = megabytes(shutil.disk_usage(Path(folder).anchor or "/").free)
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
-            else:
-                _open_stored(pixels, stem, shape)
 
 
 class ImageStore:
@@ -335,20 +331,20 @@ class ImageStore:
     def split(self, name: str) -> Pixels:
         """Return the images of a split; the first call opens the split and may fill a cache."""
         if name not in self._opened:
-            config, once = self.config, name == "train" and self.train_once
-            self._opened[name] = self._open(name, self.size, config.model.resize, config.data.cache, once)
+            self._opened[name] = self._open(name, self.size, self.config.model.resize, self.config.data.cache)
         return self._opened[name]
 
     def at(self, name: str, size: int, resize: Resize) -> Pixels:
         """Return the images of a split at another size or with another `resize`, not cached."""
-        return self._open(name, size, resize, "none", once=False)
+        return self._open(name, size, resize, "none")
 
-    def _open(self, name: str, size: int, resize: Resize, cache: Cache, once: bool) -> Pixels:
+    def _open(self, name: str, size: int, resize: Resize, cache: Cache) -> Pixels:
         split, runtime = self.dataset.splits[name], self.config.runtime
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
-        plan = plan_image_cache(cache, image_bytes(split, size), self.memory_left, runtime.disk_budget, once)
+        needed, once = image_bytes(split, size), name == "train" and self.train_once
+        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         return pixels
 

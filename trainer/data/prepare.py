@@ -65,12 +65,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod and the number of pods, from the environment variables of an Indexed Job.
+    """Return the index of this pod and the number of pods, from JOB_COMPLETION_INDEX and WORKER_COUNT (0 and 1).
 
-    They are JOB_COMPLETION_INDEX and WORKER_COUNT, and default to 0 and 1.
-
-    Raises:
-        ConfigError: one of them is not a whole number, or the index is not below the number of pods.
+    A ConfigError is raised if one of them is not a whole number, or the index is not below the number of pods.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():

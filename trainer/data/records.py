@@ -197,12 +197,7 @@ def _parse(payload: bytes, crc: bytes) -> Any:
 
 
 def read_image(record: RecordAt) -> bytes:
-    """Read the encoded image of one record.
-
-    Raises:
-        DataError: the record is damaged, or its image field is not one bytes value.
-        OSError: the shard cannot be read.
-    """
+    """Read the encoded image of one record; raise a DataError if it is damaged, or the field is not one bytes value."""
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         example = _parse(file.read(record.length), file.read(FOOTER_BYTES))

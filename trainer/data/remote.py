@@ -72,7 +72,7 @@ class Prepared:
 
 
 def prepared_at(address: str) -> Prepared | None:
-    """Return the prepared dataset in a bucket folder; None if its manifest, labels or dataset_info.json is missing.
+    """Return the prepared dataset in a bucket folder; None if it lacks manifest, labels or dataset_info.json.
 
     A shard that is missing or differs from the manifest raises a DataError.
     """

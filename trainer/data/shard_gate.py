@@ -6,6 +6,7 @@ until the next wait. `order.block_reads` computes these shards with the same fun
 blocks.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -100,13 +101,10 @@ class ShardGate:
 
     def _has_block(self, position: int) -> bool:
         """Extend `_blocks` up to this position; return False if the reads end before it."""
-        while position >= len(self._blocks):
-            read = next(self._reads, None)
-            if read is None:
-                return False
-            self._rows += read[0]
-            self._blocks.append((self._rows, [self._names[shard] for shard in read[1]]))
-        return True
+        for rows, shards in itertools.islice(self._reads, max(position + 1 - len(self._blocks), 0)):
+            self._rows += rows
+            self._blocks.append((self._rows, [self._names[shard] for shard in shards]))
+        return position < len(self._blocks)
 
     def _shards_until(self, last: int) -> tuple[list[str], list[str]]:
         """Return the shards up to position `last`, and those after it to prefetch: an epoch, or the cache's budget."""

@@ -10,6 +10,7 @@ from trainer.errors import ConfigError
 from trainer.types import Split
 
 By = Literal["record", "file"]
+ShardBy = By | Literal["auto"]  # data.shard_by
 CheckpointState = Mapping[str, Any]  # by, workers and steps_per_epoch of a `ShardingPlan`; empty for a new run
 
 
@@ -96,12 +97,7 @@ class ShardingPlan:
 
 
 def plan_sharding(
-    shard_by: By | Literal["auto"],
-    split: Split,
-    workers: int,
-    batch_size: int,
-    image_cache: str,
-    checkpoint: CheckpointState,
+    shard_by: ShardBy, split: Split, workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 

@@ -59,11 +59,7 @@ class DatasetFolder:
         self.folder, self.scratch = folder, local
 
     def create(self, shards: set[str]) -> None:
-        """Create the folder, if it does not exist; `shards` are the file names of the dataset's shards.
-
-        Raises:
-            DataError: it has files of another dataset, or is not writable.
-        """
+        """Create the folder; raise a DataError if it is not writable, or has files of another dataset."""
         names = {MANIFEST, LABELS, *METADATA} | shards
         temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
@@ -112,7 +108,7 @@ class DatasetFolder:
         class_names: Sequence[str],
         splits: Mapping[str, Sequence[ShardEntry]],
         labels: Mapping[str, np.ndarray],
-        text_field: str | None = None,
+        text_field: str | None,
     ) -> None:
         """Write manifest, labels (int32 [records] by file name) and metadata, then delete the sidecar files.
 
