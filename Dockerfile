@@ -76,7 +76,7 @@ ARG VERSION
 ARG REVISION
 ENV KUBETUNE_REVISION=$REVISION
 LABEL org.opencontainers.image.title="kubetune" \
-      org.opencontainers.image.description="Fine-tune image classifiers in phases, on a laptop or on a cluster whose nodes vanish." \
+      org.opencontainers.image.description="Fine-tune image classifiers in phases, on a laptop or on a cluster of preemptible nodes." \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION

@@ -80,11 +80,8 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
 
     Args:
         data: the encoded image, a string scalar.
-        size: side S of the result, in pixels.
+        size: side S of the result, uint8 [S, S, 3].
         resize: "stretch" changes the aspect ratio; "crop" takes the largest centred square.
-
-    Returns:
-        uint8 [S, S, 3].
 
     Raises:
         tf.errors.InvalidArgumentError: the image is damaged, truncated or of an unknown format.
@@ -130,10 +127,9 @@ def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
 
 
 def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Return a function that decodes the image of a row, uint8 [S, S, 3].
+    """Return a function that decodes the image of a row, uint8 [S, S, 3]; a tf.errors.OpError if it is unreadable.
 
-    A row holds its serialized `record` if the split has shards, else its `index`. The function raises a
-    tf.errors.OpError for an unreadable image.
+    A row holds its serialized `record` if the split has shards, else its `index`.
     """
     paths = None if split.shards else tf.constant(split.files, tf.string)
 
@@ -153,12 +149,10 @@ def decoded_rows(
 ) -> tf.data.Dataset:
     """Return each row of the blocks as an element: index, weight, position, epoch, image uint8 [S, S, 3].
 
-    Images are decoded by `threads` parallel calls, in the order of the rows; padding has a black image.
-
-    Args:
-        failures: file to which the index of each unreadable example is appended, one per line; its row then has weight
-            0 and a black image, which costs 10 % of the speed. If None, an unreadable example ends the iteration with a
-            tf.errors.OpError.
+    Images are decoded by `threads` parallel calls, in the order of the rows; padding has a black image. The index of
+    each unreadable example is appended to the file `failures`, one per line; its row then has weight 0 and a black
+    image, which costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a
+    tf.errors.OpError.
     """
     decode, black_image = decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 

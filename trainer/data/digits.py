@@ -31,9 +31,8 @@ def digits_folder(cache_dir: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    temporary = (
-        cache_dir / f".digits-{uuid.uuid4().hex}"
-    )  # two runs may write it concurrently: the first rename succeeds
+    # Two runs may write it concurrently: the first rename succeeds.
+    temporary = cache_dir / f".digits-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     digits, images = load_digits(), []
     for pixels in digits.images:

@@ -20,9 +20,8 @@ def _read_integers(file: Path) -> list[int]:
 def memory_limit(cgroup: Path = CGROUP) -> int:
     """Return the bytes of memory of the machine, or the container's limit (cgroup v2 or v1) if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(
-        [machine, *_read_integers(cgroup / "memory.max"), *_read_integers(cgroup / "memory" / "memory.limit_in_bytes")]
-    )
+    v2, v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    return min([machine, *v2, *v1])
 
 
 def memory_budget_default(cgroup: Path = CGROUP) -> int:

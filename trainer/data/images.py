@@ -112,11 +112,7 @@ class Pixels:
         return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images of these examples, uint8 [k, S, S, 3]; black for an unreadable one that is skipped.
-
-        Raises:
-            DataError: an image cannot be read or decoded, and `on_error` is "fail".
-        """
+        """Return these images, uint8 [k, S, S, 3]; an unreadable one is black, or a DataError if `on_error` is fail."""
         if self.array is not None:
             return np.array(self.array[indices])
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
@@ -151,18 +147,14 @@ def data_errors(source: BatchSource) -> Iterator[None]:
     """Convert TensorFlow's error for an unreadable example into a `DataError`; every loop over batches runs within it.
 
     TensorFlow's error does not name the example, so the split is decoded up to it, which can take as long as an epoch.
-
-    Raises:
-        DataError: names the image file, or shard and record, and the reason.
-        tf.errors.OpError: the error is not of the input pipeline, or no unreadable example is detected.
+    An error that is not of the input pipeline, or for which no unreadable example is detected, is raised unchanged.
     """
     try:
         yield
     except tf.errors.OpError as error:
-        if not isinstance(source, Pixels):
+        if not isinstance(source, Pixels) or source.array is not None or isinstance(error, _NOT_DATA_ERRORS):
             raise
-        from_pipeline = source.array is None and re.search("Iterator|Dataset", str(error.message))
-        if not from_pipeline or isinstance(error, _NOT_DATA_ERRORS):
+        if not re.search("Iterator|Dataset", str(error.message)):  # the error is not of the input pipeline
             raise
         if not source.stored_count:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
@@ -186,12 +178,8 @@ def _decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATC
     """Yield the images of examples (increasing indices) as uint8 [<= rows, S, S, 3]; `reader` names the shard gate."""
     count, block = sequence_blocks(pixels.split, indices, 1)
     gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
-    batches = iter(
-        rows_decoded_on_read(pixels, block, count)
-        .map(without_autograph(lambda row: row["image"]))
-        .batch(rows)
-        .prefetch(2)
-    )
+    images = rows_decoded_on_read(pixels, block, count).map(without_autograph(lambda row: row["image"]))
+    batches = iter(images.batch(rows).prefetch(2))
     for _ in range(0, len(indices), rows):
         gate.wait_for(rows)
         yield next(batches).numpy()
@@ -210,9 +198,9 @@ def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
 
 def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     """Open the cache on disk; return False if it is incomplete, or has unreadable examples with on_error "fail"."""
-    data, about = stem.with_suffix(".u8"), stem.with_suffix(".json")
+    data = stem.with_suffix(".u8")
     try:
-        bad = json.loads(about.read_text())["bad"]
+        bad = json.loads(stem.with_suffix(".json").read_text())["bad"]
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
@@ -243,8 +231,7 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
 
 def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
     """Return the file name, without extension, of the disk cache of a split; it identifies the pixels."""
-    # The folder of the shards may differ at the next start, so it is left out; the fingerprint identifies their
-    # content.
+    # Without the folder of the shards, which may differ at the next start; the fingerprint identifies their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
     parts = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, *members)
@@ -277,10 +264,8 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
         return CachePlan(cache, needed, "as configured")
     if once:
         return CachePlan("none", needed, "training reads them once, for features")
-    if needed <= memory_budget:
-        return CachePlan("memory", needed, budgets)
-    if needed <= disk_budget:
-        return CachePlan("disk", needed, budgets)
+    if needed <= max(memory_budget, disk_budget):
+        return CachePlan("memory" if needed <= memory_budget else "disk", needed, budgets)
     return CachePlan("none", needed, f"they fit neither {budgets.replace(', ', ' nor ')}")
 
 
@@ -289,10 +274,9 @@ def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once
     plans: dict[str, CachePlan] = {}
     memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
     for name in [split for split in SPLITS if split in dataset.splits]:
-        once = name == "train" and train_once
-        plan = plan_image_cache(config.data.cache, image_bytes(dataset.splits[name], size), memory, disk, once)
-        memory -= plan.bytes if plan.where == "memory" else 0
-        plans[name] = plan
+        once, needed = name == "train" and train_once, image_bytes(dataset.splits[name], size)
+        plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
+        memory -= needed if plans[name].where == "memory" else 0
     return plans
 
 
@@ -304,10 +288,8 @@ def image_bytes(split: Split, size: int) -> int:
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
     """Fill the cache of `plan`, or open the disk cache that an earlier start has completed in `folder`.
 
-    If the disk cannot be written, nothing is cached, and images are decoded each time they are read.
-
-    Raises:
-        DataError: an image cannot be read or decoded and `on_error` is "fail", or a shard is missing.
+    If the disk cannot be written, nothing is cached, and images are decoded each time they are read. An image that
+    cannot be decoded raises a DataError if `on_error` is "fail", and so does a missing shard.
     """
     split, log_message = pixels.split, pixels.log_message
     shape = (split.count + 1, pixels.size, pixels.size, 3)
@@ -329,25 +311,19 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
             log_message(f"{subject}: cached in {stem}.u8{suffix}")
             try:
                 _fill_disk(pixels, stem, shape)
+                _open_stored(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
                 free = megabytes(shutil.disk_usage(Path(folder).anchor or "/").free)
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
-            else:
-                _open_stored(pixels, stem, shape)
 
 
 class ImageStore:
     """The decoded images of all splits of a run, under one memory budget."""
 
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
-        """Open no split yet.
-
-        Args:
-            size: side of the images, in pixels.
-            check: called with a text such as "while the train images were decoded"; may raise to stop.
-        """
+        """Open no split yet; `check` is called with "while the train images were decoded", and may raise to stop."""
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_once = False  # set True if training reads its images only once; data.cache=auto then caches none
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
@@ -355,23 +331,20 @@ class ImageStore:
     def split(self, name: str) -> Pixels:
         """Return the images of a split; the first call opens the split and may fill a cache."""
         if name not in self._opened:
-            config, once = self.config, name == "train" and self.train_once
-            self._opened[name] = self._open(name, self.size, config.model.resize, config.data.cache, once)
+            self._opened[name] = self._open(name, self.size, self.config.model.resize, self.config.data.cache)
         return self._opened[name]
 
     def at(self, name: str, size: int, resize: Resize) -> Pixels:
         """Return the images of a split at another size or with another `resize`, not cached."""
-        return self._open(name, size, resize, "none", once=False)
+        return self._open(name, size, resize, "none")
 
-    def _open(self, name: str, size: int, resize: Resize, cache: Cache, once: bool) -> Pixels:
+    def _open(self, name: str, size: int, resize: Resize, cache: Cache) -> Pixels:
         split, runtime = self.dataset.splits[name], self.config.runtime
-
-        def check() -> None:
-            self._check(f"while the {name} images were decoded")
-
+        check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
-        plan = plan_image_cache(cache, image_bytes(split, size), self.memory_left, runtime.disk_budget, once)
+        needed, once = image_bytes(split, size), name == "train" and self.train_once
+        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         return pixels
 

@@ -36,17 +36,7 @@ class OpenedData:
 def open_run_data(
     config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = True
 ) -> OpenedData:
-    """Open the data of a run; copy data and weights in buckets to the local disk first.
-
-    Args:
-        log_message: logs one line before slow work, and each note on the data.
-        check: called with an address while it is fetched; may raise to stop.
-        stream: fetch the shards of a prepared dataset while they are used, instead of all of them now.
-
-    Raises:
-        DataError: the data is missing, damaged, or contradicts the configuration.
-        Interrupted: a bucket does not respond.
-    """
+    """Copy data and weights in buckets to the local disk (`local_copies`), then open the data (`open_dataset`)."""
     local, addresses, shards = local_copies(config, log_message, check, stream)
     dataset = open_run_dataset(config, local.data, log_message, streamed=shards is not None)
     return OpenedData(dataset, addresses, shards, local.model.weights)
@@ -139,7 +129,7 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
 def _check_classes(raw: RawData) -> None:
     count = len(raw.class_names)
     if count < 2:
-        classes = _list_classes(raw, range(count)) or "no classes"
+        classes = "".join(raw.class_names) or "no classes"
         raise DataError(f"{raw.name} has only {classes}", fix="use data of at least two classes")
     if len(set(raw.class_names)) < count:
         repeated = join_first([name for name, times in Counter(raw.class_names).items() if times > 1])
@@ -160,10 +150,8 @@ def _quality_notes(raw: RawData, limited: bool) -> list[str]:
         shown = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
         listed = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in shown)
         listed += "; the five rarest and the five most frequent" * (len(order) > 10)
-        ratio = counts.max() / max(counts.min(), 1)
-        notes.append(
-            f"training examples per class differ {ratio:.1f}-fold ({listed}): training.class_weights=balanced may help"
-        )
+        differ = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
+        notes.append(f"{differ} ({listed}): training.class_weights=balanced may help")
     for name, split in raw.splits.items():
         if split.count < SMALL_SPLIT and name != "train" and not limited:
             notes.append(f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy")

@@ -86,11 +86,8 @@ def windows(
 
     In each epoch the shards are permuted and concatenated, then divided into windows of `window` records, and each
     window is shuffled. All image files form one window: opening them in random order costs nothing extra. Without
-    `shuffle` the examples are in the order of their indices.
-
-    Args:
-        shards: numbers of the shards that are read; defaults to all of them.
-        worker: selects the random stream, where workers read different shards.
+    `shuffle` the examples are in the order of their indices. Where workers read different `shards` (None: all shards),
+    `worker` selects the random stream.
     """
 
     def file_window(epoch: tf.Tensor, _number: tf.Tensor) -> Window:
@@ -170,10 +167,7 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
 
 
 def sequence_blocks(split: Split, indices: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
-    """Return the number of blocks of examples, padded to whole batches, and the function that computes a block.
-
-    `indices` are the examples, int64 [n], increasing.
-    """
+    """Return the number of blocks of examples (increasing, int64 [n]), padded to whole batches, and their function."""
     edges = np.array([0, len(indices)], np.int64)
     if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them are read
         limits = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)

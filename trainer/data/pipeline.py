@@ -51,15 +51,19 @@ def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> 
     return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
 
 
-def _with_options(batches: tf.data.Dataset, threads: int | None, prefetched: int) -> tf.data.Dataset:
-    """Prefetch elements; fix the order and every degree of parallelism, in a private pool of `threads` if given."""
+def _prefetched(
+    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
+) -> tuple[tf.data.Dataset, int]:
+    """Prefetch elements of `rows` rows, with a fixed order and parallelism; return also the rows pulled ahead."""
+    elements = elements or 2 * replicas
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False  # all degrees of parallelism and buffer sizes are fixed
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    if threads:
-        options.threading.private_threadpool_size = threads
-    return batches.prefetch(prefetched).with_options(options)
+    if source.threads:
+        options.threading.private_threadpool_size = source.threads
+    ahead = rows_ahead(rows, source.parallel, elements + DEVICE_BUFFER * replicas + (parallel or 0))
+    return batches.prefetch(elements).with_options(options), ahead
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,7 @@ class Batches:
     """A dataset of batches, and the gate at which the host waits for its shards."""
 
     dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
-    count: (
-        int | None
-    )  # global batches before only padding follows; None for training, which has no padding after the examples
+    count: int | None  # global batches before only padding follows; None for training
     gate: Callable[[], ShardGate]  # makes the gate of one iteration; call its `wait_for` before taking rows
 
 
@@ -92,7 +94,6 @@ def training_batches(
     Iterate within `images.data_errors`, so that an error names the unreadable example.
 
     Args:
-        replicas: replicas of this worker; has to divide its rows of a global batch.
         augmentation: with mixup or cutmix, elements also hold `other_label` and `mix`, and need an even number of rows.
         views: number of augmentations per image: epoch e repeats that of epoch e % views; None for one per epoch.
     """
@@ -100,9 +101,8 @@ def training_batches(
     @without_autograph
     def change(batch: Row) -> Row:
         epoch = batch.pop("epoch")
-        if augmentation.active:
-            view = epoch % views if views else epoch
-            batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
+        view = epoch % views if views else epoch
+        batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
         if augmentation.mixes:
             batch |= mixed(batch, augmentation, order.seed, epoch)
         return batch
@@ -111,10 +111,8 @@ def training_batches(
     parallel = source.parallel if augmentation.active else None
     # Without a known infinite cardinality, a strategy has all workers check at each step for the end of the data.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    dataset = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
-    prefetched = 2 * replicas
-    ahead = rows_ahead(rows, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
-    dataset = _with_options(dataset, source.threads, prefetched)
+    batches = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
+    dataset, ahead = _prefetched(batches, source, rows, replicas, parallel, 0)
     return Batches(dataset, None, lambda: source.gate("training", block_reads(block, None), ahead))
 
 
@@ -138,7 +136,6 @@ def chosen_batches(
     Args:
         indices: the examples, int64 [n], increasing.
         rows: rows of this worker in a global batch; an element has rows / replicas of them.
-        view: the augmentation of the images; None for none.
         prefetched: number of elements to prefetch; 0 for 2 per replica.
     """
     count, block = sequence_blocks(source.split, indices, rows)
@@ -156,8 +153,6 @@ def chosen_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite, so that a strategy does not check for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    prefetched = prefetched or 2 * replicas
-    ahead = rows_ahead(rows // replicas, source.parallel, prefetched + DEVICE_BUFFER * replicas + (parallel or 0))
-    dataset = _with_options(endless, source.threads, prefetched)
+    dataset, ahead = _prefetched(endless, source, rows // replicas, replicas, parallel, prefetched)
     batch_count = -(-len(indices) // rows)
     return Batches(dataset, batch_count, lambda: source.gate("evaluation", block_reads(block, count), ahead))

@@ -35,12 +35,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
     data = local_copies(config, log.info, lambda _address: health.progress())[0].data
     dataset = open_dataset(
-        data,
-        seed=config.seed,
-        cache_dir=cache_dir,
-        max_examples=limit,
-        log_message=log.info,
-        all_groups=field is not None,
+        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, all_groups=True
     )
     splits, groups = {}, {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
@@ -70,12 +65,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod and the number of pods, from the environment variables of an Indexed Job.
+    """Return the index of this pod and the number of pods, from JOB_COMPLETION_INDEX and WORKER_COUNT (0 and 1).
 
-    They are JOB_COMPLETION_INDEX and WORKER_COUNT, and default to 0 and 1.
-
-    Raises:
-        ConfigError: one of them is not a whole number, or the index is not below the number of pods.
+    A ConfigError is raised if one of them is not a whole number, or the index is not below the number of pods.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():

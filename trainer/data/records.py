@@ -197,16 +197,10 @@ def _parse(payload: bytes, crc: bytes) -> Any:
 
 
 def read_image(record: RecordAt) -> bytes:
-    """Read the encoded image of one record.
-
-    Raises:
-        DataError: the record is damaged, or its image field is not one bytes value.
-        OSError: the shard cannot be read.
-    """
+    """Read the encoded image of one record; raise a DataError if it is damaged, or the field is not one bytes value."""
     with open(record.path, "rb") as file:
         file.seek(record.offset)
-        payload, crc = file.read(record.length), file.read(FOOTER_BYTES)
-    example = _parse(payload, crc)
+        example = _parse(file.read(record.length), file.read(FOOTER_BYTES))
     if example is None:
         raise DataError(f"{record.name} is damaged", fix="fetch or write the shard again, or set data.on_error=skip")
     value = example.features.feature.get(record.image_field)
@@ -223,10 +217,7 @@ def _no_image(record: str, field: str, example: Any) -> DataError:
 def read_labels(
     path: str, index: ShardIndex, label_field: str, image_field: str, classes: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Read the label of every record of a shard, and verify each record's checksum.
-
-    Returns:
-        int32 [n], -1 for a damaged record; and a description of each damaged record.
+    """Read the label of each record, int32 [n], -1 if it is damaged; return also a description of each damaged one.
 
     Raises:
         DataError: a record has no image field of bytes, or its label is missing, not one integer, or not below
@@ -255,11 +246,9 @@ def read_labels(
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Read the value of `field` for each example of a record split, in the order of the examples.
+    """Read the value of `field`, one text or whole number, for each example of a record split, in their order.
 
-    Args:
-        field: name of a feature with one text or whole number per record.
-        names: the name of each number; None to use the number as its name.
+    `names` are those of the numbers 0, 1, ...; with None, a number is its own name.
 
     Raises:
         DataError: a record has no such value, or there are more than `MAX_GROUPS` different values.
@@ -273,19 +262,19 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 problem = f"{record} does not have exactly one text or whole number in this field"
                 fix = f"set one of {describe_fields(example)}"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
-            if names is not None and isinstance(values[0], int) and not 0 <= values[0] < len(names):
-                problem, fix = f"{record} holds {values[0]}, but there are {len(names)} names", "set another field"
+            group = values[0]
+            if isinstance(group, bytes):
+                groups.append(group.decode("utf-8", "backslashreplace"))
+            elif names is None:
+                groups.append(str(group))
+            elif 0 <= group < len(names):
+                groups.append(names[group])
+            else:
+                problem, fix = f"{record} holds {group}, but there are {len(names)} names", "set another field"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
-            groups.append(_group_name(values[0], names))
     different = set(groups)
     if len(different) > MAX_GROUPS:
         count = f"{len(different):,} different values among the {split.count:,} {split.name} examples"
         problem, fix = f"{count}, such as {min(different)!r}", f"set a field of at most {MAX_GROUPS} different values"
         raise DataError(problem, key="data.group_field", value=field, fix=fix)
     return tuple(groups)
-
-
-def _group_name(value: bytes | int, names: tuple[str, ...] | None) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    return str(value) if names is None else names[value]

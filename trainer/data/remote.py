@@ -15,12 +15,10 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Resolve where the data of a run is stored.
+    """Replace data.name and data.data_dir in a bucket by data.root; return also the bucket folder to stream.
 
-    Returns:
-        `data`, in which data.root replaces data.name and data.data_dir if that is in a bucket; and the bucket folder
-        whose shards may be fetched while they are used. The folder is None for local data, for sources other than tfds,
-        and with data.group_field, since only the records store the groups.
+    Its shards may be fetched while they are used. It is None for local data, for sources other than tfds, and with
+    data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
         folder = prepared_folder(str(data.data_dir), data.name)
@@ -35,7 +33,6 @@ def local_copies(
     """Copy the data and weights of a configuration from buckets to the local disk.
 
     Args:
-        log_message: logs one line before slow work.
         check: called with an address while it is copied; may raise to stop.
         stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
 
@@ -76,10 +73,9 @@ class Prepared:
 
 
 def prepared_at(address: str) -> Prepared | None:
-    """Return the prepared dataset in a bucket folder; None if its manifest, labels or dataset_info.json is missing.
+    """Return the prepared dataset in a bucket folder; None if it lacks manifest, labels or dataset_info.json.
 
-    Raises:
-        DataError: a shard is missing, or differs from the manifest.
+    A shard that is missing or differs from the manifest raises a DataError.
     """
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= files.keys():
@@ -102,10 +98,9 @@ def _open_shards(
     prepared = prepared_at(address)
     if prepared is None:
         return None
-    budget, metadata = runtime.disk_budget, prepared.metadata
-    check_address = partial(check, address)
-    shards = ShardCache(address, prepared.shards, runtime.cache_folder, budget, log_message, check_address, metadata)
-    fetch_missing(address, metadata, shards.folder, log_message, check_address)
+    folder, budget, checked = runtime.cache_folder, runtime.disk_budget, partial(check, address)
+    shards = ShardCache(address, prepared.shards, folder, budget, log_message, checked, prepared.metadata)
+    fetch_missing(address, prepared.metadata, shards.folder, log_message, checked)
     log_message(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
     return shards
 

@@ -6,6 +6,7 @@ until the next wait. `order.block_reads` computes these shards with the same fun
 blocks.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -24,10 +25,8 @@ BLOCKS_AHEAD = 1
 def rows_ahead(size: int, threads: int, elements: int) -> int:
     """Return the most rows that a pipeline may have pulled beyond those taken from it.
 
-    Args:
-        size: rows of an element.
-        threads: rows that are decoded in parallel.
-        elements: capacity of the buffers after `batch`; each stage can hold one more.
+    An element has `size` rows, `threads` rows are decoded in parallel, and the buffers after `batch` hold `elements`,
+    each stage one more.
     """
     # Where TensorFlow fuses map and batch, it fills ceil(threads / size) batches concurrently while another is taken.
     return (elements + 4) * size + 2 * threads
@@ -61,13 +60,7 @@ class ShardGate:
     def __init__(
         self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
     ) -> None:
-        """Start before the first block.
-
-        Args:
-            reader: name under which the pipeline requires shards of the cache.
-            reads: rows and shard numbers of each of its blocks.
-            ahead: rows that it may pull beyond those taken, from `rows_ahead`.
-        """
+        """Start before the first block; `reader` names the pipeline to the cache, `ahead` is from `rows_ahead`."""
         self.shards, self.reader, self.split, self.ahead, self._reads = shards, reader, split, ahead, reads
         is_cached = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if is_cached else shard.path for shard in split.shards]
@@ -108,19 +101,13 @@ class ShardGate:
 
     def _has_block(self, position: int) -> bool:
         """Extend `_blocks` up to this position; return False if the reads end before it."""
-        while position >= len(self._blocks):
-            read = next(self._reads, None)
-            if read is None:
-                return False
-            self._rows += read[0]
-            self._blocks.append((self._rows, [self._names[shard] for shard in read[1]]))
-        return True
+        for rows, shards in itertools.islice(self._reads, max(position + 1 - len(self._blocks), 0)):
+            self._rows += rows
+            self._blocks.append((self._rows, [self._names[shard] for shard in shards]))
+        return position < len(self._blocks)
 
     def _shards_until(self, last: int) -> tuple[list[str], list[str]]:
-        """Return the shards of the blocks up to position `last`, and those to prefetch.
-
-        The latter are of the blocks of the next epoch, until they fill the budget of the cache.
-        """
+        """Return the shards up to position `last`, and those after it to prefetch: an epoch, or the cache's budget."""
         assert self.shards is not None
         self._has_block(last)
         required = dict.fromkeys(name for _, names in list(self._blocks)[: last + 1] for name in names)

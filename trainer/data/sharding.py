@@ -10,6 +10,7 @@ from trainer.errors import ConfigError
 from trainer.types import Split
 
 By = Literal["record", "file"]
+ShardBy = By | Literal["auto"]  # data.shard_by
 CheckpointState = Mapping[str, Any]  # by, workers and steps_per_epoch of a `ShardingPlan`; empty for a new run
 
 
@@ -28,7 +29,6 @@ class Sharding:
 
     @property
     def by_file(self) -> bool:
-        """True if each of several workers reads only its own shards."""
         return self.by == "file" and self.workers > 1
 
 
@@ -76,7 +76,6 @@ class ShardingPlan:
     reason: str
 
     def of_worker(self, worker: int) -> Sharding:
-        """Return the sharding of one worker."""
         return Sharding(worker, self.workers, self.by)
 
     @property
@@ -98,22 +97,15 @@ class ShardingPlan:
 
 
 def plan_sharding(
-    shard_by: By | Literal["auto"],
-    split: Split,
-    workers: int,
-    batch_size: int,
-    image_cache: str,
-    checkpoint: CheckpointState,
+    shard_by: ShardBy, split: Split, workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 
     Sharding by file requires at least one shard per worker. "auto" continues with the sharding of the checkpoint; a new
     run is sharded by file if decoded images are not cached, so that each record is read and decoded by one worker only.
 
-    Args:
-        image_cache: where decoded images are cached, "memory", "disk" or "none"; "features" if training reads images
-            only once, to compute features.
-        checkpoint: the sharding of the checkpoint.
+    `image_cache` is where decoded images are cached, "memory", "disk" or "none"; "features" if training reads images
+    only once, to compute features.
     """
     by: By = "record"
     if workers > 1 and len(split.shards) >= workers:

@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.config.schema import Data
 from trainer.data.records import index_shard, read_labels, unreadable
+from trainer.data.sharding import shard_sizes
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -51,25 +52,21 @@ def take(split: Split, positions: np.ndarray) -> Split:
     labels = split.labels[positions]
     if split.files:
         return replace(split, labels=labels, files=tuple(split.files[i] for i in positions))
-    shards = split.shards
-    lengths = np.array([shard.stop - shard.start for shard in shards])
-    first = np.concatenate([[0], np.cumsum(lengths)])  # position of the first example of each shard
-    shard_of = np.searchsorted(first, positions, side="right") - 1
-    record = positions - first[shard_of] + np.array([shard.start for shard in shards], int)[shard_of]
+    shard_of = np.repeat(np.arange(len(split.shards)), shard_sizes(split))[positions]
+    record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[positions]
     breaks = np.flatnonzero((np.diff(shard_of) != 0) | (np.diff(record) != 1)) + 1
     runs = [run for run in np.split(np.arange(len(positions)), breaks) if len(run)]  # of consecutive records
-    ranges = [replace(shards[shard_of[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in runs]
-    return replace(split, labels=labels, shards=tuple(ranges))
+    shards = [replace(split.shards[shard_of[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in runs]
+    return replace(split, labels=labels, shards=tuple(shards))
 
 
 def class_rank(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return the rank of each example, from 0, in a random order of its class, int64 [n]."""
     shuffled = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    counts = np.bincount(labels, minlength=1)
-    starts = np.repeat(np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+    counts = np.bincount(labels)
     result = np.empty(len(labels), np.int64)
-    result[by_class] = np.arange(len(labels)) - starts
+    result[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return result
 
 
@@ -86,10 +83,7 @@ def at_most(split: Split, limit: int, seed: int) -> Split:
 
 
 def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Return the number of examples of each new split.
-
-    That is the fraction of `count`, rounded, at least 1 if the fraction is positive; at least 1 example stays in train.
-    """
+    """Return the size of each new split: the fraction of `count`, rounded, at least 1 if above 0; 1 stays in train."""
     sizes, left = {}, count - 1
     for name, fraction in fractions.items():
         sizes[name] = min(left, max(1, round(count * fraction))) if fraction > 0 else 0
@@ -98,14 +92,9 @@ def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
 
 
 def overlap(first: Split, second: Split) -> int:
-    """Count the records, or files, that are in both splits."""
-    if first.files or second.files:
-        return len(set(first.files) & set(second.files))
-    return sum(
-        max(0, min(one.stop, other.stop) - max(one.start, other.start))
-        for one, other in product(first.shards, second.shards)
-        if one.path == other.path
-    )
+    """Count the records that are in both splits."""
+    pairs = [(one, other) for one, other in product(first.shards, second.shards) if one.path == other.path]
+    return sum(max(0, min(one.stop, other.stop) - max(one.start, other.start)) for one, other in pairs)
 
 
 def fingerprint(raw: RawData) -> str:
@@ -142,9 +131,8 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     the same fingerprint on a local disk and in a bucket. Local records are still read, to verify their checksums.
 
     Returns:
-        labels: by path, int32 [records], -1 for a damaged record.
-        identities: by path, the file's name, size, and CRC32C or hash of its ends.
-        faults: a description of each damaged shard or record.
+        The labels by path, int32 [records], -1 for a damaged record; the file's name, size, and CRC32C or hash of its
+        ends, by path; and a description of each damaged shard or record.
 
     Raises:
         DataError: a shard is missing, damaged (on_error="fail") or not in the manifest, or a record has no valid image
@@ -180,23 +168,19 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         index = index_shard(path)
         labels[path], faults = read_labels(path, index, label_field, image_field, source.classes)
         faults += [index.fault] if index.fault else []
-        if faults and source.data.on_error == "fail":
-            fix = "fetch or write it again, or set data.on_error=skip to leave out damaged records"
-            raise DataError(faults[0], fix=fix)
-        skipped += faults
         if not faults:
             content = io.BytesIO()
             np.save(content, labels[path])
             write_whole(cached, content.getvalue())
+        elif source.data.on_error == "fail":
+            fix = "fetch or write it again, or set data.on_error=skip to leave out damaged records"
+            raise DataError(faults[0], fix=fix)
+        skipped += faults
     return labels, identities, skipped
 
 
 def split_of(name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource) -> Split:
-    """Build the split of the undamaged records in `ranges`.
-
-    Raises:
-        DataError: the number of records of a shard differs from that in dataset_info.json (on_error="fail").
-    """
+    """Build the split of the undamaged records in `ranges`; with on_error="fail", a DataError if a count differs."""
     shards = []
     for shard in ranges:
         count = len(labels[shard.path])
@@ -231,11 +215,11 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
     sizes = split_sizes(len(paths), fractions)
-    test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
-    files = {"train": paths[train_start:], "validation": paths[:test_start], "test": paths[test_start:train_start]}
     source = RecordSource(data, len(data.class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
-    ranges = {name: [Shard(p, len(labels[p]), 0, len(labels[p])) for p in files[name]] for name in SPLITS}
-    splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items() if shards}
+    shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
+    test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
+    ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
+    splits = {name: split_of(name, ranges[name], labels, source) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
     return RawData(name, data.class_names, splits, identities, skipped)

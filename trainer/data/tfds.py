@@ -21,11 +21,8 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
     If data.validation_split is null, the dataset's split "validation" is used. If it has none, the last
     data.validation_fraction of the training records becomes the validation split, or a stratified random sample of them
-    if a class is absent there, as in records that are sorted by class. The same applies to the test split.
-
-    Args:
-        log_message: logs one line before slow work.
-        streamed: the folder has only manifest and labels; its shards are fetched later.
+    if a class is absent there, as in records that are sorted by class. The same applies to the test split. A `streamed`
+    folder has only manifest and labels; its shards are fetched later.
 
     Raises:
         DataError: the dataset is missing, damaged or not stored as TFRecords, has no such split or field, or train has
@@ -127,10 +124,9 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
         if isinstance(feature, expected) or named_scalar:
             continue
         suitable = [n for n, f in features.items() if isinstance(f, expected)]
-        fix = (
-            f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {expected.__name__}"
-        )
-        problem = f"{info.name} has no {expected.__name__} of this name; it has {listed}"
+        required_type = expected.__name__
+        fix = f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {required_type}"
+        problem = f"{info.name} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     return data.class_names or tuple(features[data.label_field].names)
 
@@ -150,11 +146,7 @@ def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
-    """Resolve a split string such as "train[:80%]" to ranges of shards with TFDS; `name` is the configured split.
-
-    Raises:
-        DataError: the dataset has no such split, or it is empty.
-    """
+    """Resolve the split string of split `name` to ranges of shards; raise a DataError if it is unknown or empty."""
     existing = ", ".join(f"{split} ({split_info.num_examples})" for split, split_info in info.splits.items())
     key, fix = f"data.{name}_split", f"set a split string over {existing}"
     try:
@@ -183,21 +175,16 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
     """Move fractions of the training records to new splits.
 
     The new splits are the last records, so that each split is one range of them; or a stratified random sample, if a
-    class is absent from the last records or from those that are left for training.
-
-    Returns:
-        The new splits and the reduced train split; and notes.
+    class is absent from the last records or from those that are left for training. Return all splits, and notes.
     """
     count, sizes = train.count, split_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
         """Cut the new splits off the end of an order of the records; return ascending positions for each split."""
-        stop, cuts = count, {}
-        for name in reversed(fractions):
-            cuts[name] = np.sort(order[stop - sizes[name] : stop])
-            stop -= sizes[name]
-        return cuts | {"train": np.sort(order[:stop])}
+        names = [*reversed(fractions), "train"]
+        parts = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
+        return {name: np.sort(part) for name, part in zip(names, parts, strict=True)}
 
     def lacks_a_class(name: str, positions: np.ndarray) -> bool:
         """Return whether train lacks a class, or a new split one that a random sample lacks in at most 5 % of cases."""
@@ -209,9 +196,9 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
     if any(lacks_a_class(name, positions) for name, positions in cuts.items()):
         rank = (class_rank(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
         cuts = cut(np.argsort(rank, kind="stable"))
+        drawn = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
         notes.append(
-            f"the tail of the training records lacks classes (they are sorted), so {' and '.join(fractions)} "
-            f"{'was' if len(fractions) == 1 else 'were'} drawn record by record with data.split_seed={seed}; shards "
-            "written by python -m trainer.prepare read faster, or set data.validation_split"
+            f"the tail of the training records lacks classes (they are sorted), so {drawn} with data.split_seed="
+            f"{seed}; shards written by python -m trainer.prepare read faster, or set data.validation_split"
         )
     return {name: replace(take(train, positions), name=name) for name, positions in cuts.items()}, notes

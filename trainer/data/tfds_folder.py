@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.arrays import unpack
 from trainer.errors import DataError
-from trainer.storage.base import ObjectInfo, StoragePath
+from trainer.storage.base import StoragePath
 
 MANIFEST = "kubetune_shards.json"
 LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard; makes reading shards for labels unnecessary
@@ -50,8 +50,7 @@ class ShardEntry:
 class DatasetFolder:
     """A dataset that is being written.
 
-    A finished shard gets its final name, and a sidecar file `.NAME.json` with its `ShardEntry` until the dataset is
-    complete.
+    Until it is complete, each finished shard has a sidecar file `.NAME.json` with its `ShardEntry`.
     """
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
@@ -60,20 +59,15 @@ class DatasetFolder:
         self.folder, self.scratch = folder, local
 
     def create(self, shards: set[str]) -> None:
-        """Create the folder, if it does not exist; `shards` are the file names of the dataset's shards.
-
-        Raises:
-            DataError: it has files of another dataset, or is not writable.
-        """
+        """Create the folder; raise a DataError if it is not writable, or has files of another dataset."""
         names = {MANIFEST, LABELS, *METADATA} | shards
         temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            files = self.scratch.iterdir() if self.folder.is_local else [info.path for info in self._files()]
-            others = sorted(
-                file.name for file in files if file.name not in names and not file.name.startswith(temporary)
-            )
+            files = self.scratch.iterdir() if self.folder.is_local else self._files()
+            others = sorted({file.name for file in files} - names)
+            others = [name for name in others if not name.startswith(temporary)]
         except OSError as error:
             problem = f"cannot be written to ({error.strerror})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix) from None
@@ -83,13 +77,13 @@ class DatasetFolder:
 
     def entries(self) -> dict[str, ShardEntry]:
         """Return the entries of the shards that earlier starts or other pods have written, by file name."""
-        files = {info.path.name: info.path for info in self._files()}
-        values = json.loads(files[MANIFEST].read_text()) if MANIFEST in files else []
-        values += [json.loads(path.read_text()) for name, path in files.items() if _is_sidecar(name)]
+        files = self._files()
+        values = [value for path in files if path.name == MANIFEST for value in json.loads(path.read_text())]
+        values += [json.loads(path.read_text()) for path in files if _is_sidecar(path.name)]
         return {entry.file: entry for entry in map(ShardEntry.from_json, values)}
 
-    def _files(self) -> Sequence[ObjectInfo]:
-        return self.folder.list(recursive=False)
+    def _files(self) -> list[StoragePath]:
+        return [info.path for info in self.folder.list(recursive=False)]
 
     def holds(self, entry: ShardEntry) -> bool:
         """Return whether the shard exists with the size and checksum of its entry."""
@@ -114,13 +108,11 @@ class DatasetFolder:
         class_names: Sequence[str],
         splits: Mapping[str, Sequence[ShardEntry]],
         labels: Mapping[str, np.ndarray],
-        text_field: str | None = None,
+        text_field: str | None,
     ) -> None:
-        """Write manifest, labels and metadata, then delete the sidecar files; several pods may do so.
+        """Write manifest, labels (int32 [records] by file name) and metadata, then delete the sidecar files.
 
-        Args:
-            labels: int32 [records] by file name of the shard.
-            text_field: name of an additional text feature of the records.
+        Several pods may do so. `text_field` names an additional text feature of the records.
         """
         import tensorflow_datasets as tfds
 
@@ -140,10 +132,7 @@ class DatasetFolder:
             infos = []
             for split, entries in splits.items():
                 lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
-                names = template.replace(split=split)
-                infos.append(
-                    tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=names)
-                )
+                infos.append(tfds.core.SplitInfo(split, lengths, size, template.replace(split=split)))
             tfds.folder_dataset.write_metadata(
                 data_dir=local, features=features, split_infos=infos, filename_template=template, version="1.0.0",
                 check_data=False,
@@ -151,9 +140,9 @@ class DatasetFolder:
             for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
-        for info in self._files():
-            if _is_sidecar(info.path.name):
-                info.path.delete()
+        for path in self._files():
+            if _is_sidecar(path.name):
+                path.delete()
         if self.folder.is_local:
             for unfinished in self.scratch.glob(".*.tmp"):
                 unfinished.unlink()

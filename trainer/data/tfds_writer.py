@@ -201,10 +201,7 @@ def write_dataset(
     Each shard is written to a temporary file, flushed and renamed or uploaded; then its entry (records, bytes, CRC32C)
     is stored. A finished shard whose sources are unchanged is not written again, so that the same call continues an
     interrupted one. With `verify`, JPEG and PNG bytes are stored unchanged and any other image as PNG; without it, all
-    bytes are stored unchanged.
-
-    Args:
-        progress: called with the number of images done and the total number.
+    bytes are stored unchanged. `progress` is called with the number of images done and the total number.
 
     Returns:
         The entries of all shards, in the order of the splits; None if shards of other parts are missing. The part that
@@ -226,8 +223,8 @@ def write_dataset(
     def finished() -> dict[str, ShardEntry]:
         """Return the entries of shards that exist, are intact and were written from the same images."""
         entries = {file: e for file, e in out.entries().items() if not e.skipped or options.on_error == "skip"}
-        current = {job.file: entries[job.file] for job in jobs if job.file in entries and job.fits(entries[job.file])}
-        return {file: entry for file, entry in current.items() if out.holds(entry)}
+        known = [(job, entries[job.file]) for job in jobs if job.file in entries]
+        return {job.file: entry for job, entry in known if job.fits(entry) and out.holds(entry)}
 
     entries = finished()
     first, step = options.part

@@ -32,8 +32,7 @@ def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    The product maps output coordinates, relative to the centre of the output, to source coordinates, relative to the
-    centre of the crop.
+    The product maps output coordinates about the output's centre to source coordinates about the crop's centre.
     """
 
     def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
@@ -74,9 +73,8 @@ def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     shifts = levels(-max_shift, max_shift)
     centre_x = centre + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
     centre_y = centre + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
-    offset = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
-    entries = (xx, xy, offset[0], yx, yy, offset[1])
-    return resampled(images, tf.stack([zero + entry for entry in entries], axis=1), a.fill)
+    x, y = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
+    return resampled(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
 
 
 def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
@@ -86,9 +84,6 @@ def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     the area is uniform in [min_area, 1] and the log of the aspect (width : height) in +- log(4/3), given that the crop
     fits into the image. The density of the log of an aspect q >= 1 is then proportional to 1 / q - min_area, and the
     area is uniform in [min_area, 1 / q]; q and 1 / q are equally likely and have the same areas.
-
-    Args:
-        min_area: smallest area of a crop, as a fraction of the image.
 
     Returns:
         float64 [LEVELS] each: square roots of the aspects, and the largest areas as fractions of the image.
@@ -111,8 +106,7 @@ def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor],
     root_area = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
     inverse_root = draws.select(draw_ids.CROP_ASPECT, 1 / roots)
     width, height = tf.minimum(root_area * root, 1.0), tf.minimum(root_area * inverse_root, 1.0)
-    left = (1 - width) * draws.uniform(draw_ids.CROP_X)
-    top = (1 - height) * draws.uniform(draw_ids.CROP_Y)
+    left, top = (1 - width) * draws.uniform(draw_ids.CROP_X), (1 - height) * draws.uniform(draw_ids.CROP_Y)
     return (width, height), (left, top)
 
 
@@ -132,8 +126,7 @@ def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
     Returns:
         uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
     """
-    border = 1 if fill == "constant" else 0
-    source = tf.pad(images, [[0, 0], [border, border], [border, border], [0, 0]]) if border else images
+    source = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]) if fill == "constant" else images
     upper_left, right, down = _positions(images.shape[1], fill)(transforms)
     neighbours = _neighbours(_pack_images(source), upper_left)
     return unpacked(_interpolated(*neighbours, right, down), images.shape)
@@ -156,10 +149,9 @@ def _pack_images(images: tf.Tensor) -> tf.Tensor:
 
 @cache
 def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Compile the map from transforms [b, 6] to source positions.
+    """Compile the map from transforms [b, 6] to source positions, [b, S, S] each.
 
-    It returns [b, S, S] each: the int32 index of the source pixel at or to the upper left of a position, among all
-    pixels of the batch, and the float32 distances from it, to the right and down.
+    They are the int32 index, in the batch, of the pixel at or to the upper left, and float32 distances right and down.
     """
 
     def apply_fill(x: tf.Tensor) -> tf.Tensor:
@@ -187,10 +179,7 @@ def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, t
 
 @xla_compiled
 def _neighbours(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Gather the pixels at `upper_left`, to its right, below, and below to the right.
-
-    A neighbour beyond the edge is some other pixel; its weight is 0.
-    """
+    """Gather the pixels at, right of, below, and below right of `upper_left`; any beyond the edge, with weight 0."""
     row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     steps = (0, 1, row_length, row_length + 1)
     return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)

@@ -10,8 +10,8 @@ from trainer.data.augment.mixing import with_cutout
 from trainer.data.augment.randaugment import randaugmented
 
 
-def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Augment each image with its own random numbers; disabled operations are not in the graph.
+def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Augment each image, uint8 [b, S, S, 3], with its own random numbers; disabled operations are not in the graph.
 
     1. Colours: contrast, mean + factor * (x - mean) with the mean of the image and a factor in 1 +- `contrast`;
        brightness, x +- 255 * `brightness`; saturation, grey + factor * (x - grey) with the grey of the pixel and a
@@ -25,16 +25,9 @@ def augment(images: tf.Tensor, augmentation: Augmentation, seed: int, epoch: tf.
     3. RandAugment: `randaugment` operations, chosen per image.
     4. Cutout. Mixup and cutmix, which need pairs of examples, follow later (`mixing.py`).
 
-    Every step takes and returns uint8.
-
-    Args:
-        images: uint8 [b, S, S, 3].
-        epoch, index: int64 [b].
-
-    Returns:
-        uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
+    Every step takes and returns uint8. `epoch` and `index` are int64 [b]. The bits of an image do not depend on the
+    rest of the batch.
     """
-    a = augmentation
     if not a.active:
         return images
     draws = Draws(seed, epoch, index)

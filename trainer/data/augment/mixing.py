@@ -24,13 +24,8 @@ def with_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
 def _random_squares(
     sides: tf.Tensor, draws: Draws, centre_draws: tuple[int, int], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw a square per image, of the given side, int32 [b], clipped to the image.
-
-    Returns:
-        its mask, bool [b, S, 3 S], and the number of its pixels, int32 [b].
-    """
-    inside, lengths = [], []
-    pixels = tf.range(size)
+    """Draw a square per image and clip it to the image: its mask, bool [b, S, 3 S], and number of pixels, int32 [b]."""
+    inside, lengths, pixels = [], [], tf.range(size)
     for draw in centre_draws:
         first = tf.cast(draws.uniform(draw) * size, tf.int32) - sides // 2
         start, stop = tf.maximum(first, 0), tf.minimum(first + sides, size)
@@ -61,8 +56,7 @@ def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Ten
 
     Args:
         batch: image uint8 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]; b is even, and the
-            first row has an even position in the global batch.
-        epoch: int64 [b].
+            first row has an even position in the global batch. `epoch` is int64 [b].
 
     Returns:
         `image` as above; `other_label` int32 [b], the partner's label; `mix` float32 [b], lam, or 1 if not mixed.

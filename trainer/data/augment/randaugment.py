@@ -51,11 +51,9 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
             return [[1, 0, x, 0, 1, 0] for x in (-shift, shift)]
         case "translate_y":
             return [[1, 0, 0, 0, 1, y] for y in (-shift, shift)]
-    centre, rotations = (size - 1) / 2, []
-    for angle in (math.radians(30 * strength), -math.radians(30 * strength)):  # direction 1 is counter-clockwise
-        cos, sin = math.cos(angle), math.sin(angle)
-        rotations.append([cos, sin, centre * (1 - cos - sin), -sin, cos, centre * (1 - cos + sin)])
-    return rotations
+    centre, angle = (size - 1) / 2, math.radians(30 * strength)
+    cos, sin = math.cos(angle), math.sin(angle)  # direction 1 is counter-clockwise
+    return [[cos, s, centre * (1 - cos - s), -s, cos, centre * (1 - cos + s)] for s in (sin, -sin)]
 
 
 def _geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
@@ -144,13 +142,9 @@ def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: 
     return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
 
 
-def _identity(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
-    return images
-
-
 # An operation is drawn by its position in this table; any change of the table changes the images of every run.
 OPERATIONS: dict[str, Operation] = {
-    "identity": _identity,
+    "identity": lambda images, _direction, _strength, _fill: images,
     **{n: partial(_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
     **{f.__name__: f for f in (brightness, colour, contrast, sharpness, posterize, solarize, autocontrast, equalize)},
 }
