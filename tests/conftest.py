@@ -9,7 +9,7 @@ from pathlib import Path
 import absl.logging
 import pytest
 
-from tests.evaluation.browser import find_chromium
+from tests.evaluation.browser import Tab, chromium, find_chromium
 from trainer.monitoring.log import configure
 
 # absl's handler holds sys.stderr, which here is a file of pytest, and closes it when Hydra configures logging.
@@ -30,6 +30,13 @@ def _own_cache() -> Iterator[None]:
 def _log_as_text() -> None:
     """Configure the log as a command does before it reads its configuration."""
     configure()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    """A page of a browser."""
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,8 +1,7 @@
 """`python -m trainer.drift`: verdict, exit codes, figure, and errors."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ import pytest
 from PIL import Image
 
 from tests.cli.verbs import exit_code_of
+from tests.processes import run_python
 from trainer import drift
 from trainer.evaluation.drift import Measure, Window
 from trainer.exporting.reference import reference_distribution
 from trainer.report import figures as drawing
 from trainer.report.drift import draw
 
+Call = Callable[..., tuple[int, str, str]]  # exit code, stdout and stderr
 NAMES = ("cat", "dog", "bird $x$")
 MEAN, COVARIANCE = np.arange(5.0), np.diag([1.0, 2.0, 3.0, 0.5, 0.1])
 
@@ -54,21 +55,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str) -> int:
-    return exit_code_of(drift.main, *arguments)
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run the verb with some arguments."""
+    return lambda *arguments: (exit_code_of(drift.main, *arguments), *capsys.readouterr())
 
 
-def compare(reference: Path, folder: Path, log: str) -> int:
-    """Compare a log with a reference; the figure is `folder`/d.png."""
-    (folder / "log.jsonl").write_text(log)
-    return command(f"reference={reference}", f"log={folder}/log.jsonl", f"output={folder}/d.png")
+@pytest.fixture
+def compare(command: Call, tmp_path: Path) -> Call:
+    """Compare the text of a log with a reference; the figure is d.png."""
+
+    def call(reference: Path, log: str) -> tuple[int, str, str]:
+        (tmp_path / "log.jsonl").write_text(log)
+        return command(f"reference={reference}", f"log={tmp_path}/log.jsonl", f"output={tmp_path}/d.png")
+
+    return call
 
 
-def test_predictions_like_the_reference_are_stable_and_exit_with_0(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compare(run, tmp_path, log_lines(*predictions(300, 2)) + '{"time": "2026-') == 0  # being written
-    out = capsys.readouterr().out
+def test_predictions_like_the_reference_are_stable_and_exit_with_0(run: Path, tmp_path: Path, compare: Call) -> None:
+    code, out, _ = compare(run, log_lines(*predictions(300, 2)) + '{"time": "2026-')  # being written
+    assert code == 0
     assert out.startswith("verdict: stable\n  classes    stable    0.0")
     assert "(moderate from 0.1000, shifted from 0.2500; 300 predictions)" in out
     assert "150 predictions)  Frechet distance" in out
@@ -78,13 +84,10 @@ def test_predictions_like_the_reference_are_stable_and_exit_with_0(
         assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 20
 
 
-def test_other_predictions_are_shifted_and_exit_with_4(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compare(run / "export", tmp_path, log_lines(*predictions(300, 2, shift=1.0))) == 4
-    captured = capsys.readouterr()
-    assert captured.out.startswith("verdict: shifted\n")
-    assert f"drift: confidence, embedding shifted from reference={run}/export; " in captured.err
+def test_other_predictions_are_shifted_and_exit_with_4(run: Path, compare: Call) -> None:
+    code, out, err = compare(run / "export", log_lines(*predictions(300, 2, shift=1.0)))
+    assert (code, out.splitlines()[0]) == (4, "verdict: shifted")
+    assert f"drift: confidence, embedding shifted from reference={run}/export; " in err
 
 
 def test_each_level_has_its_own_colour(run: Path, tmp_path: Path) -> None:
@@ -100,25 +103,21 @@ def test_each_level_has_its_own_colour(run: Path, tmp_path: Path) -> None:
     assert colours == {"stable": {drawing.RIGHT}, "moderate": {drawing.DOUBTFUL}, "shifted": {drawing.WRONG}}
 
 
-def test_a_log_without_embeddings_is_judged_by_the_other_measures(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compare(run / "export" / "reference.json", tmp_path, log_lines(predictions(300, 2)[0], None)) == 0
-    assert "embedding  not measured" in capsys.readouterr().out
+def test_a_log_without_embeddings_is_judged_by_the_other_measures(run: Path, compare: Call) -> None:
+    code, out, _ = compare(run / "export" / "reference.json", log_lines(predictions(300, 2)[0], None))
+    assert (code, "embedding  not measured" in out) == (0, True)
 
 
-def test_a_folder_of_logs_is_read_without_old_predictions(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_logs_is_read_without_old_predictions(run: Path, tmp_path: Path, command: Call) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "old.jsonl").write_text(log_lines(*predictions(300, 2, shift=1.0), hours_ago=30))
     (logs / "new.jsonl").write_text(log_lines(*predictions(200, 3)))
     (logs / "notes.txt").write_text("not a log")
     arguments = (f"reference={run}", f"log={logs}", f"output={tmp_path}/d.png")
-    assert command(*arguments, "hours=24") == 0
-    assert "200 predictions)" in capsys.readouterr().out
-    assert command(*arguments) == 4
+    code, out, _ = command(*arguments, "hours=24")
+    assert (code, "200 predictions)" in out) == (0, True)
+    assert command(*arguments)[0] == 4
 
 
 @pytest.mark.parametrize(
@@ -132,11 +131,9 @@ def test_a_folder_of_logs_is_read_without_old_predictions(
         (("reference={run}", "log=/nowhere"), "error: log=/nowhere: "),
     ],
 )
-def test_a_wrong_argument_exits_with_2(
-    run: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(*(argument.replace("{run}", str(run)) for argument in arguments)) == 2
-    assert message in capsys.readouterr().err
+def test_a_wrong_argument_exits_with_2(run: Path, arguments: tuple[str, ...], message: str, command: Call) -> None:
+    code, _, err = command(*(argument.replace("{run}", str(run)) for argument in arguments))
+    assert (code, message in err) == (2, True), err
 
 
 @pytest.mark.parametrize(
@@ -148,19 +145,19 @@ def test_a_wrong_argument_exits_with_2(
         ('{"class": "cat", "confidence": 0.5, "embedding": [1, 2]}\n', "embeddings of 2 numbers"),
     ],
 )
-def test_an_unusable_log_exits_with_2(
-    log: str, problem: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compare(run, tmp_path, log) == 2
-    assert f"error: log={tmp_path}/log.jsonl: has {problem}" in capsys.readouterr().err
+def test_an_unusable_log_exits_with_2(log: str, problem: str, run: Path, tmp_path: Path, compare: Call) -> None:
+    code, _, err = compare(run, log)
+    assert code == 2
+    assert f"error: log={tmp_path}/log.jsonl: has {problem}" in err
     assert not (tmp_path / "d.png").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": ["a"], "n": 3}'])
-def test_a_damaged_reference_exits_with_2(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_reference_exits_with_2(text: str, tmp_path: Path, command: Call) -> None:
     (tmp_path / "reference.json").write_text(text)
-    assert command(f"reference={tmp_path}", "log=x.jsonl") == 2
-    assert f"error: reference={tmp_path}: its reference.json is damaged" in capsys.readouterr().err
+    code, _, err = command(f"reference={tmp_path}", "log=x.jsonl")
+    assert code == 2
+    assert f"error: reference={tmp_path}: its reference.json is damaged" in err
 
 
 def test_tensorflow_is_not_imported(run: Path, tmp_path: Path) -> None:
@@ -169,5 +166,4 @@ def test_tensorflow_is_not_imported(run: Path, tmp_path: Path) -> None:
         "import sys; from trainer import drift\n"
         "try:\n    drift.main()\nfinally:\n    assert not {'tensorflow', 'keras'} & set(sys.modules)"
     )
-    arguments = (f"reference={run}", f"log={tmp_path}/log.jsonl", f"output={tmp_path}/d.png")
-    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
+    run_python(program, f"reference={run}", f"log={tmp_path}/log.jsonl", f"output={tmp_path}/d.png")

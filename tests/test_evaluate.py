@@ -1,15 +1,14 @@
 """An evaluation scores the model that was trained."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import yaml
 
+from tests.models.efficient_net import IMAGENET, normalized, set_normalization
+from tests.processes import run_python
 from trainer.config.schema import load
 from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
@@ -20,17 +19,16 @@ from trainer.training import variables
 from trainer.training.state import RunState
 from trainer.types import Dataset, Split
 
-ROOT = Path(__file__).parents[1]
 CLASSES = [str(digit) for digit in range(10)]
 # Runs in its own process, since a strategy must be created before the first tensor.
 PROGRAM = """
 import sys
-import keras, numpy as np
+import numpy as np
+from tests.models.efficient_net import normalized
 from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
 folder, images, output = sys.argv[1:]
 run = find_run(folder)
-backbone = open_classifier(run, load_checkpoint(run, "last")).backbone
-np.save(output, keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(np.load(images)))
+np.save(output, normalized(open_classifier(run, load_checkpoint(run, "last")), np.load(images)))
 """
 
 
@@ -56,23 +54,18 @@ def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(
     model = {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}
     tree = {"data": {"source": "digits"}, "model": model, "phases": {"head": {"thaw": "none", "epochs": 1}}}
     source = build_classifier(load(tree).model, len(CLASSES), 1)
-    norm = source.backbone.get_layer("normalization")
-    norm.adapt_mean.assign([0.485, 0.456, 0.406])
-    norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
+    set_normalization(source, *IMAGENET)
     source.backbone.save_weights(tmp_path / "efficient.weights.h5")
     config = load(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
     trained = build_classifier(config.model, len(CLASSES), 1)
 
     run, images, output = tmp_path / "run", tmp_path / "images.npy", tmp_path / "output.npy"
-    CheckpointFolder(run / "checkpoints", 1, print).save(
-        RunState(step=1).to_json(), variables.read(trained.variables), None
-    )
+    values = variables.read(trained.variables)
+    CheckpointFolder(run / "checkpoints", 1, print).save(RunState(step=1).to_json(), values, None)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))
     np.save(images, np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32"))
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(run), str(images), str(output)], cwd=ROOT, check=True, timeout=120
-    )
-    expected = keras.Model(trained.backbone.input, trained.backbone.get_layer("stem_conv_pad").input)(np.load(images))
+    run_python(PROGRAM, run, images, output, timeout=120)
+    expected = normalized(trained, np.load(images))
     np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 4  # normalised twice, as the published weights require

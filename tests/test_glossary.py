@@ -8,9 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 EXEMPT = {GLOSSARY, ROOT / "docs" / "log.md", Path(__file__)}  # the log is history
-ALLOWED = re.compile(
-    r"kept_(step|from)|max_fruitless_restarts|validation_share|found_by"
-)  # names in files that users have
+# Names in files that users have.
+ALLOWED = re.compile(r"kept_(step|from)|max_fruitless_restarts|validation_share|found_by")
 ROWS = GLOSSARY.read_text().split("## Words that are not used")[1]
 BANNED = [pattern.replace("\\|", "|") for pattern in re.findall(r"^\| `(.+?)`[^|]*\|", ROWS, re.MULTILINE)]
 PATTERN = re.compile("|".join(rf"(?<![a-zA-Z])(?:{pattern})(?![a-zA-Z])" for pattern in BANNED), re.IGNORECASE)
@@ -30,10 +29,9 @@ def uses(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_text_uses_the_words_of_the_glossary(path: Path) -> None:
-    lines = enumerate([str(path.relative_to(ROOT)), *path.read_text().splitlines()])
-    assert not [
-        f"{path.relative_to(ROOT)}:{number}: {', '.join(words)}" for number, line in lines if (words := uses(line))
-    ]
+    name = str(path.relative_to(ROOT))
+    lines = enumerate([name, *path.read_text().splitlines()])
+    assert not [f"{name}:{number}: {', '.join(words)}" for number, line in lines if (words := uses(line))]
 
 
 @pytest.mark.parametrize("text", ["it was told", "def test_what_is_kept", "the Place", "it goes on", "we found it"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import trainer
+
 ROOT = Path(__file__).parent.parent
 TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pretrained", "manifests", "lock", "clean"]
 
@@ -98,3 +100,9 @@ def test_the_image_has_the_tested_versions_without_development_tools_and_with_nv
         assert re.split(r"[^\w-]", needed)[0] in names
     for tool in project["optional-dependencies"]["dev"]:
         assert re.split(r"[^\w-]", tool)[0].lower() not in names
+
+
+def test_the_image_describes_itself_as_the_package_does() -> None:
+    description = re.search(r'image\.description="(.*)"', (ROOT / "Dockerfile").read_text())
+    assert description and trainer.__doc__
+    assert f"kubetune: {description[1].lower()}" == trainer.__doc__.lower()

@@ -1,12 +1,9 @@
 """Limits on the length of modules and the size of RunContext, and modules that must not import TensorFlow."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, run_python
+
 MAX_LINES = 600
 MAX_AT_THE_TOP = 16  # modules of trainer/ itself
 
@@ -27,15 +24,10 @@ def test_no_module_is_too_long() -> None:
 def test_modules_needed_before_the_configuration_is_known_do_not_import_tensorflow(module: str) -> None:
     heavy = "{'tensorflow', 'keras', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'requests', 'google.auth'}"
     program = f"import sys, trainer.{module}; print(sorted({heavy} & set(sys.modules)))"
-    assert run(program) == ("[]\n", "")
+    done = run_python(program, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_the_run_context_has_at_most_ten_fields() -> None:
     program = "import dataclasses; from trainer.context import RunContext; print(len(dataclasses.fields(RunContext)))"
-    assert int(run(program)[0]) <= 10
-
-
-def run(program: str) -> tuple[str, str]:
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    return done.stdout, done.stderr
+    assert int(run_python(program, timeout=120).stdout) <= 10

@@ -2,12 +2,10 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, run_python
 
 
 @pytest.mark.parametrize(
@@ -15,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 )
 def test_a_generated_page_is_current(script: str, page: str) -> None:
     program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.page())"
-    made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert made.stdout == (ROOT / "docs" / page).read_text(), f"run: python scripts/{script}.py"
+    assert run_python(program).stdout == (ROOT / "docs" / page).read_text(), f"run: python scripts/{script}.py"
 
 
 def test_the_paths_of_the_kubernetes_page_exist_and_its_commands_parse() -> None:

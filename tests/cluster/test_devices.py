@@ -1,12 +1,11 @@
 """TensorFlow's thread pools respect the quota of a container."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_python
+
 CHILD = """
 import sys, time
 from pathlib import Path
@@ -28,6 +27,4 @@ print((time.process_time() - used) / (time.perf_counter() - began))
 @pytest.mark.slow
 def test_a_quota_of_one_processor_keeps_one_busy(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    ran = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert float(ran.stdout) < 1.2
+    assert float(run_python(CHILD, tmp_path).stdout) < 1.2

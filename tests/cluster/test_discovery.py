@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.errors import raises
+from tests.processes import run_python
 from trainer.cluster.discovery import ALONE, Cluster, discover
 from trainer.errors import ConfigError
 
@@ -90,41 +89,28 @@ def test_tensorflow_reads_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 TF = "TF_CONFIG"
+SECOND = {"type": "worker", "index": 1}
+
+
+def by_tf_config(index: int, *addresses: str) -> Cluster:
+    return Cluster(index, addresses, TF, ",".join(addresses))
+
+
 WORKERS = [
-    (tf_config(TWO, FIRST), Cluster(0, ("a:2222", "b:2222"), TF, "a:2222,b:2222")),
-    (
-        tf_config({"worker": ["a:1", "b:1"], "master": ["m:1"]}, {"type": "worker", "index": 1}),
-        Cluster(2, ("m:1", "a:1", "b:1"), TF, "m:1,a:1,b:1"),
-    ),
-    (
-        tf_config({"chief": ["c:1"], "worker": ["a:1"], "evaluator": ["e:1"], "ps": []}, FIRST),
-        Cluster(1, ("c:1", "a:1"), TF, "c:1,a:1"),
-    ),
-    (
-        tf_config({"worker": ["[::1]:1", "10.0.0.2:65535"], "chief": []}, FIRST),
-        Cluster(0, ("[::1]:1", "10.0.0.2:65535"), TF, "[::1]:1,10.0.0.2:65535"),
-    ),
-    (
-        JOB | {"WORKER_COUNT": "2", "JOB_COMPLETION_INDEX": "1", "WORKER_PORT": "7000"},
-        Cluster(1, ("flowers-0.flowers-peers:7000", "flowers-1.flowers-peers:7000"), "Indexed Job flowers", "flowers"),
-    ),
-    (
-        JOB | {"WORKER_COUNT": " 2\n", "JOB_COMPLETION_INDEX": "0", "SERVICE_NAME": "p.ns.svc.cluster.local"},
-        Cluster(
-            0, tuple(f"flowers-{i}.p.ns.svc.cluster.local:2222" for i in range(2)), "Indexed Job flowers", "flowers"
-        ),
-    ),
-    (
-        JOBSET | {"WORKER_COUNT": "2", "JOB_COMPLETION_INDEX": "1"},
-        Cluster(1, ("pets-workers-0-0.pets:2222", "pets-workers-0-1.pets:2222"), "JobSet pets", "pets-workers"),
-    ),
-    (
-        JOBSET
-        | {"WORKER_COUNT": "2", "REPLICATED_JOB_REPLICAS": "2", "JOB_INDEX": "1", "JOB_COMPLETION_INDEX": "0"}
-        | {"SERVICE_NAME": "net", "WORKER_PORT": "7000", "JOB_NAME": "pets-workers-1"},
-        Cluster(1, ("pets-workers-0-0.net:7000", "pets-workers-1-0.net:7000"), "JobSet pets", "pets-workers"),
-    ),
-]
+    (tf_config(TWO, FIRST), by_tf_config(0, "a:2222", "b:2222")),
+    (tf_config({"worker": ["a:1", "b:1"], "master": ["m:1"]}, SECOND), by_tf_config(2, "m:1", "a:1", "b:1")),
+    (tf_config({"chief": ["c:1"], "worker": ["a:1"], "evaluator": ["e:1"], "ps": []}, FIRST), by_tf_config(1, "c:1", "a:1")),
+    (tf_config({"worker": ["[::1]:1", "10.0.0.2:65535"], "chief": []}, FIRST), by_tf_config(0, "[::1]:1", "10.0.0.2:65535")),
+    (JOB | {"WORKER_COUNT": "2", "JOB_COMPLETION_INDEX": "1", "WORKER_PORT": "7000"},
+     Cluster(1, ("flowers-0.flowers-peers:7000", "flowers-1.flowers-peers:7000"), "Indexed Job flowers", "flowers")),
+    (JOB | {"WORKER_COUNT": " 2\n", "JOB_COMPLETION_INDEX": "0", "SERVICE_NAME": "p.ns.svc.cluster.local"},
+     Cluster(0, tuple(f"flowers-{i}.p.ns.svc.cluster.local:2222" for i in range(2)), "Indexed Job flowers", "flowers")),
+    (JOBSET | {"WORKER_COUNT": "2", "JOB_COMPLETION_INDEX": "1"},
+     Cluster(1, ("pets-workers-0-0.pets:2222", "pets-workers-0-1.pets:2222"), "JobSet pets", "pets-workers")),
+    (JOBSET | {"WORKER_COUNT": "2", "REPLICATED_JOB_REPLICAS": "2", "JOB_INDEX": "1", "JOB_COMPLETION_INDEX": "0"}
+     | {"SERVICE_NAME": "net", "WORKER_PORT": "7000", "JOB_NAME": "pets-workers-1"},
+     Cluster(1, ("pets-workers-0-0.net:7000", "pets-workers-1-0.net:7000"), "JobSet pets", "pets-workers")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("environment", "cluster"), WORKERS)
@@ -175,71 +161,43 @@ def test_jobs_have_different_names() -> None:
 
 COUNT, INDEX, REPLICAS = "WORKER_COUNT", "JOB_COMPLETION_INDEX", "REPLICATED_JOB_REPLICAS"
 A_FOUR = indexed_job_pod(0)
-# environment, key, value, problem, fix
+ONLY_WORKERS, DIFFERENT = "run workers only", "different address"
+SPARSE = {"sparseCluster": {"worker": {"0": "a:1"}}}
+# environment, value, problem, fix
 TF_CONFIG_FAULTS = [
     ({TF: "{worker"}, "'{worker'", r"is not JSON \(Expecting property name", "correct it or unset it"),
     ({TF: "[1]"}, "'[1]'", "is not a JSON object", 'give {"cluster": ..., "task": ...}'),
-    (
-        {TF: json.dumps({"sparseCluster": {"worker": {"0": "a:1"}}})},
-        None,
-        "sparseCluster",
-        "enableDynamicWorker: false",
-    ),
-    (tf_config(["a:1"], FIRST), None, r"the cluster \['a:1'\] is not an object", 'give {"worker"'),
-    (tf_config(TWO), None, "the task is None", 'as in {"type": "worker", "index": 0}'),
-    (tf_config(TWO, {"type": "worker"}), None, "the task is {'type': 'worker'}", "give type and index"),
-    (
-        tf_config(TWO, {"type": "chief", "index": 0}),
-        None,
-        "type 'chief' is not in the cluster, which has worker$",
-        "agree",
-    ),
-    (tf_config(TWO, {"type": ["worker"], "index": 0}), None, r"type \['worker'\] is not in the cluster", "agree"),
-    (
-        tf_config({"evaluator": ["e:1"]}, FIRST),
-        None,
-        "type 'worker' is not in the cluster, which has no workers",
-        "agree",
-    ),
+    ({TF: json.dumps(SPARSE)}, None, "sparseCluster", "enableDynamicWorker: false"),
+]
+# cluster, task, problem, fix
+CLUSTER_FAULTS: list[tuple[Any, Any, str, str]] = [
+    (["a:1"], FIRST, r"the cluster \['a:1'\] is not an object", 'give {"worker"'),
+    (TWO, None, "the task is None", 'as in {"type": "worker", "index": 0}'),
+    (TWO, {"type": "worker"}, "the task is {'type': 'worker'}", "give type and index"),
+    (TWO, {"type": "chief", "index": 0}, "type 'chief' is not in the cluster, which has worker$", "agree"),
+    (TWO, {"type": ["worker"], "index": 0}, r"type \['worker'\] is not in the cluster", "agree"),
+    ({"evaluator": ["e:1"]}, FIRST, "type 'worker' is not in the cluster, which has no workers", "agree"),
     *(
-        (
-            tf_config(TWO, {"type": "worker", "index": i}),
-            None,
-            f"index {i!r} is not one of the 2 in worker",
-            "give 0 to 1",
-        )
+        (TWO, {"type": "worker", "index": i}, f"index {i!r} is not one of the 2 in worker", "give 0 to 1")
         for i in (2, -1, "0", True, 0.0, None)
     ),
-    (tf_config(TWO | {"ps": ["p:1"]}, FIRST), None, r"parameter servers \(ps\)", "run workers only"),
-    (tf_config(TWO, {"type": "ps", "index": 0}), None, r"parameter servers \(ps\)", "run workers only"),
-    (
-        tf_config(TWO | {"evaluator": ["e:1"]}, {"type": "evaluator", "index": 0}),
-        None,
-        "an evaluator",
-        "run workers only",
-    ),
-    (tf_config({"wroker": ["a:1"]}, FIRST), None, "the unknown role 'wroker'", "use chief and worker"),
-    (tf_config({"worker": {"0": "a:1"}}, FIRST), None, "worker is {'0': 'a:1'}", r'as in \["host:2222"\]'),
+    (TWO | {"ps": ["p:1"]}, FIRST, r"parameter servers \(ps\)", ONLY_WORKERS),
+    (TWO, {"type": "ps", "index": 0}, r"parameter servers \(ps\)", ONLY_WORKERS),
+    (TWO | {"evaluator": ["e:1"]}, {"type": "evaluator", "index": 0}, "an evaluator", ONLY_WORKERS),
+    ({"wroker": ["a:1"]}, FIRST, "the unknown role 'wroker'", "use chief and worker"),
+    ({"worker": {"0": "a:1"}}, FIRST, "worker is {'0': 'a:1'}", r'as in \["host:2222"\]'),
     *(
-        (
-            tf_config({"worker": ["a:1", address]}, FIRST),
-            None,
-            f"the worker address {re.escape(repr(address))} is not",
-            "host:2222",
-        )
+        ({"worker": ["a:1", address]}, FIRST, f"the worker address {re.escape(repr(address))} is not", "host:2222")
         for address in ("b", "b:", ":1", "b:0", "b:65536", "b:http", "b:-1", "grpc://b:1", "$(HOST):1", "b:1\n", 7)
     ),
-    (tf_config({"worker": ["a:1", "b:1", "a:1"]}, FIRST), None, "the address a:1 occurs twice", "different address"),
-    (
-        tf_config({"chief": ["a:1"], "worker": ["a:1", "b:1"]}, FIRST),
-        None,
-        "the address a:1 occurs twice",
-        "different address",
-    ),
-    (tf_config({"chief": ["a:1", "b:1"], "worker": ["c:1"]}, FIRST), None, r"2 chiefs \(a:1, b:1\)", "as workers"),
-    (tf_config({"chief": ["a:1"], "master": ["b:1"]}, {"type": "chief", "index": 0}), None, "2 chiefs", "as workers"),
+    ({"worker": ["a:1", "b:1", "a:1"]}, FIRST, "the address a:1 occurs twice", DIFFERENT),
+    ({"chief": ["a:1"], "worker": ["a:1", "b:1"]}, FIRST, "the address a:1 occurs twice", DIFFERENT),
+    ({"chief": ["a:1", "b:1"], "worker": ["c:1"]}, FIRST, r"2 chiefs \(a:1, b:1\)", "as workers"),
+    ({"chief": ["a:1"], "master": ["b:1"]}, {"type": "chief", "index": 0}, "2 chiefs", "as workers"),
 ]
+TF_CONFIG_FAULTS += [(tf_config(cluster, task), None, *expected) for cluster, task, *expected in CLUSTER_FAULTS]
 MANIFEST = "set it in the manifest"
+HOST_NAME, SERVICE_LINK = "cannot be part of a host name", "tcp://10.0.0.7:80"
 BOTH = "unset TF_CONFIG or WORKER_COUNT, or make them agree"
 KUBERNETES_FAULTS = [
     (kubeflow_pod(2) | {COUNT: "3"}, COUNT, 3, "different number of workers, 4", "make them agree"),
@@ -265,14 +223,8 @@ KUBERNETES_FAULTS = [
             (jobset_pod(0), "REPLICATED_JOB_NAME", "the pod label jobset.sigs.k8s.io/replicatedjob-name"),
         ]
     ),
-    (A_FOUR | {"JOB_NAME": "$(JOB)"}, "JOB_NAME", "'$(JOB)'", "cannot be part of a host name", MANIFEST),
-    (
-        A_FOUR | {"SERVICE_NAME": "peers:2222"},
-        "SERVICE_NAME",
-        "'peers:2222'",
-        "cannot be part of a host name",
-        MANIFEST,
-    ),
+    (A_FOUR | {"JOB_NAME": "$(JOB)"}, "JOB_NAME", "'$(JOB)'", HOST_NAME, MANIFEST),
+    (A_FOUR | {"SERVICE_NAME": "peers:2222"}, "SERVICE_NAME", "'peers:2222'", HOST_NAME, MANIFEST),
     (A_FOUR | {INDEX: "4"}, INDEX, 4, "is not below WORKER_COUNT=4$", "the number of all pods"),
     (A_FOUR | {INDEX: "17"}, INDEX, 17, "is not below WORKER_COUNT=4$", "the number of all pods"),
     ({COUNT: "1", INDEX: "1"}, INDEX, 1, "is not below WORKER_COUNT=1$", "the number of all pods"),
@@ -299,13 +251,7 @@ KUBERNETES_FAULTS = [
         for value in values
     ),
     ({INDEX: "x"}, INDEX, "'x'", "is not a whole number from 0 to 999999", MANIFEST),
-    (
-        A_FOUR | {"WORKER_PORT": "tcp://10.0.0.7:80"},
-        "WORKER_PORT",
-        "'tcp://10.0.0.7:80'",
-        "65535",
-        "enableServiceLinks",
-    ),
+    (A_FOUR | {"WORKER_PORT": SERVICE_LINK}, "WORKER_PORT", repr(SERVICE_LINK), "65535", "enableServiceLinks"),
 ]
 
 
@@ -328,5 +274,4 @@ def test_a_long_value_is_cut() -> None:
 def test_discovery_imports_no_tensorflow() -> None:
     heavy = "{'tensorflow', 'keras', 'numpy', 'pydantic'}"
     program = f"import sys, trainer.cluster.discovery; print(sorted({heavy} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert result.stdout == "[]\n"
+    assert run_python(program).stdout == "[]\n"

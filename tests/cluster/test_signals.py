@@ -5,11 +5,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, run_python
+
 PROGRAM = """
 import signal, sys, time
 from trainer.cluster.signals import StopFlag
@@ -95,6 +95,4 @@ main()
 
 
 def test_a_signal_after_the_end_does_not_change_the_exit_code() -> None:
-    ran = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 2, ran.stderr
-    assert "there is no such key" in ran.stderr
+    assert "there is no such key" in run_python(LATE, code=2).stderr

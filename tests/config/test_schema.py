@@ -67,6 +67,7 @@ CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 
         ({"training": {"focal_gamma": 1}}, "training.focal_gamma", "1", "set training.loss=focal"),
         ({"training": {"batch_size": "many"}}, "training.batch_size", "many", "^use a valid integer or 'auto'$"),
         ({"training": {"batch_size": 0}}, "training.batch_size", 0, "^use a value greater than or equal to 1 or 'auto'$"),
+        ({"export": {"formats": ["saved_model", "tflite_int4"]}}, "export.formats.1", "tflite_int4", "'tflite_int8' or 'onnx'"),
         ({"distillation": {}}, "distillation.teacher", None, "set distillation.teacher"),
         ({"distillation": {"teacher": "x", "alhpa": 0.5}}, "distillation.alhpa", None, r"did you mean alpha\?"),
         ({"data__group_field": "site"}, "data.group_field", "site", "data.source=tfds or tfrecords"),

@@ -1,12 +1,11 @@
 """A small split as image files, and the same images as record shards."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
+from tests.data.images import noise, record
 from trainer.data.images import Pixels, fill_cache, image_bytes, plan_image_cache
 from trainer.types import Shard, Split
 
@@ -14,10 +13,7 @@ COUNT, SIDE = 37, 10
 
 
 def jpeg(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (13, 17, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG")
-    return out.getvalue()
+    return noise(number, size=(13, 17))
 
 
 def labels() -> np.ndarray:
@@ -32,11 +28,6 @@ def file_split(root: Path) -> Split:
     return Split("train", labels(), files=files)
 
 
-def record(data: bytes) -> bytes:
-    feature = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data]))}
-    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
-
-
 def shard_split(root: Path) -> Split:
     """Four shards; of the second the split leaves out two records at each end."""
     root.mkdir(parents=True, exist_ok=True)
@@ -45,7 +36,8 @@ def shard_split(root: Path) -> Split:
         path = root / f"{number}.tfrec"
         with tf.io.TFRecordWriter(str(path)) as writer:
             for i in range(count):
-                writer.write(record(jpeg(at + i - start) if start <= i < stop else b"not of this split"))
+                image = jpeg(at + i - start) if start <= i < stop else b"not of this split"
+                writer.write(record(image=image))
         shards.append(Shard(str(path), count, start, stop))
         at += stop - start
     assert at == COUNT
@@ -53,19 +45,13 @@ def shard_split(root: Path) -> Split:
 
 
 def opened(
-    split: Split,
-    cache: str,
-    folder: Path,
-    notes: list[str] | None = None,
-    memory_budget: int = 10**9,
-    disk_budget: int = 10**9,
-    cache_dir: Path | None = None,
-    fingerprint: str = "abc",
-    **changes: object,
-) -> Pixels:
+    split: Split, cache: str, folder: Path, notes: list[str] | None = None, memory_budget: int = 10**9,
+    disk_budget: int = 10**9, fingerprint: str = "abc", **changes: object,
+) -> Pixels:  # fmt: skip
+    """Decoded images of a split, with their cache in `folder`."""
     options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
     pixels = Pixels(split, log_message=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
     needed = image_bytes(split, pixels.size)
     plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
-    fill_cache(pixels, plan, cache_dir or folder / "cache", fingerprint)
+    fill_cache(pixels, plan, folder / "cache", fingerprint)
     return pixels

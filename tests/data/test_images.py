@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, record, shard_split
+from tests.data.images import record
+from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, shard_split
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
@@ -126,7 +127,7 @@ def damage(split: Split, index: int) -> None:
         return
     path, _, number = split.name_of(index).rpartition("#")
     records = [r.numpy() for r in tf.data.TFRecordDataset(path)]
-    records[int(number)] = record(jpeg(index)[:300])
+    records[int(number)] = record(image=jpeg(index)[:300])
     with tf.io.TFRecordWriter(path) as writer:
         for content in records:
             writer.write(content)

@@ -349,9 +349,8 @@ RANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_splits_are_ranges_of_records(tmp_path: Path, data: dict[str, str], expected: dict[str, Any]) -> None:
     root = str(write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=3))
     dataset = opened(tmp_path, source="tfds", root=root, **data)
-    assert {name: images(split) for name, split in dataset.splits.items()} == {
-        name: [noise(k) for k in numbers] for name, numbers in expected.items()
-    }
+    expected = {name: [noise(k) for k in numbers] for name, numbers in expected.items()}
+    assert {name: images(split) for name, split in dataset.splits.items()} == expected
 
 
 def test_validation_is_drawn_if_train_is_sorted_by_class(tmp_path: Path) -> None:
@@ -380,13 +379,9 @@ def test_labels_are_read_once(tmp_path: Path) -> None:
 
 
 def test_overlapping_splits_are_refused_or_noted(tmp_path: Path) -> None:
-    data = {
-        "source": "tfds",
-        "root": str(write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10, "test": [0, 1, 2]})),
-    }
-    with raises(
-        DataError, "data.validation_split", "train[80%:]", "", "6 examples in common with data.train_split=train"
-    ):
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10, "test": [0, 1, 2]})
+    data, problem = {"source": "tfds", "root": str(root)}, "6 examples in common with data.train_split=train"
+    with raises(DataError, "data.validation_split", "train[80%:]", problem=problem):
         opened(tmp_path, **data, validation_split="train[80%:]")
     notes = opened(tmp_path, **data, validation_split="test").notes
     assert "validation and test have 3 examples in common: the checkpoint is selected on test examples" in notes
@@ -418,12 +413,7 @@ def test_a_prepared_dataset_is_opened_by_name(tmp_path: Path) -> None:
     [
         ("train_split", "training", r"train \(30\)", r"pets has no such split \("),
         ("validation_split", "train[:0]", "set a split string", "is empty in pets"),
-        (
-            "image_field",
-            "photo",
-            "set data.image_field=image",
-            r"no Image .*it has image \(Image\), label \(ClassLabel\)",
-        ),
+        ("image_field", "photo", "image_field=image", r"no Image .*it has image \(Image\), label \(ClassLabel\)"),
         ("label_field", "image", "set data.label_field=label", "pets has no ClassLabel of this name"),
     ],
 )
@@ -475,11 +465,8 @@ def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
     write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"source": "tfrecords", "pattern": f"{tmp_path}/pets/*.tfrecord*", "class_names": CLASSES}
     dataset = opened(tmp_path, **data, test_fraction=0.2)
-    assert {name: len(split.shards) for name, split in dataset.splits.items()} == {
-        "train": 3,
-        "validation": 1,
-        "test": 1,
-    }
+    shards = {name: len(split.shards) for name, split in dataset.splits.items()}
+    assert shards == {"train": 3, "validation": 1, "test": 1}
     assert images(dataset.splits["validation"]) == [noise(k) for k in range(6)]
     assert images(dataset.splits["test"]) == [noise(k) for k in range(6, 12)]
     assert dataset.name == "pets"
@@ -519,9 +506,8 @@ def test_overfitting_trains_on_one_batch_and_scores_it(tmp_path: Path) -> None:
     })  # fmt: skip
     dataset = open_run_dataset(config, config.data, lambda _: None)
     train = dataset.splits["train"]
-    assert {name: split.files for name, split in dataset.splits.items()} == dict.fromkeys(
-        ("train", "validation"), train.files
-    )
+    files = {name: split.files for name, split in dataset.splits.items()}
+    assert files == dict.fromkeys(("train", "validation"), train.files)
     assert train.count == 6
     require_validation(dataset)
 

@@ -1,8 +1,6 @@
 """Batches: exact positions, and the same bits from every cache and after every resume."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import tensorflow as tf
 
 from tests.data.orders import Batches, assert_same, epoch_order
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, labels, opened, shard_split
+from tests.processes import run_python
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order
@@ -20,7 +19,6 @@ from trainer.data.pipeline import evaluation_batches, training_batches
 from trainer.data.sharding import Sharding, shards_of_workers, steps_per_epoch
 from trainer.types import Split
 
-ROOT = Path(__file__).parent.parent.parent
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
 ORDER = Order(BATCH, seed=5, window=12)
 PLAIN = Augmentation()
@@ -31,14 +29,9 @@ THE_REST = Augmentation(saturation=0.3, hue=0.1, randaugment=1, cutout=0.2, cutm
 
 
 def take(
-    pixels: Pixels,
-    count: int,
-    epoch: int = 0,
-    step: int = 0,
-    augmentation: Augmentation = PLAIN,
-    replicas: int = 1,
+    pixels: Pixels, count: int, epoch: int = 0, step: int = 0, augmentation: Augmentation = PLAIN, replicas: int = 1,
     **changes: Any,
-) -> Batches:
+) -> Batches:  # fmt: skip
     order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
     batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
     return list(batches.dataset.take(count).as_numpy_iterator())
@@ -224,8 +217,7 @@ def test_under_op_determinism_the_bits_are_the_same_and_nothing_becomes_serial(t
     expected = take(opened(file_split(tmp_path), "none", tmp_path), STEPS, augmentation=EVERYTHING)
     out = tmp_path / "images.npy"
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "make_deterministic=2"}
-    command = [sys.executable, "-c", UNSHARDED, str(tmp_path), str(out)]
-    ran = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = run_python(UNSHARDED, tmp_path, out, env=environment)
     np.testing.assert_array_equal(np.load(out), np.concatenate([batch["image"] for batch in expected]))
     assert "Rewriting node" not in ran.stderr
     assert "Will rewrite" not in ran.stderr
@@ -272,7 +264,4 @@ print(own_mb() - before)
 
 def test_no_pipeline_copies_the_cache(tmp_path: Path) -> None:
     """Four pipelines over 460 MB of images and 307 MB of features in mapped files."""
-    ran = subprocess.run(
-        [sys.executable, "-c", MANY, str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
-    )
-    assert float(ran.stdout.split()[-1]) < 150
+    assert float(run_python(MANY, tmp_path).stdout.split()[-1]) < 150

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.images import fill_folder, noise
+from tests.data.images import fill_folder, noise, record
 from tests.errors import raises
 from trainer.data.records import frame_record, index_shard, read_image, read_labels, records_of, serialize
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
@@ -63,12 +63,7 @@ def test_tensorflow_reads_our_records_and_examples(tmp_path: Path) -> None:
 def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    feature = {
-        "photo": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"bytes"])),
-        "class": tf.train.Feature(int64_list=tf.train.Int64List(value=[1])),
-        "box": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5, 1.5])),
-    }
-    payload = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    payload = record(photo=b"bytes", box=[0.5, 1.5], **{"class": 1})
     path = str(tmp_path / "a.tfrec")
     with tf.io.TFRecordWriter(path) as writer:
         for _ in range(5):
@@ -225,30 +220,15 @@ def test_other_files_are_no_shards(tmp_path: Path) -> None:
         index_shard(path)
 
 
+LISTED = r"image \(bytes\), label \(int64\)"
+
+
 @pytest.mark.parametrize(
     ("label", "image", "key", "fix", "problem"),
     [
-        (
-            "class",
-            "image",
-            "label_field",
-            r"image \(bytes\), label \(int64\)",
-            "record 0 of shard {} has no such field",
-        ),
-        (
-            "label",
-            "photo",
-            "image_field",
-            r"image \(bytes\), label \(int64\)",
-            "record 0 of shard {} has no image bytes",
-        ),
-        (
-            "image",
-            "image",
-            "label_field",
-            r"image \(bytes\), label \(int64\)",
-            "record 0 of shard {} has not exactly one int64",
-        ),
+        ("class", "image", "label_field", LISTED, "record 0 of shard {} has no such field"),
+        ("label", "photo", "image_field", LISTED, "record 0 of shard {} has no image bytes"),
+        ("image", "image", "label_field", LISTED, "record 0 of shard {} has not exactly one int64"),
         ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
     ],
 )

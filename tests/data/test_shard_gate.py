@@ -1,6 +1,5 @@
 """Every shard that a pipeline opens was required before, and the batches are those of local shards, bit for bit."""
 
-import io
 import itertools
 import shutil
 import time
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
+from tests.data.images import noise, record
 from tests.data.orders import Batches, assert_same
-from tests.data.splits_on_disk import COUNT, opened, record, shard_split
+from tests.data.splits_on_disk import COUNT, opened, shard_split
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
@@ -30,12 +29,6 @@ SHARDS, RECORDS, SIDE = 50, 1990, 4
 PLAIN, AUGMENTED = Augmentation(), Augmentation(flip_horizontal=True)
 
 
-def png(number: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(out, "PNG")
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     """A split of fifty shards of 26 to 54 records, without the ends of some, and with two ranges of one."""
@@ -47,7 +40,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         path = folder / f"x-{number:02d}.tfrecord"
         with tf.io.TFRecordWriter(str(path)) as writer:
             for image in itertools.islice(images, count):
-                writer.write(record(png(image)))
+                writer.write(record(image=noise(image, "PNG", size=(SIDE, SIDE))))
         ranges = [(number % 3, count - number % 2)] if number < SHARDS - 1 else [(0, count)]
         ranges = [(0, 9), (12, count)] if number == 5 else ranges
         shards += [Shard(str(path), count, start, stop) for start, stop in ranges]

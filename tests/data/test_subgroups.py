@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tests.data.images import noise
+from tests.data.images import noise, record
 from tests.data.test_open import CLASSES, opened, write_records
 from tests.errors import raises
 from trainer.config.schema import load
@@ -36,7 +36,8 @@ def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 
             name = f"clinic-{split}.tfrecord-{number:05d}-of-{shards:05d}"
             with tf.io.TFRecordWriter(str(root / name)) as writer:
                 for _ in range(length):
-                    writer.write(_record(k))
+                    fields = {"camera": camera(k).encode(), "ward": k % 4, "site": k % 2, "quality": [0.5]}
+                    writer.write(record(image=noise(k), label=k % 3, **fields))
                     k += 1
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=1,
                                          filename_template=template.replace(split=split)))  # fmt: skip
@@ -57,20 +58,6 @@ def write_dataset_with_groups(root: Path, counts: dict[str, int], shards: int = 
 
 def camera(k: int) -> str:
     return ("a", "b", "ä b")[k % 5 % 3]
-
-
-def _record(k: int) -> bytes:
-    def text(value: bytes) -> tf.train.Feature:
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-    def number(value: int) -> tf.train.Feature:
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-    feature = {
-        "image": text(noise(k)), "label": number(k % 3), "camera": text(camera(k).encode()), "ward": number(k % 4),
-        "site": number(k % 2), "quality": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5])),
-    }  # fmt: skip
-    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +140,7 @@ def test_a_field_with_a_value_per_example_is_no_group(tmp_path: Path) -> None:
     path = str(tmp_path / "a.tfrec")
     with tf.io.TFRecordWriter(path) as writer:
         for k in range(120):
-            value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[f"patient {k:03d}".encode()]))
-            writer.write(tf.train.Example(features=tf.train.Features(feature={"who": value})).SerializeToString())
+            writer.write(record(who=f"patient {k:03d}".encode()))
     split = Split("test", np.zeros(120, np.int32), shards=(Shard(path, 120, 0, 120),))
     problem = "120 different values among the 120 test examples, such as 'patient 000'"
     with raises(DataError, "data.group_field", "who", "at most 100", problem):

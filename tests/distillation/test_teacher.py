@@ -1,9 +1,5 @@
 """Teachers predict as their network, at their own image size, and without gradient."""
 
-import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import keras
@@ -13,14 +9,13 @@ import tensorflow as tf
 
 from tests.errors import raises
 from tests.exporting.subjects import SIZE, bundle_for, small_model, some_images
+from tests.processes import result_of
 from trainer.config import schema as config
 from trainer.distillation.teacher import Teacher, saved_model_as_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Predictor
 from trainer.exporting.saved_model import export_saved_model
 from trainer.models.classifier import build_classifier
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +89,7 @@ print("RESULT" + json.dumps(Predictor(strategy, teacher).probabilities(stream, 1
 def test_a_saved_model_predicts_on_two_devices(model: keras.Model, exported: Path, tmp_path: Path) -> None:
     images = some_images(4)
     np.save(tmp_path / "images.npy", images)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MIRRORED), str(exported), str(tmp_path / "images.npy")],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    probabilities = json.loads(done.stdout.split("RESULT")[1])
+    probabilities = result_of(MIRRORED, exported, tmp_path / "images.npy")
     np.testing.assert_allclose(probabilities, model.predict(images.astype("float32"), verbose=0), atol=1e-5)
 
 

@@ -15,18 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Both phases, augmentation, dropout, EMA, an uneven last batch: all state that a checkpoint could miss.
 SMALL = (
-    "experiment=quickstart",
-    "debug.max_examples=90",
-    "training.batch_size=16",
-    "training.ema=0.9",
-    "phases.head.epochs=2",
-    "phases.fine_tune.epochs=2",
-    "phases.fine_tune.thaw=from_block:block_13",
-    "runtime.checkpoint_every='4 steps'",
-    "runtime.log_every='4 steps'",
-    "runtime.steps_per_call=3",
+    "experiment=quickstart", "debug.max_examples=90", "training.batch_size=16", "training.ema=0.9",
+    "phases.head.epochs=2", "phases.fine_tune.epochs=2", "phases.fine_tune.thaw=from_block:block_13",
+    "runtime.checkpoint_every='4 steps'", "runtime.log_every='4 steps'", "runtime.steps_per_call=3",
     "export.formats=[saved_model]",
-)
+)  # fmt: skip
 
 
 def command(*overrides: str) -> list[str]:
@@ -41,24 +34,18 @@ def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
     )
 
 
-def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python -m trainer` to its end."""
+def train(*overrides: str, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python -m trainer` to its end and check its exit code."""
     child = start(*overrides, cwd=cwd)
     out, err = child.communicate()
-    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+    assert child.returncode == code, err
+    return subprocess.CompletedProcess(child.args, code, out, err)
 
 
-def train(*overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `python -m trainer` to its end and check its exit code."""
-    result = run(*overrides)
-    assert result.returncode == code, result.stderr
-    return result
-
-
-def program(name: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def program(name: str, *arguments: str, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `python -m trainer.NAME` to its end and check its exit code."""
-    call = [sys.executable, "-m", f"trainer.{name}", *arguments]
-    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    call, environment = [sys.executable, "-m", f"trainer.{name}", *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     return result
 

@@ -18,8 +18,10 @@ from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step, program, tr
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
-from trainer.errors import INTERRUPTED, WRONG_INPUT
+from trainer.errors import WRONG_INPUT
 from trainer.storage.path import storage_path
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("server")]
 
 WEIGHTS = ROOT / "trainer" / "models" / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
 DATA, SHARDS = "gs://bucket/digits", 4
@@ -72,7 +74,6 @@ def assert_tensorboard_reads(to: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("server")
 def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(calm: Path, prepared: Path, tmp_path: Path) -> None:
     first = start(tmp_path / "1", tmp_path / "node-1")
     first.wait_for("phase fine_tune: 12 steps")
@@ -92,16 +93,13 @@ def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(calm: Path, prepare
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("server")
 def test_sigterm_publishes_and_the_same_job_resumes_at_once(
     calm: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_UID", "1234-5678")
     first = start(tmp_path / "1", tmp_path / "node-1")
     first.wait_for("head  epoch 1 done")
-    first[0].send_signal(signal.SIGTERM)
-    assert first.wait(60) == [INTERRUPTED]
+    first.terminate()
     assert f"output_dir={RUN}" in first.output(0).splitlines()[-1]
     step = int((RUN / "checkpoints" / "LATEST").read_text().split()[0].split("-")[1])
     second = start(tmp_path / "2", tmp_path / "node-2")
@@ -112,7 +110,6 @@ def test_sigterm_publishes_and_the_same_job_resumes_at_once(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("server")
 def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> None:
     trained = start(
         tmp_path / "1", tmp_path / "node-1", "phases.head.epochs=1", "phases.fine_tune.epochs=1", "export.formats=[]"
@@ -138,7 +135,6 @@ def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> Non
         assert text in error
 
 
-@pytest.mark.usefixtures("server")
 def test_a_missing_address_is_named(tmp_path: Path) -> None:
     gone = start(tmp_path / "1", tmp_path / "c", "data.root=gs://bucket/nowhere")
     no_bucket = start(tmp_path / "2", tmp_path / "c", output="gs://no-such-bucket/runs/1")
@@ -149,7 +145,6 @@ def test_a_missing_address_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_one_bad_response_in_five_changes_nothing(server: Emulator, calm: Path, prepared: Path, tmp_path: Path) -> None:
     with faults(server.url) as proxy, environment(proxy.url):
         workers = start(tmp_path / "1", tmp_path / "node")
@@ -160,7 +155,6 @@ def test_one_bad_response_in_five_changes_nothing(server: Emulator, calm: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_an_unavailable_server_is_retried(server: Emulator, calm: Path, prepared: Path, tmp_path: Path) -> None:
     workers = start(tmp_path / "1", tmp_path / "node")
     workers.wait_for("head  epoch 1 done")
@@ -172,21 +166,16 @@ def test_an_unavailable_server_is_retried(server: Emulator, calm: Path, prepared
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("server")
 def test_two_runs_on_one_folder_do_not_mix(tmp_path: Path) -> None:
     first = start(tmp_path / "1", tmp_path / "node-1", "phases.fine_tune.epochs=100")
     first.wait_for("head  epoch 1")
     second = start(tmp_path / "2", tmp_path / "node-2", "phases.fine_tune.epochs=100")
     assert second.wait(120) == [WRONG_INPUT]
     assert re.search(rf"{RUN}.* in use", second.output(0))
-    first[0].send_signal(signal.SIGTERM)
-    assert first.wait(60) == [INTERRUPTED]
+    first.terminate()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("server")
 def test_three_pods_prepare_one_dataset_in_the_bucket(tmp_path: Path) -> None:
     target = storage_path("gs://bucket/prepared")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import ROOT, SMALL, catches, has_loaded, run, start
+from tests.e2e.running import ROOT, SMALL, catches, has_loaded, start, train
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,8 @@ from tests.e2e.running import ROOT, SMALL, catches, has_loaded, run, start
 )  # fmt: skip
 def test_answers_at_once(arguments: list[str], code: int, stream: str, sentence: str, tmp_path: Path) -> None:
     began = time.monotonic()
-    result = run(*arguments, cwd=tmp_path)
+    result = train(*arguments, code=code, cwd=tmp_path)
     print(f"answered in {time.monotonic() - began:.2f} s")
-    assert result.returncode == code
     assert sentence in (result.stdout if stream == "out" else result.stderr)
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []  # nothing was written, no folder was made
@@ -46,24 +46,21 @@ def test_tensorflow_is_not_imported_before_the_configuration_is_right() -> None:
         "from trainer.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'tensorflow' in sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.split() == ["2", "False"]
+    assert run_python(program).stdout.split() == ["2", "False"]
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    result = run(f"output_dir={tmp_path}")
-    assert result.returncode == 2
-    assert f"output_dir={tmp_path}" in result.stderr
-    assert "letter.txt" in result.stderr
-    assert run(f"output_dir={tmp_path / 'new'}", "resume=must").returncode == 2
+    error = train(f"output_dir={tmp_path}", code=2).stderr
+    assert f"output_dir={tmp_path}" in error
+    assert "letter.txt" in error
+    train(f"output_dir={tmp_path / 'new'}", "resume=must", code=2)
 
 
 def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = run(f"output_dir={tmp_path / 'file' / 'run'}")
-    assert result.returncode == 2
-    assert re.search(r"^error: output_dir=.*\(?Not a directory", result.stderr)
+    error = train(f"output_dir={tmp_path / 'file' / 'run'}", code=2).stderr
+    assert re.search(r"^error: output_dir=.*\(?Not a directory", error)
 
 
 def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
@@ -105,8 +102,7 @@ def test_a_fault_in_the_configuration_of_a_pod_is_in_its_log_and_termination_mes
     preset: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "termination-log"
-    result = run(f"runtime={preset}", f"runtime.termination_log={file}", "seed=-1", cwd=tmp_path)
-    assert result.returncode == 2
+    result = train(f"runtime={preset}", f"runtime.termination_log={file}", "seed=-1", code=2, cwd=tmp_path)
     (entry,) = [json.loads(line) for line in (result.stdout + result.stderr).splitlines()]
     assert [(fault["key"], fault["value"]) for fault in entry["faults"]] == [("seed", -1)]
     assert "seed" in file.read_text()

@@ -10,6 +10,8 @@ import pytest
 from tests.e2e.running import assert_same_run, kill_after, train
 from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
 
+pytestmark = pytest.mark.slow
+
 KILLS = 2
 # With augmentation the teacher runs in every step; without, its probabilities are computed once and cached.
 MODES = {"live": ("augmentation=light",), "cached": ("augmentation=none",)}
@@ -27,7 +29,6 @@ def student(teacher: Path | str, mode: str, *more: str) -> tuple[str, ...]:
     return (*SHARED, *MODES[mode], f"distillation.teacher={teacher}", "distillation.temperature=2", *more)
 
 
-@pytest.mark.slow
 def test_a_student_logs_its_teacher_and_caches_the_probabilities(teacher: Path, tmp_path: Path) -> None:
     quick = student(teacher, "cached", f"runtime.cache_dir={tmp_path / 'cache'}", "debug.max_steps=2")
     output = train(*quick, "export.formats=[]", f"output_dir={tmp_path / 'run'}").stdout
@@ -41,7 +42,6 @@ def test_a_student_logs_its_teacher_and_caches_the_probabilities(teacher: Path, 
     assert probabilities.std(0).min() > 0
 
 
-@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_refused(teacher: Path, photos: Path, tmp_path: Path) -> None:
     error = train(
         "data=image_folder", f"data.root={photos}", "model=glyphs_mobilenet_v2", "debug=fast",
@@ -51,7 +51,6 @@ def test_a_teacher_of_other_classes_is_refused(teacher: Path, photos: Path, tmp_
         assert text in error
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_restart_uses_the_cache_and_accepts_no_other_teacher(teacher: Path, tmp_path: Path) -> None:
     moved, cache = tmp_path / "teacher", tmp_path / "cache"
@@ -68,7 +67,6 @@ def test_a_restart_uses_the_cache_and_accepts_no_other_teacher(teacher: Path, tm
     assert "fingerprint" in train(*run, "debug.max_steps=4", code=2).stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", MODES)
 def test_kills_change_nothing(teacher: Path, tmp_path: Path, mode: str) -> None:
@@ -87,7 +85,6 @@ def test_kills_change_nothing(teacher: Path, tmp_path: Path, mode: str) -> None:
     assert_same_run(calm, killed)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_workers_train_as_one_in_two_micro_batches(teacher: Path, tmp_path: Path, mode: str) -> None:
@@ -95,7 +92,6 @@ def test_two_workers_train_as_one_in_two_micro_batches(teacher: Path, tmp_path: 
     train_alone_and_by_two(tmp_path, *run)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_learn_from_a_saved_model(teacher: Path, tmp_path: Path) -> None:
     run = student(teacher / "export" / "saved_model" / "1", "live", "debug.max_steps=3", "export.formats=[]")

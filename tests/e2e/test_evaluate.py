@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 
+from tests.data.images import fill_folder
 from tests.e2e.running import program, train
 from trainer.report.compare import compare_runs, read_scored_run
 
@@ -61,12 +60,9 @@ def test_another_checkpoint_another_split_and_another_folder(trained: Path, tmp_
 
 
 def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None:
-    for k, name in enumerate(report_of(trained / "report")["data"]["class_names"]):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = np.random.default_rng([k, i]).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    arguments = ("data=image_folder", f"data.root={tmp_path / 'photos'}", "data.validation_fraction=0")
+    names = report_of(trained / "report")["data"]["class_names"]
+    photos = fill_folder(tmp_path / "photos", dict.fromkeys(names, 3))
+    arguments = ("data=image_folder", f"data.root={photos}", "data.validation_fraction=0")
     done = program("evaluate", f"run={trained}", *arguments)
     report = report_of(trained / "evaluations" / "best-photos-train")
     assert (report["test"]["n"], report["data"]["name"]) == (30, "photos")
@@ -75,8 +71,7 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
     assert "\naccuracy " in done.stdout
     assert report["duplicates"]["compared"] == {"train": 30}
 
-    (tmp_path / "photos" / "zebra").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "photos" / "zebra" / "1.png")
+    fill_folder(photos, {"zebra": 1}, 30)
     assert re.search("run=.*zebra", error_of(f"run={trained}", *arguments))
 
 

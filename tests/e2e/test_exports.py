@@ -23,6 +23,8 @@ from trainer.models.grad_cam import explain
 from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
 from trainer.storage.path import storage_path
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 ALL = tuple(ExportFormat.__args__)  # type: ignore[attr-defined]
 LAST = ("report", "export")  # folders that a run publishes at its end
 NEAR = {"tflite_float16": 0.02, "tflite_dynamic": 0.1, "tflite_int8": 0.2}
@@ -42,8 +44,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_every_format_of_a_trained_run_is_scored(trained: Path) -> None:
     facts = facts_of(trained)
     card = (trained / "export" / "model_card.md").read_text()
@@ -57,7 +57,6 @@ def test_every_format_of_a_trained_run_is_scored(trained: Path) -> None:
         assert f"| `{name}` | " in card
 
 
-@pytest.mark.slow
 def test_explanations_of_the_saved_model_are_those_of_the_trainer(trained: Path) -> None:
     run_ = find_run(str(trained))
     classifier = open_classifier(run_, load_checkpoint(run_, "best"))
@@ -74,8 +73,6 @@ def test_explanations_of_the_saved_model_are_those_of_the_trainer(trained: Path)
     assert outside["heatmap"].numpy().max() == 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(*SMALL, f"output_dir={folder}")
@@ -105,7 +102,6 @@ def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> No
     assert names == {"model.tflite", "labels.txt", "reference.json", "export.json"}
 
 
-@pytest.mark.slow
 def test_a_kill_in_the_export_leaves_the_same_files(tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     quick = [o for o in SMALL if "formats" not in o] + ["export.formats=[tflite,keras]", "debug.max_steps=2"]
@@ -142,8 +138,6 @@ def with_large_logits(trained: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_an_export_that_lost_accuracy_ends_the_run_with_2_and_the_others_stay(trained: Path, tmp_path: Path) -> None:
     out = with_large_logits(trained, tmp_path / "run")
     again = (*TRAINED, "export.formats=[tflite_int8,tflite]", f"output_dir={out}")
@@ -163,8 +157,6 @@ def test_an_export_that_lost_accuracy_ends_the_run_with_2_and_the_others_stay(tr
     assert (out / "DONE").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_two_workers_with_a_bucket_end_with_2_and_publish_the_rest(trained: Path, tmp_path: Path) -> None:
     with running(tmp_path / "objects"):
         there, out = storage_path("gs://bucket/runs/1"), with_large_logits(trained, tmp_path / "run")
@@ -200,7 +192,6 @@ def crops_of_photos(count: int, size: int) -> np.ndarray:
     )
 
 
-@pytest.mark.slow
 def test_darker_digits_and_another_dataset_drift_and_held_out_digits_do_not(trained: Path, tmp_path: Path) -> None:
     """The reference is of the test split; the log has the validation digits, changed or not."""
     served = tf.saved_model.load(str(trained / "export" / "saved_model" / "1"))

@@ -14,30 +14,28 @@ from tests.e2e.running import SMALL, assert_near, assert_same_run, kill_after, k
 from tests.e2e.workers import SHARED, train_alone_and_by_two
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 FIXED = ("augmentation=none", "model.dropout=0.2", "export.formats=[]")
 LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
 VIEWS = ("augmentation=light", "phases.head.augmented_views=2", "phases.head.epochs=3", "export.formats=[]")
 KILLS = 3
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("extra", [(), ("phases.fine_tune.batch_norm=train",)], ids=["frozen", "batch_norm"])
 def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: tuple[str, ...]) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
     output = train(*SMALL, *FIXED, *extra, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache").stdout
     assert "features of phase head: cached" in output
     assert "features of phase fine_tune: cached" in output
-    assert (
-        len(re.findall("features of (train|validation): .* images to compute", output)) == 2
-    )  # one pass for both phases
+    passes = re.findall("features of (train|validation): .* images to compute", output)
+    assert len(passes) == 2  # one for both phases
     assert json.loads((cached / "run.json").read_text())["features"] == {"head": "cached", "fine_tune": "cached"}
     assert json.loads((cached / "ledger.json").read_text())["seconds"]["features"] > 0
     train(*SMALL, *FIXED, *extra, *LIVE, f"output_dir={live}")
     assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kills_change_nothing(tmp_path: Path) -> None:
     calm, folder, cache = tmp_path / "calm", tmp_path / "killed", tmp_path / "cache"
@@ -59,8 +57,6 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     assert_same_run(calm, folder)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_stopped_while_computing_features_resumes_with_those_in_the_cache(tmp_path: Path) -> None:
     overrides = (
         "data=digits", "model=mobilenet_v2", "model.weights=none", "model.alpha=0.35", "model.image_size=96",
@@ -82,15 +78,12 @@ def test_a_run_stopped_while_computing_features_resumes_with_those_in_the_cache(
     assert listed() > cached
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("extra", [(), VIEWS], ids=["plain", "views"])
 def test_two_workers_train_as_one_in_two_micro_batches(tmp_path: Path, extra: tuple[str, ...]) -> None:
     train_alone_and_by_two(tmp_path, *SHARED, *FIXED, *extra, "phases.fine_tune.augmented_views=null")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_fixed_views_are_the_same_cached_and_live(tmp_path: Path) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
     run = (*SMALL, *VIEWS, "~phases.fine_tune")
@@ -100,8 +93,6 @@ def test_fixed_views_are_the_same_cached_and_live(tmp_path: Path) -> None:
     assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_without_space_for_features_a_phase_is_live_and_stays_live(tmp_path: Path) -> None:
     out, blocked = tmp_path / "run", tmp_path / "blocked" / "features"
     blocked.parent.mkdir()
@@ -114,8 +105,6 @@ def test_without_space_for_features_a_phase_is_live_and_stays_live(tmp_path: Pat
     assert not (tmp_path / "cache" / "features").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_phase_that_began_cached_is_interrupted_without_space(tmp_path: Path) -> None:
     run = (*SMALL, *FIXED, "~phases.fine_tune", f"output_dir={tmp_path / 'run'}")
     kill_at("step 8/", *run, f"runtime.cache_dir={tmp_path}/cache")  # four steps after a checkpoint
@@ -125,14 +114,7 @@ def test_a_phase_that_began_cached_is_interrupted_without_space(tmp_path: Path) 
     train(*run)
 
 
-@pytest.mark.slow
 def test_cached_features_without_frozen_layers_are_refused(tmp_path: Path) -> None:
-    run = (
-        "experiment=quickstart",
-        "augmentation=none",
-        "debug=fast",
-        "phases=end_to_end",
-        f"output_dir={tmp_path / 'run'}",
-    )
-    error = train(*run, "phases.all.features=cached", code=WRONG_INPUT).stderr
+    run = ("experiment=quickstart", "augmentation=none", "debug=fast", "phases=end_to_end")
+    error = train(*run, "phases.all.features=cached", f"output_dir={tmp_path / 'run'}", code=WRONG_INPUT).stderr
     assert "phases.all.features=cached: " in error

@@ -10,27 +10,18 @@ import yaml
 from tests.e2e.running import SMALL, assert_same_run, kill_at, train, variables_of
 from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
 
-MULTIPLIERS = (
-    "phases.fine_tune.layer_decay=0.8",
-    "phases.fine_tune.backbone_rate=0.5",
-    "phases.fine_tune.optimizer.name=adamw",
+pytestmark = pytest.mark.slow
+
+MULTIPLIERS = tuple(
+    f"phases.fine_tune.{value}" for value in ("layer_decay=0.8", "backbone_rate=0.5", "optimizer.name=adamw")
 )
-AUTO = (
-    "data=digits",
-    "model=auto",
-    "model.weights=none",
-    "model.image_size=32",
-    "phases=auto",
-    "phases.auto.domain=different",
-    "debug.max_examples=40",
-    "debug.max_steps=2",
-    "export.formats=[]",
-)
-
-WITHOUT_PHASES = tuple(a for a in AUTO if not a.startswith("phases"))
+WITHOUT_PHASES = (
+    "data=digits", "model=auto", "model.weights=none", "model.image_size=32", "debug.max_examples=40",
+    "debug.max_steps=2", "export.formats=[]",
+)  # fmt: skip
+AUTO = (*WITHOUT_PHASES, "phases=auto", "phases.auto.domain=different")
 
 
-@pytest.mark.slow
 def test_multipliers_are_restored_after_a_kill(tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     train(*SMALL, *MULTIPLIERS, f"output_dir={calm}")
@@ -40,7 +31,6 @@ def test_multipliers_are_restored_after_a_kill(tmp_path: Path) -> None:
     assert_same_run(calm, killed)
 
 
-@pytest.mark.slow
 def test_a_phase_without_improvement_ends_with_the_weights_of_the_phase_before(tmp_path: Path) -> None:
     worse, head = tmp_path / "worse", tmp_path / "head"
     longer = ("runtime.keep_checkpoints=1", "phases.head.epochs=3")
@@ -57,12 +47,10 @@ def test_a_phase_without_improvement_ends_with_the_weights_of_the_phase_before(t
     assert predictions[0] == predictions[1]
 
 
-@pytest.mark.slow
 def test_two_workers_with_multipliers_train_as_one_in_two_micro_batches(tmp_path: Path) -> None:
     train_alone_and_by_two(tmp_path, *SHARED, *MULTIPLIERS)
 
 
-@pytest.mark.slow
 def test_two_workers_train_batch_norm_as_one_does(tmp_path: Path) -> None:
     """The last of 90 examples in batches of 12 has 6 examples: the second worker has padding only."""
     extra = ("phases.fine_tune.batch_norm=train", "phases.fine_tune.optimizer.name=sgd", "augmentation=none")
@@ -77,7 +65,6 @@ def test_two_workers_train_batch_norm_as_one_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.slow
 def test_auto_values_are_resolved_once_and_equal_explicit_ones(tmp_path: Path) -> None:
     chosen, explicit = tmp_path / "chosen", tmp_path / "explicit"
     output = kill_at("phase fine_tune:", *AUTO, f"output_dir={chosen}")
@@ -101,7 +88,6 @@ def test_auto_values_are_resolved_once_and_equal_explicit_ones(tmp_path: Path) -
     assert_same_run(chosen, explicit)
 
 
-@pytest.mark.slow
 def test_workers_use_the_auto_values_of_the_chief(tmp_path: Path) -> None:
     out = tmp_path / "run"
     workers = start_workers(tmp_path, 2, *AUTO, f"output_dir={out}")

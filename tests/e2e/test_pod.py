@@ -159,8 +159,7 @@ def test_a_stalled_step_is_reported_and_sigterm_ends_it_at_once(tmp_path: Path, 
     assert metrics(port)["kubetune_last_progress_age_seconds"] > 4
     assert metrics(port)["kubetune_last_step_age_seconds"] > 4
     began = time.monotonic()
-    run[0].send_signal(signal.SIGTERM)
-    assert run.wait(30) == [INTERRUPTED]
+    run.terminate(seconds=30)
     assert time.monotonic() - began < 3
     log = entries(run.output(0))
     (stacks,) = [entry for entry in log if re.search(r"in (train_epoch|probabilities)\n", entry["message"])]
@@ -196,14 +195,14 @@ def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
     block(photos)
     (port,) = free_ports(1)
     pod = (*as_pod(tmp_path / "pod", port), "runtime.stuck_after=1")
-    call = (
+    call = [
         sys.executable,
         "-m",
         "trainer.prepare",
         "data=image_folder",
         f"data.root={photos}",
         f"output={tmp_path}/out",
-    )
+    ]
     with subprocess.Popen([*call, *pod], cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
         until(lambda: response(port)[0] == 503, child)
         child.send_signal(signal.SIGTERM)
@@ -217,8 +216,7 @@ def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_stalled_run_resumes(tmp_path: Path, photos: Path) -> None:
     first, _, overrides = stalled(tmp_path, photos)
-    first[0].send_signal(signal.SIGTERM)
-    assert first.wait(30) == [INTERRUPTED]
+    first.terminate(seconds=30)
     unblock(photos)
     second = start_workers(tmp_path / "second", 1, *overrides)
     assert second.wait(300) == [0], second.output(0)
@@ -255,11 +253,9 @@ def test_the_termination_message_after_sigterm_has_the_saved_step(tmp_path: Path
     (port,) = free_ports(1)
     run = start_workers(tmp_path, 1, *SMALL, *as_pod(tmp_path / "pod", port), f"output_dir={tmp_path / 'run'}")
     until(lambda: steps(port) >= 4, run[0])
-    run[0].send_signal(signal.SIGTERM)
-    assert run.wait(60) == [INTERRUPTED]
+    run.terminate()
     request, end = (entry["message"] for entry in entries(run.output(0)) if entry["severity"] == "WARNING")
     assert "SIGTERM" in request
     assert end.startswith("interrupted: SIGTERM at step")
-    assert re.match(
-        r"exit code 75 \(interrupted\): SIGTERM at step \d+; everything is saved", message(tmp_path / "pod")
-    )
+    pattern = r"exit code 75 \(interrupted\): SIGTERM at step \d+; everything is saved"
+    assert re.match(pattern, message(tmp_path / "pod"))

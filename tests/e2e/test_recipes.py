@@ -1,7 +1,6 @@
 """Every preset runs on a small dataset with its classes, fields and splits: small images, no weights, two steps per phase."""
 
 import csv
-import io
 import itertools
 import json
 from collections.abc import Callable
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
-from PIL import Image
 
+from tests.data.images import noise, record
 from tests.e2e.running import train, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, TABLE, preset
 from trainer.data.tfds_writer import LabelledImages, write_dataset
@@ -56,11 +55,8 @@ RECORDS = ("flowers_tfrecords_xception",)
 QUICK = {"beans_xception": "mobilenet_v2", "flowers_tfrecords_xception": "mobilenet_v2"}
 
 
-def jpeg(number: int, side: int = 40) -> bytes:
-    out = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, "JPEG")
-    return out.getvalue()
+def jpeg(number: int) -> bytes:
+    return noise(number, size=(40, 40))
 
 
 def tfds_folder(root: Path, name: str) -> tuple[str, ...]:
@@ -90,12 +86,7 @@ def record_files(root: Path) -> tuple[str, ...]:
     for file in range(6):
         with tf.io.TFRecordWriter(str(root / "records" / f"{file}.tfrec")) as writer:
             for at in range(20):
-                feature = {
-                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg(100 * file + at)])),
-                    "class": tf.train.Feature(int64_list=tf.train.Int64List(value=[at % 5])),
-                }
-                example = tf.train.Example(features=tf.train.Features(feature=feature))
-                writer.write(example.SerializeToString())
+                writer.write(record(image=jpeg(100 * file + at), **{"class": at % 5}))
     return (f"data.pattern={root / 'records'}/*.tfrec",)
 
 

@@ -3,14 +3,14 @@
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.running import ROOT, run, start
+from tests.e2e.running import start, train
+from tests.processes import run_python
 from tests.storage.emulator import running
 from tests.tensorboard import post
 from trainer.storage.path import storage_path
@@ -19,16 +19,15 @@ TINY = ("debug=fast", "phases=head_only", "phases.head.epochs=1", "export.format
 RATE = "phases.head.optimizer.learning_rate"
 
 
-def without_the_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
+def without_the_extra(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line in a Python that cannot import any plugin of Hydra, as if none were installed."""
     program = "import sys; sys.modules['hydra_plugins'] = None; from trainer.__main__ import main; main()"
-    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run_python(program, *arguments, code=code)
 
 
 @pytest.mark.parametrize("arguments", [["-m", "hydra/sweeper=optuna", "seed=1,2"], ["sweep=learning_rates"]])
 def test_a_search_without_the_extra_names_it(arguments: list[str]) -> None:
-    result = without_the_extra(*arguments)
-    assert result.returncode == 2
+    result = without_the_extra(*arguments, code=2)
     assert result.stderr.startswith("error: a search by Optuna needs the extra `sweep`")
     assert result.stderr.endswith("; pip install 'kubetune[sweep]'\n")
 
@@ -40,7 +39,7 @@ def test_everything_else_works_without_the_extra() -> None:
 
 @pytest.mark.parametrize("choice", ["hydra/sweeper=optuna", "sweep=learning_rates"])
 def test_a_search_maximizes_from_a_seed(choice: str) -> None:
-    tree = yaml.safe_load(run(choice, "--cfg", "hydra").stdout)["hydra"]
+    tree = yaml.safe_load(train(choice, "--cfg", "hydra").stdout)["hydra"]
     assert tree["mode"] == "MULTIRUN"
     sweeper = tree["sweeper"]
     assert (sweeper["direction"], sweeper["n_trials"], sweeper["n_jobs"]) == ("maximize", 20, 1)
@@ -50,24 +49,21 @@ def test_a_search_maximizes_from_a_seed(choice: str) -> None:
 
 @pytest.mark.parametrize("sweep", [("-m", "seed=1,2"), ("hydra/sweeper=optuna", "seed=choice(1,2)")])
 def test_a_wrong_configuration_ends_the_sweep_before_its_first_job(sweep: tuple[str, ...], tmp_path: Path) -> None:
-    result = run(*sweep, "phases.haed.epochs=3", f"output_dir={tmp_path / 'sweep'}")
-    assert result.returncode == 2
+    result = train(*sweep, "phases.haed.epochs=3", f"output_dir={tmp_path / 'sweep'}", code=2)
     assert result.stdout == ""
     assert result.stderr.count("did you mean head?") == 1
     assert "Traceback" not in result.stderr
 
 
 def test_a_search_of_nothing_is_refused() -> None:
-    result = run("-m", "hydra/sweeper=optuna", "experiment=quickstart")
-    assert result.returncode == 2
+    result = train("-m", "hydra/sweeper=optuna", "experiment=quickstart", code=2)
     assert re.match(r"error: hydra/sweeper=optuna: .*KEY=interval\(low, high\) or KEY=choice\(", result.stderr)
 
 
 @pytest.mark.slow
 def test_a_grid_continues_after_a_job_that_fails(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    result = run("-m", *TINY, "phases.head.optimizer.name=sgd", f"{RATE}=1e38,0.01", f"output_dir={sweep}")
-    assert result.returncode == 2
+    result = train("-m", *TINY, "phases.head.optimizer.name=sgd", f"{RATE}=1e38,0.01", f"output_dir={sweep}", code=2)
     assert f"job   0  failed (exit code 2)  {RATE}=1e+38\n" in result.stdout
     assert re.search(rf"job   1  val_accuracy 0\.\d{{4}}  {RATE}=0.01\nbest: job 1, ", result.stdout)
     assert f"{RATE}=0.01" in result.stdout.split("  again ")[1]
@@ -82,8 +78,7 @@ def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> No
     sweep = tmp_path / "sweep"
     search = (*TINY, "hydra/sweeper=optuna", "phases.head.optimizer.name=sgd", f"{RATE}=choice(0.01,1e38)")
     search += ("hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0", f"output_dir={sweep}")
-    first = run(*search)
-    assert first.returncode == 0, first.stderr
+    first = train(*search)
     assert f"job   0  failed (exit code 2)  {RATE}=1e+38\n" in first.stdout
     (score,) = re.findall(rf"job   1  val_accuracy (0\.\d{{4}})  {RATE}=0.01\n", first.stdout)
     results = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
@@ -95,13 +90,11 @@ def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> No
     assert [rows[name]["hparams"][RATE] for name in ("0", "1")] == [1e38, 0.01]
     assert {m["name"]["tag"] for m in rows["1"]["metricValues"]} == {"val_accuracy", "test_accuracy"}
 
-    again = run(*search)  # runs the same trials, and has the score of one of them
-    assert again.returncode == 0, again.stderr
+    again = train(*search)  # runs the same trials, and has the score of one of them
     assert f"{sweep / '1'} is finished already\n" in again.stdout
     assert again.stdout.split("\njob   0")[1] == first.stdout.split("\njob   0")[1]
 
-    other = run(*search, "seed=7")
-    assert other.returncode == 2
+    other = train(*search, "seed=7", code=2)
     assert f"output_dir={sweep / '0'}" in other.stderr
     assert "seed: 42 -> 7" in other.stderr
 
@@ -127,8 +120,7 @@ def test_a_sweep_that_is_stopped_stops_its_job_and_resumes(tmp_path: Path) -> No
     assert not (sweep / "1").exists() or not any((sweep / "1").iterdir())
     assert "job 1" not in out
 
-    rest = run(*grid)
-    assert rest.returncode == 0, rest.stderr
+    rest = train(*grid)
     assert f"run: {sweep / '0'} (resuming)" in rest.stdout
     assert all((sweep / name / "DONE").exists() for name in ("0", "1"))
     assert "best: job " in rest.stdout
@@ -138,12 +130,10 @@ def test_a_sweep_that_is_stopped_stops_its_job_and_resumes(tmp_path: Path) -> No
 def test_a_sweep_into_a_bucket_resumes_from_another_disk(tmp_path: Path) -> None:
     sweep = ("-m", "seed=1,2", *TINY, "output_dir=gs://bucket/sweep")
     with running(tmp_path / "objects"):
-        first = run(*sweep, f"runtime.cache_dir={tmp_path / 'one'}")
-        assert first.returncode == 0, first.stderr
+        first = train(*sweep, f"runtime.cache_dir={tmp_path / 'one'}")
         assert "-> gs://bucket/sweep/1" in first.stdout
         assert (storage_path("gs://bucket/sweep/0") / "DONE").exists()
         assert (storage_path("gs://bucket/sweep/1") / "DONE").exists()
-        again = run(*sweep, f"runtime.cache_dir={tmp_path / 'other'}")
-    assert again.returncode == 0, again.stderr
+        again = train(*sweep, f"runtime.cache_dir={tmp_path / 'other'}")
     assert again.stdout.count("is finished already") == 2
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

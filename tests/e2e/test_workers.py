@@ -111,8 +111,7 @@ def test_two_devices_of_one_process_train_the_same_and_resume(tmp_path: Path) ->
     first = start_workers(tmp_path / "first", 1, *mirrored)
     first.wait_for("step 40/")
     assert "devices: 2 CPUs" in first.output(0)
-    first[0].send_signal(signal.SIGTERM)
-    assert first.wait(60) == [INTERRUPTED]
+    first.terminate()
     second = start_workers(tmp_path / "second", 1, *mirrored)
     assert second.wait(300) == [0]
     assert_same_weights(tmp_path / "run", alone)
@@ -126,8 +125,7 @@ def test_sigterm_on_any_worker_stops_all_and_the_resumed_run_is_equal(tmp_path: 
     out = tmp_path / "run"
     first = start_workers(tmp_path / "first", 2, *LONG, f"output_dir={out}")
     first.wait_for("step 40/")
-    first[worker].send_signal(signal.SIGTERM)
-    assert first.wait(60) == [INTERRUPTED] * 2
+    first.terminate(worker)
     state = out / "checkpoints" / (out / "checkpoints" / "LATEST").read_text().strip() / "state.json"
     step = json.loads(state.read_text())["step"]
     for i in range(2):
@@ -171,8 +169,7 @@ def test_by_file_another_number_of_workers_is_refused_inside_an_epoch(tmp_path: 
     first = start_workers(tmp_path / "first", 2, *overrides, f"output_dir={out}")
     first.wait_for("step 36/")
     assert "worker 1 has 2 of 4 shards with 628 of 1,257 records" in first.output(1)
-    first[1].send_signal(signal.SIGTERM)
-    assert first.wait(60) == [INTERRUPTED] * 2
+    first.terminate(1)
     error = train(*overrides, f"output_dir={out}", code=WRONG_INPUT).stderr
     assert re.search("file.*2 workers.*record.*1", error)
     second = start_workers(tmp_path / "second", 2, *overrides, f"output_dir={out}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL, assert_same_weights, command, train
+from trainer.errors import INTERRUPTED
 
 # A batch that 1, 2, 3 and 4 workers can divide, and one micro-batch size for all of them: the summation order of
 # convolution kernels depends on the number of images.
@@ -56,6 +57,11 @@ class Workers:
                 self.kill()
                 raise AssertionError(f"timeout in waiting for {what}; exit codes {ended}\n{outputs}")
             time.sleep(0.02)
+
+    def terminate(self, index: int = 0, seconds: float = 60) -> None:
+        """Send SIGTERM to a worker; assert that all end as interrupted."""
+        self[index].send_signal(signal.SIGTERM)
+        assert set(self.wait(seconds)) == {INTERRUPTED}, self.output(index)
 
     def kill(self) -> None:
         """Kill (SIGKILL) all workers that run or are stopped."""

@@ -118,26 +118,15 @@ def test_the_result_has_the_arrays_of_the_scores() -> None:
 
 
 NOT_FINITE = np.where([[False] * 3, [False] * 3, [False, True, False], [False] * 3], np.nan, PROBABILITIES)
+INFINITE, OUT_OF_RANGE = np.where(np.isnan(NOT_FINITE), np.inf, NOT_FINITE), np.array([0, 3, 0, 0])
 WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "no examples": ((np.zeros(0), np.zeros((0, 3)), NAMES, ()), "has no examples", "add examples"),
-    "NaN": (
-        (LABELS, NOT_FINITE, NAMES, "wxyz"),
-        r"1 of 4 .*first is example 2\) are not finite: .*diverged",
-        "lower learning rate",
-    ),
-    "infinite": (
-        (LABELS, np.where(np.isnan(NOT_FINITE), np.inf, NOT_FINITE), NAMES, "wxyz"),
-        "1 of 4 .* are not finite",
-        "",
-    ),
-    "label": (
-        (np.array([0, 3, 0, 0]), PROBABILITIES, NAMES, "wxyz"),
-        "label 3 of example 1 is out of range: .* 0 to 2",
-        "correct",
-    ),
+    "NaN": ((LABELS, NOT_FINITE, NAMES, "wxyz"), r"1 of 4 .*first is example 2\) are not finite: .*diverged", "lower learning rate"),
+    "infinite": ((LABELS, INFINITE, NAMES, "wxyz"), "1 of 4 .* are not finite", ""),
+    "label": ((OUT_OF_RANGE, PROBABILITIES, NAMES, "wxyz"), "label 3 of example 1 is out of range: .* 0 to 2", "correct"),
     "shape": ((LABELS, PROBABILITIES, ("a", "b"), "wxyz"), r"shape \(4, 3\) instead of .* \(4, 2\)", "same run"),
     "file names": ((LABELS, PROBABILITIES, NAMES, "wxy"), "'test' has 4 labels but 3 file names", "read"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -29,7 +29,6 @@ from tests.exporting.subjects import (
     small_model,
     some_images,
 )
-from trainer.config import schema as config
 from trainer.config.schema import ExportFormat
 from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import plain_float32
@@ -206,9 +205,8 @@ def test_a_file_that_lost_its_accuracy_is_deleted_and_an_error(tmp_path: Path) -
     assert outcomes["tflite_int8"]["refused"]
     assert not outcomes["tflite"]["refused"]
     assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
-    problem = (
-        r"is exceeded by tflite_int8 \(1\.0000 -> 0\.\d{4} on 100 examples\), now deleted; everything else was written"
-    )
+    lost = r"is exceeded by tflite_int8 \(1\.0000 -> 0\.\d{4} on 100 examples\)"
+    problem = f"{lost}, now deleted; everything else was written"
     with raises(ModelError, "export.max_accuracy_drop", "0.01", "raise the limit or .* in export.formats", problem):
         raise_if_refused(outcomes, 0.01)
     raise_if_refused({"tflite": outcomes["tflite"]}, 0.01)
@@ -242,17 +240,9 @@ def test_a_damaged_or_missing_file_is_an_error(
 
 def test_a_missing_onnxruntime_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with raises(
-        ModelError, problem="model.onnx cannot be loaded: .*onnxruntime", fix=r"pip install 'kubetune\[onnx\]'"
-    ):
+    problem = "model.onnx cannot be loaded: .*onnxruntime"
+    with raises(ModelError, problem=problem, fix=r"pip install 'kubetune\[onnx\]'"):
         load_export(tmp_path / "model.onnx")
-
-
-def test_an_unknown_format_is_refused() -> None:
-    phases = {"head": {"thaw": "none", "epochs": 1}}
-    tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    with pytest.raises(ConfigError, match=r"export.formats.1=tflite_int4: .*'tflite_int8' or 'onnx'"):
-        config.load(tree | {"export": {"formats": ["saved_model", "tflite_int4"]}})
 
 
 def test_a_backbone_that_tf2onnx_cannot_convert_is_refused() -> None:

@@ -51,17 +51,12 @@ REPORT: dict[str, Any] = {
 
 
 def a_config() -> dict[str, Any]:
-    return config.load(
-        {
-            "data": {"source": "digits"},
-            "model": {"backbone": "MobileNetV2", "weights": "imagenet", "alpha": 0.35, "resize": "crop"},
-            "phases": {
-                "head": {"thaw": "none", "epochs": 3},
-                "fine_tune": {"thaw": "from_layer:100", "steps": 500, "optimizer": {"learning_rate": 1e-5}},
-            },
-            "augmentation": {"rotation": 10},
-        }
-    ).model_dump(mode="json")
+    tune = {"thaw": "from_layer:100", "steps": 500, "optimizer": {"learning_rate": 1e-5}}
+    return config.load({
+        "data": {"source": "digits"}, "augmentation": {"rotation": 10},
+        "model": {"backbone": "MobileNetV2", "weights": "imagenet", "alpha": 0.35, "resize": "crop"},
+        "phases": {"head": {"thaw": "none", "epochs": 3}, "fine_tune": tune},
+    }).model_dump(mode="json")  # fmt: skip
 
 
 def test_the_lines_of_a_card(tmp_path: Path) -> None:

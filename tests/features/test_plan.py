@@ -34,13 +34,10 @@ AUGMENTED = {"augmentation": {"zoom": 0.1}}
 
 
 def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
-    splits = {
-        "train": Split("train", np.zeros(COUNT, np.int32)),
-        "validation": Split("validation", np.zeros(SCORED, np.int32)),
-    }
-    return plan_features(configured, divide(configured, classifier), Dataset("x", ("a", "b"), splits, ""), budget)[
-        "head"
-    ]
+    counts = {"train": COUNT, "validation": SCORED}
+    splits = {name: Split(name, np.zeros(count, np.int32)) for name, count in counts.items()}
+    dataset = Dataset("x", ("a", "b"), splits, "")
+    return plan_features(configured, divide(configured, classifier), dataset, budget)["head"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tests.e2e.running import ROOT, command
@@ -22,13 +22,12 @@ def start_job(
     network: Network,
     folder: Path,
     *overrides: str,
-    own: Mapping[int, Sequence[str]] | None = None,
     env: Mapping[int, Mapping[str, str]] | None = None,
     only: Iterable[int] | None = None,
 ) -> Workers:
     """Start one worker per host of the network, or of `only`, with the same command line and logs in `folder`.
 
-    `own` and `env` are additional overrides and environment variables by worker.
+    `env` has additional environment variables by worker.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[str]] = []
@@ -44,7 +43,7 @@ def start_job(
         with open(folder / f"worker-{len(processes)}.log", "w") as log:
             processes.append(
                 network.popen(
-                    name, command(*overrides, *(own or {}).get(index, ())), cwd=ROOT, env=environment,
+                    name, command(*overrides), cwd=ROOT, env=environment,
                     stdout=log, stderr=subprocess.STDOUT, hostname=f"{JOB}-{index}",
                 )
             )  # fmt: skip

@@ -7,16 +7,16 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
 
+from tests.hosts.jobs import names
 from tests.hosts.network import FILES, Network, needs_root
 
 pytestmark = needs_root
-FIRST, SECOND, THIRD = NAMES = [f"train-{i}.train-workers" for i in range(3)]
+FIRST, SECOND, THIRD = HOSTS = names(3)
 
 # Sends every client its address, then echoes what it receives.
 SERVER = """
@@ -118,12 +118,6 @@ def leftovers(network: Network) -> list[str]:
     return [entry for entry in [*listed, *folders] if entry.startswith(f"{prefix}-")]
 
 
-@pytest.fixture
-def network() -> Iterator[Network]:
-    with Network(NAMES) as network:
-        yield network
-
-
 def test_hosts_connect_by_name_and_exchange_bytes(network: Network) -> None:
     code = """
 import socket, sys
@@ -134,13 +128,13 @@ with socket.create_connection((sys.argv[1], 5000), timeout=20) as connection:
         print(chunk.decode(), end="")
 """
     serve(network, FIRST)
-    for i, host in enumerate(NAMES):
+    for i, host in enumerate(HOSTS):
         assert network.hosts[host].address == f"10.77.0.{i + 2}"
         assert output_of(network, host, code, FIRST) == [f"10.77.0.{i + 2}hello"]
 
 
 def test_a_host_resolves_its_peers_and_its_own_short_name_only(network: Network) -> None:
-    names = [*NAMES, "localhost", "train-1", "train-0", "train-9.train-workers", "example.com"]
+    names = [*HOSTS, "localhost", "train-1", "train-0", "train-9.train-workers", "example.com"]
     output = output_of(network, SECOND, RESOLVE, *names)
     assert output[::2] == ["10.77.0.2", "10.77.0.3", "10.77.0.4", "127.0.0.1", "10.77.0.3"] + 3 * ["unknown"]
     assert set(output[1::2]) == {"True"}  # each in less than a second
@@ -258,7 +252,7 @@ if os.fork() == 0:
 
 def test_everything_is_removed(network: Network) -> None:
     before = links()
-    with Network(NAMES) as other:
+    with Network(HOSTS) as other:
         assert len(leftovers(other)) == 4 + 3  # namespaces, and folders with hosts files
         assert links() == before
         child = serve(other, SECOND)
@@ -274,7 +268,7 @@ def test_everything_is_removed(network: Network) -> None:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
 def test_everything_is_removed_after_an_exception(error: type[BaseException]) -> None:
-    network = Network(NAMES)
+    network = Network(HOSTS)
     daemon = 0
 
     def fail() -> None:
@@ -291,7 +285,7 @@ def test_everything_is_removed_after_an_exception(error: type[BaseException]) ->
 
 
 def test_everything_is_removed_after_an_error_in_setup() -> None:
-    network = Network(NAMES)
+    network = Network(HOSTS)
     taken = network.hosts[THIRD].namespace
     FILES.mkdir(exist_ok=True)
     (FILES / taken).touch()  # at the path of the last host's folder
@@ -304,7 +298,7 @@ def test_everything_is_removed_after_an_error_in_setup() -> None:
 
 
 def test_two_networks_are_isolated(network: Network) -> None:
-    with Network(NAMES) as other:
+    with Network(HOSTS) as other:
         server, same_name = serve(network, FIRST), serve(other, FIRST)
         other.forget(FIRST)
         assert output_of(network, SECOND, RESOLVE, FIRST)[0] == "10.77.0.2"

@@ -5,14 +5,12 @@ tests/k8s/overlays makes the edits of a user: the bucket, and a small run instea
 
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.data.images import fill_folder
-from tests.e2e.running import ROOT, assert_same_run, catches
+from tests.e2e.running import assert_same_run, catches, program
 from tests.hosts.network import needs_root
 from tests.k8s.cluster import STORAGE, Cluster
 from tests.k8s.controller import JobCondition
@@ -96,8 +94,7 @@ def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path
 @pytest.mark.timeout(900)
 def test_four_pods_of_which_one_is_preempted_write_the_dataset_of_a_single_process(tmp_path: Path) -> None:
     photos = fill_folder(tmp_path / "photos", {"cat": 9, "dog": 7, "owl": 8})
-    alone = [sys.executable, "-m", "trainer.prepare", "data=image_folder", f"data.root={photos}", "data.shards=6"]
-    subprocess.run([*alone, f"output={tmp_path / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
+    program("prepare", "data=image_folder", f"data.root={photos}", "data.shards=6", f"output={tmp_path / 'alone'}")
     job = local_job("prepare")
     job.container["args"].append("data.shards=6")
     with Cluster(job, tmp_path / "cluster") as cluster:

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
+from tests.models.efficient_net import IMAGENET, normalized, set_normalization
 from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models import weights as weights_module
@@ -97,9 +98,8 @@ def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> 
     np.testing.assert_array_equal(logits(pooled, 1, step, positions), whole)
     inference = classifier.head_logits(pooled).numpy()
     many = logits(tf.ones([4000, 1280]), 1, step, tf.range(4000, dtype=tf.int64)).numpy()
-    np.testing.assert_allclose(
-        many.mean(0), inference[0], atol=4 * many.std() / 4000**0.5
-    )  # inverted scaling: same mean
+    # Inverted scaling has the same mean.
+    np.testing.assert_allclose(many.mean(0), inference[0], atol=4 * many.std() / 4000**0.5)
 
 
 def test_initial_values_are_a_function_of_the_seed() -> None:
@@ -203,22 +203,18 @@ def test_an_efficient_net_from_a_file_normalizes_as_with_imagenet_weights(
 ) -> None:
     """Keras adds a layer for `weights="imagenet"`; the download is replaced by a local file."""
     source = build(backbone="EfficientNetB0", alpha=None)
-    norm = source.backbone.get_layer("normalization")
-    mean, deviation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.5] * 3, [0.4] * 3)
-    norm.adapt_mean.assign(mean)
-    norm.adapt_variance.assign(np.square(deviation))
+    set_normalization(source, *(IMAGENET if imagenet else ([0.5] * 3, [0.4] * 3)))
     path = save(source, tmp_path / "efficient.weights.h5")
-    images = some_images(2)
+    images = some_images(2).astype("float32")
     if imagenet:
         monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
         expected = build(backbone="EfficientNetB0", alpha=None, weights="imagenet")
         assert len(expected.backbone.layers) == len(source.backbone.layers) + 1
     else:  # values that were not trained on ImageNet are unchanged
-        norm.finalize_state()
+        source.backbone.get_layer("normalization").finalize_state()
         expected = source
     loaded = build(backbone="EfficientNetB0", alpha=None, weights=str(path))
-    norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (expected, loaded)]
-    theirs, ours = (norm(images.astype("float32")).numpy() for norm in norms)
+    theirs, ours = (normalized(classifier, images) for classifier in (expected, loaded))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (np.abs(theirs).max() > 4) == imagenet  # divided twice
 
@@ -230,9 +226,7 @@ def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
 ) -> None:
     """A checkpoint has variables alone: neither Keras' second division nor the constants of the Normalization."""
     source = build(backbone="EfficientNetB0", alpha=None)
-    norm = source.backbone.get_layer("normalization")
-    norm.adapt_mean.assign([0.485, 0.456, 0.406])
-    norm.adapt_variance.assign(np.square([0.229, 0.224, 0.225]))
+    set_normalization(source, *IMAGENET)
     path = save(source, tmp_path / "efficient.weights.h5")
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
     trained = build(backbone="EfficientNetB0", alpha=None, weights="imagenet" if imagenet else str(path))
@@ -241,8 +235,7 @@ def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
         variable.assign(trained.variables[name].numpy())
     refresh_normalization(rebuilt.backbone)
     images = some_images(2).astype("float32")
-    norms = [keras.Model(c.backbone.input, c.backbone.get_layer("stem_conv_pad").input) for c in (trained, rebuilt)]
-    theirs, ours = (norm(images).numpy() for norm in norms)
+    theirs, ours = (normalized(classifier, images) for classifier in (trained, rebuilt))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert np.abs(theirs).max() > 4
 
@@ -250,13 +243,8 @@ def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
 def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.weights.h5").write_text("version https://git-lfs")
     (tmp_path / "x.pt").write_text("")
-    problems = {
-        "missing.weights.h5": "does not exist",
-        ".": "is a folder",
-        "x.pt": "is not a Keras file",
-        "x.weights.h5": "LFS",
-    }
-    for name, problem in problems.items():
+    problems = {"missing.weights.h5": "does not exist", ".": "is a folder", "x.pt": "is not a Keras file"}
+    for name, problem in (problems | {"x.weights.h5": "LFS"}).items():
         with raises(ModelError, "model.weights", tmp_path / name, "imagenet, glyphs, none|replace", problem):
             build(weights=str(tmp_path / name))
 

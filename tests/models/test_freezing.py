@@ -1,7 +1,5 @@
 """Freezing rules, learning-rate multipliers, the table of the plan, and synchronized BatchNormalization."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
+from tests.processes import run_python
 from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, example_weights
@@ -230,9 +229,8 @@ def test_a_batch_of_padding_alone_updates_nothing(classifier: Classifier) -> Non
 @pytest.mark.slow
 def test_two_replicas_train_batch_norm_as_one_would() -> None:
     """Batch statistics cover both replicas without padding; in a new process, to configure logical devices."""
-    done = subprocess.run([sys.executable, "-c", _TWO_REPLICAS], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    logits, averages, between = (float(x) for x in done.stdout.split()[-3:])  # largest differences
+    words = run_python(_TWO_REPLICAS).stdout.split()
+    logits, averages, between = (float(x) for x in words[-3:])  # largest differences
     assert logits < 1e-3
     assert averages < 1e-5
     assert between == 0

@@ -7,19 +7,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.same_bits import free_ports
+from tests.e2e.running import ROOT, train
 from tests.errors import raises
 from trainer.errors import WRONG_INPUT, ConfigError
 from trainer.monitoring.health import Health
 from trainer.monitoring.http import serve
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -28,12 +28,16 @@ def health() -> Health:
 
 
 @pytest.fixture
-def port(health: Health) -> Iterator[int]:
-    (port,) = free_ports(1)
-    server = serve(port, health, "gs://bucket/run")
-    yield port
+def server(health: Health) -> Iterator[ThreadingHTTPServer]:
+    server = serve(free_ports(1)[0], health, "gs://bucket/run")
+    yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def port(server: ThreadingHTTPServer) -> int:
+    return server.server_address[1]
 
 
 def get(port: int, path: str, seconds: float = 10, host: str = "127.0.0.1") -> tuple[int, str]:
@@ -113,12 +117,10 @@ def test_a_port_in_use_is_an_error(health: Health, host: str) -> None:
 
 def test_a_port_in_use_ends_a_run_with_2_at_once(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as other:
-        arguments = [f"runtime.http_port={other.getsockname()[1]}", f"output_dir={tmp_path}/run"]
-        command = [sys.executable, "-m", "trainer", *arguments]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-    assert result.returncode == WRONG_INPUT
-    assert result.stderr.startswith("error: runtime.http_port=")
-    assert result.stderr.count("\n") == 1
+        port = f"runtime.http_port={other.getsockname()[1]}"
+        error = train(port, f"output_dir={tmp_path}/run", code=WRONG_INPUT).stderr
+    assert error.startswith("error: runtime.http_port=")
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -157,15 +159,9 @@ def test_a_main_thread_blocked_in_c_is_detected(keeps_the_lock: bool) -> None:
 
 @pytest.mark.parametrize(("error", "logged"), [(BrokenPipeError(), 0), (TimeoutError(), 0), (ValueError("damaged"), 1)])
 def test_only_errors_of_the_handler_itself_are_logged(
-    health: Health, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, logged: int
+    server: ThreadingHTTPServer, port: int, capsys: pytest.CaptureFixture[str], error: Exception, logged: int
 ) -> None:
-    (port,) = free_ports(1)
-    server = serve(port, health, "run")
-    try:
-        monkeypatch.setattr(server, "finish_request", Mock(side_effect=error))
-        with socket.create_connection(("127.0.0.1", port), 5) as client:
-            assert client.recv(1) == b""  # the connection is closed after the error is handled
-        assert capsys.readouterr().err.count("ValueError: damaged") == logged
-    finally:
-        server.shutdown()
-        server.server_close()
+    broken = patch.object(server, "finish_request", side_effect=error)
+    with broken, socket.create_connection(("127.0.0.1", port), 5) as client:
+        assert client.recv(1) == b""  # the connection is closed after the error is handled
+    assert capsys.readouterr().err.count("ValueError: damaged") == logged

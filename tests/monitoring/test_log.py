@@ -2,22 +2,17 @@
 
 import datetime
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_python
 
 
 def logged(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Stdout and stderr of a process; every line must be a JSON object."""
     head = "from trainer.monitoring.log import configure, log_unbuffered, log\n"
-    command = [sys.executable, "-c", head + program]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-    assert result.returncode == code, result.stderr
+    result = run_python(head + program, code=code, timeout=60)
     out, err = ([json.loads(line) for line in text.splitlines()] for text in (result.stdout, result.stderr))
     return out, err
 
@@ -46,7 +41,7 @@ configure()
 log.info('one', extra={'fields': {'loss': 3}})
 log.error('two')
 print('three')"""
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_python(program)
     assert (result.stdout, result.stderr) == ("one\nthree\n", "two\n")
 
 

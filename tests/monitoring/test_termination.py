@@ -1,14 +1,13 @@
 """The termination message: for every exit, at most 4,096 bytes, and without effect on the exit code."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
 from trainer.monitoring.termination import MAX_BYTES, shortened
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from trainer.cli.process import exit_with_code
@@ -20,10 +19,9 @@ with exit_with_code():
 """
 
 
-def ended(body: str, file: Path) -> subprocess.CompletedProcess[str]:
+def ended(body: str, file: Path, code: int) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(body="".join(f"    {line}\n" for line in body.splitlines()))
-    command = [sys.executable, "-c", program, str(file)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    return run_python(program, file, code=code, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -42,20 +40,19 @@ def ended(body: str, file: Path) -> subprocess.CompletedProcess[str]:
 def test_each_exit_has_its_message(tmp_path: Path, body: str, code: int, message: str) -> None:
     file = tmp_path / "termination-log"
     file.write_text("longer earlier content " * 9)
-    assert ended(body, file).returncode == code
+    ended(body, file, code)
     assert file.read_text() == message
 
 
 def test_a_bug_still_prints_its_traceback(tmp_path: Path) -> None:
-    err = ended("{}['x']", tmp_path / "log").stderr
+    err = ended("{}['x']", tmp_path / "log", 1).stderr
     assert err.startswith("Traceback (most recent call last):\n")
     assert err.endswith("KeyError: 'x'\n")
 
 
 def test_a_file_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "no" / "log"
-    result = ended("raise Interrupted('SIGTERM')", file)
-    assert result.returncode == 75
+    result = ended("raise Interrupted('SIGTERM')", file, 75)
     assert result.stderr.startswith(f"interrupted: SIGTERM\nruntime.termination_log={file}: cannot be written (No such")
 
 

@@ -1,8 +1,6 @@
 """Every figure is drawn, is not empty, and fits a screen, for few and for many classes."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.examples import fetch, make_history, make_phases, make_result
+from tests.processes import run_python
 from trainer.report import figures
 from trainer.report.page import TEMPLATES
 
@@ -126,9 +125,8 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
     texts = ("A &amp; &lt;i&gt;", "&lt;b&gt;0 $x$", "&lt;head&gt; starts", "&lt;b&gt;0 $x$, epoch 2: 20.00 %")
     assert [text for text in texts if text not in first] == []
     style = (TEMPLATES / "report.css").read_text()
-    assert [
-        name for name in figures.CSS_PROPERTIES.values() if style.count(f"{name}: #") != 2
-    ] == []  # in light, and in dark
+    counts = {style.count(f"{name}: #") for name in figures.CSS_PROPERTIES.values()}
+    assert counts == {2}  # in light, and in dark
     assert set(re.findall(r"var\((--\w+)\)", first)) == {"--ink", "--soft", "--rule", *(f"--s{i}" for i in range(6))}
     assert re.findall("#[0-9a-f]{6}", first) == []
     assert set(re.findall(' id="(.*?)"', first)).isdisjoint(re.findall(' id="(.*?)"', drawn("b")))
@@ -144,6 +142,5 @@ def test_names_become_plain_short_text() -> None:
 
 
 def test_drawing_imports_neither_pyplot_nor_tensorflow() -> None:
-    code = "import sys, trainer.report.write; print(sorted({'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    program = "import sys, trainer.report.write; print(sorted({'matplotlib.pyplot', 'tensorflow'} & set(sys.modules)))"
+    assert run_python(program).stdout == "[]\n"

@@ -1,7 +1,7 @@
 """The page in a browser: no request, no console error, and its interactions by mouse and touch."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation.browser import Tab, chromium
+from tests.evaluation.browser import Tab
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
 from trainer.report.page import DuplicateImages, ReportImages
@@ -17,12 +17,6 @@ from trainer.report.page import DuplicateImages, ReportImages
 pytestmark = pytest.mark.browser
 
 SCREENS = {"laptop": (1366, 900, False), "tablet": (820, 1180, False), "phone": (390, 844, True)}
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

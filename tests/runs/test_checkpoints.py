@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
+from tests.processes import run_python
 from trainer.errors import DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.training.state import RunState
@@ -41,9 +42,8 @@ def test_a_checkpoint_is_read_exactly(tmp_path: Path) -> None:
         np.testing.assert_array_equal(newest[1][name], value, strict=True)
     assert (tmp_path / "LATEST").read_text() == "step-00000007\n"
     manifest = json.loads((folder.path(7) / "manifest.json").read_text())
-    assert {name: facts["bytes"] for name, facts in manifest.items()} == {
-        name: (folder.path(7) / name).stat().st_size for name in ("variables.npz", "state.json")
-    }
+    sizes = {name: (folder.path(7) / name).stat().st_size for name in ("variables.npz", "state.json")}
+    assert {name: facts["bytes"] for name, facts in manifest.items()} == sizes
 
 
 def test_the_newest_and_the_best_ones_that_they_refer_to_are_retained(tmp_path: Path) -> None:
@@ -121,8 +121,7 @@ try:
 except OSError as error:
     print("refused", error.errno)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("refused")
+    assert run_python(program).stdout.startswith("refused")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
     assert folder.newest() is not None
 

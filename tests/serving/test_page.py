@@ -1,24 +1,17 @@
 """The page in a real browser, on a laptop and on a phone: an image in, its classes and heatmap out."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.evaluation.browser import Tab, chromium
+from tests.evaluation.browser import Tab
 from tests.serving.images import photo
 from tests.serving.running import Exported, Served
 
 pytestmark = pytest.mark.browser
 
 SCREENS = {"laptop": (1280, 800, False), "phone": (390, 844, True)}
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 def open_page(tab: Tab, served: Served, screen: str) -> None:

@@ -99,11 +99,13 @@ def test_an_incomplete_request_does_not_block_the_exit(exported: Exported) -> No
         assert "drain=2.0: 1 requests not finished" in served.output
 
 
-def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedProcess[str]:
-    """The command to its end; `program` runs before it in the same process."""
+def run(*arguments: str, cwd: Path, program: str = "", code: int = WRONG_INPUT) -> subprocess.CompletedProcess[str]:
+    """The command to its end, with this exit code; `program` runs before it in the same process."""
     start = f"import runpy, sys; {program or 'pass'}; runpy.run_module('trainer.serve', run_name='__main__', alter_sys=True)"
     command, environment = [sys.executable, "-c", start, *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 @pytest.mark.parametrize(
@@ -120,26 +122,21 @@ def run(*arguments: str, cwd: Path, program: str = "") -> subprocess.CompletedPr
     ],
 )
 def test_mistakes_end_with_2_and_a_message(tmp_path: Path, arguments: list[str], program: str, message: str) -> None:
-    done = run(*arguments, cwd=tmp_path, program=program)
-    assert done.returncode == WRONG_INPUT
-    assert re.match("error: " + message.replace("{cwd}", str(tmp_path)), done.stderr), done.stderr
+    error = run(*arguments, cwd=tmp_path, program=program).stderr
+    assert re.match("error: " + message.replace("{cwd}", str(tmp_path)), error), error
 
 
 def test_help_lists_the_arguments(tmp_path: Path) -> None:
-    done = run("--help", cwd=tmp_path)
-    assert done.returncode == DONE
-    assert "  model\n  host=127.0.0.1\n  port=8501\n" in done.stdout
+    assert "  model\n  host=127.0.0.1\n  port=8501\n" in run("--help", cwd=tmp_path, code=DONE).stdout
 
 
 def test_a_port_that_is_in_use_and_a_log_that_cannot_be_written(exported: Exported, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
-        done = run(f"model={exported.folder}", f"port={port}", cwd=tmp_path)
-    assert done.returncode == WRONG_INPUT
-    assert re.search(f"error: port={port}: .*host=127.0.0.1.*Address already in use", done.stderr), done.stderr
-    done = run(f"model={exported.folder}", "port=0", f"log={tmp_path}", cwd=tmp_path)
-    assert done.returncode == WRONG_INPUT
-    assert f"error: log={tmp_path}: cannot be written (Is a directory); give" in done.stderr
+        error = run(f"model={exported.folder}", f"port={port}", cwd=tmp_path).stderr
+    assert re.search(f"error: port={port}: .*host=127.0.0.1.*Address already in use", error), error
+    error = run(f"model={exported.folder}", "port=0", f"log={tmp_path}", cwd=tmp_path).stderr
+    assert f"error: log={tmp_path}: cannot be written (Is a directory); give" in error
 
 
 @pytest.mark.slow
@@ -151,6 +148,5 @@ def test_a_damaged_export_ends_with_2(exported: Exported, tmp_path: Path, name: 
     subprocess.run(["cp", "-r", f"{exported.folder}/export/saved_model/1/.", str(tmp_path)], check=True)
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[:3000])
-    done = run(f"model={tmp_path}", "port=0", cwd=tmp_path)
-    assert done.returncode == WRONG_INPUT, done.stderr
-    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export it again", done.stderr), done.stderr
+    error = run(f"model={tmp_path}", "port=0", cwd=tmp_path).stderr
+    assert re.search(f"error: model={tmp_path}: .*{problem}.*; export it again", error), error

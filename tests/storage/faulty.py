@@ -156,13 +156,9 @@ def _as_declared(body: bytes, start: int, end: int) -> bool:
 
 
 def _respond(
-    request: BaseHTTPRequestHandler,
-    status: int,
-    headers: dict[str, str],
-    content: bytes,
-    pause: float = 0,
+    request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes, pause: float = 0,
     cut: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     request.send_response(status)
     for name, value in headers.items():
         request.send_header(name, value)

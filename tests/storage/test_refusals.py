@@ -86,12 +86,9 @@ def use(credentials: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def refused(
-    problem: str,
-    fix: str,
-    act: Callable[[StoragePath], object] = StoragePath.read,
-    key: str | None = None,
+    problem: str, fix: str, act: Callable[[StoragePath], object] = StoragePath.read, key: str | None = None,
     value: object = ANY,
-) -> None:
+) -> None:  # fmt: skip
     with raises(DataError, key=key, value=value, problem=problem, fix=fix):
         act(storage_path("gs://b/x"))
 

@@ -1,15 +1,13 @@
 """A network of a few hundred weights for training steps, and its batches."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from trainer.training.step import StepSettings, TrainingStep
 
 SIZE, CLASSES = 6, 3
 
@@ -37,6 +35,22 @@ class SmallNetwork:
         return self.l2 * tf.reduce_sum(tf.square(tf.convert_to_tensor(self.second.kernel)))
 
 
+def make_step(
+    network: SmallNetwork, optimizer: Any, *, stop: Any = lambda: False, teacher: Any = None, **settings: Any
+) -> TrainingStep:
+    """A training step of all weights, on one device."""
+    chosen, strategy = StepSettings(seed=1, **settings), tf.distribute.get_strategy()
+    return TrainingStep(strategy, network, network.variables, optimizer, chosen, stop=stop, teacher=teacher)
+
+
+def compiled(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Model:
+    """The same network as a model of Keras, compiled with cross-entropy."""
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+    return model
+
+
 def arrays(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 [count, SIZE, SIZE, 3], and labels, int32 [count], that can be learned."""
     rng = np.random.default_rng(5)
@@ -56,12 +70,9 @@ def stream(count: int, batch: int, replicas: int = 1) -> tf.data.Dataset:
                     real = rows < count
                     index = np.where(real, rows, 0)
                     yield {
-                        "image": images[index],
-                        "label": labels[index],
-                        "weight": real.astype(np.float32),
-                        "index": index,
-                        "position": rows - start,
-                    }
+                        "image": images[index], "label": labels[index], "weight": real.astype(np.float32),
+                        "index": index, "position": rows - start,
+                    }  # fmt: skip
 
     signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in next(replica_batches()).items()}
     return tf.data.Dataset.from_generator(replica_batches, output_signature=signature)
@@ -71,16 +82,3 @@ def assert_near(values: Mapping[str, Any], expected: Mapping[str, Any], atol: fl
     assert list(values) == list(expected)
     for name, value in values.items():
         np.testing.assert_allclose(value, expected[name], atol=atol, err_msg=name)
-
-
-def run_python(code: str, *arguments: str) -> Any:
-    """Run code in a new process, which can configure logical devices; return the JSON that it prints after RESULT."""
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.split("RESULT")[1])

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
-from tests.training.small_network import CLASSES, SmallNetwork, arrays, assert_near, stream
+from tests.training.small_network import CLASSES, SmallNetwork, arrays, assert_near, make_step, stream
 from trainer.errors import DataError
 from trainer.training import variables
 from trainer.training.losses import (
@@ -19,7 +19,6 @@ from trainer.training.losses import (
     log_probs,
     weighted_losses,
 )
-from trainer.training.step import StepSettings, TrainingStep
 
 RNG = np.random.default_rng(3)
 LOGITS = RNG.normal(0, 3, (6, 4)).astype(np.float32)
@@ -166,14 +165,7 @@ DISTILLED = {"alpha": 0.1, "temperature": 3.0, "label_smoothing": 0.1, "class_we
 def one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = None, **settings: object) -> tuple:
     """Weights and sums after one step of plain SGD."""
     network = SmallNetwork()
-    step = TrainingStep(
-        tf.distribute.get_strategy(),
-        network,
-        network.variables,
-        keras.optimizers.SGD(1.0),
-        StepSettings(seed=1, **settings),  # type: ignore[arg-type]
-        teacher=teacher and teacher.logits,
-    )
+    step = make_step(network, keras.optimizers.SGD(1.0), teacher=teacher and teacher.logits, **settings)
     batches = stream(20, 8)
     if soft_labels is not None:
         batches = batches.map(lambda rows: {**rows, "teacher": tf.gather(soft_labels, rows["index"])})

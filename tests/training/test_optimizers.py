@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_network import SmallNetwork, arrays, assert_near, run_python, stream
+from tests.processes import result_of
+from tests.training.small_network import SmallNetwork, arrays, assert_near, compiled, make_step, stream
 from trainer.config.phases import Optimizer, Schedule
 from trainer.training import variables
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -18,20 +19,14 @@ from trainer.training.step import StepSettings, TrainingStep
 STEPS, BATCH = 12, 8
 OPTIMIZERS: list[tuple[dict[str, Any], Callable[[float], Any]]] = [
     ({"name": "sgd", "momentum": 0.9}, lambda rate: keras.optimizers.SGD(rate, momentum=0.9)),
-    (
-        {"name": "sgd", "momentum": 0.9, "nesterov": True},
-        lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
-    ),
+    ({"name": "sgd", "momentum": 0.9, "nesterov": True}, lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)),
     ({"name": "adam"}, lambda rate: keras.optimizers.Adam(rate)),
     ({"name": "adamw"}, lambda rate: keras.optimizers.AdamW(rate)),
     ({"name": "adamw", "weight_decay": 0.3}, lambda rate: keras.optimizers.AdamW(rate, weight_decay=0.3)),
     ({"name": "rmsprop"}, lambda rate: keras.optimizers.RMSprop(rate)),
-    (
-        {"name": "rmsprop", "rho": 0.8, "momentum": 0.5},
-        lambda rate: keras.optimizers.RMSprop(rate, rho=0.8, momentum=0.5),
-    ),
+    ({"name": "rmsprop", "rho": 0.8, "momentum": 0.5}, lambda rate: keras.optimizers.RMSprop(rate, rho=0.8, momentum=0.5)),
     ({"name": "adamax", "beta_2": 0.99}, lambda rate: keras.optimizers.Adamax(rate, beta_2=0.99)),
-]
+]  # fmt: skip
 NAMES = ["-".join(map(str, given.values())) for given, _ in OPTIMIZERS]
 
 # 12 steps from 0.02, three per epoch, eight examples per step.
@@ -40,16 +35,12 @@ SCHEDULES: list[tuple[dict[str, Any], Callable[[int], float]]] = [
     ({"name": "exponential", "decay": 0.9, "every": "5 steps"}, lambda s: 0.02 * 0.9 ** (s / 5)),
     ({"name": "time", "decay": 0.5}, lambda s: 0.02 / (1 + 0.5 * s)),
     ({"name": "cosine", "final": 0.1}, lambda s: 0.02 * (0.1 + 0.9 * (1 + math.cos(math.pi * s / 12)) / 2)),
-    (
-        {"name": "cosine", "warmup": "1 epochs"},
-        lambda s: 0.02 * ((s + 1) / 4 if s < 3 else (1 + math.cos(math.pi * (s - 3) / 9)) / 2),
-    ),
+    ({"name": "cosine", "warmup": "1 epochs"},
+     lambda s: 0.02 * ((s + 1) / 4 if s < 3 else (1 + math.cos(math.pi * (s - 3) / 9)) / 2)),
     ({"name": "constant", "warmup": "4 steps"}, lambda s: 0.02 * min((s + 1) / 5, 1)),
-    (
-        {"name": "step", "decay": 0.1, "at": ["1 epochs", "64 examples"]},
-        lambda s: 0.02 * (1 if s < 3 else 0.1 if s < 8 else 0.01),
-    ),
-]
+    ({"name": "step", "decay": 0.1, "at": ["1 epochs", "64 examples"]},
+     lambda s: 0.02 * (1 if s < 3 else 0.1 if s < 8 else 0.01)),
+]  # fmt: skip
 
 
 def schedule_of(**settings: Any) -> Any:
@@ -59,7 +50,7 @@ def schedule_of(**settings: Any) -> Any:
 def stepwise(optimizer: Any) -> list[np.ndarray]:
     """All weights after each of `STEPS` training steps, 20 examples in batches of 8."""
     network = SmallNetwork()
-    step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, optimizer, StepSettings(seed=1))
+    step = make_step(network, optimizer)
     batches, weights = iter(stream(20, BATCH)), []
     for done in range(STEPS):
         step.run(batches, 1, done, done)
@@ -75,10 +66,7 @@ def keras_stepwise(optimizer: Any, rate: Callable[[int], float]) -> list[np.ndar
     """The same with a compiled Keras model whose learning rate is set before each step."""
     images, labels = arrays(20)
     network = SmallNetwork()
-    model = keras.Sequential(
-        [keras.Input((6, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
-    )
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
+    model = compiled(network, optimizer, run_eagerly=True)
     weights = []
     for done in range(STEPS):
         rows = slice(done % 3 * BATCH, min(done % 3 * BATCH + BATCH, 20))
@@ -180,6 +168,6 @@ print("RESULT" + json.dumps(seven_steps(tf.distribute.MirroredStrategy(["CPU:0",
 
 @pytest.mark.slow
 def test_two_replicas_with_multipliers_train_as_one() -> None:
-    results = run_python(TWO_REPLICAS)
+    results = result_of(TWO_REPLICAS)
     for name, expected in seven_steps(tf.distribute.get_strategy()).items():
         assert_near(results[name], expected)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.small_network import SmallNetwork, arrays, assert_near, run_python, stream
+from tests.processes import result_of
+from tests.training.small_network import SmallNetwork, arrays, assert_near, compiled, make_step, stream
 from trainer.training import variables
 from trainer.training.losses import cross_entropy
-from trainer.training.step import StepSettings, TrainingStep
+from trainer.training.step import TrainingStep
 
 
 def trained(
@@ -18,13 +19,7 @@ def trained(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, TrainingStep]:
     """Train a fresh network by calls of the given lengths."""
     network = SmallNetwork(l2=l2)
-    step = TrainingStep(
-        tf.distribute.get_strategy(),
-        network,
-        network.variables,
-        optimizer or keras.optimizers.SGD(0.1, momentum=0.9),
-        StepSettings(seed=1, **settings),
-    )
+    step = make_step(network, optimizer or keras.optimizers.SGD(0.1, momentum=0.9), **settings)
     batches, done, rows = iter(stream(count, batch)), 0, []
     for length in steps:
         rows.append(step.run(batches, length, done, done)[0])
@@ -35,11 +30,7 @@ def trained(
 def keras_trained(optimizer: Any, epochs: int) -> list[np.ndarray]:
     """Train with `fit` on the same data in the same order."""
     images, labels = arrays(20)
-    network = SmallNetwork()
-    model = keras.Sequential(
-        [keras.Input((6, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
-    )
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model = compiled(SmallNetwork(), optimizer)
     model.fit(images.astype(np.float32), labels, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
     return [np.array(w) for w in model.get_weights()]
 
@@ -70,10 +61,8 @@ def test_many_steps_in_one_call_are_bitwise_single_steps() -> None:
 
 def test_stop_ends_the_call_after_the_step_and_the_next_call_continues() -> None:
     network, calls = SmallNetwork(), []
-    step = TrainingStep(
-        tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1, momentum=0.9),
-        StepSettings(seed=1), stop=lambda: calls.append(1) or len(calls) == 3,
-    )  # fmt: skip
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    step = make_step(network, optimizer, stop=lambda: calls.append(1) or len(calls) == 3)
     batches = iter(stream(20, 8))
     rows, _, stopped = step.run(batches, 7, 0, 0)
     assert (len(rows), stopped) == (3, True)
@@ -117,8 +106,7 @@ def test_class_weights_multiply_the_loss_only() -> None:
 def test_averages_of_the_weights_and_two_swaps() -> None:
     network = SmallNetwork()
     start = variables.read(network.variables)
-    settings = StepSettings(seed=1, ema=0.99)
-    step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
+    step = make_step(network, keras.optimizers.SGD(0.1), ema=0.99)
     batches, expected = iter(stream(20, 8)), dict(start)
     for t in range(5):
         step.run(batches, 1, t, t)
@@ -143,8 +131,7 @@ def test_loss_scaling_changes_nothing_while_all_is_finite() -> None:
 
 def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     network = SmallNetwork()
-    settings = StepSettings(seed=1, loss_scaling=True)
-    step = TrainingStep(tf.distribute.get_strategy(), network, network.variables, keras.optimizers.SGD(0.1), settings)
+    step = make_step(network, keras.optimizers.SGD(0.1), loss_scaling=True)
     assert step.loss_scale is not None
     step.loss_scale[0].assign(3e38)
     network.second.kernel.assign(network.second.kernel * 1000)  # gradients of the first layer beyond float32
@@ -196,7 +183,7 @@ print("RESULT" + json.dumps(out))
 
 @pytest.mark.slow
 def test_two_and_four_replicas_agree_with_one() -> None:
-    results = {replicas: run_python(MIRRORED, str(replicas)) for replicas in (1, 2, 4)}
+    results = {replicas: result_of(MIRRORED, replicas) for replicas in (1, 2, 4)}
     for replicas in (2, 4):
         for case, (rows, values, probabilities, labels, index) in results[1].items():
             other = results[replicas][case]
