@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
-from trainer.report.figures import INK, MUTED, RULE, VALIDATION, canvas, save, tidy
+from trainer.report.figures import ACCENT, GRID_LINE, INK, MUTED, canvas, save, tidy
 
 PAGE, CHART = Path("docs", "performance.md"), Path("docs", "images", "performance.png")
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name
@@ -70,12 +70,12 @@ def draw(results: Sequence[Result], file: Path) -> None:
             at += 1
         at += 0.4
     for position, (name, ratios, median) in zip(positions, bars, strict=True):
-        axes.barh(position, median - 1, left=1, height=0.7, color=VALIDATION if median >= 1 else MUTED)
+        axes.barh(position, median - 1, left=1, height=0.7, color=ACCENT if median >= 1 else MUTED)
         axes.plot([min(ratios), max(ratios)], [position, position], color=INK, linewidth=1.2)
         axes.annotate(f"{median:.2f}", (max(*ratios, 1), position), (4, 0), textcoords="offset points", fontsize=8,
                       color=INK, va="center")  # fmt: skip
         names.append(name)
-    axes.axvline(1, color=RULE, linewidth=1)
+    axes.axvline(1, color=GRID_LINE, linewidth=1)
     axes.set_yticks(positions, names, fontsize=8)
     axes.set_ylim(at, -1)
     extremes = [ratio for _, ratios, _ in bars for ratio in ratios]

@@ -13,7 +13,7 @@ from trainer.config.schema import load
 from trainer.errors import DataError
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.finished_run import FinishedRun, check_classes
+from trainer.runs.stored_run import StoredRun, check_classes
 from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
@@ -25,7 +25,7 @@ PROGRAM = """
 import sys
 import numpy as np
 from tests.models.efficient_net import normalized
-from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
+from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
 folder, images, output = sys.argv[1:]
 run = find_run(folder)
 np.save(output, normalized(open_classifier(run, load_checkpoint(run, "last")), np.load(images)))
@@ -44,7 +44,7 @@ np.save(output, normalized(open_classifier(run, load_checkpoint(run, "last")), n
 def test_data_of_other_classes_is_refused_by_name(classes: tuple[str, ...], names: str, tmp_path: Path) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    run = FinishedRun("runs/1", storage_path(str(tmp_path)), load(tree), ("daisy", "rose"), "")
+    run = StoredRun("runs/1", storage_path(str(tmp_path)), load(tree), ("daisy", "rose"), "")
     data = Dataset("leaves", classes, {"train": Split("train", np.arange(len(classes), dtype=np.int32))}, "")
     with pytest.raises(DataError, match=names):
         check_classes(run, data)

@@ -11,7 +11,7 @@ MAX_AT_THE_TOP = 16  # modules of trainer/ itself
 LIGHT = (
     "errors", "types", "config.schema", "config.diff", "config.auto", "cli.compose", "cli.process", "cli.arguments", "cli.sweep",
     "monitoring.log",
-    "cluster.rendezvous", "runs.folder", "runs.finished_run", "__main__", "evaluate", "export", "plan", "prepare", "compare", "drift", "serve",
+    "cluster.rendezvous", "runs.folder", "runs.stored_run", "__main__", "evaluate", "export", "plan", "prepare", "compare", "drift", "serve",
 )  # fmt: skip
 
 

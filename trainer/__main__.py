@@ -38,7 +38,7 @@ DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while w
 def main() -> None:
     """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        began = time.time()
+        process_started = time.time()
         composed = compose_or_sweep(sys.argv[1:])
         if composed is None:  # --help, --cfg or a finished sweep
             return
@@ -79,7 +79,7 @@ def main() -> None:
             with quiet_start():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 
-            train_run(config, folder, control, stop, began)
+            train_run(config, folder, control, stop, process_started)
         control.disconnect()
 
 

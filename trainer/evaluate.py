@@ -24,44 +24,45 @@ from trainer.cli.process import configure_log, exit_with_code, quiet_start
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
-from trainer.runs.finished_run import FinishedRun, load_checkpoint, read_run
+from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 
-ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}  # the problem if it is missing
+# The error if an argument is missing; "" for an optional one.
+ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 
 
-def configuration(tree: dict[str, Any], arguments: list[str]) -> RunConfig:
-    """Return the configuration `tree` of a run, which is modified, after changes as `KEY=VALUE` or `GROUP=NAME`.
+def apply_changes(run_config: dict[str, Any], changes: list[str]) -> RunConfig:
+    """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run; return it validated.
 
     Raises:
         ConfigError: an argument is wrong or changes a key that an evaluation has to leave as it is.
     """
-    keys = [a.split("=", 1)[0].lstrip("+") for a in arguments]
+    keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
             fix = "change only data, runtime, training.batch_size and debug.max_examples"
             raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)
-    composed = compose(arguments)
+    composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        tree["debug"]["overfit"] = False  # the run's choice of one batch of its own data
+        run_config["debug"]["overfit"] = False  # overfitting to one batch was for the run's own data
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
-        old, new = tree, composed
+        old, new = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
             old, new = old[parent], new[parent]
         old[name] = new[name]
-    return load_resolved(tree)
+    return load_resolved(run_config)
 
 
 def main() -> None:
     """Run the command `python -m trainer.evaluate`; exit with a code of `trainer.errors`."""
     with exit_with_code():
         options, changes = read_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
-        home, tree, run_json = read_run(options["run"])
-        config = configuration(tree, changes)
+        home, run_config, run_json = read_run(options["run"])
+        config = apply_changes(run_config, changes)
         configure_log(config.runtime)
-        run = FinishedRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
+        run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
         with quiet_start():

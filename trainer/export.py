@@ -28,7 +28,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
-from trainer.runs.finished_run import FinishedRun, find_run, load_checkpoint
+from trainer.runs.stored_run import StoredRun, find_run, load_checkpoint
 
 EXPORT_KEYS = ("formats", "max_accuracy_drop")  # of the section `export` of the run's configuration
 # Key -> the problem if it is missing, "" if it is optional.
@@ -43,7 +43,7 @@ def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
     return {f"export.{key}" if key in EXPORT_KEYS else key: value for key, value in values.items()}
 
 
-def _output_folder(run: FinishedRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
+def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
     """Return the folder to write to, and whether it is the `export` folder of the run."""
     if output := arguments.get("output"):
         return Path(output).expanduser(), False

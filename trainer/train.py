@@ -50,16 +50,16 @@ AFTER_TRAINING = "after the end of training"
 
 
 def train_run(
-    config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
 ) -> None:
     """Train, evaluate, export and report, or resume the run in `folder`; every worker of the run calls this.
 
-    `began` is time.time() at the start of the process, for the time breakdown.
+    `process_started` is time.time() at the start of the process, for the time breakdown.
 
     Raises:
         TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
     """
-    run, divisions = set_up(config, folder, control, stop, began)
+    run, divisions = set_up(config, folder, control, stop, process_started)
     with record_failures(run):
         restored = restore(run, folder)
         run.plan = make_plan(run, divisions)
@@ -79,7 +79,7 @@ def train_run(
 
 
 def set_up(
-    requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, began: float
+    requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
 ) -> tuple[RunContext, dict[str, Division]]:
     """Open the data, configure the devices, build the model, and divide its layers into trunk and tail per phase."""
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
@@ -115,7 +115,7 @@ def set_up(
         classifier=classifier,
         state=RunState(),
         saver=Saver(folder, control, config.runtime.keep_checkpoints),
-        clock=Clock(chief_folder and chief_folder / "ledger.json", began),
+        clock=Clock(chief_folder and chief_folder / "ledger.json", process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
     return run, divisions
@@ -126,10 +126,13 @@ def set_up(
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
-    """Load the weights of the newest checkpoint of this run, or else of `warm_start`, and record this start.
+    """Load the weights of this run's newest checkpoint, or else of `warm_start`; record the start in the history.
 
     Returns:
-        the variables of that checkpoint by name, for the optimizer of the current phase; {} if there is none.
+        the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+
+    Raises:
+        GaveUp: too many restarts without progress.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.newest(folder.resuming)
@@ -157,19 +160,19 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     """Choose whether each phase reads features or images and how workers shard the data; open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
-    reads = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
-    features = FeaturePlan(divisions, reads)
-    images.train_once = train_images_read_once(config, features.reads, state.phase)
+    input_kinds = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
+    features = FeaturePlan(divisions, input_kinds)
+    images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
-    cache = "features" if images.train_once else images.split("train").cached_in
+    cache = "features" if images.train_images_read_once else images.split("train").cached_in
     local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
     sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
     check_resumable(sharding, state.sharding, state.epoch_step)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(split, worker.index))
-    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.waited)
+    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.add_wait)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
@@ -200,7 +203,7 @@ class PhaseRun:
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Set the trainable layers, train and validate epochs until steps or patience end, and load the phase weights."""
+    """Set the trainable layers, train until the last step or early stopping, and load the phase weights."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -209,13 +212,13 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in thaw.lines():
         log.info(f"  {line}")
-    run.images.train_once = train_images_read_once(run.config, run.plan.features.reads, state.phase)
+    run.images.train_images_read_once = train_images_read_once(run.config, run.plan.features.input_kinds, state.phase)
 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
 
-    validated = state.epoch_step == 0  # False if the run was stopped after the last step of an epoch, before validation
-    if not (validated and finished()):
+    epoch_is_complete = state.epoch_step == 0  # False if stopped between the last step of an epoch and its validation
+    if not (epoch_is_complete and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
             if restored:
@@ -266,13 +269,13 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     )
     dataset = teacher.with_soft_labels(batches.dataset) if teacher else batches.dataset
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
-    saved = run.classifier.variables | step.checkpoint_variables()
-    return PhaseRun(name, phase, total, step, schedule, inputs, iterator, batches.gate(), saved)
+    checkpoint_variables = run.classifier.variables | step.checkpoint_variables()
+    return PhaseRun(name, phase, total, step, schedule, inputs, iterator, batches.gate(), checkpoint_variables)
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     """Open the cached features or the images of a phase; use images if there is no space for its features."""
-    category = "compile" if run.plan.features.reads[name] == "live" else "features"
+    category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
         inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
     if inputs is not None:
@@ -287,7 +290,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     log.info(f"features of phase {name}: live, because there is no space for a cache")
     switch_to_images(name, run.images, run.plan.features)
     if run.worker.is_chief:
-        update_run_json(run.saver.path, {"features": run.plan.features.reads})
+        update_run_json(run.saver.path, {"features": run.plan.features.input_kinds})
     return open_phase_inputs(run, name)
 
 
@@ -321,7 +324,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
     Raises:
         DataError: an example cannot be read.
         Diverged: the loss is not finite.
-        StopRequested: after a checkpoint, unless one of several workers stops while it waits for shards.
+        StopRequested: a checkpoint was saved first, except if this worker is one of several and was waiting for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
@@ -342,7 +345,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
                     raise
                 save_and_stop(run, current)
             sums, batches_waited, stopped = current.step.run(current.batches, count, state.step, state.phase_step)
-            run.clock.waited(batches_waited + shards_waited)
+            run.clock.add_wait(batches_waited + shards_waited)
         # Count the steps that were run, `count` or fewer.
         waited += batches_waited + shards_waited
         taken = len(sums)
@@ -357,11 +360,11 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             state.interval = [a + float(b) for a, b in zip(state.interval, row, strict=True)]
         state.images += float(sums[:, 2].sum())
         if state.step % log_every == 0 or left == 0:
-            loss, correct, seen = state.interval
+            loss, correct, examples = state.interval
             rate = float(current.schedule(state.phase_step - 1))
-            entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
-                     "accuracy": correct / seen, "learning_rate": rate}  # fmt: skip
-            run.metrics.interval(entry, seen, time.monotonic() - began, waited, run.clock.goodput)
+            entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
+                     "accuracy": correct / examples, "learning_rate": rate}  # fmt: skip
+            run.metrics.interval(entry, examples, time.monotonic() - began, waited, run.clock.goodput)
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
             if left and checkpoint_due(run) and not stopped:
@@ -389,10 +392,10 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
             save_and_stop(run, current)
         control = run.worker.control
         scores = control.broadcast("validation", lambda: validation_scores(scored.probabilities, scored.labels))
-    loss, correct, seen = state.sums
+    loss, correct, examples = state.sums
     rate = float(current.schedule(state.phase_step))
-    entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / seen,
-             "accuracy": correct / seen, **scores, "learning_rate": rate}  # fmt: skip
+    entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
+             "accuracy": correct / examples, **scores, "learning_rate": rate}  # fmt: skip
     best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
     run.metrics.epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
@@ -460,7 +463,7 @@ def finish(run: RunContext) -> None:
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
-    images.train_once = train_images_read_once(config, run.plan.features.reads, run.state.phase)
+    images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"):
         split = scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")

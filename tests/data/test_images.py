@@ -273,10 +273,10 @@ def test_the_caches_of_all_splits_are_under_one_memory_budget() -> None:
         "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"memory_budget_gb": 2.5 * each / GIGABYTE, "disk_budget_gb": each / GIGABYTE},
     })  # fmt: skip
-    plans = plan_image_caches(config, dataset, 4, train_once=False)
+    plans = plan_image_caches(config, dataset, 4, train_images_read_once=False)
     assert [(name, plan.where, plan.bytes) for name, plan in plans.items()] == [
         ("train", "memory", each), ("validation", "memory", each), ("test", "disk", each)
     ]  # fmt: skip
-    once = plan_image_caches(config, dataset, 4, train_once=True)
+    once = plan_image_caches(config, dataset, 4, train_images_read_once=True)
     assert [plan.where for plan in once.values()] == ["none", "memory", "memory"]
     assert once["train"].reason == "training reads them once, for features"

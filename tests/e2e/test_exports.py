@@ -20,7 +20,7 @@ from trainer.data.decoding import decode_image
 from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
-from trainer.runs.finished_run import find_run, load_checkpoint, open_classifier
+from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
 from trainer.storage.path import storage_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

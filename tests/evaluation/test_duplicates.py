@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from trainer.evaluation import duplicates
-from trainer.evaluation.duplicates import find_duplicates, perceptual_hashes, shrink
+from trainer.evaluation.duplicates import find_duplicates, make_thumbnails, perceptual_hashes
 
 SIDE = 96
 
@@ -49,7 +49,7 @@ def describe(split: str, index: int) -> dict[str, Any]:
 
 def search(splits: dict[str, tuple[list[np.ndarray], list[int]]]) -> tuple[list[list[tuple[str, int]]], dict[str, Any]]:
     """Return the members of the groups, and `duplicates` of report.json."""
-    small = {name: (np.arange(len(images)), shrink(np.stack(images))) for name, (images, _) in splits.items()}
+    small = {name: (np.arange(len(images)), make_thumbnails(np.stack(images))) for name, (images, _) in splits.items()}
     facts = find_duplicates(small, {name: np.array(labels) for name, (_, labels) in splits.items()}, describe)
     return [[(m["split"], m["index"]) for m in group["members"]] for group in facts["groups"]], facts
 
@@ -111,13 +111,13 @@ def test_close_hashes_equal_those_of_all_pairs() -> None:
 def test_a_thumbnail_is_the_mean_over_areas() -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     expected = images.reshape(3, 16, 4, 16, 4, 3).mean(axis=(2, 4))
-    np.testing.assert_array_equal(shrink(images), np.rint(expected.astype(np.float32)).astype(np.uint8))
+    np.testing.assert_array_equal(make_thumbnails(images), np.rint(expected.astype(np.float32)).astype(np.uint8))
     small = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(shrink(small), small.repeat(2, axis=1).repeat(2, axis=2))
+    np.testing.assert_array_equal(make_thumbnails(small), small.repeat(2, axis=1).repeat(2, axis=2))
 
 
 def test_hashes_are_robust_to_noise() -> None:
-    small = shrink(np.stack([decoded(photo(k)) for k in range(20)]))
+    small = make_thumbnails(np.stack([decoded(photo(k)) for k in range(20)]))
     noise = np.random.default_rng(0).integers(-2, 3, small.shape)
     hashes, other = perceptual_hashes(small), perceptual_hashes(np.clip(small + noise, 0, 255).astype(np.uint8))
     assert np.bitwise_count(hashes ^ other).max() <= duplicates.MAX_HASH_DISTANCE

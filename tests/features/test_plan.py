@@ -61,7 +61,7 @@ def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) 
 )  # fmt: skip
 def test_auto_caches_if_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
     choice = planned(config(**changes), classifier)
-    assert (choice.reads == "cached") == cached
+    assert (choice.input_kind == "cached") == cached
     assert why in choice.reason
 
 
@@ -81,21 +81,21 @@ def test_auto_caches_if_that_saves_work(classifier: Classifier, changes: Any, ca
 )
 def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
     choice = planned(config(**changes), classifier)
-    assert choice.reads == reads
+    assert choice.input_kind == reads
     assert choice.reason.endswith(why)
     assert choice.describe("head").startswith("features of phase head: live, ")
 
 
 def test_features_that_do_not_fit_are_live_or_an_error(classifier: Classifier) -> None:
     choice = planned(config(), classifier, 120 * 1280 * 4 - 1)
-    assert choice.reads == "validation"
+    assert choice.input_kind == "validation"
     assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.reason
     choice = planned(config(), classifier, 20 * 1280 * 4 - 1)
-    assert choice.reads == "live"
+    assert choice.input_kind == "live"
     assert choice.reason.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    assert planned(config(), classifier, 120 * 1280 * 4).reads == "cached"
+    assert planned(config(), classifier, 120 * 1280 * 4).input_kind == "cached"
     half = config(features_dtype="float16", features="cached")
-    assert planned(half, classifier, 120 * 1280 * 2).reads == "cached"
+    assert planned(half, classifier, 120 * 1280 * 2).input_kind == "cached"
     with raises(ConfigError, "phases.head.features", "cached", fix="features=auto", problem="^1 view .* fit neither"):
         planned(half, classifier, 1)
 

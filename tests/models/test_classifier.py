@@ -175,7 +175,7 @@ def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pyt
                 new.require_group(name).attrs.update(item.attrs)
 
         old.visititems(copy)
-    monkeypatch.setattr(weights_module, "GLYPHS", packed)
+    monkeypatch.setattr(weights_module, "GLYPHS_WEIGHTS", packed)
     target = build(2, weights="glyphs")
     for key, variable in target.variables.items():
         if key.startswith("backbone/"):
@@ -254,18 +254,18 @@ def test_the_packaged_weights_separate_strokes_better_than_random_ones() -> None
     image = np.full((2, 48, 48, 3), 255, "uint8")
     image[0, 10:38, 22:26] = 0
     image[1, 22:26, 10:38] = 0
-    vertical, horizontal = packed.pooled(packed.features(image)).numpy()
+    vertical, horizontal = packed.pool(packed.features(image)).numpy()
     assert np.isfinite([vertical, horizontal]).all()
     assert np.abs(vertical - horizontal).max() > 0.1
     random = build(image_size=48)
-    one, other = random.pooled(random.features(image)).numpy()
+    one, other = random.pool(random.features(image)).numpy()
     assert np.abs(one - other).max() < 0.01
 
 
 def test_glyphs_fit_one_network_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises(ModelError, "model.weights", "glyphs", "model=glyphs_mobilenet_v2", "MobileNetV2 with alpha 1"):
         build(weights="glyphs", alpha=None)
-    monkeypatch.setattr(weights_module, "GLYPHS", tmp_path / "glyphs.weights.h5")
+    monkeypatch.setattr(weights_module, "GLYPHS_WEIGHTS", tmp_path / "glyphs.weights.h5")
     with raises(ModelError, "model.weights", "glyphs", "make pretrained", "glyphs.weights.h5 is missing"):
         build(weights="glyphs")
 

@@ -179,7 +179,7 @@ def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
     for layer in classifier.backbone.layers:
         if isinstance(layer, NORM):
             layer.__class__ = NORM
-    prepared = classifier.kind.preprocess(images[:12].astype("float32"))
+    prepared = classifier.spec.preprocess(images[:12].astype("float32"))
     alone, expected = after(lambda: classifier.backbone(prepared, training=True))
     assert np.abs(padded - alone).max() < 0.01 < 0.5 < np.abs(unweighted - alone).max()
     for name, value in expected.items():

@@ -42,7 +42,7 @@ def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -
 def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
     classifier, images = build(hidden=9), some_images(2)
     assert classifier.hidden is not None
-    maps, pooled = classifier.features(images).numpy(), classifier.pooled(classifier.features(images)).numpy()
+    maps, pooled = classifier.features(images).numpy(), classifier.pool(classifier.features(images)).numpy()
     (w1, b1), (w2, _) = classifier.hidden.get_weights(), classifier.output.get_weights()
     slopes = ((pooled @ w1 + b1 > 0) * w2[:, 1]) @ w1.T
     expected = scaled(np.einsum("bhwc,bc->bhw", maps, slopes))
@@ -54,7 +54,7 @@ def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) 
     classifier, images = build(pooling=pooling), some_images(3)
     explained = tf.function(lambda x: explain(classifier, x))(images)
     np.testing.assert_allclose(explained["probabilities"], classifier.probabilities(images), atol=1e-6)
-    np.testing.assert_allclose(explained["embedding"], classifier.pooled(classifier.features(images)), atol=1e-5)
+    np.testing.assert_allclose(explained["embedding"], classifier.pool(classifier.features(images)), atol=1e-5)
     most_probable = np.argmax(explained["probabilities"], axis=1).astype("int32")
     expected = explain(classifier, images, tf.constant(most_probable))["heatmap"]
     np.testing.assert_allclose(explained["heatmap"], expected, atol=1e-5)

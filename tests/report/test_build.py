@@ -11,7 +11,7 @@ from tests.data.splits_on_disk import opened
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
-from trainer.evaluation.duplicates import shrink
+from trainer.evaluation.duplicates import make_thumbnails
 from trainer.report import build as reporting
 from trainer.types import Split
 
@@ -60,6 +60,6 @@ def test_thumbnails_are_equal_with_and_without_a_cache(tmp_path: Path, cache: An
     indices = np.delete(np.arange(count), 1)
     small = reporting.read_thumbnails(pixels, indices, lambda: checks.append(1))
     good = indices != 4
-    np.testing.assert_array_equal(small[good], shrink(images[indices[good]]))
+    np.testing.assert_array_equal(small[good], make_thumbnails(images[indices[good]]))
     assert (list(pixels.bad), len(checks)) == ([4], 2)
     assert reporting.read_thumbnails(pixels, indices[:0], lambda: None).shape == (0, 16, 16, 3)

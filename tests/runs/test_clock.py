@@ -17,7 +17,7 @@ def test_categories_add_up_to_the_wall_time(tmp_path: Path) -> None:
     with clock.span("train", "training"):
         assert health.activity == "training"
         time.sleep(0.2)
-        clock.waited(0.05)
+        clock.add_wait(0.05)
         with clock.span("checkpoint"):
             time.sleep(0.1)
         time.sleep(0.05)

@@ -101,7 +101,7 @@ without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph takes 
 
 
 def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Return the nonempty ones of blocks 0 to `count` - 1, prefetched by one; infinite if `count` is None."""
+    """Return blocks 0 to `count` - 1 without the empty ones; prefetches one; infinite if `count` is None."""
     blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
     return blocks.filter(without_autograph(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
@@ -126,7 +126,7 @@ def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     return blocks.flat_map(read).prefetch(1)
 
 
-def decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
+def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
     """Return a function that decodes the image of a row, uint8 [S, S, 3]; a tf.errors.OpError if it is unreadable.
 
     A row holds its serialized `record` if the split has shards, else its `index`.
@@ -154,11 +154,15 @@ def decoded_rows(
     image, which costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a
     tf.errors.OpError.
     """
-    decode, black_image = decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode, black_image = row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
     @without_autograph
     def row_numbers(block: Block) -> tf.data.Dataset:
-        """Return the row numbers of a block, each with the block, and an end marker after them if `failures` is set."""
+        """Return the row numbers of a block, each with the block, and an end marker after them if `failures` is set.
+
+        Unreadable rows vanish in `ignore_errors`. A gap in the numbers shows which failed; the end marker shows
+        failures at the end of the block.
+        """
         numbers = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
         return numbers.map(without_autograph(lambda number: {"number": number, "block": block}))
 
@@ -176,15 +180,17 @@ def decoded_rows(
         return {"number": number, "is_marker": number > row_index, "block": columns, "image": image}
 
     @without_autograph
-    def with_expected_number(expected: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Add the row number that was `expected` next; the rows from there to before this one failed to decode."""
-        return tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1), {**row, "expected": expected}
+    def with_first_missing_number(first_missing: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
+        """Add `first_missing`, the number after the last decoded row; rows from there to before this one failed."""
+        following = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1)
+        return following, {**row, "first_missing": first_missing}
 
     @without_autograph
     def with_failed_rows(row: Row) -> tf.data.Dataset:
         """Return a black row of weight 0 for each that failed to decode, then this row unless it is an end marker."""
-        examples = {k: v[row["expected"] : row["number"] + 1] for k, v in row["block"].items()}  # a marker adds no row
-        failed, rows = row["block"]["index"][row["expected"] : row["number"]], tf.shape(examples["index"])[0]
+        first, number = row["first_missing"], row["number"]
+        examples = {k: v[first : number + 1] for k, v in row["block"].items()}  # a marker adds no row
+        failed, rows = row["block"]["index"][first:number], tf.shape(examples["index"])[0]
         any_failed = tf.size(failed) > 0
 
         def record_failures() -> tf.Operation:
@@ -202,4 +208,4 @@ def decoded_rows(
     rows = blocks.flat_map(row_numbers).map(with_image, num_parallel_calls=threads, deterministic=True)
     if failures is None:
         return rows
-    return rows.ignore_errors().scan(tf.zeros([], tf.int64), with_expected_number).flat_map(with_failed_rows)
+    return rows.ignore_errors().scan(tf.zeros([], tf.int64), with_first_missing_number).flat_map(with_failed_rows)

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config.schema import RunConfig
-from trainer.data.decoding import Resize, block_dataset, decoded_rows, decoder, without_autograph
+from trainer.data.decoding import Resize, block_dataset, decoded_rows, row_decoder, without_autograph
 from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, Read, block_reads, sequence_blocks
@@ -134,7 +134,7 @@ def failure_reason(pixels: Pixels, index: int) -> str:
             if not records:
                 return "the shard ends before this record"
             row["record"] = records[0]
-        decoder(split, pixels.size, pixels.resize)(row)
+        row_decoder(split, pixels.size, pixels.resize)(row)
     except tf.errors.OpError as error:
         # The first line of TensorFlow's message, without names of graph nodes.
         text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", str(error.message).splitlines()[0])
@@ -269,12 +269,14 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
     return CachePlan("none", needed, f"they fit neither {budgets.replace(', ', ' nor ')}")
 
 
-def plan_image_caches(config: RunConfig, dataset: Dataset, size: int, train_once: bool) -> dict[str, CachePlan]:
+def plan_image_caches(
+    config: RunConfig, dataset: Dataset, size: int, train_images_read_once: bool
+) -> dict[str, CachePlan]:
     """Plan the cache of each split, in the order of `SPLITS`; images have `size` pixels a side."""
     plans: dict[str, CachePlan] = {}
     memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
     for name in [split for split in SPLITS if split in dataset.splits]:
-        once, needed = name == "train" and train_once, image_bytes(dataset.splits[name], size)
+        once, needed = name == "train" and train_images_read_once, image_bytes(dataset.splits[name], size)
         plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
         memory -= needed if plans[name].where == "memory" else 0
     return plans
@@ -325,7 +327,7 @@ class ImageStore:
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
         """Open no split yet; `check` is called with "while the train images were decoded", and may raise to stop."""
         self.dataset, self.config, self.size = data.dataset, config, size
-        self.train_once = False  # set True if training reads its images only once; data.cache=auto then caches none
+        self.train_images_read_once = False  # if set True, data.cache=auto does not cache the training images
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
 
     def split(self, name: str) -> Pixels:
@@ -343,7 +345,7 @@ class ImageStore:
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
-        needed, once = image_bytes(split, size), name == "train" and self.train_once
+        needed, once = image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         return pixels

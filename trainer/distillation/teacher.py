@@ -22,7 +22,7 @@ from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.runs.finished_run import rebuild_classifier
+from trainer.runs.stored_run import rebuild_classifier
 from trainer.storage.local import write_whole
 from trainer.training.losses import log_probs
 

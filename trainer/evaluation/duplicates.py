@@ -19,7 +19,7 @@ THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 6  # bits in which the hashes of two candidates may differ
 MIN_CORRELATION = 0.99  # of the thumbnails of two duplicates
 _MIN_STD = 3.0  # standard deviation of the values of a thumbnail, 0 to 255, below which the image is blank
-_SHRINK_BATCH = 8  # images; they fit the processor's cache, which takes a ninth of the time per image of batches of 256
+_IMAGES_PER_BATCH = 8  # fits the processor's cache, 9 times as fast as 256
 _HASH_PAIRS_PER_BATCH = 2_000_000  # their differing bits take 16 MB
 _THUMBNAIL_PAIRS_PER_BATCH = 50_000
 MAX_DUPLICATE_PAIRS = 2_000_000  # the search ends here, with groups incomplete; video frames can have far more pairs
@@ -27,7 +27,7 @@ MAX_LISTED_GROUPS = 100  # in report.json
 MAX_LISTED_MEMBERS = 20  # of a group in report.json
 
 
-def shrink(images: np.ndarray) -> np.ndarray:
+def make_thumbnails(images: np.ndarray) -> np.ndarray:
     """Resize uint8 [b, S, S, 3] to uint8 [b, 16, 16, 3]; each pixel is the mean of the area that it covers."""
     side = images.shape[1]
     edges = np.linspace(0, side, THUMBNAIL_SIDE + 1)
@@ -36,11 +36,11 @@ def shrink(images: np.ndarray) -> np.ndarray:
     weights = np.clip(np.minimum(right, pixel + 1) - np.maximum(left, pixel), 0, None)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     thumbnails = np.empty((len(images), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
-    for start in range(0, len(images), _SHRINK_BATCH):
-        batch = images[start : start + _SHRINK_BATCH]
+    for start in range(0, len(images), _IMAGES_PER_BATCH):
+        batch = images[start : start + _IMAGES_PER_BATCH]
         rows = np.matmul(weights, batch.reshape(len(batch), side, side * 3).astype(np.float32))
         columns = rows.reshape(len(batch), THUMBNAIL_SIDE, side, 3).transpose(0, 1, 3, 2)  # [b, 16, 3, S]
-        thumbnails[start : start + _SHRINK_BATCH] = np.rint(np.matmul(columns, weights.T)).transpose(0, 1, 3, 2)
+        thumbnails[start : start + _IMAGES_PER_BATCH] = np.rint(np.matmul(columns, weights.T)).transpose(0, 1, 3, 2)
     return thumbnails
 
 
@@ -60,8 +60,9 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
 def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield, in batches, the positions of all pairs of distinct hashes that differ in at most `MAX_HASH_DISTANCE` bits.
 
-    A hash is divided into one segment more than that, so two close hashes have at least one segment in common
-    (pigeonhole principle), and only hashes with a common segment are compared. A pair with several is yielded again.
+    A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes have at least one of them in common
+    (pigeonhole principle), so only hashes with an equal segment are compared. A pair with several equal segments is
+    yielded several times.
     """
     for start, stop in pairwise(np.linspace(0, 64, MAX_HASH_DISTANCE + 2).astype(int)):
         segment = (hashes >> np.uint64(start)) & np.uint64((1 << int(stop - start)) - 1)
@@ -86,10 +87,11 @@ def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
     vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    repeated = np.flatnonzero(first[inverse] != np.arange(len(inverse)))  # positions whose hash occurred before
+    representative = first[inverse]  # position of the first image with the same hash
+    repeated = np.flatnonzero(representative != np.arange(len(inverse)))
     close = (first[np.stack(pair)] for pair in _close_pairs(hashes))
     accepted, count = [np.zeros((2, 0), np.int64)], 0
-    for candidates in chain([np.stack([first[inverse][repeated], repeated])], close):
+    for candidates in chain([np.stack([representative[repeated], repeated])], close):
         for start in range(0, candidates.shape[1], _THUMBNAIL_PAIRS_PER_BATCH):
             one, other = batch = candidates[:, start : start + _THUMBNAIL_PAIRS_PER_BATCH]
             correlated = np.einsum("ij,ij->i", vectors[one], vectors[other]) >= MIN_CORRELATION
@@ -121,31 +123,31 @@ def find_duplicates(
         for number, (name, (indices, images)) in enumerate(thumbnails.items())
     ]
     columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
-    structured = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
-    split_of, index_of, label_of, images = (column[structured] for column in columns)
+    not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
+    split_of, index_of, label_of, images = (column[not_blank] for column in columns)
     one, other = _duplicate_pairs(images)
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(images),) * 2)
     _, component = connected_components(graph, directed=False)
     order = np.argsort(component, kind="stable")
     groups = [group for group in np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(group) > 1]
-    across = [len(np.unique(split_of[group])) > 1 for group in groups]
-    differ = [len(np.unique(label_of[group])) > 1 for group in groups]
-    severe = [k for k in range(len(groups)) if across[k] or differ[k]]
-    severe.sort(key=lambda k: (not (across[k] and differ[k]), not differ[k], int(groups[k][0])))
+    spans_splits = [len(np.unique(split_of[group])) > 1 for group in groups]
+    has_several_labels = [len(np.unique(label_of[group])) > 1 for group in groups]
+    rank = [2 * several + spans for several, spans in zip(has_several_labels, spans_splits, strict=True)]
+    listed_first = sorted((k for k in range(len(groups)) if rank[k]), key=lambda k: (-rank[k], groups[k][0]))
 
     def describe_all(positions: np.ndarray) -> list[dict[str, Any]]:
         return [describe(splits[split_of[i]], int(index_of[i])) for i in positions]
 
     listed = []
-    for k in severe[:MAX_LISTED_GROUPS]:
+    for k in listed_first[:MAX_LISTED_GROUPS]:
         _, first_of_label = np.unique(label_of[groups[k]], return_index=True)
         names = sorted({member["label"] for member in describe_all(groups[k][first_of_label])})
         members = describe_all(groups[k][:MAX_LISTED_MEMBERS])
-        listed.append({"count": len(groups[k]), "across_splits": across[k], "labels": names, "members": members})
+        listed.append({"count": len(groups[k]), "across_splits": spans_splits[k], "labels": names, "members": members})
     return {
         "compared": {name: len(indices) for name, (indices, _) in thumbnails.items()},
-        "across_splits": sum(across),
-        "different_labels": sum(differ),
-        "within_one_split_and_class": len(groups) - len(severe),
+        "across_splits": sum(spans_splits),
+        "different_labels": sum(has_several_labels),
+        "within_one_split_and_class": len(groups) - len(listed_first),
         "groups": listed,
     }

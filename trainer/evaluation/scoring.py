@@ -67,10 +67,10 @@ class Scorer:
         worker: Worker,
         network: Network,
         sharding: Sharding = UNSHARDED,
-        waited: Callable[[float], None] = lambda _: None,
+        on_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """Create a scorer; `waited` is called with the seconds of each wait for shards."""
-        self.worker, self.sharding, self.waited = worker, sharding, waited
+        """Create a scorer; `on_wait` is called with the seconds of each wait for shards."""
+        self.worker, self.sharding, self.on_wait = worker, sharding, on_wait
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
@@ -122,7 +122,7 @@ class Scorer:
         except StopRequested:
             return False
         if seconds > 0:
-            self.waited(seconds)
+            self.on_wait(seconds)
         health.progress()
         return self.worker.stop.reason is None
 

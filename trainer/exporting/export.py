@@ -16,7 +16,7 @@ from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
-from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, open_classifier, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, check_classes, open_classifier, without_weights
 from trainer.storage.local import write_json, write_whole
 from trainer.types import Scored, scored_split
 
@@ -65,7 +65,7 @@ def export_classifier(
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 
-def open_images(run: FinishedRun, size: int) -> ImageStore:
+def open_images(run: StoredRun, size: int) -> ImageStore:
     """Open the data of a finished run, uncached, with images of `size` x `size` pixels.
 
     Raises:
@@ -89,7 +89,7 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
     return Scored(split, decodable, labels[decodable], np.concatenate(batches)[decodable])
 
 
-def export_run(run: FinishedRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
     """Export a checkpoint of a finished run to `folder`; return the scores of each format by its name."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
@@ -99,7 +99,7 @@ def export_run(run: FinishedRun, folder: Path, checkpoint: LoadedCheckpoint) -> 
     return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
-def record_exports(run: FinishedRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
+def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
     """Write the scores by format to report and model card if `folder` is the run's own `export` and it has a report.
 
     Otherwise they are written to export.json next to the files.

@@ -94,10 +94,10 @@ class Trunk:
 
     def features(self, images: Any) -> tuple[Any, ...]:
         """Compute the features at each cut, [b, *shape] of its dtype, of uint8 or float32 [b, S, S, 3] in 0..255."""
-        pixels = self.classifier.kind.preprocess(keras.ops.cast(images, "float32"))
+        pixels = self.classifier.spec.preprocess(keras.ops.cast(images, "float32"))
         maps = keras.tree.flatten(apply_folded(self._network, pixels, weights=self._folded))
         outputs = zip(self.cuts, maps, strict=True)
-        return tuple(self.classifier.pooled(output) if cut.pooled else output for cut, output in outputs)
+        return tuple(self.classifier.pool(output) if cut.pooled else output for cut, output in outputs)
 
 
 class Tail:

@@ -1,4 +1,4 @@
-"""Inputs of a phase: images, or cached features, that is, the output of its frozen layers."""
+"""Inputs of a phase: images, or cached features, the output of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ _FORMAT = 2  # version of the features on disk; incremented when their values ch
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of examples in a phase, and the network that it trains: the classifier, or its tail on features."""
+    """What a phase reads, and the network that the phase trains: the classifier on images, or its tail on features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
     augmentation: Augmentation  # applied to batches of `training`; disabled for features, which include it
-    views: int | None  # augmented views per example, reused in turn; None if each epoch has new ones
+    views: int | None  # fixed augmented views per example, cycled over the epochs; None: each epoch draws new views
 
 
 def open_inputs(
@@ -43,27 +43,29 @@ def open_inputs(
 
     `scorer` is that of the complete classifier. Return None, and raise errors, as `FeatureCache.open` does.
     """
-    augmentation, reads = images.config.augmentation, plan.reads[name]
+    augmentation, kind = images.config.augmentation, plan.input_kinds[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
-    if reads == "live":
+    if kind == "live":
         return Inputs(classifier, scorer, images.split("train"), images.split("validation"), augmentation, views)
     cache = FeatureCache(worker, images, classifier, plan, scorer.sharding)
-    features = cache.open(name, ("train", "validation") if reads == "cached" else ("validation",))
+    features = cache.open(name, ("train", "validation") if kind == "cached" else ("validation",))
     if features is None:
         return None
     tail = Tail(classifier, plan.cut(name))
-    tail_scorer = Scorer(worker, tail, scorer.sharding, scorer.waited)
-    if reads == "cached":
-        return Inputs(tail, tail_scorer, features[0], features[1], Augmentation(), None)
-    return Inputs(classifier, tail_scorer, images.split("train"), features[0], augmentation, views)
+    tail_scorer = Scorer(worker, tail, scorer.sharding, scorer.on_wait)
+    if kind == "cached":
+        train_features, validation_features = features
+        return Inputs(tail, tail_scorer, train_features, validation_features, Augmentation(), None)
+    (validation_features,) = features  # kind == "validation": training on images, validation on features
+    return Inputs(classifier, tail_scorer, images.split("train"), validation_features, augmentation, views)
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Let a phase read images instead of the features for which there is no room."""
-    if plan.reads[name] == "cached":
-        images.forget("train")
-    plan.reads[name] = "live"
-    images.train_once = False
+    """Let a phase read images instead of the features for which there is no space."""
+    if plan.input_kinds[name] == "cached":
+        images.forget("train")  # drop the uncached images, so that the next call may fill the image cache
+    plan.input_kinds[name] = "live"
+    images.train_images_read_once = False
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,27 @@ class FeatureCache:
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
         """Return the complete features of these splits for a phase.
 
-        The same pass over the images computes features for later phases, if training until then does not change them.
-        Return None, on all workers, if one of them has no room for the features of `phase` or the run should stop.
+        The same pass computes features for later phases whose trunk is not trained before they begin.
+        Return None, on all workers, if one of them has no space for the features of `phase` or the run should stop.
         Raises DataError if an image cannot be read or a feature is too large for float16.
         """
-        compute, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
+        feature_pass, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
         opened: list[Features] = []
         for split in splits:
             memory_used = sum(features.bytes for features in opened if features.cached_in == "memory")
             features = self._open(phase, split, self.images.memory_left - memory_used)
-            if control.any_worker("no room for features", features is None) or features is None:
+            if control.any_worker("no space for features", features is None) or features is None:
                 return None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later in self._later_phases_in_same_pass(phase, split):
                 # On disk only: the memory that will be free in that phase is not yet known.
-                optional = self._open(later, split, -1, disk_used=sum(r.features.bytes for r in requests))
-                if not control.any_worker("no room for later features", optional is None) and optional is not None:
+                optional = self._open(later, split, None, disk_used=sum(r.features.bytes for r in requests))
+                if not control.any_worker("no space for later features", optional is None) and optional is not None:
                     requests.append(FeatureRequest(self.plan.cut(later), optional, required=False))
+            # If all workers read the same features, each computes a part, then they exchange them.
             exchange = split == "train" and self.sharding.by == "record" and self.worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
-            done = compute.fill(requests, augmentation, exchange)
+            done = feature_pass.fill(requests, augmentation, exchange)
             if control.any_worker("features not done", not done or requests[0].failed):
                 return None
             features.complete()
@@ -108,16 +111,19 @@ class FeatureCache:
         return opened
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
-        """Return the later phases that read the same views of a split at a trunk that no phase before them trains."""
-        names, phases, reads = list(self.images.config.phases), self.images.config.phases, self.plan.reads
+        """Return the later phases that read the same views of a split, each at a new cut.
+
+        The trunk of such a phase is not updated by `phase` or any phase in between.
+        """
+        names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
         updated: set[str] = set()
         later_phases, cut_layers = [], {self.plan.cut(phase).layer}
         for before, later in pairwise(names[names.index(phase) :]):
             updated |= self.plan.divisions[before].updated
             if split == "train":
-                same_views = reads[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
+                same_views = kinds[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
             else:
-                same_views = reads[later] != "live"
+                same_views = kinds[later] != "live"
             if not same_views:
                 continue
             cut = self.plan.cut(later)
@@ -126,8 +132,8 @@ class FeatureCache:
                 cut_layers.add(cut.layer)
         return later_phases
 
-    def _open(self, phase: str, split: str, memory_budget: int, disk_used: int = 0) -> Features | None:
-        """Open the features of a split; return None if there is no room. A negative `memory_budget` means disk only."""
+    def _open(self, phase: str, split: str, memory_budget: int | None, disk_used: int = 0) -> Features | None:
+        """Open the features of a split; return None if there is no space. `memory_budget` None: on disk only."""
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
         cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
         augmented = split == "train" and config.augmentation.active
@@ -138,12 +144,12 @@ class FeatureCache:
             indices = own_examples(examples, self.sharding)
         dtype, threads = stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
-        if memory_budget < 0 and disk_used + features.bytes > runtime.disk_budget:
+        if memory_budget is None and disk_used + features.bytes > runtime.disk_budget:
             return None
         fingerprint = self.images.dataset.fingerprint
         decoded_name = cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
         key = (
-            _FORMAT, decoded_name, self.classifier.kind.name, cut.layer, cut.pooled and self.classifier.pooling,
+            _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,
             (config.seed, config.augmentation.model_dump_json()) if augmented else None,
             rows_per_call(), runtime.deterministic, tf.__version__,

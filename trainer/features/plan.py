@@ -19,19 +19,19 @@ from trainer.runs.folder import read_run_json, update_run_json
 from trainer.types import Dataset
 
 # Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.
-Reads = Literal["cached", "live", "validation"]
+InputKind = Literal["cached", "live", "validation"]
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
     """Input of one phase, with the reason."""
 
-    reads: Reads
+    input_kind: InputKind
     reason: str
 
     def describe(self, name: str) -> str:
         """Format the log line of phase `name`, about its training images."""
-        return f"features of phase {name}: {'cached' if self.reads == 'cached' else 'live'}, {self.reason}"
+        return f"features of phase {name}: {'cached' if self.input_kind == 'cached' else 'live'}, {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FeaturePlan:
     """Inputs of all phases of a run; a phase without room for its features becomes "live"."""
 
     divisions: Mapping[str, Division]
-    reads: dict[str, Reads]
+    input_kinds: dict[str, InputKind]
 
     def cut(self, phase: str) -> Cut:
         """Return the cut of a phase that reads features."""
@@ -82,10 +82,10 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
     return divisions
 
 
-def train_images_read_once(config: RunConfig, reads: Mapping[str, Reads], first: int = 0) -> bool:
+def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
     """Return whether the phases from index `first` on only read the training images to compute features, once."""
     reread = config.augmentation.active or config.distillation is not None
-    return not reread and all(reads.get(name) == "cached" for name in list(config.phases)[first:])
+    return not reread and all(input_kinds.get(name) == "cached" for name in list(config.phases)[first:])
 
 
 def plan_features(
@@ -104,10 +104,10 @@ def plan_features(
             raise fault
         cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose(config, phase, cut, epochs, train_count + validation_count, budget)
-        if phase.features == "cached" and choice.reads != "cached":
+        if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
-        if cut and choice.reads != "cached" and phase.features == "auto" and epochs > 1:
+        if cut and choice.input_kind != "cached" and phase.features == "auto" and epochs > 1:
             needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, validation_count)
             if needed <= budget:
                 validation = f"validation on features of {validation_count:,} images at {cut}, {megabytes(needed)}"
@@ -118,7 +118,7 @@ def plan_features(
 
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
-) -> dict[str, Reads]:
+) -> dict[str, InputKind]:
     """Return the input of each phase, the same on all workers.
 
     The chief reads them from the run.json in `folder`; for a new run it chooses and records them there. If a run that
@@ -126,19 +126,19 @@ def choose_features(
     """
     config = images.config
 
-    def choose() -> tuple[dict[str, Reads], list[str]]:
+    def choose() -> tuple[dict[str, InputKind], list[str]]:
         recorded = read_run_json(folder).get("features", {} if begun else None)
         if recorded is not None:
             return {name: recorded.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
-        reads = {name: choice.reads for name, choice in choices.items()}
-        update_run_json(folder, {"features": reads})
-        return reads, [choice.describe(name) for name, choice in choices.items()]
+        input_kinds = {name: choice.input_kind for name, choice in choices.items()}
+        update_run_json(folder, {"features": input_kinds})
+        return input_kinds, [choice.describe(name) for name, choice in choices.items()]
 
-    reads, lines = control.broadcast("features", choose)
+    input_kinds, lines = control.broadcast("features", choose)
     for line in lines:
         log.info(line)
-    return reads
+    return input_kinds
 
 
 def _choose(

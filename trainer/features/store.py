@@ -153,14 +153,15 @@ def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> i
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
-def open_features(features: Features, file: Path, memory_budget: int, disk_budget: int) -> Features | None:
+def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
     """Prepare new `features` for writing, load the rows that earlier starts stored in `file`, and return `features`.
 
     Features that fit the memory budget (bytes) are in memory, and also on disk if they fit the disk budget; all others
     are on disk only. The least recently used features of other files are deleted to stay within the disk budget. Return
-    None if there is no room. `file` has no suffix.
+    None if there is no space. `memory_budget` None: on disk only. `file` has no suffix.
     """
-    in_memory, on_disk = features.bytes <= memory_budget, features.bytes <= disk_budget
+    in_memory = memory_budget is not None and features.bytes <= memory_budget
+    on_disk = features.bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
     features.cached_in = "memory" if in_memory else "disk"

@@ -1,6 +1,6 @@
 """Registry of backbones: every classification network of keras.applications, by name.
 
-Only `Backbone.build` and `Backbone.preprocess` import Keras, so that listing and finding backbones is fast.
+Only `BackboneSpec.build` and `BackboneSpec.preprocess` import Keras, so that listing and finding backbones is fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BackboneSpec:
     """A network of keras.applications.
 
     The names of blocks are derived from the names of layers, by `block_pattern`. In the Inception and NASNet families
@@ -106,7 +106,7 @@ def _renumber_automatic_names(network: keras.Model) -> None:
 
 
 @cache
-def backbones() -> dict[str, Backbone]:
+def backbones() -> dict[str, BackboneSpec]:
     """Return all backbones by their lower-case names without separators, such as "mobilenetv2"."""
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
@@ -116,11 +116,11 @@ def backbones() -> dict[str, Backbone]:
     efficient_sizes = (224, 240, 260, 300, 380, 456, 528, 600)
     efficient_v2_sizes = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
     networks = [
-        Backbone("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
-        Backbone("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
-        Backbone("Xception", "xception", 299, 71, r"^(block\d+)_"),
-        Backbone("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
-        Backbone("InceptionResNetV2", "inception_resnet_v2", 299, 75, inception_resnet, stem_end="max_pooling2d_1"),
+        BackboneSpec("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
+        BackboneSpec("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
+        BackboneSpec("Xception", "xception", 299, 71, r"^(block\d+)_"),
+        BackboneSpec("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
+        BackboneSpec("InceptionResNetV2", "inception_resnet_v2", 299, 75, inception_resnet, stem_end="max_pooling2d_1"),
     ]
     families: list[tuple[str, str, dict[Any, int], str, dict[str, Any]]] = [
         ("MobileNetV3", "mobilenet_v3", dict.fromkeys(("Small", "Large"), 224), mobile_v3, {"takes_alpha": True}),
@@ -135,7 +135,7 @@ def backbones() -> dict[str, Backbone]:
         ("ConvNeXt", "convnext", dict.fromkeys(("Tiny", "Small", "Base", "Large", "XLarge"), 224), convnext, {}),
     ]
     networks += [
-        Backbone(f"{family}{variant}", module, size, 32, pattern, **options)
+        BackboneSpec(f"{family}{variant}", module, size, 32, pattern, **options)
         for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
@@ -147,7 +147,7 @@ def _normalized(name: str) -> str:
     return re.sub(r"[\s_.-]", "", name).lower()
 
 
-def find_backbone(name: str) -> Backbone:
+def find_backbone(name: str) -> BackboneSpec:
     """Return the backbone with a name; case, spaces, dots, underscores and hyphens do not matter.
 
     Raises:

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import schema as config
+from trainer.config.schema import Model as ModelConfig
 from trainer.errors import ModelError
-from trainer.models.backbones import Backbone, find_backbone
+from trainer.models.backbones import BackboneSpec, find_backbone
 from trainer.models.batch_norm import example_weights
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
@@ -25,7 +25,7 @@ class Classifier:
     and in the replicas of a strategy.
     """
 
-    kind: Backbone
+    spec: BackboneSpec
     backbone: keras.Model  # preprocessed float [b, S, S, 3] -> float [b, h, w, C]
     hidden: keras.layers.Dense | None  # hidden layer of the head, if it has one
     output: keras.layers.Dense  # output layer of the head
@@ -41,11 +41,11 @@ class Classifier:
         averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
         could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
         """
-        pixels = self.kind.preprocess(keras.ops.cast(images, "float32"))
+        pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
         with example_weights(weight if batch_norm_training else None):
             return apply_folded(self.backbone, pixels, batch_norm_training)
 
-    def pooled(self, features: Any) -> Any:
+    def pool(self, features: Any) -> Any:
         """Pool feature maps [b, h, w, C] to float32 [b, C]; rank-2 features are pooled already."""
         features = keras.ops.cast(features, "float32")
         if len(features.shape) == 2:
@@ -60,7 +60,7 @@ class Classifier:
         The dropout mask depends only on `seed`, the `step` of the run, the `position` in the global batch, int64 [b],
         and the unit: not on how the batch is split over replicas.
         """
-        x = self.pooled(features)
+        x = self.pool(features)
         if self.hidden is not None:
             x = self.hidden(x)
         if training and self.dropout > 0:
@@ -124,8 +124,8 @@ def variable_bytes(variables: Iterable[Any]) -> int:
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
-def build_classifier(model: config.Model, class_count: int, seed: int) -> Classifier:
-    """Build the classifier that `model` configures; random initial values depend on `seed` only.
+def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classifier:
+    """Build the classifier that `config` describes; random initial values depend on `seed` only.
 
     Call it in the scope of the strategy, after setting Keras' global precision policy.
 
@@ -135,19 +135,20 @@ def build_classifier(model: config.Model, class_count: int, seed: int) -> Classi
     if class_count < 2:
         problem = f"the number of classes is {class_count}, and a classifier needs at least 2"
         raise ModelError(problem, fix="add images of another class")
-    kind = find_backbone(model.backbone)
-    image_size = model.image_size or kind.default_size
-    network = build_with_weights(kind, image_size, model.alpha, model.weights, seed)
-    for layer in network.layers:
-        # Drop-connect, in some families, draws from a stateful generator, whose state no checkpoint has.
+    spec = find_backbone(config.backbone)
+    image_size = config.image_size or spec.default_size
+    backbone = build_with_weights(spec, image_size, config.alpha, config.weights, seed)
+    for layer in backbone.layers:
+        # Some families have drop-connect layers. They draw from a stateful generator that checkpoints do not save, so a
+        # resumed run would differ.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
-    hidden, width = None, network.output_shape[-1]
-    if model.hidden is not None:
-        hidden = _dense(model.hidden, width, "hidden", seed, "relu")
-        width = model.hidden
+    hidden, width = None, backbone.output_shape[-1]
+    if config.hidden is not None:
+        hidden = _dense(config.hidden, width, "hidden", seed, "relu")
+        width = config.hidden
     output = _dense(class_count, width, "output", seed + 1, None)
-    return Classifier(kind, network, hidden, output, model.pooling, model.dropout, model.l2, image_size)
+    return Classifier(spec, backbone, hidden, output, config.pooling, config.dropout, config.l2, image_size)
 
 
 def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:

@@ -111,7 +111,7 @@ def _lr_multipliers(
 ) -> tuple[tuple[float, ...], str]:
     """Return the multiplier of each trainable variable, and a text with that of each block; both empty if all are 1."""
     layers = classifier.backbone.layers
-    starts = {"stem": 0, **classifier.kind.block_starts([layer.name for layer in layers])}
+    starts = {"stem": 0, **classifier.spec.block_starts([layer.name for layer in layers])}
     names, firsts = sorted(starts, key=starts.__getitem__), sorted(starts.values())
     by_variable: dict[int, float] = {}  # by id
     by_block: dict[str, float] = {}  # only blocks with trainable weights
@@ -131,9 +131,9 @@ def _lr_multipliers(
 def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
     """Return the indices of the backbone layers that a rule selects."""
     names = [layer.name for layer in classifier.backbone.layers]
-    starts = classifier.kind.block_starts(names)
+    starts = classifier.spec.block_starts(names)
     rule, _, value = thaw.partition(":")
-    count, network = len(names), classifier.kind.name
+    count, network = len(names), classifier.spec.name
 
     match rule:
         case "none" | "all":

@@ -46,6 +46,6 @@ def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None
     heat = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
     return {
         "probabilities": tf.nn.softmax(logits),
-        "embedding": classifier.pooled(features),
+        "embedding": classifier.pool(features),
         "heatmap": tf.math.divide_no_nan(heat, tf.reduce_max(heat, axis=(1, 2), keepdims=True)),
     }

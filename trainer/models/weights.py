@@ -11,15 +11,16 @@ import keras
 import numpy as np
 
 from trainer.errors import ModelError
-from trainer.models.backbones import Backbone
+from trainer.models.backbones import BackboneSpec
 
-GLYPHS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
+# This project's own backbone, pretrained on rendered letters.
+GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
 def build_with_weights(
-    backbone: Backbone, image_size: int, alpha: float | None, weights: str, seed: int
+    spec: BackboneSpec, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
     """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file.
 
@@ -31,31 +32,31 @@ def build_with_weights(
     """
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
-        return _download(backbone, image_size, alpha)
+        return _download(spec, image_size, alpha)
     if weights == "none":
-        return backbone.build(image_size, alpha, None)
+        return spec.build(image_size, alpha, None)
     path = Path(weights).expanduser()
     if weights == "glyphs":
-        path = GLYPHS
-        if (backbone.name, alpha) != ("MobileNetV2", 0.35):
-            problem, fix = f"does not fit {_display_name(backbone, alpha)}", "use model=glyphs_mobilenet_v2"
+        path = GLYPHS_WEIGHTS
+        if (spec.name, alpha) != ("MobileNetV2", 0.35):
+            problem, fix = f"does not fit {_display_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
         if not path.is_file():
             problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
     _check_file(path)  # first, because building the network takes seconds
-    network = backbone.build(image_size, alpha, None)
+    network = spec.build(image_size, alpha, None)
     # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
-        _check_shapes(network, path, backbone, image_size, alpha)
+        _check_shapes(network, path, spec, image_size, alpha)
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
         # Only Keras' sentence about the first object that does not fit, without the lists around it.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
-        raise _mismatch(path, backbone, alpha, detail.strip()) from error
-    if backbone.module == "efficientnet":
+        raise _mismatch(path, spec, alpha, detail.strip()) from error
+    if spec.module == "efficientnet":
         _set_published_variance(network)
     return network
 
@@ -63,17 +64,17 @@ def build_with_weights(
 def _set_published_variance(network: keras.Model) -> None:
     """Set the input normalization of EfficientNet B0 to B7 to that of the published weights.
 
-    After the Normalization layer, which divides by the standard deviation std, Keras adds a Rescaling layer that
-    divides by sqrt(std), but only if it builds the network with `weights="imagenet"` (tensorflow#49930). In a network
-    without that layer, a variance of std^3 has the same effect. Any other variance is not that of ImageNet and stays.
+    Published weights expect (x - mean) / std^1.5. Keras builds that as Normalization (/ std) plus Rescaling
+    (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without it, variance
+    std^3 gives the same result. A variance that is not that of ImageNet remains.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    other, expected = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
+    variance_of_other_build, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        other, expected = expected, other
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other, atol=1e-3):
-        norm.adapt_variance.assign(expected)
+        variance_of_other_build, published = published, variance_of_other_build
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, variance_of_other_build, atol=1e-3):
+        norm.adapt_variance.assign(published)
         norm.finalize_state()
 
 
@@ -88,26 +89,26 @@ def refresh_normalization(network: keras.Model) -> None:
             _set_published_variance(network)
 
 
-def _download(backbone: Backbone, image_size: int, alpha: float | None) -> keras.Model:
+def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
     """Build a backbone with the ImageNet weights that Keras downloads, or has downloaded earlier."""
     try:
-        return backbone.build(image_size, alpha, "imagenet")
+        return spec.build(image_size, alpha, "imagenet")
     except ModelError:
         raise
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"the weights of {backbone.name} could not be downloaded ({reason})"
+        problem = f"the weights of {spec.name} could not be downloaded ({reason})"
         fix = "use the path of a .weights.h5 file, or none for random weights"
         raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
 
 
-def _display_name(backbone: Backbone, alpha: float | None) -> str:
-    return backbone.name + (f" with alpha {alpha or 1.0:g}" if backbone.takes_alpha else "")
+def _display_name(spec: BackboneSpec, alpha: float | None) -> str:
+    return spec.name + (f" with alpha {alpha or 1.0:g}" if spec.takes_alpha else "")
 
 
-def _mismatch(path: Path, backbone: Backbone, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
-    problem = f"does not fit {_display_name(backbone, alpha)} without its top: {detail}"
-    return ModelError(problem, key="model.weights", value=path, fix=fix or f"use weights of {backbone.name}")
+def _mismatch(path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
+    problem = f"does not fit {_display_name(spec, alpha)} without its top: {detail}"
+    return ModelError(problem, key="model.weights", value=path, fix=fix or f"use weights of {spec.name}")
 
 
 def _check_file(path: Path) -> None:
@@ -148,16 +149,16 @@ def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 
-def _check_shapes(network: keras.Model, path: Path, backbone: Backbone, image_size: int, alpha: float | None) -> None:
+def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
     """Raise a ModelError unless the file has exactly the shapes of the network; Keras would ignore extra arrays."""
     actual, expected = _shapes_in_file(path), _shapes(network)
     if actual == expected:
         return
-    for other in [a for a in ALPHAS if a != (alpha or 1.0)] if backbone.takes_alpha else []:
-        if _shapes(backbone.build(image_size, other, None)) == actual:
-            raise _mismatch(path, backbone, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
+    for other in [a for a in ALPHAS if a != (alpha or 1.0)] if spec.takes_alpha else []:
+        if _shapes(spec.build(image_size, other, None)) == actual:
+            raise _mismatch(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
     detail = f"the file has {sum(actual.values())} arrays, the backbone {sum(expected.values())}"
     if missing := expected - actual:
         shape = max(missing, key=lambda s: (len(s), s))
         detail += f", and the file has {actual[shape]} of shape {list(shape)}, the backbone {expected[shape]}"
-    raise _mismatch(path, backbone, alpha, detail)
+    raise _mismatch(path, spec, alpha, detail)

@@ -20,8 +20,8 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier, variable_bytes
 from trainer.planning.estimates import activation_bytes, parameters
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer
-from trainer.runs.finished_run import without_weights
 from trainer.runs.restore import local_checkpoints
+from trainer.runs.stored_run import without_weights
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote, missing_from, plan_copy
 from trainer.training import variables

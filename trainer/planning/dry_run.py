@@ -18,8 +18,8 @@ from trainer.models.classifier import Classifier, build_classifier, count_parame
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import PhasePlan
 from trainer.planning.sections import WIDTH, Plan, Rows, first_names, format_bytes
-from trainer.runs.finished_run import without_weights
 from trainer.runs.folder import check_fingerprint, inspect_folder
+from trainer.runs.stored_run import without_weights
 from trainer.storage.staging import is_remote
 from trainer.training.losses import class_weights
 from trainer.types import Dataset
@@ -138,8 +138,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     classifier = build_classifier(model, classes, config.seed)
     budget = max(config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget)
     choices = plan_features(config, divide(config, classifier), dataset, budget)
-    read_once = train_images_read_once(config, {name: choice.reads for name, choice in choices.items()})
-    caches = plan_image_caches(config, dataset, pixels, train_once=read_once)
+    read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
+    caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {})
     epoch = sharding.steps_per_epoch
@@ -177,6 +177,6 @@ def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
     body = f"{estimates.parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
-    return [("backbone", f"{classifier.kind.name}, weights {config.model.weights}, {body}"),
+    return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
             ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters")]  # fmt: skip

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from trainer.models.batch_norm import NORM
 from trainer.models.classifier import Classifier, count_parameters
 from trainer.planning.estimates import PhasePlan, parameters
-from trainer.report.figures import INK, MUTED, RULE, canvas, label, save
+from trainer.report.figures import GRID_LINE, INK, MUTED, canvas, figure_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
 MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
@@ -34,9 +34,9 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output,
 
 def stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
-    kind, names = classifier.kind, [layer.name for layer in classifier.backbone.layers]
-    edges = list(kind.block_starts(names).items())
-    top = 1 + max(i for i, name in enumerate(names) if kind.block_of(name) == edges[-1][0])
+    spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
+    edges = list(spec.block_starts(names).items())
+    top = 1 + max(i for i, name in enumerate(names) if spec.block_of(name) == edges[-1][0])
     if edges[0][1] > 0:
         edges.insert(0, ("stem", 0))
     if top < len(names):
@@ -79,11 +79,13 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     axes.set_xlim(-0.2, width)
     axes.set_ylim(len(rows) + 0.9, -2.15)
     axes.axis("off")
-    title = f"{classifier.kind.name}, {parameters(classifier):,} parameters"
+    title = f"{classifier.spec.name}, {parameters(classifier):,} parameters"
     axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
-    axes.plot([0, width - 0.1], [-1.15, -1.15], color=RULE, linewidth=0.8)
+    axes.plot([0, width - 0.1], [-1.15, -1.15], color=GRID_LINE, linewidth=0.8)
     columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
-    columns += [(FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), label(p.name, 12), "center") for n, p in enumerate(phases)]
+    columns += [
+        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), figure_label(p.name, 12), "center") for n, p in enumerate(phases)
+    ]
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
     for y, row in enumerate(rows):
@@ -105,7 +107,7 @@ def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
     width_of_box, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
     _box(axes, CENTRE_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
-    axes.text(CENTRE_X, y, label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    axes.text(CENTRE_X, y, figure_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
     for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameter_count)):
         axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)

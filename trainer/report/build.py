@@ -13,7 +13,7 @@ from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mixed
 from trainer.data.images import ImageStore, Pixels, data_errors
 from trainer.data.pipeline import chosen_batches
-from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, shrink
+from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.models.grad_cam import Explainer
 from trainer.monitoring.health import health
@@ -116,7 +116,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     with data_errors(pixels):
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
-            thumbnails[start : start + READ_BATCH] = shrink(next(stream)["image"].numpy())
+            thumbnails[start : start + READ_BATCH] = make_thumbnails(next(stream)["image"].numpy())
             health.progress()
             check()
     del stream

@@ -103,7 +103,7 @@ def short_names(addresses: Sequence[str]) -> list[str]:
     return list(addresses)
 
 
-def _common_names(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
+def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
     """Return the files of each run by their names, which are the files themselves if one is in all runs.
 
     Otherwise a name is relative to the common folder of the files, as the same data may have been at different paths.
@@ -134,7 +134,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
                 f"{unmatched[0]!r})",
                 fix="compare runs on data of the same classes",
             )
-    files = _common_names(runs)
+    files = _files_by_common_name(runs)
     common = sorted(set.intersection(*map(set, files)))
     if not common:
         raise DataError(
@@ -175,7 +175,7 @@ def _as_argument(value: Any) -> str:
     return f"[{','.join(map(_as_argument, value))}]" if isinstance(value, list) else str(value)
 
 
-def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
+def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
     """Return what the table and the page show of each run on the common examples; `pair` is None for the first."""
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
@@ -193,7 +193,7 @@ def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 # (section of report.json, key in it, name in the page, function that formats the value)
-_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
+_REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
     ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
     ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
     ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
@@ -202,9 +202,11 @@ _SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
 ]  # fmt: skip
 
 
-def _scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (name, its value in each run) of the scores in the reports, which may be of different examples."""
-    rows = [(name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _SCORES]
+    rows = [
+        (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
+    ]
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
 
 
@@ -225,10 +227,10 @@ def print_comparison(comparison: Comparison) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
     table.add_column("run")
-    for name in ("accuracy", "difference", "95 %", "only first", "only this", "p"):
+    for name in ("accuracy", "difference", "95 %", "only first correct", "only this correct", "p"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for row in _score_rows(comparison):
+    for row in _rows_on_common_examples(comparison):
         cells = [escape(row["name"]), f"{row['accuracy']:.4f}"]
         if pair := row["pair"]:
             interval = "{:+.4f} to {:+.4f}".format(*pair.interval)
@@ -247,9 +249,9 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
     page = render(
         "compare.html.j2",
-        runs=_score_rows(comparison),
+        runs=_rows_on_common_examples(comparison),
         n=len(comparison.files),
-        scores=_scores(runs),
+        scores=_reported_scores(runs),
         charts=_curves(runs),
         classes=[(name, [each[name] for each in f1]) for name in names],
         differences=configuration_differences(runs),

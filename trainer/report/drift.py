@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.evaluation.drift import CONFIDENCE_BINS, Measure, Window
 from trainer.report import figures
-from trainer.report.figures import INK, TRAINING, VALIDATION, canvas, heading, label, tidy
+from trainer.report.figures import ACCENT, INK, PALE, canvas, figure_label, heading, tidy
 
 MAX_CLASSES = 15  # in the figure: those whose fraction of the predictions changed most
 LEVEL_COLOURS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
@@ -23,9 +23,9 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2 + 0.3 * len(shown), 3.6])
     axes = figure.add_subplot(grid[0, :])
     rows = np.arange(len(shown))
-    axes.barh(rows - 0.2, expected[shown], 0.38, color=TRAINING, label=f"reference ({reference['n']:,})")
-    axes.barh(rows + 0.2, observed[shown], 0.38, color=VALIDATION, label=f"log ({window.n:,})")
-    axes.set_yticks(rows, [label(reference["classes"][i]) for i in shown])
+    axes.barh(rows - 0.2, expected[shown], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
+    axes.barh(rows + 0.2, observed[shown], 0.38, color=ACCENT, label=f"log ({window.n:,})")
+    axes.set_yticks(rows, [figure_label(reference["classes"][i]) for i in shown])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     heading(axes, "Fraction of predictions per class" + (", largest changes" if len(expected) > MAX_CLASSES else ""))
@@ -33,8 +33,8 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     left, right = (figure.add_subplot(grid[1, column]) for column in (0, 1))
     counts = np.asarray(reference["confidence_histogram"]["counts"])
     edges, logged = np.arange(CONFIDENCE_BINS) / CONFIDENCE_BINS, window.confidences / window.n
-    left.bar(edges, counts / counts.sum(), 1 / CONFIDENCE_BINS, align="edge", color=TRAINING)
-    left.step([*edges, 1.0], [*logged, logged[-1]], where="post", color=VALIDATION)
+    left.bar(edges, counts / counts.sum(), 1 / CONFIDENCE_BINS, align="edge", color=PALE)
+    left.step([*edges, 1.0], [*logged, logged[-1]], where="post", color=ACCENT)
     left.set_xlim(0, 1)
     heading(left, "Largest probability")
     tidy(left, "y")

@@ -22,7 +22,7 @@ from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.report.build import build_report
-from trainer.runs.finished_run import FinishedRun, LoadedCheckpoint, check_classes, rebuild_classifier, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, check_classes, rebuild_classifier, without_weights
 from trainer.storage.path import storage_path
 
 TRAINED_ON_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
@@ -33,7 +33,7 @@ UNSPLIT_NOTE = (
 DURING_EVALUATION = "during the evaluation"
 
 
-def evaluate(run: FinishedRun, checkpoint: LoadedCheckpoint, options: dict[str, str]) -> Mapping[str, Any]:
+def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, str]) -> Mapping[str, Any]:
     """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:

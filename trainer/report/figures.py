@@ -36,14 +36,14 @@ MAX_NUMBERED_CLASSES = 20  # in a confusion matrix with counts and class names
 MAX_BARS = 120  # classes in the F1 figure
 MAX_EXAMPLES = 12  # in a figure of examples
 MAX_MARKERS = 60  # epochs of a line with a marker and a tooltip for each
-INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
-TRAINING, VALIDATION = "#94a3b8", "#2563eb"
+INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"
+PALE, ACCENT = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
 # The custom properties of report.css that replace colours in the page, so that charts follow its light or dark theme.
 CSS_PROPERTIES = {
-    INK: "--ink", MUTED: "--soft", RULE: "--rule", TRAINING: "--faint", VALIDATION: "--lead", WRONG: "--wrong",
+    INK: "--ink", MUTED: "--soft", GRID_LINE: "--rule", PALE: "--faint", ACCENT: "--lead", WRONG: "--wrong",
     **{colour: f"--s{i}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def shortened(name: str, max_length: int) -> str:
     return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
 
 
-def label(name: str, max_length: int = 24) -> str:
+def figure_label(name: str, max_length: int = 24) -> str:
     """Shorten a class or file name for a figure, and escape $, which would begin a formula in matplotlib."""
     return shortened(name, max_length).replace("$", r"\$")
 
@@ -67,11 +67,11 @@ def label(name: str, max_length: int = 24) -> str:
 def tidy(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, colour: str = INK) -> None:
     """Style axes: a frame at the left and bottom, tick labels of a size and colour, grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.spines[["left", "bottom"]].set_color(GRID_LINE)
     axes.tick_params(colors=colour, length=0, labelsize=size)
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(axis=grid, color=RULE, linewidth=0.6)
+        axes.grid(axis=grid, color=GRID_LINE, linewidth=0.6)
 
 
 def heading(axes: Axes, title: str) -> None:
@@ -193,7 +193,7 @@ def line_chart(
     """Draw lines over the epochs; return None if all values are missing.
 
     Args:
-        fractions: whether the values are fractions; their axis is in percent and ends at 100, another one begins at 0.
+        fractions: whether the values are fractions: the axis is in percent and ends at 100. Otherwise it begins at 0.
         phase_starts: epoch at which each phase starts, shown as a vertical line with the name of the phase.
         best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
     """
@@ -204,12 +204,13 @@ def line_chart(
     first, last = min(epochs) - 0.5, max(epochs) + 0.5
     low, high = (min(values), 1.0) if fractions else (0.0, max(values))
     padding = 0.06 * max(high - low, 1e-6)
+    width, left, right = 400, 46, 10  # points
     phase_starts = phase_starts or {}
-    step = (400 - 46 - 10) / (last - first)  # points per epoch
+    step = (width - left - right) / (last - first)  # points per epoch
     crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
     top = 78 if crowded else 44
-    figure, axes = _plot(title, 400, 204 + top, left=46, top=top)
-    axes.grid(axis="y", color=RULE, linewidth=1)
+    figure, axes = _plot(title, width, 204 + top, left=left, top=top, right=right)
+    axes.grid(axis="y", color=GRID_LINE, linewidth=1)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(first, last), ylim=(max(0.0, low - padding), high if fractions else high + padding))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
@@ -220,13 +221,13 @@ def line_chart(
     for name, epoch in phase_starts.items():
         axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
         rotation: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
-        axes.annotate(label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
+        axes.annotate(figure_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
     tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
     for number, (line, points) in enumerate(drawn):
         marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
-        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=label(line.name), gid=str(number),
-                  **marker)  # fmt: skip
+        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=figure_label(line.name),
+                  gid=str(number), **marker)  # fmt: skip
         if marker:
             shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
             tips[str(number)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
@@ -258,11 +259,11 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
 
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
-        lines = [line("training", TRAINING, key), line("validation", VALIDATION, f"val_{key}")]
+        lines = [line("training", PALE, key), line("validation", ACCENT, f"val_{key}")]
         best_points = [point for point in lines[1].points if point[0] in best]
         fractions = key == "accuracy"
         charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **shared))
-    charts.append(line_chart("Learning rate", [line("learning rate", TRAINING, "learning_rate")], **shared))
+    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **shared))
     return [chart for chart in charts if chart]
 
 
@@ -286,7 +287,7 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
-    right, wrong = (matplotlib.colors.to_rgb(colour) for colour in (VALIDATION, WRONG))
+    right, wrong = (matplotlib.colors.to_rgb(colour) for colour in (ACCENT, WRONG))
     colours = np.where(np.eye(len(confusion), dtype=bool)[..., None], right, wrong)
     pixels = np.dstack([colours, opacity])
     pixels[support[:, 0] == 0] = (0.5, 0.5, 0.5, 0.15)
@@ -294,7 +295,7 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
     axes.set_xlabel("prediction", color=MUTED, fontsize=11)
     axes.set_ylabel("truth", color=MUTED, fontsize=11)
     axes.spines[:].set_visible(True)
-    axes.spines[:].set_color(RULE)
+    axes.spines[:].set_color(GRID_LINE)
     return opacity
 
 
@@ -310,7 +311,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         figure, axes = _plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
-    names, support = [label(name) for name in class_names], table.sum(axis=1)
+    names, support = [figure_label(name) for name in class_names], table.sum(axis=1)
     rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * classes)  # points, of the matrix without the names around it
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
@@ -337,11 +338,11 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
         axes.set_axis_off()
         figure.text(0.5, 0.5, "no class is confused with another", ha="center", va="center", color=MUTED)
         return Chart(figure, "No class is confused with another")
-    axes.grid(axis="x", color=RULE, linewidth=0.6)
+    axes.grid(axis="x", color=GRID_LINE, linewidth=0.6)
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
     for y, (truth, _, count) in enumerate(pairs):
         axes.text(count, y, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
-    texts = [f"{label(class_names[t], 22)} predicted as {label(class_names[p], 22)}" for t, p, _ in pairs]
+    texts = [f"{figure_label(class_names[t], 22)} predicted as {figure_label(class_names[p], 22)}" for t, p, _ in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=9)
     axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -356,7 +357,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MAX_BARS]
-    texts = [f"{label(row['name'], 20)} ({row['support']:,})" for row in shown]
+    texts = [f"{figure_label(row['name'], 20)} ({row['support']:,})" for row in shown]
     columns = math.ceil(len(shown) / 40)
     length = math.ceil(len(shown) / columns)
     left = 12 + 6.6 * max(map(len, texts))  # points, as the other sizes
@@ -370,7 +371,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
         box = ((column * width + left) / total, 36 / height, (width - left - 8) / total, 1 - 66 / height)
         axes = figure.add_axes(box)
         tidy(axes, "x", size=11)
-        axes.barh(ys, [row["f1"] for row in rows], color=VALIDATION, height=0.68)
+        axes.barh(ys, [row["f1"] for row in rows], color=ACCENT, height=0.68)
         for y, row in zip(ys, rows, strict=True):
             x, text, colour = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
             axes.text(x, y, text, va="center", fontsize=11, color=colour)
@@ -397,17 +398,17 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     tidy(lower, size=11, colour=MUTED)
     lower.tick_params(pad=5)
     for axes in (upper, lower):
-        axes.grid(axis="y", color=RULE, linewidth=1)
+        axes.grid(axis="y", color=GRID_LINE, linewidth=1)
     upper.tick_params(labelbottom=False)
     upper.set(xlim=(0, 1), ylim=(0, 1))
     for axis in (lower.xaxis, upper.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
     points = ([b["confidence"] for b in nonempty], [b["accuracy"] for b in nonempty])
-    upper.plot(*points, color=VALIDATION, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
+    upper.plot(*points, color=ACCENT, marker="o", markersize=6, linewidth=2, label="this model", gid="model")
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in nonempty], [0.94 * (b["high"] - b["low"]) for b in nonempty]
-    bars = lower.bar(lows, [b["count"] for b in nonempty], widths, align="edge", color=TRAINING)
+    bars = lower.bar(lows, [b["count"] for b in nonempty], widths, align="edge", color=PALE)
     tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(nonempty)}
     for bar, gid in zip(bars, tips, strict=True):
         bar.set_gid(gid)
@@ -445,7 +446,7 @@ def draw_images(
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = (number % columns) * cell + (width - columns * cell + 0.14) / 2
         top = _TITLE_HEIGHT + (number // columns) * (side + caption_height + 0.1) + caption_height
-        colour = colours[number] if colours else RULE
+        colour = colours[number] if colours else GRID_LINE
         interpolation = "nearest" if len(image) <= 64 else "antialiased"  # the pixels of a tiny image remain sharp
         axes.imshow(image, interpolation=interpolation, extent=(left, left + side, top + side, top), aspect="auto")
         line_width = 2.5 if colours else 0.8
@@ -470,9 +471,9 @@ def draw_examples(
     for index in indices:
         k = int(result.probabilities[index].argmax())
         correct = k == result.labels[index]
-        truth, prediction = (label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
+        truth, prediction = (figure_label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
         percent = f"{100 * result.probabilities[index, k]:.1f} %"
-        file = label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
+        file = figure_label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
         captions.append(f"{file}truth: {truth}\n{'✓' if correct else '✗'} {prediction}, {percent}")
         colours.append(RIGHT if correct else WRONG)
     return draw_images(title, fetch(indices), captions, columns, colours)

@@ -91,7 +91,7 @@ def _draw_all(
         **{name: [chart.figure for chart in of_name] for name, of_name in charts.items() if name != "curves"},
     }
     if samples := images.samples:
-        captions = [figures.label(name, 20) for name in samples.class_names]
+        captions = [figures.figure_label(name, 20) for name in samples.class_names]
         title = "Training examples, as the input of the model"
         drawn["samples"] = figures.draw_images(title, samples.images, captions)
         if samples.augmented is not None:

@@ -31,16 +31,16 @@ class Clock:
     Time counts in the category of the innermost open span, and outside of all spans in `start`.
     """
 
-    def __init__(self, file: Path | None, began: float) -> None:
-        """`file`: continued if it exists; None to write none. `began`: time.time() at the start of this process."""
-        self.file, self._last, self._written = file, began, 0.0
+    def __init__(self, file: Path | None, process_started: float) -> None:
+        """`file`: continued if it exists; None: write none. `process_started`: time.time() when the process started."""
+        self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         if file and file.exists():
             try:
                 saved = json.loads(file.read_text())
                 self.seconds |= {category: float(spent) for category, spent in saved["seconds"].items()}
-                self.seconds["down"] += max(began - saved["as_of"], 0.0)
+                self.seconds["down"] += max(process_started - saved["as_of"], 0.0)
             except (ValueError, KeyError, TypeError):  # damaged: begin a new breakdown
                 self.seconds = dict.fromkeys(CATEGORIES, 0.0)
 
@@ -58,7 +58,7 @@ class Clock:
             if activity:
                 health.set_activity(outer_activity)
 
-    def waited(self, seconds: float) -> None:
+    def add_wait(self, seconds: float) -> None:
         """Count this many seconds of the open span in `wait` instead."""
         self._waited += seconds
 

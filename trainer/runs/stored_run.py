@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class StoredRun:
     """The configuration and classes of a run, which need not be finished."""
 
     address: str  # output_dir as the user gave it
@@ -47,7 +47,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     raise DataError("has a damaged run.json, or none", key="run", value=address, fix="give another run")
 
 
-def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun:
+def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
     """Read a run and validate its configuration, with `changes` such as {"data.root": "/elsewhere"}.
 
     Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or the changes are invalid.
@@ -64,10 +64,10 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> FinishedRun
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
-    return FinishedRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
+    return StoredRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
 
 
-def find_checkpoint(run: FinishedRun, which: str) -> StoragePath:
+def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     """Return the folder of a checkpoint; `which` is best, last or a step.
 
     Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
@@ -102,7 +102,7 @@ class LoadedCheckpoint:
     values: dict[str, np.ndarray]  # the model's variables by name, with averages (EMA) if the run computed them
 
 
-def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
+def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
     """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
 
     Raises the errors of `find_checkpoint`, and DataError if the checkpoint is damaged.
@@ -117,7 +117,7 @@ def load_checkpoint(run: FinishedRun, which: str | None) -> LoadedCheckpoint:
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, inference_weights(values))
 
 
-def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifier:
+def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     """Rebuild the classifier of a run with a checkpoint's weights; set Keras' global dtype policy to its precision."""
     import keras
 
@@ -128,7 +128,7 @@ def open_classifier(run: FinishedRun, checkpoint: LoadedCheckpoint) -> Classifie
     return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
 
 
-def check_classes(run: FinishedRun, dataset: Dataset) -> None:
+def check_classes(run: StoredRun, dataset: Dataset) -> None:
     """Raise a DataError unless the dataset has the classes of the run in the same order."""
     expected, actual = run.class_names, dataset.class_names
     if expected == actual:
