@@ -491,6 +491,7 @@ def finish(run: RunContext) -> None:
             "history": run.state.history,
             "phases": run.state.finished,
             "export": exports,
+            "trained_on": config.debug.overfit,
             "timing": clock.report(run.state.images)
             | {"starts": run.state.starts, "workers": run.worker.size, "command": last_command(saver.path)},
         }

@@ -55,6 +55,7 @@ def test_another_checkpoint_another_split_and_another_folder(trained: Path, tmp_
     report = report_of(tmp_path / "other")
     assert (report["test"]["split"], report["test"]["n"]) == ("train", 90)
     assert report["test"]["note"]  # scores of training examples are no measure of quality
+    assert report["label_errors"] == {}
     assert report["timing"]["checkpoint_step"] == step
     assert not (trained / "evaluations" / f"step-{step}-digits-train").exists()
 
@@ -67,6 +68,7 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
     report = report_of(trained / "evaluations" / "best-photos-train")
     assert (report["test"]["n"], report["data"]["name"]) == (30, "photos")
     assert "splits" in report["test"]["note"]
+    assert "count" in report["label_errors"]
     assert "30 examples" in done.stdout
     assert "\naccuracy " in done.stdout
     assert report["duplicates"]["compared"] == {"train": 30}
@@ -118,5 +120,6 @@ def test_an_overfitted_run_is_evaluated_on_the_batch_that_it_trained_on(tmp_path
     assert mine["data"]["fingerprint"] == theirs["data"]["fingerprint"]
     assert mine["data"]["counts"] == theirs["data"]["counts"] == {"train": 16}
     assert mine["test"] == theirs["test"] | {"note": mine["test"]["note"]}
+    assert mine["label_errors"] == theirs["label_errors"] == {}
     program("evaluate", f"run={out}", "data=digits", "split=validation", f"output={tmp_path / 'all'}")
     assert report_of(tmp_path / "all")["test"]["n"] > 16

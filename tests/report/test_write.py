@@ -137,6 +137,14 @@ def test_a_report_on_validation_has_a_note(tmp_path: Path) -> None:
     assert "test accuracy" not in text
 
 
+def test_label_errors_are_left_out_for_examples_that_the_model_was_trained_on(tmp_path: Path) -> None:
+    result = replace(make_result(3, 40), split="train")
+    assert write(tmp_path / "others", result)["label_errors"]["count"] > 0
+    assert "Possible label errors" in text_of(tmp_path / "others")
+    assert write(tmp_path / "own", result, trained_on=True)["label_errors"] == {}
+    assert "Possible label errors" not in text_of(tmp_path / "own")
+
+
 @pytest.mark.parametrize("classes", [3, 120])
 def test_the_page_is_self_contained_and_escapes_names(tmp_path: Path, classes: int) -> None:
     result = make_result(classes, 60, empty=(2,))

@@ -41,8 +41,8 @@ def build_report(
     """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        report_fields: title, history, phases, export and timing of report.json, and `note`, which explains how to read
-            the scores; all are optional.
+        report_fields: title, history, phases, export and timing of report.json, `note`, which explains how to read the
+            scores, and `trained_on`, whether the model was trained on the split; all are optional.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
         check: called after each batch of the search for duplicates; it may raise to abort the report.
     """

@@ -68,10 +68,12 @@ def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, st
     log.info(f"evaluating {dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
+    trained_on = is_run_data and (split == "train" or config.debug.overfit)
     report_fields: dict[str, Any] = {
         "title": f"{config.experiment_name or dataset.name}, {checkpoint.name} on {dataset.name}",
         "history": checkpoint.history,
         "phases": checkpoint.phases,
+        "trained_on": trained_on,
         "timing": {
             "command": shlex.join(["python", "-m", "trainer.evaluate", *sys.argv[1:]]),
             "run": run.address,
@@ -80,7 +82,7 @@ def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, st
     }
     if not is_run_data:
         report_fields["note"] = UNSPLIT_NOTE if is_unsplit else None
-    elif split == "train" or config.debug.overfit:
+    elif trained_on:
         report_fields["note"] = TRAINED_ON_NOTE
     name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
     output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name

@@ -207,7 +207,7 @@ def write_page(
         "random": figures.select_random(result, report["seed"]),
     }
     in_gallery = sorted({index for indices in tabs.values() for index in indices})
-    suspects = report["label_errors"]["rows"][:MAX_WITH_IMAGES]
+    suspects = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
     shown = sorted({*in_gallery, *(row["index"] for row in suspects)})
     pixels = dict(zip(shown, images.fetch(shown), strict=True))
     heatmaps = dict(zip(in_gallery, images.explain(in_gallery), strict=True)) if images.explain and in_gallery else {}

@@ -167,8 +167,8 @@ class LabelError(TypedDict):
     suggestion_probability: float
 
 
-class LabelErrors(TypedDict):
-    """Number of possible label errors, and the most likely ones."""
+class LabelErrors(TypedDict, total=False):
+    """Number of possible label errors, and the most likely ones; empty if the model was trained on the examples."""
 
     count: int
     rows: list[LabelError]

@@ -107,9 +107,10 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     It returns the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
     `run` has title, seed, phases, history, data, export, versions and timing of report.json (`trainer.report.schema`),
-    `config` (the resolved configuration), and `note` (how to read the scores; the default warns that validation scores
-    are biased). All are optional. Of a phase, `epochs` and `seconds` are computed from the history if they are missing,
-    and `val_interval` from `val_accuracy` and `val_n`.
+    `config` (the resolved configuration), `note` (how to read the scores; the default warns that validation scores
+    are biased), and `trained_on` (whether the model was trained on these examples: then label errors are left out,
+    as their detection requires held-out data). All are optional. Of a phase, `epochs` and `seconds` are computed from
+    the history if they are missing, and `val_interval` from `val_accuracy` and `val_n`.
     """
     began = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
@@ -124,7 +125,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
             "data": run.get("data", {}),
             "export": run.get("export", {}),
             "versions": run.get("versions", {}),
-            "label_errors": describe_label_errors(result),
+            "label_errors": {} if run.get("trained_on") else describe_label_errors(result),
             "duplicates": images.duplicates.summary if images.duplicates else {},
         }
     )
