@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.mixing import mixed
+from trainer.data.augment.mixing import mix_pairs
 
 ROOT = Path(__file__).parent.parent
 SIDE, VIEWS = 112, 7
@@ -52,7 +52,7 @@ def views(augmentation: Augmentation) -> np.ndarray:
     changed = augment(tf.constant(images), augmentation, 3, epoch, index)
     if augmentation.mixes:
         batch = {"image": changed, "label": tf.zeros(2 * VIEWS, tf.int32), "weight": tf.ones(2 * VIEWS)}
-        changed = mixed({**batch, "index": tf.constant(index)}, augmentation, 3, epoch)["image"]
+        changed = mix_pairs({**batch, "index": tf.constant(index)}, augmentation, 3, epoch)["image"]
     return np.asarray(changed[::2])
 
 

@@ -61,7 +61,7 @@ def record_failures(run: RunContext) -> Iterator[None]:
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
-        saver.restarts.failed(code, reason)
+        saver.restarts.record_failure(code, reason)
         run.clock.write()
 
     def on_request(reason: str) -> None:

@@ -148,8 +148,8 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
     step = run.state.step
     health.set_gauges(step=step, epoch=run.state.epoch + 1)
     if control.is_chief:
-        health.checkpoint_saved()
-        run.clock.resumed(run.state.train_seconds)
+        health.record_checkpoint()
+        run.clock.move_lost_time(run.state.train_seconds)
         truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
     control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_restarts_without_progress))
     run.state.starts += 1
@@ -172,7 +172,7 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(split, worker.index))
-    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), run.clock.add_wait)
+    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
@@ -269,8 +269,10 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     )
     dataset = teacher.with_soft_labels(batches.dataset) if teacher else batches.dataset
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
-    checkpoint_variables = run.classifier.variables | step.checkpoint_variables()
-    return PhaseRun(name, phase, total, step, schedule, inputs, iterator, batches.gate(), checkpoint_variables)
+    return PhaseRun(
+        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.gate(),
+        checkpoint_variables=run.classifier.variables | step.checkpoint_variables(),
+    )  # fmt: skip
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
@@ -353,7 +355,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         state.step += taken
         state.phase_step += taken
         state.epoch_step += taken
-        health.steps_taken(state.step, state.epoch + 1)
+        health.record_steps(state.step, state.epoch + 1)
         require_finite(sums, state.step, current.name, state.epoch + 1)
         for row in sums.astype(np.float64):
             state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
@@ -364,7 +366,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             rate = float(current.schedule(state.phase_step - 1))
             entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
                      "accuracy": correct / examples, "learning_rate": rate}  # fmt: skip
-            run.metrics.interval(entry, examples, time.monotonic() - began, waited, run.clock.goodput)
+            run.metrics.write_interval(entry, examples, time.monotonic() - began, waited, run.clock.goodput)
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
             if left and checkpoint_due(run) and not stopped:
@@ -398,7 +400,7 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
              "accuracy": correct / examples, **scores, "learning_rate": rate}  # fmt: skip
     best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
-    run.metrics.epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
+    run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
     return {**entry, "seconds": seconds}, best
 
 
@@ -480,7 +482,7 @@ def finish(run: RunContext) -> None:
     with clock.span("finish", "export"):
         shutil.rmtree(saver.path / "export", ignore_errors=True)
         log.info("exporting")
-        exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check)
+        exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check=check)
         exports = {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()}
         check()
         clock.lap()
@@ -495,7 +497,9 @@ def finish(run: RunContext) -> None:
             "timing": clock.report(run.state.images)
             | {"starts": run.state.starts, "workers": run.worker.size, "command": last_command(saver.path)},
         }
-        report = build_report(saver.path / "report", scored, images, explain, run_results, list(dataset.splits), check)
+        report = build_report(
+            saver.path / "report", scored, images, explain, run_results, splits=list(dataset.splits), check=check
+        )
         show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
         write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
         check()

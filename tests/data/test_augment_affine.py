@@ -8,7 +8,7 @@ from scipy import stats
 from tests.data.augmented import COUNT, IMAGES, SIDE, assert_rounded, augmented, drawn, level
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
-from trainer.data.augment.affine import aspects, resampled, windows
+from trainer.data.augment.affine import aspects, resample, windows
 from trainer.data.augment.apply import augment
 from trainer.data.augment.draws import Draws
 
@@ -87,7 +87,7 @@ def maps() -> np.ndarray:
 
 @pytest.mark.parametrize("fill", ["nearest", "constant", "reflect"])
 def test_it_equals_tensorflows_resampling_rounded(fill: str) -> None:
-    result = resampled(tf.constant(IMAGES), tf.constant(maps()), fill)
+    result = resample(tf.constant(IMAGES), tf.constant(maps()), fill)
     expected = tf.raw_ops.ImageProjectiveTransformV3(
         images=tf.constant(IMAGES, tf.float32),
         transforms=np.pad(maps(), [(0, 0), (0, 2)]),
@@ -107,4 +107,4 @@ def test_whole_pixels_are_only_moved(fill: str) -> None:
     padded = np.pad(IMAGES, [(0, 0), (2, 0), (0, 3), (0, 0)],
                     mode={"nearest": "edge", "constant": "constant", "reflect": "symmetric"}[fill])  # fmt: skip
     expected = padded[:, :SIDE, 3:]
-    np.testing.assert_array_equal(resampled(tf.constant(IMAGES), tf.constant(move), fill), expected)
+    np.testing.assert_array_equal(resample(tf.constant(IMAGES), tf.constant(move), fill), expected)

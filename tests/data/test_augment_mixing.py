@@ -10,7 +10,7 @@ from scipy import stats
 from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, drawn, level
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
-from trainer.data.augment.mixing import beta_quantiles, mixed
+from trainer.data.augment.mixing import beta_quantiles, mix_pairs
 
 LABELS, WEIGHTS = np.arange(COUNT, dtype=np.int32) * 10, np.ones(COUNT, np.float32)
 OTHER = np.arange(COUNT) ^ 1
@@ -21,7 +21,7 @@ def mix(weight: np.ndarray = WEIGHTS, rows: slice = slice(None), **changes: Any)
     batch = {"image": tf.constant(IMAGES[rows]), "label": tf.constant(LABELS[rows]),
              "weight": tf.constant(weight[rows]), "index": tf.constant(INDEX[rows])}  # fmt: skip
     epoch = np.full(len(IMAGES[rows]), EPOCH)
-    result = mixed(batch, Augmentation(**changes), SEED, tf.constant(epoch))
+    result = mix_pairs(batch, Augmentation(**changes), SEED, tf.constant(epoch))
     dtypes = {"image": tf.uint8, "other_label": tf.int32, "mix": tf.float32}
     assert {name: tensor.dtype for name, tensor in result.items()} == dtypes
     return tuple(result[name].numpy() for name in dtypes)

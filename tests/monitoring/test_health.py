@@ -9,7 +9,7 @@ def test_the_stall_reason_names_activity_and_step() -> None:
     health = Health()
     health.stuck_after = 0.2
     health.enter_phase("head")
-    health.steps_taken(40, 2)
+    health.record_steps(40, 2)
     health.set_activity("training")
     assert health.stall_reason() is None
     time.sleep(0.3)
@@ -41,8 +41,8 @@ def test_waiting_for_another_worker_is_no_stall() -> None:
 def test_ages() -> None:
     health = Health()
     assert (health.step_age, health.checkpoint_age) == (None, None)
-    health.steps_taken(1, 1)
-    health.checkpoint_saved(seconds_ago=5)
+    health.record_steps(1, 1)
+    health.record_checkpoint(seconds_ago=5)
     time.sleep(0.05)
     assert 0.05 <= (health.step_age or 0) < 1
     assert 5.05 <= (health.checkpoint_age or 0) < 6

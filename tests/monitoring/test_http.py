@@ -86,8 +86,8 @@ def test_metrics_appear_once_their_values_are_known(health: Health, port: int) -
     assert not {"kubetune_step", "kubetune_loss", "kubetune_last_step_age_seconds"} & first.keys()
     assert "kubetune_checkpoint_age_seconds" not in first
     health.enter_phase("head")
-    health.steps_taken(12, 2)
-    health.checkpoint_saved(seconds_ago=60)
+    health.record_steps(12, 2)
+    health.record_checkpoint(seconds_ago=60)
     health.set_gauges(loss=0.5, images_per_second=100, goodput_ratio=0.7, data_wait_ratio=0.1, workers=4)
     then = metrics(port)
     assert {k: v for k, v in then.items() if k.startswith("kubetune_") and not k.endswith("_age_seconds")} == {

@@ -22,7 +22,7 @@ def test_a_record_has_the_fields_of_cloud_logging_and_its_own() -> None:
 from trainer.monitoring.health import health
 configure(json_lines=True, worker='1')
 health.enter_phase('head')
-health.steps_taken(7, 1)
+health.record_steps(7, 1)
 log.info('\\ntwo\\nlines ü', extra={'fields': {'loss': 0.5, 'rate': float('inf')}})"""
     (entry,), err = logged(program)
     assert err == []

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.data.splits_on_disk import opened
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.mixing import mixed
+from trainer.data.augment.mixing import mix_pairs
 from trainer.evaluation.duplicates import make_thumbnails
 from trainer.report import build as reporting
 from trainer.types import Split
@@ -42,7 +42,7 @@ def test_mixup_mixes_the_other_images_in_turn() -> None:
         pair, epochs = [0, other], np.array([epoch, epoch])
         batch = {"image": SHOWN[pair].astype(np.float32), "label": np.zeros(2, np.int32),
                  "weight": np.ones(2, np.float32), "index": CHOSEN[pair]}  # fmt: skip
-        image = mixed(cast(Any, batch), augmentation, 7, epochs)["image"][0]
+        image = mix_pairs(cast(Any, batch), augmentation, 7, epochs)["image"][0]
         np.testing.assert_array_equal(views[epoch], np.clip(np.rint(image), 0, 255))
 
 

@@ -53,7 +53,7 @@ def test_a_restart_counts_lost_steps_and_the_time_without_a_process(tmp_path: Pa
     first.write()
     second = Clock(file, now - 5)  # 35 seconds later
     second.lap()
-    second.resumed(train_seconds=30.0)
+    second.move_lost_time(train_seconds=30.0)
     assert {name: round(second.seconds[name]) for name in CATEGORIES if second.seconds[name]} == {
         "start": 15, "train": 30, "lost": 20, "down": 35,
     }  # fmt: skip

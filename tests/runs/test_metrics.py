@@ -17,9 +17,9 @@ def written(folder: Path, *steps: int) -> None:
     metrics = MetricsWriter(folder, "lines", batch_size=4)
     metrics.start(10)
     for step in steps:
-        metrics.interval(entry(step), examples=8.0, seconds=2.0, waited=0.5, goodput=0.5)
+        metrics.write_interval(entry(step), examples=8.0, seconds=2.0, waited=0.5, goodput=0.5)
     last = {**entry(steps[-1]), "val_loss": 1.0, "val_accuracy": 0.25}
-    metrics.epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
+    metrics.write_epoch(last, {"seconds": 1.0, "validation_seconds": 0.1}, best=True)
     metrics.close()
 
 

@@ -15,7 +15,7 @@ def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost 
     history = RestartHistory(file)
     history.begin(step, most)
     if code is not None:
-        history.failed(code, reason)
+        history.record_failure(code, reason)
 
 
 def test_after_enough_restarts_without_progress_the_run_gives_up_with_the_reasons(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_after_enough_restarts_without_progress_the_run_gives_up_with_the_reason
     problem = rf"^3 restarts in a row made no progress beyond step 0.*\n.*{reasons}"
     with raises(GaveUp, key="runtime.max_restarts_without_progress", value=3, problem=problem, fix=f"delete {file}"):
         attempt(file, 0)
-    RestartHistory(file).failed(3, "gave up")  # not a start
+    RestartHistory(file).record_failure(3, "gave up")  # not a start
     assert file.read_text() == before
     attempt(file, 0, most=4)  # the limit was raised
 
@@ -50,7 +50,7 @@ def test_stopped_and_refused_starts_do_not_count(tmp_path: Path) -> None:
         history = RestartHistory(file)
         history.begin(0, 2)
         history.end(STOPPED, "SIGTERM")
-        history.failed(75, "later calls change nothing")
+        history.record_failure(75, "later calls change nothing")
     attempt(file, 0, 2, "the loss is not finite", most=2)
     attempt(file, 0, 75, most=2)
     assert [e["kind"] for e in json.loads(file.read_text())] == ["stopped"] * 10 + ["refused", "failed"]

@@ -107,10 +107,10 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         raise _config_error(error) from None
     finally:
         sys.argv = original
-    return resolved(composed[0]) if composed else None
+    return resolve(composed[0]) if composed else None
 
 
-def resolved(tree: DictConfig) -> dict[str, Any]:
+def resolve(tree: DictConfig) -> dict[str, Any]:
     """Return the values of a composed configuration with its interpolations resolved.
 
     Raises ConfigError if a required value (`???`) is missing, or an interpolation cannot be resolved.

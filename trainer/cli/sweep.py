@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from trainer.cli.compose import compose, is_sweep, resolved
+from trainer.cli.compose import compose, is_sweep, resolve
 from trainer.cli.process import configure_log
 from trainer.config.diff import flat, may_change_on_resume
 from trainer.config.schema import apply_overfit, load, load_resolved, read_config
@@ -118,7 +118,7 @@ class Sweep:
         self.folder = self.folder or str(settings.sweep.dir)
         self.search = not is_grid(settings)
         try:
-            job = self._run_job(resolved(tree), overrides, str(settings.sweep.subdir))
+            job = self._run_job(resolve(tree), overrides, str(settings.sweep.subdir))
         except Exception as error:
             raise SweepEnded(error) from None
         return job.scores.get(OBJECTIVE)
@@ -206,7 +206,7 @@ class Sweep:
                 f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
                 f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
             ]
-            termination.set_success_message(text[-3])
+            termination.set_success_message(text[-3])  # the best job
         log.info("\n".join(text))
         if failed and (not self.search or not scored):
             problem = f"{len(failed)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed)})"

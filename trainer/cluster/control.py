@@ -59,7 +59,8 @@ class Connection:
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for one message, and return its header and payload.
 
-        Raises OSError if the connection is closed or timed out, and of these `ProtocolError` if no worker sent it.
+        Raises OSError if the connection is closed or timed out, or its subclass `ProtocolError` if no worker sent the
+        bytes.
         """
         magic, header_bytes, payload_bytes = HEADER.unpack(self._receive_exactly(HEADER.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:

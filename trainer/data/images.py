@@ -119,7 +119,7 @@ class Pixels:
         empty = np.zeros((0, self.size, self.size, 3), np.uint8)
         with data_errors(self):
             # One row at a time from a bucket: the rows of a batch can be in more shards than the shard cache can hold.
-            return np.concatenate([empty, *_decoded(self, ascending, "rows", 1 if self.shards else _BATCH)])[inverse]
+            return np.concatenate([empty, *_decode(self, ascending, "rows", 1 if self.shards else _BATCH)])[inverse]
 
 
 def failure_reason(pixels: Pixels, index: int) -> str:
@@ -174,7 +174,7 @@ def rows_decoded_on_read(pixels: Pixels, block: Callable[[tf.Tensor], Block], co
     return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
-def _decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
+def _decode(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
     """Yield the images of examples (increasing indices) as uint8 [<= rows, S, S, 3]; `reader` names the shard gate."""
     count, block = sequence_blocks(pixels.split, indices, 1)
     gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
@@ -191,7 +191,7 @@ def _decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATC
 
 def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     """Yield batches of all images from index `start` on; count each in `pixels.stored_count` after it is consumed."""
-    for images in _decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
+    for images in _decode(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.stored_count += len(images)
 

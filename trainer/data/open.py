@@ -13,7 +13,7 @@ from trainer.data.digits import digits_folder
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
 from trainer.data.remote import local_copies
-from trainer.data.splits import RawData, at_most, fingerprint, open_tfrecords, per_class
+from trainer.data.splits import RawData, fingerprint, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
@@ -43,7 +43,7 @@ def open_run_data(
 
 
 def open_run_dataset(config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False) -> Dataset:
-    """Open `data`, `config.data` with local paths; with debug.overfit, one batch is both train and validation split."""
+    """Open `data` (`config.data`, but with local paths); with debug.overfit, one batch is both train and validation."""
     cache, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
         data, seed=config.seed, cache_dir=cache, max_examples=limit, log_message=log_message, streamed=streamed
@@ -93,9 +93,9 @@ def open_dataset(
         if smaller.size:
             names = _list_classes(raw, smaller)
             raw.notes.append(f"data.labels_per_class={data.labels_per_class}: fewer examples exist of {names}")
-        raw.splits["train"] = per_class(train, data.labels_per_class, seed)
+        raw.splits["train"] = select_per_class(train, data.labels_per_class, seed)
     if max_examples:
-        raw.splits = {name: at_most(split, max_examples, seed) for name, split in raw.splits.items()}
+        raw.splits = {name: select_at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
         for name in raw.splits if all_groups else {scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)

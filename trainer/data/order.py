@@ -29,7 +29,7 @@ class Order:
     window: int  # records that are shuffled together (data.shuffle_window); see `windows`
     first_epoch: int = 0
     first_step: int = 0  # in that epoch
-    shuffle: bool = True  # False: by index, which sharding by file overrides
+    shuffle: bool = True  # False: by index, except with sharding by file
     sharding: Sharding = UNSHARDED
 
     @property

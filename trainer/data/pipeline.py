@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.mixing import mixed
+from trainer.data.augment.mixing import mix_pairs
 from trainer.data.decoding import COLUMNS, Row, block_dataset, without_autograph
 from trainer.data.images import BatchSource, Pixels, rows_decoded_on_read
 from trainer.data.order import Block, Order, block_reads, examples_to_score, sequence_blocks, training_blocks
@@ -51,7 +51,7 @@ def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> 
     return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
 
 
-def _prefetched(
+def _prefetch(
     batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
 ) -> tuple[tf.data.Dataset, int]:
     """Prefetch elements of `rows` rows, with a fixed order and parallelism; return also the rows pulled ahead."""
@@ -68,7 +68,7 @@ def _prefetched(
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and the gate at which the host waits for its shards."""
+    """A dataset of batches, and the gate at which the host waits for the shards of the dataset."""
 
     dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
     count: int | None  # global batches before only padding follows; None for training
@@ -104,7 +104,7 @@ def training_batches(
         view = epoch % views if views else epoch
         batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
         if augmentation.mixes:
-            batch |= mixed(batch, augmentation, order.seed, epoch)
+            batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
     block, rows = training_blocks(source.split, order), order.rows // replicas
@@ -112,7 +112,7 @@ def training_batches(
     # Without a known infinite cardinality, a strategy has all workers check at each step for the end of the data.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     batches = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
-    dataset, ahead = _prefetched(batches, source, rows, replicas, parallel, 0)
+    dataset, ahead = _prefetch(batches, source, rows, replicas, parallel, 0)
     return Batches(dataset, None, lambda: source.gate("training", block_reads(block, None), ahead))
 
 
@@ -153,6 +153,6 @@ def chosen_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite, so that a strategy does not check for the end of the data.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, ahead = _prefetched(endless, source, rows // replicas, replicas, parallel, prefetched)
+    dataset, ahead = _prefetch(endless, source, rows // replicas, replicas, parallel, prefetched)
     batch_count = -(-len(indices) // rows)
     return Batches(dataset, batch_count, lambda: source.gate("evaluation", block_reads(block, count), ahead))

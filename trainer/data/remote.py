@@ -17,8 +17,8 @@ from trainer.types import LogMessage
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     """Replace data.name and data.data_dir in a bucket by data.root; return also the bucket folder to stream.
 
-    Its shards may be fetched while they are used. It is None for local data, for sources other than tfds, and with
-    data.group_field, since only the records store the groups.
+    The shards of this folder may be fetched while they are used. It is None for local data, for sources other than
+    tfds, and with data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
         folder = prepared_folder(str(data.data_dir), data.name)

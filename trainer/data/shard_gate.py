@@ -67,7 +67,7 @@ class ShardGate:
         self._blocks: deque[tuple[int, list[str]]] = deque()  # rows up to the end of the block, and names of its shards
         self._first_number = 0  # number of the first block in `_blocks`
         self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks read from `reads`
-        self._required = (-1, -1)  # numbers of the first and last block of the latest `require`
+        self._required = (-1, -1)  # numbers of the first and last block of the latest `require`; -1: none yet
 
     def wait_for(self, rows: int) -> float:
         """Wait for every shard that the pipeline may open while `rows` more rows are taken; return the seconds waited.

@@ -60,7 +60,7 @@ def take(split: Split, positions: np.ndarray) -> Split:
     return replace(split, labels=labels, shards=tuple(shards))
 
 
-def class_rank(labels: np.ndarray, seed: int) -> np.ndarray:
+def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return the rank of each example, from 0, in a random order of its class, int64 [n]."""
     shuffled = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -70,20 +70,20 @@ def class_rank(labels: np.ndarray, seed: int) -> np.ndarray:
     return result
 
 
-def per_class(split: Split, limit: int, seed: int) -> Split:
+def select_per_class(split: Split, limit: int, seed: int) -> Split:
     """Select at most `limit` examples of each class at random, in their order."""
-    return take(split, np.flatnonzero(class_rank(split.labels, seed) < limit))
+    return take(split, np.flatnonzero(rank_in_class(split.labels, seed) < limit))
 
 
-def at_most(split: Split, limit: int, seed: int) -> Split:
+def select_at_most(split: Split, limit: int, seed: int) -> Split:
     """Select at most `limit` examples at random, in their order, and equally many of each class that has enough."""
     if split.count <= limit:
         return split
-    return take(split, np.sort(np.argsort(class_rank(split.labels, seed), kind="stable")[:limit]))
+    return take(split, np.sort(np.argsort(rank_in_class(split.labels, seed), kind="stable")[:limit]))
 
 
 def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Return the size of each new split: the fraction of `count`, rounded, at least 1 if above 0; 1 stays in train."""
+    """Return the size of each new split: its rounded fraction of `count`, at least 1 if above 0; train retains 1."""
     sizes, left = {}, count - 1
     for name, fraction in fractions.items():
         sizes[name] = min(left, max(1, round(count * fraction))) if fraction > 0 else 0
@@ -91,7 +91,7 @@ def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
     return sizes
 
 
-def overlap(first: Split, second: Split) -> int:
+def count_overlap(first: Split, second: Split) -> int:
     """Count the records that are in both splits."""
     pairs = [(one, other) for one, other in product(first.shards, second.shards) if one.path == other.path]
     return sum(max(0, min(one.stop, other.stop) - max(one.start, other.start)) for one, other in pairs)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.splits import RawData, RecordSource, class_rank, overlap, read_shards, split_of, split_sizes, take
+from trainer.data.splits import (
+    RawData,
+    RecordSource,
+    count_overlap,
+    rank_in_class,
+    read_shards,
+    split_of,
+    split_sizes,
+    take,
+)
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import LogMessage, Shard, Split
@@ -48,7 +57,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split; one that is null is the split of that name, if it is `existing`."""
+    """Return the TFDS split string of each split; null means the split of that name, if it is in `existing`."""
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
         name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
@@ -162,11 +171,11 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
     """Refuse records that are both in train and in another split; return a note on those in validation and test."""
     for name in ("validation", "test"):
-        if name in splits and (common := overlap(splits["train"], splits[name])):
+        if name in splits and (common := count_overlap(splits["train"], splits[name])):
             problem = f"has {common} examples in common with data.train_split={specs['train']}"
             fix = "set a split without training examples"
             raise DataError(problem, key=f"data.{name}_split", value=specs[name], fix=fix)
-    if "validation" in splits and "test" in splits and (common := overlap(splits["validation"], splits["test"])):
+    if "validation" in splits and "test" in splits and (common := count_overlap(splits["validation"], splits["test"])):
         return [f"validation and test have {common} examples in common: the checkpoint is selected on test examples"]
     return []
 
@@ -187,14 +196,14 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
         return {name: np.sort(part) for name, part in zip(names, parts, strict=True)}
 
     def lacks_a_class(name: str, positions: np.ndarray) -> bool:
-        """Return whether train lacks a class, or a new split one that a random sample lacks in at most 5 % of cases."""
+        """Return whether train lacks a class, or a new split lacks one that 95 % of random samples of its size have."""
         absent = np.bincount(train.labels[positions], minlength=len(classes)) == 0
-        expected = classes * len(positions) / count
+        expected = classes * len(positions) / count  # a sample lacks a class with probability exp(-expected)
         return bool((absent & ((expected >= 3) | ((name == "train") & (classes > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
     if any(lacks_a_class(name, positions) for name, positions in cuts.items()):
-        rank = (class_rank(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
+        rank = (rank_in_class(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
         cuts = cut(np.argsort(rank, kind="stable"))
         drawn = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
         notes.append(

@@ -110,7 +110,7 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
 
 
 def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
-    """Raise a DataError if the run in output_dir `run` began with a fingerprint, `recorded`, that is not `current`."""
+    """Raise a DataError if the run in output_dir `run` began with a teacher whose fingerprint is not `current`."""
     if recorded not in (None, current):
         problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")

@@ -255,7 +255,7 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
             if since and datetime.fromisoformat(row["time"]).astimezone(UTC) < since:
                 continue
             finite = vector is None or np.isfinite(np.asarray(vector, np.float64)).all()
-            if not finite or not 0 <= confidence <= 1.001:
+            if not finite or not 0 <= confidence <= 1.001:  # above 1 by rounding
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             invalid += 1

@@ -1,4 +1,4 @@
-"""Detect duplicate images, which inflate the scores if they are in two splits, and reveal contradictory labels.
+"""Detect duplicate images: in two splits they inflate the scores, and with different labels they reveal label errors.
 
 Each image is reduced to a 16 x 16 thumbnail and a perceptual hash of its low frequencies (Zauner 2010, "Implementation
 and benchmarking of perceptual image hash functions"). Two images whose hashes differ in few bits are candidates; they

@@ -22,6 +22,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the interval of the mean of float [n], n >= 1, by the normal approximation, which requires a large n."""
+    # 1.96 standard errors: 95 % of a normal distribution
     half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
     mean = float(values.mean())
     return mean - half, mean + half

@@ -25,7 +25,7 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     sums = np.bincount(labels, weights=label_probabilities, minlength=classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # never suggest a class without examples
-    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
+    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)  # -1: below
     best = confident.argmax(axis=1)
     candidates = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
     margin = label_probabilities[candidates] - probabilities[candidates, best[candidates]]

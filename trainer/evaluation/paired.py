@@ -28,6 +28,7 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     p = 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
     total, b, c = n + 2, lost + 0.5, won + 0.5
     middle = (c - b) / total
+    # 1.96 standard errors: 95 % of a normal distribution
     half = 1.96 * float(np.sqrt(b + c - (c - b) ** 2 / total)) / total
     return PairedComparison(lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
 

@@ -57,7 +57,7 @@ def reference_distribution(
 
 
 def draw_projection(width: int) -> np.ndarray | None:
-    """Draw a projection, float64 [width, 16], with orthonormal columns; None if no embedding of this width needs one.
+    """Draw a projection, float64 [width, 16], with orthonormal columns; None if this width needs no projection.
 
     The seed is fixed, so that all models with embeddings of one width have the same projection.
     """

@@ -15,7 +15,7 @@ from trainer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor of the backbone with frozen layers below it, from which alone all layers above it are computed."""
+    """A tensor of the backbone: the layers below are frozen, and those above are computed from this tensor alone."""
 
     layer: str  # name of the layer or operation whose output it is
     number: int  # index of that layer in `backbone.layers`; for an operation, of the last layer before it

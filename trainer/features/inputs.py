@@ -52,7 +52,7 @@ def open_inputs(
     if features is None:
         return None
     tail = Tail(classifier, plan.cut(name))
-    tail_scorer = Scorer(worker, tail, scorer.sharding, scorer.on_wait)
+    tail_scorer = Scorer(worker, tail, scorer.sharding, on_wait=scorer.on_wait)
     if kind == "cached":
         train_features, validation_features = features
         return Inputs(tail, tail_scorer, train_features, validation_features, Augmentation(), None)

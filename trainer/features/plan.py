@@ -44,7 +44,7 @@ class Division:
 
 @dataclass
 class FeaturePlan:
-    """Inputs of all phases of a run; a phase without room for its features becomes "live"."""
+    """Inputs of all phases of a run; a phase without space for its features becomes "live"."""
 
     divisions: Mapping[str, Division]
     input_kinds: dict[str, InputKind]
@@ -93,7 +93,7 @@ def plan_features(
 ) -> dict[str, FeatureChoice]:
     """Choose cached features or images for each phase; its features may occupy `budget` bytes, in memory or on disk.
 
-    Raises ConfigError if a phase is configured with `features=cached`, which is not possible.
+    Raises ConfigError if a phase with `features=cached` cannot have cached features.
     """
     train_count = dataset.splits["train"].count
     validation_count = dataset.splits["validation"].count if "validation" in dataset.splits else 0

@@ -148,7 +148,10 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         hidden = _dense(config.hidden, width, "hidden", seed, "relu")
         width = config.hidden
     output = _dense(class_count, width, "output", seed + 1, None)
-    return Classifier(spec, backbone, hidden, output, config.pooling, config.dropout, config.l2, image_size)
+    return Classifier(
+        spec, backbone, hidden, output,
+        pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,
+    )  # fmt: skip
 
 
 def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:

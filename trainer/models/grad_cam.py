@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from trainer.models.classifier import Classifier
 
-BATCH_SIZE = 32  # most images per call of the compiled function
+BATCH_SIZE = 32  # largest number of images per call of the compiled function
 Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the results of `explain`
 
 

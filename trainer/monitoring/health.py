@@ -37,13 +37,13 @@ class Health:
         """Record progress: a step, a batch, a part of a file, or an iteration of a loop with a time limit."""
         self._last_progress = time.monotonic()
 
-    def steps_taken(self, step: int, epoch: int) -> None:
+    def record_steps(self, step: int, epoch: int) -> None:
         """Record that optimizer steps were taken: up to `step` of the run, in `epoch`, counted from 1."""
         self.progress()
         self._last_step = self._last_progress
         self.set_gauges(step=step, epoch=epoch)
 
-    def checkpoint_saved(self, seconds_ago: float = 0.0) -> None:
+    def record_checkpoint(self, seconds_ago: float = 0.0) -> None:
         """Record that the state of `seconds_ago` is saved, or that training begins and there is nothing to lose."""
         self._saved = time.monotonic() - seconds_ago
 

@@ -66,7 +66,7 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
-        TCPServer.server_bind(self)  # that of HTTPServer resolves the name of this host, which may take long
+        TCPServer.server_bind(self)  # HTTPServer.server_bind would resolve the name of this host, perhaps slowly
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         """Log the exception of a request handler, except that its client disconnected or was too slow."""

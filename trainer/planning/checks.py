@@ -18,7 +18,7 @@ from trainer.distillation import source
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.models.classifier import build_classifier, variable_bytes
-from trainer.planning.estimates import activation_bytes, parameters
+from trainer.planning.estimates import activation_bytes, parameter_count
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer
 from trainer.runs.restore import local_checkpoints
 from trainer.runs.stored_run import without_weights
@@ -168,7 +168,7 @@ def plan_teacher(
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
-    text = f"{model.backbone} at {classifier.image_size} px, {parameters(classifier):,} parameters; {use}"
+    text = f"{model.backbone} at {classifier.image_size} px, {parameter_count(classifier):,} parameters; {use}"
     weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
     activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
     return text, [weights, ("its activations", activations * replicas), *logits]

@@ -145,7 +145,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     epoch = sharding.steps_per_epoch
     per_replica = max(batch_size // (plan.replicas * workers * config.training.accumulate), 1)
     phases = estimates.plan_phases(config, classifier, epoch, per_replica)
-    sections.show_phases(plan, config, phases, estimates.parameters(classifier), epoch, sharding.by)
+    sections.show_phases(plan, config, phases, estimates.parameter_count(classifier), epoch, sharding.by)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -167,7 +167,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
     checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
-    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameters(classifier))
+    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameter_count(classifier))
     return phases
 
 
@@ -176,7 +176,7 @@ def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows
     backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
-    body = f"{estimates.parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
+    body = f"{estimates.parameter_count(classifier) - head:,} parameters in {len(backbone.layers)} layers"
     return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
             ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters")]  # fmt: skip

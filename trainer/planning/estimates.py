@@ -76,7 +76,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
     return plans
 
 
-def parameters(classifier: Classifier) -> int:
+def parameter_count(classifier: Classifier) -> int:
     """Count the parameters of backbone and head, including the moving statistics of BatchNormalization."""
     return count_parameters(classifier.variables.values())
 

@@ -10,7 +10,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.batch_norm import NORM
 from trainer.models.classifier import Classifier, count_parameters
-from trainer.planning.estimates import PhasePlan, parameters
+from trainer.planning.estimates import PhasePlan, parameter_count
 from trainer.report.figures import GRID_LINE, INK, MUTED, canvas, figure_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
@@ -79,7 +79,7 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     axes.set_xlim(-0.2, width)
     axes.set_ylim(len(rows) + 0.9, -2.15)
     axes.axis("off")
-    title = f"{classifier.spec.name}, {parameters(classifier):,} parameters"
+    title = f"{classifier.spec.name}, {parameter_count(classifier):,} parameters"
     axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
     axes.plot([0, width - 0.1], [-1.15, -1.15], color=GRID_LINE, linewidth=0.8)
     columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
@@ -102,14 +102,14 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
 
 
 def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int) -> None:
-    name, shape, layers, parameter_count, _ = row
+    name, shape, layers, parameters, _ = row
     # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
     width_of_box, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
     _box(axes, CENTRE_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
     axes.text(CENTRE_X, y, figure_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
-    for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameter_count)):
+    for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
         axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
     for column, colour in enumerate(colours):
         if colour:

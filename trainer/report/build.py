@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.mixing import mixed
+from trainer.data.augment.mixing import mix_pairs
 from trainer.data.images import ImageStore, Pixels, data_errors
 from trainer.data.pipeline import chosen_batches
 from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
@@ -26,6 +26,7 @@ from trainer.types import Scored
 
 MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
 READ_BATCH = 64  # images
+SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first of them
 FETCH_BATCH = 512  # images in remote shards that are read at a time, as their shards have to be on the local disk
 
 
@@ -51,7 +52,7 @@ def build_report(
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
     group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
-    result = evaluate_arrays(split, classes, labels, probabilities, names, group_names, field)
+    result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=field)
     run = {
         "seed": config.seed,
         "data": describe_data(dataset) | {"undecodable": images.undecodable()},
@@ -69,30 +70,30 @@ def build_report(
 
 
 def training_samples(images: ImageStore) -> Samples:
-    """Select twelve random training images, and compute eight augmented views of the first."""
+    """Select random training images, and compute augmented views of the first."""
     split, config = images.dataset.splits["train"], images.config
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:12])
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
     rows = images.rows("train", chosen)
     augmented = augmented_views(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
     return Samples(rows, [images.dataset.class_names[i] for i in split.labels[chosen]], augmented)
 
 
 def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the first of `images`, uint8 [k, S, S, 3], as augmented in eight epochs, uint8 [8, S, S, 3].
+    """Return the first of `images`, uint8 [k, S, S, 3], as augmented in `VIEW_COUNT` epochs, uint8 [v, S, S, 3].
 
     Mixup and CutMix mix it with another of the images in each epoch. The random parameters depend on `indices`, int64
     [k], those of the images in the training split.
     """
     per_view = 2 if augmentation.mixes else 1  # a pair is mixed, and its first image is shown
-    epochs, rows = np.repeat(np.arange(8), per_view), np.zeros(8 * per_view, np.int64)
+    epochs, rows = np.repeat(np.arange(VIEW_COUNT), per_view), np.zeros(VIEW_COUNT * per_view, np.int64)
     if augmentation.mixes:
-        rows[1::2] = (np.arange(8) + 1) % len(indices)
+        rows[1::2] = (np.arange(VIEW_COUNT) + 1) % len(indices)
     with tf.device("CPU"):  # as in the input pipeline
         views = augment(images[rows], augmentation, seed, epochs, indices[rows])
         if augmentation.mixes:
-            labels, weight = tf.zeros(16, tf.int32), tf.ones(16)
+            labels, weight = tf.zeros(len(rows), tf.int32), tf.ones(len(rows))
             batch = {"image": views, "label": labels, "weight": weight, "index": indices[rows]}
-            views = mixed(batch, augmentation, seed, epochs)["image"]
+            views = mix_pairs(batch, augmentation, seed, epochs)["image"]
     return np.asarray(views[::per_view])
 
 

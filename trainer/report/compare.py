@@ -104,7 +104,7 @@ def short_names(addresses: Sequence[str]) -> list[str]:
 
 
 def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return the files of each run by their names, which are the files themselves if one is in all runs.
+    """Return for each run its files by name. The names are the files themselves if at least one file is in all runs.
 
     Otherwise a name is relative to the common folder of the files, as the same data may have been at different paths.
     """

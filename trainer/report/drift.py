@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.evaluation.drift import CONFIDENCE_BINS, Measure, Window
 from trainer.report import figures
-from trainer.report.figures import ACCENT, INK, PALE, canvas, figure_label, heading, tidy
+from trainer.report.figures import ACCENT, INK, PALE, canvas, figure_label, set_heading, tidy
 
 MAX_CLASSES = 15  # in the figure: those whose fraction of the predictions changed most
 LEVEL_COLOURS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
@@ -28,7 +28,9 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     axes.set_yticks(rows, [figure_label(reference["classes"][i]) for i in shown])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    heading(axes, "Fraction of predictions per class" + (", largest changes" if len(expected) > MAX_CLASSES else ""))
+    set_heading(
+        axes, "Fraction of predictions per class" + (", largest changes" if len(expected) > MAX_CLASSES else "")
+    )
     tidy(axes, "x")
     left, right = (figure.add_subplot(grid[1, column]) for column in (0, 1))
     counts = np.asarray(reference["confidence_histogram"]["counts"])
@@ -36,7 +38,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     left.bar(edges, counts / counts.sum(), 1 / CONFIDENCE_BINS, align="edge", color=PALE)
     left.step([*edges, 1.0], [*logged, logged[-1]], where="post", color=ACCENT)
     left.set_xlim(0, 1)
-    heading(left, "Largest probability")
+    set_heading(left, "Largest probability")
     tidy(left, "y")
     ratios, rows = [min(measure.value / measure.shifted, 3.0) for measure in measured], np.arange(len(measured))
     right.barh(rows, ratios, 0.5, color=[LEVEL_COLOURS[measure.level] for measure in measured])
@@ -44,6 +46,6 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     right.set_yticks(rows, [measure.name for measure in measured])
     right.invert_yaxis()
     right.set_xlim(0, max(1.5, *ratios) * 1.1)
-    heading(right, "Measure / limit of a shift (cut at 3)")
+    set_heading(right, "Measure / limit of a shift (cut at 3)")
     tidy(right, "x")
     figures.save(figure, path)

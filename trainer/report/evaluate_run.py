@@ -91,7 +91,7 @@ def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, st
         folder = Path(str(output)) if output.is_local else Path(temporary)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)
-        report = build_report(folder, scored, images, explain, report_fields, splits, check)
+        report = build_report(folder, scored, images, explain, report_fields, splits=splits, check=check)
         if not output.is_local:
             for file in sorted(folder.iterdir()):
                 (output / file.name).upload(file)

@@ -74,7 +74,7 @@ def tidy(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, col
         axes.grid(axis=grid, color=GRID_LINE, linewidth=0.6)
 
 
-def heading(axes: Axes, title: str) -> None:
+def set_heading(axes: Axes, title: str) -> None:
     """Set a left-aligned title of axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
@@ -152,11 +152,11 @@ def _plot(
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(box)
     tidy(axes, size=11, colour=MUTED)
-    _title(figure, title)
+    _draw_title(figure, title)
     return figure, axes
 
 
-def _title(figure: Figure, title: str, size: float = 13) -> None:
+def _draw_title(figure: Figure, title: str, size: float = 13) -> None:
     height = figure.get_figheight() * 72
     figure.text(4 / 72 / figure.get_figwidth(), 1 - 16 / height, title, fontsize=size, fontweight="bold", color=INK)
 
@@ -207,6 +207,7 @@ def line_chart(
     width, left, right = 400, 46, 10  # points
     phase_starts = phase_starts or {}
     step = (width - left - right) / (last - first)  # points per epoch
+    # 6.5: points per character
     crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
     top = 78 if crowded else 44
     figure, axes = _plot(title, width, 204 + top, left=left, top=top, right=right)
@@ -314,6 +315,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     names, support = [figure_label(name) for name in class_names], table.sum(axis=1)
     rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * classes)  # points, of the matrix without the names around it
+    # 6.6 and, slanted, 5: points per character
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
     figure, axes = _plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
@@ -382,7 +384,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
         axes.set_xlabel("F1", fontsize=11, color=INK)
     selection = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
     title = f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed"
-    _title(figure, title, 11)
+    _draw_title(figure, title, 11)
     return Chart(figure, title)
 
 

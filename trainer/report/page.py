@@ -145,7 +145,7 @@ class DuplicateImages:
 
 @dataclass(frozen=True)
 class ReportImages:
-    """The images of a report: a source of those of the scored split, and those of optional sections."""
+    """A function that reads images of the scored split, and the images of optional sections of the report."""
 
     fetch: FetchImages
     samples: Samples | None = None

@@ -82,8 +82,8 @@ class CheckpointFolder:
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.
 
-        `best_step` is that of the best checkpoint so far, None if there is none yet. Raises OSError if the disk is full
-        or fails; earlier checkpoints are intact.
+        `best_step` is the step of the best checkpoint so far, None if there is none yet. Raises OSError if the disk is
+        full or fails; earlier checkpoints are intact.
         """
         final = self.path(state["step"])
         temporary = self.folder / f".writing-{final.name}"

@@ -77,8 +77,8 @@ class Clock:
         if now - self._written > WRITE_SECONDS:
             self.write()
 
-    def resumed(self, train_seconds: float) -> None:
-        """Move training time after the restored checkpoint, saved at `train_seconds` of training, to `lost`."""
+    def move_lost_time(self, train_seconds: float) -> None:
+        """Move training time since the restored checkpoint to `lost`; it was saved after `train_seconds`."""
         lost = max(self.seconds["train"] - train_seconds, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost

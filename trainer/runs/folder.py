@@ -285,7 +285,7 @@ def follow_run_folder(config: RequestedConfig) -> RunFolder:
     """Describe the folder on a worker other than the chief, without accessing it."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
-    return RunFolder(path, address, False, None, Publisher(path, None), config)
+    return RunFolder(path, address, resuming=False, lock=None, publisher=Publisher(path, None), config=config)
 
 
 def _local_folder(config: RequestedConfig, address: str) -> Path:

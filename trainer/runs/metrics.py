@@ -79,7 +79,9 @@ class MetricsWriter:
         elif self.folder:
             log.info(text, extra={"fields": fields})
 
-    def interval(self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float) -> None:
+    def write_interval(
+        self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float
+    ) -> None:
         """Write and log a logging interval of training.
 
         `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` are the seconds without data for the
@@ -105,7 +107,7 @@ class MetricsWriter:
             progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
             self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **timing)
 
-    def epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
+    def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """Write and log an epoch: training means and validation scores; `best`: it is the best one so far."""
         self._write({"kind": "epoch", **entry, "timing": timing})
         scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}

@@ -52,7 +52,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
 
 
 class Publisher:
-    """Copies the folder `local` to that of the lease, which another process cannot commit to meanwhile.
+    """Copies the folder `local` to the folder of the lease; no other process can commit to that folder meanwhile.
 
     `lease` is None for a run with a local output_dir and on workers other than the chief: then nothing is copied, and
     only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
@@ -79,7 +79,7 @@ class Publisher:
     def publish_checkpoints(self) -> None:
         """Begin to publish the local checkpoints; call `wait` before the next one is written."""
         if not self.lease:
-            health.checkpoint_saved()
+            health.record_checkpoint()
         self._submit(partial(self._upload_and_commit, time.monotonic()))
 
     def wait(self) -> None:
@@ -151,7 +151,7 @@ class Publisher:
         self._names = {name: published for name, published in self._names.items() if name in names}
         self._publish_files()  # before the commit: a resumed run can delete later metrics, but not add missing ones
         self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in names))
-        health.checkpoint_saved(time.monotonic() - written_at)
+        health.record_checkpoint(time.monotonic() - written_at)
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (remote / BEST).write(self._names[name] + "\n")

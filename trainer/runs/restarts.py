@@ -57,7 +57,7 @@ class RestartHistory:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             self._write()
 
-    def failed(self, code: int, reason: str) -> None:
+    def record_failure(self, code: int, reason: str) -> None:
         """Record that this process ends with an exit code other than 0."""
         self.end(FAILED if code in (INTERRUPTED, BUG) else REFUSED, reason)
 

@@ -34,8 +34,8 @@ def load_warm_start(
     All workers call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of values.
 
     Args:
-        source: output_dir of the other run, local or gs://, of which the best or else the newest checkpoint is read; or
-            the folder of a local checkpoint.
+        source: output_dir of the other run, local or gs://, to read its best or else its newest checkpoint; or the
+            folder of a local checkpoint.
         cache_folder: a run in a bucket is downloaded below it.
 
     Raises DataError if there is no checkpoint or none of its variables matches.

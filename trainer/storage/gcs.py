@@ -228,7 +228,7 @@ class GcsPath(StoragePath):
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one generation to a file and return whether its CRC32C matches; the storage has none of a range."""
+        """Copy one generation to a file and return whether its CRC32C matches; the storage has no CRC32C of a range."""
 
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)

@@ -46,8 +46,8 @@ def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, An
     """Summarise a finished phase whose phase weights are those of `step`.
 
     Returns:
-        the summary, and the history entry of `step`. If `step` is of an earlier phase, the summary has its name as
-        `kept_from`, and the accuracy of the best epoch of this phase as `own_val_accuracy`.
+        the summary, and the history entry of `step`. If `step` is of an earlier phase, the summary has the name of
+        that phase as `kept_from`, and the accuracy of the best epoch of this phase as `own_val_accuracy`.
     """
     assert state.best is not None
     epochs = [entry for entry in state.history if entry["phase"] == name]

@@ -188,7 +188,7 @@ class TrainingStep:
             gradients, sums = on_replicas(gradients_of, args=(batch, run_step + done, examples))
             self._update(gradients)
             if self.averages:
-                self._average(phase_step + done)
+                self._update_averages(phase_step + done)
             row = tf.add_n(local(sums))
             return i + 1, local(stop_votes)[0] > 0, row, waited + seconds, per_step.write(i, row)
 
@@ -219,9 +219,9 @@ class TrainingStep:
     def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: compute the gradients of its part of the mean loss over the `examples` of the global batch.
+        """In a replica: compute gradients of its part of the mean loss over the `examples` of the global batch.
 
-        The gradients are times the loss scale; with them returns the sums of losses, correct and all examples, [3].
+        Return the gradients times the loss scale, and the sums of losses, correct examples and all examples, [3].
         """
         settings, values = self.settings, dict[str, Any](batch)
         teacher_logits = None
@@ -270,7 +270,7 @@ class TrainingStep:
             return True
 
         if self.settings.clip_norm or self.loss_scale:
-            gradients, finite = self.strategy.run(self._clipped, args=(gradients,))
+            gradients, finite = self.strategy.run(self._clip, args=(gradients,))
         if self.loss_scale is None:
             apply()
         else:
@@ -278,7 +278,7 @@ class TrainingStep:
             tf.cond(all_finite, apply, lambda: False)
             self._adjust_loss_scale(all_finite)
 
-    def _clipped(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def _clip(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """In a replica: undo the loss scale and clip by the global norm; also return whether all are finite."""
         # The norm needs the sum over replicas. `optimizer.apply` adds the replicas again, hence the final division.
         gradients, finite = _all_reduce(gradients, self.replicas), tf.constant(True)
@@ -298,7 +298,7 @@ class TrainingStep:
         scale.assign(tf.where(finite, tf.where(grows, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
         finite_steps.assign(tf.where(grows, 0.0, count))
 
-    def _average(self, phase_step: tf.Tensor) -> None:
+    def _update_averages(self, phase_step: tf.Tensor) -> None:
         """Update: shadow += (1 - decay) * (weight - shadow), where decay is at most (1 + t) / (10 + t) at step t."""
         assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)

@@ -2,7 +2,7 @@
 
 TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel and takes 2.6 ms of CPU
 time for an image of 224 x 224 pixels; this module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
-interpolation are compiled separately: a single XLA loop would be slower, because one that gathers is not vectorized.
+interpolation are compiled separately: a single XLA loop would be slower, because XLA vectorizes no loop that gathers.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from trainer.data.augment.draws import LEVELS, Draws, levels
 MAX_ASPECT = 4 / 3  # of a crop, width : height; the smallest is 1 / MAX_ASPECT
 
 
-def flipped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Flip images as drawn, without resampling; the dtype does not change."""
     horizontal = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
     for is_on, draw, axis in (horizontal, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
@@ -60,7 +60,7 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
     return matrix
 
 
-def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Crop, flip, zoom, shear, rotate, stretch and shift images uint8 [b, S, S, 3], in one resampling."""
     count, size = tf.shape(images)[0], images.shape[1]
     zero, centre, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
@@ -74,7 +74,7 @@ def warped(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     centre_x = centre + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
     centre_y = centre + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
     x, y = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
-    return resampled(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
+    return resample(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
 
 
 def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ def xla_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
+def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
     """Compute output pixel (x, y) from the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), by bilinear interpolation.
 
     Args:
@@ -129,22 +129,22 @@ def resampled(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
     source = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]) if fill == "constant" else images
     upper_left, right, down = _positions(images.shape[1], fill)(transforms)
     neighbours = _neighbours(_pack_images(source), upper_left)
-    return unpacked(_interpolated(*neighbours, right, down), images.shape)
+    return unpack(_interpolate(*neighbours, right, down), images.shape)
 
 
-def packed(planes: list[tf.Tensor]) -> tf.Tensor:
+def pack(planes: list[tf.Tensor]) -> tf.Tensor:
     """Pack red, green and blue, int32 in 0..255, into one int32 tensor of the same shape."""
     return planes[0] + planes[1] * 2**8 + planes[2] * 2**16
 
 
-def unpacked(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     """Unpack pixels int32 [b, S, S] into images uint8 [b, S, S, 3]."""
     return tf.ensure_shape(tf.bitcast(pixels, tf.uint8)[..., :3], shape)
 
 
 @xla_compiled
 def _pack_images(images: tf.Tensor) -> tf.Tensor:
-    return packed(tf.unstack(tf.cast(images, tf.int32), axis=-1))
+    return pack(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
 @cache
@@ -186,7 +186,7 @@ def _neighbours(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ..
 
 
 @xla_compiled
-def _interpolated(
+def _interpolate(
     a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
 ) -> tf.Tensor:
     """Interpolate the four neighbours a b / c d, packed pixels, per channel; round and pack the result."""
@@ -200,4 +200,4 @@ def _interpolated(
         above += right * (colour(b, shift) - above)
         below += right * (colour(d, shift) - below)
         planes.append(tf.cast(above + down * (below - above) + 0.5, tf.int32))
-    return packed(planes)
+    return pack(planes)

@@ -3,11 +3,11 @@
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.affine import flipped, warped
-from trainer.data.augment.colour import recoloured
+from trainer.data.augment.affine import flip, warp
+from trainer.data.augment.colour import recolour
 from trainer.data.augment.draws import RANDAUGMENT, Draws
 from trainer.data.augment.mixing import with_cutout
-from trainer.data.augment.randaugment import randaugmented
+from trainer.data.augment.randaugment import apply_randaugment
 
 
 def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
@@ -33,13 +33,13 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     draws = Draws(seed, epoch, index)
     resamples = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
     if not resamples:
-        images = flipped(images, a, draws)
+        images = flip(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
-        images = recoloured(images, a, draws)
+        images = recolour(images, a, draws)
     if resamples:
-        images = warped(images, a, draws)
+        images = warp(images, a, draws)
     if a.randaugment:
-        images = randaugmented(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
+        images = apply_randaugment(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
         images = with_cutout(images, a.cutout, draws)
     return images

@@ -47,7 +47,7 @@ def beta_quantiles(alpha: float) -> np.ndarray:
     return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
 
 
-def mixed(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
     """Mix each image with its partner, by mixup or cutmix.
 
     Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner. Cutmix (Yun et al. 2019) replaces a square of

@@ -20,7 +20,7 @@ MAX_MAGNITUDE = 30
 Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
-def randaugmented(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]; `draws` begin at `RANDAUGMENT`."""
     for k in range(a.randaugment):
         numbers = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
@@ -58,7 +58,7 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
 
 def _geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
     transforms = tf.constant([[*m, 0.0, 0.0] for m in _transforms(name, strength, images.shape[1])], tf.float32)
-    # `affine.resampled` takes a third of the time, but XLA would compile it again for every group size.
+    # `affine.resample` takes a third of the time, but XLA would compile it again for every group size.
     warped = tf.raw_ops.ImageProjectiveTransformV3(
         images=tf.cast(images, tf.float32),
         transforms=tf.gather(transforms, tf.cast(direction > 0, tf.int32)),
