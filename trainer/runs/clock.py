@@ -78,7 +78,7 @@ class Clock:
             self.write()
 
     def move_lost_time(self, train_seconds: float) -> None:
-        """Move training time since the restored checkpoint to `lost`; it was saved after `train_seconds`."""
+        """Move to `lost` the training time beyond `train_seconds`, the time at the restored checkpoint."""
         lost = max(self.seconds["train"] - train_seconds, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost
