@@ -104,5 +104,6 @@ def test_the_image_has_the_tested_versions_without_development_tools_and_with_nv
 
 def test_the_image_describes_itself_as_the_package_does() -> None:
     description = re.search(r'image\.description="(.*)"', (ROOT / "Dockerfile").read_text())
-    assert description and trainer.__doc__
+    assert description
+    assert trainer.__doc__
     assert f"kubetune: {description[1].lower()}" == trainer.__doc__.lower()

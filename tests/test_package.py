@@ -44,7 +44,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, folder: Path, program: str, *arguments: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     command = [str(installed / "bin" / program), *arguments]
-    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,3 +83,11 @@ def test_the_configuration_is_read_from_the_package(installed: Path, tmp_path: P
     for section in ("data:", "model:", "phases:", "debug:"):
         assert f"\n{section}" in f"\n{text}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_trains_and_evaluates_without_the_checkout(installed: Path, tmp_path: Path) -> None:
+    arguments = ("experiment=quickstart", "debug=fast", "export.formats=[]", "output_dir=run")
+    out = run(installed, tmp_path, "kubetune", *arguments, f"runtime.cache_dir={tmp_path / 'cache'}")
+    assert "DONE" in {path.name for path in (tmp_path / "run").iterdir()}, out
+    run(installed, tmp_path, "python", "-m", "trainer.evaluate", "run=run", "split=validation")
+    assert (tmp_path / "run" / "evaluations" / "best-digits-validation" / "index.html").is_file()

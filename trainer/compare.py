@@ -12,13 +12,14 @@ from trainer.cli.arguments import read_arguments, usage
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
+from trainer.storage.path import same_folder_key
 
 
 def main() -> None:
     """Run the command `python -m trainer.compare`; exit with a code of `trainer.errors`."""
     with exit_with_code():
         options, addresses = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
-        if len(addresses) < 2 or len(set(addresses)) != len(addresses):
+        if len(addresses) < 2 or len(set(map(same_folder_key, addresses))) != len(addresses):
             raise ConfigError("at least two different runs are required", fix=f"write {usage(__doc__)}")
         output = Path(options.get("output", "compare.html")).expanduser()
         if output.suffix != ".html":

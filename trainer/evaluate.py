@@ -5,8 +5,9 @@ score a checkpoint of a run on a split, and write a report.
     split=train|validation|test the examples (default: test if the data has it, else validation, else train)
     output=FOLDER               folder of the report (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
 
-The data is that of the run unless `data=...` or `data.KEY=...` changes it; `runtime...`, `training.batch_size` and
-`debug.max_examples` can be changed as well. Exit codes are those of a training run.
+The data is that of the run unless `data=...` or `data.KEY=...` changes it. Other data that has no splits is scored as a
+whole unless `data.validation_fraction` or `data.test_fraction` is given, and may have only some of the classes.
+`runtime...`, `training.batch_size` and `debug.max_examples` can be changed as well. Exit codes are those of a run.
 """
 
 import re
@@ -29,10 +30,15 @@ from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 # The error if an argument is missing; "" for an optional one.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
+FRACTIONS = ("validation_fraction", "test_fraction")
 
 
-def apply_changes(run_config: dict[str, Any], changes: list[str]) -> RunConfig:
-    """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run; return it validated.
+def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunConfig, RunConfig | None]:
+    """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run.
+
+    Returns:
+        The configuration of the evaluation. If the changes choose other data and no fractions of it, it does not divide
+        that data; the second value is then the configuration that divides it as the run divided its own.
 
     Raises:
         ConfigError: an argument is wrong or changes a key that an evaluation has to leave as it is.
@@ -46,13 +52,17 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> RunConfig:
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
         run_config["debug"]["overfit"] = False  # overfitting to one batch was for the run's own data
+    fractions = {key: run_config["data"][key] for key in FRACTIONS}
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
         old, new = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
             old, new = old[parent], new[parent]
         old[name] = new[name]
-    return load_resolved(run_config)
+    if {f"data.{key}" for key in FRACTIONS} & set(keys) or not {"data", "data.root", "data.pattern"} & set(keys):
+        return load_resolved(run_config), None
+    moved = load_resolved(run_config | {"data": run_config["data"] | fractions})
+    return load_resolved(run_config | {"data": run_config["data"] | dict.fromkeys(FRACTIONS, 0.0)}), moved
 
 
 def main() -> None:
@@ -60,14 +70,14 @@ def main() -> None:
     with exit_with_code():
         options, changes = read_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         home, run_config, run_json = read_run(options["run"])
-        config = apply_changes(run_config, changes)
+        config, moved = apply_changes(run_config, changes)
         configure_log(config.runtime)
         run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
         with quiet_start():
             from trainer.report.evaluate_run import evaluate  # imports TensorFlow, after the arguments are checked
-        evaluate(run, checkpoint, options)
+        evaluate(run, checkpoint, options, moved)
 
 
 if __name__ == "__main__":

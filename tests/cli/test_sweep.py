@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.compose import is_sweep
-from trainer.cli.sweep import Job, Sweep, _hyperparameter, _search_space_is_empty, _use_sweep_folder
+from trainer.cli.sweep import (
+    Job,
+    Sweep,
+    _hyperparameter,
+    _search_space_is_empty,
+    _swept_keys,
+    _use_sweep_folder,
+)
 from trainer.config.diff import may_change_on_resume
 from trainer.errors import TrainerError
 
@@ -91,3 +98,27 @@ def test_a_grid_is_whole_or_not_and_a_search_needs_one_score(search: bool, jobs:
     with pytest.raises(TrainerError, match=rf"of {len(jobs)} jobs failed \(0, ") as failed:
         sweep.close()
     assert failed.value.exit_code == code
+
+
+def test_runs_over_seeds_have_a_mean_and_a_standard_deviation(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, seed: int, augmentation: str, scores: dict[str, float]) -> Job:
+        overrides = {"seed": str(seed), "augmentation": augmentation, "debug": "fast"}
+        return Job(name, f"out/{name}", [], overrides, 0 if scores else 2, scores)
+
+    jobs = [run("0", 1, "none", {"val_accuracy": 0.5, "test_accuracy": 0.25}),
+            run("1", 2, "none", {"val_accuracy": 0.7, "test_accuracy": 0.75}),
+            run("2", 1, "light", {"val_accuracy": 0.625}), run("3", 2, "light", {})]  # fmt: skip
+    sweep = Sweep("out", jobs, swept={"seed", "augmentation"}, search=True)
+    sweep.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "seeds" in line] == [
+        "2 seeds  val_accuracy 0.6000 ± 0.1414, test_accuracy 0.5000 ± 0.3536  augmentation=none"
+    ]
+    sweep.swept = {"augmentation"}
+    sweep.close()
+    assert "seeds" not in capsys.readouterr().out
+
+
+def test_swept_keys_are_those_with_several_values() -> None:
+    arguments = ["-m", "seed=1,2", "debug=fast", "++a.b=choice(1, 2)", "augmentation=none,light", "x=[1,2]", "y=[1"]
+    assert _swept_keys(arguments) == {"seed", "a.b", "augmentation", "y=[1"}

@@ -516,3 +516,15 @@ def test_a_run_needs_a_validation_split() -> None:
     train = Split("train", np.zeros(3, np.int32), files=("a", "b", "c"))
     with raises(DataError, "data.validation_fraction", None, "data.validation_split"):
         require_validation(Dataset("x", ("a", "b"), {"train": train}, ""))
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_root_that_is_one_folder_too_high_is_noticed(split: str, tmp_path: Path) -> None:
+    for name in ("spring", "autumn"):
+        fill_folder(tmp_path / "root" / split / name, {"oak": 4, "elm": 4})
+    notes = folder(tmp_path / "cache", tmp_path / "root").notes
+    assert any(
+        "elm, oak below" in note and f"data.root={tmp_path / 'root' / split / 'autumn'}" in note for note in notes
+    )
+    fill_folder(tmp_path / "root" / split, {"spring": 1})  # an image of its own
+    assert not any("two folders" in note for note in folder(tmp_path / "cache", tmp_path / "root").notes)

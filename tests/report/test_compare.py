@@ -1,18 +1,23 @@
 """Comparison of runs: common examples, verdicts, and what is refused."""
 
 import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
+from PIL import Image
 
 from tests.errors import raises
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
+from trainer.data.records import frame_record, serialize
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
@@ -48,6 +53,13 @@ def make_run(folder: Path, accuracy: float, n: int = 300, root: str = "photos", 
     write_predictions(folder / "report" / "predictions.csv", result)
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "output_dir": str(folder), **config}))
     return folder
+
+
+def photo(seed: int) -> bytes:
+    """A JPEG of 120 x 80 pixels."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (80, 120, 3), np.uint8)).save(out, "JPEG")
+    return out.getvalue()
 
 
 def compared(*folders: Path) -> Any:
@@ -121,6 +133,49 @@ def test_only_different_settings_are_listed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_phase_that_only_one_run_has_is_one_row(tmp_path: Path) -> None:
+    head, tuned = {"thaw": "none", "epochs": 2}, {"thaw": "all", "epochs": 3}
+    folders = (
+        make_run(tmp_path / "a", 0.7, phases={"head": head}),
+        make_run(tmp_path / "b", 0.7, phases={"head": head | {"epochs": 5}, "tuned": tuned}),
+    )
+    runs = [read_scored_run(str(folder), folder.name) for folder in folders]
+    assert configuration_differences(runs) == [
+        ("phases", ["[head]", "[head,tuned]"]),
+        ("phases.head.epochs", ["2", "5"]),
+    ]
+
+
+@pytest.mark.parametrize("as_records", [False, True])
+def test_the_page_shows_the_images_whose_prediction_changed(as_records: bool, tmp_path: Path) -> None:
+    """The readable ones; all are listed."""
+    photos = tmp_path / "photos"
+    runs = [
+        make_run(tmp_path / "a", 0.7, n=40, root=str(photos)),
+        make_run(tmp_path / "b", 0.9, n=40, root=str(photos)),
+    ]
+    comparison = compared(*runs)
+    changed = np.flatnonzero(comparison.correct[0] != comparison.correct[1])
+    assert 4 < len(changed) < 24
+    if as_records:
+        shard = tmp_path / "s.tfrecord"
+        shard.write_bytes(b"".join(frame_record(serialize(photo(k), 0)) for k in range(40)))
+        for run in runs:
+            table = run / "report" / "predictions.csv"
+            table.write_text(re.sub(rf"{photos}/[^,]*/(\d+)\.jpg", rf"{shard}#\1", table.read_text()))
+        comparison = compared(*runs)
+    else:
+        for k in changed[1:]:
+            file = Path(comparison.files[k])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(photo(k))
+    write_comparison(tmp_path / "compare.html", comparison)
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert text.count("<img class=") == len(changed) - (not as_records)
+    assert text.count('class="files"') == len([m for m in (comparison.correct[0] > comparison.correct[1],
+                                                           comparison.correct[0] < comparison.correct[1]) if m.any()])  # fmt: skip
+
+
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
     comparison = compared(make_run(tmp_path / "a", 0.7), make_run(tmp_path / "b & c", 0.9, training={"ema": 0.9}))
     write_comparison(tmp_path / "compare.html", comparison)
@@ -155,7 +210,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert "better" in done.stdout
     assert "tensorflow" not in done.stderr
     assert (tmp_path / "out" / "page.html").is_file()
-    wrong = {"a": "at least two", "a nowhere": "nowhere has no report", "a b output=x.txt": "output=x.txt:"}
+    (tmp_path / "link").symlink_to("a")
+    same = dict.fromkeys(
+        (f"a {spelling}" for spelling in ("./a/", "b/../a", str(tmp_path / "a"), "link")), "at least two"
+    )
+    wrong = same | {"a": "at least two", "a nowhere": "nowhere has no report", "a b output=x.txt": "output=x.txt:"}
     for arguments, start in wrong.items():
         done = command(*arguments.split(), cwd=tmp_path)
         assert done.returncode == 2

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
 OBJECTIVE = "val_accuracy"
+SEEDS = ("seed", "data.split_seed")
 EVENTS_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
 Value = bool | int | float | str
 
@@ -104,6 +106,7 @@ class Sweep:
     columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs so far, as an ordered set
     stop_signal: str | None = None  # the signal that requested the stop
     search: bool = False  # by Optuna, instead of a grid of all combinations
+    swept: set[str] = field(default_factory=set)  # the keys whose values differ between jobs
     child: subprocess.Popen[bytes] | None = None  # the process of the current job
 
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
@@ -117,6 +120,7 @@ class Sweep:
                 signal.signal(number, self._forward_stop)
         self.folder = self.folder or str(settings.sweep.dir)
         self.search = not is_grid(settings)
+        self.swept |= {str(key).lstrip("+") for key in settings.sweeper.get("params") or ()}
         try:
             job = self._run_job(resolve(tree), overrides, str(settings.sweep.subdir))
         except Exception as error:
@@ -172,7 +176,8 @@ class Sweep:
         return f"start the same command again with output_dir={self.folder} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
-        overrides = {key: text for key, text in job.overrides.items() if not may_change_on_resume(key)}
+        swept = {key: text for key, text in job.overrides.items() if key in self.swept}
+        overrides = {key: text for key, text in swept.items() if not may_change_on_resume(key)}
         values = {key: _hyperparameter(tree, key, text) for key, text in overrides.items()}
         previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
@@ -188,8 +193,27 @@ class Sweep:
         differing = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
         return " ".join(differing) or ("as the others" if others else "no overrides")
 
+    def _describe_seeds(self) -> list[str]:
+        """Return a line of mean and standard deviation for each setting that was run with several seeds."""
+        settings: dict[tuple[str, ...], list[Job]] = {}
+        for job in self.jobs:
+            others = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
+            settings.setdefault(others, []).append(job)
+        lines = []
+        for others, jobs in settings.items():
+            scored = [job for job in jobs if job.scores]
+            if len(scored) < 2 or not set(SEEDS) & self.swept:
+                continue
+            texts = []
+            for metric in METRICS:
+                scores = [job.scores[metric] for job in scored if metric in job.scores]
+                if len(scores) == len(scored):
+                    texts.append(f"{metric} {statistics.mean(scores):.4f} \u00b1 {statistics.stdev(scores):.4f}")
+            lines.append(f"{len(scored)} seeds  {', '.join(texts)}  {' '.join(others)}".rstrip())
+        return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
+
     def close(self) -> None:
-        """Log every job with its score, and the best one.
+        """Log every job with its score, mean and standard deviation over seeds, and the best job.
 
         Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all of a search failed.
         """
@@ -198,6 +222,7 @@ class Sweep:
         for job in self.jobs:
             score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
             text.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
+        text += self._describe_seeds()
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
             arguments = [*(a.lstrip("+") for a in best.arguments), f"output_dir={best.folder}"]
@@ -230,7 +255,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # its INFO lines repeat the log of the jobs
-    sweep = Sweep(folder)
+    sweep = Sweep(folder, swept=_swept_keys(arguments))
     try:
         compose(arguments, run_job=sweep.run)
     except SweepEnded as ended:
@@ -250,11 +275,20 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
         return False
     if set(sweepers) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
         return False
-    parser = OverridesParser.create()
-    try:
-        return not any(parser.parse_override(a).is_sweep_override() for a in arguments if not a.startswith("-"))
-    except HydraException:  # `compose` raises it again
-        return False
+    return not _swept_keys(arguments)
+
+
+def _swept_keys(arguments: list[str]) -> set[str]:
+    """Return the keys and groups for which the arguments give several values, and arguments that cannot be parsed."""
+    parser, keys = OverridesParser.create(), set()
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument) if "=" in argument and argument[0] != "-" else None
+        except HydraException:  # `compose` raises it again
+            keys.add(argument)
+        else:
+            keys |= {override.key_or_group} if override and override.is_sweep_override() else set()
+    return keys
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -101,6 +101,7 @@ def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str
             kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.most_common(5))
             notes.append(f"ignored files without a {'/'.join(e[1:] for e in EXTENSIONS)} extension: {kinds}")
     class_names = tuple(classes["train"])
+    notes += _nesting_note(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join(class_names[:5])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
@@ -110,6 +111,16 @@ def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
         raise DataError(problem, key="data.root", value=root, fix=f"set data.root={only_class}" if nested else LAYOUT)
     return class_names, images, notes
+
+
+def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
+    """Return a note if no class folder has images of its own, as with a root that is one folder too high."""
+    paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
+    nested = sorted({path[1] for path in paths})
+    if len(nested) < 2 or min(map(len, paths)) < 3:
+        return []
+    fix = f"if these are the classes, set data.root={os.path.join(folder, paths[0][0])}"
+    return [f"all images lie two folders deep ({join_first(nested)} below the class folders): {fix}"]
 
 
 def _subfolders(folder: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainer.exporting.reference import reference_distribution, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, check_classes, open_classifier, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, with_run_classes, without_weights
 from trainer.storage.local import write_json, write_whole
 from trainer.types import Scored, scored_split
 
@@ -69,12 +70,12 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
     """Open the data of a finished run, uncached, with images of `size` x `size` pixels.
 
     Raises:
-        DataError: the classes of the data are not those of the run.
+        DataError: the data has a class that the run does not know.
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, log.info, lambda _: None, stream=False)
-    check_classes(run, data.dataset)
+    data = replace(data, dataset=with_run_classes(run, data.dataset))
     return ImageStore(data, config, size, lambda _: None)
 
 

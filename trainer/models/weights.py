@@ -108,7 +108,16 @@ def _display_name(spec: BackboneSpec, alpha: float | None) -> str:
 
 def _mismatch(path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
     problem = f"does not fit {_display_name(spec, alpha)} without its top: {detail}"
-    return ModelError(problem, key="model.weights", value=path, fix=fix or f"use weights of {spec.name}")
+    return ModelError(problem, key="model.weights", value=path,
+                      fix=fix or _warm_start_fix(path) or f"use weights of {spec.name}")  # fmt: skip
+
+
+def _warm_start_fix(path: Path) -> str | None:
+    """Return the argument that begins with the weights of a run, if `path` is in its output_dir or is that folder."""
+    for folder in (path, *path.absolute().parents[:3]):
+        if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
+            return f"set warm_start={folder} to begin with all weights of this run"
+    return None
 
 
 def _check_file(path: Path) -> None:
@@ -116,7 +125,7 @@ def _check_file(path: Path) -> None:
     if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
-        raise ModelError(reason, key="model.weights", value=path, fix=fix)
+        raise ModelError(reason, key="model.weights", value=path, fix=_warm_start_fix(path) or fix)
     if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
         raise _damaged(path, "possibly a Git LFS pointer")
 

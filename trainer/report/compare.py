@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import yaml
 from markupsafe import Markup
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from trainer.config.diff import flat
-from trainer.errors import DataError
+from trainer.data.records import RecordAt, index_shard, read_image
+from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.paired import PairedComparison, compare_paired, holm
 from trainer.report.figures import SERIES, Line, line_chart, svg
-from trainer.report.page import MISSING, number, percent, render
+from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, number, percent, render, thumbnail
 from trainer.storage.local import write_whole
 from trainer.storage.path import StoragePath, storage_path
 
@@ -48,7 +50,8 @@ class Comparison:
     """Comparison of runs with the first one, the reference, on the examples that all runs were scored on."""
 
     runs: Sequence[ScoredRun]
-    files: Sequence[str]  # of the common examples
+    files: Sequence[str]  # names of the common examples
+    names: Sequence[Sequence[str]]  # for each run, the files of these examples as the run names them
     correct: np.ndarray  # bool [runs, files]
     pairs: Sequence[PairedComparison]  # each later run with the first one
     p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
@@ -141,7 +144,8 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them",
             fix="evaluate them on the same data with python -m trainer.evaluate",
         )
-    rows = [[run.predictions[file_of[name]] for name in common] for run, file_of in zip(runs, files, strict=True)]
+    names = [[file_of[name] for name in common] for file_of in files]
+    rows = [[run.predictions[file] for file in each] for run, each in zip(runs, names, strict=True)]
     for run, predictions in zip(runs, rows, strict=True):
         for name, (expected, _), (truth, _) in zip(common, rows[0], predictions, strict=True):
             if truth != expected:
@@ -152,7 +156,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
                 )
     correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in rows], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
-    return Comparison(runs, common, correct, pairs, holm([pair.p for pair in pairs]))
+    return Comparison(runs, common, names, correct, pairs, holm([pair.p for pair in pairs]))
 
 
 def verdict(pair: PairedComparison, p: float) -> str:
@@ -163,7 +167,11 @@ def verdict(pair: PairedComparison, p: float) -> str:
 def configuration_differences(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (key, its value in each run) for each configuration key whose values differ."""
     trees = [flat(dict(run.config)) for run in runs]
-    keys = sorted(set().union(*trees) - _IGNORED_KEYS)
+    phases = [list(run.config.get("phases", {})) for run in runs]
+    only_some = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
+    keys = [key for key in sorted(set().union(*trees) - _IGNORED_KEYS) if not key.startswith(only_some)]
+    if only_some:  # one row instead of all keys of these phases
+        trees, keys = [tree | {"phases": p} for tree, p in zip(trees, phases, strict=True)], ["phases", *keys]
     rows = [(key, [_as_argument(tree[key]) if key in tree else MISSING for tree in trees]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
@@ -186,8 +194,8 @@ def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
             row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
         masks = (correct & ~first, first & ~correct)
-        gained, lost = ([comparison.files[k] for k in np.flatnonzero(mask).tolist()] for mask in masks)
-        row["changed"] = [("correct here, wrong in the first", gained), ("wrong here, correct in the first", lost)]
+        titles = ("correct here, wrong in the first", "wrong here, correct in the first")
+        row["changed"] = [(title, np.flatnonzero(mask).tolist()) for title, mask in zip(titles, masks, strict=True)]
         rows.append(row)
     return rows
 
@@ -208,6 +216,40 @@ def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
         (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
     ]
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
+
+
+def _picture(run: ScoredRun, file: str) -> Markup | None:
+    """Return an <img> element of an image file or record, as the run names it; None if it cannot be read here."""
+    path, _, record = file.rpartition("#")
+    try:
+        if record.isdigit() and path:
+            index, number = index_shard(path), int(record)
+            field = run.config.get("data", {}).get("image_field", "image")
+            content = read_image(RecordAt(path, number, int(index.offsets[number]), int(index.lengths[number]), field))
+        else:
+            content = storage_path(file).read()
+        with Image.open(io.BytesIO(content)) as image:
+            upright = ImageOps.exif_transpose(image.convert("RGB"))
+        return thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+    except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
+        return None
+
+
+def _changed_examples(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each later run and direction of change the examples, the first of them with their images."""
+    first, sections = comparison.runs[0], []
+    for row, run, files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
+        for title, examples in row["changed"]:
+            shots, listed = [], [comparison.files[k] for k in examples]
+            for k in examples[:MAX_PER_TAB]:
+                name = comparison.names[0][k]
+                if picture := _picture(first, name) or _picture(run, files[k]):
+                    truth, prediction = first.predictions[name]
+                    shots.append({"image": picture, "file": comparison.files[k], "truth": truth,
+                                  "first": prediction, "prediction": run.predictions[files[k]][1]})  # fmt: skip
+            if examples:
+                sections.append({"run": run.name, "title": title, "files": listed, "shots": shots})
+    return sections
 
 
 def _curves(runs: Sequence[ScoredRun]) -> list[Markup]:
@@ -247,9 +289,11 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
     names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
+    rows = _rows_on_common_examples(comparison)
     page = render(
         "compare.html.j2",
-        runs=_rows_on_common_examples(comparison),
+        runs=rows,
+        changed=_changed_examples(comparison, rows),
         n=len(comparison.files),
         scores=_reported_scores(runs),
         charts=_curves(runs),

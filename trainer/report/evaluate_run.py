@@ -5,6 +5,8 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from trainer.cluster.devices import build_strategy
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
+from trainer.config.schema import RunConfig
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore
-from trainer.data.open import open_run_data
-from trainer.errors import ConfigError
+from trainer.data.open import OpenedData, open_run_data
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.report.build import build_report
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, check_classes, rebuild_classifier, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, rebuild_classifier, with_run_classes, without_weights
 from trainer.storage.path import storage_path
+from trainer.types import LogMessage
 
 TRAINED_ON_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
 UNSPLIT_NOTE = (
@@ -33,23 +37,38 @@ UNSPLIT_NOTE = (
 DURING_EVALUATION = "during the evaluation"
 
 
-def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, str]) -> Mapping[str, Any]:
+def evaluate(
+    run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, str], moved: RunConfig | None = None
+) -> Mapping[str, Any]:
     """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:
         options: `split` (default: the first of test, validation and train that the data has) and `output`, the folder
             of the report (default: a folder below `evaluations` of the run).
+        moved: the configuration if the data of `run.config`, which is not divided by fractions, is a moved copy of the
+            data of the run: it is then divided as in the run, so that the examples of its test split are scored.
 
     Raises:
         ConfigError: the data has no such split.
-        DataError: the classes of the data are not those of the run, or the data cannot be read.
+        DataError: the data has a class that the run does not know, or cannot be read.
         StopRequested: by a signal; the evaluation has to be started again.
     """
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
-    data_config = config.model_copy(update={"model": without_weights(config.model)})  # loads no pretrained weights
-    data = open_run_data(data_config, log.info, lambda address: stop.check(f"while {address} was fetched"))
-    dataset = data.dataset
-    check_classes(run, dataset)
+
+    def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
+        unloaded = config.model_copy(update={"model": without_weights(config.model)})  # loads no pretrained weights
+        return open_run_data(unloaded, log_message, lambda address: stop.check(f"while {address} was fetched"))
+
+    data = open_data(config, log.info)
+    if moved and list(data.dataset.splits) == ["train"]:
+        with suppress(DataError):  # other data may be too small to be divided
+            divided = open_data(moved, lambda _: None)
+            data = divided if divided.dataset.fingerprint == run.fingerprint else data
+    own_notes = len(data.dataset.notes)
+    dataset = with_run_classes(run, data.dataset)
+    data = replace(data, dataset=dataset)
+    for note in dataset.notes[own_notes:]:
+        log.info(note)
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
@@ -65,7 +84,8 @@ def evaluate(run: StoredRun, checkpoint: LoadedCheckpoint, options: dict[str, st
     is_run_data = dataset.fingerprint == run.fingerprint
     is_unsplit = not is_run_data and list(dataset.splits) == ["train"]
     prefix = "" if is_unsplit else f"{split} "
-    log.info(f"evaluating {dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
+    whole = "all " if is_unsplit else ""
+    log.info(f"evaluating {whole}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
     trained_on = is_run_data and (split == "train" or config.debug.overfit)

@@ -100,7 +100,7 @@ def _embed(image: Image.Image, image_format: str, alt: str = "", css_class: str 
     return tag.format(css_class, printable(alt), image_format.lower(), data)
 
 
-def _thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
+def thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
     """Return an <img> element for uint8 [S, S, 3], reduced to at most `max_side` pixels per side unless it is tiny."""
     image = Image.fromarray(pixels)
     if max(image.size) <= _MAX_PIXELATED_SIDE:
@@ -173,7 +173,7 @@ def _gallery_entry(
     label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
     prediction = int(probabilities.argmax())
     return {
-        "image": _thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
+        "image": thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
         "heat": "" if heatmap is None else _overlay(heatmap),
         "right": label == prediction,
         "prediction": names[prediction],
@@ -227,9 +227,9 @@ def write_page(
         ],
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
-        suspects={row["index"]: _thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
+        suspects={row["index"]: thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
         group_images=[
-            [_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
+            [thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
             for members, group in zip(group_images, groups, strict=False)
         ],
         figures=[

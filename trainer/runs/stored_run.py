@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.schema import Model, RunConfig, load_resolved, read_config
+from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import PREFIX, inference_weights, read_checkpoint, read_pointer, step_of
 from trainer.storage.path import StoragePath, storage_path
@@ -128,25 +129,24 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
 
 
-def check_classes(run: StoredRun, dataset: Dataset) -> None:
-    """Raise a DataError unless the dataset has the classes of the run in the same order."""
-    expected, actual = run.class_names, dataset.class_names
-    if expected == actual:
-        return
-    unknown = [repr(name) for name in actual if name not in expected]
-    missing = [repr(name) for name in expected if name not in actual]
-    differences = [f"{_names_with_verb(unknown)} unknown to the run"] if unknown else []
-    differences += [f"{_names_with_verb(missing)} missing in the data"] if missing else []
-    if not differences:
-        name, other = next((a, b) for a, b in zip(expected, actual, strict=True) if a != b)
-        differences = [f"the order differs, {other!r} instead of {name!r}"]
-    problem = f"has {len(expected)} classes and the data has {len(actual)}: {' and '.join(differences)}"
-    raise DataError(problem, key="run", value=run.address, fix="give data with the same classes in the same order")
+def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
+    """Return the dataset with the classes of the run, in their order; labels are mapped by the names of the classes.
 
-
-def _names_with_verb(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+    The data may have only some of the classes. Raises a DataError if it has a class that the run does not know.
+    """
+    names = run.class_names
+    if dataset.class_names == names:
+        return dataset
+    if unknown := [repr(name) for name in dataset.class_names if name not in names]:
+        has = f"has classes that the run does not know: {join_first(unknown)}"
+        fix = f"give data of the classes {join_first([repr(name) for name in names])}"
+        raise DataError(has, key="run", value=run.address, fix=fix)
+    number = np.array([names.index(name) for name in dataset.class_names], np.int32)
+    splits = {name: replace(split, labels=number[split.labels]) for name, split in dataset.splits.items()}
+    notes = dataset.notes
+    if absent := [name for name in names if name not in dataset.class_names]:
+        notes += (f"the data has no example of {join_first(absent)}: their rows in the report are empty",)
+    return replace(dataset, class_names=names, splits=splits, notes=notes)
 
 
 def without_weights(model: Model) -> Model:

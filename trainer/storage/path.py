@@ -6,6 +6,7 @@
 The path libraries for buckets do not offer such conditional writes, on which leases are built (docs/storage.md).
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -35,3 +36,8 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
     if isinstance(text, Path) and text.parts[:1] == ("gs:",):
         raise ConfigError(f"{text}: is a pathlib.Path, which drops a slash", fix="pass a string")
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)
+
+
+def same_folder_key(address: str) -> str:
+    """Return one spelling of all addresses of a folder: absolute, without `~`, `.`, `..`, links and a last slash."""
+    return str(storage_path(address.rstrip("/"))) if "://" in address else os.path.realpath(os.path.expanduser(address))
