@@ -120,7 +120,7 @@ def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
     if len(nested) < 2 or min(map(len, paths)) < 3:
         return []
     fix = f"if these are the classes, set data.root={os.path.join(folder, paths[0][0])}"
-    return [f"all images lie two folders deep ({join_first(nested)} below the class folders): {fix}"]
+    return [f"all images are two folders deep ({join_first(nested)} below the class folders): {fix}"]
 
 
 def _subfolders(folder: str) -> list[str]:

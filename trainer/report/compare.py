@@ -218,7 +218,7 @@ def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
 
 
-def _picture(run: ScoredRun, file: str) -> Markup | None:
+def _read_image(run: ScoredRun, file: str) -> Markup | None:
     """Return an <img> element of an image file or record, as the run names it; None if it cannot be read here."""
     path, _, record = file.rpartition("#")
     try:
@@ -243,9 +243,9 @@ def _changed_examples(comparison: Comparison, rows: Sequence[Mapping[str, Any]])
             shots, listed = [], [comparison.files[k] for k in examples]
             for k in examples[:MAX_PER_TAB]:
                 name = comparison.names[0][k]
-                if picture := _picture(first, name) or _picture(run, files[k]):
+                if image := _read_image(first, name) or _read_image(run, files[k]):
                     truth, prediction = first.predictions[name]
-                    shots.append({"image": picture, "file": comparison.files[k], "truth": truth,
+                    shots.append({"image": image, "file": comparison.files[k], "truth": truth,
                                   "first": prediction, "prediction": run.predictions[files[k]][1]})  # fmt: skip
             if examples:
                 sections.append({"run": run.name, "title": title, "files": listed, "shots": shots})
