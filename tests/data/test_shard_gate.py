@@ -77,7 +77,7 @@ def arriving(
     home = Path(split.shards[0].path).parent
     entries = {entry.path.name: entry for entry in storage_path(home).list()}
     budget = int(part * sum(entry.size for entry in entries.values()))
-    cache = kind(str(home), entries, folder, budget, print, lambda: None)
+    cache = kind(str(home), entries, folder, budget, print, lambda: None, ())
     assert not list(cache.folder.iterdir())
     if isinstance(cache, Strict):
         cache.nothing_else(set())
