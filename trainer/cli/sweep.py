@@ -196,13 +196,13 @@ class Sweep:
     def _describe_seeds(self) -> list[str]:
         """Return a line of mean and standard deviation for each setting that was run with several seeds."""
         settings: dict[tuple[str, ...], list[Job]] = {}
-        for job in self.jobs:
+        for job in self.jobs if self.swept.intersection(SEEDS) else ():
             others = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
             settings.setdefault(others, []).append(job)
         lines = []
         for others, jobs in settings.items():
             scored = [job for job in jobs if job.scores]
-            if len(scored) < 2 or not set(SEEDS) & self.swept:
+            if len(scored) < 2:
                 continue
             texts = []
             for metric in METRICS:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -218,12 +218,15 @@ def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
 
 
+_index_once = lru_cache(maxsize=8)(index_shard)  # indexing reads all headers of a shard
+
+
 def _read_image(run: ScoredRun, file: str) -> Markup | None:
     """Return an <img> element of an image file or record, as the run names it; None if it cannot be read here."""
     path, _, record = file.rpartition("#")
     try:
         if record.isdigit() and path:
-            index, number = index_shard(path), int(record)
+            index, number = _index_once(path), int(record)
             field = run.config.get("data", {}).get("image_field", "image")
             content = read_image(RecordAt(path, number, int(index.offsets[number]), int(index.lengths[number]), field))
         else:

@@ -64,11 +64,8 @@ def evaluate(
         with suppress(DataError):  # other data may be too small to be divided
             divided = open_data(moved, lambda _: None)
             data = divided if divided.dataset.fingerprint == run.fingerprint else data
-    own_notes = len(data.dataset.notes)
     dataset = with_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
-    for note in dataset.notes[own_notes:]:
-        log.info(note)
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():

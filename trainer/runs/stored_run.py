@@ -11,6 +11,7 @@ import numpy as np
 from trainer.config.schema import Model, RunConfig, load_resolved, read_config
 from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
+from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, inference_weights, read_checkpoint, read_pointer, step_of
 from trainer.storage.path import StoragePath, storage_path
 from trainer.types import Dataset
@@ -132,7 +133,8 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
 def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     """Return the dataset with the classes of the run, in their order; labels are mapped by the names of the classes.
 
-    The data may have only some of the classes. Raises a DataError if it has a class that the run does not know.
+    The data may have only some of the classes; a note, which is logged too, names the others. Raises a DataError if it
+    has a class that the run does not know.
     """
     names = run.class_names
     if dataset.class_names == names:
@@ -145,7 +147,9 @@ def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     splits = {name: replace(split, labels=number[split.labels]) for name, split in dataset.splits.items()}
     notes = dataset.notes
     if absent := [name for name in names if name not in dataset.class_names]:
-        notes += (f"the data has no example of {join_first(absent)}: their rows in the report are empty",)
+        note = f"the data has no example of {join_first(absent)}: their rows in the report are empty"
+        log.info(note)
+        notes += (note,)
     return replace(dataset, class_names=names, splits=splits, notes=notes)
 
 
