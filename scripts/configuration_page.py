@@ -13,7 +13,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from trainer.config.base import Duration, Section, is_section, union_members
+from trainer.config.base import Duration, Section
+from trainer.config.keys import is_section, union_members
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import RequestedConfig
 

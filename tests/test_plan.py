@@ -22,6 +22,7 @@ from trainer.config.schema import load
 from trainer.data.digits import digits_folder
 from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
+from trainer.planning import estimates, timing
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
 from trainer.training import variables
@@ -34,8 +35,12 @@ HERE = ("runtime.deterministic=false",)
 
 
 @pytest.fixture
-def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
-    """Run a plan in this process and check its exit code: stdout with blanks and line ends as one blank each, stderr."""
+def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Planned:
+    """Run a plan in this process and check its exit code: stdout with blanks and line ends as one blank each, stderr.
+
+    Steps are not measured, because each network would be compiled.
+    """
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.0)
 
     def call(*arguments: str, code: int = 0) -> tuple[str, str]:
         capsys.readouterr()
@@ -219,11 +224,57 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
         "80% of the training examples are cat: a constant prediction is right 80% of the time",
         "model.weights=none with batch_norm=frozen in head: normalization stays as initialized, scores stay near chance",
         "runtime.checkpoint_every=50 steps is longer than head",
-        "training.batch_size=64 is more than the 40 training examples",
+        "training.batch_size=64 is more than the 40 examples: a batch has 40",
         "there is no test split",
     ):
         assert f"! {warning}" in out
     assert "note validation has only 10 examples" in out
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_the_largest_that_fits(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "memory_limit", lambda: 2_000_000_000)
+    monkeypatch.setattr(estimates, "resident_bytes", lambda: 700_000_000)
+    arguments = ("data=digits", "model=mobilenet_v2", "model.weights=none", "phases=end_to_end")
+    out, err = planned(*arguments, "training.batch_size=1000", code=2)
+    assert "batch 1000 images" in out
+    refused = re.match(
+        r"error: training.batch_size=1000: needs about ([\d.]+) GB .* has 2.00 GB; use (\d+) or less", err
+    )
+    assert refused, err
+    assert 20 < int(refused[2]) < 200
+    assert "of memory" not in planned(*arguments, f"training.batch_size={refused[2]}")[0]
+
+
+def test_the_time_of_a_run_is_estimated_from_measured_steps(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 600.0)
+    arguments = ("data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32", "phases.fine_tune.thaw=all")
+    arguments += ("augmentation=light", "phases.fine_tune.epochs=40")
+    out, _ = planned(*arguments)
+    measured = re.search(
+        r"time, from a few steps measured here head about (\d+) s fine_tune about (\d+) (s|min) scoring about \d+ s "
+        r"in total about ",
+        out,
+    )
+    assert measured, out
+    fine_tune = int(measured[2]) * (60 if measured[3] == "min" else 1)
+    assert fine_tune > int(measured[1])  # 40 epochs of all layers, and 5 of the head on features
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.0)
+    assert "few steps measured" not in planned(*arguments)[0]
+
+
+def test_times_are_rough() -> None:
+    assert [timing.format_time(s) for s in (0.1, 40, 99.6, 720, 5399, 5400, 12_600)] == [
+        "1 s", "40 s", "2 min", "12 min", "90 min", "1.5 h", "3.5 h"]  # fmt: skip
+
+
+def test_another_width_of_a_warm_start_is_refused(planned: Planned, tmp_path: Path) -> None:
+    leave_teacher(tmp_path / "earlier")
+    arguments = ("data=digits", "model=glyphs_mobilenet_v2", "model.weights=none", f"warm_start={tmp_path / 'earlier'}")
+    planned(*arguments)
+    _, err = planned(*arguments, "model.alpha=0.5", code=2)
+    assert re.match(r"error: warm_start=.*: is of another backbone: \d+ of 260 variables .* model.alpha", err)
 
 
 def leave_teacher(home: Path) -> Path:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from trainer.cli.compose import compose
+from trainer.config.auto import resolve_auto
 from trainer.config.schema import RunConfig, load, load_resolved
 from trainer.training.optimizers import build_schedule
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # Required arguments of presets.
 GIVEN = {
+    "photos": ("data.root=photos",),
     "flowers_efficientnet_b0": ("data.root=photos",),
     "flowers_efficientnet_b0_distilled": ("data.root=photos", "distillation.teacher=outputs/teacher"),
     "xception_image_folder": ("data.root=dataset",),
@@ -120,13 +122,14 @@ def preset(name: str, *changes: str) -> RunConfig:
 
 
 def test_every_preset_is_in_the_table() -> None:
-    assert set(TABLE) == {name for name in PRESETS if name != "quickstart" and not name.endswith("_strong")}
+    others = ("quickstart", "photos")
+    assert set(TABLE) == {name for name in PRESETS if name not in others and not name.endswith("_strong")}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_composes_fits_the_schema_and_opens_with_its_command(name: str) -> None:
-    config = preset(name)
-    assert config.experiment_name == name
+    config = load(composed(name))
+    assert config.experiment_name == (None if name == "photos" else name)  # the report has the name of the folder
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     for tree in (composed(name), config.model_dump(mode="json"), yaml.safe_load(text)):
         jsonschema.validate(tree, SCHEMA)
@@ -163,6 +166,25 @@ def test_a_preset_augments_as_its_recipe_does(name: str) -> None:
         assert {key: getattr(actual, key) for key in CHANGES[name]} == CHANGES[name]
     else:
         assert not actual.active
+
+
+@pytest.mark.parametrize(
+    ("images", "backbone", "epochs", "batch"), [(400, "MobileNetV2", 30, 16), (60_000, "EfficientNetB0", 15, 64)]
+)
+def test_the_preset_for_photos_is_strong_and_chooses_the_rest(
+    images: int, backbone: str, epochs: int, batch: int
+) -> None:
+    requested = load(composed("photos"))
+    assert requested.autos == ["phases", "model.backbone", "training.batch_size"]
+    config, reasons = resolve_auto(requested, images, 5)
+    assert len(reasons) == 3
+    assert (config.model.backbone, config.training.batch_size, config.model.weights) == (backbone, batch, "imagenet")
+    head, fine_tune = config.phases.values()
+    assert (head.thaw, fine_tune.thaw, fine_tune.epochs) == ("none", "all", epochs)
+    strong = preset("flowers_mobilenet_v2_strong")
+    assert (config.augmentation, config.phases["head"]) == (strong.augmentation, strong.phases["head"])
+    assert (config.training.ema, config.training.label_smoothing) == (0.99, 0.1)
+    assert (config.data.validation_fraction, config.data.test_fraction) == (0.15, 0.15)
 
 
 def test_settings_of_single_recipes() -> None:

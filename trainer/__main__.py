@@ -12,12 +12,21 @@ from trainer.cluster.signals import StopFlag, exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.process import configure_log, exit_with_code, quiet_start, start_monitoring
+from trainer.cli.compose import load_given
+from trainer.cli.process import (
+    choose_and_log_source,
+    configure_log,
+    exit_with_code,
+    log_labels,
+    quiet_start,
+    start_monitoring,
+)
 from trainer.cli.sweep import compose_or_sweep
+from trainer.cluster import watchdog
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
 from trainer.config.diff import common_settings
-from trainer.config.schema import apply_overfit, load
+from trainer.config.schema import apply_overfit
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -31,6 +40,7 @@ from trainer.runs.folder import (
     source_digest,
     versions,
 )
+from trainer.storage.disk import disk_errors
 
 DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while waiting for the other workers
 
@@ -39,13 +49,14 @@ def main() -> None:
     """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         process_started = time.time()
-        composed = compose_or_sweep(sys.argv[1:])
+        arguments = choose_and_log_source(sys.argv[1:])
+        composed = compose_or_sweep(arguments)
         if composed is None:  # --help, --cfg or a finished sweep
             return
-        config = apply_overfit(load(composed))
+        config = apply_overfit(load_given(composed, arguments))
         configure_log(config.runtime)
         cluster = discover(os.environ)
-        start_monitoring(config, cluster.index, cluster.size)
+        listener = start_monitoring(config, cluster.index, cluster.size)
         stop, last_check = StopFlag(), time.monotonic()
 
         def check_cancelled() -> None:
@@ -71,10 +82,11 @@ def main() -> None:
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
-        with control.propagate_failures():
+        with control.propagate_failures(), disk_errors():
             control.require_equal("configuration", common_settings(config))
             control.require_equal("code", versions() | {"source": source_digest()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
+            watchdog.start(config.runtime, control, stop.unread, listener, **log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
             with quiet_start():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it

@@ -13,6 +13,9 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def unpack(npz: bytes) -> dict[str, np.ndarray]:
-    """Read the arrays by name; raise a ValueError if this is not an .npz file or an array holds pickled objects."""
-    with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    """Read the arrays by name; raise a ValueError if this is not an .npz file, or a checksum in it does not match."""
+    try:
+        with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # damaged bytes raise errors of many classes, BadZipFile and EOFError among them
+        raise ValueError(f"no arrays: {error}") from error

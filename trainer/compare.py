@@ -1,8 +1,12 @@
 """`python -m trainer.compare RUN RUN ... [output=FILE.html]`: compare runs on the examples they have in common.
 
-Each RUN is the output_dir of a finished run, local or in a bucket, or a folder written by `python -m trainer.evaluate`.
-The first is the reference. The command prints a table and writes an HTML page (default: compare.html). It exits with
-code 0, or with 2 if the runs cannot be compared.
+    RUN               output_dir of a finished run, local or gs://, or a folder written by `python -m trainer.evaluate`;
+                      the first one is the reference
+    output=FILE.html  page to write (default: compare.html)
+
+Example: python -m trainer.compare outputs/a outputs/b output=compare.html
+
+Exit codes: 0 done; 2 the runs cannot be compared.
 """
 
 import sys

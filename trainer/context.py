@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import tensorflow as tf
 
 from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
+from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig
 from trainer.data.images import ImageStore
@@ -19,9 +20,11 @@ from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.runs.clock import Clock
+from trainer.runs.folder import RunFolder
 from trainer.runs.metrics import MetricsWriter
 from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
+from trainer.storage.disk import disk_errors
 from trainer.training.state import RunState
 
 
@@ -51,28 +54,35 @@ class RunContext:
 
 
 @contextmanager
-def record_failures(run: RunContext) -> Iterator[None]:
+def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
-    An `OSError` becomes `Interrupted`, because a restart may succeed. A TensorFlow error of one of several workers is
+    Nothing is recorded before the folder has `begun`. An `OSError`, and any error of a full disk, becomes
+    `Interrupted`, because a restart may succeed. A TensorFlow error of one of several workers is
     re-raised only after the heartbeat timeout: it may be the effect of a lost peer, for which the control channel then
     ends the process with exit code 75. Other exceptions than these and `TrainerError` are not recorded.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
-        saver.restarts.record_failure(code, reason)
-        run.clock.write()
+        if folder.begun:
+            saver.restarts.record_failure(code, reason)
+            with suppress(OSError):  # the error that is recorded, once more
+                run.clock.write()
 
     def on_request(reason: str) -> None:
         """Record the stop request; end a stalled process at once, because it would not reach the next step."""
         if stalled := health.stall_reason():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # in case the process is killed before it has saved
+        stuck = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
+        end_without_progress(control.end, stuck)
 
     control.on_end, stop.on_request = record, on_request
+    disks, resumes = (saver.path, run.config.runtime.cache_folder), saver.resume_hint
     try:
-        yield
+        with disk_errors(disks, "checkpoints are intact", f"make space there. {resumes}"):
+            yield
     except OSError as error:
         problem = f"{saver.address}: {error.strerror or error}; checkpoints are intact"
         interrupted = Interrupted(problem, fix=saver.resume_hint)
@@ -90,3 +100,5 @@ def record_failures(run: RunContext) -> Iterator[None]:
         run.metrics.close()
         saver.publisher.close()
         run.images.close()
+        if not folder.begun:
+            folder.abandon()

@@ -6,6 +6,8 @@ measure the drift of a served model from its logged predictions and the referenc
     hours=24        use only the predictions of the last 24 hours (default: all)
     output=FILE.png path of the figure (default: drift.png); local or gs://
 
+Example: python -m trainer.drift reference=outputs/flowers log=predictions.jsonl hours=24
+
 Exit codes: 0 stable or moderate; 4 shifted; 2 an argument is wrong, or the reference or log cannot be used; 75 the
 bucket does not respond.
 docs/drift.md describes the measures.

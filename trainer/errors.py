@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from trainer.names import printable
+
 DONE = 0
 BUG = 1
 WRONG_INPUT = 2  # the same command fails again
@@ -27,7 +29,8 @@ class TrainerError(Exception):
         self.problem, self.key, self.value, self.fix = problem, key, value, fix
 
     def __str__(self) -> str:
-        subject = "" if self.key is None else f"{self.key}: " if self.value is None else f"{self.key}={self.value}: "
+        value = "" if self.value is None else f"={printable(str(self.value))}"
+        subject = "" if self.key is None else f"{self.key}{value}: "
         return subject + self.problem + (f"; {self.fix}" if self.fix else "")
 
 
@@ -64,7 +67,7 @@ class ModelError(TrainerError):
 
 
 class Diverged(TrainerError):
-    """The loss is not finite; the same run would diverge again."""
+    """The loss is not finite, or larger than that of any classifier; the same run would diverge again."""
 
     exit_code = WRONG_INPUT
 

@@ -5,6 +5,8 @@ score a checkpoint of a run on a split, and write a report.
     split=train|validation|test the examples (default: test if the data has it, else validation, else train)
     output=FOLDER               folder of the report (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
 
+Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
+
 The data is that of the run unless `data=...` or `data.KEY=...` changes it. Other data that has no splits is scored as a
 whole unless `data.validation_fraction` or `data.test_fraction` is given, and may have only some of the classes.
 `runtime...`, `training.batch_size` and `debug.max_examples` can be changed as well. Exit codes are those of a run.
@@ -23,6 +25,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import configure_log, exit_with_code, quiet_start
 from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
@@ -59,8 +62,10 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         for parent in parents:
             old, new = old[parent], new[parent]
         old[name] = new[name]
+    config = load_resolved(run_config)
+    require_read(config, keys)
     if {f"data.{key}" for key in FRACTIONS} & set(keys) or not {"data", "data.root", "data.pattern"} & set(keys):
-        return load_resolved(run_config), None
+        return config, None
     moved = load_resolved(run_config | {"data": run_config["data"] | fractions})
     return load_resolved(run_config | {"data": run_config["data"] | dict.fromkeys(FRACTIONS, 0.0)}), moved
 

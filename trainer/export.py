@@ -8,6 +8,8 @@ export the model of a run again, in other formats, or from another checkpoint.
                                 they are; report.json and model card of the run are updated)
     max_accuracy_drop=0.01      fraction of the scored examples; a format that loses significantly more is deleted
 
+Example: python -m trainer.export run=outputs/flowers formats=[keras,onnx]
+
 `data.KEY=...` and `runtime.KEY=...` replace values of the run's configuration, such as `data.root` if the data was
 moved. Exit codes: 0 done; 2 wrong input, or a format was deleted; 75 stopped, or the bucket does not respond.
 """
@@ -22,9 +24,8 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-import yaml
-
 from trainer.cli.arguments import read_arguments
+from trainer.cli.overrides import typed_value
 from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
@@ -37,10 +38,8 @@ ARGUMENTS = {"run": "is required", "checkpoint": "", "output": "", **dict.fromke
 
 def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
     """Return the values that replace those of the run's configuration, such as {"export.formats": ["keras"]}."""
-    values = {key: yaml.safe_load(text) for key, text in arguments.items() if key in EXPORT_KEYS or "." in key}
-    if isinstance(name := values.get("formats"), str):
-        values["formats"] = [name]
-    return {f"export.{key}" if key in EXPORT_KEYS else key: value for key, value in values.items()}
+    keys = {f"export.{key}" if key in EXPORT_KEYS else key: text for key, text in arguments.items()}
+    return {key: typed_value(f"{key}={text}") for key, text in keys.items() if "." in key}
 
 
 def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:

@@ -5,6 +5,8 @@ print the plan of a run without training.
     --plot=FILE.png     draw the network
     --summary           print the layers of the network
 
+Example: python -m trainer.plan data=image_folder data.root=photos --plot=model.png
+
 The exit code is 0, or the one with which the run would end at its start, with the same message. Nothing is written to
 output_dir except a small file that is deleted again.
 """
@@ -19,10 +21,10 @@ if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import read_arguments
-from trainer.cli.compose import compose, is_sweep
-from trainer.cli.process import exit_with_code, quiet_start
+from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.process import choose_and_log_source, exit_with_code, quiet_start
 from trainer.cluster.discovery import discover
-from trainer.config.schema import apply_overfit, load
+from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.storage.base import within
 
@@ -40,10 +42,11 @@ def main() -> None:
             raise ConfigError("is not a PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
         if is_sweep(arguments):
             raise ConfigError("a sweep has no plan, only a single run has one", fix="remove --multirun and sweep=...")
+        run_arguments = choose_and_log_source(run_arguments)
         composed = compose(run_arguments)
         if composed is None:  # --cfg
             return
-        config = apply_overfit(load(composed))
+        config = apply_overfit(load_given(composed, run_arguments))
         with quiet_start():
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))

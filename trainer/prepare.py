@@ -4,6 +4,8 @@
     data=..., KEY=VALUE  configuration as for training; used are data.*, seed, debug.max_examples and, of runtime,
                          cache_dir, disk_budget_gb, data_threads, progress, logging and health
 
+Example: python -m trainer.prepare data=image_folder data.root=photos output=/data/photos
+
 The splits are written in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
 `tfds.builder_from_directory`. Interrupted, the same command continues with the shards that are missing.
 """
@@ -19,8 +21,16 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import ALL, read_arguments, usage
 from trainer.cli.compose import compose
-from trainer.cli.process import configure_log, exit_with_code, start_monitoring
+from trainer.cli.overrides import given_keys
+from trainer.cli.process import (
+    choose_and_log_source,
+    configure_log,
+    exit_with_code,
+    quiet_start,
+    start_monitoring,
+)
 from trainer.config.schema import load
+from trainer.config.unread import require_read
 from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
@@ -29,7 +39,7 @@ from trainer.monitoring.log import log_unbuffered
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:
-    """Exit at once; finished shards stay, and the processes that are writing others end with this one."""
+    """Exit at once; finished shards stay."""
     reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
@@ -40,17 +50,22 @@ def main() -> None:
     """Write the records that the command line describes; exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, overrides = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
+        overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         if composed is None:  # --cfg printed the configuration
             return
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
         config = load(composed)
+        require_read(config, given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
         configure_log(config.runtime)
         part = part_of_job(os.environ)
         start_monitoring(config, *part)
         signal.signal(signal.SIGTERM, _exit_on_signal)
         health.enter_phase("prepare")
+        with quiet_start():
+            import tensorflow as tf  # decodes the images as training does
+        tf.config.set_visible_devices([], "GPU")
         prepare(config, arguments["output"], part)
 
 

@@ -1,6 +1,8 @@
 """`python -m trainer.serve model=OUTPUT_DIR` (of a run, or its export): serve an exported model over HTTP.
 
-Arguments are `key=value` pairs of `trainer.serving.settings.Settings`; docs/serving.md describes them and the routes.
+Example: python -m trainer.serve model=outputs/flowers port=8501
+
+The arguments are listed below with their defaults; docs/serving.md describes them and the routes.
 Exit codes: 0 stopped by a signal after a response to every accepted request; 2 a setting, the export or the port cannot
 be used; 75 stopped before the model was loaded or with unfinished requests, or the bucket does not respond.
 """
@@ -39,10 +41,12 @@ def main() -> None:
     """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
         fields = Settings.model_fields
-        defaults = [f"  {key}" if field.is_required() else f"  {key}={field.default}" for key, field in fields.items()]
+        width = max(map(len, fields)) + 2
+        shown = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
+        rows = [f"    {f'{key}={shown[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
         # All keys are accepted here: `read_settings` reports unknown ones together with all other faults.
-        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *defaults]), keys, more=ALL)
+        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
         settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
-from trainer.cluster.devices import build_strategy
+from trainer.cluster.devices import build_strategy, choose_devices
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import Phase, RequestedConfig
+from trainer.config.auto import limit_batch_size
+from trainer.config.schema import Phase, RequestedConfig, RunConfig
 from trainer.context import RunContext, RunPlan, record_failures
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
@@ -25,7 +26,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
-from trainer.distillation.teacher import open_teacher
+from trainer.distillation.teacher import TeacherAtAddress, find_teacher, open_teacher
 from trainer.errors import INTERRUPTED, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
@@ -35,15 +36,18 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
-from trainer.runs.clock import Clock
+from trainer.planning.estimates import resident_bytes
+from trainer.planning.warnings import run_warnings
+from trainer.runs.clock import LEDGER, Clock
 from trainer.runs.folder import RunFolder, last_command, resolve_auto_once, update_run_json
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.training import early_stopping, variables
+from trainer.training.losses import class_weights
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
-from trainer.training.step import StepSettings, TrainingStep, require_finite
+from trainer.training.step import StepSettings, TrainingStep, require_finite, require_plausible
 from trainer.types import scored_split
 
 AFTER_TRAINING = "after the end of training"
@@ -59,10 +63,16 @@ def train_run(
     Raises:
         TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
     """
-    run, divisions = set_up(config, folder, control, stop, process_started)
-    with record_failures(run):
+    try:
+        run, divisions, advice = set_up(config, folder, control, stop, process_started)
+    except BaseException:
+        folder.abandon()
+        raise
+    with record_failures(run, folder):
         restored = restore(run, folder)
-        run.plan = make_plan(run, divisions)
+        features, teacher = choose_inputs(run, folder, divisions)
+        begin(run, folder, features, advice)
+        run.plan = make_plan(run, features, teacher)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
@@ -80,33 +90,42 @@ def train_run(
 
 def set_up(
     requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
-) -> tuple[RunContext, dict[str, Division]]:
-    """Open the data, configure the devices, build the model, and divide its layers into trunk and tail per phase."""
+) -> tuple[RunContext, dict[str, Division], list[str]]:
+    """Open the data, configure the devices, build the model, and divide its layers into trunk and tail per phase.
+
+    Return also the reasons of the values that were chosen for `auto`.
+    """
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
     data = open_run_data(requested, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
-    require_validation(dataset)
+    require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
+    if control.is_chief:
+        folder.check_data(dataset)
     # First the values that are `auto`, then the devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto_once(requested, folder, control, dataset)
+    folder.config = config  # for config.yaml: with the batch size as requested
+    class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks them
+    replicas = choose_devices(config.runtime, control.size)[1]
+    config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
+    memory_before = resident_bytes()
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    workers = {"workers": control.size, "found_by": control.cluster.source}
-    facts = {"classes": list(dataset.class_names)} | ({"advice": reasons} if reasons else {})
-    control.broadcast("run", lambda: folder.record_start(facts, dataset.fingerprint, workers))
-
+    warnings = run_warnings(config, classifier, dataset, workers=control.size, replicas=replicas, before=memory_before)
+    for warning in filter(None, [limited, *warnings] if control.is_chief else []):
+        log.warning(f"warning: {warning}")
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
         config=config,
@@ -115,24 +134,21 @@ def set_up(
         classifier=classifier,
         state=RunState(),
         saver=Saver(folder, control, config.runtime.keep_checkpoints),
-        clock=Clock(chief_folder and chief_folder / "ledger.json", process_started),
+        clock=Clock(chief_folder and chief_folder / LEDGER, process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
-    return run, divisions
+    return run, divisions, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Restore and plan
+# Restore, begin and plan
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
-    """Load the weights of this run's newest checkpoint, or else of `warm_start`; record the start in the history.
+    """Load the weights of this run's newest checkpoint, or else of `warm_start`; nothing is written.
 
     Returns:
         the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
-
-    Raises:
-        GaveUp: too many restarts without progress.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.newest(folder.resuming)
@@ -145,23 +161,51 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         log.info(f"weights: warm start from {source}, {count} of {len(classifier.variables)} variables")
     else:
         log.info(f"weights: backbone {config.model.weights}, head random")
-    step = run.state.step
-    health.set_gauges(step=step, epoch=run.state.epoch + 1)
-    if control.is_chief:
-        health.record_checkpoint()
-        run.clock.move_lost_time(run.state.train_seconds)
-        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
-    control.broadcast("attempt", lambda: run.saver.restarts.begin(step, config.runtime.max_restarts_without_progress))
-    run.state.starts += 1
+    health.set_gauges(step=run.state.step, epoch=run.state.epoch + 1)
     return restored
 
 
-def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
-    """Choose whether each phase reads features or images and how workers shard the data; open the teacher."""
+def choose_inputs(
+    run: RunContext, folder: RunFolder, divisions: dict[str, Division]
+) -> tuple[FeaturePlan, TeacherAtAddress | None]:
+    """Choose whether each phase reads features or images, and find the teacher; nothing is written."""
+    recorded = folder.run_json if folder.resuming else {}
+    features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
+    has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
+    teacher = find_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
+    return features, teacher
+
+
+def begin(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: list[str]) -> None:
+    """Record the start in the folder, which nothing has changed before; delete there what followed the checkpoint.
+
+    Raises:
+        GaveUp: too many restarts without progress.
+    """
+    control, step, limit = run.worker.control, run.state.step, run.config.runtime.max_restarts_without_progress
+    dataset = run.images.dataset
+    fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source}
+
+    def write() -> None:
+        requested = folder.config
+        assert isinstance(requested, RunConfig), "every `auto` is resolved"
+        run.saver.restarts.require_progress(step, limit)
+        kinds: dict[str, str] = dict(features.input_kinds)
+        folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
+        run.saver.restarts.begin(step, limit)
+        run.saver.checkpoints.tidy(step)
+        health.record_checkpoint()
+        run.clock.move_lost_time(run.state.train_seconds)
+        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
+
+    control.broadcast("begin", write)
+    run.state.starts += 1
+
+
+def make_plan(run: RunContext, features: FeaturePlan, at_address: TeacherAtAddress | None) -> RunPlan:
+    """Choose how workers shard the data, and open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
-    input_kinds = choose_features(control, images, divisions, run.saver.path, begun=state.step > 0)
-    features = FeaturePlan(divisions, input_kinds)
     images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
@@ -176,9 +220,9 @@ def make_plan(run: RunContext, divisions: dict[str, Division]) -> RunPlan:
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
-    if config.distillation and state.phase < len(config.phases):
+    if at_address:
         health.set_activity("opening the teacher")
-        teacher = open_teacher(worker, images, run.scorer.sharding, run.saver.address, state.teacher)
+        teacher = open_teacher(worker, images, run.scorer.sharding, at_address)
         state.teacher = teacher.fingerprint
     return RunPlan(features, sharding, teacher)
 
@@ -207,6 +251,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
+    show_phase(run, name, total)
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     log.info(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
@@ -240,6 +285,13 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         current.batches = None  # deletes the pipeline, which ends its prefetching
         current.gate.close()
     end_phase(run, name, thaw)
+
+
+def show_phase(run: RunContext, name: str, total: int) -> None:
+    """Show the phase with its last epoch in the progress display."""
+    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
+    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
+    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
 
 
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
@@ -325,7 +377,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
 
     Raises:
         DataError: an example cannot be read.
-        Diverged: the loss is not finite.
+        Diverged: the loss is not finite, or larger than that of any classifier.
         StopRequested: a checkpoint was saved first, except if this worker is one of several and was waiting for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
@@ -356,6 +408,8 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         state.phase_step += taken
         state.epoch_step += taken
         health.record_steps(state.step, state.epoch + 1)
+        if not traced:
+            show_phase(run, current.name, current.total_steps)
         require_finite(sums, state.step, current.name, state.epoch + 1)
         for row in sums.astype(np.float64):
             state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
@@ -364,9 +418,12 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         if state.step % log_every == 0 or left == 0:
             loss, correct, examples = state.interval
             rate = float(current.schedule(state.phase_step - 1))
-            entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
-                     "accuracy": correct / examples, "learning_rate": rate}  # fmt: skip
-            run.metrics.write_interval(entry, examples, time.monotonic() - began, waited, run.clock.goodput)
+            if examples:  # else all images of these steps were skipped
+                entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
+                         "accuracy": correct / examples, "learning_rate": rate}  # fmt: skip
+                goodput, mean_rate = run.clock.goodput, run.clock.images_per_second(state.images)
+                run.metrics.write_interval(entry, examples, time.monotonic() - began, waited, goodput, mean_rate)
+                require_plausible_losses(run, current, {"loss": loss / examples})
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
             if left and checkpoint_due(run) and not stopped:
@@ -377,10 +434,18 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
     run.metrics.profile(state.step, window)
 
 
+def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
+    """Raise `Diverged` unless these mean losses are ones that a classifier of these classes can have."""
+    state, classes = run.state, len(run.images.dataset.class_names)
+    settings, epoch = current.step.settings, state.epoch + 1
+    require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
+
+
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
     """Score the validation split (the average of `training.ema`); return its history entry and whether it is best."""
     state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
     began = time.monotonic()
+    run.images.require_readable()
     with run.clock.span("evaluation", "validation"):
         if averages:
             averages.swap()
@@ -393,11 +458,13 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         if run.worker.should_stop("in validation"):
             save_and_stop(run, current)
         control = run.worker.control
-        scores = control.broadcast("validation", lambda: validation_scores(scored.probabilities, scored.labels))
+        arrays = scored.probabilities, scored.labels, scored.losses
+        scores = control.broadcast("validation", lambda: validation_scores(*arrays))
     loss, correct, examples = state.sums
     rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": rate}  # fmt: skip
+    require_plausible_losses(run, current, {"val_loss": scores["val_loss"]})
     best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
     run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
@@ -473,6 +540,8 @@ def finish(run: RunContext) -> None:
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
+    for line in images.left_after_skipping():
+        log.info(line)
     if not control.is_chief:
         stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")
         control.broadcast_bytes("done")
@@ -508,8 +577,10 @@ def finish(run: RunContext) -> None:
     health.set_activity("publishing")
     if any(facts["refused"] for facts in exports.values()):
         saver.publisher.publish_results()
+        run.metrics.stop_display()
         summarise(report, saver.address)
         raise_if_refused(exports, config.export.max_accuracy_drop)
     saver.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": run.state.step}) + "\n")
     control.broadcast_bytes("done")
+    run.metrics.stop_display()
     summarise(report, saver.address)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
+
+from trainer.names import printable
 
 if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
+FINGERPRINT_KINDS = ("content", "sample", "ends")  # what a hash covers of each file, the most thorough one first
 LogMessage = Callable[[str], None]  # logs a line
 
 
@@ -35,6 +38,7 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
+    orientation: Literal["exif", "ignore"] = "exif"  # whether images are turned upright by their EXIF orientation
     groups: tuple[str, ...] | None = None  # value of data.group_field per example; set for `scored_split` only
 
     @property
@@ -42,12 +46,17 @@ class Split:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an example, or its shard and record as `PATH#RECORD`."""
+        """Return the image file of an example, or its shard and record as `PATH#RECORD`; printable."""
         if self.files:
-            return self.files[index]
+            return printable(self.files[index])
+        path, record = self.record_of(index)
+        return f"{printable(path)}#{record}"
+
+    def record_of(self, index: int) -> tuple[str, int]:
+        """Return the shard of an example, and the number of its record in the shard."""
         for shard in self.shards:
             if index < shard.stop - shard.start:
-                return f"{shard.path}#{shard.start + index}"
+                return shard.path, shard.start + index
             index -= shard.stop - shard.start
         raise IndexError(index)
 
@@ -59,9 +68,20 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]  # train, and validation and test if the data has them
-    fingerprint: str  # hash of file names, labels, sizes and checksums
+    fingerprint: str  # hash of file names, labels, sizes and checksums: the most thorough one of `fingerprints`
     skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
     notes: tuple[str, ...] = ()  # log lines about the data: class imbalance, an empty split, ...
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # by `FINGERPRINT_KINDS`
+
+
+def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
+    """Return whether run.json recorded the same data: by the most thorough hash that both have.
+
+    A run of an older version recorded a single hash, of kind "ends".
+    """
+    earlier = {"ends": recorded} if isinstance(recorded, str) else recorded
+    common = [kind for kind in FINGERPRINT_KINDS if kind in earlier and kind in dataset.fingerprints]
+    return bool(common) and earlier[common[0]] == dataset.fingerprints[common[0]]
 
 
 class Batch(TypedDict):
@@ -85,6 +105,7 @@ class Scored:
     indices: np.ndarray  # int64 [n]: index in the split
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes]
+    losses: np.ndarray | tuple[()] = ()  # float32 [n], cross-entropy of the logits, if they were computed
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.compose import is_sweep
+from trainer.cli.overrides import typed_overrides
 from trainer.cli.sweep import (
     Job,
     Sweep,
@@ -21,16 +22,16 @@ from trainer.errors import TrainerError
     ("given", "arguments", "folder"),
     [
         (["-m", "seed=1,2"], ["-m", "seed=1,2"], None),
-        (["-m", "output_dir=out/a"], ["-m", "hydra.sweep.dir='out/a'"], "out/a"),
-        (["-m", "output_dir='out/a b'"], ["-m", "hydra.sweep.dir='out/a b'"], "out/a b"),
-        (["-m", "output_dir=~/a"], ["-m", f"hydra.sweep.dir='{Path.home()}/a'"], f"{Path.home()}/a"),
+        (["-m", "output_dir=out/a"], ["-m", 'hydra.sweep.dir="out/a"'], "out/a"),
+        (["-m", "output_dir='out/a b'"], ["-m", 'hydra.sweep.dir="out/a b"'], "out/a b"),
+        (["-m", "output_dir=~/a"], ["-m", f'hydra.sweep.dir="{Path.home()}/a"'], f"{Path.home()}/a"),
         (["-m", "output_dir=gs://bucket/a", "seed=1,2"], ["-m", "seed=1,2"], "gs://bucket/a"),
-        (["-m", "output_dir=a,b"], ["-m", "output_dir=a,b"], None),
-        (["-m", "output_dir=runs/${seed}"], ["-m", "output_dir=runs/${seed}"], None),
+        (["-m", "output_dir=a,b"], ["-m", 'output_dir="a","b"'], None),
+        (["-m", "output_dir=runs/${seed}"], ["-m", 'output_dir="runs/${seed}"'], None),
     ],
 )
 def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: list[str], folder: str | None) -> None:
-    assert _use_sweep_folder(given) == (arguments, folder)
+    assert _use_sweep_folder(typed_overrides(given, sweep=True)) == (arguments, folder)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_sweep_is_recognised(arguments: list[str], expected: bool) -> None:
     [(["-m", "hydra/sweeper=optuna", "experiment=quickstart"], True), (["sweep=optuna", "seed=1"], True),
      (["hydra/sweeper=optuna", "seed=choice(1,2)"], False), (["hydra/sweeper=optuna", "seed=1,2"], False),
      (["hydra/sweeper=optuna", "sweep=learning_rates"], False), (["-m", "seed=1"], False),
-     (["hydra/sweeper=optuna", "--cfg", "job"], False), (["hydra/sweeper=optuna", "seed=[1"], False)],
+     (["hydra/sweeper=optuna", "--cfg", "job"], False)],
 )  # fmt: skip
 def test_a_search_of_nothing_is_recognised(arguments: list[str], nothing: bool) -> None:
     assert _search_space_is_empty(arguments) is nothing
@@ -66,7 +67,7 @@ def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
 
 def job(name: str, score: float | None, code: int = 0) -> Job:
     scores = {} if score is None else {"val_accuracy": score}
-    return Job(name, f"out/{name}", [f"++seed={name}", "debug=fast"], {"seed": name, "debug": "fast"}, code, scores)
+    return Job(name, f"out/{name}", [f"seed={name}", "debug=fast"], {"seed": name, "debug": "fast"}, code, scores)
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -120,5 +121,5 @@ def test_runs_over_seeds_have_a_mean_and_a_standard_deviation(capsys: pytest.Cap
 
 
 def test_swept_keys_are_those_with_several_values() -> None:
-    arguments = ["-m", "seed=1,2", "debug=fast", "++a.b=choice(1, 2)", "augmentation=none,light", "x=[1,2]", "y=[1"]
-    assert _swept_keys(arguments) == {"seed", "a.b", "augmentation", "y=[1"}
+    arguments = ["-m", "seed=1,2", "debug=fast", "++a.b=choice(1, 2)", "augmentation=none,light", "x=[1,2]"]
+    assert _swept_keys(arguments) == {"seed", "a.b", "augmentation"}

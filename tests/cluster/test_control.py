@@ -153,6 +153,28 @@ def test_a_port_in_use_is_named() -> None:
     assert f"workers: port {port} is in use by another process; waiting until it is free" in lines
 
 
+def test_a_second_process_with_one_index_is_named() -> None:
+    chief, second, third = clusters(3)
+    first: list[Any] = []
+    waiting = threading.Thread(target=lambda: first.extend(connected([chief, second], 8, [])))
+    waiting.start()
+    time.sleep(1)
+    try:
+        # On the same machine its port is in use; on another one the other process responds at its address.
+        twin = Cluster(1, second.addresses, "TF_CONFIG", second.job)
+        with raises(
+            ConfigError, key="TF_CONFIG", problem=f"index of worker 1: .* at {second.addresses[1]}", fix="own index"
+        ):
+            rendezvous(twin, 8, lambda _: None, lambda: None)
+        pod = Cluster(0, chief.addresses, "Indexed Job a", chief.job)
+        with raises(ConfigError, key="JOB_COMPLETION_INDEX", problem="index of worker 0", fix="earlier start"):
+            rendezvous(pod, 8, lambda _: None, lambda: None)
+    finally:
+        waiting.join()
+    assert all(isinstance(error, Interrupted) for error in first)  # worker 2 is missing: both were not disturbed
+    assert third.index == 2
+
+
 def test_bytes_of_another_protocol_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         accepted, _ = server.accept()

@@ -1,14 +1,19 @@
 """Signals set the flag while the main thread is inside TensorFlow, also after TensorFlow replaced the handlers."""
 
+import queue
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from tests.processes import ROOT, run_python
+from trainer.cluster import signals
+from trainer.errors import INTERRUPTED
+from trainer.monitoring.health import Health
 
 PROGRAM = """
 import signal, sys, time
@@ -96,3 +101,17 @@ main()
 
 def test_a_signal_after_the_end_does_not_change_the_exit_code() -> None:
     assert "there is no such key" in run_python(LATE, code=2).stderr
+
+
+def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: queue.Queue[tuple[int, str]] = queue.Queue()
+    monkeypatch.setattr("trainer.cluster.signals.health", current := Health())
+    signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
+    assert ended.get(timeout=10) == (INTERRUPTED, "SIGTERM")
+    checked = threading.Event()
+    monkeypatch.setattr(Health, "seconds_since_progress", property(lambda _: checked.set() or 0.1))
+    signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
+    current.progress()  # the step has ended: there is time to save
+    assert checked.wait(10)
+    time.sleep(0.05)
+    assert ended.empty()

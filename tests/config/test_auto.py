@@ -5,8 +5,8 @@ import json
 import pytest
 
 from trainer.cli.compose import compose
-from trainer.config.auto import resolve_auto
-from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, load
+from trainer.config.auto import limit_batch_size, resolve_auto
+from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, load, load_resolved
 
 
 def requested(*arguments: str) -> RequestedConfig:
@@ -102,3 +102,24 @@ def test_overfitting_resolves_the_batch_size_to_its_default() -> None:
     assert config.training.batch_size == 32
     assert len(reasons) == 2
     assert isinstance(apply_overfit(requested("debug=overfit", "model=vgg16", "phases=head_only")), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images", "replicas", "batch"),
+    [
+        (("training.batch_size=5000",), 320, 1, 320),
+        (("training.batch_size=320",), 320, 1, 320),
+        (("training.batch_size=32",), 320, 1, 32),
+        (("training.batch_size=5000",), 321, 2, 322),
+        (("training.batch_size=5000", "training.accumulate=4"), 321, 2, 328),
+        (("training.batch_size=5000", "augmentation.mixup=0.2"), 321, 1, 322),
+        (("training.batch_size=322", "augmentation.mixup=0.2"), 321, 1, 322),
+    ],
+)
+def test_a_batch_is_at_most_an_epoch(arguments: tuple[str, ...], images: int, replicas: int, batch: int) -> None:
+    requested = load_resolved(compose(["data=digits", *arguments]) or {})
+    config, reason = limit_batch_size(requested, images, replicas)
+    assert config.training.batch_size == batch
+    limited = batch != requested.training.batch_size
+    assert reason.endswith(f"is more than the {images} examples: a batch has {batch}") == limited
+    assert (config is requested) == (not limited)

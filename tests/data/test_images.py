@@ -18,7 +18,7 @@ from trainer.data.host import memory_budget_default, memory_limit, usable_cpus
 from trainer.data.images import Pixels, data_errors, plan_image_caches
 from trainer.data.order import Order
 from trainer.data.pipeline import evaluation_batches, training_batches
-from trainer.errors import DataError
+from trainer.errors import DataError, StopRequested
 from trainer.types import Dataset, Split
 
 NEEDED = (COUNT + 1) * SIDE * SIDE * 3
@@ -84,7 +84,7 @@ def test_other_pixels_have_another_cache(change: dict[str, object], tmp_path: Pa
     split, notes = file_split(tmp_path), []
     opened(split, "disk", tmp_path, notes)
     opened(split, "disk", tmp_path, notes, **change)
-    assert not any("earlier run" in note for note in notes)
+    assert not any("earlier start" in note for note in notes)
 
 
 def test_a_fill_that_was_killed_is_done_again(tmp_path: Path) -> None:
@@ -96,7 +96,43 @@ def test_a_fill_that_was_killed_is_done_again(tmp_path: Path) -> None:
     data.write_bytes(b"\7" * 100)
     pixels = opened(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
-    assert not any("earlier run" in note for note in notes)
+    assert not any("earlier start" in note for note in notes)
+
+
+@pytest.mark.parametrize("position", [0, 1234, NEEDED - 1])
+def test_a_damaged_byte_of_the_disk_cache_is_noticed(position: int, tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    opened(split, "disk", tmp_path, notes)
+    (data,) = (tmp_path / "cache").glob("*.u8")
+    content = bytearray(data.read_bytes())
+    content[position] ^= 1
+    data.write_bytes(content)
+    pixels = opened(split, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    assert notes[1] == f"{data} is damaged (checksum mismatch); decoding the images again"
+    opened(split, "disk", tmp_path, notes)
+    assert "written by an earlier start" in notes[-1]
+
+
+@pytest.mark.parametrize("about", ["", "7", "[]", '{"bad": {}}', '{"bad": 5, "crc32c": 1}', "\xff"])
+def test_a_damaged_description_of_the_disk_cache_means_decoding_again(about: str, tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    opened(split, "disk", tmp_path, notes)
+    (file,) = (tmp_path / "cache").glob("*.json")
+    file.write_bytes(about.encode("latin-1"))
+    pixels = opened(split, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    assert not any("earlier start" in note for note in notes)
+
+
+def test_a_stop_request_ends_the_verification_of_the_disk_cache(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise StopRequested("stop")
+
+    split = file_split(tmp_path)
+    opened(split, "disk", tmp_path)
+    with pytest.raises(StopRequested):
+        opened(split, "disk", tmp_path, check=stop)
 
 
 def test_a_disk_that_takes_no_more_means_live_decoding(tmp_path: Path) -> None:

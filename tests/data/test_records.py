@@ -15,7 +15,17 @@ from PIL import Image
 
 from tests.data.images import fill_folder, noise, record
 from tests.errors import raises
-from trainer.data.records import frame_record, index_shard, read_image, read_labels, records_of, serialize
+from trainer.data.records import (
+    LabelFields,
+    example_class,
+    frame_record,
+    index_shard,
+    read_groups,
+    read_image,
+    read_labels,
+    records_of,
+    serialize,
+)
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
@@ -68,7 +78,7 @@ def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
     with tf.io.TFRecordWriter(path) as writer:
         for _ in range(5):
             writer.write(payload)
-    assert read_labels(path, index_shard(path), "class", "photo", 2)[0].tolist() == [1] * 5
+    assert read_labels(path, index_shard(path), LabelFields("class", "photo", 2))[0].tolist() == [1] * 5
     assert images(Path(path), "photo") == [b"bytes"] * 5
 
 
@@ -228,12 +238,96 @@ LISTED = r"image \(bytes\), label \(int64\)"
     [
         ("class", "image", "label_field", LISTED, "record 0 of shard {} has no such field"),
         ("label", "photo", "image_field", LISTED, "record 0 of shard {} has no image bytes"),
-        ("image", "image", "label_field", LISTED, "record 0 of shard {} has not exactly one int64"),
+        ("image", "image", "label_kind", LISTED, "record 0 of shard {} holds the text image"),
         ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
     ],
 )
 def test_wrong_labels_are_named(tmp_path: Path, label: str, image: str, key: str, fix: str, problem: str) -> None:
     path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), serialize(b"image", 7)]))
-    value = image if key == "image_field" else label
+    value = {"image_field": image, "label_field": label, "label_kind": "index"}[key]
     with raises(DataError, f"data.{key}", value, fix, problem.format(path)):
-        read_labels(path, index_shard(path), label, image, 5)
+        read_labels(path, index_shard(path), LabelFields(label, image, 5))
+
+
+NAMES = ("cat", "dog", "owl")
+
+
+def labels_of(path: Path, values: list[Any], kind: str = "index") -> list[int]:
+    """The labels of records with these values, which are numbers, text, or lists of them."""
+    payloads = []
+    for value in values:
+        example = example_class().FromString(record(image=b"image"))
+        feature = example.features.feature["label"]
+        listed = value if isinstance(value, list) else [value]
+        lists = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
+        lists[type(listed[0]) if listed else int].value.extend(listed)
+        payloads.append(example.SerializeToString())
+    shard = str(write_shard(path / "a.tfrec", payloads))
+    return read_labels(shard, index_shard(shard), LabelFields("label", "image", 3, kind, NAMES))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("index", [0, 2], [0, 2]),
+        ("index1", [1, 3], [0, 2]),
+        ("text", [b"owl", b"cat"], [2, 0]),
+        ("onehot", [[0, 1, 0], [0.0, 0.0, 1.0]], [1, 2]),
+    ],
+)
+def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[Any], expected: list[int]) -> None:
+    assert labels_of(tmp_path, values, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "key", "fix", "problem"),
+    [
+        ("index", 3, "label_field", "if labels begin with 1, set data.label_kind=index1", r"label 3 .* outside 0\.\.2"),
+        ("index", 7, "label_field", "^set another field, or as many class names", r"label 7 .* outside 0\.\.2"),
+        (
+            "index1",
+            0,
+            "label_field",
+            "if labels begin with 0, set data.label_kind=index;",
+            r"label 0 .* outside 1\.\.3",
+        ),
+        ("index", b"dog", "label_kind", "set data.label_kind=text", "record 0 of shard .* holds the text dog$"),
+        ("index", [0, 1, 0], "label_kind", "set data.label_kind=onehot", r"holds 3 numbers \(0, 1, 0\)$"),
+        (
+            "index",
+            [1, 2],
+            "label_field",
+            "keep one label per image",
+            r"holds 2 labels \(1, 2\), and a classifier needs",
+        ),
+        (
+            "index",
+            [1, 1, 0],
+            "label_field",
+            "keep one label",
+            r"holds 3 numbers \(1, 1, 0\), and a classifier needs one",
+        ),
+        ("index", [], "label_field", "set one of image", "holds no label, and a classifier needs one label"),
+        ("index", 1.5, "label_field", "as integers", "holds the decimal number 1.5, which is no class number"),
+        ("text", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),
+        ("text", b"yak", "label_field", "add it to cat, dog, owl", "the text yak, which is not in data.class_names"),
+        ("onehot", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),
+        ("onehot", [0.2, 0.8, 0.0], "label_field", "keep one", r"holds 3 numbers \(0.2, 0.8, 0\), and a"),
+    ],
+)
+def test_other_labels_are_described(tmp_path: Path, kind: str, value: Any, key: str, fix: str, problem: str) -> None:
+    with raises(DataError, f"data.{key}", kind if key == "label_kind" else "label", fix, problem):
+        labels_of(tmp_path, [value], kind)
+
+
+@pytest.mark.parametrize(("payload", "more"), [(b"hello", ""), (b"\xff\xd8\xff", ""), (b"", ": it has no fields")])
+def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: bytes, more: str) -> None:
+    path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), payload]))
+    labels, faults = read_labels(path, index_shard(path), LabelFields("label", "image", 3))
+    assert labels.tolist() == [0, -1]
+    assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum is right{more}"]
+    split = Split("train", labels, shards=(Shard(path, 2, 0, 2),))
+    with raises(DataError, problem="a.tfrec#1 is not a tf.train.Example"):
+        read_image(records_of(split)[1])
+    with raises(DataError, problem="record 1 of shard .* is not a tf.train.Example"):
+        read_groups(split, "label")

@@ -115,9 +115,9 @@ def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic:
     data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
     runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
     prepare(load({**REST, "data": data, "runtime": runtime}), str(tmp_path / "out"))
-    before = opened(tmp_path, **data, all_groups=True)
+    before = opened(tmp_path, **data, to_prepare=True)
     again = {**data, "root": str(tmp_path / "out")}
-    after = opened(tmp_path, **again, all_groups=True)
+    after = opened(tmp_path, **again, to_prepare=True)
     assert set(after.splits) == {"train", "validation", "test"}
     for name, split in after.splits.items():
         assert split.groups is not None
@@ -147,3 +147,18 @@ def test_a_field_with_a_value_per_example_is_no_group(tmp_path: Path) -> None:
         read_groups(split, "who")
     few = Split("test", np.zeros(3, np.int32), shards=(Shard(path, 120, 5, 7), Shard(path, 120, 9, 10)))
     assert read_groups(few, "who") == ("patient 005", "patient 006", "patient 009")
+
+
+def test_labels_of_a_tfds_dataset_may_be_text_or_numbers(clinic: Path, tmp_path: Path) -> None:
+    data = {"source": "tfds", "root": str(clinic), "validation_fraction": 0}
+    text = opened(tmp_path, **data, label_field="camera", label_kind="text", class_names=("b", "a", "ä b"))
+    assert [text.class_names[i] for i in text.splits["train"].labels] == [camera(k) for k in range(30)]
+    numbers = opened(tmp_path, **data, label_field="ward", class_names=("w0", "w1", "w2", "w3"))
+    assert numbers.splits["train"].labels.tolist() == [k % 4 for k in range(30)]
+    fix = "set data.label_field=.*, or set data.class_names, and data.label_kind=text"
+    with raises(DataError, "data.label_field", "camera", fix, "has no ClassLabel of this name; it has camera .Text.,"):
+        opened(tmp_path, **data, label_field="camera")
+    with raises(
+        DataError, "data.label_kind", "index1", "leave it out", "label of clinic is a ClassLabel, which counts"
+    ):
+        opened(tmp_path, **data, label_kind="index1")

@@ -124,7 +124,7 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
 
 def test_the_classes_of_the_data_pass() -> None:
     check_classes("t", CLASSES, CLASSES)
-    check_classes("t", ("a b", "c"), ("a\nb", "c"))  # labels.txt has one name per line
+    check_classes("t", ("caf\u00e9", "c"), ("cafe\u0301", "c"))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Mistakes of a user and failures of a machine: the documented exit code, the key at fault, nothing lost."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
-from tests.e2e.running import ROOT, train
+from tests.e2e.running import ROOT, program, train
 
 QUICK = (
     "data=image_folder", "model=glyphs_mobilenet_v2", "training.batch_size=8", "phases.head.epochs=1",
@@ -41,6 +44,32 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
     assert "light/07.jpg" in report["data"]["undecodable"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize(
+    ("damaged", "text"),
+    [
+        ("validation/*", ("none of the 10 validation images can be decoded", "no example of validation could be read")),
+        ("train/light", ("none of the 15 training images of light can be decoded",)),
+    ],
+)
+def test_nothing_is_left_of_a_split_or_class(
+    photos: Path, tmp_path: Path, damaged: str, text: tuple[str, ...], cache: str
+) -> None:
+    root = tmp_path / "splits"
+    shutil.copytree(photos, root / "train")
+    for name in ("dark", "light"):
+        (root / "validation" / name).mkdir(parents=True)
+        for file in sorted((photos / name).iterdir())[:5]:
+            shutil.copy(file, root / "validation" / name / f"other-{file.name}")
+    for file in root.glob(f"{damaged}/*"):
+        file.write_bytes(file.read_bytes()[:-200])
+    arguments = [*QUICK, f"data.root={root}", f"output_dir={tmp_path / 'run'}", "data.on_error=skip"]
+    error = train(*arguments, f"data.cache={cache}", "phases.head.features=live", code=2).stderr
+    assert any(line in error for line in text), error
+    assert "Traceback" not in error
+
+
 QUICK_MISTAKE = (["training.class_weights={grey:2}"], "training.class_weights: the data has no class grey")
 SLOW_MISTAKES = [
     (["data.root=/nowhere/photos"], "/nowhere/photos"),
@@ -62,6 +91,32 @@ def test_mistakes_end_with_2_and_the_key(photos: Path, tmp_path: Path, overrides
     error = train(*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}", *overrides, code=2).stderr
     assert text in error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_run_that_has_diverged_ends_with_2_and_exports_nothing(photos: Path, tmp_path: Path) -> None:
+    arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]
+    error = train(*arguments, "phases.head.optimizer.learning_rate=1e6", code=2).stderr
+    assert re.search(
+        r"error: the (validation )?loss is [\d,]+ at step \d+ \(phase head, epoch 1\): at most 208 is", error
+    )
+    assert "lower phases.head.optimizer.learning_rate" in error
+    assert not (tmp_path / "run" / "export").exists()
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_batch_larger_than_the_data_is_an_epoch_and_is_logged(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, f"data.root={photos}", f"output_dir={run}", "training.batch_size=5000"]
+    result = train(*arguments)
+    count = int(re.search(r"classes, (\d+) train", result.stdout)[1])
+    assert f"training.batch_size=5000 is more than the {count} examples: a batch has {count}" in result.stderr
+    assert "phase head: 1 steps (1 epochs)" in result.stdout
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["batch_size"] == 5000
+    train(*arguments)  # the same command: finished already
+    scored = json.loads((run / "report" / "report.json").read_text())["test"]["n"]
+    assert f"n = {scored})" in program("evaluate", f"run={run}").stdout
 
 
 @pytest.mark.slow

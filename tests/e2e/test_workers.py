@@ -1,8 +1,11 @@
 """Several workers train as one does; they stop, fail and resume together."""
 
+import contextlib
 import json
 import re
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -193,3 +196,25 @@ def test_a_run_that_never_gets_anywhere_gives_up_with_3(tmp_path: Path) -> None:
     for i in range(2):
         assert re.search("2 restarts.*step 0", last.output(i))
     assert "lost worker 1 (" in last.output(0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_peer_that_fails_in_the_start_of_tensorflow_ends_all_with_75(tmp_path: Path) -> None:
+    """TensorFlow on the chief waits for the peer forever, and holds Python's GIL meanwhile."""
+    workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={tmp_path / 'run'}")
+    address = json.loads(
+        dict(entry.split("=", 1) for entry in Path(f"/proc/{workers[1].pid}/environ").read_text().split("\0") if entry)["TF_CONFIG"]
+    )["cluster"]["worker"][1]  # fmt: skip
+    workers.wait_for("workers: all 2 are connected", index=1)
+    deadline = time.monotonic() + 60
+    taken = None
+    while taken is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # the rendezvous still uses the port
+            taken = socket.create_server(("", int(address.rpartition(":")[2])))
+    assert taken
+    with taken:
+        assert workers.wait(120) == [INTERRUPTED] * 2
+    assert f"TensorFlow cannot start its server at {address}" in workers.output(1)
+    assert "Python had not run for" in workers.output(0)
+    assert "ensure_initialized" in workers.output(0)

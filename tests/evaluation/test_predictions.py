@@ -1,11 +1,15 @@
 """predictions.csv: exact bytes, replaced atomically."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tests.nasty import file_names
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import write_predictions
+from trainer.evaluation.predictions import as_cell, from_cell, write_predictions
+from trainer.names import printable
 
 
 def test_the_bytes(tmp_path: Path) -> None:
@@ -23,5 +27,42 @@ def test_the_bytes(tmp_path: Path) -> None:
         "0,a/1.jpg,cat,cat,0.750000,true\n"
         '1,"with, comma and ""quote"".png","café, black",cat,0.666667,false\n'
         '2,shard-00000#7,"café, black","café, black",1.000000,true\n'
-        "3,bad\\udcff\\nname,cat,cat,1.000000,true\n"
+        "3,bad\\xff\\nname,cat,cat,1.000000,true\n"
     )
+
+
+FORMULAS = (
+    "=cmd|' /C calc'!A0",
+    "+1",
+    "-1+2",
+    "@SUM(A1)",
+    " =1",
+    "\t=1",
+    "\r=1",
+    "\uff1d1",
+    "\u00a0=1",
+    "'=1",
+    "''",
+    "\ufeff=1",
+)
+
+
+def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) -> None:
+    names = [*FORMULAS, *file_names(3, 200)]
+    classes = [*dict.fromkeys(map(printable, names))]
+    labels = np.array([classes.index(printable(name)) for name in names], np.int32)
+    result = evaluate_arrays("test", classes, labels, np.eye(len(classes), dtype=np.float32)[labels], names)
+    write_predictions(tmp_path / "p.csv", result)
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, name in zip(rows, names, strict=True):
+        for key in ("file", "truth", "prediction"):
+            assert from_cell(row[key]) == printable(name)
+            assert row[key].lstrip("\ufeff \u00a0")[:1] not in ("=", "+", "-", "@", "\t", "\r", "\uff1d"), ascii(
+                row[key]
+            )
+
+
+@pytest.mark.parametrize("name", ["cat", "a=b", "a-b", "1-2", "it's", ""])
+def test_other_names_are_unchanged(name: str) -> None:
+    assert as_cell(name) == name == from_cell(name)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -10,8 +12,8 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
+from tests.data.test_orientation import photo
 from tests.exporting.subjects import (
-    NAMES,
     SIZE,
     bundle_for,
     largest_difference,
@@ -60,6 +62,21 @@ def test_bytes_are_decoded_and_resized_as_in_evaluation(model: keras.Model, fold
     assert np.abs(stretched - pixels[0]).max() > 1  # the test detects the other resizing
 
 
+@pytest.mark.parametrize("orientation", ["exif", "ignore"])
+def test_photos_are_turned_upright_as_in_training(model: keras.Model, tmp_path: Path, orientation: str) -> None:
+    bundle = replace(bundle_for(model), orientation=orientation)  # type: ignore[arg-type]
+    export_saved_model(bundle, tmp_path / "1")
+    served = tf.saved_model.load(str(tmp_path / "1")).signatures
+    wide = np.random.default_rng(1).integers(0, 256, (50, 90, 3)).astype("uint8")
+    photos = [photo(o, kind, wide) for o in (1, 3, 6) for kind in ("JPEG", "PNG", "WEBP")]
+    decode = partial(decode_image, size=SIZE, resize="stretch", orientation=orientation)
+    pixels = np.stack([decode(tf.constant(data)).numpy() for data in photos]).astype("float32")
+    for name in ("image_bytes", "explain"):
+        predicted = served[name](image_bytes=tf.constant(photos))["probabilities"]
+        np.testing.assert_allclose(predicted, model.predict(pixels, verbose=0), atol=1e-6)
+    assert np.abs(pixels[1] - pixels[7]).max() > 1 if orientation == "exif" else (pixels[1] == pixels[7]).all()
+
+
 def test_names_shapes_and_types_of_the_signatures(folder: Path) -> None:
     signatures = tf.saved_model.load(str(folder)).signatures
     assert set(signatures) == {"serving_default", "image_bytes", "images", "explain"}
@@ -75,10 +92,14 @@ def test_class_names_are_an_asset_that_survives_a_move(folder: Path, tmp_path: P
     moved = shutil.copytree(folder, (tmp_path / "elsewhere").resolve())
     loaded = tf.saved_model.load(str(moved))
     reference = json.loads(Path(loaded.reference.asset_path.numpy().decode()).read_text("utf-8"))
-    assert (reference["classes"], reference["n"], reference["resize"]) == (list(NAMES), 40, "crop")
+    assert (reference["classes"], reference["n"], reference["resize"]) == (
+        ["daisy", "löwenzahn", r"rose\nred"],
+        40,
+        "crop",
+    )
     path = loaded.labels.asset_path.numpy().decode()
     assert path == str(moved / "assets" / "labels.txt")
-    assert Path(path).read_bytes() == "daisy\nlöwenzahn\nrose red\n".encode()
+    assert Path(path).read_bytes() == "daisy\nlöwenzahn\nrose\\nred\n".encode()
 
 
 def test_an_export_replaces_an_older_one(model: keras.Model, tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+from markdown_it import MarkdownIt
+
+from tests.nasty import file_names
 from trainer.config import schema as config
-from trainer.exporting.model_card import write_model_card
+from trainer.exporting.model_card import as_code, as_text, write_model_card
+from trainer.names import class_name, printable
 
 SCORED: dict[str, Any] = {
     "examples": 512, "accuracy": 0.91, "trainer_accuracy": 0.912, "lost": 2, "gained": 1,
@@ -112,3 +117,39 @@ def test_a_card_of_many_classes_stays_short(tmp_path: Path) -> None:
     text = (tmp_path / "model_card.md").read_text("utf-8")
     assert "`class 49` and 950 more (`labels.txt` has all)" in text
     assert "class 50`" not in text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_cannot_leave_their_position(tmp_path: Path, seed: int) -> None:
+    """A renderer of Markdown gets every name back, in the structure that the card has with plain names."""
+    names = [*{class_name(name): None for name in file_names(seed, 40)}, "`", "``a", "b|c", "<script>"]
+    renderer = MarkdownIt().enable("table")
+
+    def kinds(title: str, classes: list[str]) -> list[tuple[str, str]]:
+        rows = [{"name": name, "f1": 0.5, "support": 3} for name in classes]
+        groups = {
+            "field": title,
+            "rows": [{"name": name, "n": 1, "accuracy": 1.0, "interval": [0, 1]} for name in classes],
+        }
+        data = REPORT["data"] | {"name": title, "class_names": classes, "notes": classes}
+        test = REPORT["test"] | {"per_class": rows, "groups": groups}
+        write_model_card(tmp_path / "card.md", REPORT | {"title": title, "test": test, "data": data}, a_config())
+        text = (tmp_path / "card.md").read_text("utf-8")
+        return [(token.type, token.tag) for token in renderer.parse(text)]
+
+    for name in names:
+        assert kinds(name, names) == kinds("plain", [f"n{i}" for i in range(len(names))]), ascii(name)
+
+
+@pytest.mark.parametrize(
+    "name", [*file_names(7, 100), "1. a", "- a", "# a", "=", "a_b _c_", "&lt;", "!a", "*a*", "> a"]
+)
+def test_a_name_is_rendered_as_it_is(name: str) -> None:
+    renderer, shown = MarkdownIt().enable("table"), printable(name)
+    (code,) = renderer.parseInline(as_code(shown))[0].children or ()
+    assert (code.type, code.content) == ("code_inline", shown)
+    tokens = renderer.parse(as_text(shown.strip() or "x"))
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    texts = tokens[1].children or ()
+    assert {token.type for token in texts} <= {"text", "text_special"}
+    assert "".join(token.content for token in texts) == (shown.strip() or "x")

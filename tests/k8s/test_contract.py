@@ -25,6 +25,7 @@ SET_ELSEWHERE = {
     "HOSTNAME": "the container runtime",
     "TF_CONFIG": "Kubeflow's TFJob, instead of all the others",
     "KUBETUNE_CACHE": "the image",
+    "GOOGLE_CLOUD_PROJECT": "the user, for requester-pays buckets",
     "KUBETUNE_REVISION": "the image",
     "KUBETUNE_SWEEP": "the trainer itself, as HYDRA_FULL_ERROR and TF_CPP_MIN_LOG_LEVEL",
     "HYDRA_FULL_ERROR": "",
@@ -33,6 +34,7 @@ SET_ELSEWHERE = {
     "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
     "GOOGLE_APPLICATION_CREDENTIALS": "users outside of Google Cloud",
+    "GOOGLE_CLOUD_PROJECT": "users of requester-pays buckets",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.same_bits import free_ports
@@ -52,6 +53,20 @@ def metrics(port: int) -> dict[str, float]:
     code, text = get(port, "/metrics")
     assert code == 200
     return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+
+
+@pytest.mark.parametrize("version", ["", "; version=1.0.0", "; version=abc", ';version="1.0.0"', "; version=99"])
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_metrics_are_in_the_format_that_the_client_accepts(
+    port: int, kind: str, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": kind + version})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        text, media_type = response.read().decode(), response.headers.get_content_type()
+    assert media_type == kind
+    parse = openmetrics if "openmetrics" in kind else text_string_to_metric_families
+    assert "kubetune_last_progress_age_seconds" in {family.name for family in parse(text)}
+    assert capsys.readouterr().err == ""
 
 
 def test_a_healthy_process_reports_its_activity(health: Health, port: int) -> None:

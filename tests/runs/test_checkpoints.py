@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 from tests.errors import raises
 from tests.processes import run_python
 from trainer.errors import DataError
-from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.checkpoints import CheckpointFolder, crc32c_hex, read_pointer
+from trainer.storage.local import delete_unfinished
+from trainer.storage.path import storage_path
 from trainer.training.state import RunState
 
 
@@ -78,7 +82,9 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
     assert newest is not None
     assert newest[0]["step"] == 1
     (line,) = lines
-    assert "renamed to damaged-step-00000002" in line
+    assert (tmp_path / "step-00000002").is_dir()  # until the run begins
+    folder.tidy(1)
+    assert "renamed to damaged-step-00000002" in lines.pop()
     assert ("does not match its size or checksum" in line) == (damage in ("flip", "truncate", "size"))
     assert (tmp_path / "damaged-step-00000002").is_dir()
     assert folder.steps() == [1]
@@ -93,8 +99,9 @@ def test_a_checkpoint_is_saved_next_to_a_damaged_one(tmp_path: Path) -> None:
 
 def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     folder, lines = folder_with(tmp_path, 1)
-    (tmp_path / ".writing-step-00000002").mkdir()
+    (tmp_path / ".step-00000002.17-4711").mkdir()
     assert folder.newest() is not None
+    delete_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
     assert lines == []
 
@@ -126,6 +133,86 @@ except OSError as error:
     assert folder.newest() is not None
 
 
+@pytest.mark.parametrize("name", ["step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣"])
+def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name: str) -> None:
+    folder, lines = folder_with(tmp_path, 1, 2)
+    shutil.copytree(folder.path(2), tmp_path / name)
+    assert folder.steps() == [1, 2]
+    for step in (3, 4):
+        folder.save(RunState(step=step).to_json(), variables(step), None)
+    folder.tidy(4)
+    assert (tmp_path / name / "variables.npz").exists()
+    assert folder.newest()[0]["step"] == 4  # type: ignore[index]
+    assert lines == []
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'{"variables.npz": 3}', b"\xff", b"", b'{"../../x": {}}'])
+def test_a_manifest_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
+    folder, lines = folder_with(tmp_path, 1, 2)
+    (folder.path(2) / "manifest.json").write_bytes(content)
+    with raises(DataError, problem="step-00000002", fix="give another one"):
+        folder.read(2)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest[0]["step"] == 1
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("state", [b"null", b"[]", b"{}", b'{"step": "x"}', b'{"step": 2, "best": 3}', b"\xff"])
+def test_a_state_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, state: bytes) -> None:
+    folder, _ = folder_with(tmp_path, 1, 2)
+    (folder.path(2) / "state.json").write_bytes(state)
+    manifest = json.loads((folder.path(2) / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(state), "crc32c": crc32c_hex(state)}
+    (folder.path(2) / "manifest.json").write_text(json.dumps(manifest))
+    with raises(DataError, problem="step-00000002", fix="give another one"):
+        folder.read(2)
+    folder.save(RunState(step=3).to_json(), variables(3), None)  # next to it
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"step-1", b"../../x", b"step-00000001-ab\nstep-copy\n", b"{}"])
+def test_a_damaged_pointer_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "LATEST").write_bytes(content)
+    with raises(DataError, problem=f"{tmp_path}/LATEST is damaged", fix="names of its checkpoints"):
+        read_pointer(storage_path(tmp_path / "LATEST"))
+    assert read_pointer(storage_path(tmp_path / "BEST")) == []
+
+
+class Killed(BaseException):
+    """Ends the process in the middle of a function."""
+
+
+def test_a_checkpoint_is_replaced_without_a_moment_in_which_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill the process at each rename: the old or the new checkpoint is read before and after the run begins."""
+    for kill_at in range(3):
+        folder = CheckpointFolder(tmp_path / str(kill_at), 1, print)
+        folder.save(RunState(step=7).to_json(), variables(1), None)
+        renames = []
+
+        def rename(path: Path, target: Path, kill_at: int = kill_at, renames: list[Path] = renames) -> Path:
+            if len(renames) == kill_at:
+                monkeypatch.undo()
+                raise Killed
+            renames.append(path)
+            os.rename(path, target)
+            return Path(target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with suppress(Killed):
+            folder.save(RunState(step=7, epoch=1).to_json(), variables(2), None)
+        monkeypatch.undo()
+        expected = 2.0 if kill_at == 2 else 1.0
+        for _ in range(2):
+            assert folder.steps() == [7]
+            newest = CheckpointFolder(folder.folder, 1, pytest.fail).newest()
+            assert newest is not None
+            assert newest[1]["a/kernel"][0, 0] == expected
+            folder.tidy(7)
+        assert sorted(p.name for p in folder.folder.iterdir() if p.is_dir()) == ["step-00000007"]
+
+
 def test_a_kill_while_saving_leaves_complete_checkpoints(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
@@ -148,6 +235,7 @@ for step in range(1, 10_000):
         lines: list[str] = []
         newest = CheckpointFolder(tmp_path, 2, lines.append).newest()
         assert lines == []
+        assert newest or not any(tmp_path.glob("LATEST"))
         if newest:
             state, values = newest
             assert (values["a"] == state["step"]).all()

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.runs.metrics import MetricsWriter, format_duration, truncate_metrics
+from trainer.runs.metrics import MetricsWriter, truncate_metrics
 
 
 def entry(step: int) -> dict[str, object]:
@@ -52,5 +53,21 @@ def test_metrics_after_the_restored_step_are_deleted(tmp_path: Path) -> None:
     assert logged_steps(tmp_path) == [2, 4]
 
 
-def test_format_duration() -> None:
-    assert [format_duration(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
+@pytest.mark.parametrize("line", [b"\xff", b"3", b'{"step": "x"}', b'{"step": NaN}', b"[]", b'{"kind": "tr'])
+def test_damaged_lines_are_deleted_and_a_copy_remains(tmp_path: Path, line: bytes) -> None:
+    written(tmp_path, 2, 4)
+    file = tmp_path / "metrics.jsonl"
+    first, *others = file.read_bytes().splitlines(keepends=True)
+    content = first + line + b"\n" + b"".join(others)
+    file.write_bytes(content)
+    truncate_metrics(file, tmp_path / "logs", 4)
+    assert file.read_bytes() == first + b"".join(others)
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+
+
+def test_nothing_but_event_files_remains_in_the_logs(tmp_path: Path) -> None:
+    written(tmp_path, 2, 4)
+    truncate_metrics(tmp_path / "metrics.jsonl", tmp_path / "logs", 2)
+    truncate_metrics(tmp_path / "metrics.jsonl", tmp_path / "logs", 2)
+    assert len(list((tmp_path / "logs" / "head").iterdir())) == 1
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()

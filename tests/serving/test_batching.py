@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trainer.serving import batching
 from trainer.serving.batching import Batcher
 from trainer.serving.requests import EncodedImage
 
@@ -98,6 +99,52 @@ def test_large_images_are_in_smaller_batches_and_in_order() -> None:
 
     run(model, scenario)
     assert model.calls == [[b"a"], [b"b", b"c", b"d"], [b"e"]]
+
+
+def test_large_images_and_others_each_get_half_of_the_time_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While large images wait, others are not delayed by more than one of them, and both get half of the time."""
+    monkeypatch.setattr(batching, "LARGE_PIXELS", 50)
+    calls: list[list[bytes]] = []
+
+    def model(images: list[bytes]) -> list[Any]:
+        calls.append(images)
+        time.sleep(0.2 if images[0].startswith(b"L") else 0.05)
+        return images
+
+    async def scenario(batcher: Batcher) -> None:
+        large = [EncodedImage(f"L{i}".encode(), "", 90, 90) for i in range(3)]
+        all_large = asyncio.create_task(batcher.predict(large))
+        while not calls:
+            await asyncio.sleep(0.01)
+        small = [request(batcher, *names) for names in ("abcd", "ef")]
+        assert await asyncio.gather(*small) == [[b"a", b"b", b"c", b"d"], [b"e", b"f"]]
+        assert not all_large.done()
+        assert await all_large == [b"L0", b"L1", b"L2"]
+
+    run(model, scenario)
+    assert calls == [[b"L0"], [b"a", b"b", b"c", b"d"], [b"e", b"f"], [b"L1"], [b"L2"]]
+
+
+def test_large_images_are_served_while_others_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "LARGE_PIXELS", 50)
+    calls: list[list[bytes]] = []
+
+    def model(images: list[bytes]) -> list[Any]:
+        calls.append(images)
+        time.sleep(0.02)
+        return images
+
+    async def scenario(batcher: Batcher) -> None:
+        done = asyncio.create_task(batcher.predict([EncodedImage(b"L", "", 90, 90)] * 3))
+
+        async def small() -> None:
+            while not done.done():
+                await batcher.predict(images("s"))
+
+        await asyncio.gather(done, small(), small())
+
+    run(model, scenario)
+    assert calls.count([b"L"]) == 3
 
 
 def test_a_full_queue_accepts_all_images_of_a_request_or_none() -> None:

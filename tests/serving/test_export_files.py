@@ -68,6 +68,50 @@ def test_a_reference_of_another_model_is_an_error(tmp_path: Path) -> None:
             find(folder, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("asset", "content", "problem"),
+    [
+        ("labels.txt", b"caf\xe9\ndog\n", "labels.txt is not UTF-8 text \\(invalid continuation byte at byte 3\\)"),
+        (
+            "labels.txt",
+            "cat\ndog\n".encode("utf-16"),
+            "labels.txt is not UTF-8 text \\(invalid start byte at byte 0\\)",
+        ),
+        ("labels.txt", None, "labels.txt cannot be read \\(Is a directory\\)"),
+        ("reference.json", b"\xff", "reference.json is damaged or of another model"),
+        ("reference.json", b"[" * 100_000, "reference.json is damaged or of another model"),
+        ("reference.json", None, "reference.json cannot be read"),
+    ],
+)
+def test_a_damaged_asset_is_an_error(tmp_path: Path, asset: str, content: bytes | None, problem: str) -> None:
+    folder = saved_model(tmp_path / "1")
+    file = folder / "assets" / asset
+    file.unlink(missing_ok=True)
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with raises(DataError, key="model", value=str(folder), fix="export it again", problem=problem):
+        find(folder, tmp_path)
+
+
+def test_labels_that_an_editor_has_given_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    assert find(saved_model(tmp_path / "1", "\ufeffcat\ndog\n"), tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [[], 7, {}, {"mean": [1], "covariance": [[1, 2]]}, {"mean": ["x"], "covariance": [[1]]},
+     {"mean": [float("nan")], "covariance": [[1]]}, {"mean": [1], "covariance": [[1]], "projection": [[1, 2]]}],
+)  # fmt: skip
+def test_a_reference_whose_embedding_is_damaged_is_an_error(tmp_path: Path, embedding: object) -> None:
+    folder = saved_model(tmp_path / "1")
+    valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 20}}
+    (folder / "assets" / "reference.json").write_text(json.dumps(valid | {"embedding": embedding}))
+    with raises(DataError, key="model", value=str(folder), problem="reference.json is damaged or of another model"):
+        find(folder, tmp_path)
+
+
 def test_an_export_in_a_bucket_is_copied(tmp_path: Path) -> None:
     with running(tmp_path / "buckets"):
         run = f"gs://{BUCKET}/runs/1"

@@ -1,17 +1,32 @@
 """From bodies to images: both formats, their limits, and arbitrary input."""
 
+import asyncio
 import base64
 import functools
+import io
 import json
 from collections import Counter
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from tests.serving.images import mutated, photo
-from trainer.serving.requests import CONCURRENT_BODIES, MemoryBudget, PredictRequest, read_instances, read_predict
+from trainer.serving import requests
+from trainer.serving.requests import (
+    CONCURRENT_BODIES,
+    ClientBudget,
+    EncodedImage,
+    MemoryBudget,
+    PredictRequest,
+    check_image,
+    read_body,
+    read_instances,
+    read_predict,
+)
 from trainer.serving.settings import read_settings
 
 SETTINGS = read_settings({"model": "any", "max_images": "3", "max_pixels": "5000"})
@@ -89,6 +104,113 @@ def test_json_has_base64() -> None:
 def test_an_invalid_request_is_an_error(body: bytes, kind: str, status: int, text: str) -> None:
     response = result(predict, body, kind)
     assert (response[0], text in response[1]) == (status, True), response
+
+
+FORMS = {
+    "wrapped": base64.encodebytes(photo()).decode(),
+    "wrapped for mail": base64.encodebytes(photo()).decode().replace("\n", "\r\n"),
+    "unpadded": B64.rstrip("="),
+    "URL-safe": base64.urlsafe_b64encode(photo()).decode(),
+    "URL-safe and unpadded": base64.urlsafe_b64encode(photo()).decode().rstrip("="),
+    "data:": f"data:image/jpeg;base64,{B64}",
+    "data: with a parameter": f"DATA:image/jpeg;name=a.jpg;base64,\n{B64}",
+    "data: without a type": f"data:;base64,{B64}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: {"b64": text}])
+def test_every_form_of_base64_is_read(form: str, wrap: Any) -> None:
+    assert len(photo()) % 3  # it needs padding
+    parsed = predict(*as_json({"images": [wrap(FORMS[form])]}))
+    assert [image.data for image in parsed.images] == [photo()]
+    parsed = read_instances(json.dumps({"instances": [wrap(FORMS[form])]}).encode(), SETTINGS)
+    assert [image.data for image in parsed.images] == [photo()]
+
+
+@pytest.mark.parametrize(
+    "text", ["%%%", "a", "aGk=aGk=", "a*b", "data:image/jpeg,%FF%D8", "https://any/a.jpg", "rose.jpg", B64 + "A%3D"]
+)
+def test_what_is_not_base64_gets_a_hint(text: str) -> None:
+    status, error = result(predict, *as_json({"images": [text]}))
+    assert status == 400
+    assert error.startswith("images[0] is not valid base64; send the bytes of an image file in base64: standard or")
+    assert error.endswith("data:image/jpeg;base64,...")
+
+
+def read(chunks: list[tuple[float, bytes]], headers: dict[str, str] | None = None) -> tuple[int, str, float]:
+    """Status, error and seconds of a body whose chunks come after these pauses in seconds; without length by default."""
+
+    async def receive_all() -> tuple[int, str, float]:
+        left = list(chunks)
+
+        async def receive() -> dict[str, Any]:
+            pause, chunk = left.pop(0)
+            await asyncio.sleep(pause)
+            return {"type": "http.request", "body": chunk, "more_body": bool(left)}
+
+        raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        request = Request({"type": "http", "method": "POST", "headers": raw}, receive)
+        began = asyncio.get_running_loop().time()
+        try:
+            await read_body(request, lambda _: None, 10_000_000)
+        except HTTPException as error:
+            return error.status_code, error.detail, asyncio.get_running_loop().time() - began
+        return 200, "", asyncio.get_running_loop().time() - began
+
+    return asyncio.run(receive_all())
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "9999999"}, {"content-length": "99999999"}])
+def test_a_body_without_progress_ends_after_the_grace_period(
+    headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.3)
+    status, text, seconds = read([(0.0, b"x")] * 3 + [(0.02, b"x")] * 1000, headers)
+    assert (status, text) == (408, "the request was sent too slowly")
+    assert seconds < 5  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
+
+
+def test_a_body_that_comes_at_the_lowest_rate_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.3)
+    chunk = b"x" * (requests.MIN_BYTES_PER_SECOND // 5)
+    status, _, seconds = read([(0.1, chunk)] * 8)
+    assert (status, seconds > 0.6) == (200, True)
+
+
+def test_the_cost_of_an_image_is_its_time_to_decode() -> None:
+    def cost(data: bytes) -> tuple[int, int]:
+        image = check_image(data, "a", 10**9)
+        return image.pixels, image.cost
+
+    smooth, out = Image.open(io.BytesIO(photo(width=400, height=200))), io.BytesIO()
+    smooth.save(out, "JPEG", progressive=True)
+    scans = out.getvalue().count(b"\xff\xda")
+    assert cost(photo(width=400, height=200)) == (80_000, 10_000)
+    assert cost(out.getvalue()) == (80_000, 8000 * scans)
+    for kind in ("PNG", "WEBP", "BMP", "GIF"):
+        assert cost(photo(0, kind, 400, 200)) == (80_000, 80_000)
+
+
+def test_the_cost_in_progress_is_limited_per_client() -> None:
+    def images(*costs: int) -> list[EncodedImage]:
+        return [EncodedImage(b"", "a", cost, cost) for cost in costs]
+
+    def reserve(client: str, *costs: int) -> tuple[int, str]:
+        def enter() -> None:
+            with budget.reservation(client, images(*costs)):
+                pass
+
+        return result(enter)
+
+    budget = ClientBudget(100)
+    assert reserve("a", *[90] * 5)[0] == 413  # as five PNGs of 49 megapixels with max_pixels of 50 megapixels
+    assert reserve("a", 100, 100, 100, 100) == (200, "")
+    with budget.reservation("a", images(90, 90)), budget.reservation("a", images(100, 100)):
+        status, text = reserve("a", 30)
+        assert (status, "images of a at the same time (400 pixels); try again" in text) == (429, True)
+        assert reserve("a", 20) == reserve("b", 400) == (200, "")
+    assert not budget.reserved
 
 
 def test_half_a_form_is_damaged() -> None:

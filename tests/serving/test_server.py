@@ -16,6 +16,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving import images
 from tests.serving.images import photo
@@ -64,6 +66,7 @@ def test_every_format_gets_the_probabilities_of_the_trainer(served: Served, expo
 def test_an_explanation_has_a_heatmap(served: Served, exported: Exported) -> None:
     (entry,) = served.client.post(PREDICT, files={"file": photo(1)}, params={"explain": "true"}).json()["predictions"]
     assert entry["heatmap"]["resize"] == "stretch"
+    assert entry["heatmap"]["orientation"] == "ignore"  # of an export that does not specify it
     heatmap = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["heatmap"]["png"]))))
     assert heatmap.shape == (2, 2)
     instances = [{"b64": encoded(photo(1))}]
@@ -88,6 +91,25 @@ def test_status_routes(served: Served) -> None:
         assert "available: " in get(path).json()["error"]
     assert get(PREDICT).status_code == served.client.post("/healthz").status_code == 405
     assert served.client.head("/healthz").status_code == 200
+
+
+ACCEPT = {
+    "": "text/plain", "*/*": "text/plain", "text/plain;version=x": "text/plain", "text/plain; version=": "text/plain",
+    "application/openmetrics-text": "application/openmetrics-text",
+    "application/openmetrics-text; version=1.0.0,text/plain;q=0.5": "application/openmetrics-text",
+    "Application/OpenMetrics-Text;version=abc": "application/openmetrics-text",
+    'application/openmetrics-text;version="1.0.0";charset=utf-8': "application/openmetrics-text",
+    "application/openmetrics-text;version=1.x.0": "application/openmetrics-text",
+    "application/openmetrics-text;version=99;escaping=no": "application/openmetrics-text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accept", ACCEPT)
+def test_metrics_are_in_a_format_that_the_client_accepts(served: Served, accept: str) -> None:
+    response = served.client.get("/metrics", headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"].split(";")[0]) == (200, ACCEPT[accept])
+    parse = openmetrics if "openmetrics" in ACCEPT[accept] else text_string_to_metric_families
+    assert "kubetune_serving_ready" in {family.name for family in parse(response.text)}
 
 
 def test_the_page_is_self_contained(served: Served) -> None:
@@ -132,6 +154,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no pixels": ({"files": {"file": images.huge(1000, 1000)}}, 400, "cannot be decoded"),
     "bomb": ({"files": {"file": images.bomb(10_000, 10_000)}}, 413, "10000 x 10000 pixels, the limit is 2,000,000"),
     "too long": ({"files": {"file": b"x" * 1_100_000}}, 413, "exceeds 1,000,000 bytes"),
+    "large together": ({"files": [("file", images.huge(1400, 1400))] * 5}, 413, "as long to decode as 9,800,000 pixels"),
     "too many": ({"files": [("file", photo())] * 9}, 413, "a request may have at most 8 images"),
 }  # fmt: skip
 
@@ -247,8 +270,7 @@ def test_predictions_are_logged_and_counted(served: Served, exported: Exported) 
     for line in lines:
         assert line["time"].endswith("Z")
         assert any(
-            abs(line["confidence"] - row.max()) < 1e-4
-            and " ".join(line["class"].split("\n")) == exported.names[row.argmax()]
+            abs(line["confidence"] - row.max()) < 1e-4 and line["class"] == exported.names[row.argmax()]
             for row in expected
         )
         assert line["probabilities"][line["class"]] == pytest.approx(line["confidence"], abs=1e-5)

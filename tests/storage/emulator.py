@@ -16,9 +16,12 @@ BUCKET = "bucket"
 
 
 class Emulator:
-    """A server whose objects are in a folder, which survives `stop`."""
+    """A server whose objects are in a folder, which survives `stop`, or in memory, where they may have any name."""
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1", port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, address: str = "127.0.0.1", port: int | None = None, backend: str = "filesystem"
+    ) -> None:
+        self.backend = backend
         self.address, self.port = address, port or free_ports(1)[0]
         self.url = f"http://{self.address}:{self.port}"
         self.folder = folder
@@ -28,7 +31,7 @@ class Emulator:
         command = [
             str(_get_binary_path()), "-scheme", "http", "-host", self.address, "-port", str(self.port),
             "-external-url", self.url,
-            "-backend", "filesystem", "-filesystem-root", str(self.folder), "-log-level", "error",
+            "-backend", self.backend, "-filesystem-root", str(self.folder), "-log-level", "error",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(500):
@@ -61,9 +64,9 @@ def environment(url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Emulator]:
+def running(folder: Path, backend: str = "filesystem") -> Iterator[Emulator]:
     """An emulator with an empty bucket, used by google-cloud-storage inside the block."""
-    server = Emulator(folder)
+    server = Emulator(folder, backend=backend)
     server.start()
     try:
         server.make_bucket()

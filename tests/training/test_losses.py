@@ -1,5 +1,7 @@
 """Losses against Keras, closed forms or sums in float64."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tensorflow as tf
 
 from tests.errors import raises
 from tests.training.small_network import CLASSES, SmallNetwork, arrays, assert_near, make_step, stream
-from trainer.errors import DataError
+from trainer.errors import DataError, Diverged
 from trainer.training import variables
 from trainer.training.losses import (
     LossSettings,
@@ -16,9 +18,11 @@ from trainer.training.losses import (
     divergence,
     example_accuracy,
     focal,
+    largest_plausible_loss,
     log_probs,
     weighted_losses,
 )
+from trainer.training.step import require_plausible
 
 RNG = np.random.default_rng(3)
 LOGITS = RNG.normal(0, 3, (6, 4)).astype(np.float32)
@@ -27,6 +31,24 @@ LABELS = np.array([0, 3, 2, 2, 1, 0], np.int32)
 OTHERS = np.array([3, 0, 1, 2, 1, 2], np.int32)
 MIX = np.array([0.25, 0.75, 1.0, 0.4, 0.0, 0.5], np.float32)
 WEIGHT = np.array([1, 1, 1, 1, 1, 0], np.float32)
+
+
+def test_a_loss_that_no_classifier_has_is_that_of_a_diverged_run() -> None:
+    weighted = LossSettings(class_weights=(4.0, 0.5))
+    assert largest_plausible_loss(LossSettings(), 2) == pytest.approx(300 * np.log(2))
+    assert largest_plausible_loss(weighted, 2) == pytest.approx(1200 * np.log(2))
+    distilled = LossSettings(alpha=0.1, temperature=3.0)
+    assert largest_plausible_loss(distilled, 10) == pytest.approx(2700 * np.log(10))
+    where: dict[str, Any] = {"classes": 2, "step": 7, "phase": "head", "epoch": 1}
+    require_plausible({"loss": 800.0, "val_loss": 200.0}, weighted, **where)
+    fix, at = "phases.head.optimizer.learning_rate", r"at step 7 \(phase head, epoch 1\)"
+    with raises(Diverged, fix=fix, problem=f"the loss is 460,583 {at}: at most 208 is plausible for 2 classes"):
+        require_plausible({"loss": 460_583.2}, LossSettings(), **where)
+    with raises(Diverged, fix=fix, problem=f"the validation loss is 800 {at}: at most 208"):
+        require_plausible({"val_loss": 800.0}, weighted, **where)
+    for loss in (float("nan"), float("inf")):
+        with raises(Diverged, fix=fix, problem=f"the validation loss is not finite {at}"):
+            require_plausible({"val_loss": loss}, LossSettings(), **where)
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

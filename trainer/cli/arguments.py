@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer.config.base import suggest_name
+import trainer
+from trainer.config.keys import suggest_name
 from trainer.errors import ConfigError
+from trainer.names import is_utf8
 
 NOTHING = "(?!)"  # a regular expression that matches no text
 ALL = "(?s:.*)"  # one that matches every text
@@ -18,7 +20,8 @@ def usage(doc: str | None) -> str:
 def read_arguments(
     arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the values by key, and the arguments that match `rest`; `-h` or `--help` prints `doc` and exits.
+    """Return the values by key, and the arguments that match `rest`; `--help` prints `doc`,
+    `--version` the version, and both exit.
 
     Args:
         doc: the module docstring of the command, which begins with its usage.
@@ -33,11 +36,17 @@ def read_arguments(
     if {"-h", "--help"} & set(arguments):
         print(doc)
         raise SystemExit
+    if "--version" in arguments:
+        print(f"kubetune {trainer.__version__}")
+        raise SystemExit
     values: dict[str, str] = {}
     unchanged: list[str] = []
     fix = f"write {usage(doc)}"
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if not is_utf8(argument):
+            key, value, rename = key if equals else "argument", value or argument, "rename it, or give a link to it"
+            raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{rename} with such a name")
         if equals and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)

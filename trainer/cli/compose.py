@@ -18,20 +18,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.base import suggest_name
-from trainer.config.schema import RequestedConfig
+import trainer
+from trainer.cli.overrides import GROUPS, given_keys, read_weights, typed_overrides
+from trainer.config.keys import keys_of, suggest_key, suggest_name, with_defaults
+from trainer.config.schema import RequestedConfig, load
+from trainer.config.unread import require_read
 from trainer.errors import ConfigError
-
-GROUPS = {  # folder of conf/ -> its meaning in --help
-    "data": "source of the images, and their splits",
-    "model": "backbone, weights and image size",
-    "augmentation": "random changes of the training images",
-    "phases": "trainable layers, lengths and learning rates",
-    "runtime": "devices, logs and caches",
-    "debug": "trial runs",
-    "experiment": "a whole recipe: data, model, augmentation and phases",
-    "sweep": "a search over many runs",
-}
 
 
 def conf_folder() -> Path:
@@ -56,9 +48,9 @@ def help_text() -> str:
 
 def _allow_new_key(argument: str) -> str:
     """Turn `a.b=1`, but not groups and Hydra's keys, into `++a.b=1`: the validator suggests names for wrong keys."""
-    match = re.match(r"([A-Za-z_][\w.]*)=", argument)
+    match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
     unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
-    return argument if unchanged else "++" + argument
+    return argument if unchanged else "++" + argument.lstrip("+")
 
 
 def is_sweep(arguments: list[str]) -> bool:
@@ -81,6 +73,10 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return None
+    if "--version" in arguments:
+        print(f"kubetune {trainer.__version__}")
+        return None
+    arguments, show = _without_cfg_job(typed_overrides(arguments, sweep=is_sweep(arguments)))
     composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
@@ -107,7 +103,29 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         raise _config_error(error) from None
     finally:
         sys.argv = original
+    if composed and show:
+        tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
+        print(yaml.safe_dump(with_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
+        return None
     return resolve(composed[0]) if composed else None
+
+
+def _without_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
+    """Return the arguments without `--cfg job`, and whether it was there; with other options it is left to Hydra."""
+    rest, show = [], False
+    for previous, text in zip(["", *arguments], arguments, strict=False):
+        show = show or text in ("--cfg=job", "-c=job") or (text == "job" and previous in ("--cfg", "-c"))
+        if text not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
+            rest.append(text)
+    show = show and not any(text.startswith("-") for text in rest)
+    return (rest, True) if show else (arguments, False)
+
+
+def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
+    """Validate a composed configuration; a ConfigError lists its faults, or the keys in `arguments` that it ignores."""
+    config = load(composed)
+    require_read(config, given_keys(arguments))
+    return config
 
 
 def resolve(tree: DictConfig) -> dict[str, Any]:
@@ -115,13 +133,16 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
 
     Raises ConfigError if a required value (`???`) is missing, or an interpolation cannot be resolved.
     """
-    if missing := sorted(OmegaConf.missing_keys(tree)):
-        arguments = " ".join(f"{key}=..." for key in missing)
-        raise ConfigError("must be given", key=missing[0], fix=f"add {arguments} to the command line")
     try:
-        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+        if missing := sorted(OmegaConf.missing_keys(tree)):
+            arguments = " ".join(f"{key}=..." for key in missing)
+            raise ConfigError("must be given", key=missing[0], fix=f"add {arguments} to the command line")
+        values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise _config_error(error) from None
+    if isinstance(training := values.get("training"), dict) and "class_weights" in training:
+        training["class_weights"] = read_weights(training["class_weights"])
+    return values
 
 
 def _config_error(error: Exception) -> ConfigError:
@@ -132,10 +153,15 @@ def _config_error(error: Exception) -> ConfigError:
         return ConfigError(problem, fix="pip install 'kubetune[sweep]'")
     if choice := re.search(r"Could not find '(\w+)/([\w./-]+)'", text):
         group, name = choice.groups()
+        if group not in GROUPS:
+            return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
         return ConfigError(f"there is no such {group}", key=group, value=name, fix=suggest_name(name, choices(group)))
-    if unknown := re.search(r"Could not override '(\w+)'", text):
-        known = [*GROUPS, *RequestedConfig.model_fields]
-        return ConfigError("there is no such key", key=unknown[1], fix=suggest_name(unknown[1], known))
-    lines = [line.strip() for line in text.splitlines()]
-    problem = " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
-    return ConfigError(problem, fix="write KEY=VALUE in the syntax of Hydra, quoted for the shell")
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return ConfigError(
+            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *keys_of(RequestedConfig)])
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    if key := re.search(r"full_key: (\S+)", text):
+        fix = r"refer to another key, such as ${seed}, or write \${ for these characters"
+        return ConfigError(f"cannot be resolved: {lines[0]}", key=key[1], fix=fix)
+    return ConfigError(" ".join(lines), fix="write KEY=VALUE in the syntax of Hydra, quoted for the shell")

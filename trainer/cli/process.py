@@ -4,18 +4,21 @@ import importlib
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.cli.compose import compose
+from trainer.cli.source import choose_source
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
 from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import configure, drop_stderr_lines, log, log_traceback
+from trainer.monitoring.log import configure, discard_if_closed, drop_stderr_lines, log, log_traceback
+from trainer.storage.disk import disk_errors
 
 # Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
@@ -52,18 +55,23 @@ def quiet_start() -> Iterator[None]:
         yield
 
 
-def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> None:
-    """Set up what `runtime` configures: log, termination message, `/healthz` and `/metrics`.
+def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
+    """Set up what `runtime` configures: log, termination message, `/healthz` and `/metrics`; return its socket.
 
     Raises ConfigError if the process cannot listen on `runtime.http_port`.
     """
-    run = {"run": config.output_dir} if config.output_dir else {}
-    configure_log(config.runtime, worker=str(worker), **run)
+    configure_log(config.runtime, **log_labels(config, worker))
     health.set_gauges(workers=workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
 
-        serve(config.runtime.http_port, health, config.output_dir or config.experiment_name or "")
+        return serve(config.runtime.http_port, health, config.output_dir or config.experiment_name or "").socket
+    return None
+
+
+def log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
+    """Return the labels of the log lines of a worker."""
+    return {"worker": str(worker)} | ({"run": config.output_dir} if config.output_dir else {})
 
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
@@ -75,13 +83,22 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
     _log_is_configured = True
 
 
-def _configure_log_for_error() -> None:
-    """Set up the log from the `runtime` arguments only, for an error before the configuration is loaded."""
+def _configure_log_from_arguments() -> None:
+    """Set up the log from the `runtime` arguments only, for a message before the configuration is loaded."""
     # The second pattern leaves out the other keys of `runtime`, one of which may be the error.
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
             return configure_log(load(compose(["data=digits", *arguments]) or {}).runtime) if arguments else None
+
+
+def choose_and_log_source(arguments: list[str]) -> list[str]:
+    """Choose the source of the data (`choose_source`), and log what was chosen unless `--cfg` prints it."""
+    arguments, note = choose_source(arguments)
+    if note and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
+        _configure_log_from_arguments()
+        log.info(note)
+    return arguments
 
 
 @contextmanager
@@ -93,10 +110,11 @@ def exit_with_code() -> Iterator[None]:
     code, reason = DONE, ""
     configure()
     try:
-        yield
+        with disk_errors():
+            yield
     except TrainerError as error:
         if not _log_is_configured:
-            _configure_log_for_error()
+            _configure_log_from_arguments()
         code, reason = error.exit_code, str(error)
         named = {"key": error.key, "value": error.value, "fix": error.fix}
         fields: dict[str, object] = {"exit_code": code} | {k: value for k, value in named.items() if value is not None}
@@ -111,9 +129,17 @@ def exit_with_code() -> Iterator[None]:
         log.warning(reason, extra={"fields": {"exit_code": code}})
     except SystemExit as stop:  # Hydra's --help
         code = stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE)
+    except BrokenPipeError as error:
+        if not discard_if_closed(sys.stdout):  # `... | head` has read enough
+            code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
+            log_traceback(error)
     except Exception as error:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_if_closed(sys.stdout)
     termination.write(code, reason)
     ignore_sigterm()
     sys.exit(code)

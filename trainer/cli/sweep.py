@@ -6,7 +6,6 @@ Hydra chooses the values (every combination, or a search by Optuna) and calls `S
 from __future__ import annotations
 
 import io
-import json
 import re
 import shlex
 import signal
@@ -19,20 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from trainer.cli.compose import compose, is_sweep, resolve
+from trainer.cli.compose import compose, is_sweep, load_given, resolve
+from trainer.cli.overrides import parse, shown, typed_overrides, value_of
 from trainer.cli.process import configure_log
 from trainer.config.diff import flat, may_change_on_resume
-from trainer.config.schema import apply_overfit, load, load_resolved, read_config
+from trainer.config.schema import apply_overfit
+from trainer.config.typed import INTERPOLATION, argument, quote, typed
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, session_end_summary
-from trainer.runs.folder import check_same_run, is_finished
+from trainer.runs.folder import inspect_folder, is_finished
 from trainer.storage.path import storage_path
+from trainer.storage.small_files import read_json
 from trainer.storage.staging import is_remote
 
 if TYPE_CHECKING:
@@ -76,6 +76,14 @@ def _events(summaries: list[Summary]) -> bytes:
         event.wall_time = now
         writer.write(event.SerializeToString())
     return file.getvalue()
+
+
+def scores_of(report: Any) -> dict[str, float]:
+    """Return the scores of a job, by the keys of `METRICS`, from its report.json."""
+    scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
+    if report["test"]["split"] == "test":
+        scores["test_accuracy"] = float(report["test"]["accuracy"])
+    return scores
 
 
 class SweepEnded(BaseException):
@@ -130,27 +138,28 @@ class Sweep:
     def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
         """Train or resume a job unless it is finished, read its scores and write its event files."""
         self._raise_if_stopped()
-        arguments = [o for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+        arguments = [shown(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+        if ".." in name.split("/") or name.startswith("/"):
+            problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
+            raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
         output_dir = str(tree["output_dir"] or f"{self.folder}/{name}")
-        config = apply_overfit(load(tree | {"output_dir": output_dir}))
+        config = apply_overfit(load_given(tree | {"output_dir": output_dir}, arguments))
         configure_log(config.runtime)
-        finished, record = is_finished(config), storage_path(output_dir) / "config.yaml"
-        if not finished and record.exists():
-            check_same_run(config, load_resolved(read_config(record.read_text())), output_dir)
-        job = Job(name, output_dir, arguments, dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a))
+        finished = is_finished(config)
+        if not finished:
+            inspect_folder(config)  # raises the error with which the job would end
+        job = Job(name, output_dir, arguments, dict(a.split("=", 1) for a in arguments if "=" in a))
         outcome = " is finished already" if finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{outcome}")
-        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={output_dir}"])
+        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={typed(output_dir)}"])
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
             cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
             raise Interrupted(f"job {name} of the sweep ended {cause}", fix=self._resume_hint())
         self.jobs.append(job)
         if job.code == DONE:
-            report = json.loads((storage_path(output_dir) / "report" / "report.json").read_text())
-            job.scores[OBJECTIVE] = float(list(report["phases"].values())[-1]["val_accuracy"])
-            if report["test"]["split"] == "test":
-                job.scores["test_accuracy"] = float(report["test"]["accuracy"])
+            fix = f"delete {output_dir}/DONE, and start the same command again to write the report again"
+            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", scores_of, fix) or {}
         self._write_events(job, tree)
         return job
 
@@ -173,7 +182,7 @@ class Sweep:
             raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume_hint())
 
     def _resume_hint(self) -> str:
-        return f"start the same command again with output_dir={self.folder} to resume"
+        return f"start the same command again with {argument('output_dir', self.folder)} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
         swept = {key: text for key, text in job.overrides.items() if key in self.swept}
@@ -225,11 +234,11 @@ class Sweep:
         text += self._describe_seeds()
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            arguments = [*(a.lstrip("+") for a in best.arguments), f"output_dir={best.folder}"]
+            arguments = [*best.arguments, f"output_dir={typed(best.folder)}"]
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
                 f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
-                f"next:  tensorboard --logdir {self.folder}    (HPARAMS shows the jobs side by side)",
+                f"next:  tensorboard --logdir {shlex.quote(str(self.folder))}    (HPARAMS shows the jobs side by side)",
             ]
             termination.set_success_message(text[-3])  # the best job
         log.info("\n".join(text))
@@ -247,6 +256,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """
     if not is_sweep(arguments):
         return compose(arguments)
+    arguments = typed_overrides(arguments, sweep=True)
     if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
@@ -279,29 +289,23 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
-    """Return the keys and groups for which the arguments give several values, and arguments that cannot be parsed."""
-    parser, keys = OverridesParser.create(), set()
-    for argument in arguments:
-        try:
-            override = parser.parse_override(argument) if "=" in argument and argument[0] != "-" else None
-        except HydraException:  # `compose` raises it again
-            keys.add(argument)
-        else:
-            keys |= {override.key_or_group} if override and override.is_sweep_override() else set()
-    return keys
+    """Return the keys and groups for which the arguments give several values."""
+    overrides = [parse(a) for a in arguments if "=" in a and not a.startswith("-")]
+    return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     """Make an `output_dir` that is equal for all jobs the folder of the sweep; return the new arguments and folder."""
-    outputs = [a for a in arguments if re.match(r"\+*output_dir=[^,($]+$", a)]
-    if not outputs:
+    outputs = [a for a in arguments if re.match(r"\+*output_dir=", a)]
+    if not outputs or parse(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
         return arguments, None
-    folder = outputs[-1].split("=", 1)[1].strip("'\"")
+    rest, folder = [a for a in arguments if a not in outputs], value_of(outputs[-1])
+    if not folder:
+        return rest, None
     if is_remote(folder):
-        return [a for a in arguments if a not in outputs], folder
+        return rest, folder
     folder = str(Path(folder).expanduser())
-    setting = f"hydra.sweep.dir='{folder}'"
-    return [setting if a is outputs[-1] else a for a in arguments if a not in outputs[:-1]], folder
+    return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
 
 
 def _hyperparameter(tree: Any, key: str, text: str) -> Value:

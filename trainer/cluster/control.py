@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import socket
-import struct
 import sys
 import threading
 import time
@@ -21,13 +20,12 @@ import numpy as np
 
 from trainer.arrays import pack, unpack
 from trainer.cluster.discovery import Cluster
+from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log_unbuffered
 
-MAGIC = b"kubetune"  # distinguishes workers from other servers (TensorFlow's own, a web server)
-HEADER = struct.Struct("!8sIQ")  # magic, bytes of JSON, bytes of payload
 MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker
 RECV_BYTES = 1 << 20  # per call of recv
 HEARTBEAT_INTERVAL_SECONDS = 2.0
@@ -191,6 +189,7 @@ class ControlChannel:
         except BaseException as error:
             if self.connections and not self._shutting_down:
                 self._shutting_down = True
+                health.on_change()
                 code, message = BUG, f"{type(error).__name__}: {error}"
                 if isinstance(error, TrainerError):
                     code, message = error.exit_code, str(error)
@@ -200,11 +199,17 @@ class ControlChannel:
     def disconnect(self) -> None:
         """Announce that this worker ends as planned, so that its peers do not fail when its connection closes."""
         self._shutting_down = True
+        health.on_change()
         self._send_to_all("left")
 
     def ignore_peer_failures(self) -> None:
         """Ignore lost peers, their failures and stop requests from now on, when the chief continues without them."""
         self._ignore_peers = True
+        health.on_change()
+
+    def watched_peers(self) -> list[int]:
+        """Return the connected workers whose end or failure ends this process."""
+        return [] if self._shutting_down or self._ignore_peers else sorted({*self.connections} - self._departed_peers)
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
         for peer, connection in self.connections.items():
@@ -228,8 +233,10 @@ class ControlChannel:
                 self.on_stop(header["reason"])
             elif header["kind"] in ("left", "failed"):
                 self._departed_peers.add(peer)
+                health.on_change()
                 if header["kind"] == "failed" and not self._ignore_peers:
-                    self._end_like_peer(header["code"], header["message"], header["worker"], sender=peer)
+                    code, message = failure_of_peer(header["code"], header["message"], header["worker"], sender=peer)
+                    self.end(code, message, header["worker"])
 
     def _send_heartbeats(self) -> None:
         while not self._shutting_down:
@@ -243,14 +250,6 @@ class ControlChannel:
         if not (peer in self._departed_peers or self._shutting_down or self._ignore_peers):
             self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {cause}")
 
-    def _end_like_peer(self, code: int, message: str, worker: int, sender: int) -> None:
-        """End with the exit code of the failed `worker`, but with 75 after a bug, as a restart may succeed."""
-        if code == BUG:
-            code, message = INTERRUPTED, f"worker {worker} failed with a bug ({message}); its log has the traceback"
-        elif worker == sender:
-            message = f"worker {worker}: {message}"
-        self.end(code, message, worker)
-
     def end(self, code: int, message: str, worker: int | None = None) -> None:
         """End this process and its peers. Any thread may call this: the main thread may be blocked in a collective."""
         with self._end_lock:
@@ -261,7 +260,8 @@ class ControlChannel:
             self._commit_lock.acquire(timeout=MAX_COMMIT_SECONDS)
             kind = "interrupted" if code == INTERRUPTED else "error"
             try:
-                log_unbuffered(f"{kind}: {message}")
+                with contextlib.suppress(OSError):  # the log is on a full disk
+                    log_unbuffered(f"{kind}: {message}")
                 termination.write(code, message)  # before `on_end`, which writes to the run's disk and may block
                 self.on_end(code, message)
                 sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Devices, precision, determinism and the distribution strategy, set before any tensor exists."""
 
 import os
+import subprocess
 import threading
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
+from trainer.monitoring.health import health
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -38,6 +40,7 @@ def build_strategy(
         tf.config.experimental.set_memory_growth(gpu, True)
     kind, count = choose_devices(runtime, control.size)
     control.require_equal("devices", {"kind": kind, "replicas": count})
+    check_batch_size(config, count * control.size)
     log_message(describe_devices(kind, count, control.cluster, config))
     if control.size > 1:
         tf.config.set_visible_devices(gpus[:count], "GPU")
@@ -59,6 +62,17 @@ def set_thread_pools(count: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
+def gpu_memory() -> int | None:
+    """Return the bytes of memory of all GPUs together, by nvidia-smi; None without GPUs or if it is not known."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        sizes = [int(text) * 2**20 for text in listed]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return min(sizes, default=0) * len(tf.config.list_physical_devices("GPU")) or None
+
+
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
     """Choose the kind ("GPU" or "CPU") and number of the devices of one worker.
 
@@ -76,9 +90,8 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Check the batch size as `build_strategy` does, and describe the devices of all workers and their batches."""
+    """Describe the devices of all workers and their batches."""
     batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
-    _check_batch_size(config, replicas)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
     devices = f"{count} {kind}{'s' if count > 1 else ''}"
@@ -89,12 +102,14 @@ def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig)
     return f"devices: {devices} mirrored ({why}), {precision}{part}"
 
 
-def _check_batch_size(config: RunConfig, replicas: int) -> None:
+def check_batch_size(config: RunConfig, replicas: int) -> None:
+    """Raise a ConfigError unless the global batch can be divided evenly among `replicas` (see `build_strategy`)."""
     batch_size, micro_batches = config.training.batch_size, config.training.accumulate
     parts, rows, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
     if batch_size % parts:
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
-        fix = f"use {max(batch_size // parts, 1) * parts} or {-(-batch_size // parts) * parts}"
+        smaller = f"{batch_size // parts * parts} or " if batch_size > parts else ""
+        fix = f"use {smaller}{-(-batch_size // parts) * parts}"
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     if config.augmentation.mixes and rows % 2:
@@ -108,7 +123,10 @@ def _check_batch_size(config: RunConfig, replicas: int) -> None:
 def _multi_worker_strategy(
     runtime: Runtime, control: ControlChannel, log_message: Callable[[str], None]
 ) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers. They wait for each other without a timeout, so a timer ends the process."""
+    """Start TensorFlow's servers. They wait for each other without a timeout, so a timer or the watchdog ends them.
+
+    Raises Interrupted if another process has taken the port of this worker.
+    """
     os.environ["TF_CONFIG"] = control.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
     pack_bytes = int((runtime.pack_mb or 0) * 2**20)
@@ -120,6 +138,14 @@ def _multi_worker_strategy(
     timer = threading.Timer(runtime.start_timeout, control.end, args=(error.exit_code, str(error)))
     timer.daemon = True
     timer.start()
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-    timer.cancel()
-    return strategy
+    try:
+        # The call holds the GIL, so neither this timer nor the control channel runs: the watchdog acts for them.
+        with health.blocked_in("starting TensorFlow's servers", runtime.start_timeout):
+            return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    except tf.errors.UnknownError as error:
+        address = control.cluster.addresses[control.index]
+        problem = f"TensorFlow cannot start its server at {address} ({error.message.partition(chr(10))[0]})"
+        fix = f"end the other process that uses the port, perhaps a second one with the index {control.index}"
+        raise Interrupted(problem, fix=fix) from error
+    finally:
+        timer.cancel()

@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
+OWN_TIMEOUT_SECONDS = 1.0  # to connect to the address of this worker itself, and for the response
 MAX_REACH_SECONDS = 30.0  # to reach the port of each other worker
 
 RETRY = "start all workers again"
@@ -35,7 +37,8 @@ def rendezvous(
 
     Raises:
         Interrupted: a worker is missing after `timeout`, or cannot reach another one; a restart may succeed.
-        ConfigError: the chief refuses this worker, which has another job, size or list of addresses.
+        ConfigError: the chief refuses this worker, which has another job, size or list of addresses; or another process
+            has the index of this one.
     """
     if cluster.size == 1:
         return ControlChannel(cluster, {})
@@ -62,6 +65,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
     def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}
+        self._token = uuid.uuid4().hex  # of this process, different from another one with the same index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
@@ -80,6 +84,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
             except OSError as error:
                 self.check_cancelled()
+                self._require_own_index()
                 if time.monotonic() > self.deadline:
                     problem = f"port {port} of this worker is in use by another process ({error.strerror})"
                     raise Interrupted(problem, fix="end that process, or set another WORKER_PORT") from None
@@ -87,6 +92,23 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                     self.log_message(f"workers: port {port} is in use by another process; waiting until it is free")
                 reported = True
                 time.sleep(0.5)
+
+    def _require_own_index(self) -> None:
+        """Raise ConfigError if another process responds at the address of this worker, with the same job and index."""
+        cluster, address = self.cluster, self.cluster.addresses[self.cluster.index]
+        header: dict[str, Any] = {}
+        with (
+            contextlib.suppress(OSError, ValueError),
+            contextlib.closing(_connect(address, OWN_TIMEOUT_SECONDS)) as peer,
+        ):
+            peer.send("who")
+            header, _ = peer.receive()
+        if (header.get("job"), header.get("index")) != (cluster.job, cluster.index) or header["token"] == self._token:
+            return
+        key = "TF_CONFIG" if cluster.source == "TF_CONFIG" else "JOB_COMPLETION_INDEX"
+        problem = f"two processes have the index of worker {cluster.index}: another one responds at {address}"
+        fix = "give every process its own index; if the other one is an earlier start, wait until it has ended"
+        raise ConfigError(problem, key=key, fix=fix)
 
     def _accept(self) -> None:
         while True:
@@ -103,7 +125,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         with contextlib.suppress(OSError, ValueError, KeyError):
             header, _ = peer.receive()
             if header["kind"] != "join":
-                peer.send("identity", job=self.cluster.job, index=self.cluster.index)
+                peer.send("identity", job=self.cluster.job, index=self.cluster.index, token=self._token)
             elif refusal := self._refusal_reason(header):
                 peer.send("refused", reason=refusal)
             else:
@@ -147,6 +169,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 self._send_to_all("waiting", text=text, over=now > self.deadline)
                 if now > self.deadline:
                     raise Interrupted(text, key="runtime.start_timeout", fix=RETRY)
+                self._require_own_index()
                 self.log_message(f"workers: {text}")
                 next_report = now + REPORT_INTERVAL_SECONDS
         self._send_to_all("go")
@@ -175,6 +198,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         cluster, address = self.cluster, self.cluster.addresses[0]
         while True:
             self.check_cancelled()
+            self._require_own_index()  # each time: the chief closes this connection if the other process joins
             try:
                 peer = _connect(address)
                 try:
@@ -229,9 +253,9 @@ def _describe_missing(address: str, index: int) -> str:
     return f"worker {index} ({address}: has not connected)"
 
 
-def _connect(address: str) -> Connection:
+def _connect(address: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connection:
     host, _, port = address.rpartition(":")
-    return Connection(socket.create_connection((host.strip("[]"), int(port)), RESPONSE_TIMEOUT_SECONDS))
+    return Connection(socket.create_connection((host.strip("[]"), int(port)), timeout))
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:

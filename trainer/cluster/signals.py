@@ -1,6 +1,7 @@
 """Signal handlers: in training, the first SIGTERM or SIGINT sets a flag, and the second ends the process at once."""
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log_unbuffered
 
+STOP_SECONDS = 90.0  # for one step after a stop request; a pod is killed after 120 s (k8s/base/job.yaml)
 RETRY = "start the same command again, nothing is lost"
 
 
@@ -33,6 +35,18 @@ def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def end_without_progress(end: Callable[[int, str], None], message: str, seconds: float = STOP_SECONDS) -> None:
+    """Call `end` with the exit code and a message unless the process makes progress within these seconds."""
+
+    def check() -> None:
+        if health.seconds_since_progress >= seconds:
+            end(INTERRUPTED, message)
+
+    timer = threading.Timer(seconds, check)
+    timer.daemon = True
+    timer.start()
+
+
 class StopFlag:
     """A flag that is set by a signal to this process or by a stop request of another worker.
 
@@ -45,7 +59,7 @@ class StopFlag:
         self.reason: str | None = None  # of the first request
         self.on_signal: Callable[[str], None] = lambda _name: None  # called for the first signal, after the flag is set
         self.on_request: Callable[[str], None] = lambda _reason: None  # called once, for the first request
-        self._reader, self._writer = socket.socketpair()
+        self.unread, self._writer = socket.socketpair()  # numbers of signals that no thread has read yet
         self._writer.setblocking(False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         self.install()
@@ -70,8 +84,11 @@ class StopFlag:
 
     def _watch(self) -> None:
         signals = 0  # to this process, not counting stop requests of peers
+        readable = select.poll()
+        readable.register(self.unread, select.POLLIN)
         while True:
-            for number in self._reader.recv(16):
+            readable.poll()  # `recv` would take the numbers before it has the GIL, and so hide them from the watchdog
+            for number in self.unread.recv(16):
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 name = signal.Signals(number).name

@@ -2,6 +2,8 @@
 classes (docs/phases.md).
 """
 
+import math
+
 from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import RequestedConfig, RunConfig, with_choices
 
@@ -36,6 +38,25 @@ def resolve_auto(
         }
     reasons = [f"{key}=auto: {text}" for key, text in texts.items() if key in config.autos]
     return with_choices(config, backbone, batch_size, phases), reasons
+
+
+def batch_parts(config: RunConfig, replicas: int) -> int:
+    """Return the number that divides a valid batch: replicas, times micro-batches or pairs of mixed examples."""
+    return math.lcm(replicas * config.training.accumulate, replicas * (2 if config.augmentation.mixes else 1))
+
+
+def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
+    """Limit the batch to an epoch of `images` examples; return the configuration, and the reason if it changed.
+
+    The limit is rounded up to a batch that can be divided over replicas, micro-batches and pairs (`batch_parts`). The
+    gradients are those of the larger batch, the rest of which would be padding.
+    """
+    training, parts = config.training, batch_parts(config, replicas)
+    limit = -(-images // parts) * parts
+    if training.batch_size <= limit:
+        return config, ""
+    reason = f"training.batch_size={training.batch_size} is more than the {images:,} examples: a batch has {limit}"
+    return config.model_copy(update={"training": training.model_copy(update={"batch_size": limit})}), reason
 
 
 def _backbone(images: int, classes: int) -> tuple[str, str]:

@@ -1,13 +1,14 @@
 """The base class of the sections of the configuration, and the translation of pydantic's errors to `ConfigError`."""
 
-import difflib
 import re
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core.core_schema import ValidationInfo
 
+from trainer.config.keys import is_section, keys_of, suggest_key, suggest_name, union_members
 from trainer.errors import ConfigError
+from trainer.names import is_utf8
 
 RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progress"}  # old key -> new key
 
@@ -15,7 +16,26 @@ RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progr
 class Section(BaseModel):
     """A frozen section of the configuration, without unknown keys; docs/configuration.md prints its docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    # A class or a run may be called 2024.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as numbers, which pydantic reads as 1 and 0."""
+        kinds = union_members(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+            raise InvalidValue("is not a number", value=str(value).lower(), fix="use a number")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _is_utf8(cls, value: Any) -> Any:
+        if isinstance(value, str) and not is_utf8(value):
+            raise InvalidValue("is not UTF-8", value=value, fix="rename it, or give a link to it with such a name")
+        return value
 
 
 class InvalidValue(ConfigError, ValueError):
@@ -25,7 +45,7 @@ class InvalidValue(ConfigError, ValueError):
 class Duration(Section):
     """A length of training, written as "500 steps", "2 epochs" or "10000 examples"."""
 
-    count: float = Field(ge=0)
+    count: float = Field(ge=0, le=1e12)
     """Number of units."""
     unit: Literal["epochs", "steps", "examples"]
     """Unit of `count`."""
@@ -36,7 +56,8 @@ class Duration(Section):
         return max(round(self.count * per_unit), 1 if self.count > 0 else 0)
 
 
-_DURATION = re.compile(r"\s*([0-9.eE+]+)\s*(epoch|step|example)s?\s*")
+MAX_COUNT = 2**31 - 1  # the largest of most integers: TensorFlow counts many steps and sizes with 32 bits
+_DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(epoch|step|example)s?\s*")
 
 
 def _read_duration(value: Any) -> Any:
@@ -54,21 +75,30 @@ _DurationInput = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")] | float
 DurationSetting = Annotated[Duration, BeforeValidator(_read_duration, json_schema_input_type=_DurationInput)]
 
 
-def union_members(annotation: Any) -> list[Any]:
-    """List the types of a union except None; any other type is returned as the only one."""
-    union = get_origin(annotation) in (Union, UnionType)
-    return [kind for kind in get_args(annotation) if kind is not type(None)] if union else [annotation]
+def _require_some(duration: Duration) -> Duration:
+    if not duration.count:
+        raise InvalidValue("is nothing", fix="use a length above 0")
+    return duration
 
 
-def is_section(annotation: Any) -> bool:
-    """Return whether a type is a section of the configuration."""
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
 
 
-def suggest_name(name: str, known: list[str]) -> str:
-    """Return the fix for an unknown name: a known one that is similar, or else all of them."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+def check_address(text: str) -> str:
+    """Return the address of a local file or a `gs://` object unchanged; raise InvalidValue for another scheme."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", text, re.S)
+    if not scheme or text.startswith("gs://"):
+        return text
+    name, rest = scheme[1].lower(), scheme[2].lstrip("/")
+    if name in ("gs", "gcs"):
+        raise InvalidValue("is not the address of a bucket", value=text, fix=f"write gs://{rest}")
+    if name == "file":
+        raise InvalidValue("is a URL", value=text, fix=f"write the path: /{rest}")
+    fix = "copy it to a local disk or to gs://, and give that address"
+    raise InvalidValue(f"is at {name}://, and only local paths and gs:// can be read", value=text, fix=fix)
+
+
+Address = Annotated[str, AfterValidator(check_address)]
 
 
 def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
@@ -82,15 +112,34 @@ def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[Bas
             kinds = union_members(field.annotation) if field else [None]
         elif get_origin(kind) in (dict, tuple):
             kinds = union_members(get_args(kind)[get_origin(kind) is dict])
+        elif str(part).startswith("dict["):  # pydantic's name of the member of a union
+            kinds = [next(k for k in kinds if get_origin(k) is dict)]
+            continue
         else:
             break
         parts.append(str(part))
     return ".".join(parts), section
 
 
-def _translate(details: Any, root: type[BaseModel], phases: list[str]) -> ConfigError:
-    """Translate one entry of `ValidationError.errors()`; `phases` are the names of the configured phases."""
-    (key, section), kind, path = _locate(root, details["loc"]), details["type"], details["loc"]
+_FIXES = {  # type of an error of pydantic -> the fix; its own texts name types of Python
+    "string_type": "use a text",
+    "tuple_type": "use a list, such as [a,b]",
+    "dict_type": "use a value for each name, such as {a: 1, b: 2}",
+    "bool_type": "use true or false",
+    "bool_parsing": "use true or false",
+    "int_from_float": "use a whole number",
+    "int_type": "use a whole number",
+    "int_parsing": "use a whole number",
+    "int_parsing_size": "use a smaller number",
+    "float_type": "use a number",
+    "float_parsing": "use a number",
+    "finite_number": "use a finite number",
+}
+
+
+def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
+    """Translate one entry of `ValidationError.errors()`; `tree` is the validated one."""
+    (key, _), kind, path = _locate(root, details["loc"]), details["type"], details["loc"]
     value = None if isinstance(details["input"], dict | BaseModel) else details["input"]
     if isinstance(error := details.get("ctx", {}).get("error"), InvalidValue):
         key = ".".join(filter(None, (key, error.key)))
@@ -99,12 +148,21 @@ def _translate(details: Any, root: type[BaseModel], phases: list[str]) -> Config
     if kind == "extra_forbidden":
         if key in RENAMED:
             return ConfigError("has been renamed", key=key, fix=f"use {RENAMED[key]}")
-        return ConfigError("there is no such key", key=key, fix=suggest_name(str(path[-1]), list(section.model_fields)))
+        return ConfigError("there is no such key", key=key, fix=suggest_key(key, keys_of(root, tree), details["input"]))
+    if kind.startswith("model_") and not isinstance(details["input"], dict):
+        rest = {n: v for n, v in tree.get("phases", {}).items() if isinstance(v, dict)} if path[0] == "phases" else {}
+        fix = suggest_key(key, keys_of(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
+        inside = f"set a key in it, such as {key}.{next(iter(_locate(root, (*path, ''))[1].model_fields))}"
+        return ConfigError(
+            "has keys, not a value", key=key, value=value, fix=inside if fix.startswith("known") else fix
+        )
     if kind == "missing" and len(path) == 3 and path[::2] == ("phases", "thaw"):  # a mistyped name makes a new phase
-        others = [name for name in phases if name != path[1]]
+        others = [name for name in tree["phases"] if name != path[1]]
         return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], others))
     if kind == "missing":
         return ConfigError("is missing", key=key, fix=f"set {key}")
+    if kind in _FIXES:
+        return ConfigError("is not valid", key=key, value=value, fix=_FIXES[kind])
     match = re.match(r"\w+ should (?:be|have|match) (.+?)(?:, unable.*|, got.*| after.*)?$", details["msg"])
     if not match:
         return ConfigError(details["msg"], key=key, value=value, fix="see docs/configuration.md")
@@ -112,11 +170,22 @@ def _translate(details: Any, root: type[BaseModel], phases: list[str]) -> Config
     return ConfigError("is not valid", key=key, value=value, fix=f"use {allowed}")
 
 
+def _has_longer(path: tuple[Any, ...], error: ValidationError) -> bool:
+    """Return whether there is also an error below another member of the union at `path`."""
+    return any(d["loc"][: len(path) - 1] == path[:-1] and len(d["loc"]) > len(path) for d in error.errors())
+
+
 def config_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
     """Translate the errors that pydantic lists for `tree` into one error, whose `faults` are one per key."""
-    phases = list(tree["phases"]) if isinstance(tree.get("phases"), dict) else []
     faults: dict[str | None, ConfigError] = {}
-    for fault in (_translate(details, root, phases) for details in error.errors()):
+    for details in error.errors():
+        if (
+            details["type"] == "literal_error"
+            and isinstance(details["input"], dict)
+            and _has_longer(details["loc"], error)
+        ):
+            continue  # the value is one of another member of the union, which has the fault
+        fault = _translate(details, root, tree)
         if (first := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
             first.fix = f"{first.fix} or {str(fault.fix).removeprefix('use ')}"
     return ConfigError.of_faults(faults.values())

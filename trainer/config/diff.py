@@ -11,9 +11,12 @@ CHANGEABLE_ON_RESUME = (
     "resume",
     "export",
     "experiment_name",
+    "data.fingerprint",
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
+# Addresses; a resumed run may change them if what is there has the recorded fingerprint.
+ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "distillation.teacher")
 # Keys that may differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
               "progress", "http_port", "log_format", "termination_log")}  # fmt: skip
@@ -39,7 +42,8 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """List the changes that a resumed run must not have, each as "key: before -> now".
 
-    The last phase may become longer (so that a finished run can be extended), and `CHANGEABLE_ON_RESUME` may change.
+    The last phase may become longer (so that a finished run can be extended), and `CHANGEABLE_ON_RESUME` and
+    `ADDRESSES` may change; fingerprints are compared instead of the latter.
     """
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
@@ -47,6 +51,13 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = old.get(key), new.get(key)
         longer = key in lengths and old_value is not None and (new_value is None or new_value >= old_value)
-        if old_value != new_value and not may_change_on_resume(key) and not longer:
+        is_moved = key in ADDRESSES and old_value is not None and new_value is not None
+        if old_value != new_value and not may_change_on_resume(key) and not longer and not is_moved:
             changed.append(f"{key}: {old_value} -> {new_value}")
     return changed
+
+
+def moved(before: RunConfig, now: RunConfig) -> list[str]:
+    """List the `ADDRESSES` that have changed, each as "key: before -> now"."""
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    return [f"{key}: {old[key]} -> {new[key]}" for key in ADDRESSES if key in old and old[key] != new.get(key)]

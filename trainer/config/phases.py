@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, WrapValidator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
 
-from trainer.config.base import Duration, DurationSetting, InvalidValue, Section
+from trainer.config.base import MAX_COUNT, Duration, DurationSetting, InvalidValue, PositiveDuration, Section
+from trainer.names import path_fault
 
 
 class Optimizer(Section):
@@ -15,13 +17,13 @@ class Optimizer(Section):
 
     name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
     """Class in `keras.optimizers`."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1e38)
     """Learning rate of the head at the start of the schedule, after the warm-up."""
     momentum: float | None = Field(None, ge=0, lt=1)
     """sgd, rmsprop: momentum."""
     nesterov: bool | None = None
     """sgd: use Nesterov momentum."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0, le=1e3)
     """adamw: decoupled weight decay per step, relative to the learning rate."""
     beta_1: float | None = Field(None, ge=0, lt=1)
     """adam, adamw, adamax: decay rate of the first moment, per step."""
@@ -29,7 +31,7 @@ class Optimizer(Section):
     """adam, adamw, adamax: decay rate of the second moment (adamax: of the infinity norm), per step."""
     rho: float | None = Field(None, ge=0, lt=1)
     """rmsprop: decay rate of the mean square, per step."""
-    epsilon: float | None = Field(None, gt=0)
+    epsilon: float | None = Field(None, gt=0, le=1e3)
     """All but sgd: constant added to the denominator."""
 
     @model_validator(mode="after")
@@ -58,9 +60,9 @@ class Schedule(Section):
     """Length of the linear warm-up, before the schedule."""
     final: float = Field(0.0, ge=0, le=1)
     """cosine: last learning rate, as a fraction of the first."""
-    decay: float | None = Field(None, gt=0)
+    decay: float | None = Field(None, gt=0, le=1e3)
     """exponential, step: factor by which the learning rate is multiplied; time: d in rate / (1 + d x step)."""
-    every: DurationSetting | None = None
+    every: PositiveDuration | None = None
     """exponential: length over which the learning rate is multiplied by `decay` once."""
     at: tuple[DurationSetting, ...] = ()
     """step: positions, from the start of the schedule, at which the learning rate is multiplied by `decay`."""
@@ -70,17 +72,20 @@ class Schedule(Section):
         needed = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(self.name, ())
         if missing := [key for key in needed if not getattr(self, key)]:
             raise InvalidValue("is incomplete", key="name", value=self.name, fix=f"set {' and '.join(missing)}")
+        for before, after in pairwise(self.at):
+            if before.unit == after.unit and before.count >= after.count:
+                raise InvalidValue("is not in ascending order", key="at", fix="sort the positions, each given once")
         return self
 
 
 class EarlyStopping(Section):
     """The rule that ends a phase early when validation has not improved for `patience` epochs."""
 
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, le=MAX_COUNT)
     """Epochs without improvement after which the phase ends; 0: never."""
     metric: Literal["accuracy", "loss"] = "accuracy"
     """Validation metric that is monitored; it also determines the best epoch."""
-    min_delta: float = Field(0.0, ge=0)
+    min_delta: float = Field(0.0, ge=0, le=1e3)
     """Smallest change of the metric that counts as an improvement; accuracy is a fraction."""
 
 
@@ -97,11 +102,11 @@ class Phase(Section):
     thaw: str
     """Layers of the backbone that train: none, all, from_layer:N, last_layers:N, percent:P, from_block:NAME,
     last_blocks:N or pattern:REGEX (docs/phases.md)."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the phase in epochs."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Length of the phase in optimizer steps."""
-    examples: int | None = Field(None, ge=1)
+    examples: int | None = Field(None, ge=1, le=10**12)
     """Length of the phase in training examples."""
     batch_norm: Literal["frozen", "train"] = "frozen"
     """BatchNormalization layers of the backbone: always frozen, or trained where `thaw` includes them."""
@@ -116,7 +121,7 @@ class Phase(Section):
     """Output of the frozen layers below all trainable ones. cached: computed once; live: per step; auto: faster one."""
     features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type in which cached features are stored."""
-    augmented_views: int | None = Field(None, ge=1)
+    augmented_views: int | None = Field(None, ge=1, le=2**16)
     """Number of fixed augmented versions per image, which can be cached; null: a new augmentation in each epoch."""
 
     @model_validator(mode="after")
@@ -136,7 +141,14 @@ class Phase(Section):
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
 
-NamedPhases = Annotated[dict[str, Phase], Field(min_length=1)]
+def _check_name(name: str) -> str:
+    """Refuse the name of a phase that could not be that of its folder below logs/."""
+    if "/" in name or path_fault(name):
+        raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
+    return name
+
+
+NamedPhases = Annotated[dict[Annotated[str, AfterValidator(_check_name)], Phase], Field(min_length=1)]
 
 
 class PhaseTable(Section):

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config.base import RENAMED, Duration, DurationSetting, InvalidValue, Section, config_error
+from trainer.config.base import (
+    MAX_COUNT,
+    RENAMED,
+    Address,
+    Duration,
+    DurationSetting,
+    InvalidValue,
+    PositiveDuration,
+    Section,
+    config_error,
+)
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
 
@@ -22,46 +32,57 @@ class Data(Section):
 
     source: Literal["digits", "image_folder", "tfds", "tfrecords"]
     """The digits of scikit-learn, image files in one folder per class, a dataset of TFDS, or TFRecord files."""
-    root: str | None = None
+    root: Address | None = None
     """image_folder: folder with the images; tfds: folder of one prepared dataset. Local or gs://."""
     name: str | None = None
     """tfds: name of the dataset, such as beans or food101:2.0.0."""
-    data_dir: str | None = None
+    data_dir: Address | None = None
     """tfds: folder of all prepared datasets; null: the default folder of TFDS."""
     download: bool = False
     """tfds: download and prepare the dataset if it is missing."""
-    pattern: str | None = None
+    pattern: Address | None = None
     """tfrecords: glob pattern of the files, such as shards/*.tfrec. Local or gs://."""
     image_field: str = "image"
     """tfds, tfrecords: field of the encoded image."""
     label_field: str = "label"
     """tfds, tfrecords: field of the class number."""
     class_names: tuple[str, ...] | None = None
-    """tfrecords: names of the classes, in the order of their numbers."""
+    """tfrecords: names of the classes, in the order of their numbers. Data with class names of its own: the same names
+    in another order."""
+    label_kind: Literal["index", "index1", "text", "onehot"] = "index"
+    """tfds, tfrecords: what data.label_field holds. index: numbers from 0; index1: numbers from 1; text: one of
+    data.class_names; onehot: one 1 among 0s."""
     train_split: str = "train"
     """tfds: split of the training examples, slices included, such as train[:80%]."""
     validation_split: str | None = None
-    """tfds: split of the validation examples; null: "validation" if it exists, else data.validation_fraction."""
+    """tfds: split of the validation examples; null: what data.train_split leaves of the split "validation" if it
+    exists, else data.validation_fraction."""
     test_split: str | None = None
-    """tfds: split of the test examples; null: "test" if it exists, else data.test_fraction."""
+    """tfds: split of the test examples; null: what data.train_split leaves of the split "test" if it exists, else
+    data.test_fraction."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
     """Fraction of the training examples that become the validation split if the data has none."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Fraction of the training examples that become the test split if the data has none."""
-    split_seed: int = Field(42, ge=0)
+    split_seed: int = Field(42, ge=0, lt=2**63)
     """Seed of the random choice of these fractions."""
-    labels_per_class: int | None = Field(None, ge=1)
+    labels_per_class: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Training examples per class that are used; null: all."""
-    shuffle_window: int = Field(8192, ge=1)
+    shuffle_window: int = Field(8192, ge=1, le=MAX_COUNT)
     """Number of records that are shuffled together."""
-    shards: int | None = Field(None, ge=1)
+    shards: int | None = Field(None, ge=1, le=MAX_COUNT)
     """`trainer.prepare`: shards of the largest split; others have shards of the same size. null: one per 100 MB."""
+    orientation: Literal["exif", "ignore"] = "exif"
+    """exif: turn images upright by their EXIF orientation, in the exported model too; ignore: for data with wrong
+    marks."""
     on_error: Literal["fail", "skip"] = "fail"
     """Whether an image or record that cannot be read ends the run or is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     """Where decoded images are cached; auto: in memory, else on disk, else not, within the budgets of `runtime`."""
     shard_by: Literal["auto", "record", "file"] = "auto"
     """How the training examples are sharded over n workers: each reads every n-th record, or whole files."""
+    fingerprint: Literal["auto", "content"] = "auto"
+    """content: the fingerprint of the data covers all bytes of its files; auto: at most 1 GB, else samples of them."""
     group_field: str | None = None
     """tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the report."""
 
@@ -87,9 +108,9 @@ class Model(Section):
 
     backbone: str
     """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
-    weights: str = "imagenet"
+    weights: Address = "imagenet"
     """imagenet, glyphs (part of the package), none (random), or the path of a .weights.h5 or .keras file."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0, le=4)
     """MobileNet, MobileNetV2: width multiplier; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
     """Side of the square input images in pixels; null: the default of the backbone."""
@@ -97,11 +118,11 @@ class Model(Section):
     """How an image becomes square: it is stretched, or its central square is used."""
     pooling: Literal["avg", "max"] = "avg"
     """Global pooling of the last feature maps of the backbone."""
-    hidden: int | None = Field(None, ge=1)
+    hidden: int | None = Field(None, ge=1, le=2**16)
     """Units of an additional ReLU layer in the head; null: none."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout rate before the last layer of the head."""
-    l2: float = Field(0.0, ge=0)
+    l2: float = Field(0.0, ge=0, le=1e3)
     """L2 regularization factor of the head's kernels."""
 
     @model_validator(mode="after")
@@ -159,9 +180,9 @@ class Augmentation(Section):
     """Magnitude of the operations of RandAugment."""
     cutout: float = Field(0.0, ge=0, le=1)
     """Side of a grey square, as a fraction of the image's side."""
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(0.0, ge=0, le=100)
     """alpha of Beta(alpha, alpha), from which the mixing weight of two neighbours in a batch is drawn."""
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0, le=100)
     """alpha, as for mixup, of the area of a pasted rectangle; with mixup too, each applies to half of the examples."""
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
     """Pixels outside of the image: the nearest one, black, or the reflected image."""
@@ -183,23 +204,26 @@ class Augmentation(Section):
         return tuple(most for most in ranges if most)
 
 
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+
+
 class Training(Section):
     """Settings that apply to all phases."""
 
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
+    batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Literal["auto"] = 32
     """Examples per step, over all replicas and workers; auto: chosen by the number of images (docs/phases.md)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """Loss function (docs/training.md)."""
-    focal_gamma: float = Field(2.0, ge=0)
+    focal_gamma: float = Field(2.0, ge=0, le=100)
     """focal: exponent of (1 - p), which reduces the loss of easy examples."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of the target that is spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
     """Weight of an example's loss by its class: equal, inversely proportional to the frequency of the class, or
     {class: weight}."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=1e12)
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=MAX_COUNT)
     """Number of micro-batches in which a replica computes its examples of a batch, to save memory."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights, which is validated and exported. null: off."""
@@ -219,11 +243,11 @@ class Training(Section):
 class Distillation(Section):
     """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
-    teacher: str
+    teacher: Address
     """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or gs://."""
     alpha: float = Field(0.1, ge=0, lt=1)
     """Weight of the loss with the labels as targets."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=1e3)
     """Temperature that softens the predictions of teacher and student."""
 
 
@@ -239,37 +263,37 @@ class Runtime(Section):
     """Compile the training step with XLA; on CPUs these networks are 7 to 15 times slower with it."""
     deterministic: bool = True
     """Compute the same bits in every run on the same machine."""
-    replicas: int | None = Field(None, ge=1)
+    replicas: int | None = Field(None, ge=1, le=1024)
     """Replicas per worker; null: one per GPU, or one without GPUs. On CPUs they are logical devices."""
     collectives: Literal["auto", "nccl", "ring"] = "auto"
     """Implementation of the all-reduce between workers."""
-    pack_mb: float | None = Field(None, gt=0)
+    pack_mb: float | None = Field(None, gt=0, le=1e6)
     """Megabytes of gradients per all-reduce; null: all gradients in one."""
-    start_timeout: float = Field(600.0, gt=0)
+    start_timeout: float = Field(600.0, gt=0, le=1e6)
     """Seconds after which a worker stops waiting for the others at the rendezvous."""
-    max_restarts_without_progress: int = Field(5, ge=1)
+    max_restarts_without_progress: int = Field(5, ge=1, le=MAX_COUNT)
     """Consecutive restarts without a new step after which the run ends with exit code 3."""
-    steps_per_call: int = Field(10, ge=1)
+    steps_per_call: int = Field(10, ge=1, le=MAX_COUNT)
     """Optimizer steps per call of the compiled function."""
-    log_every: DurationSetting = Duration(count=20, unit="steps")
+    log_every: PositiveDuration = Duration(count=20, unit="steps")
     """Interval at which the metrics of training are logged."""
     checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
     """Interval between checkpoints, checked at each log interval; best epochs and the end of a phase are saved too."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
     """Number of newest checkpoints that are retained, in addition to the best one."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
-    cache_dir: str = "~/.cache/kubetune"
+    cache_dir: Address = "~/.cache/kubetune"
     """Local folder of all caches and staged files."""
-    memory_budget_gb: float | None = Field(None, gt=0)
+    memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
     """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
-    disk_budget_gb: float = Field(50.0, ge=0)
+    disk_budget_gb: float = Field(50.0, ge=0, le=1e9)
     """Gigabytes in `cache_dir` that each cache may use."""
-    data_threads: int | None = Field(None, ge=1)
-    """Number of threads that read and decode images (`trainer.prepare`: processes); null: by the number of CPUs."""
+    data_threads: int | None = Field(None, ge=1, le=1024)
+    """Number of threads that read and decode images (also in `trainer.prepare`); null: by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
     """Port of /healthz and /metrics; null: no server."""
-    stuck_after: float = Field(900.0, gt=0)
+    stuck_after: float = Field(900.0, gt=0, le=1e9)
     """Seconds without progress after which /healthz returns 503."""
     log_format: Literal["text", "json"] = "text"
     """json: one JSON object per line, with the field names of Cloud Logging."""
@@ -312,16 +336,26 @@ class Export(Section):
     2."""
 
 
+def _require_order(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] > steps[1]:
+        raise InvalidValue("ends before it begins", fix="use [first, last]")
+    return steps
+
+
+Step = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+ProfileSteps = Annotated[tuple[Step, Step], AfterValidator(_require_order)]
+
+
 class Debug(Section):
     """Limits and checks for trial runs."""
 
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Optimizer steps after which each phase ends; null: no limit."""
-    max_examples: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Number of examples that are used of each split; null: all."""
     overfit: bool = False
     """Train on a single batch without regularization, and score that batch."""
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: ProfileSteps | None = None
     """[first, last] step of the run to profile for TensorBoard."""
 
 
@@ -339,11 +373,11 @@ class RequestedConfig(Section):
     distillation: Distillation | None = None
     seed: int = Field(42, ge=0, lt=2**31)
     """Seed of the random numbers of a run: head, order of the examples, augmentation, dropout."""
-    output_dir: str | None = None
+    output_dir: Address | None = None
     """Folder of the run, local or gs://; a start with the same folder resumes it. null: a new one in outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Whether to resume the run in output_dir. auto: if there is one; never: fail if so; must: fail if not."""
-    warm_start: str | None = None
+    warm_start: Address | None = None
     """output_dir of an earlier run, or one of its checkpoints; this run begins with its weights."""
     experiment_name: str | None = None
     """Name in the report, and in the names of new folders in outputs/."""
@@ -365,7 +399,7 @@ class RequestedConfig(Section):
 class ResolvedTraining(Training):
     """`Training` with its batch size resolved."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=MAX_COUNT)
 
 
 class RunConfig(RequestedConfig):
@@ -430,11 +464,23 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
 
 
 def read_config(text: str | bytes) -> dict[str, Any]:
-    """Parse a config.yaml; keys that have been renamed since it was written get their current names."""
-    tree = yaml.safe_load(text)
+    """Parse a config.yaml; keys that have been renamed since it was written get their current names.
+
+    A run that was written without data.orientation was trained on images as they are stored. Raises ConfigError if the
+    text is not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"is not YAML ({str(error).splitlines()[0]})", fix="restore the file") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("is empty" if tree is None else "is not a mapping of keys to values", fix="restore the file")
+    if isinstance(data := tree.get("data"), dict):
+        data.setdefault("orientation", "ignore")
     for old, new in RENAMED.items():
         section, _, key = old.rpartition(".")
-        if key in (values := tree.get(section, {})):
+        values = tree.get(section)
+        if isinstance(values, dict) and key in values:
             values[new.rpartition(".")[2]] = values.pop(key)
     return tree
 

@@ -1,5 +1,6 @@
 """Decode images to pixels, identically in training, evaluation and export, and build datasets of decoded rows."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -8,6 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.order import Block
+from trainer.data.orientation import Orientation, centre_offsets, exif_data, turn_upright
+from trainer.names import printable, to_bytes
 from trainer.types import Split
 
 Resize = Literal["stretch", "crop"]
@@ -39,59 +42,92 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     return tf.cond(has_palette, apply_palette, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
 
 
-def _centre_square(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return top, left and side of the largest centred square of an image [H, W, ...]."""
-    side = tf.minimum(shape[0], shape[1])
-    return (shape[0] - side) // 2, (shape[1] - side) // 2, side
-
-
-def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
+def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
     """Decode a JPEG (its centred square for a crop) at the smallest scale that leaves both sides >= `size` pixels."""
     shape = tf.io.extract_jpeg_shape(data)
 
     def decode(ratio: int) -> tf.Tensor:
         if resize == "stretch":
             return tf.io.decode_jpeg(data, channels=3, ratio=ratio)
-        top, left, side = _centre_square(-(-shape // ratio))
-        return tf.io.decode_and_crop_jpeg(data, tf.stack([top, left, side, side]), channels=3, ratio=ratio)
+        scaled = -(-shape[:2] // ratio)
+        side = tf.reduce_min(scaled, keepdims=True)
+        window = tf.concat([centre_offsets(scaled - side, exif), side, side], 0)
+        return tf.io.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
 
     fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in JPEG_RATIOS[1:]]
     return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), [partial(decode, ratio) for ratio in JPEG_RATIOS])
 
 
-def _decode_other(data: tf.Tensor, resize: Resize) -> tf.Tensor:
+def decode_pixels(data: tf.Tensor) -> tf.Tensor:
+    """Decode a PNG, BMP, GIF (first frame) or WebP as it is stored, uint8 [H, W, 3]; alpha is dropped."""
+    decode = partial(tf.io.decode_image, data, expand_animations=False)
+    is_bmp, is_webp = (tf.strings.substr(data, 0, len(magic)) == magic for magic in (b"BM", b"RIFF"))
+    # TensorFlow cannot drop the alpha of a WebP itself.
+    decode_rest = partial(tf.cond, is_webp, lambda: decode(channels=0)[:, :, :3], lambda: decode(channels=3))
+    return tf.cond(is_bmp, lambda: _decode_bmp(data), decode_rest)
+
+
+def _decode_other(data: tf.Tensor, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
     """Decode a PNG, BMP, GIF or WebP, and crop it to its centred square if `resize` is "crop"."""
-    is_bmp = tf.equal(tf.strings.substr(data, 0, 2), b"BM")
-    decode = partial(tf.io.decode_image, data, channels=3, expand_animations=False)
-    pixels = tf.cond(is_bmp, lambda: _decode_bmp(data), decode)
+    pixels = decode_pixels(data)
     if resize == "stretch":
         return pixels
-    top, left, side = _centre_square(tf.shape(pixels))
+    shape = tf.shape(pixels)[:2]
+    side = tf.reduce_min(shape)
+    top, left = tf.unstack(centre_offsets(shape - side, exif))
     return pixels[top : top + side, left : left + side]
 
 
-def decode_image(data: tf.Tensor, size: int, resize: Resize) -> tf.Tensor:
+def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orientation = "exif") -> tf.Tensor:
     """Decode and resize one image; works in `Dataset.map` and in a SavedModel signature.
 
-    JPEG (also CMYK), PNG, BMP, GIF (first frame) and opaque WebP become 8-bit RGB: grey is repeated, and alpha is
-    dropped as in `tf.io.decode_image(channels=3)`. EXIF orientation is ignored. A JPEG with both sides at least 2, 4 or
-    8 times `size` is decoded at 1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centres, antialiased
+    JPEG (also CMYK), PNG, BMP, GIF (first frame) and WebP become 8-bit RGB: grey is repeated, and alpha is
+    dropped as in `tf.io.decode_image(channels=3)`. A JPEG with both sides at least 2, 4 or 8 times `size` is decoded at
+    1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centres, antialiased
     if the longer decoded side is more than `ANTIALIAS_ABOVE` times `size`; values are rounded.
 
     Args:
         data: the encoded image, a string scalar.
         size: side S of the result, uint8 [S, S, 3].
         resize: "stretch" changes the aspect ratio; "crop" takes the largest centred square.
+        orientation: "exif" turns an image upright by its EXIF orientation; "ignore" leaves it as it is stored.
 
     Raises:
         tf.errors.InvalidArgumentError: the image is damaged, truncated or of an unknown format.
     """
-    pixels = tf.cond(tf.io.is_jpeg(data), lambda: _decode_jpeg(data, size, resize), lambda: _decode_other(data, resize))
+
+    def decode(is_jpeg: bool) -> tf.Tensor:
+        exif = exif_data(data, is_jpeg) if orientation == "exif" else tf.constant([], tf.string)
+        pixels = _decode_jpeg(data, size, resize, exif) if is_jpeg else _decode_other(data, resize, exif)
+        return turn_upright(pixels, exif) if orientation == "exif" else pixels
+
+    pixels = tf.cond(tf.io.is_jpeg(data), lambda: decode(True), lambda: decode(False))
     pixels = tf.ensure_shape(pixels, [None, None, 3])
     factor = tf.cast(tf.reduce_max(tf.shape(pixels)), tf.float32) / float(size)
     resize_to = partial(tf.image.resize, pixels, [size, size])
     resized = tf.cond(factor > ANTIALIAS_ABOVE, lambda: resize_to(antialias=True), resize_to)
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [size, size, 3])
+
+
+def decode_whole(data: bytes, orientation: Orientation) -> tf.Tensor:
+    """Decode one image at its full size, eagerly, to uint8 [H, W, 3]; a tf.errors.OpError if it is unreadable."""
+    encoded = tf.constant(data)
+    is_jpeg = data.startswith(b"\xff\xd8\xff")
+    pixels = tf.io.decode_jpeg(encoded, channels=3) if is_jpeg else decode_pixels(encoded)
+    return turn_upright(pixels, exif_data(encoded, is_jpeg)) if orientation == "exif" else pixels
+
+
+def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
+    """Return the message of a reading error; one that names a file that is not UTF-8 is a UnicodeDecodeError."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode(errors="surrogateescape")
+    return str(error.message)
+
+
+def decoding_problem(error: tf.errors.OpError | UnicodeDecodeError) -> str:
+    """Return the first line of TensorFlow's message, without names of graph nodes."""
+    text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
+    return printable(text.strip().rstrip("."))
 
 
 Row = dict[str, tf.Tensor]  # one example or a batch of them, by column
@@ -109,7 +145,7 @@ def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.
 
 def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     """Add to each block its serialized `records`, string [n]; a record that cannot be read is an empty string."""
-    paths = tf.constant([shard.path for shard in split.shards])
+    paths = tf.constant([to_bytes(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
     @without_autograph
@@ -131,7 +167,7 @@ def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.T
 
     A row holds its serialized `record` if the split has shards, else its `index`.
     """
-    paths = None if split.shards else tf.constant(split.files, tf.string)
+    paths = None if split.shards else tf.constant([*map(to_bytes, split.files)], tf.string)
 
     def decode(row: Row) -> tf.Tensor:
         if split.shards:
@@ -139,7 +175,7 @@ def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.T
             data = tf.io.parse_single_example(row["record"], feature)[split.image_field]
         else:
             data = tf.io.read_file(tf.gather(paths, row["index"]))
-        return decode_image(data, size, resize)
+        return decode_image(data, size, resize, split.orientation)
 
     return decode
 

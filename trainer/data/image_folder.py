@@ -3,7 +3,7 @@
 import hashlib
 import os
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain, combinations
@@ -11,15 +11,25 @@ from itertools import accumulate, chain, combinations
 import numpy as np
 
 from trainer.config.schema import Data
+from trainer.config.typed import argument
 from trainer.data.records import join_first
-from trainer.data.splits import SPLITS, RawData, head_and_tail_digest, split_sizes
+from trainer.data.splits import SPLITS, RawData, empty_split, head_and_tail_digest, split_sizes
+from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
 from trainer.monitoring.health import health
+from trainer.names import class_name, printable
 from trainer.types import Split
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
+PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
+# Folders of file systems, archives and network disks, and files of their thumbnails; hidden ones are left out too.
+SYSTEM_NAMES = frozenset((
+    "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
+    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
+))  # fmt: skip
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
 _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
+_FORMATS = "JPEG, PNG, BMP, GIF or WebP"
 _END_BYTES = 64  # at the beginning and at the end of each file, covered by the fingerprint of the dataset
 _FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
@@ -36,12 +46,13 @@ class _Image:
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
 
-def open_image_folder(data: Data) -> RawData:
+def open_image_folder(data: Data, to_prepare: bool = False) -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
     Images are sorted by a hash of data.split_seed and the path below the root, which mixes the classes. Splits without
     a folder get a fraction of each class: the first images become the validation split, the next the test split, all
-    others stay in train. So a new image moves hardly any other image to another split.
+    others stay in train. So a new image moves hardly any other image to another split. With `to_prepare`, files of
+    formats that only Pillow decodes are images too.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
@@ -50,16 +61,20 @@ def open_image_folder(data: Data) -> RawData:
     """
     root = os.path.expanduser(data.root or "")
     try:
-        class_names, images, notes = _scan(root)
+        class_names, images, notes, ignored = _scan(root, EXTENSIONS + PILLOW_EXTENSIONS * to_prepare)
     except OSError as error:
-        problem = f"{error.strerror}: {error.filename} (working directory {os.getcwd()})"
+        problem = f"{error.strerror}: {printable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
     identities, faults = _inspect(list(chain.from_iterable(images.values())))
     if faults and data.on_error == "fail":
         listed, total = join_first(list(faults.values()), "\n  "), len(identities)
-        problem = f"{len(faults)} of {total} files are not readable JPEG, PNG, BMP or GIF images:\n  {listed}"
+        problem = f"{len(faults)} of {total} files are not readable {_FORMATS} images:\n  {listed}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
+    for name, members in images.items():
+        if not readable[name]:
+            content = f"its folder has {len(members)} images below {root}"
+            raise empty_split(name, content, [faults[image.path] for image in members])
     ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
     missing = {"validation": data.validation_fraction} if "validation" not in images else {}
     if set(images) == {"train"}:
@@ -71,46 +86,80 @@ def open_image_folder(data: Data) -> RawData:
         if members
     }
     name, skipped = os.path.basename(os.path.abspath(root)), list(faults.values())
-    return RawData(name, class_names, splits, identities, skipped, notes)
+    return RawData(name, class_names, splits, identities, skipped, notes, ignored)
 
 
-def _scan(root: str) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str]]:
-    """Return the class names, the images of each split that has a folder, and notes on ignored files."""
+def _scan(
+    root: str, extensions: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
+    """Return the class names, the images of each split that has a folder, notes, and the ignored files by class."""
     folders = _split_folders(root)
-    classes = {split: _subfolders(folder) for split, folder in folders.items()}
+    classes = {split: _class_folders(root, folder) for split, folder in folders.items()}
     images: dict[str, list[_Image]] = {}
-    notes: list[str] = []
+    ignored: dict[int, Counter[str]] = defaultdict(Counter)
+    system = Counter[str]()
+    for folder in {root, *folders.values()}:
+        system.update(_system_names(os.listdir(folder)))
     for split, folder in folders.items():
         if not classes[split]:
-            count = sum(_is_image(name) for name in os.listdir(folder))
-            problem = f"{folder} has {count} image{'s' * (count != 1)} and no class folders"
+            count = sum(_is_image(name, extensions) for name in os.listdir(folder))
+            problem = f"{printable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
-        if classes[split] != classes["train"]:
+        if classes[split].keys() != classes["train"].keys():
             train, other = set(classes["train"]), set(classes[split])
             extra = {folders["train"]: sorted(train - other), folder: sorted(other - train)}
-            differences = ", and ".join(f"only {path} has {', '.join(names)}" for path, names in extra.items() if names)
+            differences = ", and ".join(
+                f"only {printable(path)} has {', '.join(names)}" for path, names in extra.items() if names
+            )
             problem, fix = f"the class folders differ: {differences}", "use the same class folders in each split"
             raise DataError(problem, key="data.root", value=root, fix=fix)
-        ignored: Counter[str] = Counter()
         images[split] = [
             _Image(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
-            for label, name in enumerate(classes[split])
-            for path in _image_files(os.path.join(folder, name), ignored)
+            for label, name in enumerate(classes["train"])
+            for path in _image_files(os.path.join(folder, classes[split][name]), extensions, ignored[label], system)
         ]
-        if ignored:
-            kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.most_common(5))
-            notes.append(f"ignored files without a {'/'.join(e[1:] for e in EXTENSIONS)} extension: {kinds}")
     class_names = tuple(classes["train"])
+    notes = _notes_on_ignored(sum(ignored.values(), Counter()), system, extensions)
     notes += _nesting_note(folders["train"], images["train"])
     if not any(images.values()):
-        problem = f"has no images in its class folders ({', '.join(class_names[:5])})"
+        problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     if len(class_names) == 1:
-        only_class = os.path.join(root, class_names[0])
+        only_class = os.path.join(root, classes["train"][class_names[0]])
         nested = folders["train"] == root and len(_subfolders(only_class)) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
-        raise DataError(problem, key="data.root", value=root, fix=f"set data.root={only_class}" if nested else LAYOUT)
-    return class_names, images, notes
+        fix = f"set {argument('data.root', only_class)}" if nested else LAYOUT
+        raise DataError(problem, key="data.root", value=root, fix=fix)
+    return class_names, images, notes, {label: _list_kinds(kinds) for label, kinds in ignored.items() if kinds}
+
+
+def _list_kinds(kinds: Counter[str]) -> str:
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    listed = (f"{count} {kind or 'without extension'}" for kind, count in ordered[:10])
+    return f"{', '.join(listed)}{', ...' * (len(kinds) > 10)} ignored"
+
+
+def _notes_on_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple[str, ...]) -> list[str]:
+    notes = []
+    if ignored:
+        known = "/".join(extension[1:] for extension in extensions)
+        notes.append(f"files without a {known} extension: {_list_kinds(ignored)}")
+        if converted := sum(ignored[extension] for extension in PILLOW_EXTENSIONS):
+            names = "/".join(PILLOW_EXTENSIONS)
+            notes.append(f"python -m trainer.prepare converts the {converted} {names} files to PNG")
+    if system:
+        notes.append(f"left out as of the system or hidden: {_list_kinds(system).removesuffix(' ignored')}")
+    return notes
+
+
+def is_system(name: str) -> bool:
+    """Return whether a file or folder is hidden, or was made by a file system, an archive or a photo viewer."""
+    return name.startswith((".", "SYNOPHOTO_THUMB")) or name.lower() in SYSTEM_NAMES
+
+
+def _system_names(names: list[str]) -> list[str]:
+    """Return the system's names among `names`, and "hidden" for each of its others."""
+    return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system(name)]
 
 
 def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
@@ -123,13 +172,25 @@ def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
     return [f"all images are two folders deep ({join_first(nested)} below the class folders): {fix}"]
 
 
+def _class_folders(root: str, folder: str) -> dict[str, str]:
+    """Return the class folders by class name, sorted by name; a DataError if two of them have one class name."""
+    names = _subfolders(folder)
+    classes = {class_name(name): name for name in reversed(names)}
+    for name in names:
+        if (other := classes[class_name(name)]) != name:
+            problem = f"the folders {other!a} and {name!a} of {printable(folder)} are both the class {class_name(name)}"
+            fix = "rename one, or move its images to the other (class names are in NFC, without spaces at their ends)"
+            raise DataError(problem, key="data.root", value=root, fix=fix)
+    return dict(sorted(classes.items()))
+
+
 def _subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
+    return name.lower().endswith(extensions) and not is_system(name)
 
 
 def _split_folders(root: str) -> dict[str, str]:
@@ -146,13 +207,13 @@ def _split_folders(root: str) -> dict[str, str]:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
         if not _subfolders(train):  # "train" is a class
             return {"train": root}
-        problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(others[:5])})"
+        problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(map(printable, others[:5]))})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
     for name, split in splits.items():
         folder = os.path.join(root, name)
         if split in folders:
-            problem = f"{folders[split]} and {folder} are both the {split} split"
+            problem = f"{printable(folders[split])} and {printable(folder)} are both the {split} split"
             raise DataError(problem, key="data.root", value=root, fix="remove one of them")
         folders[split] = folder
     for (split, folder), (other_split, other_folder) in combinations(folders.items(), 2):
@@ -163,8 +224,11 @@ def _split_folders(root: str) -> dict[str, str]:
     return {split: folders[split] for split in SPLITS if split in folders}
 
 
-def _image_files(folder: str, ignored: Counter[str]) -> list[str]:
-    """Return the image files below a class folder, sorted; count the other files by extension in `ignored`."""
+def _image_files(folder: str, extensions: tuple[str, ...], ignored: Counter[str], system: Counter[str]) -> list[str]:
+    """Return the image files below a class folder, sorted.
+
+    Count other files by extension in `ignored`, and by name those that the system made or hides in `system`.
+    """
     files, seen = [], set()
 
     def reraise(error: OSError) -> None:
@@ -176,9 +240,10 @@ def _image_files(folder: str, ignored: Counter[str]) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.join(parent, name) for name in names if _is_image(name)]
-        others = [name for name in names if not _is_image(name) and not name.startswith(".")]
+        system.update(_system_names([*folders, *names]))
+        folders[:] = [name for name in folders if not is_system(name)]
+        files += [os.path.join(parent, name) for name in names if _is_image(name, extensions)]
+        others = [name for name in names if not _is_image(name, extensions) and not is_system(name)]
         ignored.update(os.path.splitext(name)[1].lower() for name in others)
     return sorted(files)
 
@@ -191,8 +256,10 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
             size, head, digest = head_and_tail_digest(image.path, _END_BYTES)
         except OSError as error:
             return "", f"cannot be read ({error.strerror})"
-        webp = " (it is WebP)" if head[8:12] == b"WEBP" else ""
-        fault = "" if head.startswith(_MAGIC_BYTES) else f"does not begin like a JPEG, PNG, BMP or GIF{webp}"
+        is_webp, is_tiff = head[8:12] == b"WEBP", head.startswith(TIFF_MAGIC)
+        fault = "" if head.startswith(_MAGIC_BYTES) or is_webp or is_tiff else f"does not begin like a {_FORMATS}"
+        if is_tiff and not image.path.lower().endswith(PILLOW_EXTENSIONS):
+            fault = "is a TIFF: name it .tif, and convert it with python -m trainer.prepare"
         return f"{image.name} {size} {digest}", fault if size else "is empty"
 
     def inspect_batch(first: int) -> list[tuple[str, str]]:
@@ -201,8 +268,9 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
         results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
-    identities = {image.path: identity for image, (identity, _) in zip(images, results, strict=True)}
-    return identities, {i.path: f"{i.path}: {fault}" for i, (_, fault) in zip(images, results, strict=True) if fault}
+    inspected = list(zip(images, results, strict=True))
+    faults = {image.path: f"{printable(image.path)}: {fault}" for image, (_, fault) in inspected if fault}
+    return {image.path: identity for image, (identity, _) in inspected}, faults
 
 
 def _divide(images: list[_Image], fractions: dict[str, float]) -> dict[str, list[_Image]]:

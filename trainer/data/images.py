@@ -4,38 +4,55 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
+import google_crc32c
 import numpy as np
 import tensorflow as tf
 
 from trainer.config.schema import RunConfig
-from trainer.data.decoding import Resize, block_dataset, decoded_rows, row_decoder, without_autograph
+from trainer.data.decoding import (
+    Resize,
+    block_dataset,
+    decoded_rows,
+    decoding_problem,
+    error_message,
+    row_decoder,
+    without_autograph,
+)
 from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, Read, block_reads, sequence_blocks
+from trainer.data.records import read_source_name, records_of
 from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
-from trainer.data.splits import SPLITS
+from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
+from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.storage.local import write_whole
+from trainer.names import printable, to_bytes
+from trainer.storage.disk import free_bytes
+from trainer.storage.local import delete_unfinished, temporary_file, write_whole
 from trainer.storage.shard_cache import ShardCache
+from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
 # Errors that damaged data never causes.
 _NOT_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
                     tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
+# TensorFlow raises the second one if its message has the name of a file that is not UTF-8.
+_READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED = 20  # skipped images that are logged by name
+_CRC_BYTES = 8 << 20  # read at once to verify the cache on disk
 _BATCH = 64  # images per batch of those that are decoded outside of training and evaluation
-_FORMAT_VERSION = 2  # of the cache on disk; increment it when decoding changes
+_FORMAT_VERSION = 3  # of the cache on disk; increment it when decoding changes
 
 
 class BatchSource(Protocol):
@@ -93,7 +110,7 @@ class Pixels:
             if index not in self.known_bad:
                 self.known_bad[index] = failure_reason(self, index)
                 if len(self.known_bad) <= _MAX_LOGGED:
-                    self.log_message(f"skipped {self.split.name_of(index)}: {self.known_bad[index]}")
+                    self.log_message(f"skipped {describe_example(self, index)}: {self.known_bad[index]}")
                 if len(self.known_bad) == _MAX_LOGGED:
                     self.log_message("further skipped images are only counted")
 
@@ -122,23 +139,32 @@ class Pixels:
             return np.concatenate([empty, *_decode(self, ascending, "rows", 1 if self.shards else _BATCH)])[inverse]
 
 
+def describe_example(pixels: Pixels, index: int) -> str:
+    """Return the file of an example, or its shard and record with the name of the file that the record stores."""
+    name = pixels.split.name_of(index)
+    if pixels.split.shards:
+        with suppress(OSError, DataError, IndexError):  # a shard that is missing, damaged or truncated
+            (record,) = records_of(take(pixels.split, np.array([index])))
+            source = read_source_name(record)
+            return f"{name} ({source})" if source else name
+    return name
+
+
 def failure_reason(pixels: Pixels, index: int) -> str:
     """Read an example again, and return the reason why that fails."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
-            path, _, number = split.name_of(index).rpartition("#")
+            path, number = split.record_of(index)
             if pixels.shards:
                 pixels.shards.require("one", [os.path.basename(path)])
-            records = list(tf.data.TFRecordDataset(path).skip(int(number)).take(1))
+            records = list(tf.data.TFRecordDataset(to_bytes(path)).skip(number).take(1))
             if not records:
                 return "the shard ends before this record"
             row["record"] = records[0]
         row_decoder(split, pixels.size, pixels.resize)(row)
-    except tf.errors.OpError as error:
-        # The first line of TensorFlow's message, without names of graph nodes.
-        text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", str(error.message).splitlines()[0])
-        return text.strip().rstrip(".")
+    except _READ_ERRORS as error:
+        return decoding_problem(error)
     return "could not be read at first, but can be read now"
 
 
@@ -151,10 +177,10 @@ def data_errors(source: BatchSource) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.OpError as error:
+    except _READ_ERRORS as error:
         if not isinstance(source, Pixels) or source.array is not None or isinstance(error, _NOT_DATA_ERRORS):
             raise
-        if not re.search("Iterator|Dataset", str(error.message)):  # the error is not of the input pipeline
+        if not re.search("Iterator|Dataset", error_message(error)):  # the error is not of the input pipeline
             raise
         if not source.stored_count:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
@@ -163,8 +189,24 @@ def data_errors(source: BatchSource) -> Iterator[None]:
         index = next((min(probe.bad) for _ in _all_from(probe, source.stored_count) if probe.bad), None)
         if index is None:
             raise
-        problem = f"cannot decode {source.split.name_of(index)}: {failure_reason(source, index)}"
+        problem = f"cannot decode {describe_example(source, index)}: {failure_reason(source, index)}"
         raise DataError(problem, fix="repair or remove it, or set data.on_error=skip") from None
+
+
+def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
+    """Raise a DataError if no image of the split could be decoded so far, or none of a class of the train split."""
+    split, bad = pixels.split, pixels.bad
+    if not bad:
+        return
+    left = np.bincount(np.delete(split.labels, sorted(bad)), minlength=len(class_names))
+    gone = (np.bincount(split.labels, minlength=len(class_names)) > 0) & (left == 0)
+    if left.any() and (split.name != "train" or not gone.any()):
+        return
+    first = next(index for index in sorted(bad) if gone[split.labels[index]])
+    what = f"{split.name} images" if not left.any() else f"training images of {class_names[split.labels[first]]}"
+    count = split.count if not left.any() else int((split.labels == split.labels[first]).sum())
+    problem = f"none of the {count} {what} can be decoded, the first: {describe_example(pixels, first)}: {bad[first]}"
+    raise DataError(problem, fix="repair them, or remove the class or split")
 
 
 def rows_decoded_on_read(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
@@ -197,36 +239,48 @@ def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
 
 
 def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
-    """Open the cache on disk; return False if it is incomplete, or has unreadable examples with on_error "fail"."""
+    """Open the cache on disk; return False if it is incomplete or damaged, or has bad examples with on_error "fail"."""
     data = stem.with_suffix(".u8")
     try:
-        bad = json.loads(stem.with_suffix(".json").read_text())["bad"]
+        about = json.loads(stem.with_suffix(".json").read_bytes())
+        bad, crc32c = dict(about["bad"]), about["crc32c"]
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
+            return False
+        if _crc32c_of(data, pixels.check) != crc32c:
+            pixels.log_message(f"{data} is damaged (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
         pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     pixels.known_bad.update({int(index): reason for index, reason in bad.items()})
     return True
 
 
+def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
+    """Read a file and return its CRC32C; `check` is called between blocks and may raise to stop."""
+    crc = 0
+    with open(file, "rb") as content:
+        while block := content.read(_CRC_BYTES):
+            crc = google_crc32c.extend(crc, block)
+            health.progress()
+            check()
+    return crc
+
+
 def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write the cache to a temporary file and rename it; then write the JSON file that marks the cache as complete."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=stem.name, suffix=".partial", dir=stem.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:  # not mapped: on a full disk, a write to a mapped file kills the process
-            for images in _all_from(pixels):
+    delete_unfinished(stem.parent, ABANDONED_SECONDS)
+    crc, black = 0, np.zeros((1, *shape[1:]), np.uint8)
+    with temporary_file(stem.with_suffix(".u8")) as partial:
+        with open(partial, "wb") as file:  # not mapped: on a full disk, a write to a mapped file kills the process
+            for images in chain(_all_from(pixels), [black]):
                 file.write(images.data)
-            file.write(bytes(int(np.prod(shape[1:]))))  # the black image
+                crc = google_crc32c.extend(crc, images.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, stem.with_suffix(".u8"))
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    write_whole(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad}))
+    write_whole(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
 
 
 def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
@@ -234,8 +288,8 @@ def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str
     # Without the folder of the shards, which may differ at the next start; the fingerprint identifies their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
-    parts = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, *members)
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    parts = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
+    digest = hashlib.sha256(to_bytes("\n".join(map(str, parts)))).hexdigest()[:16]
     return f"pixels-{split.name}-{size}-{digest}"
 
 
@@ -316,7 +370,7 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
                 _open_stored(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
-                free = megabytes(shutil.disk_usage(Path(folder).anchor or "/").free)
+                free = megabytes(free_bytes(folder))
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
 
@@ -348,7 +402,22 @@ class ImageStore:
         needed, once = image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
+        require_readable(pixels, self.dataset.class_names)
         return pixels
+
+    def require_readable(self) -> None:
+        """Raise a DataError if no image of a split, or none of a class of train, could be decoded so far."""
+        for pixels in self._opened.values():
+            require_readable(pixels, self.dataset.class_names)
+
+    def left_after_skipping(self) -> list[str]:
+        """Return for each split with undecodable images a line with the number that is left in all and per class."""
+        return [
+            f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
+            + count_classes(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
+            for name, pixels in self._opened.items()
+            if pixels.bad
+        ]
 
     def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the images of these examples of a split, uint8 [k, S, S, 3]."""
@@ -371,13 +440,19 @@ class ImageStore:
 
     def name_of(self, split: str, index: int) -> str:
         """Return the file or shard#record of an example; in a bucket, its address there instead of the local copy."""
-        name = self.dataset.splits[split].name_of(index)
+        return self._with_address(self.dataset.splits[split].name_of(index))
+
+    def _with_address(self, name: str) -> str:
         for path, address in self._data.addresses.items():
-            if name.startswith(f"{path}/"):
-                return address + name[len(path) :]
+            if name.startswith(f"{printable(path)}/"):
+                return printable(address) + name[len(printable(path)) :]
         return name
 
     def undecodable(self) -> list[str]:
         """Return the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
         opened = sorted(self._opened.items())
-        return [f"{self.name_of(name, i)}: {why}" for name, pixels in opened for i, why in sorted(pixels.bad.items())]
+        return [
+            f"{self._with_address(describe_example(pixels, i))}: {why}"
+            for _, pixels in opened
+            for i, why in sorted(pixels.bad.items())
+        ]

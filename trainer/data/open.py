@@ -10,12 +10,16 @@ import numpy as np
 
 from trainer.config.schema import Data, RequestedConfig
 from trainer.data.digits import digits_folder
+from trainer.data.examine import examine_images
+from trainer.data.fingerprint import fingerprints
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
-from trainer.data.remote import local_copies
-from trainer.data.splits import RawData, fingerprint, open_tfrecords, select_at_most, select_per_class
+from trainer.data.remote import local_copies, named_by_address
+from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
+from trainer.names import class_name, printable
+from trainer.storage.disk import refused_write
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset, LogMessage, scored_split
 
@@ -38,7 +42,8 @@ def open_run_data(
 ) -> OpenedData:
     """Copy data and weights in buckets to the local disk (`local_copies`), then open the data (`open_dataset`)."""
     local, addresses, shards = local_copies(config, log_message, check, stream)
-    dataset = open_run_dataset(config, local.data, log_message, streamed=shards is not None)
+    with named_by_address(addresses):
+        dataset = open_run_dataset(config, local.data, log_message, streamed=shards is not None)
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
@@ -50,15 +55,20 @@ def open_run_dataset(config: RequestedConfig, data: Data, log_message: LogMessag
     )
     if config.debug.overfit:
         batch = dataset.splits["train"]
-        dataset = Dataset(dataset.name, dataset.class_names, {"train": batch, "validation": batch}, dataset.fingerprint)
+        dataset = replace(dataset, splits={"train": batch, "validation": batch}, skipped=(), notes=())
     return dataset
 
 
-def require_validation(dataset: Dataset) -> None:
-    """Raise a DataError if the dataset has no validation split."""
-    if "validation" not in dataset.splits:
-        fix = "set it above 0, or set data.validation_split"
-        raise DataError("there are no validation examples", key="data.validation_fraction", fix=fix)
+def require_validation(dataset: Dataset, fraction: float) -> None:
+    """Raise a DataError if the dataset has no validation split; `fraction` is data.validation_fraction."""
+    if "validation" in dataset.splits:
+        return
+    problem, fix = "there are no validation examples", "set it above 0, or set data.validation_split"
+    if fraction > 0:
+        count, classes = dataset.splits["train"].count, len(dataset.class_names)
+        problem = f"leaves no validation examples: there are {count} images of {classes} classes, and none to spare"
+        fix = "add images, at least two of a class, or a validation split"
+    raise DataError(problem, key="data.validation_fraction", value=fraction or None, fix=fix)
 
 
 def open_dataset(
@@ -69,7 +79,7 @@ def open_dataset(
     max_examples: int | None,
     log_message: LogMessage,
     streamed: bool = False,
-    all_groups: bool = False,
+    to_prepare: bool = False,
 ) -> Dataset:
     """Open the source that `data.source` names.
 
@@ -79,14 +89,18 @@ def open_dataset(
         max_examples: limit per split, which takes equally many examples of each class where it can.
         log_message: logs one line before slow work, and each of `Dataset.notes`.
         streamed: data.root has only manifest and labels; its shards are fetched while they are used.
-        all_groups: read data.group_field of every split, not only of the one of the final scores.
+        to_prepare: for `trainer.prepare`: read data.group_field of every split, not only of the one of the final
+            scores, and list image files that only Pillow decodes.
 
     Raises:
         DataError: the data is missing, damaged, or contradicts the configuration.
     """
     cache_dir = Path(cache_dir).expanduser()
-    raw = _open_source(data, cache_dir, log_message, streamed)
+    raw = _open_source(data, cache_dir, log_message, streamed, to_prepare)
+    raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
+    raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
     _check_classes(raw)
+    raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
         smaller = np.flatnonzero(np.bincount(train.labels) < data.labels_per_class)
@@ -97,29 +111,52 @@ def open_dataset(
     if max_examples:
         raw.splits = {name: select_at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
-        for name in raw.splits if all_groups else {scored_split(raw.splits)} & raw.splits.keys():
+        for name in raw.splits if to_prepare else {scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
     raw.notes += _quality_notes(raw, limited=max_examples is not None) + _copy_notes(raw)
+    raw.notes += [] if streamed else examine_images(raw.splits["train"])
     for line in raw.notes:
         log_message(line)
     skipped, notes = tuple(raw.skipped), tuple(raw.notes)
-    return Dataset(raw.name, raw.class_names, raw.splits, fingerprint(raw), skipped, notes)
+    hashes = fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
+    return Dataset(raw.name, raw.class_names, raw.splits, [*hashes.values()][-1], skipped, notes, hashes)
 
 
-def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool) -> RawData:
+def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, to_prepare: bool) -> RawData:
     if data.source == "image_folder":
-        return open_image_folder(data)
+        return open_image_folder(data, to_prepare)
     if data.source == "tfrecords":
         return open_tfrecords(data, cache_dir, log_message)
     if data.source == "digits":
         try:
             root = str(digits_folder(cache_dir))
         except OSError as error:
-            problem, fix = f"the digits cannot be written there ({error.strerror})", "set a writable folder"
-            raise DataError(problem, key="runtime.cache_dir", value=cache_dir, fix=fix) from None
+            raise refused_write(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
         data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, log_message, streamed)
+
+
+def with_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
+    """Return the dataset with its classes in the order of data.class_names, and labels to match.
+
+    Raises:
+        DataError: the data has names of its own, and they are not the same set.
+    """
+    if not names or names == raw.class_names:
+        return raw
+    if sorted(names) != sorted(raw.class_names):
+        only = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
+        parts = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
+        differences = ", ".join(parts) or "a name is repeated"
+        problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
+        fix = "leave it out (null), since this data has class names, or name exactly these classes"
+        raise DataError(problem, key="data.class_names", value=f"[{','.join(names)}]", fix=fix)
+    number = np.array([names.index(name) for name in raw.class_names], np.int32)
+    splits = {name: replace(split, labels=number[split.labels]) for name, split in raw.splits.items()}
+    ignored = {int(number[label]): files for label, files in raw.ignored.items()}
+    note = "the classes are numbered in the order of data.class_names, not in that of the data"
+    return replace(raw, class_names=names, splits=splits, notes=[*raw.notes, note], ignored=ignored)
 
 
 def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
@@ -137,6 +174,7 @@ def _check_classes(raw: RawData) -> None:
     absent = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=count) == 0)
     if absent.size:
         skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
+        skipped += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"
         raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
 
@@ -160,6 +198,8 @@ def _quality_notes(raw: RawData, limited: bool) -> list[str]:
             notes.append(f"{name} has no example of {_list_classes(raw, absent)}")
     if raw.skipped:
         notes.append(f"{len(raw.skipped)} skipped (data.on_error=skip), the first: {raw.skipped[0]}")
+        left = (f"{name} {count_classes(split.labels, raw.class_names)}" for name, split in raw.splits.items())
+        notes.append(f"left after skipping: {'; '.join(left)}")
     return notes
 
 
@@ -179,5 +219,5 @@ def _copy_notes(raw: RawData) -> list[str]:
         pairs = [(path, other) for path, other in alike if cmp(path, other, shallow=False)]
         if pairs:
             copies = f"{len(pairs)} of the {len(files)} files of {name} also occur byte for byte in train"
-            notes.append(f"{copies}, the first: {pairs[0][0]} = {pairs[0][1]}")
+            notes.append(f"{copies}, the first: {printable(pairs[0][0])} = {printable(pairs[0][1])}")
     return notes

@@ -1,21 +1,25 @@
 """Write the dataset of a configuration as sharded TFRecords in TFDS's folder format, in one or several pods."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from trainer.config.schema import RequestedConfig
+from trainer.config.typed import argument
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
-from trainer.data.records import records_of
-from trainer.data.remote import local_copies
+from trainer.data.records import SOURCE_FIELD, read_source_name, records_of
+from trainer.data.remote import local_copies, named_by_address
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import written_images
+from trainer.names import printable
 from trainer.storage.path import storage_path
+from trainer.types import Split
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
@@ -33,21 +37,29 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    data = local_copies(config, log.info, lambda _address: health.progress())[0].data
-    dataset = open_dataset(
-        data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, all_groups=True
-    )
-    splits, groups = {}, {}
+    local, addresses, _ = local_copies(config, log.info, lambda _address: health.progress())
+    data = local.data
+    with named_by_address(addresses):
+        dataset = open_dataset(
+            data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, to_prepare=True
+        )
+    splits: dict[str, list[tuple[ImageSource, int]]] = {}
+    texts: dict[str, dict[str, list[str]]] = {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
         sources: Sequence[ImageSource] = split.files or records_of(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
-        groups[name] = [split.groups[i] for i in order] if split.groups else []
+        if split.groups and field and field != "label":  # the label is stored anyway, and can also be the group
+            texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
+        if field != SOURCE_FIELD and (names := source_names(split, data.root)):
+            texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
     workers = config.runtime.data_threads or usable_cpus()
-    options = WriteOptions(data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part)
+    options = WriteOptions(
+        data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
+        orientation=data.orientation,
+    )  # fmt: skip
     target = storage_path(output)
-    group_field = field if field != "label" else None  # the label is stored anyway, and can also be the group
-    images = LabelledImages(dataset.name, dataset.class_names, splits, group_field, groups)
+    images = LabelledImages(dataset.name, dataset.class_names, splits, texts)
     with written_images(config.runtime.progress) as progress:
         entries = write_dataset(target, images, options, progress)
     if entries is None:
@@ -58,10 +70,19 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         outcome = (
             f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
-            f"python -m trainer data=tfds data.root={target}"
+            f"python -m trainer data=tfds {argument('data.root', target)}"
         )
     log.info(outcome)
     termination.set_success_message(outcome)
+
+
+def source_names(split: Split, root: str | None) -> list[str]:
+    """Return the name of each image file below the root of its dataset; of records, [] unless all store such names."""
+    if split.files:
+        above = os.path.abspath(os.path.expanduser(root or ""))
+        return [printable(os.path.relpath(path, above)) for path in split.files]
+    names = [read_source_name(record) for record in records_of(split)]
+    return names if all(names) else []
 
 
 def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from trainer.errors import DataError
+from trainer.names import printable
 from trainer.types import Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
@@ -35,7 +36,7 @@ class RecordAt(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.path}#{self.number}"
+        return f"{printable(self.path)}#{self.number}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def frame_record(payload: bytes) -> bytes:
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
     """Return the error of a file that cannot be read because of an operating system error."""
-    return DataError(f"{path} cannot be read: {error.strerror}", fix="check that it exists and its permissions")
+    problem = f"{printable(str(path))} cannot be read: {error.strerror}"
+    return DataError(problem, fix="check that it exists and its permissions")
 
 
 def join_first(items: Sequence[str], separator: str = ", ") -> str:
@@ -98,7 +100,7 @@ def index_shard(path: str | Path) -> ShardIndex:
             if size == 0:
                 return ShardIndex(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read_headers(str(path), data, size)
+                return _read_headers(printable(str(path)), data, size)
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -129,15 +131,16 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
 
 
-def read_examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any]]:
-    """Yield for each of these records of a shard its number, its name, and its Example, None if it is damaged."""
+def read_examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any, str]]:
+    """Yield for each of these records of a shard its number, its name, its Example, and why that cannot be read."""
     if not index.count:  # an empty file cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number in numbers:
             start = int(index.offsets[number])
             end = start + int(index.lengths[number])
-            yield number, f"record {number} of shard {path}", _parse(data[start:end], data[end : end + FOOTER_BYTES])
+            parsed = _parse(data[start:end], data[end : end + FOOTER_BYTES])
+            yield number, f"record {number} of shard {printable(path)}", *parsed
 
 
 # tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
@@ -186,27 +189,49 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
-def _parse(payload: bytes, crc: bytes) -> Any:
-    """Parse the Example of a record; None if it is damaged."""
+NO_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
+
+
+def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
+    """Parse the Example of a record; return also why it cannot be parsed, "" if it can."""
     if struct.pack("<I", masked_crc32c(payload)) != crc:
-        return None
+        return None, "is damaged (checksum mismatch)"
     try:
-        return example_class().FromString(payload)
-    except Exception:  # protobuf's DecodeError, and other exceptions that damaged bytes raise
-        return None
+        example = example_class().FromString(payload)
+    except Exception:  # protobuf's DecodeError, and other exceptions that arbitrary bytes raise
+        return None, NO_EXAMPLE
+    return (example, "") if example.features.feature else (None, f"{NO_EXAMPLE}: it has no fields")
+
+
+def _read_example(record: RecordAt) -> tuple[Any, str]:
+    with open(record.path, "rb") as file:
+        file.seek(record.offset)
+        return _parse(file.read(record.length), file.read(FOOTER_BYTES))
 
 
 def read_image(record: RecordAt) -> bytes:
     """Read the encoded image of one record; raise a DataError if it is damaged, or the field is not one bytes value."""
-    with open(record.path, "rb") as file:
-        file.seek(record.offset)
-        example = _parse(file.read(record.length), file.read(FOOTER_BYTES))
-    if example is None:
-        raise DataError(f"{record.name} is damaged", fix="fetch or write the shard again, or set data.on_error=skip")
+    example, fault = _read_example(record)
+    if fault:
+        raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
         raise _no_image(record.name, record.image_field, example)
     return value.bytes_list.value[0]
+
+
+SOURCE_FIELD = "filename"  # where `trainer.prepare` stores the name of the image file
+_SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of other programs too
+
+
+def read_source_name(record: RecordAt) -> str:
+    """Return the file name that a record stores for its image, "" if there is none or the record is damaged."""
+    example, fault = _read_example(record)
+    for field in () if fault else _SOURCE_FIELDS:
+        value = example.features.feature.get(field)
+        if value is not None and len(value.bytes_list.value) == 1:
+            return value.bytes_list.value[0].decode("utf-8", "backslashreplace")
+    return ""
 
 
 def _no_image(record: str, field: str, example: Any) -> DataError:
@@ -214,35 +239,89 @@ def _no_image(record: str, field: str, example: Any) -> DataError:
     return DataError(problem, key="data.image_field", value=field, fix=fix)
 
 
-def read_labels(
-    path: str, index: ShardIndex, label_field: str, image_field: str, classes: int
-) -> tuple[np.ndarray, list[str]]:
-    """Read the label of each record, int32 [n], -1 if it is damaged; return also a description of each damaged one.
+@dataclass(frozen=True)
+class LabelFields:
+    """Where records store image and label, and how the label is to be read."""
+
+    label: str  # name of the field
+    image: str  # name of the field
+    classes: int
+    kind: str = "index"  # data.label_kind
+    names: tuple[str, ...] = ()  # of the classes, for labels of the kind "text"
+
+
+def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
+    """Read the label of each record, int32 [n], -1 if it cannot be read; return also a description of each such one.
 
     Raises:
-        DataError: a record has no image field of bytes, or its label is missing, not one integer, or not below
-        `classes`.
+        DataError: a record has no image field of bytes, or its label is missing, of another kind than `fields.kind`, or
+            not one of the classes.
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    for number, record, example in read_examples(path, index, range(index.count)):
-        if example is None:
-            faults.append(f"{record} is damaged (checksum mismatch)")
+    for number, record, example, fault in read_examples(path, index, range(index.count)):
+        if fault:
+            faults.append(f"{record} {fault}")
             continue
         features = example.features.feature
-        values = features[label_field].int64_list.value if label_field in features else []
-        if len(values) != 1:
-            problem = f"{record} has {'not exactly one int64 in this' if label_field in features else 'no such'} field"
-            fix = f"set one of {describe_fields(example)}"
-            raise DataError(problem, key="data.label_field", value=label_field, fix=fix)
-        if image_field not in features or features[image_field].WhichOneof("kind") != "bytes_list":
-            raise _no_image(record, image_field, example)
-        if not 0 <= values[0] < classes:
-            problem = f"the label {values[0]} of {record} is outside 0..{classes - 1}"
-            fix = f"set another field, or as many class names as there are labels instead of {classes}"
-            raise DataError(problem, key="data.label_field", value=label_field, fix=fix)
-        labels[number] = values[0]
+        if fields.label not in features:
+            problem, fix = f"{record} has no such field", f"set one of {describe_fields(example)}"
+            raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+        if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
+            raise _no_image(record, fields.image, example)
+        labels[number] = _read_label(record, example, fields)
     return labels, faults
+
+
+def _read_label(record: str, example: Any, fields: LabelFields) -> int:
+    """Return the class of an Example as a number from 0; raise a DataError that describes what it holds instead."""
+    feature = example.features.feature[fields.label]
+    kind = feature.WhichOneof("kind")
+    values: list[Any] = list(getattr(feature, kind).value) if kind else []
+    shown = [v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else v for v in values]
+    holds = f"{record} holds {_describe_label(shown, fields)}"
+    is_onehot = (
+        kind != "bytes_list" and len(values) == fields.classes and sorted(values) == [0] * (len(values) - 1) + [1]
+    )
+    actual = "onehot" if is_onehot else "text" if kind == "bytes_list" else "index"
+    if len(values) != 1 and not is_onehot:
+        fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"
+        problem = f"{holds}, and a classifier needs one label"
+        raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+    if kind == "float_list" and not is_onehot:
+        fix = f"write class numbers as integers, or set one of {describe_fields(example)}"
+        raise DataError(f"{holds}, which is no class number", key="data.label_field", value=fields.label, fix=fix)
+    if actual != fields.kind.removesuffix("1"):
+        fix = f"set data.label_kind={actual}, or another data.label_field of {describe_fields(example)}"
+        raise DataError(f"{holds}", key="data.label_kind", value=fields.kind, fix=fix)
+    if fields.kind == "text":
+        if shown[0] not in fields.names:
+            problem = f"{holds}, which is not in data.class_names"
+            fix = f"add it to {join_first(fields.names)}, or set another field"
+            raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+        return fields.names.index(shown[0])
+    if is_onehot:
+        return int(np.argmax(values))
+    first = 1 if fields.kind == "index1" else 0
+    if not first <= values[0] < first + fields.classes:
+        problem = f"the label {values[0]} of {record} is outside {first}..{first + fields.classes - 1}"
+        other = "index" if first else "index1"
+        counts_otherwise = values[0] == (0 if first else fields.classes)
+        hint = f"if labels begin with {1 - first}, set data.label_kind={other}; otherwise " if counts_otherwise else ""
+        fix = f"{hint}set another field, or as many class names as there are labels instead of {fields.classes}"
+        raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+    return int(values[0]) - first
+
+
+def _describe_label(values: Sequence[Any], fields: LabelFields) -> str:
+    """Describe the values of a label field, such as "the text dog" or "3 labels (1, 4, 5)"."""
+    if len(values) == 1:
+        kind = {str: "the text", float: "the decimal number", int: "the number"}[type(values[0])]
+        return f"{kind} {values[0]}"
+    if not values:
+        return "no label"
+    numbers = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
+    return f"{len(values)} numbers {numbers}" if len(values) == fields.classes else f"{len(values)} labels {numbers}"
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
@@ -255,7 +334,10 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
     """
     groups: list[str] = []
     for shard in split.shards:
-        for _, record, example in read_examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
+        records = range(shard.start, shard.stop)
+        for _, record, example, fault in read_examples(shard.path, index_shard(shard.path), records):
+            if fault:
+                raise DataError(f"{record} {fault}", fix="fetch or write the shard again")
             value = example.features.feature.get(field)
             values: list[Any] = [*value.bytes_list.value, *value.int64_list.value] if value else []
             if len(values) != 1:
@@ -264,7 +346,7 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             group = values[0]
             if isinstance(group, bytes):
-                groups.append(group.decode("utf-8", "backslashreplace"))
+                groups.append(printable(group.decode("utf-8", "backslashreplace")))
             elif names is None:
                 groups.append(str(group))
             elif 0 <= group < len(names):

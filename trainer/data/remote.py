@@ -1,12 +1,13 @@
 """Copy the data and weights that a configuration names in buckets to the local disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
-from trainer.errors import DataError
+from trainer.errors import DataError, TrainerError
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
@@ -62,6 +63,19 @@ def local_copies(
     data = data.model_copy(update={key: copy_of(getattr(data, key)) for key in ("root", "pattern")})
     model = config.model.model_copy(update={"weights": copy_of(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
+
+
+@contextmanager
+def named_by_address(addresses: dict[str, str]) -> Iterator[None]:
+    """In an error of the block, replace the paths of local copies by the addresses that they are copies of."""
+    try:
+        yield
+    except TrainerError as error:
+        for path, address in addresses.items():
+            error.problem = error.problem.replace(path, address)
+            error.value = error.value.replace(path, address) if isinstance(error.value, str) else error.value
+            error.fix = error.fix.replace(path, address) if error.fix else None
+        raise
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,25 @@
 
 import glob
 import hashlib
-import io
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from trainer.arrays import pack, unpack
 from trainer.config.schema import Data
-from trainer.data.records import index_shard, read_labels, unreadable
+from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable
 from trainer.data.sharding import shard_sizes
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
+from trainer.names import printable, to_bytes
 from trainer.storage.local import write_whole
+from trainer.storage.staging import has_wildcard
 from trainer.types import LogMessage, Shard, Split
 
 SPLITS = ("train", "validation", "test")
@@ -32,6 +36,7 @@ class RawData:
     identities: dict[str, str]  # path of a file or shard -> name, size in bytes, and checksum or hash of its ends
     skipped: list[str] = field(default_factory=list)  # unreadable files and records, with the reason
     notes: list[str] = field(default_factory=list)
+    ignored: dict[int, str] = field(default_factory=dict)  # class -> the files that are not images, for messages
     group_names: tuple[str, ...] | None = None  # names of the values 0, 1, ... of data.group_field
 
 
@@ -45,6 +50,14 @@ def head_and_tail_digest(path: str | Path, length: int) -> tuple[int, bytes, str
     finally:
         os.close(handle)
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
+
+
+def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
+    """Return the number of examples in all and in each class, such as "7 (cat 3, dog 4)"; of many, the ten rarest."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    shown = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
+    more = ", ..." * (len(counts) > 10)
+    return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in shown)}{more})"
 
 
 def take(split: Split, positions: np.ndarray) -> Split:
@@ -103,7 +116,7 @@ def fingerprint(raw: RawData) -> str:
     for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
         for path in split.files:
-            digest.update(raw.identities[path].encode())
+            digest.update(to_bytes(raw.identities[path]))
         for shard in split.shards:
             digest.update(repr((raw.identities[shard.path], shard.start, shard.stop)).encode())
         digest.update(split.labels.astype("<i4").tobytes())
@@ -138,7 +151,9 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         DataError: a shard is missing, damaged (on_error="fail") or not in the manifest, or a record has no valid image
             or label field.
     """
-    image_field, label_field = source.data.image_field, source.data.label_field
+    data = source.data
+    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, data.class_names or ())
+    how = (data.label_kind, data.class_names if data.label_kind == "text" else None)
     labels: dict[str, np.ndarray] = {}
     identities: dict[str, str] = {}
     skipped: list[str] = []
@@ -148,7 +163,8 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         name, (entries, stored_labels) = os.path.basename(path), stored[os.path.dirname(path)]
         if source.streamed:
             if name not in entries:
-                raise DataError(f"shard {path} is not in the manifest of its folder", fix="prepare the dataset again")
+                problem = f"shard {printable(path)} is not in the manifest of its folder"
+                raise DataError(problem, fix="prepare the dataset again")
             identities[path], labels[path] = entries[name].identity, stored_labels[name]
             continue
         try:
@@ -158,39 +174,67 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             identities[path] = entries[name].identity if prepared else f"{name} {status.st_size} {digest}"
         except OSError as error:
             raise unreadable(path, error) from None
-        key = repr((identities[path], status.st_mtime_ns, label_field, image_field, source.classes))
-        cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-        if cached.exists():
-            labels[path] = np.load(cached)
+        key = repr((identities[path], status.st_mtime_ns, fields.label, fields.image, source.classes))
+        key += repr(how) if data.label_kind != "index" else ""
+        cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        with suppress(OSError, ValueError, KeyError):  # missing or damaged: read the shard again
+            labels[path] = unpack(cached.read_bytes())["labels"]
             continue
         if number % 100 == 0:
             source.log_message(f"reading the labels of {len(paths) - number} shards (once, cached in {cached.parent})")
         index = index_shard(path)
-        labels[path], faults = read_labels(path, index, label_field, image_field, source.classes)
+        labels[path], faults = read_labels(path, index, fields)
         faults += [index.fault] if index.fault else []
         if not faults:
-            content = io.BytesIO()
-            np.save(content, labels[path])
-            write_whole(cached, content.getvalue())
-        elif source.data.on_error == "fail":
+            with suppress(OSError):  # a later start reads the shard again
+                write_whole(cached, pack({"labels": labels[path]}))
+        elif data.on_error == "fail":
             fix = "fetch or write it again, or set data.on_error=skip to leave out damaged records"
             raise DataError(faults[0], fix=fix)
         skipped += faults
     return labels, identities, skipped
 
 
-def split_of(name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource) -> Split:
-    """Build the split of the undamaged records in `ranges`; with on_error="fail", a DataError if a count differs."""
+def empty_split(name: str, content: str, skipped: Sequence[str]) -> DataError:
+    """Return the error of a split that has no example, though the data or the configuration defines it."""
+    unreadable_ones = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
+    fix = "repair them, or remove the split" if skipped else "add examples to it, or use another split"
+    return DataError(f"the {name} split has no example: {content}{unreadable_ones}", fix=fix)
+
+
+def split_of(
+    name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource, skipped: Sequence[str]
+) -> Split:
+    """Build the split of the undamaged records in `ranges`.
+
+    Raises:
+        DataError: no record is left, or a count differs from that of dataset_info.json (on_error="fail").
+    """
     shards = []
     for shard in ranges:
         count = len(labels[shard.path])
         if count != shard.count and source.data.on_error == "fail":
-            problem = f"shard {shard.path} holds {count} records, but dataset_info.json lists {shard.count}"
+            problem = f"shard {printable(shard.path)} holds {count} records, but dataset_info.json lists {shard.count}"
             raise DataError(problem, fix="prepare the dataset again, or set data.on_error=skip to use it nevertheless")
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])
     split = Split(name, all_labels, shards=tuple(shards), image_field=source.data.image_field)
-    return take(split, np.flatnonzero(all_labels >= 0))
+    readable = np.flatnonzero(all_labels >= 0)
+    if not readable.size:
+        paths = list(dict.fromkeys(shard.path for shard in ranges))
+        content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
+        raise empty_split(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
+    return take(split, readable)
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Return the files that a pattern matches, sorted; its parts that exist as they are written are no patterns."""
+    parts = pattern.split("/")
+    for i, part in enumerate(parts):
+        if has_wildcard(part) and not os.path.lexists("/".join(parts[: i + 1])):
+            literal = [glob.escape(part) for part in parts[:i]]
+            return sorted(filter(os.path.isfile, glob.glob("/".join([*literal, *parts[i:]]), recursive=True)))
+    return [pattern] if os.path.isfile(pattern) else []
 
 
 def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
@@ -203,8 +247,11 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     """
     assert data.pattern
     assert data.class_names
-    paths = sorted(p for p in glob.glob(os.path.expanduser(data.pattern), recursive=True) if os.path.isfile(p))
+    paths = matching_files(os.path.expanduser(data.pattern))
     if not paths:
+        if os.path.isdir(os.path.expanduser(data.pattern)):
+            files = f"set data.pattern={os.path.join(data.pattern, '*.tfrec*')}"
+            raise DataError("is a folder", key="data.pattern", value=data.pattern, fix=files)
         problem, fix = f"no file matches (searched from {os.getcwd()})", "set the pattern of the shards"
         raise DataError(problem, key="data.pattern", value=data.pattern, fix=fix)
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
@@ -220,6 +267,6 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
     test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
-    splits = {name: split_of(name, ranges[name], labels, source) for name in SPLITS if ranges[name]}
+    splits = {name: split_of(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
     return RawData(name, data.class_names, splits, identities, skipped)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Data
+from trainer.config.typed import argument
 from trainer.data.splits import (
     RawData,
     RecordSource,
@@ -22,6 +23,7 @@ from trainer.data.splits import (
 )
 from trainer.errors import DataError
 from trainer.monitoring.health import health
+from trainer.names import path_fault, printable
 from trainer.types import LogMessage, Shard, Split
 
 
@@ -42,18 +44,17 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     if file_format != "tfrecord":
         raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
-    specs = split_specs(data, info.splits)
-    ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
+    specs, ranges, split_notes = resolve_splits(info, data)
     source = RecordSource(data, len(class_names), cache_dir, log_message, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
-    splits = {name: split_of(name, shards, labels, source) for name, shards in ranges.items()}
-    notes = _check_overlaps(splits, specs)
+    splits = {name: split_of(name, shards, labels, source, skipped) for name, shards in ranges.items()}
+    notes = split_notes + _check_overlaps(splits, specs)
     if fractions := missing_fractions(data, splits):
         new_splits, new_notes = carve(splits["train"], fractions, data.split_seed)
         splits |= new_splits
         notes += new_notes
-    return RawData(info.name, class_names, splits, identities, skipped, notes, group_names)
+    return RawData(info.name, class_names, splits, identities, skipped, notes, group_names=group_names)
 
 
 def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
@@ -62,6 +63,40 @@ def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
     return {
         name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
     }
+
+
+def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
+    """Return the split string and the ranges of shards of each split, and notes.
+
+    A validation or test split that the configuration does not name (null) is the dataset's split of that name without
+    the records of data.train_split; if none are left, there is no such split.
+    """
+    specs, notes = split_specs(data, info.splits), []
+    ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
+    for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
+        rest = _without(ranges[name], ranges["train"])
+        if rest != ranges[name]:
+            all_records, left = (sum(s.stop - s.start for s in shards) for shards in (ranges[name], rest))
+            used = f"{all_records - left} of the {all_records} examples of {name} are in data.train_split"
+            outcome = f"the others are the {name} split" if left else f"they are not the {name} split"
+            notes.append(f"{used}={specs['train']}: {outcome}")
+            ranges[name] = rest
+            if not rest:
+                del ranges[name], specs[name]
+    return specs, ranges, notes
+
+
+def _without(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
+    """Return the records of `ranges` that are not in `removed`."""
+    for other in removed:
+        parts = [
+            (shard, ((shard.start, min(shard.stop, other.start)), (max(shard.start, other.stop), shard.stop)))
+            if shard.path == other.path and max(shard.start, other.start) < min(shard.stop, other.stop)
+            else (shard, ((shard.start, shard.stop),))
+            for shard in ranges
+        ]
+        ranges = [replace(shard, start=a, stop=b) for shard, bounds in parts for a, b in bounds if a < b]
+    return ranges
 
 
 def missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
@@ -75,7 +110,7 @@ def _open_folder(root: str) -> Any:
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
         nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
-        fix = f"set data.root={nested[0].parent}" if nested else "write one with python -m trainer.prepare"
+        fix = f"set {argument('data.root', nested[0].parent)}" if nested else "write one with python -m trainer.prepare"
         raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
@@ -129,15 +164,23 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
     required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
     for kind, name, expected in required:
         feature = features.get(name)
-        named_scalar = kind == "label" and data.class_names and isinstance(feature, tfds.features.Scalar)
-        if isinstance(feature, expected) or named_scalar:
+        kinds = {"text": tfds.features.Text, "onehot": tfds.features.Tensor}
+        numbered = isinstance(feature, expected) and (kind == "image" or data.label_kind == "index")
+        named = kind == "label" and isinstance(feature, kinds.get(data.label_kind, tfds.features.Scalar))
+        if numbered or (named and data.class_names):
             continue
+        if kind == "label" and isinstance(feature, expected):
+            problem, fix = f"{name} of {info.name} is a {expected.__name__}, which counts from 0", "leave it out"
+            raise DataError(problem, key="data.label_kind", value=data.label_kind, fix=fix)
         suitable = [n for n, f in features.items() if isinstance(f, expected)]
         required_type = expected.__name__
         fix = f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {required_type}"
+        if kind == "label" and isinstance(feature, tfds.features.Text):
+            fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
         problem = f"{info.name} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
-    return data.class_names or tuple(features[data.label_field].names)
+    own = getattr(features[data.label_field], "names", None)
+    return tuple(own) if own else data.class_names or ()
 
 
 def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
@@ -163,6 +206,11 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
         raise DataError(f"{info.name} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
+    folder = str(info.data_dir)
+    for file in (os.path.relpath(shard.path, folder) for shard in shards):
+        if fault := path_fault(file):
+            problem = f"dataset_info.json lists the shard {printable(file)}, which is not below {folder} ({fault})"
+            raise DataError(problem, key=key, value=spec, fix="prepare the dataset again")
     if not shards:
         raise DataError(f"is empty in {info.name}", key=key, value=spec, fix=fix)
     return shards

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,12 @@ import numpy as np
 
 from trainer.arrays import unpack
 from trainer.errors import DataError
-from trainer.storage.base import StoragePath
+from trainer.names import printable
+from trainer.storage.base import StoragePath, is_unfinished
+from trainer.storage.disk import refused_write
+from trainer.storage.local import delete_unfinished
+from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.staging import ABANDONED_SECONDS
 
 MANIFEST = "kubetune_shards.json"
 LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard; makes reading shards for labels unnecessary
@@ -38,8 +42,8 @@ class ShardEntry:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the entry of a JSON object; unknown or absent keys raise TypeError or KeyError."""
-        lists = {"skipped": tuple(value["skipped"]), "missing": tuple(value.get("missing", ()))}
-        return cls(**{**value, **lists})
+        lists = {"skipped": tuple(value["skipped"]), "missing": tuple(map(int, value.get("missing", ())))}
+        return cls(**{**value, **lists, "count": int(value["count"]), "bytes": int(value["bytes"])})
 
     @property
     def identity(self) -> str:
@@ -67,20 +71,22 @@ class DatasetFolder:
             self.scratch.mkdir(parents=True, exist_ok=True)
             files = self.scratch.iterdir() if self.folder.is_local else self._files()
             others = sorted({file.name for file in files} - names)
-            others = [name for name in others if not name.startswith(temporary)]
+            others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
         except OSError as error:
-            problem = f"cannot be written to ({error.strerror})"
-            raise DataError(problem, key="output", value=str(self.folder), fix=fix) from None
+            raise refused_write(error, str(self.folder), "output", fix, DataError) from None
         if others:
-            problem = f"has other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+            problem = f"has other files ({', '.join(map(printable, others[:3]))}{', ...' * (len(others) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def entries(self) -> dict[str, ShardEntry]:
-        """Return the entries of the shards that earlier starts or other pods have written, by file name."""
+        """Return the entries of the shards that earlier starts or other pods have written, by file name.
+
+        A shard whose entry is damaged is written again.
+        """
         files = self._files()
-        values = [value for path in files if path.name == MANIFEST for value in json.loads(path.read_text())]
-        values += [json.loads(path.read_text()) for path in files if _is_sidecar(path.name)]
-        return {entry.file: entry for entry in map(ShardEntry.from_json, values)}
+        manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
+        sidecars = [parse_manifest(b"[%s]" % path.read()) for path in files if _is_sidecar(path.name)]
+        return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
     def _files(self) -> list[StoragePath]:
         return [info.path for info in self.folder.list(recursive=False)]
@@ -108,18 +114,18 @@ class DatasetFolder:
         class_names: Sequence[str],
         splits: Mapping[str, Sequence[ShardEntry]],
         labels: Mapping[str, np.ndarray],
-        text_field: str | None,
+        text_fields: Sequence[str],
     ) -> None:
         """Write manifest, labels (int32 [records] by file name) and metadata, then delete the sidecar files.
 
-        Several pods may do so. `text_field` names an additional text feature of the records.
+        Several pods may do so. `text_fields` are additional text features of the records.
         """
         import tensorflow_datasets as tfds
 
         features: dict[str, Any] = {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "label": tfds.features.ClassLabel(names=list(class_names)),
-        } | ({text_field: tfds.features.Text()} if text_field else {})
+        } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
         arrays = io.BytesIO()
@@ -144,6 +150,7 @@ class DatasetFolder:
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
+            delete_unfinished(self.scratch, ABANDONED_SECONDS)
             for unfinished in self.scratch.glob(".*.tmp"):
                 unfinished.unlink()
 
@@ -152,7 +159,7 @@ def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
     """Return the entries of a manifest by file name; empty if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
-    except (ValueError, KeyError, TypeError):
+    except WRONG_CONTENT:
         return {}
 
 
@@ -163,7 +170,7 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
     """
     try:
         entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, *WRONG_CONTENT):
         return {}, {}
     consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
     return (entries, labels) if consistent else ({}, {})

@@ -1,35 +1,37 @@
-"""Write labelled images as sharded TFRecords in TFDS's folder format, in several processes.
+"""Write labelled images as sharded TFRecords in TFDS's folder format, in several threads.
 
-It does not import TensorFlow, which would take seconds in each process.
+TensorFlow is imported only to verify images, with the decoder of training.
 """
 
 import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
-import threading
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
 
 from trainer.data.records import RecordAt, frame_record, join_first, read_image, serialize, unreadable
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
-from trainer.errors import INTERRUPTED, DataError
+from trainer.errors import DataError
+from trainer.names import file_stem, printable
 from trainer.storage.base import StoragePath
+from trainer.storage.local import naming
 from trainer.storage.path import storage_path
 from trainer.storage.staging import origin
 
 ImageSource = str | Path | bytes | RecordAt
+Orientation = Literal["exif", "ignore"]  # data.orientation
+TIFF_MAGIC = (b"II*\0", b"MM\0*")
 SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
 
 
@@ -40,8 +42,7 @@ class LabelledImages:
     name: str
     class_names: Sequence[str]
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
-    group_field: str | None = None  # name of an additional text field of the records
-    groups: Mapping[str, Sequence[str]] | None = None  # by split, its value for each example
+    texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)  # field -> split -> values
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ class WriteOptions:
     """Options of `write_dataset`."""
 
     shards: int | None = None  # of the largest split, other splits get shards of its size; None: of `SHARD_BYTES`
-    workers: int = 1  # number of processes; with 1 this process writes
-    verify: bool = True  # decode each image with Pillow before it is written
+    workers: int = 1  # number of threads
+    verify: bool = True  # decode each image as training does before it is written
     on_error: str = "fail"  # fail | skip, for images that cannot be read or decoded
     scratch: Path | None = None  # local folder in which shards are written before they are uploaded to a bucket
     part: tuple[int, int] = (0, 1)  # (i, n): write shards i, i + n, i + 2n, ...
+    orientation: Orientation = "exif"  # of images that are converted to PNG
 
 
 DEFAULT_OPTIONS = WriteOptions()
@@ -69,6 +71,7 @@ class ShardJob:
     texts: list[dict[str, str]]  # additional text fields of each example
     made_of: str  # as in `ShardEntry`
     verify: bool
+    orientation: Orientation
 
     def fits(self, entry: ShardEntry) -> bool:
         """Return whether the shard of this entry was written from the same images, labels and texts."""
@@ -78,7 +81,7 @@ class ShardJob:
 def _name_of(source: ImageSource) -> str:
     if isinstance(source, RecordAt):
         return source.name
-    return "an image in memory" if isinstance(source, bytes) else str(source)
+    return "an image in memory" if isinstance(source, bytes) else printable(str(source))
 
 
 def _size_of(source: ImageSource) -> int:
@@ -104,73 +107,71 @@ def _read(source: ImageSource) -> bytes:
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def as_stored(data: bytes) -> bytes:
-    """Verify an encoded image, and return it as records store it: JPEG and PNG unchanged, others as PNG (first frame).
+def as_stored(data: bytes, orientation: Orientation) -> bytes:
+    """Verify an encoded image with the decoder of training, and return it as records store it.
+
+    JPEG and PNG are stored unchanged. Others become PNG with the pixels that training would read: the first frame,
+    without alpha, upright if `orientation` is "exif". Pillow decodes only what TensorFlow does not, such as TIFF.
 
     Raises:
-        ValueError: Pillow cannot decode the image completely; the message is the reason.
+        ValueError: the image cannot be decoded; the message is the reason.
     """
-    from PIL import Image
+    import tensorflow as tf
+
+    from trainer.data.decoding import decode_whole, decoding_problem
+
+    is_tiff = data[:4] in TIFF_MAGIC
+    try:
+        pixels = _decode_tiff(data, orientation) if is_tiff else decode_whole(data, orientation)
+    except tf.errors.OpError as error:
+        raise ValueError(decoding_problem(error)) from None
+    unchanged = data.startswith((b"\xff\xd8\xff", b"\x89PNG"))
+    return data if unchanged else tf.io.encode_png(pixels).numpy()
+
+
+def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
+    """Decode an image with Pillow to uint8 [H, W, 3]; raise a ValueError if that fails, or if it has 16 or 32 bits."""
+    from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and unusual metadata
             with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                if image.format in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG of a camera, followed by further images
-                    return data
-                mode = {"1": "L", "L": "L", "RGBA": "RGBA"}.get(image.mode, "RGB")
-                out = io.BytesIO()
-                (image if image.mode == mode else image.convert(mode)).save(out, "PNG")
-                return out.getvalue()
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"has pixels of mode {image.mode}; save it with 8 bits per channel")
+                upright = ImageOps.exif_transpose(image) if orientation == "exif" else image
+                return np.asarray(upright.convert("RGB"))
     except Exception as error:  # damaged bytes raise many types, such as struct.error and zlib.error
-        raise ValueError(str(error) if "BytesIO" not in str(error) else "not an image format of Pillow") from None
+        raise ValueError(str(error)) from None
 
 
-_images_done: Any = None  # counter of all writing processes, a multiprocessing.Value
-
-
-def _start_worker(counter: Any) -> None:
-    """Set the shared counter of a writing process, and end the process when its parent ends, even if that is killed."""
-    global _images_done
-    _images_done = counter
-    if parent := multiprocessing.parent_process():
-
-        def end_with_parent() -> None:
-            parent.join()
-            os._exit(INTERRUPTED)
-
-        threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _write_shard(job: ShardJob, folder: Path) -> tuple[Path, ShardEntry]:
+def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
     """Write one shard to a new temporary file in `folder`; return its path and the entry of the shard."""
     temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
-    crc = size = count = 0
-    with open(temporary, "wb") as file:
+    crc = size = records = 0
+    with naming(temporary), open(temporary, "wb") as file:
         for number, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
             try:
                 image = _read(source)
-                payload = serialize(as_stored(image) if job.verify else image, label, texts)
+                payload = serialize(as_stored(image, job.orientation) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{_name_of(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing.append(number)
             else:
                 record = frame_record(payload)
                 file.write(record)
-                crc, size, count = google_crc32c.extend(crc, record), size + len(record), count + 1
-            with _images_done.get_lock():
-                _images_done.value += 1
+                crc, size, records = google_crc32c.extend(crc, record), size + len(record), records + 1
+            image_done()
         file.flush()
         os.fsync(file.fileno())
-    return temporary, ShardEntry(job.file, count, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
+    return temporary, ShardEntry(job.file, records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
-def _plan_shards(name: str, images: LabelledImages, shards: int | None, verify: bool) -> list[ShardJob]:
+def _plan_shards(name: str, images: LabelledImages, options: WriteOptions) -> list[ShardJob]:
     """Divide the examples of each split into shards of about equal size."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
-    shard_size = max(sizes.values()) / shards if shards else SHARD_BYTES
+    shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
     jobs: list[ShardJob] = []
     for split, examples in splits.items():
         count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
@@ -179,14 +180,13 @@ def _plan_shards(name: str, images: LabelledImages, shards: int | None, verify: 
             rows = slice(bounds[number], bounds[number + 1])
             members = list(examples[rows])
             identities = [(_identity(source), int(label)) for source, label in members]
-            content: list[Any] = [list(images.class_names), verify, identities]
-            texts: list[dict[str, str]] = [{}] * len(members)
-            if images.group_field and images.groups:
-                texts = [{images.group_field: value} for value in images.groups[split][rows]]
-                content.append(texts)
+            content: list[Any] = [list(images.class_names), options.verify, options.orientation, identities]
+            columns = {field: values[split][rows] for field, values in images.texts.items()}
+            texts = [{field: values[i] for field, values in columns.items()} for i in range(len(members))]
+            content.append(texts)
             made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
-            jobs.append(ShardJob(split, file, members, texts, made_of, verify))
+            jobs.append(ShardJob(split, file, members, texts, made_of, options.verify, options.orientation))
     return jobs
 
 
@@ -213,9 +213,9 @@ def write_dataset(
     """
     out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
-    name = name if name[0].isalpha() else f"data_{name}"
+    name = file_stem(name if name[0].isalpha() else f"data_{name}")
     try:
-        jobs = _plan_shards(name, images, options.shards, options.verify)
+        jobs = _plan_shards(name, images, options)
     except OSError as error:
         raise unreadable(error.filename, error) from None
     out.create({job.file for job in jobs})
@@ -260,29 +260,26 @@ def write_dataset(
         manifest.setdefault(job.split, []).append(entries[job.file])
         missing = np.array(entries[job.file].missing, np.int64)
         labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing)
-    out.finish(name, images.class_names, manifest, labels, images.group_field)
+    out.finish(name, images.class_names, manifest, labels, list(images.texts))
     return [entries[job.file] for job in jobs]
 
 
 def _run(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
-    """Yield the temporary file and the entry of each shard when it is written."""
-    global _images_done
-    context = multiprocessing.get_context("spawn")  # a forked process may hang because of TensorFlow's threads
-    counter = context.Value("q", 0)
+    """Yield the temporary file and the entry of each shard when it is written, in threads: decoding needs no lock."""
+    done: list[None] = []  # one element per image: appending needs no lock
     if workers <= 1 or len(jobs) <= 1:
-        _images_done = counter
         for job in jobs:
-            yield _write_shard(job, folder)
-            progress(counter.value)
+            yield _write_shard(job, folder, lambda: done.append(None))
+            progress(len(done))
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker, initargs=(counter,)) as pool:
-        pending = {pool.submit(_write_shard, job, folder) for job in jobs}
+    with ThreadPoolExecutor(min(workers, len(jobs))) as pool:
+        pending = {pool.submit(_write_shard, job, folder, lambda: done.append(None)) for job in jobs}
         try:
             while pending:
                 ended, pending = wait(pending, timeout=0.25, return_when="FIRST_COMPLETED")
-                progress(counter.value)
+                progress(len(done))
                 for future in ended:
                     yield future.result()
-        except BaseException:  # cancel jobs that have not started, which could no longer read the counter
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

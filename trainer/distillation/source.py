@@ -10,9 +10,12 @@ import numpy as np
 
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
-from trainer.exporting.model_card import label_lines
+from trainer.names import class_name
 from trainer.runs.checkpoints import crc32c_hex, inference_weights, read_checkpoint, read_pointer
+from trainer.storage.local import inside
 from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.staging import files_below
 
 KEY = "distillation.teacher"
 ROWS_PER_CALL = 32  # images per replica and device call; constant, so that bits do not depend on the batch size
@@ -66,40 +69,48 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
-    infos = {str(info.path).removeprefix(f"{home}/"): info for info in home.list()}
+    infos, _ = files_below(home, home.list())
     digest = hashlib.sha256()
     for name, info in sorted(infos.items()):
         crc32c = f"{info.crc32c:08x}" if info.crc32c is not None else crc32c_hex(info.path.read())
         digest.update(f"{name} {info.size} {crc32c}\n".encode())
-    classes = tuple((home / _LABELS).read_text().splitlines())
+    try:
+        classes = tuple((home / _LABELS).read_text().splitlines())
+    except UnicodeDecodeError:
+        fix = "export the run again, or give another teacher"
+        raise DataError(f"its {_LABELS} is not UTF-8", key=KEY, value=address, fix=fix) from None
     sizes = {name: info.size for name, info in infos.items()}
     return TeacherFiles(address, home, classes, digest.hexdigest()[:16], sizes)
 
 
 def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
-        settings = config.load_resolved(config.read_config((home / "config.yaml").read_text()))
+        settings = config.load_resolved(config.read_config((home / "config.yaml").read()))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None
-    names = read_pointer(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
+    fix = "restore the files, or give another teacher"
+    try:
+        names = read_pointer(home / "checkpoints" / ("BEST" if settings.training.keep == "best" else "LATEST"))
+    except DataError as error:
+        raise DataError(error.problem, key=KEY, value=address, fix=fix) from None
     if not names:
         raise DataError("the run has no checkpoint yet", key=KEY, value=address, fix="wait until the run has finished")
     folder = home / "checkpoints" / names[0]
     try:
         manifest = json.loads((folder / "manifest.json").read())["variables.npz"]
+        size = int(manifest["bytes"])
         classes = tuple(json.loads((home / "run.json").read())["classes"])
-    except (ValueError, KeyError):
-        fix = "restore the files, or give another teacher"
+    except WRONG_CONTENT:
         raise DataError(f"{folder} or run.json is damaged", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
-    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": int(manifest["bytes"])}
+    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
     return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
 
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
     """Raise a DataError unless the classes of the teacher are those of the data, in the same order."""
-    teacher, data = (tuple(label_lines(names).splitlines()) for names in (teacher, data))  # as in labels.txt
+    teacher, data = (tuple(map(class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
     differences = {"only the teacher has": _difference(teacher, data), "only the data has": _difference(data, teacher)}
@@ -141,5 +152,6 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
     """Write the files of a SavedModel, which `read_teacher` returned, to a folder."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.tobytes())
+        file = inside(folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.tobytes())

@@ -24,6 +24,7 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import rebuild_classifier
 from trainer.storage.local import write_whole
+from trainer.storage.small_files import WRONG_CONTENT
 from trainer.training.losses import log_probs
 
 _FORMAT = 1  # version of the soft labels on disk; incremented when their values change
@@ -84,27 +85,42 @@ class OpenedTeacher:
         return batches.map(add_labels)
 
 
-def open_teacher(
-    worker: Worker, images: ImageStore, sharding: Sharding, run: str, recorded: str | None
-) -> OpenedTeacher:
-    """Open the configured teacher on all workers; the chief reads its files and broadcasts them.
+@dataclass(frozen=True)
+class TeacherAtAddress:
+    """The teacher that is configured, before its weights are read."""
 
-    Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
-    augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
-    `Worker.should_stop` afterwards. `recorded` is the fingerprint of the teacher with which the run in output_dir `run`
-    began, None for a new run.
+    properties: dict[str, Any]  # of `TeacherFiles`
+    files: source.TeacherFiles | None  # None on workers other than the chief
+
+
+def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> TeacherAtAddress:
+    """Find and check the configured teacher on all workers; only the chief reads its files.
+
+    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began, None for a new run.
 
     Raises:
         DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
-    config = images.config
-    assert config.distillation
-    address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
+    assert images.config.distillation
+    address = images.config.distillation.teacher
     files = source.find_teacher(address) if worker.is_chief else None
     properties: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.properties if files else None)
     check_classes(address, tuple(properties["classes"]), images.dataset.class_names)
     check_same_teacher(run, recorded, properties["fingerprint"])
+    return TeacherAtAddress(properties, files)
+
+
+def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_address: TeacherAtAddress) -> OpenedTeacher:
+    """Open a teacher on all workers; the chief reads its files and broadcasts them.
+
+    Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
+    augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
+    `Worker.should_stop` afterwards. Raises DataError if the files are damaged.
+    """
+    config, properties, files = images.config, at_address.properties, at_address.files
+    assert config.distillation
+    address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
     loss = f"{alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
     at_temperature = f" at temperature {temperature:g}" if temperature != 1 else ""
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
@@ -135,7 +151,8 @@ def _soft_labels(
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
-    key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, config.runtime.precision)
+    key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, split.orientation,
+           config.runtime.precision)  # fmt: skip
     digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
     file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
     cached = _read_cached(file, (split.count, classes)) if worker.is_chief else None
@@ -169,6 +186,6 @@ def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Return the soft labels in a file; None if it is missing or damaged."""
     try:
         labels = unpack(file.read_bytes())["answers"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, *WRONG_CONTENT):
         return None
     return labels if labels.shape == shape and labels.dtype == np.float32 else None

@@ -21,6 +21,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
+from trainer.storage.small_files import WRONG_CONTENT
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual limits (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
@@ -204,9 +205,20 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
         sizes = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
         names = reference["classes"] if classes is None else classes
         valid = sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
-    except (ValueError, KeyError, TypeError):
+        histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
+        valid &= all(np.isfinite(np.asarray(values, np.float64)).all() for values in histograms)
+        valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
+    except WRONG_CONTENT:
         return None
     return reference if valid else None
+
+
+def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
+    """Return whether it has a mean [C'], a covariance [C', C'] and perhaps a projection [C, C'], all of them finite."""
+    mean, covariance = np.asarray(embedding["mean"], np.float64), np.asarray(embedding["covariance"], np.float64)
+    projection = np.asarray(embedding.get("projection") or [mean], np.float64)
+    shaped = mean.ndim == 1 and covariance.shape == 2 * mean.shape and projection.shape[1:] == mean.shape
+    return shaped and all(np.isfinite(values).all() for values in (mean, covariance, projection))
 
 
 def read_reference(address: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from trainer.data.images import BatchSource, data_errors
 from trainer.data.pipeline import Batches, evaluation_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import UNSHARDED, Sharding
-from trainer.errors import StopRequested
+from trainer.errors import DataError, StopRequested
 from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
@@ -31,28 +31,32 @@ class Predictor:
         self.strategy, self.network = strategy, network
         self._predict = tf.function(lambda batch: strategy.run(self._replica, args=(batch,)), autograph=False)
 
-    def _replica(self, batch: Batch) -> tuple[tf.Tensor, Batch]:
-        return tf.nn.softmax(self.network.logits(batch["image"], training=False)), batch
+    def _replica(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, Batch]:
+        logits = self.network.logits(batch["image"], training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
+        return tf.nn.softmax(logits), losses, batch
 
     def probabilities(
         self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Predict the first `count` batches of a distributed dataset, or those before `ready` returns False.
 
         Returns:
-            Probabilities float32 [n, classes], labels int32 [n] and indices int64 [n] of the examples, without padding,
-            ordered by index.
+            Probabilities float32 [n, classes], labels int32 [n], indices int64 [n] and losses (cross-entropy of the
+            logits) float32 [n] of the examples, without padding, ordered by index.
         """
         parts: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
-        for _ in range(count):
+        for number in range(count):
+            health.progress(number, count)
             if not ready():
                 break
-            outputs, batch = self._predict(next(stream))
-            for p, *rest in zip(local(outputs), *(local(batch[k]) for k in ("label", "index", "weight")), strict=True):
-                label, index, weight = (tensor.numpy() for tensor in rest)
+            outputs, losses, batch = self._predict(next(stream))
+            columns = [local(batch[k]) for k in ("label", "index", "weight")]
+            for tensors in zip(local(outputs), local(losses), *columns, strict=True):
+                p, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
                 real = weight > 0  # padding has weight 0
-                parts.append((p.numpy()[real], label[real], index[real]))
+                parts.append((p[real], label[real], index[real], loss[real]))
         return _join_by_index(parts)
 
 
@@ -87,7 +91,7 @@ class Scorer:
             part: the fraction of the batches to predict; they have the same examples at every call.
 
         Raises:
-            DataError: an example cannot be read.
+            DataError: an example cannot be read (data.on_error=fail), or none can.
         """
         batches, stream = self._open(source, batch_size, part)
         gate, rows = batches.gate(), batch_size // self.sharding.workers
@@ -95,13 +99,18 @@ class Scorer:
             arrays = self.predictor.probabilities(stream, batches.count or 0, lambda: self._ready(gate, rows))
         gate.close()
         if self.worker.size > 1:
-            names = ("probabilities", "labels", "indices")
+            names = ("probabilities", "labels", "indices", "losses")
             shards = self.worker.control.gather_arrays(topic, dict(zip(names, arrays, strict=True)))
             if shards:
                 parts = [tuple(shard[name] for name in names) for shard in shards if len(shard["labels"])]
                 arrays = _join_by_index(parts)
-        probabilities, labels, indices = arrays
-        return Scored(source.split.name, indices, labels, probabilities)
+        probabilities, labels, indices, losses = arrays
+        if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
+            reasons = [f"{source.split.name_of(index)}: {why}" for index, why in sorted(source.bad.items())]
+            first = f", the first: {reasons[0]}" if reasons else ""
+            problem = f"no example of {source.split.name} could be read{first}"
+            raise DataError(problem, fix="repair the images, or use another split")
+        return Scored(source.split.name, indices, labels, probabilities, losses)
 
     def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
         """Return the batches of a source and their distributed dataset, which is built once for all epochs."""
@@ -127,24 +136,30 @@ class Scorer:
         return self.worker.stop.reason is None
 
 
-def _join_by_index(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate tuples of (probabilities, labels, indices), and order their rows by index."""
+def _join_by_index(
+    parts: Sequence[tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Concatenate tuples of (probabilities, labels, indices, losses), and order their rows by index."""
     if not parts:
-        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64)
-    probabilities, labels, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    probabilities, labels, indices, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(indices, kind="stable")
-    return probabilities[order], labels[order], indices[order]
+    return probabilities[order], labels[order], indices[order], losses[order]
 
 
-def validation_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def validation_scores(
+    probabilities: np.ndarray, labels: np.ndarray, losses: np.ndarray | tuple[()]
+) -> dict[str, float]:
     """Return the scores of the validation split after an epoch, computed in float64.
 
-    val_loss is the mean cross-entropy, val_n the number of examples; val_top_5 requires more than five classes.
+    val_loss is the mean cross-entropy, val_n the number of examples; val_top_5 requires more than five classes. For a
+    probability under `MIN_PROBABILITY`, which may have underflowed, the loss is that of the logits, in `losses`.
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)
+    from_probabilities = -np.log(np.maximum(label_probabilities, MIN_PROBABILITY))
     scores = {
-        "val_loss": float(-np.log(np.maximum(label_probabilities, MIN_PROBABILITY)).mean()),
+        "val_loss": float(np.where(label_probabilities < MIN_PROBABILITY, losses, from_probabilities).mean()),
         "val_accuracy": float((predictions == labels).mean()),
         "val_macro_f1": macro_f1(predictions, labels),
         "val_n": len(labels),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.decoding import Resize
+from trainer.data.orientation import Orientation
 from trainer.private_api import library_class, swap_class
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ExportBundle:
     resize: Resize
     reference: Mapping[str, Any]  # content of reference.json, for the drift check
     calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
+    orientation: Orientation = "exif"  # whether the model turns encoded images upright
 
 
 @dataclass(frozen=True)

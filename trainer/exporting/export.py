@@ -1,6 +1,5 @@
 """Export of a scored classifier at the end of a run, and of any checkpoint of a finished run."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, with_run_classes, without_weights
 from trainer.storage.local import write_json, write_whole
+from trainer.storage.small_files import intact, json_object
 from trainer.types import Scored, scored_split
 
 READ_BATCH = 256  # images
@@ -51,14 +51,17 @@ def export_classifier(
     examples = images.rows(scored.split, scored.indices[sampled])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     calibration = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
+    reference = reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize)
+    reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
         model=classifier.keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
         class_names=names,
         image_size=size,
         resize=resize,
-        reference=reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize),
+        reference=reference,
         calibration_images=lambda: images.rows("train", calibration),
+        orientation=config.data.orientation,
     )
     write_whole(folder / "labels.txt", label_lines(names))
     write_reference(folder / "reference.json", bundle.reference)
@@ -86,6 +89,7 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
         explainer(images.rows(split, np.arange(start, min(start + READ_BATCH, len(labels)))))["probabilities"]
         for start in range(0, len(labels), READ_BATCH)
     ]
+    images.require_readable()
     decodable = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
     return Scored(split, decodable, labels[decodable], np.concatenate(batches)[decodable])
 
@@ -100,16 +104,23 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
+def _exported(report: Any) -> dict[str, Any]:
+    """Return a report with the section `export`; raise an error of `WRONG_CONTENT` if it is not a report."""
+    return {**json_object(report), "export": json_object(report.get("export", {})), "test": json_object(report["test"])}
+
+
 def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
     """Write the scores by format to report and model card if `folder` is the run's own `export` and it has a report.
 
     Otherwise they are written to export.json next to the files.
     """
     path = folder.parent / "report" / "report.json"
-    if not in_run or not path.exists():
+    report = intact(path, _exported, {}) if in_run else {}
+    if not report:
+        if in_run and path.exists():
+            log.info(f"{path} is damaged: it is not updated; the scores are in {folder}/export.json")
         write_json(folder / "export.json", exports)
         return
-    report = json.loads(path.read_text())
-    report["export"] = report.get("export", {}) | {k: v | {"path": f"export/{v['path']}"} for k, v in exports.items()}
+    report["export"] |= {k: v | {"path": f"export/{v['path']}"} for k, v in exports.items()}
     write_json(path, report)
     write_model_card(folder / "model_card.md", report, run.config.model_dump(mode="json"))

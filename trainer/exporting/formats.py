@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from trainer.exporting.model_card import label_lines
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
 from trainer.exporting.verify import accuracy_drop_too_large, load_export, score
-from trainer.storage.local import write_whole
+from trainer.monitoring.health import health
+from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_whole
 
 ONNX_OPSET = 18  # of ONNX 1.13 (2022); supported by TensorRT 10
 
@@ -29,10 +29,10 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 
     `keras.saving.load_model(path)` loads it in safe mode and without this package.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".keras-", dir=path.parent) as folder, plain_float32(bundle.model):
+    with temporary_folder(path) as folder, plain_float32(bundle.model):
         bundle.model.save(f"{folder}/{path.name}")
-        os.replace(f"{folder}/{path.name}", path)
+        sync(folder / path.name)
+        os.replace(folder / path.name, path)
 
 
 def export_onnx(bundle: ExportBundle, path: Path) -> None:
@@ -109,8 +109,10 @@ def export_formats(
         ModelError: a written file cannot be loaded.
     """
     exports: dict[str, dict[str, Any]] = {}
-    for name in formats:
+    delete_unfinished(folder)
+    for number, name in enumerate(names := list(formats)):
         check()
+        health.progress(number, len(names))
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.drift import CONFIDENCE_BINS, Window
+from trainer.names import class_name
 from trainer.storage.local import write_whole
 
 MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs more examples than most splits have
@@ -45,7 +46,7 @@ def reference_distribution(
     embedding = {"n": len(vectors), "mean": _rounded(vectors.mean(0)), "covariance": _rounded(covariance)}
     edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
     return {
-        "classes": list(class_names),
+        "classes": [class_name(name) for name in class_names],
         "n": len(probabilities),
         "split": split,
         "class_frequencies": (window.classes / max(window.n, 1)).tolist(),

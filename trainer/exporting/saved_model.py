@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from trainer.data.decoding import decode_image
 from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import label_lines
 from trainer.exporting.reference import write_reference
-from trainer.storage.local import write_whole
+from trainer.storage.local import temporary_folder, write_whole
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 WARMUP_BATCH = 4  # images of a second request: a graph that is warm for one image may not be warm for several
@@ -49,7 +48,7 @@ class _ServedModule(tf.Module):
         super().__init__(name="classifier")
         self.model, self.compute_explanation = bundle.model, bundle.explain
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
-        self.image_size, self.resize = bundle.image_size, bundle.resize
+        self.image_size, self.resize, self.orientation = bundle.image_size, bundle.resize, bundle.orientation
         encoded = [tf.TensorSpec([None], tf.string, "image_bytes")]
         shape = [None, self.image_size, self.image_size, 3]
         self.images = tf.function(self._images, input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
@@ -67,7 +66,7 @@ class _ServedModule(tf.Module):
 
     def _pixels(self, image_bytes: tf.Tensor) -> tf.Tensor:
         pixels = tf.map_fn(
-            lambda data: decode_image(data, self.image_size, self.resize),
+            lambda data: decode_image(data, self.image_size, self.resize, self.orientation),
             image_bytes,
             fn_output_signature=tf.TensorSpec([self.image_size, self.image_size, 3], tf.uint8),
             parallel_iterations=MAX_PARALLEL_DECODING,
@@ -88,10 +87,9 @@ def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
     Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has requests with which TensorFlow
     Serving warms up the model before it is available.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # A model server does not take a name with a dot for a version, if it lists the folder before the rename.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        labels, reference, saved = (Path(temporary) / name for name in ("labels.txt", "reference.json", "model"))
+    with temporary_folder(folder) as temporary:
+        labels, reference, saved = (temporary / name for name in ("labels.txt", "reference.json", "model"))
         write_whole(labels, label_lines(bundle.class_names))
         write_reference(reference, bundle.reference)
         module = _ServedModule(bundle, labels, reference)

@@ -109,6 +109,7 @@ class FeaturePass:
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
                 self._store_block(requests, pixels, view, index, outputs, exchange)
+                health.progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
         return True
 
     def _batches(

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
@@ -15,7 +14,6 @@ from trainer.features.store import bytes_of
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
-from trainer.runs.folder import read_run_json, update_run_json
 from trainer.types import Dataset
 
 # Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.
@@ -117,22 +115,21 @@ def plan_features(
 
 
 def choose_features(
-    control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], folder: Path, begun: bool
+    control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], run_json: Mapping[str, Any]
 ) -> dict[str, InputKind]:
     """Return the input of each phase, the same on all workers.
 
-    The chief reads them from the run.json in `folder`; for a new run it chooses and records them there. If a run that
-    has taken a training step (`begun`) recorded none, its version had no cached features: every phase reads images.
+    The chief takes them from the `run_json` of a run that resumes, and chooses them if that is empty. If it has none,
+    the version that began the run had no cached features: every phase reads images.
     """
     config = images.config
 
     def choose() -> tuple[dict[str, InputKind], list[str]]:
-        recorded = read_run_json(folder).get("features", {} if begun else None)
-        if recorded is not None:
+        if run_json:
+            recorded = run_json.get("features", {})
             return {name: recorded.get(name, "live") for name in config.phases}, []
         choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
         input_kinds = {name: choice.input_kind for name, choice in choices.items()}
-        update_run_json(folder, {"features": input_kinds})
         return input_kinds, [choice.describe(name) for name, choice in choices.items()]
 
     input_kinds, lines = control.broadcast("features", choose)

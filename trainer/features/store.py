@@ -20,6 +20,7 @@ from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
+from trainer.storage.small_files import WRONG_CONTENT
 from trainer.types import LogMessage, Split
 
 # NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
@@ -195,15 +196,16 @@ def _load_stored(features: Features) -> None:
             try:
                 block = json.loads(line)
                 view, first, count = (int(block[key]) for key in ("view", "first", "count"))
+                checksum = str(block["crc32c"])
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):  # the process died while it wrote the line
+            except WRONG_CONTENT:  # the process died while it wrote the line
                 continue
             if not (0 <= view < features.views and first >= 0 and 0 < count < size - first):
                 continue
             start = view * size + first
             rows.seek(start * features.row_bytes)
             content = rows.read(count * features.row_bytes)
-            is_intact = crc32c_hex(content) == block["crc32c"]
+            is_intact = crc32c_hex(content) == checksum
             damaged += not is_intact
             features.stored[view, first : first + count] = is_intact  # a later line replaces an earlier one
             if is_intact:

@@ -4,7 +4,7 @@ Nothing here blocks, so any thread may call it at any time.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 START, FINISH = "start", "finish"
@@ -17,11 +17,14 @@ class Health:
         self.phase = START  # or the name of a phase of training, or FINISH
         self.activity = "starting"  # what the main thread does, in a few words
         self.stuck_after = float("inf")  # seconds without progress that count as a stall (`runtime.stuck_after`)
+        self.on_change: Callable[[], None] = lambda: None  # called when the activity or a limit changes
         self.values: dict[str, float] = {}  # gauges that are set so far, by name: step, epoch, loss, ...
-        self._last_progress = time.monotonic()
+        self.work = (0, 0)  # parts of the activity that are done, and their number; 0 if it is not known
+        self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
         self._waiting_for: str | None = None
+        self._blocked_limit: float | None = None
 
     def enter_phase(self, phase: str) -> None:
         """Set the phase of the run, and set the activity to the name of the phase."""
@@ -30,12 +33,19 @@ class Health:
 
     def set_activity(self, activity: str) -> None:
         """Set the activity of the main thread, which counts as progress."""
-        self.activity = activity
+        if activity != self.activity:
+            self.activity, self.work, self.activity_began = activity, (0, 0), time.monotonic()
         self.progress()
+        self.on_change()
 
-    def progress(self) -> None:
-        """Record progress: a step, a batch, a part of a file, or an iteration of a loop with a time limit."""
+    def progress(self, done: int = 0, total: int = 0) -> None:
+        """Record progress: a step, a batch, a part of a file, or an iteration of a loop with a time limit.
+
+        `done` of the `total` parts of the activity are done, if their number is known.
+        """
         self._last_progress = time.monotonic()
+        if total:
+            self.work = (done, total)
 
     def record_steps(self, step: int, epoch: int) -> None:
         """Record that optimizer steps were taken: up to `step` of the run, in `epoch`, counted from 1."""
@@ -60,6 +70,22 @@ class Health:
         finally:
             self._waiting_for = None
             self.progress()
+
+    @contextmanager
+    def blocked_in(self, activity: str, limit: float) -> Iterator[None]:
+        """Set the activity, a call in which Python may not run for `limit` seconds, as the call holds the GIL."""
+        outer, self._blocked_limit = self.activity, limit
+        self.set_activity(activity)
+        try:
+            yield
+        finally:
+            self._blocked_limit = None
+            self.set_activity(outer)
+
+    @property
+    def unresponsive_limit(self) -> float:
+        """Seconds for which Python may not run at all in this process."""
+        return self.stuck_after if self._blocked_limit is None else self._blocked_limit
 
     @property
     def seconds_since_progress(self) -> float:

@@ -1,7 +1,7 @@
 """HTTP server of `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
 It runs in threads, so that it responds while the main thread is blocked in TensorFlow. If the main thread holds
-Python's GIL, the liveness probe times out, with the same effect as a 503.
+Python's GIL, the watchdog of a training process responds on the same socket.
 """
 
 import socket
@@ -9,15 +9,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
-from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import trainer
 from trainer.errors import ConfigError
+from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.health import Health
 from trainer.monitoring.log import log, log_traceback
 
@@ -81,25 +82,26 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
     ProcessCollector(registry=metrics)
     stall_logged = threading.Event()  # the current stall is in the log
 
-    class Handler(MetricsHandler):
+    class Handler(BaseHTTPRequestHandler):
         timeout = CLIENT_TIMEOUT_SECONDS
-        registry = metrics
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            code, body, media_type = 404, b"the paths are /healthz and /metrics\n", "text/plain; charset=utf-8"
             if path == "/metrics":
-                return super().do_GET()
-            code, text = 404, "the paths are /healthz and /metrics"
-            if path == "/healthz":
+                code, (body, media_type) = 200, encode_metrics(metrics, self.headers.get("Accept") or "")
+            elif path == "/healthz":
                 reason = health.stall_reason()
                 _log_stall_once(reason, stall_logged)
-                code, text = (503, reason) if reason else (200, health.describe())
-            body = f"{text}\n".encode()
+                code, body = 503 if reason else 200, f"{reason or health.describe()}\n".encode()
             self.send_response(code)
-            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.send_header("Content-Type", media_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Log nothing."""
 
     try:
         server = _Server(("", port), Handler)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import select
 import sys
 import tempfile
 import threading
@@ -59,6 +60,16 @@ class _StandardStream(logging.StreamHandler[TextIO]):
         stream: TextIO = getattr(sys, self._name)
         return stream
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record, and escape what the encoding of the stream lacks, such as bytes in the name of a file."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Discard the stream if its reader has ended: the run does not depend on who reads its log."""
+        if not discard_if_closed(self.stream):
+            super().handleError(record)
+
 
 _out, _err = _StandardStream("stdout"), _StandardStream("stderr")
 _out.addFilter(lambda record: record.levelno < logging.WARNING)
@@ -81,6 +92,22 @@ def configure(json_lines: bool = False, **labels: str) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     sys.excepthook = lambda _kind, error, _trace: log_traceback(error)
     threading.excepthook = lambda ended: log_traceback(ended.exc_value)
+
+
+def discard_if_closed(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe that nobody reads any more; what is written to it is then discarded."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a substitute without a descriptor, or closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if closed:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+    return closed
 
 
 def log_traceback(error: BaseException | None) -> None:
@@ -122,9 +149,15 @@ def _without_nan(value: Any) -> Any:
 def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
     """Drop the lines on stderr in which `pattern` matches, including those of C++ libraries, which bypass `logging`.
 
-    The other lines are printed at the end of the block, also after an exception.
+    The other lines are printed at the end of the block, also after an exception. Without space for a temporary file,
+    all lines are printed.
     """
-    with tempfile.TemporaryFile() as captured:
+    try:
+        temporary = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError:  # no disk has space
+        yield
+        return
+    with temporary as captured:
         sys.stderr.flush()
         stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)

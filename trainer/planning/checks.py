@@ -1,7 +1,5 @@
 """Checks of bucket data, output folder, warm start and teacher for a plan; they raise the same errors as a run."""
 
-import json
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -12,18 +10,23 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Distillation, RequestedConfig, RunConfig
-from trainer.data.splits import split_sizes
-from trainer.data.tfds import missing_fractions, resolve_split, split_specs
+from trainer.data.open import with_class_names
+from trainer.data.splits import RawData, split_sizes
+from trainer.data.tfds import missing_fractions, resolve_splits
 from trainer.distillation import source
 from trainer.distillation.teacher import saved_model_as_teacher
-from trainer.errors import ConfigError, DataError, TrainerError
-from trainer.models.classifier import build_classifier, variable_bytes
+from trainer.errors import DataError, TrainerError
+from trainer.models.classifier import Classifier, build_classifier, variable_bytes
+from trainer.names import class_name
 from trainer.planning.estimates import activation_bytes, parameter_count
-from trainer.runs.checkpoints import CheckpointFolder, read_pointer
-from trainer.runs.restore import local_checkpoints
+from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_pointer
+from trainer.runs.restore import local_checkpoints, match_warm_start, read_warm_start, shapes_of
 from trainer.runs.stored_run import without_weights
+from trainer.storage.disk import free_bytes, refused_write
+from trainer.storage.local import inside, temporary_file
 from trainer.storage.path import ObjectInfo, storage_path
-from trainer.storage.staging import is_remote, missing_from, plan_copy
+from trainer.storage.small_files import json_object, read_json
+from trainer.storage.staging import describe_left_out, is_remote, missing_from, plan_copy
 from trainer.training import variables
 from trainer.types import Dataset, Split
 
@@ -35,7 +38,7 @@ def fetched_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
         for file in files:
-            file.path.download(folder / file.path.name, expected=file)
+            file.path.download(inside(folder, file.path.name), expected=file)
         yield str(folder)
 
 
@@ -52,12 +55,13 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     with fetched_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
-            names = data.class_names or tuple(info.features[data.label_field].names)
+            own_names = tuple(map(class_name, info.features[data.label_field].names))
         except Exception as error:  # TFDS passes on the exceptions of its parsers
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
-    specs = split_specs(data, info.splits)
-    shards = {name: tuple(resolve_split(info, spec, name)) for name, spec in specs.items()}
+    given = data.class_names and tuple(map(class_name, data.class_names))
+    names = with_class_names(RawData(info.name, own_names, {}, {}), given).class_names
+    shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
     carved = split_sizes(counts["train"], missing_fractions(data, counts))
     counts |= carved | {"train": counts["train"] - sum(carved.values())}
@@ -75,10 +79,12 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
     """
     copy = plan_copy(address, cache, budget)
     missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
+    suffix = f"; {describe_left_out(copy.left_out)}" if copy.left_out else ""
     if not missing:
-        return copy.path, f"{address}: is in {copy.folder} already", entries
+        return copy.path, f"{address}: is in {copy.folder} already{suffix}", entries
     size = sum(entry.size for entry in missing.values())
-    return None, f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}", entries
+    line = f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}{suffix}"
+    return None, line, entries
 
 
 def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
@@ -91,7 +97,7 @@ def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
                 return checkpoints.read(step)[0]
         return None
     names = read_pointer(folder / "checkpoints" / "LATEST")
-    return json.loads((folder / "checkpoints" / names[0] / "state.json").read()) if names else None
+    return read_json(folder / "checkpoints" / names[0] / "state.json", json_object, "") if names else None
 
 
 def probe_output(config: RequestedConfig) -> str:
@@ -110,12 +116,11 @@ def probe_output(config: RequestedConfig) -> str:
     folder = Path(address).expanduser()
     existing = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     try:
-        with tempfile.NamedTemporaryFile(prefix=".probe-", dir=existing) as file:
-            file.write(b"probe")
+        with temporary_file(existing / "probe") as file:
+            file.write_bytes(b"probe")
     except OSError as error:
-        problem, fix = f"cannot be written to ({error.strerror})", "use a folder that this process may write to"
-        raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
-    free = shutil.disk_usage(existing).free
+        raise refused_write(error, folder, "output_dir", "use a folder that this process may write to") from None
+    free = free_bytes(existing)
     parent = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
     return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
 
@@ -128,6 +133,15 @@ def describe_warm_start(run: str) -> str:
         return f"{run}: has a committed checkpoint"
     steps = local_checkpoints(run, Path(run).expanduser()).steps()
     return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+
+
+def warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
+    """Compare a local warm start with the model as a run would; return its warning, and raise its error."""
+    source = config.warm_start
+    if not source or is_remote(source):
+        return ""
+    values = inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
+    return match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)[1]
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from trainer.cluster.devices import choose_devices, describe_devices
-from trainer.config.auto import resolve_auto
+from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices
+from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, RunConfig
 from trainer.data.host import memory_budget_default
 from trainer.data.images import plan_image_caches
@@ -16,9 +16,11 @@ from trainer.features.plan import divide, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
-from trainer.planning.estimates import PhasePlan
-from trainer.planning.sections import WIDTH, Plan, Rows, first_names, format_bytes
-from trainer.runs.folder import check_fingerprint, inspect_folder
+from trainer.planning.estimates import format_bytes
+from trainer.planning.sections import WIDTH, Plan, Rows, first_names
+from trainer.planning.timing import estimate_time, on_gpus
+from trainer.planning.warnings import data_warnings, settings_warnings
+from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
 from trainer.storage.staging import is_remote
 from trainer.training.losses import class_weights
@@ -29,8 +31,8 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
     """Print all sections of the plan, and collect its warnings and errors."""
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
-    phases = _show_data_and_network(plan, plot, summary)
-    sections.add_warnings(plan, phases)
+    _show_data_and_network(plan, plot, summary)
+    plan.warnings += settings_warnings(plan.config)
 
 
 def _show_cluster(plan: Plan) -> None:
@@ -96,13 +98,14 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
     plan.dataset = dataset
     if config.output_dir and not plan.faults:
         _, run_facts = inspect_folder(config)
-        check_fingerprint(config.output_dir, run_facts, dataset.fingerprint)
+        check_same_data(config.output_dir, run_facts, dataset)
+        plan.warnings += filter(None, [describe_versions(run_facts)])
     class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks them
     return True
 
 
-def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> list[PhasePlan]:
-    """Print the sections that need the data; return the planned phases, [] if the data or settings prevent a plan."""
+def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
+    """Print the sections that need the data."""
     rows: Rows = []
     before = len(plan.faults)
     with plan.collect_errors():
@@ -110,40 +113,45 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> list
     problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > before else ""
     if plan.dataset:
         with plan.collect_errors():
-            require_validation(plan.dataset)
+            require_validation(plan.dataset, plan.config.data.validation_fraction)
         sections.show_data(plan, plan.dataset, rows)
     elif rows:
         plan.section("data", rows)
     sections.show_storage(plan, problem)
-    if plan.dataset:
-        with plan.collect_errors():
-            return _show_training(plan, plan.dataset, plot, summary)
-    return []
+    with plan.collect_errors():
+        if plan.dataset:
+            _show_training(plan, plan.dataset, plot, summary)
+        elif isinstance(config := plan.config, RunConfig):
+            check_batch_size(config, plan.replicas * plan.cluster.size)
 
 
-def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> list[PhasePlan]:
+def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
     """Resolve `auto` as the run would, build the network and print the sections that follow from it."""
     classes = len(dataset.class_names)
     config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes)
     if reasons := reasons or plan.reasons:
         plan.section("advice", [("auto", reason) for reason in reasons])
-    if config is not plan.config:
-        describe_devices("", plan.replicas, plan.cluster, config)  # checks the batch size
-        plan.config = config
+    replicas = plan.replicas * plan.cluster.size
+    config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
+    plan.warnings += [limited] * bool(limited)
+    check_batch_size(config, replicas)
+    plan.config = config
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     pixels = config.model.image_size or backbone.default_size
-    memory_before = estimates.peak_memory_bytes()
+    memory_before = estimates.resident_bytes()
     remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if remote else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
     budget = max(config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget)
-    choices = plan_features(config, divide(config, classifier), dataset, budget)
+    divisions = divide(config, classifier)
+    choices = plan_features(config, divisions, dataset, budget)
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
     caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {})
     epoch = sharding.steps_per_epoch
-    per_replica = max(batch_size // (plan.replicas * workers * config.training.accumulate), 1)
+    per_device = max(batch_size // replicas, 1)
+    per_replica = max(per_device // config.training.accumulate, 1)
     phases = estimates.plan_phases(config, classifier, epoch, per_replica)
     sections.show_phases(plan, config, phases, estimates.parameter_count(classifier), epoch, sharding.by)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
@@ -153,8 +161,12 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         text = f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}"
         rows.append(("decoded" if name == "train" else "", text))
     plan.section("caches", rows)
-    memory = estimates.memory_rows(classifier, phases, caches, plan.replicas, memory_before)
+    memory = estimates.memory_rows(
+        classifier, phases, caches, rows=per_device, replicas=plan.replicas, before=memory_before
+    )
     model_rows = _model_rows(config, classifier, classes)
+    with plan.collect_errors():
+        plan.warnings += filter(None, [checks.warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
             text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
@@ -166,9 +178,15 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
+    with plan.collect_errors():
+        plan.warnings += estimates.memory_warnings(config, memory, replicas)
+    plan.warnings += data_warnings(config, dataset, epoch, plan.labels_known)
+    if not plan.faults and not any(value for _, value in config.debug):  # the time of a trial run is of no interest
+        inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
+        seconds = estimate_time(config, classifier, dataset, inputs, epoch)
+        sections.show_time(plan, seconds, workers * (plan.replicas if on_gpus() else 1))
     checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameter_count(classifier))
-    return phases
 
 
 def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:

@@ -4,16 +4,29 @@ import math
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import keras
 import tensorflow as tf
 
+from trainer.cluster.devices import gpu_memory
+from trainer.config.auto import batch_parts
+from trainer.config.phases import Optimizer
 from trainer.config.schema import RunConfig
+from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
+from trainer.errors import ConfigError
+from trainer.models.bn_folding import foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
-from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.types import Split
+
+
+def format_bytes(count: float) -> str:
+    """Format bytes as kB, MB or GB."""
+    if count < 1e5:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def bytes_of_split(split: Split) -> int:
@@ -60,18 +73,17 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = config.phase_steps(phase, epoch)
-        rate = build_schedule(phase.schedule, phase.optimizer.learning_rate, total_steps=steps,
-                              steps_per_epoch=epoch, batch_size=config.training.batch_size)  # fmt: skip
-        optimizer = build_optimizer(phase.optimizer, rate, thaw.lr_multipliers)
-        optimizer.build(list(thaw.trainable.values()))
         sizes = variable_bytes(thaw.trainable.values())
         saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
             trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
             trains=frozenset(i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights),
-            optimizer=variable_bytes(optimizer.variables),
-            activations=activation_bytes(classifier, thaw.first_thawed, rows),
+            optimizer=optimizer_slots(phase.optimizer) * sizes,
+            activations=max(
+                activation_bytes(classifier, thaw.first_thawed, rows, thaw.batch_norm_training),
+                activation_bytes(classifier, None, rows * config.training.accumulate),  # scoring has no micro-batches
+            ),
         ))  # fmt: skip
     return plans
 
@@ -81,33 +93,57 @@ def parameter_count(classifier: Classifier) -> int:
     return count_parameters(classifier.variables.values())
 
 
-def activation_bytes(classifier: Classifier, first_thawed: int | None, rows: int) -> int:
+def optimizer_slots(optimizer: Optimizer) -> int:
+    """Return the number of values per trained parameter that an optimizer of Keras stores."""
+    return {"sgd": 0, "rmsprop": 1}.get(optimizer.name, 2) + bool(optimizer.momentum)
+
+
+def activation_bytes(
+    classifier: Classifier, first_thawed: int | None, rows: int, batch_norm_training: bool = False
+) -> int:
     """Estimate the bytes of the activations of `rows` examples.
 
     The outputs of the first thawed layer and all layers above it are stored for the gradient; below it only two at a
-    time are in memory, and the largest two are counted.
+    time are in memory, and the largest two are counted. BatchNormalization that is folded has no output of its own; one
+    that trains stores its output, the centred and the scaled input (measured: 0.75 to 1.1 of the estimate).
     """
+    folded = {norm.name for _, norm in foldable_pairs(classifier.backbone)}
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
-        return sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
+        copies = 1
+        if isinstance(layer, keras.layers.BatchNormalization):
+            copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
+        return copies * sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
 
     sizes = [rows * output_bytes(layer) for layer in classifier.backbone.layers]
     cut = len(sizes) if first_thawed is None else first_thawed
     return sum(sizes[cut:]) + sum(sorted(sizes[:cut])[-2:])
 
 
-def peak_memory_bytes() -> int:
-    """Return the peak memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes() -> int:
+    """Return the memory of this process now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the peak so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+Uses = list[tuple[str, int]]  # labels and bytes
+ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # the uses that grow with the batch
+BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
+# Where an estimate exceeds the limit by more than its own error, the run cannot fit.
+ESTIMATE_ERROR = 1.25
 
 
 def memory_rows(
-    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], replicas: int, before: int
-) -> list[tuple[str, int]]:
-    """List the uses of memory on this worker, with `replicas` replicas, in bytes, in the phase that needs most.
+    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, rows: int, replicas: int,
+    before: int,
+) -> Uses:  # fmt: skip
+    """List the uses of memory on this worker in bytes, in the phase that needs most.
 
-    `before` is the memory of the process with its libraries, before the network is built.
+    Each of the `replicas` on this worker has `rows` examples of a batch. `before` is the memory of the process with its
+    libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
@@ -115,7 +151,45 @@ def memory_rows(
         ("variables", variable_bytes(classifier.variables.values()) * replicas),
         (f"gradients (phase {largest.name})", largest.gradients * replicas),
         ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
-        ("activations of one batch", largest.activations * replicas),
+        (ACTIVATIONS, largest.activations * replicas),
+        (BATCHES, rows * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         ("decoded images in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
+
+
+def on_gpu(uses: Uses) -> Uses:
+    """Select the uses of memory that are on the GPUs, if there are any."""
+    return [use for use in uses if use[0] == "variables" or use[0] == ACTIVATIONS or use[0].startswith(("grad", "opt"))]
+
+
+def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
+    """Return a warning if the estimated uses exceed the `limit` of the device in bytes, "" if they do not.
+
+    Raises ConfigError, with the largest batch that fits, if they exceed it by more than the error of the estimate.
+    `replicas` are those of all workers.
+    """
+    total, batch = sum(count for _, count in uses), config.training.batch_size
+    if total <= limit:
+        return ""
+    growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
+    parts = batch_parts(config, replicas)
+    largest = int(batch * (limit - total + growing) / max(growing, 1)) // parts * parts
+    problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
+    fix = f"use {largest} or less" if largest >= parts else "use a smaller model.image_size or another model.backbone"
+    fix += ", or raise training.accumulate" * (largest < parts or config.training.accumulate > 1)
+    error = ConfigError(problem, key="training.batch_size", value=batch, fix=fix)
+    if total > ESTIMATE_ERROR * limit:
+        raise error
+    return str(error)
+
+
+def memory_warnings(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
+    """Check the uses of memory on this worker against its limit and that of its GPUs, as `check_memory` does."""
+    gpus = gpu_memory()
+    device = on_gpu(uses) if gpus else []
+    checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
+    if gpus:
+        checks.append((device, gpus, "the memory of its GPUs"))
+    warnings = (check_memory(config, part, limit, replicas, name) for part, limit, name in checks)
+    return [warning for warning in warnings if warning]

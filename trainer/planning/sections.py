@@ -20,7 +20,8 @@ from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, bytes_of_split
+from trainer.planning.estimates import PhasePlan, Uses, bytes_of_split, format_bytes
+from trainer.planning.timing import format_time
 from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
@@ -28,7 +29,6 @@ from trainer.types import Dataset
 
 WIDTH = 100  # characters per line if the output is not a terminal
 MAX_NAMES = 5  # class names or addresses that are printed
-DOMINANT_FRACTION = 0.6  # fraction of the training examples above which one class is worth a warning
 Rows = list[tuple[str, str]]
 
 
@@ -102,13 +102,6 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def format_bytes(count: float) -> str:
-    """Format bytes as kB, MB or GB."""
-    if count < 1e5:
-        return f"{count / 1e3:,.1f} kB"
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
     """Print the chosen groups, the values changed on the command line, and the state of output_dir."""
     config, output = plan.config, plan.config.output_dir
@@ -141,7 +134,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
-    """Print the names, counts, bytes and class balance of the data; warn if one class dominates."""
+    """Print the names, counts, bytes and class balance of the data."""
     names = dataset.class_names
     shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {first_names(names)}")]
     for name, split in dataset.splits.items():
@@ -154,10 +147,6 @@ def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
         largest, smallest = int(counts.argmax()), int(counts.argmin())
         shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
                                  f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
-        if counts[largest] > DOMINANT_FRACTION * counts.sum() and len(names) > 1:
-            fraction = f"{counts[largest] / counts.sum():.0%}"
-            plan.warnings.append(f"{fraction} of the training examples are {names[largest]}: a constant prediction "
-                                 f"is right {fraction} of the time; try training.class_weights=balanced")  # fmt: skip
     plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
@@ -218,14 +207,19 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
-def show_memory(plan: Plan, rows: list[tuple[str, int]]) -> None:
-    """Print the estimated uses of memory and the limit of this machine; warn if they exceed it."""
-    limit, total = memory_limit(), sum(count for _, count in rows)
-    shown = [*rows, ("in total", total), ("limit of this machine", limit)]
+def show_memory(plan: Plan, uses: Uses) -> None:
+    """Print the estimated uses of memory and the limit of this machine."""
+    shown = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
     plan.section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
-    if total > limit:
-        plan.warnings.append(f"the estimate of {format_bytes(total)} is above this machine's {format_bytes(limit)}: "
-                             "lower training.batch_size, raise training.accumulate or set data.cache=none")  # fmt: skip
+
+
+def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
+    """Print the estimated `seconds` of each part of a run on one device, divided by the number of `devices`."""
+    if seconds:
+        rows = [(name, f"about {format_time(part / devices)}") for name, part in seconds.items()]
+        total = format_time(sum(seconds.values()) / devices)
+        rows.append(("in total", f"about {total}, and the time to start, read the images, export and report"))
+        plan.section("time, from a few steps measured here", rows)
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
@@ -242,31 +236,3 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
         ("checkpoints", f"up to {saves:,} of {format_bytes(checkpoint)}; {at_once}"),
         ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),
     ])  # fmt: skip
-
-
-def add_warnings(plan: Plan, phases: list[PhasePlan]) -> None:
-    """Warn of settings that are valid, but probably not intended."""
-    config, warn, dataset = plan.config, plan.warnings.append, plan.dataset
-    settings = config.phases if isinstance(config, RunConfig) else {}
-    frozen = [name for name, phase in settings.items() if phase.batch_norm == "frozen"]
-    if config.model.weights == "none" and not config.warm_start and frozen:
-        warn(f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalization stays as initialized, "
-             f"scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all")  # fmt: skip
-    limits = [f"debug.{key}={value}" for key, value in config.debug if value]
-    if limits:
-        warn(f"{', '.join(limits)}: this is a trial run")
-    if not phases or dataset is None or not isinstance(config, RunConfig):
-        return
-    epoch = max(phases[0].steps / phases[0].epochs, 1)
-    every = config.runtime.checkpoint_every.steps(round(epoch), config.training.batch_size)
-    if short := ", ".join(phase.name for phase in phases if every > phase.steps):
-        warn(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of it")
-    count = dataset.splits["train"].count
-    if config.training.batch_size > count:
-        warn(f"training.batch_size={config.training.batch_size} is more than the {count:,} training examples: "
-             "each batch is the whole split and padding")  # fmt: skip
-    if "test" not in dataset.splits and not config.debug.overfit:
-        warn("there is no test split: the score is of the split that chose the checkpoint; set data.test_fraction")
-    validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    if 0 < validation < 100 and not any("validation has only" in note for note in dataset.notes):
-        warn(f"validation has only {validation:,} examples: each is {100 / validation:.1f} points of accuracy")

@@ -53,9 +53,10 @@ def build_report(
     group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
     result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=field)
+    data = describe_data(dataset)
     run = {
         "seed": config.seed,
-        "data": describe_data(dataset) | {"undecodable": images.undecodable()},
+        "data": data | {"undecodable": images.undecodable(), "notes": data["notes"] + images.left_after_skipping()},
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         **report_fields,
@@ -118,7 +119,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
             thumbnails[start : start + READ_BATCH] = make_thumbnails(next(stream)["image"].numpy())
-            health.progress()
+            health.progress(start, len(indices))
             check()
     del stream
     gate.close()

@@ -24,10 +24,12 @@ from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.paired import PairedComparison, compare_paired, holm
+from trainer.evaluation.predictions import from_cell
 from trainer.report.figures import SERIES, Line, line_chart, svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, number, percent, render, thumbnail
 from trainer.storage.local import write_whole
 from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import WRONG_CONTENT
 
 SIGNIFICANCE_LEVEL = 0.05  # a run is called better or worse if p is below it
 _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
@@ -74,10 +76,11 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
     try:
         report = json.loads(report_json[0])
         lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
-        predictions = {line["file"]: (line["truth"], line["prediction"]) for line in lines}
+        cells = ([from_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
+        predictions = {file: (truth, prediction) for file, truth, prediction in cells}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (*WRONG_CONTENT, yaml.YAMLError, csv.Error) as error:
         raise DataError(f"{address} is damaged: {error}", fix="evaluate the run again") from None
 
 

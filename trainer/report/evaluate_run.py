@@ -1,6 +1,5 @@
 """Evaluate a checkpoint of a finished run on a split of its own or of other data."""
 
-import re
 import shlex
 import sys
 import tempfile
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cluster.control import ControlChannel
-from trainer.cluster.devices import build_strategy
+from trainer.cluster.devices import build_strategy, choose_devices
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
+from trainer.config.auto import limit_batch_size
 from trainer.config.schema import RunConfig
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore
@@ -24,10 +24,11 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
+from trainer.names import file_stem
 from trainer.report.build import build_report
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, rebuild_classifier, with_run_classes, without_weights
 from trainer.storage.path import storage_path
-from trainer.types import LogMessage
+from trainer.types import LogMessage, has_fingerprints
 
 TRAINED_ON_NOTE = "The model was trained on these examples: the scores measure how well it fits them."
 UNSPLIT_NOTE = (
@@ -63,9 +64,11 @@ def evaluate(
     if moved and list(data.dataset.splits) == ["train"]:
         with suppress(DataError):  # other data may be too small to be divided
             divided = open_data(moved, lambda _: None)
-            data = divided if divided.dataset.fingerprint == run.fingerprint else data
+            data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data
     dataset = with_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
+    largest, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
+    config, _ = limit_batch_size(config, largest, replicas)  # as in the run
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
@@ -78,7 +81,7 @@ def evaluate(
     if split not in dataset.splits:
         fix = f"use {', '.join(dataset.splits)}"
         raise ConfigError("is not a split of the data", key="split", value=split, fix=fix)
-    is_run_data = dataset.fingerprint == run.fingerprint
+    is_run_data = has_fingerprints(dataset, run.fingerprint)
     is_unsplit = not is_run_data and list(dataset.splits) == ["train"]
     prefix = "" if is_unsplit else f"{split} "
     whole = "all " if is_unsplit else ""
@@ -101,7 +104,7 @@ def evaluate(
         report_fields["note"] = UNSPLIT_NOTE if is_unsplit else None
     elif trained_on:
         report_fields["note"] = TRAINED_ON_NOTE
-    name = re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{dataset.name}-{split}")
+    name = f"{checkpoint.name}-{file_stem(dataset.name)}-{split}"
     output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:

@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from trainer.evaluation.predictions import printable
+from trainer.names import printable
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 

@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from trainer.config.diff import flat
-from trainer.evaluation.predictions import printable
+from trainer.names import printable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, svg
 from trainer.report.schema import Report

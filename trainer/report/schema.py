@@ -127,6 +127,7 @@ class Data(TypedDict, total=False):
 
     name: str
     fingerprint: str
+    fingerprint_of: Annotated[str, about("What it covers of each file: content, sample, or ends.")]
     class_names: list[str]
     counts: Annotated[dict[str, int], about("By split.")]
     class_counts: Annotated[dict[str, list[int]], about("By split and class.")]

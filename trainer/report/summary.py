@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.monitoring import termination
+from trainer.monitoring.display import format_duration
 from trainer.monitoring.log import log
-from trainer.runs.metrics import format_duration
 
 
 def summarise(report: Mapping[str, Any], address: str) -> None:
@@ -23,8 +23,9 @@ def summarise(report: Mapping[str, Any], address: str) -> None:
         *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
           + (f" (weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f})"
              if "kept_from" in phase else "") for name, phase in report["phases"].items()),
-        f"trained {timing['images']:,} images in {format_duration(timing['seconds']['train'])} "
-        f"({timing['images_per_second']:,.0f} images/s; goodput {timing['goodput']:.0%})",
+        f"{format_duration(sum(timing['seconds'].values()))} in all: trained {timing['images']:,} images in "
+        f"{format_duration(timing['seconds']['train'])} ({timing['images_per_second']:,.0f} images/s; "
+        f"goodput {timing['goodput']:.0%})",
         f"  report   {folder}/report/index.html",
         *(f"  export   {folder}/{export['path']}  ({export['bytes'] / 1e6:,.2f} MB; {_describe_export(export)})"
           for export in report["export"].values()),

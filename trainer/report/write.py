@@ -20,7 +20,7 @@ from trainer.report.figures import Chart
 from trainer.report.page import ReportImages, write_page
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
-from trainer.types import Dataset, EvaluationResult
+from trainer.types import FINGERPRINT_KINDS, Dataset, EvaluationResult
 
 VALIDATION_NOTE = (
     "The data has no test split. These are the validation examples, which also selected the checkpoint, "
@@ -34,6 +34,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
+        "fingerprint_of": next((kind for kind in FINGERPRINT_KINDS if kind in dataset.fingerprints), "ends"),
         "class_names": list(dataset.class_names),
         "counts": {split.name: split.count for split in splits},
         "class_counts": {split.name: np.bincount(split.labels, minlength=classes).tolist() for split in splits},

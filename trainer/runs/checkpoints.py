@@ -8,7 +8,9 @@ checkpoints. On disk each names one. In a bucket, where a folder name also has a
 
 import contextlib
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,16 @@ import numpy as np
 
 from trainer.arrays import pack, unpack
 from trainer.errors import DataError
-from trainer.storage.local import sync, write_whole
+from trainer.storage.local import sync, temporary_folder, write_whole
 from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import WRONG_CONTENT, json_object, parse_json
 from trainer.types import LogMessage
 
 PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}(-[0-9a-f]+)?", re.ASCII)
+# A checkpoint of the same step, while its replacement is committed by a second rename; a kill may leave it.
+_REPLACED = ".replaced-"
+_DAMAGED = "damaged-"
 
 
 def crc32c_hex(content: bytes | np.ndarray) -> str:
@@ -29,15 +36,34 @@ def crc32c_hex(content: bytes | np.ndarray) -> str:
     return f"{google_crc32c.value(content):08x}"
 
 
+def is_checkpoint(name: str) -> bool:
+    """Return whether this is the name of a checkpoint, on disk or in a bucket, and not of a copy or another file."""
+    return bool(_NAME.fullmatch(name))
+
+
 def step_of(name: str) -> int:
     """Parse the step from the name of a checkpoint, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
+def holds_checkpoints(names: Iterable[str]) -> bool:
+    """Return whether these names of a folder `checkpoints` include a checkpoint, which may be damaged or a copy."""
+    return any(name.startswith((PREFIX, _REPLACED, f"{_DAMAGED}{PREFIX}")) for name in names)
+
+
 def read_pointer(pointer: StoragePath) -> list[str]:
-    """Read the names of checkpoints in LATEST or BEST; empty if the file does not exist."""
+    """Read the names of checkpoints in LATEST or BEST; empty if the file does not exist.
+
+    Raises DataError if it has anything else.
+    """
     content = pointer.fetch()
-    return content[0].decode().split() if content else []
+    if content is None:
+        return []
+    names = content[0].decode(errors="replace").split()
+    if not names or not all(map(is_checkpoint, names)):
+        fix = "write the names of its checkpoints there, one per line and the newest first"
+        raise DataError(f"{pointer} is damaged (it does not list checkpoints)", fix=fix)
+    return names
 
 
 def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -47,15 +73,26 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
     """
     fix = "give another one, or delete it and start the run again"
     try:
-        manifest = json.loads((folder / "manifest.json").read())
-        contents = {name: (folder / name).read() for name in manifest}
+        manifest = parse_json((folder / "manifest.json").read(), json_object, folder / "manifest.json", fix)
+        contents = {name: (folder / name).read() for name in ("variables.npz", "state.json")}
         actual = {name: {"bytes": len(content), "crc32c": crc32c_hex(content)} for name, content in contents.items()}
-        damaged = [name for name in manifest if actual[name] != manifest[name]]
+        damaged = [name for name in contents if actual[name] != manifest[name]]
         if not damaged:
-            return json.loads(contents["state.json"]), unpack(contents["variables.npz"])
-    except (DataError, ValueError, KeyError) as error:
-        raise DataError(f"checkpoint {folder} cannot be read ({error})", fix=fix) from None
+            state = parse_json(contents["state.json"], _state, folder / "state.json", fix)
+            return state, unpack(contents["variables.npz"])
+    except (DataError, *WRONG_CONTENT) as error:
+        reason = error.problem if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"checkpoint {folder} cannot be read ({reason})", fix=fix) from None
     raise DataError(f"{folder / damaged[0]} does not match its size or checksum", fix=fix)
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Return the state of a checkpoint; raise an error of `WRONG_CONTENT` if it is none."""
+    step_is_valid = int(json_object(value)["step"]) >= 0
+    best_is_valid = value.get("best") is None or "step" in value["best"]
+    if not (step_is_valid and best_is_valid):
+        raise ValueError("not the state of a run")
+    return value
 
 
 def inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,11 +110,15 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint of a step."""
-        return self.folder / f"{PREFIX}{step:08d}"
+        name = f"{PREFIX}{step:08d}"
+        replaced = self.folder / f"{_REPLACED}{name}"
+        return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
     def steps(self) -> list[int]:
         """List the steps of the committed checkpoints in ascending order."""
-        return sorted(step_of(p.name) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir())
+        folders = [p for prefix in (PREFIX, _REPLACED) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
+        names = {p.name.removeprefix(_REPLACED) for p in folders}
+        return sorted(step_of(name) for name in names if is_checkpoint(name))
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.
@@ -85,27 +126,29 @@ class CheckpointFolder:
         `best_step` is the step of the best checkpoint so far, None if there is none yet. Raises OSError if the disk is
         full or fails; earlier checkpoints are intact.
         """
+        self._settle_replaced()
         final = self.path(state["step"])
-        temporary = self.folder / f".writing-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        with temporary_folder(final) as temporary:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
             manifest = {name: {"bytes": len(c), "crc32c": crc32c_hex(c)} for name, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
                 write_whole(temporary / name, content)
             if final.exists():  # an earlier checkpoint of the same step
-                shutil.rmtree(final)
+                final.rename(self.folder / f"{_REPLACED}{final.name}")
             temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         sync(self.folder)
+        self._settle_replaced()
         write_whole(self.folder / "LATEST", final.name + "\n")
         if best_step is not None:
             write_whole(self.folder / "BEST", self.path(best_step).name + "\n")
         self._prune()
         return final
+
+    def _settle_replaced(self) -> None:
+        """Delete a replaced checkpoint; rename it back if its replacement was not committed."""
+        for replaced in list(self.folder.glob(f"{_REPLACED}*")):
+            final = self.folder / replaced.name.removeprefix(_REPLACED)
+            shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
 
     def _prune(self) -> None:
         """Delete all checkpoints except the newest `keep` and those that the state of one of them refers to."""
@@ -113,8 +156,8 @@ class CheckpointFolder:
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
-            with contextlib.suppress(OSError, ValueError):  # a damaged one is logged when it is read
-                state = json.loads((self.path(step) / "state.json").read_text())
+            with contextlib.suppress(OSError, *WRONG_CONTENT):  # a damaged one is logged when it is read
+                state = json.loads((self.path(step) / "state.json").read_bytes())
                 needed |= {state["best"]["step"]} if state["best"] else set()
                 needed |= {state["carried"]} if state.get("carried") else set()
         for step in set(steps) - needed:
@@ -125,15 +168,21 @@ class CheckpointFolder:
         return read_checkpoint(storage_path(self.path(step)))
 
     def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """Read the newest intact checkpoint, None if there is none; rename damaged ones and log a message for each."""
-        for unfinished in self.folder.glob(".writing-*"):  # left by a killed process
-            shutil.rmtree(unfinished)
+        """Read the newest intact checkpoint, None if there is none; log a message for each damaged one."""
         for step in reversed(self.steps()):
             try:
                 return self.read(step)
             except DataError as error:
-                damaged = self.folder / f"damaged-{self.path(step).name}"
-                shutil.rmtree(damaged, ignore_errors=True)
-                self.path(step).rename(damaged)
-                self.log_message(f"{error.problem}; renamed to {damaged.name}, using the previous one")
+                self.log_message(f"{error.problem}; using the previous one")
         return None
+
+    def tidy(self, step: int) -> None:
+        """Rename the checkpoints after `step`, the newest intact one (0: none), as damaged; complete renames."""
+        if not self.folder.is_dir():
+            return
+        self._settle_replaced()
+        for later in [number for number in self.steps() if number > step]:
+            damaged = self.folder / f"{_DAMAGED}{self.path(later).name}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            self.path(later).rename(damaged)
+            self.log_message(f"{self.path(later).name} is renamed to {damaged.name}")

@@ -1,6 +1,5 @@
 """Time breakdown of a run since its first start, by category."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 from trainer.monitoring.health import health
 from trainer.storage.local import write_json
+from trainer.storage.small_files import finite, intact, json_object
 
 CATEGORIES = (
     "train",  # training steps that were not lost
@@ -22,7 +22,15 @@ CATEGORIES = (
     "lost",  # training steps after the last checkpoint of a process, which the next one repeated
     "down",  # no process of the run existed
 )
+LEDGER = "ledger.json"  # in the folder of a run
 WRITE_SECONDS = 5.0  # minimal interval between two writes of the file
+
+
+def breakdown_of(value: Any) -> dict[str, float]:
+    """Return the seconds by category and `as_of` of a ledger.json; raise one of `WRONG_CONTENT` if it is damaged."""
+    fields = json_object(value)
+    seconds = {name: finite(spent) for name, spent in json_object(fields["seconds"]).items() if name in CATEGORIES}
+    return seconds | {"as_of": finite(fields["as_of"])}
 
 
 class Clock:
@@ -32,17 +40,18 @@ class Clock:
     """
 
     def __init__(self, file: Path | None, process_started: float) -> None:
-        """`file`: continued if it exists; None: write none. `process_started`: time.time() when the process started."""
+        """Continue the breakdown in `file` if it exists and is intact; None: write none.
+
+        `process_started` is time.time() when the process started.
+        """
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        if file and file.exists():
-            try:
-                saved = json.loads(file.read_text())
-                self.seconds |= {category: float(spent) for category, spent in saved["seconds"].items()}
-                self.seconds["down"] += max(process_started - saved["as_of"], 0.0)
-            except (ValueError, KeyError, TypeError):  # damaged: begin a new breakdown
-                self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        saved: dict[str, float] = intact(file, breakdown_of, {}) if file else {}
+        if saved:
+            as_of = saved.pop("as_of")
+            self.seconds |= saved
+            self.seconds["down"] += max(process_started - as_of, 0.0)
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
@@ -88,6 +97,10 @@ class Clock:
         """Fraction of the time since the first start that is in `train` and `features`."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
+    def images_per_second(self, images: float) -> float:
+        """Return the throughput of training, given the images that were trained in all."""
+        return images / max(self.seconds["train"], 1e-9)
+
     def report(self, images: float) -> dict[str, Any]:
         """Return the breakdown for the report, with the throughput of `images` trained in all."""
         self.lap()
@@ -95,7 +108,7 @@ class Clock:
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
             "goodput": round(self.goodput, 4),
             "images": int(images),
-            "images_per_second": round(images / max(self.seconds["train"], 1e-9), 1),
+            "images_per_second": round(self.images_per_second(images), 1),
         }
 
     def write(self) -> None:

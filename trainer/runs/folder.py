@@ -3,14 +3,14 @@
 import datetime
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Set
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,43 +20,87 @@ import yaml
 import trainer
 from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
-from trainer.config.diff import differences
+from trainer.config.diff import differences, moved
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, read_config
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
-from trainer.runs.publisher import Publisher
+from trainer.names import file_stem, printable
+from trainer.runs.checkpoints import holds_checkpoints
+from trainer.runs.clock import LEDGER, breakdown_of
+from trainer.runs.publisher import DONE, LATEST, Publisher
+from trainer.runs.restarts import ATTEMPTS, entries_of
+from trainer.storage.base import is_unfinished
+from trainer.storage.disk import refused_write
 from trainer.storage.lease import holder_of
 from trainer.storage.lease import take as take_lease
-from trainer.storage.local import write_json, write_whole
-from trainer.storage.path import storage_path
+from trainer.storage.local import delete_unfinished, sync, temporary_file, write_json
+from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import intact, json_object, json_objects, read_json, set_aside
 from trainer.storage.staging import is_remote
-from trainer.types import Dataset
+from trainer.types import Dataset, has_fingerprints
 
 LOCK = ".lock"  # file in a local folder, on which the process that trains into it holds a flock
+RUN_JSON = "run.json"
 
 
 @dataclass
 class RunFolder:
-    """The output_dir of this run, which the chief has locked; other workers do not access it."""
+    """The output_dir of this run, which the chief has locked; other workers do not access it.
+
+    Until `begin`, a start changes nothing in it except the lock.
+    """
 
     path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
     address: str  # output_dir as the user gave it, or a new folder under outputs/
-    resuming: bool  # the folder has an earlier start of this run; always False on workers other than the chief
+    resuming: bool  # an earlier start has saved a checkpoint; always False on workers other than the chief
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
     config: RequestedConfig  # when resuming, with the values that the run chose for `auto`
+    before: RunConfig | None = None  # the configuration of the last start; None: there is none, or it is damaged
+    created: bool = False  # this process has created the folder
+    begun: bool = False  # on the chief, from `begin` on
+    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or damaged
 
-    def write_config(self, config: RequestedConfig) -> None:
-        """Write config.yaml, which marks the folder as that of this run."""
-        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    @property
+    def is_new(self) -> bool:
+        """Whether the run begins: no start has saved a checkpoint, and the last one had other settings, or none."""
+        return not self.resuming and (self.before is None or bool(_changes(self.before, self.config)))
 
-    def record_start(self, run_fields: dict[str, Any], fingerprint: str, start_fields: dict[str, Any]) -> None:
-        """Add this start to run.json: `start_fields` with versions, host and command; at the first start `run_fields`.
+    def check_data(self, dataset: Dataset) -> None:
+        """Raise a DataError if the run has a checkpoint and began with data of another fingerprint."""
+        if self.resuming:
+            check_same_data(self.address, self.run_json, dataset)
 
-        Raises DataError if the fingerprint of the data differs from that of the first start.
+    def begin(self, config: RunConfig, dataset: Dataset, features: dict[str, str], fields: dict[str, Any]) -> None:
+        """Change the folder for the first time in this start: write config.yaml, which marks it as that of this run.
+
+        A finished run is extended, so DONE is deleted. Files that are damaged are renamed, and temporary files that
+        killed processes left are deleted.
+
+        Args:
+            config: written to config.yaml.
+            features: for run.json, the input of each phase.
+            fields: for run.json, about this start; `classes` and `advice` are those of the run.
         """
-        run_json = read_run_json(self.path)
-        check_fingerprint(self.address, run_json, fingerprint)
+        self.begun = True
+        delete_unfinished(self.path)
+        for line in moved(self.before, config) if self.before and self.resuming else ():
+            log.info(f"{line}: moved, the fingerprint is the same")
+        with temporary_file(self.path / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            sync(temporary)
+            (self.path / DONE).unlink(missing_ok=True)  # after the write that fails if the disk is full
+            os.replace(temporary, self.path / "config.yaml")
+        sync(self.path)
+        for name, shape in {RUN_JSON: run_json_of, ATTEMPTS: entries_of, LEDGER: breakdown_of}.items():
+            try:
+                read_json(self.path / name, shape, "")
+            except DataError as error:
+                renamed = set_aside(self.path / name).name
+                log.info(f"{error.problem}: renamed to {renamed}, and begun anew{_LOSSES[name]}")
+        earlier = {} if self.is_new else self.run_json
+        if warning := describe_versions(earlier):
+            log.warning(warning)
         start = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
@@ -65,14 +109,50 @@ class RunFolder:
             "versions": versions(),
             "git": _git_commit(),
         }
-        starts = [*run_json.get("attempts", []), start | start_fields]
-        update_run_json(self.path, run_fields | run_json | {"data_fingerprint": fingerprint, "attempts": starts})
+        of_run = {key: fields[key] for key in ("classes", "advice") if key in fields}
+        start |= {key: value for key, value in fields.items() if key not in of_run}
+        attempts = {"attempts": [*earlier.get("attempts", []), start]}
+        known = of_run | (earlier if self.resuming else {})
+        recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
+        hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
+        write_json(
+            self.path / RUN_JSON,
+            known | {"data_fingerprint": hashes, "features": features} | attempts,
+        )
+        self.publisher.begin()
+
+    def abandon(self) -> None:
+        """Release the folder of a start that was refused before `begin`; delete it if this process created it."""
+        self.publisher.close(publish=False)
+        if not self.lock:
+            return
+        if self.created:
+            with suppress(OSError):  # it is not empty
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+        self.lock.close()
+
+
+_LOSSES = {
+    RUN_JSON: "; the data cannot be compared with that of earlier starts",
+    ATTEMPTS: "; earlier restarts are not counted",
+    LEDGER: "; the time breakdown lacks earlier starts",
+}
+
+
+def run_json_of(value: Any) -> dict[str, Any]:
+    """Check the content of run.json; raise one of `WRONG_CONTENT` if it is something else."""
+    fields = json_object(value)
+    json_object(fields.get("features", {}))
+    for start in json_objects(fields.get("attempts", [])):
+        json_object(start.get("versions", {}))
+        shlex.join(start.get("command", []))
+    return fields
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """Read run.json in the folder of a run; empty if it does not exist."""
-    file = folder / "run.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    """Read run.json in the folder of a run; empty if it does not exist or is damaged."""
+    return intact(folder / RUN_JSON, run_json_of, {})
 
 
 def last_command(folder: Path) -> str:
@@ -82,7 +162,16 @@ def last_command(folder: Path) -> str:
 
 def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
     """Add or replace fields of run.json."""
-    write_json(folder / "run.json", read_run_json(folder) | fields)
+    write_json(folder / RUN_JSON, read_run_json(folder) | fields)
+
+
+def describe_versions(run_json: dict[str, Any]) -> str | None:
+    """Describe the packages whose version has changed since the last start of a run; None if there are none."""
+    before = (run_json.get("attempts") or [{}])[-1].get("versions", {})
+    changed = [f"{name} {before[name]} -> {now}" for name, now in versions().items() if before.get(name, now) != now]
+    if not changed:
+        return None
+    return f"resuming with other versions than the last start: {', '.join(changed)}; the results can differ in bits"
 
 
 def versions() -> dict[str, str]:
@@ -113,7 +202,7 @@ def _git_commit() -> str | None:
 
 def _fresh_folder(name: str | None) -> Path:
     """Create a new folder under outputs/, named after the time and the experiment."""
-    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{name}" if name else "")
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{file_stem(name)}" if name else "")
     for number in range(1, 1000):
         folder = Path("outputs") / (stem if number == 1 else f"{stem}-{number}")
         try:
@@ -122,7 +211,7 @@ def _fresh_folder(name: str | None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"cannot create {folder}: {error.strerror}", fix="give output_dir=FOLDER") from None
+            raise refused_write(error, folder, "output_dir", "give output_dir=FOLDER") from None
     raise ConfigError("outputs/ already has 999 runs that started in this second", fix="give output_dir=FOLDER")
 
 
@@ -130,10 +219,9 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
     """Create a local folder, and lock it until the process ends or the returned file is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115 - locked until the process ends
+        lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
-        problem, fix = f"cannot be written to ({error.strerror})", "give a folder with write permission"
-        raise ConfigError(problem, key="output_dir", value=folder, fix=fix) from None
+        raise refused_write(error, folder, "output_dir", "give a folder with write permission") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -141,9 +229,12 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
         problem = f"is in use by another run ({lock.read().strip() or 'unknown process'})"
         kind = Interrupted if workers > 1 else ConfigError  # an earlier pod of the Job may be about to end
         raise kind(problem, key="output_dir", value=folder, fix="give another folder or wait until it ends") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())  # not buffered, see `close`
+    except OSError as error:
+        lock.close()
+        raise refused_write(error, folder, "output_dir", "give a folder on another disk") from None
     return lock
 
 
@@ -157,7 +248,7 @@ def holder_of_folder(config: RequestedConfig) -> str | None:
         with open(file) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
     except BlockingIOError:
-        return file.read_text().strip() or "another process"
+        return file.read_text(errors="replace").strip() or "another process"
     except OSError:
         return None
     return None
@@ -175,66 +266,104 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     """
     address = config.output_dir or str(_fresh_folder(config.experiment_name))
     path = _local_folder(config, address)
+    created = not config.output_dir or not path.exists()
     lock, lease = _lock_folder(path, workers), None
     if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
         lease = take_lease(storage_path(address), holder, os.environ.get("JOB_UID") or None)
     publisher = Publisher(path, lease)
+    folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
         publisher.fetch()
-        file, names = path / "config.yaml", [p.name for p in path.iterdir()]
-        resumed = check_folder(config, address, names, file.read_text() if file.exists() else None)
-        folder = RunFolder(path, address, resumed is not None, lock, publisher, resumed or config)
-        if resumed is not None:
-            (path / "DONE").unlink(missing_ok=True)  # a finished run is extended
-        if resumed is not None or isinstance(config, RunConfig):  # else `resolve_auto_once` writes it
-            folder.write_config(folder.config)
+        folder.before, resumed = check_folder(config, address, _contents(storage_path(path)))
+        folder.resuming, folder.config = resumed is not None, resumed or config
+        folder.run_json = read_run_json(path)
         return folder
     except BaseException:
-        publisher.close(publish=False)
+        folder.abandon()
         raise
 
 
-def check_folder(config: RequestedConfig, address: str, names: Iterable[str], text: str | None) -> RunConfig | None:
-    """Return the configuration with which a run resumes in its output_dir; None if a new run begins there.
+@dataclass(frozen=True)
+class FolderContents:
+    """What determines whether a run can use a folder."""
 
-    `names` are the files and folders in it, and `text` is its config.yaml, None if there is none. Raises ConfigError
-    if the folder has another run or other files, or `resume` forbids it.
+    names: Set[str]  # of its files and folders, without temporary files
+    config: bytes | None  # the content of config.yaml, None if there is none
+    has_checkpoint: bool
+
+
+def _contents(folder: StoragePath) -> FolderContents:
+    """Read what `check_folder` needs; of a bucket only what a run downloads from there."""
+    names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
+    checkpoints = folder / "checkpoints"
+    begun = holds_checkpoints(child.name for child in checkpoints.folders())
+    if not folder.is_local:
+        names = {n for n in names if not n.startswith(".") and n not in (DONE, "report", "export")}
+        begun = (folder / LATEST).exists()
+    config = (folder / "config.yaml").fetch()
+    names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
+    return FolderContents(names, config[0] if config else None, begun)
+
+
+def check_folder(
+    config: RequestedConfig, address: str, contents: FolderContents
+) -> tuple[RunConfig | None, RunConfig | None]:
+    """Decide whether a run may use its output_dir: return the configuration of the last start there, and of this one.
+
+    The first is None if there was none, or if its config.yaml is damaged and it has saved no checkpoint. The second is
+    None if the run begins: no start has saved a checkpoint, so that nothing is lost if its settings are others.
+
+    Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
     """
-    if text is None:
-        others = sorted(set(names) - {LOCK, "config.yaml"})
+    if contents.config is None:
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        if others:
-            problem, fix = f"is not empty and holds no run ({others[0]})", "give an empty folder"
+        if contents.names:
+            problem, fix = f"is not empty and holds no run ({printable(min(contents.names))})", "give an empty folder"
             raise ConfigError(problem, key="output_dir", value=address, fix=fix)
-        return None
+        return None, None
     if config.resume == "never":
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
-    return check_same_run(config, load_resolved(read_config(text)), address)
+    try:
+        before = stored_config(contents.config, address)
+    except ConfigError:
+        if contents.has_checkpoint:
+            raise
+        return None, None
+    return before, check_same_run(config, before, address) if contents.has_checkpoint else None
+
+
+def stored_config(content: bytes, address: str) -> RunConfig:
+    """Read the config.yaml of the run in output_dir `address`; raise a ConfigError if it is damaged or not valid."""
+    try:
+        return load_resolved(read_config(content))
+    except ConfigError as error:
+        problem = f"its config.yaml cannot be used: {error.problem}"
+        fix = f"restore the file, or give another folder with warm_start={address}, which needs only the checkpoints"
+        raise ConfigError(problem, key="output_dir", value=address, fix=fix) from None
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Read the configuration with which a run would resume (None: a new run) and run.json (empty: none); write nothing.
+    """Read the configuration with which a run would resume (None: it begins) and, if so, run.json; write nothing.
 
     Raises the error of `check_folder`.
     """
     folder = storage_path(config.output_dir or "")
-    names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
-    if not folder.is_local:  # without the files that `fetch_run` does not download
-        names = {n for n in names if not n.startswith(".") and n not in ("DONE", "report", "export")}
-    text, run_json = (folder / "config.yaml").fetch(), (folder / "run.json").fetch()
-    resumed = check_folder(config, str(config.output_dir), names, text[0].decode() if text else None)
-    return resumed, json.loads(run_json[0]) if run_json else {}
+    _, resumed = check_folder(config, str(config.output_dir), _contents(folder))
+    with suppress(DataError):
+        return resumed, read_json(folder / RUN_JSON, run_json_of, "") or {} if resumed else {}
+    return resumed, {}
 
 
-def check_fingerprint(address: str, run_json: dict[str, Any], fingerprint: str) -> None:
+def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) -> None:
     """Raise a DataError if the run with this run.json began with data of another fingerprint."""
-    first = run_json.get("data_fingerprint", fingerprint)
-    if first != fingerprint:
-        problem = f"was trained on other data (fingerprint {first}, now {fingerprint})"
+    first = run_json.get("data_fingerprint")
+    if first is not None and not has_fingerprints(dataset, first):
+        first, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (first, dataset.fingerprints))
+        problem = f"was trained on other data (fingerprint {first}, now {now})"
         fix = "give another folder, or the data of its first start"
         raise DataError(problem, key="output_dir", value=address, fix=fix)
 
@@ -251,6 +380,12 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
     return config
 
 
+def _changes(before: RunConfig, config: RequestedConfig) -> list[str]:
+    """List all differences that a resumed run must not have or, of an address, must not have without a comparison."""
+    config, _ = resolve_auto(config, begun=before)
+    return [*differences(before, config), *moved(before, config)]
+
+
 def is_finished(config: RequestedConfig) -> bool:
     """Return whether `config.output_dir` contains this run, finished and with the same length. Write nothing."""
     if not config.output_dir or config.resume == "never":
@@ -258,10 +393,10 @@ def is_finished(config: RequestedConfig) -> bool:
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = load_resolved(read_config((folder / "config.yaml").read_text()))
+    before = stored_config((folder / "config.yaml").read(), config.output_dir)
     config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    return same_length and not differences(before, config)
+    return same_length and not _changes(before, config)
 
 
 class Finished(Exception):
@@ -300,16 +435,13 @@ def resolve_auto_once(
 ) -> tuple[RunConfig, list[str]]:
     """Resolve `auto` values on the chief as an earlier start of this run did, or else for the dataset.
 
-    All workers call this and get the same configuration, with a reason for each value that was chosen. The chief writes
-    config.yaml of a new run.
+    All workers call this and get the same configuration, with a reason for each value that was chosen.
     """
 
     def choose() -> tuple[dict[str, Any], list[str]]:
         resumed = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         images, classes = dataset.splits["train"].count, len(dataset.class_names)
         chosen, reasons = resolve_auto(config, images, classes, resumed)
-        if resumed is None:
-            folder.write_config(chosen)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

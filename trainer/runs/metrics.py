@@ -1,51 +1,57 @@
-"""Training metrics of a run: log lines or a progress bar, metrics.jsonl, TensorBoard."""
+"""Training metrics of a run: log lines or a progress display, metrics.jsonl, TensorBoard."""
 
 import json
+import shutil
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.event_pb2 import Event
 
+from trainer.monitoring.display import Display, PhaseProgress, format_duration
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.storage.local import write_whole
+from trainer.storage.disk import describe_failure
+from trainer.storage.local import naming, temporary_file, write_whole
+from trainer.storage.small_files import WRONG_CONTENT, finite
 
 TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # one point per epoch
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds: 75 as "1:15", 3700 as "1:01:40"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
     """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, from which the run resumes."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-        write_whole(metrics, "".join(line + "\n" for line in lines))
-    for file in logs.glob("*/events.out.tfevents.*"):
-        shortened = Path(f"{file}.cut")
-        # Data loss: the last record was truncated by a kill.
-        with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError):
-            for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
-                if Event.FromString(record).step <= step:
-                    writer.write(record)
-        shortened.replace(file)
+        content = metrics.read_bytes()
+        steps = [_step_of(line) for line in content.splitlines()]
+        # Only the last line can be truncated by a kill.
+        if damaged := sum(number is None for number in steps[: len(steps) - (not content.endswith(b"\n"))]):
+            shutil.copyfile(metrics, copy := metrics.with_name(f"{metrics.name}.damaged"))
+            lines_are = "1 line is" if damaged == 1 else f"{damaged} lines are"
+            log.info(f"{metrics}: {lines_are} damaged and deleted; {copy.name} is a copy of the file")
+        lines = zip(content.splitlines(keepends=True), steps, strict=True)
+        write_whole(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
+    for file in list(logs.glob("*/events.out.tfevents.*")):
+        with temporary_file(file) as shortened:
+            # Data loss: the last record was truncated by a kill.
+            with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError, DecodeError):
+                for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+                    if Event.FromString(record).step <= step:
+                        writer.write(record)
+            shortened.replace(file)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float | None:
+    """Return the step of a line of metrics.jsonl; None if the line is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line truncated by a kill
-        return float("inf")
+        return finite(json.loads(line)["step"])
+    except WRONG_CONTENT:
+        return None
 
 
 class MetricsWriter:
@@ -58,34 +64,39 @@ class MetricsWriter:
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
         """`folder`: None on workers other than the chief. `style`: bar, lines, or auto (a bar in a terminal)."""
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
-        self.bar: Progress | None = None
+        self.display: Display | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._profiling = False
 
     def start(self, total_steps: int) -> None:
-        """Set the number of steps of all phases, and start the progress bar if there is one."""
+        """Set the number of steps of all phases, and start the progress display if there is one."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
-            text = TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}")
-            console = Console(highlight=False)
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), text, console=console)
-            self._task = self.bar.add_task("", total=total_steps, line="")
-            self.bar.start()
+            self.display = Display(Console(highlight=False))
+
+    def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
+        """Show a phase of `steps` in the display, of which `phase_step` are done at this `step` of the run.
+
+        Call it again after the first device call, which compiles: the time left is estimated from then on.
+        """
+        if self.display:
+            self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)
 
     def log(self, text: str, **fields: Any) -> None:
-        """Log a line, above the progress bar if there is one; `fields` are its values in a JSON log."""
-        if self.bar:
-            self.bar.console.print(text, markup=False, soft_wrap=True)
+        """Log a line, above the progress display if there is one; `fields` are its values in a JSON log."""
+        if self.display:
+            self.display.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
             log.info(text, extra={"fields": fields})
 
     def write_interval(
-        self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float
-    ) -> None:
+        self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float,
+        mean_rate: float = 0.0,
+    ) -> None:  # fmt: skip
         """Write and log a logging interval of training.
 
         `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` are the seconds without data for the
-        device; `goodput`, in 0..1, is that of the run so far.
+        device; `goodput`, in 0..1, and `mean_rate`, in images per second, those of the run so far, as in its report.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
@@ -97,15 +108,15 @@ class MetricsWriter:
         scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
         self._scalars(phase, step, scalars)
-        line = (
-            f"loss {entry['loss']:.4g}  accuracy {entry['accuracy']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{rate:,.0f} images/s  waiting {wait:.0%}  goodput {goodput:.0%}  left {left}"
-        )
-        if self.bar:
-            self.bar.update(self._task, completed=step, description=f"{phase} epoch {epoch}", line=line)
-        else:
-            progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-            self.log(f"{phase}  epoch {epoch}  {progress}  {line}", **entry, **timing)
+        loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
+        ends = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
+        if self.display:
+            speed = [f"{mean_rate:,.0f} images/s", f"goodput {goodput:.0%}"]
+            self.display.figures = [loss, accuracy, *speed, *ends]
+            return
+        progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
+        line = "  ".join([loss, accuracy, ends[0], f"{rate:,.0f} images/s", ends[1], f"goodput {goodput:.0%}"])
+        self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {left}", **entry, **timing)
 
     def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """Write and log an epoch: training means and validation scores; `best`: it is the best one so far."""
@@ -123,7 +134,8 @@ class MetricsWriter:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.folder:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            path = self.folder / "metrics.jsonl"
+            with naming(path), open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
@@ -151,10 +163,19 @@ class MetricsWriter:
             tf.profiler.experimental.stop()
             self._profiling = False
 
+    def stop_display(self) -> None:
+        """Erase the progress display, if there is one; later lines are written as they are."""
+        if self.display:
+            self.display.stop()
+            self.display = None
+
     def close(self) -> None:
-        """Stop the progress bar and the profiler, and close the TensorBoard files."""
-        self.profile(0, None)
-        if self.bar:
-            self.bar.stop()
-        for writer in self._writers.values():
-            writer.close()
+        """Erase the display, stop the profiler and close the TensorBoard files; only log errors of the disk."""
+        self.stop_display()
+        for close in (partial(self.profile, 0, None), *(writer.close for writer in self._writers.values())):
+            try:
+                close()
+            except Exception as error:  # must not hide the error that ends the run
+                if (reason := describe_failure(error)) is None:
+                    raise
+                log.info(f"{self.folder}/logs is not complete ({reason})")

@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from trainer.monitoring.health import health
-from trainer.runs.checkpoints import PREFIX, read_pointer
+from trainer.monitoring.log import log
+from trainer.runs.checkpoints import PREFIX, is_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
+from trainer.storage.local import inside
+from trainer.storage.staging import describe_left_out, files_below
 
 PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
@@ -33,16 +36,19 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     local.mkdir(parents=True)
     committed = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
-    for info in remote.list():
-        name = str(info.path).removeprefix(f"{remote}/")
+    entries, left_out = files_below(remote, remote.list())
+    if left_out:
+        log.warning(f"{remote}: {describe_left_out(left_out)}")
+    for name, info in entries.items():
         if name.startswith((".", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
             continue
+        local_name = name
         if name.startswith(f"checkpoints/{PREFIX}"):
-            _, checkpoint, file = name.split("/", 2)
-            if checkpoint not in committed:
+            _, checkpoint, *rest = name.split("/")
+            if checkpoint not in committed or len(rest) != 1:
                 continue
-            name = f"checkpoints/{_local_name(checkpoint)}/{file}"
-        downloads.append((info.path, local / name))
+            local_name = f"checkpoints/{_local_name(checkpoint)}/{rest[0]}"
+        downloads.append((info.path, inside(local, local_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
@@ -59,22 +65,29 @@ class Publisher:
     """
 
     def __init__(self, local: Path, lease: Lease | None) -> None:
-        """Begin to publish changed files every `PUBLISH_SECONDS`."""
+        """Publish nothing before `begin`."""
         self.local, self.lease = local, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
         self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time when it was copied
         self._error: BaseException | None = None  # of the background thread
         self._pending: Future[None] | None = None
-        self._closed = threading.Event()
+        self._closed, self._begun = threading.Event(), False
         if lease:
             self._pool = ThreadPoolExecutor(1, "publisher")  # one thread: publications do not overlap
-            threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def fetch(self) -> None:
         """Replace `local` by the run's files in the bucket."""
         if self.lease:
             self._names = fetch_run(self.lease.folder, self.local)
+
+    def begin(self) -> None:
+        """Delete DONE in the bucket, and begin to publish changed files, now and every `PUBLISH_SECONDS`."""
+        self._begun = True
+        if self.lease:
+            self.lease.delete(DONE)  # first: with the new config.yaml it would mark an extended run as finished
+            self._submit(self._publish_files)
+            threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def publish_checkpoints(self) -> None:
         """Begin to publish the local checkpoints; call `wait` before the next one is written."""
@@ -109,13 +122,13 @@ class Publisher:
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
-        """Publish changed files unless publishing has failed or `publish` is False, and release the lease."""
+        """Publish changed files after `begin` unless `publish` is False or publishing failed; release the lease."""
         if not self.lease or self._closed.is_set():
             return
         self._closed.set()
         self._pool.shutdown(wait=True)
         try:
-            if publish and not self._error:
+            if publish and self._begun and not self._error:
                 self._publish_files()
         except Exception as error:  # must not hide the error that ends the run
             self._error = error
@@ -140,7 +153,7 @@ class Publisher:
         """Upload new local checkpoints, commit them, and delete those that no longer exist locally."""
         assert self.lease
         remote = self.lease.folder
-        names = sorted((p.name for p in (self.local / "checkpoints").glob(f"{PREFIX}*")), reverse=True)
+        names = sorted((p.name for p in (self.local / "checkpoints").iterdir() if is_checkpoint(p.name)), reverse=True)
         for name in names:
             if name not in self._names:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
@@ -156,7 +169,7 @@ class Publisher:
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (remote / BEST).write(self._names[name] + "\n")
         for old in (remote / "checkpoints").folders():
-            if old.name.startswith(PREFIX) and old.name not in self._names.values():
+            if is_checkpoint(old.name) and old.name not in self._names.values():
                 old.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:

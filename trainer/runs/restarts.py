@@ -5,15 +5,25 @@ progress would be restarted forever. Such restarts are counted here; at the limi
 """
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import BUG, INTERRUPTED, GaveUp
+from trainer.monitoring.log import log
 from trainer.storage.local import write_json
+from trainer.storage.small_files import intact, json_objects
 
+ATTEMPTS = "checkpoints/attempts.json"  # in the folder of a run
 MAX_ENTRIES = 100  # in the file
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"  # stop request; exit code 1 or 75; another exit code
+
+
+def entries_of(value: Any) -> list[dict[str, Any]]:
+    """Check the content of attempts.json; raise one of `WRONG_CONTENT` if it is something else."""
+    return [
+        {"step": int(entry["step"]), "started": str(entry["started"]), **{k: entry[k] for k in ("kind", "reason")}}
+        for entry in json_objects(value)
+    ]
 
 
 class RestartHistory:
@@ -23,19 +33,15 @@ class RestartHistory:
     ended. Kind and reason are None while it runs, and remain None if it is killed.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        """`file`: read if it exists; None on workers other than the chief, which do not write."""
+    def __init__(self, file: Path | None, is_new: bool = False) -> None:
+        """`file`: None on workers other than the chief. It is not read if the run `is_new`, or if it is damaged."""
         self.file, self._begun = file, False  # _begun: the last entry is this process
-        try:
-            self.entries: list[dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else []
-        except ValueError:  # damaged: start counting again
-            self.entries = []
+        self.entries: list[dict[str, Any]] = intact(file, entries_of, []) if file and not is_new else []
 
-    def begin(self, step: int, max_failures: int) -> None:
-        """Add this start, which resumes from `step`.
+    def require_progress(self, step: int, max_failures: int) -> None:
+        """Raise GaveUp if `max_failures` restarts failed or were killed since `step` was first resumed from.
 
-        Raises GaveUp if `max_failures` restarts failed or were killed since `step` was first resumed from. Restarts
-        that a stop request or an error of the user ended are not counted.
+        Restarts that a stop request or an error of the user ended are not counted.
         """
         restarts = self.entries[1:]  # the first entry is not a restart
         progressed = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)
@@ -46,16 +52,23 @@ class RestartHistory:
             fix = f"fix the cause, then delete {self.file} or raise this limit"
             key = "runtime.max_restarts_without_progress"
             raise GaveUp("\n".join([problem, *lines]), key=key, value=max_failures, fix=fix)
+
+    def begin(self, step: int, max_failures: int) -> None:
+        """Add this start, which resumes from `step`. Raises the error of `require_progress`."""
+        self.require_progress(step, max_failures)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._begun = True
         self.entries.append({"step": step, "started": now, "kind": None, "reason": None})
         self._write()
 
     def end(self, kind: str, reason: str) -> None:
-        """Record how this process ended; later calls change nothing."""
+        """Record how this process ended; later calls change nothing. Only log a disk that cannot be written."""
         if self._begun and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
-            self._write()
+            try:
+                self._write()
+            except OSError as error:
+                log.info(f"{self.file} cannot be written ({error.strerror}): this end is not recorded")
 
     def record_failure(self, code: int, reason: str) -> None:
         """Record that this process ends with an exit code other than 0."""

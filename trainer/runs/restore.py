@@ -1,11 +1,13 @@
 """Assign the values of a checkpoint to a classifier: of the run itself, or of another run (warm start)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
+from trainer.data.records import join_first
 from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
@@ -29,33 +31,61 @@ def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[
 def load_warm_start(
     control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path
 ) -> tuple[str, int]:
-    """Assign the variables of another run's checkpoint that have the same name and shape, with averages (EMA) if any.
+    """Assign the variables of another run's checkpoint that this model has too, with averages (EMA) if any.
 
     All workers call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of values.
+    A head of other classes keeps its initial values; variables of the backbone that the checkpoint lacks are warned of.
 
     Args:
         source: output_dir of the other run, local or gs://, to read its best or else its newest checkpoint; or the
             folder of a local checkpoint.
         cache_folder: a run in a bucket is downloaded below it.
 
-    Raises DataError if there is no checkpoint or none of its variables matches.
+    Raises DataError if there is no checkpoint, or it is of another backbone (`match_warm_start`).
     """
-    path, values = _read_source(source, cache_folder) if control.is_chief else ("", {})
+    path, values = read_warm_start(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
     values = inference_weights(control.broadcast_arrays("weights", values))
-    matching = {
-        name: variable
-        for name, variable in classifier.variables.items()
-        if name in values and tuple(values[name].shape) == tuple(variable.shape)
-    }
-    if not matching:
-        problem, fix = "none of its variables matches this model", "give a run with the same backbone"
+    names, warning = match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)
+    if warning:
+        log.warning(warning)
+    assign_values(classifier, {name: classifier.variables[name] for name in names}, values, source)
+    return path, len(names)
+
+
+Shapes = dict[str, tuple[int, ...]]  # shape of each variable by its name
+
+
+def shapes_of(values: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of variables or arrays."""
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[list[str], str]:
+    """Return the names of the variables that a warm start assigns, and a warning, "" if the backbone is complete.
+
+    The head may have other classes or layers. Variables of the backbone may be missing in the checkpoint, which is
+    worth a warning, but those of one name must have one shape: another one is that of another backbone or width.
+
+    Raises DataError if a variable of the backbone has another shape, or the checkpoint has none of them.
+    """
+    matching = [name for name, shape in model.items() if checkpoint.get(name) == shape]
+    backbone = [name for name in model if name.startswith("backbone/")]
+    differing = [name for name in backbone if name in checkpoint and name not in matching]
+    missing = [name for name in backbone if name not in checkpoint]
+    total, fix = len(backbone), "give a run with the same model.backbone and model.alpha"
+    if differing:
+        first = differing[0]
+        problem = (f"is of another backbone: {len(differing)} of {total} variables of the backbone have other shapes, "
+                   f"the first: {first} {list(checkpoint[first])}, here {list(model[first])}")  # fmt: skip
         raise DataError(problem, key="warm_start", value=source, fix=fix)
-    assign_values(classifier, matching, values, source)
-    return path, len(matching)
+    if len(missing) == total:
+        raise DataError("has none of the backbone's variables", key="warm_start", value=source, fix=fix)
+    warning = f"warm_start={source} has only {total - len(missing)} of the backbone's {total} variables: "
+    return matching, f"{warning}{join_first(missing)} keep their initial values" if missing else ""
 
 
-def _read_source(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
     """Read the variables of the checkpoint that a warm start begins with, and return them with its local path."""
     folder = Path(source).expanduser()
     if is_remote(source):

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
+from trainer.config.typed import argument
 from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, inference_weights
 from trainer.runs.folder import RunFolder
-from trainer.runs.restarts import RestartHistory
+from trainer.runs.restarts import ATTEMPTS, RestartHistory
 from trainer.training import variables
 
 
@@ -25,7 +26,7 @@ class Saver:
         self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
-        self.restarts = RestartHistory(folder.path / "checkpoints" / "attempts.json" if control.is_chief else None)
+        self.restarts = RestartHistory(folder.path / ATTEMPTS if control.is_chief else None, folder.is_new)
 
     def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
         """Broadcast state and variables of the newest intact checkpoint; None and {} if there is none.
@@ -73,4 +74,4 @@ class Saver:
     @property
     def resume_hint(self) -> str:
         """What the user can do after an interruption, for the `fix` of an error."""
-        return f"Start the same command again with output_dir={self.address} to resume"
+        return f"Start the same command again with {argument('output_dir', self.address)} to resume"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,10 @@ from trainer.config.schema import Model, RunConfig, load_resolved, read_config
 from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import PREFIX, inference_weights, read_checkpoint, read_pointer, step_of
+from trainer.names import class_name
+from trainer.runs.checkpoints import inference_weights, is_checkpoint, read_checkpoint, read_pointer, step_of
 from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import json_object, read_json
 from trainer.types import Dataset
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class StoredRun:
     home: StoragePath  # output_dir
     config: RunConfig
     class_names: tuple[str, ...]
-    fingerprint: str  # of the data that it was trained on
+    fingerprint: str | dict[str, str]  # of the data that it was trained on, for `has_fingerprints`
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
@@ -41,12 +42,26 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     if config is None:
         raise DataError("has no config.yaml", key="run", value=address, fix="give the output_dir of a run")
     try:
-        run_json = json.loads((home / "run.json").read())
-        if {"classes", "data_fingerprint"} <= run_json.keys():
-            return home, read_config(config[0]), run_json
-    except (ValueError, DataError):
-        pass
-    raise DataError("has a damaged run.json, or none", key="run", value=address, fix="give another run")
+        tree = read_config(config[0])
+    except ConfigError as error:
+        fix = "restore the file, or give another run"
+        raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
+    try:
+        run_json = read_json(home / "run.json", _run_json, "")
+    except DataError:
+        run_json = None
+    if run_json is None:
+        raise DataError("has a damaged run.json, or none", key="run", value=address, fix="give another run")
+    return home, tree, run_json
+
+
+def _run_json(value: Any) -> dict[str, Any]:
+    """Return the content of run.json; raise an error of `WRONG_CONTENT` if it lacks what a stored run needs."""
+    names, fingerprint = value["classes"], value["data_fingerprint"]
+    hashes = list(fingerprint.values()) if isinstance(fingerprint, dict) else [fingerprint]
+    if not (isinstance(names, list) and all(isinstance(text, str) for text in [*names, *hashes])):
+        raise ValueError("not the run.json of a run")
+    return json_object(value) | {"classes": [class_name(name) for name in names]}
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
@@ -59,7 +74,9 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
         *path, last = key.split(".")
         section = tree
         for part in path:
-            section = section.setdefault(part, {})
+            if not isinstance(section.setdefault(part, {}), dict):
+                section[part] = {}
+            section = section[part]
         section[last] = value
     try:
         config = load_resolved(tree)
@@ -76,12 +93,12 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     """
     folder = run.home / "checkpoints"
     latest = read_pointer(folder / "LATEST")  # in a bucket all committed checkpoints, newest first
-    available = {child.name: child for child in folder.folders() if child.name.startswith(PREFIX)}
+    available = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
     if not run.home.is_local:
         available = {name: child for name, child in available.items() if name in latest}
     if which in ("best", "last"):
         names = latest[:1] if which == "last" else read_pointer(folder / "BEST")
-    elif which.isdigit():
+    elif which.isdecimal():
         names = [name for name in available if step_of(name) == int(which)]
     else:
         raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix="give best, last or a step")
@@ -91,6 +108,10 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
     steps = ", ".join(map(str, sorted(map(step_of, available))))
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
+
+
+def _phases_of_report(report: Any) -> dict[str, Any]:
+    return {name: json_object(phase) for name, phase in json_object(report["phases"]).items()}
 
 
 @dataclass(frozen=True)
@@ -111,8 +132,11 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
     """
     which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
-    report = (run.home / "report" / "report.json").fetch()
-    phases: dict[str, Any] = json.loads(report[0])["phases"] if report else {}
+    phases: dict[str, Any] = {}
+    try:
+        phases = read_json(run.home / "report" / "report.json", _phases_of_report, "") or {}
+    except DataError as error:
+        log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
         phases = state.get("finished", {})  # the report is of another checkpoint
     name = which if which in ("best", "last") else f"step-{state['step']}"

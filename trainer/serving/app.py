@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,11 +20,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.log import log_traceback
 from trainer.serving.batching import Batcher
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.metrics import ServingMetrics
-from trainer.serving.requests import MemoryBudget, PredictRequest, read_body, read_instances, read_predict, unavailable
+from trainer.serving.requests import (
+    ClientBudget,
+    MemoryBudget,
+    PredictRequest,
+    read_body,
+    read_instances,
+    read_predict,
+    unavailable,
+)
 from trainer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ class Service:
         self.metrics.active.set_function(lambda: self.active)
         self.metrics.queued.set_function(lambda: sum(map(len, self._batchers.values())))
         self._memory = MemoryBudget(settings.max_bytes)
+        self._clients = ClientBudget(settings.max_pixels)
         self._parser = ThreadPoolExecutor(1, "parsing")  # one request at a time: parsed JSON is many times its size
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._batchers = {explain: self._new_batcher(explain) for explain in (False, True)}
@@ -135,8 +144,10 @@ class Service:
             del body
             if parsed.explain and not self.model.explains:
                 raise HTTPException(400, "this export has no signature `explain`; export it again with this version")
+            client = request.client.host if request.client else ""
             try:
-                predictions = await self._batchers[parsed.explain].predict(parsed.images)
+                with self._clients.reservation(client, parsed.images):
+                    predictions = await self._batchers[parsed.explain].predict(parsed.images)
             except asyncio.QueueFull:
                 raise unavailable(f"the queue of {self.settings.queue} images has no room for yours") from None
         for image, prediction in zip(parsed.images, predictions, strict=True):
@@ -155,8 +166,12 @@ class Service:
             classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in top]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
-                resize = (self.export.reference or {}).get("resize", "stretch")  # crop: covers the central square only
-                entry["heatmap"] = {"png": _as_png(prediction.heatmap), "resize": str(resize)}
+                reference = self.export.reference or {}
+                geometry = {  # crop: covers the central square only; ignore: of the image as it is stored
+                    "resize": str(reference.get("resize", "stretch")),
+                    "orientation": str(reference.get("orientation", "ignore")),
+                }
+                entry["heatmap"] = {"png": _as_png(prediction.heatmap), **geometry}
             entries.append(entry)
         return _json({"model": self.settings.name, "version": self.export.version, "predictions": entries})
 
@@ -195,8 +210,8 @@ class Service:
 
     async def get_metrics(self, request: Request) -> Response:
         """Respond with the metrics in a format that the client accepts."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        text = await asyncio.to_thread(encode, self.metrics.registry)
+        accept = request.headers.get("accept", "")
+        text, content_type = await asyncio.to_thread(encode_metrics, self.metrics.registry, accept)
         return Response(text, headers={"Content-Type": content_type})
 
     async def get_page(self, request: Request) -> Response:

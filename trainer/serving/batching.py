@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.serving.requests import EncodedImage
 
+LARGE_PIXELS = 2_000_000  # a larger decoding cost of an image makes it a large one
 Model = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one prediction per image
 
 
@@ -26,25 +27,31 @@ class Batcher:
     A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. When the
     model is idle, it gets the next batch as soon as the queue has `size` images or the oldest one has waited for
     `window` seconds. At most `queue` images wait. `run_model` is called in `pool`.
+
+    Large images, by `LARGE_PIXELS`, have batches of their own, and at most half of the time of the model while other
+    images wait: after a batch of them that took t seconds, others are preferred for t seconds.
     """
 
     def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
         self._run_model, self._pool = run_model, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
         self._pending: deque[_Pending] = deque()
+        self._large: deque[_Pending] = deque()
+        self._small_until = 0.0  # time of the event loop up to which other images are preferred to large ones
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         """Return the number of images in the queue."""
-        return len(self._pending)
+        return len(self._pending) + len(self._large)
 
     async def predict(self, images: Sequence[EncodedImage]) -> list[Any]:
         """Queue images, and return one prediction per image; `asyncio.QueueFull` if there is not space for all."""
-        if len(self._pending) + len(images) > self.queue:
+        if len(self) + len(images) > self.queue:
             raise asyncio.QueueFull
         loop = asyncio.get_running_loop()
         added = [_Pending(image, loop.create_future(), loop.time()) for image in images]
-        self._pending.extend(added)
+        for pending in added:
+            (self._large if pending.image.cost > LARGE_PIXELS else self._pending).append(pending)
         self._arrived.set()
         return list(await asyncio.gather(*(pending.prediction for pending in added)))
 
@@ -53,6 +60,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
+            began = loop.time()
             try:
                 images = [pending.image.data for pending in batch]
                 predictions = await loop.run_in_executor(self._pool, self._run_model, images)
@@ -63,20 +71,25 @@ class Batcher:
                 for pending in batch:
                     if not pending.prediction.done():
                         pending.prediction.set_exception(error)
+            if batch[0].image.cost > LARGE_PIXELS:
+                self._small_until = 2 * loop.time() - began
 
     async def _next_batch(self) -> list[_Pending]:
         """Wait for a full batch or until the window of the oldest image ends, and take the batch from the queue."""
-        while not self._pending:
+        while not len(self):
             self._arrived.clear()
             await self._arrived.wait()
+        oldest = min(pending[0].arrived_at for pending in (self._pending, self._large) if pending)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._pending[0].arrived_at + self.window):
-                while len(self._pending) < self.size:
+            async with asyncio.timeout_at(oldest + self.window):
+                while len(self) < self.size:
                     self._arrived.clear()
                     await self._arrived.wait()
-        batch = [self._pending.popleft()]
+        large_next = self._large and (not self._pending or asyncio.get_running_loop().time() >= self._small_until)
+        queue = self._large if large_next else self._pending
+        batch = [queue.popleft()]
         pixels_left = self.pixels - batch[0].image.pixels
-        while self._pending and len(batch) < self.size and self._pending[0].image.pixels <= pixels_left:
-            batch.append(self._pending.popleft())
+        while queue and len(batch) < self.size and queue[0].image.pixels <= pixels_left:
+            batch.append(queue.popleft())
             pixels_left -= batch[-1].image.pixels
         return batch

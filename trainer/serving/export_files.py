@@ -48,20 +48,37 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
     """
     source = _newest_version(address, storage_path(address))
     folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
-    if not (folder / LABELS).exists():
+    labels, content = (_read_asset(folder / name, address) for name in (LABELS, REFERENCE))
+    if labels is None:
         raise DataError(f"{source} has no {LABELS}", key="model", value=address, fix="export it with kubetune")
-    classes = tuple((folder / LABELS).read_text(encoding="utf-8").splitlines())
-    reference = None
-    if (file := folder / REFERENCE).exists() and (reference := parse_reference(file.read_bytes(), classes)) is None:
-        raise DataError(f"{file} is damaged or of another model", key="model", value=address, fix="export it again")
-    return Export(address, folder, source.name if source.name.isdigit() else "1", classes, reference)
+    try:
+        classes = tuple(labels.decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        problem = f"{folder / LABELS} is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise DataError(problem, key="model", value=address, fix="export it again") from None
+    reference = None if content is None else parse_reference(content, classes)
+    if content is not None and reference is None:
+        problem = f"{folder / REFERENCE} is damaged or of another model"
+        raise DataError(problem, key="model", value=address, fix="export it again")
+    return Export(address, folder, source.name if source.name.isdecimal() else "1", classes, reference)
+
+
+def _read_asset(file: Path, address: str) -> bytes | None:
+    """Read a file of an export; None if there is none."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problem, fix = f"{file} cannot be read ({error.strerror})", "check its permissions, or export it again"
+        raise DataError(problem, key="model", value=address, fix=fix) from None
 
 
 def _newest_version(address: str, root: StoragePath) -> StoragePath:
     if (root / GRAPH).exists():
         return root
     for base in (root, root / "saved_model", root / "export" / "saved_model"):
-        numbered = [f for f in base.folders() if f.name.isdigit() and (f / GRAPH).exists()]
+        numbered = [f for f in base.folders() if f.name.isdecimal() and (f / GRAPH).exists()]
         if numbered:
             return max(numbered, key=lambda folder: int(folder.name))
     if root.exists():

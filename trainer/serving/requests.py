@@ -5,9 +5,11 @@ import base64
 import contextlib
 import io
 import json
+import re
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -20,9 +22,13 @@ from trainer.serving.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # those that exports decode
 MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding a baseline JPEG; usual files have about ten
-BODY_SECONDS = 30.0  # time limit of a body, to which its size / MIN_BYTES_PER_SECOND is added
+# Time to decode, relative to the pixels of a PNG (7,000 x 7,000 on one core: PNG, WebP, GIF and BMP 2.1 to 2.6 s, JPEG
+# of 10 scans 1.1 s, baseline JPEG, which is decoded at a fraction of its size, 0.1 s).
+BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
+BODY_SECONDS = 30.0  # time limit of a body, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
 MIN_BYTES_PER_SECOND = 100_000
 CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
+CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, in images of `max_pixels`
 DISCARDED_BODIES = 4  # how much of a too long body is read and discarded, so that the client gets the response
 MAX_FIELDS = 16  # of a form, not counting files
 CLOSE = {"Connection": "close"}
@@ -37,6 +43,7 @@ class EncodedImage:
     data: bytes
     name: str
     pixels: int
+    cost: int = 0  # of decoding it, as the number of pixels of a PNG that takes as long
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             (width, height), file_format = image.size, image.format
             pixels = width * height
+            progressive = "progressive" in image.info
             animated = pixels <= max_pixels and file_format in ("GIF", "WEBP") and getattr(image, "is_animated", False)
     except Exception as error:  # arbitrary bytes raise errors of many classes
         raise HTTPException(400, f"{name} is not an image in a supported format: {', '.join(FORMATS)}") from error
@@ -67,9 +75,12 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
         raise HTTPException(415, f"{name} is an animation; send one frame of it")
     if pixels > max_pixels:
         raise HTTPException(413, f"{name} has {width} x {height} pixels, the limit is {max_pixels:,}; send it smaller")
-    if file_format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise HTTPException(400, f"{name} is a JPEG with more than {MAX_SCANS} scans; save it as a baseline JPEG")
-    return EncodedImage(data, name, pixels)
+    cost = 1.0
+    if file_format == "JPEG":
+        if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+            raise HTTPException(400, f"{name} is a JPEG with more than {MAX_SCANS} scans; save it as a baseline JPEG")
+        cost = scans * SCAN_COST if progressive else BASELINE_JPEG_COST
+    return EncodedImage(data, name, pixels, round(pixels * cost))
 
 
 @dataclass
@@ -97,6 +108,35 @@ class MemoryBudget:
             self.reserved -= size
 
 
+@dataclass
+class ClientBudget:
+    """Decoding cost of the images in progress of each client, `CONCURRENT_PIXELS` times `max_pixels` at most.
+
+    So the images of one client keep the model busy for a limited time, however many requests they are in.
+    """
+
+    max_pixels: int
+    reserved: Counter[str] = field(default_factory=Counter)  # by the client's address
+
+    @contextlib.contextmanager
+    def reservation(self, client: str, images: Sequence[EncodedImage]) -> Iterator[None]:
+        """Reserve the cost of images within the context; raise HTTPException 413 or 429 if it exceeds the limit."""
+        cost, limit = sum(image.cost for image in images), CONCURRENT_PIXELS * self.max_pixels
+        if cost > limit:
+            text = f"the images take as long to decode as {cost:,} pixels of a PNG, the limit is {limit:,}"
+            raise HTTPException(413, f"{text}; send fewer or smaller images")
+        if self.reserved[client] + cost > limit:
+            text = f"too many large images of {client} at the same time ({limit:,} pixels)"
+            raise HTTPException(429, f"{text}; try again", {"Retry-After": "1"})
+        self.reserved[client] += cost
+        try:
+            yield
+        finally:
+            self.reserved[client] -= cost
+            if not self.reserved[client]:
+                del self.reserved[client]
+
+
 def unavailable(reason: str) -> HTTPException:
     """Return an HTTP error 503 with `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
@@ -115,10 +155,12 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
         raise too_long  # before the client sends the body
     body = bytearray()
     discarded = 0
-    seconds = BODY_SECONDS + min(declared or max_bytes, DISCARDED_BODIES * max_bytes) / MIN_BYTES_PER_SECOND
+    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout_at(deadline) as limit:
             async for chunk in request.stream():
+                deadline += len(chunk) / MIN_BYTES_PER_SECOND
+                limit.reschedule(deadline)
                 if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
                     discarded += len(chunk)
                     if discarded > DISCARDED_BODIES * max_bytes:
@@ -204,14 +246,23 @@ def _read_list(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
+_URL_SAFE = str.maketrans("-_", "+/")
+_BASE64_FORMS = (
+    "send the bytes of an image file in base64: standard or URL-safe, with or without padding and line breaks, or as "
+    "data:image/jpeg;base64,..."
+)
+
+
 def _decode_base64(value: Any, name: str) -> bytes:
     text = value.get("b64") if isinstance(value, dict) else value
     if not isinstance(text, str) or (isinstance(value, dict) and len(value) > 1):
         raise HTTPException(400, f'{name} must be an image in base64: "..." or {{"b64": "..."}}')
+    plain = re.sub(r"^data:[^,]*;base64,", "", "".join(text.split()), count=1, flags=re.IGNORECASE)
+    plain = plain.translate(_URL_SAFE).rstrip("=")
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except ValueError:
-        raise HTTPException(400, f"{name} is not valid base64") from None
+        raise HTTPException(400, f"{name} is not valid base64; {_BASE64_FORMS}") from None
 
 
 def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:

@@ -13,22 +13,36 @@ from trainer.config.base import InvalidValue, Section, config_error
 class Settings(Section):
     """The settings of a server; docs/serving.md describes them."""
 
-    model: str = Field(min_length=1)  # output_dir of a run, its export, or a folder of SavedModel versions; also gs://
-    host: str = "127.0.0.1"  # 0.0.0.0 (or :: for IPv6 as well) is reachable from other machines
-    port: int = Field(8501, ge=0, le=65535)  # 0: any free port
-    name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")  # in /v1/models/NAME:predict
-    batch: int = Field(32, ge=1, le=1024)  # largest number of images per call of the model
-    window_ms: float = Field(2.0, ge=0, le=1000)  # how long an image waits for others while the model is idle
-    queue: int = Field(256, ge=1)  # largest number of waiting images; requests that exceed it get 503
-    max_bytes: int = Field(16 * 1024**2, ge=1024)  # per request; all requests in progress have 8 times as many
-    max_pixels: int = Field(50_000_000, ge=1)  # per image, and per call of the model
-    max_images: int = Field(64, ge=1)  # per request
-    log: str | None = None  # file to which one JSON line per prediction is appended
-    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # fraction of the predictions that is logged
-    linger: float = Field(2.0, ge=0, le=600)  # seconds after SIGTERM in which new requests are accepted
-    drain: float = Field(30.0, gt=0, le=3600)  # seconds after that in which accepted requests are answered
-    # Exports in a bucket are copied to it; $KUBETUNE_CACHE replaces the default.
+    model: str = Field(min_length=1)
+    """output_dir of a run, its export, or a folder of SavedModel versions; also gs://."""
+    host: str = "127.0.0.1"
+    """0.0.0.0 (or :: for IPv6 as well) is reachable from other machines."""
+    port: int = Field(8501, ge=0, le=65535)
+    """0: any free port."""
+    name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")
+    """In /v1/models/NAME:predict."""
+    batch: int = Field(32, ge=1, le=1024)
+    """Largest number of images per call of the model."""
+    window_ms: float = Field(2.0, ge=0, le=1000)
+    """How long an image waits for others while the model is idle."""
+    queue: int = Field(256, ge=1, le=10**6)
+    """Largest number of waiting images; requests that exceed it get 503."""
+    max_bytes: int = Field(16 * 1024**2, ge=1024, le=2**40)
+    """Bytes per request; all requests in progress have 8 times as many."""
+    max_pixels: int = Field(50_000_000, ge=1, le=10**10)
+    """Pixels per image, and per call of the model."""
+    max_images: int = Field(64, ge=1, le=10**6)
+    """Images per request."""
+    log: str | None = None
+    """File to which one JSON line per prediction is appended."""
+    log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Fraction of the predictions that is logged."""
+    linger: float = Field(2.0, ge=0, le=600)
+    """Seconds after SIGTERM in which new requests are accepted."""
+    drain: float = Field(30.0, gt=0, le=3600)
+    """Seconds after that in which accepted requests are answered."""
     cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = "~/.cache/kubetune"
+    """Exports in a bucket are copied to it; $KUBETUNE_CACHE replaces the default."""
 
     @model_validator(mode="after")
     def _check_that_a_request_fits_the_queue(self) -> Settings:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import TrainerError
+from trainer.errors import DataError, TrainerError
 
 
 class Conflict(TrainerError):
@@ -19,7 +19,7 @@ class Conflict(TrainerError):
 
 ANY = -1  # for an unconditional write; no file has this version
 
-# `.name.<digits>-<digits>` is a temporary local file; `name.parts-<token>/` has the parts of a large object.
+# `.name.<digits>-<digits>` is a temporary local file or folder; `name.parts-<token>/` has the parts of a large object.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 
@@ -120,12 +120,16 @@ class StoragePath(ABC):
         return content[0]
 
     def read_text(self) -> str:
-        """Read the content as UTF-8."""
-        return self.read().decode()
+        """Read the content as UTF-8; raise a DataError if it is not."""
+        try:
+            return self.read().decode()
+        except UnicodeDecodeError as error:
+            problem = f"{self}: is not UTF-8 text ({error.reason} at byte {error.start})"
+            raise DataError(problem, fix="restore or rewrite the file") from None
 
     def size(self) -> int:
         """Return the size in bytes."""
-        return self._require_info().size
+        return self.require_info().size
 
     def exists(self) -> bool:
         """Return whether there is a file, not a folder, at this path."""
@@ -140,7 +144,8 @@ class StoragePath(ABC):
     def is_folder(self) -> bool:
         """Return whether there is anything below this path."""
 
-    def _require_info(self) -> ObjectInfo:
+    def require_info(self) -> ObjectInfo:
+        """Return size and version of the file; raise a DataError if there is none."""
         info = self.stat()
         if info is None:
             raise self._absent()

@@ -23,8 +23,9 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
+from trainer.names import encoded
 from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished, within
-from trainer.storage.gcs_client import CHECK_BUCKET, NO_BUCKET, Damaged, Limits, client, persist
+from trainer.storage.gcs_client import CHECK_BUCKET, NO_BUCKET, Damaged, Limits, bucket, client, persist
 from trainer.storage.local import LocalPath, temporary_file
 
 MAX_CONCURRENT_REQUESTS = 8  # of one transfer
@@ -116,7 +117,7 @@ class GcsPath(StoragePath):
 
         A small object is read and verified as a whole; the range of a large one is read twice and compared.
         """
-        info = self._require_info()
+        info = self.require_info()
         length = min(length, info.size - start)
         if length <= 0:
             return b""
@@ -132,7 +133,7 @@ class GcsPath(StoragePath):
         return persist(str(self), "storage.objects.get", read_twice)
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
-        data = content.encode() if isinstance(content, str) else content
+        data = encoded(content)
         return self._upload(len(data), lambda start, length: data[start : start + length], only_if)
 
     def upload(self, source: Path) -> int:
@@ -143,7 +144,7 @@ class GcsPath(StoragePath):
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         with temporary_file(to) as temporary:
             for _ in range(MAX_DOWNLOADS):
-                info = expected or self._require_info()
+                info = expected or self.require_info()
                 try:
                     if self._download(temporary, info):
                         os.replace(temporary, to)
@@ -173,11 +174,11 @@ class GcsPath(StoragePath):
         _in_parallel(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
 
     def _blob(self, generation: int | None = None) -> Any:
-        return client().bucket(self.bucket).blob(self.key, generation=generation)
+        return bucket(self.bucket).blob(self.key, generation=generation)
 
     def _current_blob(self, limits: Limits) -> Any:
         """Request the metadata of the object, without retries; None if there is no such object."""
-        return client().bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None)
+        return bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None)
 
     def _absent(self) -> DataError:
         try:
@@ -205,7 +206,7 @@ class GcsPath(StoragePath):
 
         def get(limits: Limits) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
             listing = client().list_blobs(
-                self.bucket, prefix=prefix, delimiter=delimiter or None, page_token=token or None,
+                bucket(self.bucket), prefix=prefix, delimiter=delimiter or None, page_token=token or None,
                 max_results=max_objects, fields=_FIELDS, timeout=limits, retry=None,
             )  # fmt: skip
             blobs = list(next(listing.pages, ()))

@@ -22,6 +22,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError, Interrupted
+from trainer.monitoring.log import log
 from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
 from trainer.storage import base
 
@@ -47,6 +48,7 @@ _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSch
 # Not seeded: with the seed of the run, all workers would retry at the same moment.
 _jitter = random.SystemRandom()
 _lock = threading.Lock()
+_requester_pays: set[str] = set()  # names of buckets that have refused a request without a payer
 
 Limits = tuple[float, float]  # connect and read timeout in seconds
 Result = TypeVar("Result")
@@ -64,14 +66,16 @@ def persist(address: str, permission: str, request: Callable[[Limits], Result]) 
     """
     deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()
-    backoff, bad_requests = FIRST_BACKOFF_SECONDS, 0
+    backoff, bad_requests, paid = FIRST_BACKOFF_SECONDS, 0, False
     while True:
         remaining = max(deadline - (time.monotonic() - start), 0.05)
         try:
             return request((min(CONNECT_SECONDS, remaining), min(READ_SECONDS, remaining)))
         except Exception as error:
+            if _lacks_payer(error) and not paid and (paid := _add_payer(address)):
+                continue
             reason = _transient_reason(error)
-            if isinstance(error, GoogleAPICallError) and error.code == 400:
+            if isinstance(error, GoogleAPICallError) and error.code == 400 and not _lacks_payer(error):
                 bad_requests += 1
                 reason = None if bad_requests > MAX_BAD_REQUESTS else "400 damaged request"
             if reason is None:
@@ -111,6 +115,33 @@ def _transient_reason(error: Exception) -> str | None:
     if isinstance(error, requests.ConnectionError | ConnectionError):
         return "connection refused" if "refused" in str(error) else "no connection"
     return type(error).__name__ if isinstance(error, _TRANSIENT) else None
+
+
+def bucket(name: str) -> Any:
+    """Return the `storage.Bucket`, whose requests GOOGLE_CLOUD_PROJECT pays for if it is known as requester-pays."""
+    return client().bucket(name, user_project=_payer() if name in _requester_pays else None)
+
+
+def _add_payer(address: str) -> bool:
+    """Let `bucket` add a payer to requests to the bucket of an address, which requires one; False if there is none.
+
+    A project is sent only to buckets that require it, since it is charged.
+    """
+    name, project = address.removeprefix("gs://").partition("/")[0], _payer()
+    with _lock:
+        is_new = name not in _requester_pays
+        _requester_pays.add(name)
+    if project and is_new:
+        log.info(f"gs://{name} is a requester-pays bucket: project {project} (GOOGLE_CLOUD_PROJECT) is charged")
+    return bool(project)
+
+
+def _payer() -> str | None:
+    return os.environ.get("GOOGLE_CLOUD_PROJECT") or None
+
+
+def _lacks_payer(error: Exception) -> bool:
+    return isinstance(error, ClientError) and error.code == 400 and "requester pays" in str(error.message).lower()
 
 
 def client() -> Any:
@@ -180,11 +211,14 @@ def _explain(error: Exception, address: str, permission: str) -> DataError | Non
         anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and there are no credentials", fix=_CREDENTIALS_FIX)
+    if _lacks_payer(error):
+        problem, fix = f"{address}: is in a requester-pays bucket", "set it to the project that pays for the requests"
+        return DataError(problem, key="GOOGLE_CLOUD_PROJECT", fix=fix)
     if isinstance(error, ClientError):  # includes 401 and 403
         response = f"({int(error.code or 0)}: {error.message})"
         if not denied:
             return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
-        missing = (re.findall(r"storage\.\w+\.\w+", str(error.message)) or [permission])[0]
+        missing = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
         problem = f"{address}: {identity()} lacks the permission {missing} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):

@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage.base import Conflict, StoragePath, within
+from trainer.storage.small_files import WRONG_CONTENT, finite
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"
@@ -94,6 +95,17 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             with self._write_lock:  # the next holder must not restore a marker that is deleted later
                 self._state = replace(self._state, commit=None)
             return version
+
+    def delete(self, name: str) -> None:
+        """Delete a marker if it exists. Raises Interrupted if the lease was lost, and nothing was deleted."""
+        with self._commit_lock:
+            self.check()
+            marker = self.folder / name
+            if marker.exists():
+                with self._write_lock:
+                    self._state = replace(self._state, commit=None)
+                self._write(None)  # the next holder must not restore the marker
+                marker.delete()
 
     def release(self) -> None:
         """Release the lease, so that the next run does not wait; ignore a lost lease and errors of the storage."""
@@ -214,6 +226,10 @@ def _read(file: StoragePath) -> tuple[_State | None, int | None]:
     try:
         fields = json.loads(content[0])
         commit = fields.pop("commit")
-        return _State(**fields, commit=_Commit(**commit) if commit else None), content[1]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        state = _State(**fields, commit=_Commit(**commit) if commit else None)
+        texts = (state.holder or "", state.uid or "", state.note, state.token, state.renewed)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a field is not a text")
+        return replace(state, seconds=finite(state.seconds)), content[1]
+    except WRONG_CONTENT as error:
         raise DataError(f"{file}: is not a lease ({error})", fix="delete it if no run uses this folder") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.errors import DataError
+from trainer.names import MAX_PART_BYTES, encoded, path_fault, printable, to_bytes
 from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished
 
 _COPY_BYTES = 1 << 22  # copied at a time
@@ -33,10 +34,21 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file atomically and flush it to disk; create its folder if needed."""
     with temporary_file(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(encoded(content))
         sync(temporary)
         os.replace(temporary, path)
     sync(path.parent)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file below a folder; `name`, which may come from outside, has "/" between its parts.
+
+    Raises DataError if the name leads out of the folder, or no file can have it.
+    """
+    if fault := path_fault(name):
+        problem = f"{printable(name)}: cannot be the name of a file in {printable(str(folder))} ({fault})"
+        raise DataError(problem, fix="rename or remove it where it comes from")
+    return folder / name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,12 +60,54 @@ def write_json(path: Path, value: Any) -> None:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield an unused temporary path in the folder of `path`, created if needed; delete the file at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, since process ids are not unique on a disk that several pods use.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.randbelow(10**15)}")
+    temporary = _temporary_name(path)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # must not hide the error of the block
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder next to `path`; delete it at the end, unless the block has renamed it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        with naming(path):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name(path: Path) -> Path:
+    """Return a path next to `path` for which `is_unfinished` is true."""
+    # Random, since process ids are not unique on a disk that several pods use.
+    suffix = f".{os.getpid()}-{secrets.randbelow(10**15)}"
+    return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_PART_BYTES - 1 - len(suffix)]) + suffix)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError of this block that names no file, as those of writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def delete_unfinished(folder: Path, age: float = 0.0) -> None:
+    """Delete the temporary files and folders below `folder` that killed processes left, at least `age` seconds old."""
+    for parent, folders, names in os.walk(folder):
+        for name in filter(is_unfinished, [*names, *folders]):
+            path = Path(parent, name)
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                if time.time() - path.lstat().st_mtime >= age:
+                    path.unlink() if name in names else shutil.rmtree(path)
+        folders[:] = [name for name in folders if not is_unfinished(name)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +121,7 @@ class LocalPath(StoragePath):
         return str(self.path)
 
     def __truediv__(self, name: str) -> LocalPath:
-        return LocalPath(self.path / name)
+        return LocalPath(inside(self.path, name))
 
     @property
     def name(self) -> str:
@@ -99,7 +153,7 @@ class LocalPath(StoragePath):
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         with temporary_file(self.path) as temporary:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(encoded(content))
             return self._commit(temporary, only_if)
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
@@ -111,9 +165,8 @@ class LocalPath(StoragePath):
                     if not is_unfinished(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                             infos.append(LocalPath(path)._info(path.stat()))
-                if not recursive:
-                    folders.clear()
-        return sorted(infos, key=lambda info: str(info.path).encode())
+                folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
+        return sorted(infos, key=lambda info: to_bytes(str(info.path)))
 
     def folders(self) -> Sequence[StoragePath]:
         with self._reading():
@@ -130,7 +183,7 @@ class LocalPath(StoragePath):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        info = self._require_info()
+        info = self.require_info()
         if expected is not None and expected.version != info.version:
             raise DataError(f"{self}: was replaced after it was listed", fix="start the same command again")
         with temporary_file(to) as temporary:

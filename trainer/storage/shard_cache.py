@@ -18,6 +18,7 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
+from trainer.storage.local import inside
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
@@ -61,7 +62,7 @@ class ShardCache:
         check: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:
-        """Reuse cached shards of the same version, and delete all other files.
+        """Reuse cached shards of the same version, and delete all other files; a DataError if a name is not a file's.
 
         Args:
             entries: object info of the shards in the folder `address`, by file name.
@@ -72,6 +73,8 @@ class ShardCache:
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
+        for name in entries:
+            inside(self.folder, name)
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard

@@ -2,19 +2,22 @@
 
 import fnmatch
 import hashlib
-import json
 import re
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
+from trainer.names import path_fault, printable
 from trainer.storage.base import ObjectInfo, is_unfinished
-from trainer.storage.local import write_json
-from trainer.storage.path import storage_path
+from trainer.storage.local import inside, write_json
+from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import intact, json_object
 from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
@@ -31,8 +34,10 @@ def is_remote(address: str | None) -> bool:
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
-    A local address is returned unchanged. Files cached in the same version are not downloaded again; local files that
-    the bucket no longer has are deleted. Raises DataError if nothing matches the address or it exceeds the budget.
+    A local address is returned unchanged. An address that exists as it is written is no pattern, whatever characters it
+    has. Objects that cannot be local files (`files_below`) are left out and logged. Files cached in the same version
+    are not downloaded again; local files that the bucket no longer has are deleted. Raises DataError if nothing matches
+    the address or it exceeds the budget.
 
     Args:
         budget: limit of the bytes on disk for this address.
@@ -42,6 +47,8 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     if not is_remote(address):
         return address
     copy = plan_copy(address, cache_dir, budget)
+    if copy.left_out:
+        note(f"{address}: {describe_left_out(copy.left_out)}")
     _delete_obsolete(copy)
     fetch_missing(address, copy.entries, copy.folder, note, check)
     return copy.path
@@ -52,30 +59,60 @@ class Copy:
     """The files that an address in a bucket matches, and the local folder of their copies."""
 
     folder: Path
-    pattern: str  # the end of the address from its first wildcard, or the name of a single file; "" for a folder
+    end: str  # the part of the address below the folder: a pattern, or the name of a single file; "" for a folder
+    is_pattern: bool
     entries: dict[str, ObjectInfo]  # files in the bucket, by name relative to the folder
+    left_out: tuple[str, ...] = ()  # objects that cannot be local files, each with the reason
 
     @property
     def path(self) -> str:
         """The local path that replaces the address, a pattern included."""
-        return str(self.folder / self.pattern)
+        return str(self.folder / self.end)
+
+    def matches(self, name: str) -> bool:
+        """Return whether the address includes the file of this relative name."""
+        return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
+
+
+def files_below(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
+    """Return the listed files of a folder by relative name, and those that cannot be local files, with the reason.
+
+    An empty object next to a folder of the same name, which some tools write to mark the folder, is in neither.
+    """
+    entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
+    faults = {name: fault for name in entries if (fault := path_fault(name))}
+    folders = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
+    same = folders & entries.keys()
+    faults |= {name: "there is a folder of the same name" for name in same if entries[name].size}
+    left_out = [f"{printable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
+    return {name: info for name, info in entries.items() if name not in faults and name not in same}, left_out
+
+
+def describe_left_out(left_out: Iterable[str]) -> str:
+    """Describe the objects that `files_below` left out, the first three by name."""
+    names = tuple(left_out)
+    more = f" and {len(names) - 3} more" * (len(names) > 3)
+    objects = "1 object cannot be a file and is" if len(names) == 1 else f"{len(names)} objects cannot be files and are"
+    return f"{objects} left out: {', '.join(names[:3])}{more}"
 
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     """List the files that `stage` would download, and determine their folder. Raises the errors of `stage`."""
-    root, pattern = _root_and_pattern(address)
-    listed = {str(info.path).removeprefix(f"{root}/"): info for info in storage_path(root).list()}
-    entries = {name: info for name, info in listed.items() if not pattern or fnmatch.fnmatch(name, pattern)}
-    if not entries:
-        problem = f"nothing matches {root}/{pattern}" if pattern else f"there is nothing in {root}"
-        raise DataError(problem, fix=f"check the address (gcloud storage ls {root})")
-    folder = cache_dir / "staged" / hashlib.sha256(root.encode()).hexdigest()[:16] / root.rpartition("/")[2]
-    size = sum(info.size for info in entries.values())
+    root, end, is_pattern = _divide_address(address)
+    folder = cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
+    entries, left_out = files_below(root, [(root / end).require_info()] if end and not is_pattern else root.list())
+    copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
+    copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
+    if not copy.entries:
+        problem = f"nothing matches {root}/{end}" if end else f"there is nothing in {root}"
+        problem += f"; {describe_left_out(left_out)}" if left_out else ""
+        raise DataError(problem, fix=f"check the address (gcloud storage ls {shlex.quote(str(root))})")
+    size = sum(info.size for info in copy.entries.values())
     if size > budget:
         problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
         fix = "raise it, or set runtime.cache_dir to a larger disk"
         raise DataError(problem, key="runtime.disk_budget_gb", value=value, fix=fix)
-    return Copy(folder, pattern, entries)
+    return copy
 
 
 def prepared_folder(data_dir: str, name: str) -> str:
@@ -94,13 +131,26 @@ def prepared_folder(data_dir: str, name: str) -> str:
     return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
 
 
-def _root_and_pattern(address: str) -> tuple[str, str]:
-    """Split an address before its first wildcard, or before the name of a single file."""
-    parts = address.rstrip("/").split("/")
-    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
-    if first == len(parts) and storage_path(address).exists():
-        first -= 1
-    return "/".join(parts[:first]), "/".join(parts[first:])
+def _divide_address(address: str) -> tuple[StoragePath, str, bool]:
+    """Divide an address into a folder, the pattern or file name below it, and whether it is a pattern.
+
+    The second part is "" for a folder. What exists is no pattern, as `photos [2024]`. If an object and a folder have
+    this name, it is the folder.
+    """
+    whole = storage_path(address)
+    parts = str(whole).split("/")
+    for i in [i for i, part in enumerate(parts) if has_wildcard(part)]:
+        literal = storage_path("/".join(parts[: i + 1]))
+        if not literal.is_folder() and not (i + 1 == len(parts) and literal.exists()):
+            return storage_path("/".join(parts[:i])), "/".join(parts[i:]), True
+    if whole.exists() and not whole.is_folder():
+        return whole.parent, whole.name, False
+    return whole, "", False
+
+
+def has_wildcard(text: str) -> bool:
+    """Return whether a part of a path would be a pattern if no file or folder has this name."""
+    return any(character in text for character in "*?[")
 
 
 def fetch_missing(
@@ -117,7 +167,7 @@ def fetch_missing(
     began = reported = time.monotonic()
 
     def download(name: str) -> str:
-        missing[name].path.download(folder / name, expected=missing[name])
+        missing[name].path.download(inside(folder, name), expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
@@ -162,17 +212,14 @@ def origin(path: str | Path) -> str | None:
 
 def _versions(folder: Path) -> dict[str, int] | None:
     """Read the versions of the files staged in a folder, by name; None if it is not a folder of staged files."""
-    try:
-        return json.loads((folder / VERSIONS).read_text())
-    except (OSError, ValueError):
-        return None
+    return intact(folder / VERSIONS, json_object, None)
 
 
 _cached_versions = cache(_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete files that the bucket no longer has, and temporary files too old to be of a running download."""
+    """Delete what the bucket no longer has, and temporary files too old to be of a running download."""
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
@@ -180,5 +227,10 @@ def _delete_obsolete(copy: Copy) -> None:
         unfinished = is_unfinished(name)
         if unfinished and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
             continue
-        if unfinished or not copy.pattern or fnmatch.fnmatch(name, copy.pattern):
+        if unfinished or copy.matches(name):
             file.unlink(missing_ok=True)
+    current = {parent for name in copy.entries for parent in (copy.folder / name).parents}
+    for folder in sorted((path for path in copy.folder.rglob("*") if path.is_dir()), reverse=True):
+        if folder not in current:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()

@@ -10,7 +10,7 @@ weights before they compute gradients, and with it their votes to stop, so that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,14 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
 from trainer.training import variables as by_name
-from trainer.training.losses import LossSettings, class_weights, example_accuracy, log_probs, weighted_losses
+from trainer.training.losses import (
+    LossSettings,
+    class_weights,
+    example_accuracy,
+    largest_plausible_loss,
+    log_probs,
+    weighted_losses,
+)
 from trainer.types import Batch, Dataset
 
 FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
@@ -76,8 +83,30 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
     """Raise `Diverged` unless all `sums` are finite: the result of `TrainingStep.run` for the steps up to `step`."""
     if not np.isfinite(sums).all():
         first = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
-        fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
-        raise Diverged(f"the loss is not finite at step {first} (phase {phase}, epoch {epoch})", fix=fix)
+        raise _diverged("loss", "not finite", first, phase, epoch)
+
+
+def require_plausible(
+    losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
+) -> None:
+    """Raise `Diverged` unless each mean loss, by its name, is at most the `largest_plausible_loss`.
+
+    The validation loss, "val_loss", has neither class weights nor a teacher.
+    """
+    for name, loss in losses.items():
+        limit = largest_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
+        if not loss <= limit:  # nor NaN
+            kind = "validation loss" if name == "val_loss" else "loss"
+            if not np.isfinite(loss):
+                raise _diverged(kind, "not finite", step, phase, epoch)
+            why = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
+            raise _diverged(kind, f"{loss:,.0f}", step, phase, epoch, why)
+
+
+def _diverged(kind: str, value: str, step: int, phase: str, epoch: int, why: str = "") -> Diverged:
+    """Build the error with the position in the run and what to change."""
+    fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
+    return Diverged(f"the {kind} is {value} at step {step} (phase {phase}, epoch {epoch}){why}", fix=fix)
 
 
 @dataclass

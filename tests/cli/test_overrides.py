@@ -1,0 +1,164 @@
+"""Arguments as they are typed: text without quotes, lists, weights, sweeps, and the commands that are printed."""
+
+import random
+import shlex
+from typing import Any
+
+import pytest
+
+from tests.errors import raises
+from trainer.cli.compose import compose
+from trainer.cli.overrides import elements, given_keys, parse, shown, typed_overrides, typed_value, value_of
+from trainer.cli.sweep import _use_sweep_folder
+from trainer.config.typed import argument, quote, typed
+from trainer.errors import ConfigError
+
+TEXTS = [
+    "~/photos", "train[:80%]", "photos (1)", "photos [2024]", "o/lr=1", "a,b", "it's", 'the "x"', "C:\\photos\\new\\",
+    "a=b=c", "-x", "=x", "{a: 1}", "[a", "a]", "#1", "a;b", "*?", "100%", "2024", "0012", "1e5", "true", "nan", "é 猫 🐈",
+    "a\nb", "a\tb", " a ", "a${b", "$HOME", "a\\${b}", "!x", "pattern:block_(1|2)_.*", "~", "@", "str(1)", "\\", "\\'",
+    "a'b,c'd", "x\udce9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_taken_as_it_is_typed(text: str) -> None:
+    if "\\$" not in text:
+        assert typed_value(f"data.root={text}") == text
+    (translated,) = typed_overrides([f"data.root={text}"])
+    assert typed_overrides([translated]) == [translated]  # jobs of a sweep translate again
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", ""),
+        ("null", None),
+        ("NULL", None),
+        ("'a b'", "a b"),
+        ('"null"', "null"),
+        ("runs/${seed} (1)", "runs/42 (1)"),
+    ],
+)
+def test_exceptions_are_null_quotes_and_references(text: str, value: str | None) -> None:
+    tree = compose(["data=digits", f"experiment_name={text}"])
+    assert tree
+    assert tree["experiment_name"] == value
+
+
+def test_what_is_printed_for_the_user_reads_back_as_the_same_value() -> None:
+    """Any text, quoted by `typed` for Hydra and by `argument` for the shell, through both parsers."""
+    draw = random.Random(0)
+    alphabet = [*"ab/.~=,:;#!&|<>*?%@ \t\n'\"\\$()[]{}-_0é猫", "null", "${", "}", "choice(", "..", "//", "🐈", "\udce9"]
+    for text in [*TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 9))) for _ in range(40))]:
+        (word,) = shlex.split(argument("data.root", text))
+        assert compose(["data=image_folder", word])["data"]["root"] == text, word  # type: ignore[index]
+        assert typed_value(f"data.root={quote(text)}") == text
+    assert typed("photos (1)") == "photos (1)"
+    assert argument("output_dir", "o/lr=1, a b") == "'output_dir=o/lr=1, a b'"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("[daisy,roses]", ["daisy", "roses"]),
+        ("daisy,roses", ["daisy", "roses"]),
+        ("[1, 02, 1e3, true, null]", ["1", "02", "1e3", "true", "null"]),
+        ("[a b, it's, é (x), 'c,d']", ["a b", "it's", "é (x)", "c,d"]),
+        ("null", None),
+    ],
+)
+def test_a_list_of_texts_is_taken_as_it_is_typed(text: str, names: list[str] | None) -> None:
+    assert typed_value(f"data.class_names={text}") == names
+
+
+def test_weights_are_given_by_names_as_they_are_typed() -> None:
+    tree = compose(["data=digits", "training.class_weights={a b: 2, it's: 0.5, x:y: 1, é: 3, 7: 1, 'c,d': 4}"])
+    assert tree
+    assert tree["training"]["class_weights"] == {
+        "a b": "2", "it's": "0.5", "x:y": "1", "é": "3", "7": "1", "c,d": "4",
+    }  # fmt: skip
+    assert compose(["data=digits", "training.class_weights=balanced"])["training"]["class_weights"] == "balanced"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("data.root=~/a,~/b (1)", ["~/a", "~/b (1)"]),
+        ("data.root=choice(~/a, x=1)", ["~/a", "x=1"]),
+        ("data.train_split=train[:80%],train[:50%]", ["train[:80%]", "train[:50%]"]),
+        ("data.root='a,b',c", ["a,b", "c"]),
+        ("data.class_names=[a b,c],[c,d e]", [["a b", "c"], ["c", "d e"]]),
+        ("seed=1,2", [1, 2]),
+    ],
+)
+def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]) -> None:
+    (translated,) = typed_overrides([given], sweep=True)
+    parsed = parse(translated)
+    assert parsed.is_sweep_override()
+    values = [parse(f"x={text}").value() for text in parsed.sweep_string_iterator()]
+    assert values == expected
+    for text in parsed.sweep_string_iterator():  # what a job of the sweep gets, and is printed with
+        key = given.partition("=")[0]
+        assert typed_value(shown(f"++{key}={text}")) in expected
+
+
+def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
+    assert elements("a, 'b,c' ,d(e,f),g[h,i],j(k") == ["a", " 'b,c' ", "d(e,f)", "g[h,i]", "j(k"]
+    assert elements("") == [""]
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value", "problem", "fix"),
+    [
+        ("seed=[1", "seed", "[1", "cannot be read", r"'seed=\"\[1\"'"),
+        ("training.loss=focal,cross_entropy", "training.loss", "focal,cross_entropy", "several values", "add -m"),
+        ("debug.profile_steps=15,25", "debug.profile_steps", "15,25", "several", r"'?debug.profile_steps=\[15,25\]"),
+        ("data=digits,tfds", "data", "digits,tfds", "several values", "add -m"),
+        ("output_dir=choice(a,b)", "output_dir", "choice(a,b)", "several values", r"'output_dir=\"choice\(a,b\)\"'"),
+        ("data=/my photos", "data", "/my photos", "no such data", "data=image_folder 'data.root=/my photos'"),
+        ("data=~/p/", "data", "~/p/", "no such data", "data=image_folder data.root=~/p|'data.root=~/p'"),
+        ("model=x/y.h5", "model", "x/y.h5", "no such model", "model.weights=x/y.h5"),
+        ("data=", "data", "", "no such data", "--help"),
+        ("data=[digits]", "data", "[digits]", "no such data", "--help"),
+        ("photos", "photos", None, "is not KEY=VALUE", "training.batch_size=16"),
+        ("=3", "=3", None, "is not KEY=VALUE", "KEY=VALUE"),
+        ("a b=3", "a b=3", None, "is not KEY=VALUE", "KEY=VALUE"),
+        ("--epochs=3", "--epochs=3", None, "no such option", "phases.head.epochs or phases.fine_tune.epochs"),
+        ("--batch-size", "--batch-size", None, "no such option", "training.batch_size"),
+        ("--frobnicate", "--frobnicate", None, "no such option", "--help"),
+        ("--cfg", "--cfg", None, "needs job", "--cfg job"),
+        ("output_dir=${nope}", "output_dir", None, "'nope' not found", r"\$\{seed\}"),
+        ("data@x=digits", "data@x", None, "no such key", "did you mean data"),
+        ("hydra.nope=1", "hydra.nope", None, "no such key", "known"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_has_its_key_and_what_to_type(
+    argument: str, key: str, value: str | None, problem: str, fix: str
+) -> None:
+    with raises(ConfigError, key=key, value=value, problem=problem, fix=fix):
+        compose([argument])
+
+
+def test_a_folder_alone_is_the_root(tmp_path: Any) -> None:
+    with raises(ConfigError, key=str(tmp_path), fix=rf"write data.root={tmp_path}"):
+        compose([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [("output_dir=o/lr=1", "o/lr=1"), ('output_dir="o/lr=1"', "o/lr=1"), ("output_dir=o (1)", "o (1)"),
+     ("output_dir=null", None), ("output_dir='a,b'", "a,b"), ("output_dir=a${b", "a${b")],
+)  # fmt: skip
+def test_the_folder_of_a_sweep_may_have_any_name(given: str, folder: str | None) -> None:
+    arguments, name = _use_sweep_folder(typed_overrides(["-m", "seed=1", given], sweep=True))
+    assert name == folder
+    assert arguments[:2] == ["-m", "seed=1"]
+    if folder:
+        assert value_of(arguments[2]) == folder
+
+
+def test_the_keys_of_a_command_line() -> None:
+    assert given_keys(["seed=1", "++data.root=x=y", "model=xception", "-m", "hydra.job.name=x", "~sweep"]) == {
+        "seed", "data.root",
+    }  # fmt: skip

@@ -1,0 +1,73 @@
+"""The source that is chosen where the arguments give only the address of the data."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.verbs import exit_code_of
+from tests.errors import raises
+from trainer import plan
+from trainer.cli.compose import compose
+from trainer.cli.source import choose_source, find_source
+from trainer.errors import ConfigError, DataError
+
+
+def photos(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def test_class_folders_are_an_image_folder(tmp_path: Path) -> None:
+    root = photos(tmp_path / "my photos (1)", "cat/1.jpg", "dog/2.jpg")
+    arguments, note = choose_source([f"data.root={root}", "seed=1"])
+    assert arguments == ["data=image_folder", f"data.root={root}", "seed=1"]
+    assert "class folders, so data=image_folder" in note
+    tree = compose(arguments)
+    assert tree
+    assert (tree["data"]["source"], tree["data"]["root"]) == ("image_folder", str(root))
+    assert tree["experiment_name"] is None  # not the quickstart
+
+
+@pytest.mark.parametrize("below", ["", "beans/1.0.0/"])
+def test_a_prepared_dataset_is_one_of_tfds(tmp_path: Path, below: str) -> None:
+    root = photos(tmp_path, f"{below}dataset_info.json", f"{below}beans-train.tfrecord-00000-of-00001")
+    arguments, note = choose_source([f"data.root={root}"])
+    assert arguments[0] == "data=tfds"
+    assert compose(arguments)["data"]["root"] == str(root / below.rstrip("/"))  # type: ignore[index]
+    assert "data=tfds" in note
+
+
+def test_record_files_become_a_pattern(tmp_path: Path) -> None:
+    root = photos(tmp_path / "r [1]", "a-0.tfrec", "a-1.tfrec")
+    arguments, note = choose_source([f"data.root={root}", "data.class_names=[a,b]"])
+    data = compose(arguments)["data"]  # type: ignore[index]
+    assert (data["source"], data["pattern"]) == ("tfrecords", f"{tmp_path}/r [[]1]/*.tfrec*")
+    assert "2 record files" in note
+
+
+@pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg")])
+def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    root = photos(tmp_path, *names)
+    with raises(DataError, key="data.root", value=str(root), fix="one folder per class"):
+        find_source(str(root))
+
+
+def test_other_keys_name_their_source() -> None:
+    assert choose_source(["data.name=beans"])[0] == ["data=tfds", "data.name=beans"]
+    assert choose_source(["data.pattern=x/*.tfrec"])[0][0] == "data=tfrecords"
+    for unchanged in (["data=tfds", "data.root=x"], ["experiment=quickstart", "data.root=x"], ["seed=1"], []):
+        assert choose_source(unchanged) == (unchanged, "")
+    with raises(ConfigError, key="data.root", value="s3://b/x", fix="gs://"):
+        choose_source(["data.root=s3://b/x"])
+
+
+def test_the_choice_is_logged_and_the_quickstart_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = photos(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    assert exit_code_of(plan.main, f"data.root={root}", "seed=-1") == 2
+    assert f"data.root={root}: class folders, so data=image_folder" in capsys.readouterr().out
+    assert exit_code_of(plan.main, f"data.root={root}", "--cfg", "job") == 0
+    assert capsys.readouterr().out.startswith("data:\n  source: image_folder\n")

@@ -1,0 +1,240 @@
+"""The watchdog ends a process in which Python does not run, and no other one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from scripts.same_bits import free_ports
+from trainer.cluster.protocol import HEADER, MAGIC
+from trainer.cluster.watchdog_process import (
+    INTERVAL_SECONDS,
+    SIGNAL_SECONDS,
+    SILENCE_SECONDS,
+    UNRESPONSIVE_SECONDS,
+    Observation,
+    Peer,
+    reason_to_end,
+    unread_messages,
+)
+from trainer.errors import INTERRUPTED
+
+ROOT = Path(__file__).parents[2]
+GIL_SECONDS = 90
+PROGRAM = f"""
+import ctypes, os, sys, threading, time
+from types import SimpleNamespace
+from trainer.cluster import watchdog
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.discovery import discover
+from trainer.cluster.rendezvous import rendezvous
+from trainer.cluster.signals import StopFlag
+from trainer.monitoring.health import health
+from trainer.monitoring.http import serve
+
+limit, port, log, body = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+control = rendezvous(discover(os.environ), 30, print, lambda: None)
+stop = StopFlag()
+health.stuck_after = limit
+listener = serve(port, health, "").socket if port else None
+runtime = SimpleNamespace(termination_log=log, log_format="text")
+child = watchdog.start(runtime, control, stop.unread, listener)
+library = ctypes.PyDLL(None)  # holds the GIL in its calls
+mutex = ctypes.create_string_buffer(64)
+library.pthread_mutex_lock(mutex)
+def hold_gil(seconds={GIL_SECONDS}):
+    end = (ctypes.c_long * 2)(int(time.time() + seconds), 0)
+    library.pthread_mutex_timedlock(mutex, end)  # a signal does not interrupt it
+print("ready", child, flush=True)
+exec(body)
+"""
+
+
+@contextmanager
+def started(
+    folder: Path, body: str, *, limit: float = 1e6, port: int = 0, worker: tuple[list[str], int] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process with a watchdog that runs `body`, and the process ID of its watchdog."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if worker:
+        task = {"cluster": {"worker": worker[0]}, "task": {"type": "worker", "index": worker[1]}}
+        environment["TF_CONFIG"] = json.dumps(task)
+    command = [sys.executable, "-c", PROGRAM, str(limit), str(port), str(folder / "log"), textwrap.dedent(body)]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1)
+    assert child.stdout is not None
+    try:
+        line = next((line for line in child.stdout if line.startswith("ready")), None)
+        assert line, child.communicate()[1]
+        yield child, int(line.split()[1])
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def is_running(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def await_end(process: int, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while is_running(process):
+        assert time.monotonic() < deadline, "an orphan"
+        time.sleep(0.02)
+
+
+def test_a_process_that_holds_the_gil_beyond_its_limit_ends_with_75_and_its_stack(tmp_path: Path) -> None:
+    with started(tmp_path, "health.set_activity('compiling'); hold_gil()", limit=6) as (child, watchdog):
+        _, error = child.communicate(timeout=30)
+        assert child.returncode == INTERRUPTED
+        await_end(watchdog)
+    message = (tmp_path / "log").read_text()
+    assert message.startswith("exit code 75 (interrupted): Python had not run for ")
+    assert "in: compiling, longer than its limit of 6 s" in message
+    assert "in hold_gil" in error
+    assert "interrupted: Python had not run for" in error
+
+
+@pytest.mark.slow
+def test_a_call_with_a_limit_of_its_own(tmp_path: Path) -> None:
+    body = """
+    with health.blocked_in("a long call", 60): hold_gil(9)
+    with health.blocked_in("the servers", 6): hold_gil()
+    """
+    with started(tmp_path, body, limit=3) as (child, _):
+        assert child.wait(40) == INTERRUPTED
+    assert "in: the servers, longer than its limit of 6 s" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_a_process_that_holds_the_gil(tmp_path: Path, name: str) -> None:
+    with started(tmp_path, "hold_gil()") as (child, _):
+        child.send_signal(signal.Signals[name])
+        assert child.wait(40) == INTERRUPTED
+    assert f"{name}, and Python had not run for" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_slow_or_stopped_or_blocked_without_the_gil_continues(tmp_path: Path) -> None:
+    body = "hold_gil(5); time.sleep(8); hold_gil(1); print('end', flush=True); os._exit(7)"
+    with started(tmp_path, body, limit=6) as (child, watchdog):
+        time.sleep(6)
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(9)
+        assert child.poll() is None
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(30) == 7
+        await_end(watchdog)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.slow
+def test_the_health_probe_is_answered_while_the_gil_is_held(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    body = "health.set_activity('compiling'); hold_gil(12); time.sleep(30)"
+    with started(tmp_path, body, port=port) as (child, _):
+        url = f"http://127.0.0.1:{port}/healthz"
+        response = urllib.request.urlopen(url, timeout=10)
+        assert (response.status, response.read().decode()[:31]) == (200, "compiling; Python has not run f")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+        deadline = time.monotonic() + 30
+        while (text := urllib.request.urlopen(url, timeout=20).read()) != b"compiling\n":  # by the process again
+            assert time.monotonic() < deadline, text
+        assert child.poll() is None
+
+
+def test_neither_side_leaves_the_other(tmp_path: Path) -> None:
+    with started(tmp_path, "time.sleep(60)") as (child, watchdog):
+        child.kill()
+        child.wait()
+        await_end(watchdog)
+    with started(tmp_path, "time.sleep(3); hold_gil(3); os._exit(5)") as (child, watchdog):
+        os.kill(watchdog, signal.SIGKILL)
+        assert child.wait(20) == 5  # unguarded, but not ended
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("peers.broadcast_stop('x'); os._exit(0)", r"lost worker 1 (ADDRESS): connection closed without notice"),
+        ("raise TrainerError('no memory')", "worker 1 failed with a bug (no memory); its log has the traceback"),
+        ("raise Interrupted('the disk is full')", "worker 1: the disk is full"),
+    ],
+)
+def test_a_peer_that_ends_while_the_gil_is_held(tmp_path: Path, ending: str, reason: str) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 1}}
+    peer = f"""
+import os, sys, time
+from trainer.cluster.discovery import discover
+from trainer.cluster.rendezvous import rendezvous
+from trainer.errors import Interrupted, TrainerError
+peers = rendezvous(discover(os.environ), 30, print, lambda: None)
+with peers.propagate_failures():
+    time.sleep(2)
+    {ending}
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)}
+    other = subprocess.Popen([sys.executable, "-c", peer], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    with started(tmp_path, "hold_gil()", worker=(addresses, 0)) as (child, _):
+        assert child.wait(40) == INTERRUPTED
+        other.wait()
+    assert reason.replace("ADDRESS", addresses[1]) in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_peer_that_leaves_as_planned_ends_nothing(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    body = "hold_gil(9); control.disconnect(); hold_gil(6); os._exit(0)"
+    other = "time.sleep(1); control.disconnect(); os._exit(0)"
+    (tmp_path / "b").mkdir()
+    command = [sys.executable, "-c", PROGRAM, "1e6", "0", str(tmp_path / "b" / "log"), other]
+    task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 1}}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)}
+    second = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    with started(tmp_path, body, worker=(addresses, 0)) as (child, _):
+        assert child.wait(40) == 0
+        assert second.wait(10) == 0
+
+
+def test_the_decision() -> None:
+    def decide(seconds: float, *peers: Peer, name: str | None = None) -> str | None:
+        return reason_to_end(Observation(seconds, 900.0, "compiling", name, list(peers)))
+
+    lost, silent = Peer(1, "b:1", closed=True), Peer(2, "c:1", silent_seconds=SILENCE_SECONDS + 1)
+    assert decide(UNRESPONSIVE_SECONDS - 1, lost, silent, name="SIGTERM") is None
+    assert "lost worker 1 (b:1): connection closed" in (decide(UNRESPONSIVE_SECONDS, Peer(2, "c:1"), lost) or "")
+    assert "lost worker 2 (c:1): no heartbeat for 61 s" in (decide(100, silent) or "")
+    assert decide(100, Peer(1, "b:1", closed=True, messages=[{"kind": "left"}])) is None
+    assert decide(SIGNAL_SECONDS, name="SIGTERM") is None
+    assert (decide(SIGNAL_SECONDS + 1, name="SIGTERM") or "").startswith("SIGTERM, and Python had not run for 13 s")
+    assert decide(900) is None
+    assert "longer than its limit of 900 s" in (decide(901) or "")
+    assert UNRESPONSIVE_SECONDS > 2 * INTERVAL_SECONDS
+
+
+def test_unread_messages_may_begin_within_one() -> None:
+    def message(payload: bytes = b"", **header: object) -> bytes:
+        text = json.dumps(header).encode()
+        return HEADER.pack(MAGIC, len(text), len(payload)) + text + payload
+
+    data = message(b"\0" * 100, kind="value", topic="a") + message(kind="heartbeat") + message(kind="failed", code=2)
+    kinds = [header["kind"] for header in unread_messages(data)]
+    assert kinds == ["value", "heartbeat", "failed"]
+    assert [header["kind"] for header in unread_messages(data[5:])] == ["heartbeat", "failed"]
+    # The process has read the lengths of the first message, and waits for the GIL.
+    assert [header["kind"] for header in unread_messages(data[HEADER.size :])] == kinds
+    assert [header["kind"] for header in unread_messages(data[:-3])] == ["value", "heartbeat"]
+    assert unread_messages(b"") == unread_messages(b"kubetune") == []

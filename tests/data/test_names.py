@@ -1,0 +1,194 @@
+"""Names of files, folders, classes and shards from outside: opened, decoded, prepared and reported, or refused."""
+
+import csv
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.images import noise, record
+from tests.errors import raises
+from tests.nasty import file_names
+from trainer.config.schema import Data, load
+from trainer.data.images import CachePlan, Pixels, fill_cache
+from trainer.data.open import open_dataset
+from trainer.data.prepare import prepare
+from trainer.data.records import frame_record
+from trainer.data.splits import matching_files
+from trainer.data.tfds_writer import LabelledImages, write_dataset
+from trainer.errors import DataError
+from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.predictions import from_cell, write_predictions
+from trainer.exporting.model_card import label_lines
+from trainer.names import class_name, printable
+from trainer.types import Dataset
+
+
+def opened(tmp_path: Path, notes: list[str] | None = None, **data: object) -> Dataset:
+    log_message = (notes if notes is not None else []).append
+    data = {"source": "image_folder", "root": str(tmp_path / "photos")} | data
+    return open_dataset(
+        Data.model_validate(data), seed=1, cache_dir=tmp_path / "cache", max_examples=None, log_message=log_message
+    )
+
+
+def fill(root: Path, classes: list[str], files: list[str]) -> Path:
+    number = 0
+    for name in classes:
+        for file in files:
+            path = os.path.join(os.fsencode(root), os.fsencode(name), os.fsencode(file))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as image:
+                image.write(noise(number))
+            number += 1
+    return root
+
+
+def image_names(seed: int, count: int) -> list[str]:
+    return [os.fsdecode(os.fsencode(name)[:251]) + ".jpg" for name in file_names(seed, count)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) -> None:
+    """Every image of every folder arrives; all files have one line per class, in UTF-8; a reader gets the names back."""
+    folders: dict[str, str] = {}
+    for name in file_names(seed, 30):
+        folders.setdefault(class_name(name), name)
+    fill(tmp_path / "photos", list(folders.values()), image_names(seed + 100, 10))
+    dataset = opened(tmp_path)
+    assert dataset.class_names == tuple(sorted(folders))
+    assert sum(split.count for split in dataset.splits.values()) == 10 * len(folders)
+    assert label_lines(dataset.class_names).splitlines() == list(dataset.class_names)
+    train = dataset.splits["train"]
+    for file, label in zip(train.files, train.labels, strict=True):
+        assert class_name(Path(file).parent.name) == dataset.class_names[label]
+    sums = []
+    for where in ("memory", "disk", "none"):
+        pixels = Pixels(train, 12, "stretch", "fail")
+        fill_cache(pixels, CachePlan(where, 1, ""), tmp_path / "cache", dataset.fingerprint)
+        sums.append(int(pixels.rows(np.arange(train.count)).sum()))
+    assert len(set(sums)) == 1
+
+    options = {"source": "image_folder", "root": str(tmp_path / "photos")}
+    tree = {"data": options, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
+    runtime = {"cache_dir": str(tmp_path / "cache"), "data_threads": 1}
+    prepare(load(tree | {"runtime": runtime}), str(tmp_path / "pre [2024]"))
+    assert (tmp_path / "pre [2024]" / "label.labels.txt").read_text().split("\n")[:-1] == list(dataset.class_names)
+    again = opened(tmp_path, source="tfds", root=str(tmp_path / "pre [2024]"))
+    assert again.class_names == dataset.class_names
+    assert {n: np.bincount(s.labels).tolist() for n, s in again.splits.items()} == {
+        n: np.bincount(s.labels).tolist() for n, s in dataset.splits.items()
+    }
+
+    names = [train.name_of(index) for index in range(train.count)]
+    probabilities = np.eye(len(folders), dtype=np.float32)[train.labels]
+    write_predictions(
+        tmp_path / "p.csv", evaluate_arrays("train", dataset.class_names, train.labels, probabilities, names)
+    )
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text("utf-8").splitlines()))
+    assert [from_cell(row["file"]) for row in rows] == names == [printable(file) for file in train.files]
+    assert [from_cell(row["truth"]) for row in rows] == [dataset.class_names[label] for label in train.labels]
+    for row in rows:
+        assert not any(cell.lstrip().startswith(("=", "+", "-", "@")) for cell in (row["file"], row["truth"]))
+
+
+def test_a_file_that_is_not_utf8_is_named_when_it_cannot_be_read(tmp_path: Path) -> None:
+    fill(tmp_path / "photos", ["cat", "dog"], ["caf\udce9.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / "photos" / "cat" / "caf\udce9.jpg").write_bytes(b"")
+    with raises(DataError, problem=r"cat/caf\\xe9.jpg: is empty", fix="data.on_error=skip"):
+        opened(tmp_path)
+    assert opened(tmp_path, on_error="skip").skipped == (f"{tmp_path}/photos/cat/caf\\xe9.jpg: is empty",)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_file_that_is_not_utf8_and_vanishes_is_named(tmp_path: Path, on_error: str) -> None:
+    """TensorFlow's message has the bytes of the name, and Python cannot decode it."""
+    fill(tmp_path / "photos", ["cat", "dog"], ["caf\udce9.jpg", *(f"{i}.jpg" for i in range(5))])
+    dataset = opened(tmp_path, validation_fraction=0.01)
+    train = dataset.splits["train"]
+    index = next(i for i, file in enumerate(train.files) if file.endswith("\udce9.jpg"))
+    os.unlink(train.files[index])
+    pixels = Pixels(train, 12, "stretch", on_error)  # type: ignore[arg-type]
+    if on_error == "skip":
+        fill_cache(pixels, CachePlan("memory", 1, ""), tmp_path, "")
+        assert list(pixels.bad) == [index]
+        assert "No such file" in pixels.bad[index]
+        return
+    with raises(DataError, problem=r"cannot decode .*/caf\\xe9.jpg: .* No such file", fix="data.on_error=skip"):
+        fill_cache(pixels, CachePlan("memory", 1, ""), tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("a\n", "a\\n"), ("\udce9", "\\xe9")]
+)
+def test_two_folders_of_one_class_name_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    fill(tmp_path / "photos", [one, other, "dog"], ["1.jpg"])
+    with raises(DataError, "data.root", str(tmp_path / "photos"), "rename one", "are both the class") as caught:
+        opened(tmp_path)
+    assert repr(one).replace("\u00e9", "\\xe9").strip("'") in caught.value.problem
+
+
+def test_splits_may_spell_a_class_differently(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "train", ["caf\u00e9", "dog"], ["1.jpg", "2.jpg"])
+    fill(tmp_path / "photos" / "test", ["cafe\u0301", "dog"], ["1.jpg"])
+    dataset = opened(tmp_path)
+    assert dataset.class_names == ("caf\u00e9", "dog")
+    assert dataset.splits["test"].labels.tolist() == [0, 1] or dataset.splits["test"].labels.tolist() == [1, 0]
+
+
+def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
+    names = ("cafe\u0301", "li\nne", " sp ")
+    expected = ("caf\u00e9", r"li\nne", "sp")
+    examples = [(noise(i), i % 3) for i in range(12)]
+    write_dataset(tmp_path / "tfds", LabelledImages("pets", [class_name(n) for n in names], {"train": examples}))
+    labels = tmp_path / "tfds" / "label.labels.txt"
+    labels.write_text(unicodedata.normalize("NFD", labels.read_text()))
+    assert opened(tmp_path, source="tfds", root=str(tmp_path / "tfds")).class_names == expected
+    for i in range(3):
+        shard = b"".join(frame_record(record(image=noise(3 * i + k), label=k)) for k in range(3))
+        (tmp_path / f"{i}.tfrec").write_bytes(shard)
+    pattern = str(tmp_path / "*.tfrec")
+    assert opened(tmp_path, source="tfrecords", pattern=pattern, class_names=names).class_names == expected
+    with raises(DataError, problem="duplicate class names: caf\u00e9", fix="use each class name once"):
+        opened(tmp_path, source="tfrecords", pattern=pattern, class_names=("caf\u00e9", "cafe\u0301", "x"))
+
+
+@pytest.mark.parametrize("folder", ["photos [2024]", "a*b", "what?", "[x]"])
+def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None:
+    home = tmp_path / folder / "in"
+    home.mkdir(parents=True)
+    (tmp_path / "photos 2" / "in").mkdir(parents=True)
+    for path in (home / "1.tfrec", home / "[2].tfrec", tmp_path / "photos 2" / "in" / "3.tfrec"):
+        path.write_bytes(b"")
+    both = [str(home / "1.tfrec"), str(home / "[2].tfrec")]
+    assert matching_files(f"{home}/*.tfrec") == both
+    assert matching_files(f"{tmp_path}/{folder}/i[n]/*.tfrec") == both
+    assert matching_files(f"{home}/[2].tfrec") == both[1:]
+    assert matching_files(f"{home}/[1-9].tfrec") == both[:1]
+    assert matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
+    assert matching_files(f"{home}") == []
+    with raises(DataError, "data.pattern", str(home), r"set data.pattern=.*/\*.tfrec\*", "is a folder"):
+        opened(tmp_path, source="tfrecords", pattern=str(home), class_names=("a", "b"))
+
+
+def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> None:
+    fill(tmp_path / "photos [2024]", ["cat*", "[d]og"], ["1?.jpg", "[2].jpg"])
+    dataset = opened(tmp_path, root=str(tmp_path / "photos [2024]"))
+    assert (dataset.class_names, sum(s.count for s in dataset.splits.values())) == (("[d]og", "cat*"), 4)
+
+
+def test_metadata_cannot_name_shards_elsewhere(tmp_path: Path) -> None:
+    write_dataset(
+        tmp_path / "secret", LabelledImages("pets", ("a", "b"), {"train": [(noise(i), i % 2) for i in range(8)]})
+    )
+    root = tmp_path / "data"
+    os.rename(tmp_path / "secret", root)
+    (tmp_path / "elsewhere").mkdir()
+    info = json.loads((root / "dataset_info.json").read_text())
+    info["splits"][0]["filepathTemplate"] = "../elsewhere/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    (root / "dataset_info.json").write_text(json.dumps(info))
+    with raises(DataError, "data.train_split", "train", "prepare the dataset again", r"lists the shard \.\./elsewhere"):
+        opened(tmp_path, source="tfds", root=str(root))

@@ -1,0 +1,153 @@
+"""What `trainer.prepare` writes is what training reads: the same images are refused, and the others have equal pixels."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.images import fill_folder, noise
+from tests.data.splits_on_disk import opened as pixels_of
+from tests.data.test_open import folder, opened
+from tests.data.test_orientation import photo
+from tests.errors import raises
+from trainer.config.schema import load
+from trainer.data.prepare import prepare
+from trainer.data.records import frame_record, read_source_name, records_of, serialize
+from trainer.errors import DataError
+from trainer.types import Split
+
+
+def prepared(tmp_path: Path, root: Path, **data: Any) -> Path:
+    """The folder that `trainer.prepare` writes of an image folder, all of it for training."""
+    config = load({
+        "data": {"source": "image_folder", "root": str(root), "validation_fraction": 0, **data},
+        "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
+        "runtime": {"cache_dir": str(tmp_path / "cache"), "progress": "lines"},
+    })  # fmt: skip
+    prepare(config, str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def encoded(kind: str, mode: str, **options: Any) -> bytes:
+    """An image of noise, whose alpha or transparent colour is noise as well."""
+    out, pixels = io.BytesIO(), np.random.default_rng(3).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA").convert(mode)
+    if kind == "GIF":
+        options |= {"transparency": image.getpixel((0, 0))}
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+IMAGES = {
+    "jpeg.jpg": encoded("JPEG", "RGB"), "cmyk.jpg": encoded("JPEG", "CMYK"), "turned.jpg": photo(6),
+    "grey.png": encoded("PNG", "L"), "alpha.png": encoded("PNG", "RGBA"), "turned.png": photo(8, "PNG"),
+    "transparent.gif": encoded("GIF", "P"), "grey.gif": encoded("GIF", "L"), "palette.bmp": encoded("BMP", "P"),
+    "opaque.webp": encoded("WEBP", "RGB"), "alpha.webp": encoded("WEBP", "RGBA", lossless=True),
+    "turned.webp": photo(5, "WEBP"), "photo.jfif": encoded("JPEG", "L"),
+}  # fmt: skip
+
+
+def pixels_by_name(split: Split, names: list[str], cache: Path) -> dict[str, np.ndarray]:
+    rows = pixels_of(split, "none", cache, size=15).rows(np.arange(split.count))
+    return dict(zip(names, rows, strict=True))
+
+
+@pytest.mark.parametrize("orientation", ["exif", "ignore"])
+def test_prepared_images_have_the_pixels_of_the_files(tmp_path: Path, orientation: str) -> None:
+    root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
+    for name, data in IMAGES.items():
+        (root / "dog" / name).write_bytes(data)
+    files = folder(tmp_path, root, orientation=orientation, validation_fraction=0).splits["train"]
+    direct = pixels_by_name(files, [str(Path(file).relative_to(root)) for file in files.files], tmp_path)
+    out = prepared(tmp_path, root, orientation=orientation)
+    data = {"source": "tfds", "root": str(out), "orientation": orientation, "validation_fraction": 0}
+    records = opened(tmp_path, **data).splits["train"]
+    names = [read_source_name(record) for record in records_of(records)]
+    again = pixels_by_name(records, names, tmp_path)
+    assert (
+        again.keys()
+        == direct.keys()
+        == {f"dog/{name}" for name in IMAGES} | {f"{name}/0{i}.jpg" for name in ("cat", "dog") for i in range(3)}
+    )
+    for name, image in direct.items():
+        np.testing.assert_array_equal(again[name], image, name)
+
+
+def test_a_tiff_is_converted_and_one_with_16_bits_refused(tmp_path: Path) -> None:
+    root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
+    exif, tiff, png = Image.Exif(), io.BytesIO(), root / "dog" / "same.png"
+    exif[0x0112] = 3
+    image = Image.open(io.BytesIO(encoded("PNG", "RGB")))
+    image.save(tiff, "TIFF", exif=exif)
+    (root / "dog" / "a.tif").write_bytes(tiff.getvalue())
+    image.transpose(Image.Transpose.ROTATE_180).save(png)
+    data = {"source": "tfds", "root": str(prepared(tmp_path, root)), "validation_fraction": 0}
+    records = opened(tmp_path, **data).splits["train"]
+    names = [read_source_name(record) for record in records_of(records)]
+    by_name = pixels_by_name(records, names, tmp_path)
+    np.testing.assert_array_equal(by_name["dog/a.tif"], by_name["dog/same.png"])
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(root / "dog" / "deep.tiff")
+    with raises(
+        DataError, fix="data.on_error=skip", problem="dog/deep.tiff: has pixels of mode I.*save it with 8 bits"
+    ):
+        prepared(tmp_path / "other", root)
+
+
+def damaged() -> dict[str, bytes]:
+    png, jpeg = noise(1, "PNG"), noise(1)
+    return {"no end.png": png[:-12], "half.png": png[: len(png) // 2], "half.jpg": jpeg[: len(jpeg) // 2],
+            "short.jpg": jpeg[:-30], "half.bmp": noise(1, "BMP")[:200], "half.gif": noise(1, "GIF")[:400],
+            "half.webp": noise(1, "WEBP")[:60]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_what_training_refuses_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
+    (root / "dog" / name).write_bytes(damaged()[name])
+    split = folder(tmp_path, root, validation_fraction=0).splits["train"]
+    with raises(DataError, problem=f"cannot decode {root}/dog/{name}: "):
+        pixels_of(split, "memory", tmp_path)
+    with raises(
+        DataError, fix="data.on_error=skip", problem=f"1 image cannot be read or decoded:\n  {root}/dog/{name}: "
+    ):
+        prepared(tmp_path, root)
+    out = prepared(tmp_path, root, on_error="skip")
+    records = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
+    assert records.count == 6
+    pixels_of(records, "memory", tmp_path, fingerprint="prepared")
+
+
+def test_a_record_is_named_with_its_file_to_the_last_message(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tfrec"
+    payloads = [serialize(noise(i)[: 200 if i == 1 else None], 0, {"filename": f"dog/{i}.jpg"}) for i in range(3)]
+    shard.write_bytes(b"".join(map(frame_record, payloads)))
+    data = {"source": "tfrecords", "pattern": str(shard), "class_names": ("dog", "cat"), "validation_fraction": 0}
+    with raises(DataError, problem="no training example of cat"):
+        opened(tmp_path, **data)
+    shard.write_bytes(shard.read_bytes() + frame_record(serialize(noise(9), 1)))
+    split = opened(tmp_path, **data).splits["train"]
+    with raises(DataError, problem=rf"cannot decode {shard}#1 \(dog/1.jpg\): "):
+        pixels_of(split, "memory", tmp_path)
+    notes: list[str] = []
+    pixels_of(split, "memory", tmp_path, notes, on_error="skip", fingerprint="x")
+    assert [n for n in notes if n.startswith(f"skipped {shard}#1 (dog/1.jpg): ")]
+
+
+@pytest.mark.parametrize(
+    ("largest", "more"), [(4095, "; their largest value is 4,095 of 65,535, so they become 0..15"), (65535, "")]
+)
+def test_pixels_of_12_bits_are_noted(tmp_path: Path, largest: int, more: str) -> None:
+    root = fill_folder(tmp_path / "scans", {"cat": 2, "dog": 2})
+    for number in range(3):
+        pixels = np.linspace(0, largest, 100).astype(np.uint16).reshape(10, 10)
+        Image.fromarray(pixels).save(root / "cat" / f"{number}.png")
+    (note,) = [n for n in folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
+    line = "3 of 7 training images are PNGs with 16 bits per channel, of which the upper 8 are used"
+    assert note.startswith(line + more)
+    assert (note == line) == (not more)
+    out = prepared(tmp_path, root)
+    notes = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).notes
+    assert note in notes

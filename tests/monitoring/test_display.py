@@ -1,0 +1,89 @@
+"""The progress display on a pseudo-terminal of three widths: what it shows first, and that nothing of it is left."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.terminal import on_terminal, screen
+from trainer.monitoring.display import PhaseProgress, format_duration, progress_line
+from trainer.monitoring.health import FINISH, Health
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ["loss 0.1234", "accuracy 0.9512", "120 images/s", "goodput 83%", "lr 1.00e-03", "waiting 0%"]
+PROGRAM = """
+import logging, sys, time
+from rich.console import Console
+from trainer.monitoring.display import Display, PhaseProgress
+from trainer.monitoring.health import FINISH, health
+from trainer.monitoring.log import configure, log
+configure()
+display = Display(Console(highlight=False))
+health.enter_phase("fine_tune")
+display.phase = PhaseProgress("fine_tune", 200, 400, 12, began_step=200)
+display.figures = sys.argv[1:]
+for step in range(200, 601, 100):
+    health.set_activity("training")
+    health.record_steps(step, 7)
+    time.sleep(0.3)
+    health.set_activity("validation")
+    health.progress(3, 4)
+    time.sleep(0.3)
+log.info("fine_tune  epoch 7 done")
+health.enter_phase(FINISH)
+for stage in ("evaluation", "export", "report"):
+    health.set_activity(stage)
+    health.progress(1, 2)
+    time.sleep(0.4)
+display.stop()
+print("the end")
+"""
+
+
+@pytest.mark.parametrize(("width", "figures"), [(80, 1), (120, 3), (200, 6)])
+def test_a_terminal_shows_phase_epoch_bar_and_time_first_and_nothing_is_left(width: int, figures: int) -> None:
+    output = on_terminal([sys.executable, "-c", PROGRAM, *FIGURES], width)
+    drawn = [part for part in re.split(r"[\r\n]|\x1b\[[\d;?]*[A-Za-z]", output) if part.strip()]
+    assert max(map(len, drawn)) < width
+    training = [line for line in drawn if line.startswith("fine_tune  epoch 7/12  ")]
+    assert any(re.search(r"epoch 7/12  [━╌]+   50%  left 0:0\d  loss 0.1234", line) for line in training), training
+    assert sum(figure in training[-1] for figure in FIGURES) >= figures
+    for stage in ("fine_tune  validation  ", "evaluation  ", "export  ", "report  "):
+        assert any(line.startswith(stage) and "left 0:0" in line for line in drawn), stage
+    assert [line for line in screen(output, width) if line] == ["fine_tune  epoch 7 done", "the end"]
+
+
+def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.monitoring.display.health", current := Health())
+    phase = PhaseProgress("head", 0, 100, 5, began_step=20, began=1000.0)
+    current.enter_phase("head")
+    current.record_steps(20, 2)
+    assert progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
+    current.record_steps(60, 3)  # 40 steps in 20 s, 40 left
+    assert progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
+    current.set_activity("saving a checkpoint")
+    current.activity_began = 1000.0
+    assert progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
+    current.enter_phase(FINISH)
+    current.set_activity("evaluation")
+    current.activity_began = 1000.0
+    current.progress(3, 4)
+    assert progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
+    assert len(progress_line(30, phase, FIGURES, now=1009.0)) < 30
+
+
+def test_format_duration() -> None:
+    assert [format_duration(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
+
+
+def test_an_activity_has_its_own_progress() -> None:
+    own = Health()
+    own.set_activity("export")
+    own.progress(1, 3)
+    own.progress()
+    assert own.work == (1, 3)
+    own.set_activity("export")
+    assert own.work == (1, 3)
+    own.set_activity("report")
+    assert own.work == (0, 0)

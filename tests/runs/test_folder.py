@@ -1,0 +1,266 @@
+"""A start that is refused changes nothing in the folder of a run, and damaged files in it are named or renamed."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.test_schema import tree
+from tests.errors import raises
+from tests.storage.emulator import BUCKET, running
+from trainer.config.schema import RunConfig, load_resolved
+from trainer.errors import ConfigError, DataError
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.folder import (
+    RunFolder,
+    check_fingerprint,
+    describe_versions,
+    inspect_folder,
+    is_finished,
+    open_run_folder,
+)
+from trainer.storage.path import StoragePath, storage_path
+from trainer.training.state import RunState
+
+FINGERPRINT = "0123456789abcdef"
+NEW, BEGUN, SAVED, FINISHED = "new", "begun", "saved", "finished"
+
+
+def settings(folder: object, cache: Path, **changes: Any) -> RunConfig:
+    return load_resolved(tree(output_dir=str(folder), runtime__cache_dir=str(cache), **changes))
+
+
+@pytest.fixture(params=["local", "bucket"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """The output_dir of a run, on disk and in a bucket."""
+    if request.param == "local":
+        yield storage_path(tmp_path / "run")
+        return
+    with running(tmp_path / "objects"):
+        yield storage_path(f"gs://{BUCKET}/run")
+
+
+def begin(config: RunConfig) -> RunFolder:
+    """Begin or resume the run of this configuration, as `train.begin` does."""
+    folder = open_run_folder(config)
+    assert isinstance(folder.config, RunConfig)
+    folder.check_data(FINGERPRINT)
+    folder.begin(folder.config, FINGERPRINT, {"head": "cached"}, {"classes": ["a", "b"], "workers": 1})
+    return folder
+
+
+def close(folder: RunFolder) -> None:
+    folder.publisher.close()
+    assert folder.lock
+    folder.lock.close()
+
+
+def save(folder: RunFolder, step: int) -> None:
+    CheckpointFolder(folder.path / "checkpoints", 2, print).save(RunState(step=step).to_json(), {}, None)
+    folder.publisher.publish_checkpoints()
+    folder.publisher.wait()
+
+
+def leave(config: RunConfig, state: str) -> None:
+    """Leave a run in this state in its output_dir."""
+    if state == NEW:
+        return
+    folder = begin(config)
+    if state != BEGUN:
+        save(folder, 3)
+    if state == FINISHED:
+        folder.publisher.finish("{}\n")
+    close(folder)
+
+
+def contents(folder: StoragePath) -> dict[str, bytes]:
+    """All files by name, without lock and lease."""
+    infos = {str(info.path).removeprefix(f"{folder}/"): info.path for info in folder.list()}
+    return {name: path.read() for name, path in infos.items() if name not in (".lock", ".lease")}
+
+
+@pytest.mark.parametrize("state", [NEW, BEGUN, SAVED, FINISHED])
+def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, state: str) -> None:
+    config = settings(home, tmp_path / "cache")
+    leave(config, state)
+    before = contents(home)
+    if state in (SAVED, FINISHED):
+        with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
+            open_run_folder(settings(home, tmp_path / "cache", seed=5))
+        assert contents(home) == before
+    longer = settings(home, tmp_path / "cache", phases__head__epochs=9)
+    refused = open_run_folder(longer)  # and then its data, its weights, ... cannot be opened
+    if state in (SAVED, FINISHED):
+        with raises(DataError, "output_dir", str(home), problem=FINGERPRINT):
+            refused.check_data("fedcba9876543210")
+    refused.abandon()
+    assert refused.lock
+    refused.lock.close()
+    assert contents(home) == before
+    assert is_finished(config) == (state == FINISHED)
+    if state == NEW and home.is_local:
+        assert not Path(str(home)).exists()
+    leave(config, FINISHED)  # the original command continues
+    assert is_finished(config)
+
+
+def test_an_extended_run_is_not_finished_before_its_end(home: StoragePath, tmp_path: Path) -> None:
+    config = settings(home, tmp_path / "cache")
+    leave(config, FINISHED)
+    longer = settings(home, tmp_path / "cache", phases__head__epochs=9)
+    close(begin(longer))  # killed soon
+    assert not is_finished(longer)
+    assert not (home / "DONE").exists()
+    close(begin(longer))
+    assert not (home / "DONE").exists()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"data__source": "image_folder", "data__root": "/right"}])
+def test_without_a_checkpoint_a_run_can_begin_with_other_settings(
+    home: StoragePath, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    leave(settings(home, tmp_path / "cache"), BEGUN)
+    config = settings(home, tmp_path / "cache", **changes)
+    folder = open_run_folder(config)
+    assert (folder.resuming, folder.is_new) == (False, True)
+    folder.check_data("the fingerprint of other data")
+    folder.begin(config, "fedcba9876543210", {}, {"classes": ["c"]})
+    close(folder)
+    recorded = json.loads((home / "run.json").read())
+    assert (recorded["data_fingerprint"], recorded["classes"], len(recorded["attempts"])) == (
+        "fedcba9876543210",
+        ["c"],
+        1,
+    )
+    assert inspect_folder(config) == (None, {})
+
+
+MOVED = [
+    ("data__root", "image_folder", {}),
+    ("data__pattern", "tfrecords", {"data__class_names": ["a", "b"]}),
+]
+
+
+@pytest.mark.parametrize(("key", "source", "others"), MOVED)
+def test_moved_data_is_compared_by_its_fingerprint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, source: str, others: dict[str, Any]
+) -> None:
+    def of(address: str) -> RunConfig:
+        return settings(tmp_path / "run", tmp_path / "cache", data__source=source, **{key: address}, **others)
+
+    leave(of("/old"), FINISHED)
+    assert not is_finished(of("/new"))  # it may be other data
+    folder = open_run_folder(of("/new"))
+    with raises(DataError, "output_dir", str(tmp_path / "run"), problem="other data"):
+        folder.check_data("fedcba9876543210")
+    folder.abandon()
+    close(folder)
+    assert is_finished(of("/old"))
+    logging.getLogger("trainer").propagate = True
+    close(begin(of("/new")))
+    assert f"{key.replace('__', '.')}: /old -> /new" in caplog.text
+    with raises(ConfigError, "output_dir", problem="seed"):
+        open_run_folder(of("/new").model_copy(update={"seed": 5}))
+
+
+def test_other_versions_on_resume_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = settings(tmp_path / "run", tmp_path / "cache")
+    leave(config, SAVED)
+    file = tmp_path / "run" / "run.json"
+    recorded = json.loads(file.read_text())
+    assert describe_versions(recorded) is None
+    now = recorded["attempts"][-1]["versions"]["tensorflow"]
+    recorded["attempts"][-1]["versions"]["tensorflow"] = "2.1.0"
+    file.write_text(json.dumps(recorded))
+    logging.getLogger("trainer").propagate = True
+    close(begin(config))
+    assert f"tensorflow 2.1.0 -> {now}" in caplog.text
+    caplog.clear()
+    close(begin(config))
+    assert "tensorflow" not in caplog.text
+
+
+@pytest.mark.parametrize("name", [".config.yaml.17-4711", ".run.json.1-2", ".probe.5-6"])
+def test_temporary_files_of_a_killed_process_are_deleted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / "checkpoints" / ".step-00000001.3-4").mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("half of a fi")
+    config = settings(tmp_path / "run", tmp_path / "cache")
+    if name == ".config.yaml.17-4711":
+        (tmp_path / "run" / "checkpoints" / ".step-00000001.3-4").rmdir()
+        (tmp_path / "run" / "checkpoints").rmdir()
+        leave(config, SAVED)
+    else:
+        leave(settings(tmp_path / "other", tmp_path / "cache"), SAVED)
+        for path in (tmp_path / "other").rglob("*"):
+            if path.is_file():
+                target = tmp_path / "run" / path.relative_to(tmp_path / "other")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        close(begin(config))
+    assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
+
+
+def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with raises(ConfigError, "output_dir", str(tmp_path / "run"), "empty folder", r"holds no run \(notes.txt\)"):
+        open_run_folder(settings(tmp_path / "run", tmp_path / "cache"))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+DAMAGE: list[bytes] = [b"", b"{", b"null", b"[1]", b"3", b'"text"', b"\xff\xfe\x00", b"[" * 10_000]
+
+
+@pytest.mark.parametrize("content", [*DAMAGE, b"a: [", b"- 1", b"\x00", b"seed: 1", b"training: 7", b"unknown: 3"])
+def test_a_damaged_configuration_is_named_if_the_run_has_a_checkpoint(tmp_path: Path, content: bytes) -> None:
+    config = settings(tmp_path / "run", tmp_path / "cache")
+    leave(config, FINISHED)
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    before = contents(storage_path(tmp_path / "run"))
+    functions: list[Callable[[RunConfig], object]] = [open_run_folder, is_finished, inspect_folder]
+    for function in functions:
+        with raises(ConfigError, "output_dir", str(tmp_path / "run"), "restore the file.*warm_start=", "config.yaml"):
+            function(config)
+    assert contents(storage_path(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_configuration_is_replaced_if_the_run_has_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    config = settings(tmp_path / "run", tmp_path / "cache")
+    leave(config, BEGUN)
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    leave(config, FINISHED)
+    assert is_finished(config)
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints/attempts.json", "ledger.json"])
+@pytest.mark.parametrize("content", [*DAMAGE, b"{}", b'[{"step": "x"}]', b'{"seconds": {"train": NaN}, "as_of": 1}'])
+def test_other_damaged_files_are_renamed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    config = settings(tmp_path / "run", tmp_path / "cache")
+    leave(config, SAVED)
+    file = tmp_path / "run" / name
+    file.write_bytes(content)
+    inspect_folder(config)
+    assert file.read_bytes() == content
+    logging.getLogger("trainer").propagate = True
+    close(begin(config))
+    aside = file.with_name(f"{file.name}.damaged")
+    if (name, content) in [("run.json", b"{}"), ("run.json", b'{"seconds": {"train": NaN}, "as_of": 1}')]:
+        assert not aside.exists()  # an object without these keys is one of an earlier version
+        return
+    assert aside.read_bytes() == content
+    assert f"{file} is damaged" in caplog.text
+    assert aside.name in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == FINGERPRINT
+
+
+def test_a_run_is_only_compared_with_a_fingerprint_that_is_recorded() -> None:
+    check_fingerprint("run", {}, FINGERPRINT)
+    check_fingerprint("run", {"data_fingerprint": FINGERPRINT}, FINGERPRINT)
+    with raises(DataError, "output_dir", "run", problem=FINGERPRINT):
+        check_fingerprint("run", {"data_fingerprint": FINGERPRINT}, "fedcba9876543210")

@@ -1,0 +1,206 @@
+"""Names of objects that cannot be local files, are patterns or folders: left out and named, never written elsewhere."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.data.images import noise
+from tests.errors import raises
+from tests.nasty import paths
+from tests.storage.emulator import Emulator, running
+from trainer.config.schema import load
+from trainer.data.open import open_run_data
+from trainer.distillation.source import find_teacher
+from trainer.errors import DataError
+from trainer.planning.checks import plan_staging
+from trainer.runs.checkpoints import read_pointer
+from trainer.runs.publisher import fetch_run
+from trainer.storage.base import ObjectInfo
+from trainer.storage.gcs import GcsPath
+from trainer.storage.local import inside
+from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.shard_cache import ShardCache
+from trainer.storage.staging import VERSIONS, files_below, plan_copy, stage
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """An emulator whose objects may have any name: they are no files."""
+    with running(tmp_path_factory.mktemp("unused"), backend="memory") as server:
+        yield server
+
+
+def put(folder: StoragePath, name: str, content: bytes | str = "x") -> None:
+    """Write an object of exactly this name, which `/` would refuse or normalize."""
+    assert isinstance(folder, GcsPath)
+    replace(folder, key=f"{folder.key}/{name}").write(content)
+
+
+def staged(address: str, cache: Path) -> tuple[Path, list[str]]:
+    notes: list[str] = []
+    return Path(stage(address, cache, 10**9, notes.append, lambda: None)), notes
+
+
+def files(folder: Path) -> set[str]:
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != VERSIONS}
+
+
+def opened(root: str, cache: Path) -> object:
+    data = {"source": "image_folder", "root": root}
+    tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
+    return open_run_data(load(tree | {"runtime": {"cache_dir": str(cache)}}), lambda _: None, lambda _: None)
+
+
+def test_objects_with_empty_parts_are_left_out_and_named(in_bucket: StoragePath, tmp_path: Path) -> None:
+    escaped = Path(f"/kubetune-{os.getpid()}")
+    for name in ("cat/1.jpg", "dog/1.jpg", f"{escaped}/x.jpg", "dog//2.jpg"):
+        put(in_bucket, name)
+    folder, notes = staged(str(in_bucket), tmp_path)
+    assert files(folder) == {"cat/1.jpg", "dog/1.jpg"}
+    assert not escaped.exists()
+    left_out = (
+        f"2 objects cannot be files and are left out: {in_bucket}/{escaped}/x.jpg (it begins with a slash), "
+        f"{in_bucket}/dog//2.jpg (a part of it is empty)"
+    )
+    assert notes[0] == f"{in_bucket}: {left_out}"
+    assert plan_staging(str(in_bucket), tmp_path / "other", 10**9)[1].endswith(f"; {left_out}")
+
+
+def test_an_address_with_two_slashes_is_that_with_one(in_bucket: StoragePath, tmp_path: Path) -> None:
+    (in_bucket / "p" / "cat" / "1.jpg").write("x")
+    folder, _ = staged(f"{in_bucket}//p", tmp_path)
+    assert files(folder) == {"cat/1.jpg"}
+    assert folder == staged(f"{in_bucket}/p/", tmp_path)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_object_leaves_the_folder_of_its_copy(tmp_path: Path, seed: int) -> None:
+    """`files_below` and `inside` agree on every name of a listing."""
+    root = GcsPath("bucket", "p")
+    names = {name for name in paths(seed, 1000) if name}
+    infos = [ObjectInfo(replace(root, key=f"p/{name}"), 1, 1) for name in names]
+    entries, left_out = files_below(root, infos)
+    assert len(entries) + len(left_out) == len(names)
+    assert not any("\n" in line for line in left_out)
+    for name in entries:
+        path = inside(tmp_path, name)
+        assert Path(os.path.normpath(path)).is_relative_to(tmp_path)
+        assert not any(other.startswith(f"{name}/") for other in entries)
+
+
+def test_an_object_and_a_folder_of_one_name(in_bucket: StoragePath, tmp_path: Path) -> None:
+    for name, content in {"cat/0.jpg": "x", "cat": "object", "dog/0.jpg": "x", "dog": "", "owl/": ""}.items():
+        put(in_bucket, name, content)
+    folder, notes = staged(str(in_bucket), tmp_path)
+    assert files(folder) == {"cat/0.jpg", "dog/0.jpg"}
+    assert notes[0] == (
+        f"{in_bucket}: 1 object cannot be a file and is left out: {in_bucket}/cat (there is a folder of the same name)"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "not empty"])
+@pytest.mark.parametrize("placeholder", ["p", "p/"])
+def test_an_object_next_to_its_folder_is_not_the_data(
+    in_bucket: StoragePath, tmp_path: Path, placeholder: str, content: str
+) -> None:
+    put(in_bucket, placeholder, content)
+    for i in range(6):
+        (in_bucket / "p" / ("cat", "dog")[i % 2] / f"{i}.jpg").write(noise(i))
+    for address in (f"{in_bucket}/p", f"{in_bucket}/p/"):
+        assert files(staged(address, tmp_path)[0]) == {f"{('cat', 'dog')[i % 2]}/{i}.jpg" for i in range(6)}
+    opened(f"{in_bucket}/p", tmp_path)
+
+
+def test_errors_name_the_address_and_not_the_copy(in_bucket: StoragePath, tmp_path: Path) -> None:
+    address = f"{in_bucket}/p"
+    (in_bucket / "p").write("a file")
+    with raises(DataError, "data.root", address, problem=f"Not a directory: {address}"):
+        opened(address, tmp_path)
+    (in_bucket / "q" / "cat" / "1.jpg").write(b"")
+    (in_bucket / "q" / "dog" / "1.jpg").write(noise(1))
+    with raises(DataError, problem=f"{in_bucket}/q/cat/1.jpg: is empty"):
+        opened(f"{in_bucket}/q", tmp_path)
+    (in_bucket / "r" / "all" / "cat" / "1.jpg").write(noise(1))
+    (in_bucket / "r" / "all" / "dog" / "1.jpg").write(noise(2))
+    with raises(DataError, "data.root", f"{in_bucket}/r", f"set data.root={in_bucket}/r/all"):
+        opened(f"{in_bucket}/r", tmp_path)
+
+
+def test_a_folder_that_the_bucket_no_longer_has_is_deleted(in_bucket: StoragePath, tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "owl/1.jpg", "owl/deep/2.jpg"):
+        (in_bucket / name).write("x")
+    folder, _ = staged(str(in_bucket), tmp_path)
+    (in_bucket / "owl").delete_tree()
+    (in_bucket / "owl").write("now an object")
+    assert files(staged(str(in_bucket), tmp_path)[0]) == {"cat/1.jpg", "owl"}
+    (in_bucket / "owl").delete()
+    staged(str(in_bucket), tmp_path)
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["cat"]
+
+
+@pytest.mark.parametrize("name", ["photos [2024]", "a*b", "what?", "[x]"])
+def test_an_address_that_exists_is_no_pattern(in_bucket: StoragePath, tmp_path: Path, name: str) -> None:
+    put(in_bucket, f"{name}/cat/1.jpg")
+    put(in_bucket, f"{name}/cat/[2].jpg")
+    put(in_bucket, "photos 2/cat/3.jpg")
+    address = f"{in_bucket}/{name}"
+    folder, _ = staged(address, tmp_path)
+    assert (folder.name, files(folder)) == (name, {"cat/1.jpg", "cat/[2].jpg"})
+    assert staged(f"{address}/cat/[2].jpg", tmp_path / "a")[0].read_text() == "x"
+    assert set(plan_copy(f"{address}/c*/*.jpg", tmp_path, 10**9).entries) == {"cat/1.jpg", "cat/[2].jpg"}
+    assert set(plan_copy(f"{address}/cat/[0-9].jpg", tmp_path, 10**9).entries) == {"1.jpg"}
+    assert "photos 2/cat/3.jpg" in plan_copy(f"{in_bucket}/photos*/*/*.jpg", tmp_path, 10**9).entries
+    with raises(DataError, problem=r"nothing matches .*/photos \[34\]", fix="gcloud storage ls"):
+        plan_copy(f"{in_bucket}/photos [34]", tmp_path, 10**9)
+
+
+def test_our_own_file_is_not_overwritten(in_bucket: StoragePath, tmp_path: Path) -> None:
+    put(in_bucket, VERSIONS, "{}")
+    put(in_bucket, "a.jpg")
+    folder, _ = staged(str(in_bucket), tmp_path)
+    assert "a.jpg" in (folder / VERSIONS).read_text()
+    assert "already" in staged(str(in_bucket), tmp_path)[1][0]
+
+
+def test_names_of_250_bytes_are_fetched(in_bucket: StoragePath, tmp_path: Path) -> None:
+    name = "\u00e9" * 127
+    put(in_bucket, f"cat/{name}")
+    put(in_bucket, "cat/" + "x" * 256)
+    folder, notes = staged(str(in_bucket), tmp_path)
+    assert files(folder) == {f"cat/{name}"}
+    assert "is longer than 255 bytes" in notes[0]
+
+
+def test_a_run_in_a_bucket_writes_only_into_its_folder(in_bucket: StoragePath, tmp_path: Path) -> None:
+    escaped = Path(f"/kubetune-run-{os.getpid()}")
+    (in_bucket / "config.yaml").write("a: 1")
+    (in_bucket / "checkpoints" / "LATEST").write("step-00000010-ab\n../../step-1\nstep-/../../x\n")
+    for name in (
+        "checkpoints/step-00000010-ab/state.json", "checkpoints/step-00000010-ab", "checkpoints/step-00000099",
+        f"{escaped}", "checkpoints/step-00000010-ab//x",
+    ):  # fmt: skip
+        put(in_bucket, name)
+    assert fetch_run(in_bucket, tmp_path / "run") == {"step-00000010": "step-00000010-ab"}
+    assert files(tmp_path / "run") == {"config.yaml", "checkpoints/step-00000010/state.json", "checkpoints/LATEST"}
+    assert not escaped.exists()
+
+
+def test_pointers_name_checkpoints_only(tmp_path: Path) -> None:
+    (tmp_path / "LATEST").write_bytes(b"step-00000010\n../../etc step-00000020-ab\nstep-/../x \xff\n")
+    assert read_pointer(storage_path(tmp_path / "LATEST")) == ["step-00000010", "step-00000020-ab"]
+
+
+def test_a_teacher_has_only_files_that_can_be_written(in_bucket: StoragePath) -> None:
+    for name in ("saved_model.pb", "assets/labels.txt", "variables/a", "//etc/x"):
+        put(in_bucket, name)
+    assert set(find_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
+
+
+def test_a_shard_is_written_below_the_cache(in_bucket: StoragePath, tmp_path: Path) -> None:
+    put(in_bucket, "a")
+    info = (in_bucket / "a").require_info()
+    with raises(DataError, problem="../../b: cannot be the name of a file", fix="rename or remove it"):
+        ShardCache(str(in_bucket), {"../../b": info}, tmp_path, 10**6, lambda _: None, lambda: None, ())

@@ -1,0 +1,60 @@
+"""Damaged files are a sentence with their name; temporary files have one pattern."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.errors import raises
+from trainer.arrays import pack, unpack
+from trainer.errors import DataError
+from trainer.storage.base import is_unfinished
+from trainer.storage.local import delete_unfinished, temporary_file, temporary_folder, write_whole
+from trainer.storage.path import storage_path
+from trainer.storage.small_files import finite, intact, json_object, json_objects, read_json, set_aside
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b"[" * 100_000, b"NaN"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with raises(DataError, fix="restore it", problem=f"^{file} is damaged"):
+        read_json(file, json_object, "restore it")
+    assert intact(file, json_object, None) is None
+    assert set_aside(file).read_bytes() == content
+    assert not file.exists()
+    assert read_json(file, json_object, "") is None
+
+
+def test_the_shapes_of_values() -> None:
+    assert json_objects([{"a": 1}]) == [{"a": 1}]
+    assert finite(3) == 3.0
+    for wrong in (None, {"a": 1}, [1], "a"):
+        with pytest.raises(ValueError, match="not a JSON"):
+            json_objects(wrong)
+    for wrong in (float("nan"), float("inf"), -1, True, "1", None):
+        with pytest.raises(ValueError, match="finite"):
+            finite(wrong)
+
+
+def test_temporary_files_and_folders_have_one_pattern_and_are_deleted(tmp_path: Path) -> None:
+    for path in (tmp_path / "config.yaml", tmp_path / ".hidden.json", tmp_path / "step-00000001"):
+        with temporary_file(path) as file, temporary_folder(path) as folder:
+            file.write_text("x")
+            (folder / "y").write_text("y")
+            assert is_unfinished(file.name)
+            assert is_unfinished(folder.name)
+            assert storage_path(tmp_path).list() == []
+            file.rename(f"{file}1")  # as if this process were killed
+            folder.rename(f"{folder}1")
+    write_whole(tmp_path / "sub" / "a.txt", "mine")
+    delete_unfinished(tmp_path, age=3600.0)  # they may be in use
+    assert len(list(tmp_path.iterdir())) == 7
+    delete_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"PK\x03\x04", b"\x93NUMPY", pack({"a": np.zeros(9)})[:60]])
+def test_what_is_not_a_file_of_arrays_is_a_value_error(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        unpack(content)

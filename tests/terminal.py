@@ -1,0 +1,58 @@
+"""Run a program on a pseudo-terminal, and what the terminal then shows."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def screen(output: str, width: int) -> list[str]:
+    """The lines that a terminal shows after `output`: carriage return, line feed, cursor up, erase line, wrap."""
+    lines, row, column = [""], 0, 0
+    for code, arguments, kind, character in re.findall(r"(\x1b\[)([\d;?]*)([A-Za-z])|([\s\S])", output):
+        if code:
+            count = int(arguments or 1) if arguments.isdigit() or not arguments else 0
+            if kind == "A":
+                row = max(row - count, 0)
+            elif kind == "K":
+                lines[row] = ""
+            continue
+        if character == "\r":
+            column = 0
+        elif character == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row >= len(lines))
+        else:
+            if column == width:
+                row, column = row + 1, 0
+                lines += [""] * (row >= len(lines))
+            lines[row] = lines[row].ljust(column)[:column] + character + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+def on_terminal(command: list[str], width: int, cwd: Path = ROOT) -> str:
+    """Run a command, which ends with 0, on a terminal of this width; return what it wrote."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd)
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # the terminal is closed
+            break
+        if not part:
+            break
+        output += part
+    assert child.wait() == 0, output.decode()
+    return output.decode()

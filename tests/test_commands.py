@@ -1,0 +1,122 @@
+"""The commands of README.md and docs/ as they are written: each is split as a shell would, and its arguments are accepted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.verbs import exit_code_of
+from tests.processes import ROOT
+from trainer import __main__ as main
+from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.overrides import typed_overrides
+from trainer.cli.source import choose_source
+from trainer.cli.sweep import _search_space_is_empty, _use_sweep_folder
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "conf").rglob("*.yaml"))]  # fmt: skip
+_PLACEHOLDER = re.compile(r"\.\.\.|\b(RUN|ARGUMENTS|FILE|FOLDER|KEY|NAME|OUTPUT_DIR|BUCKET|TAG)\b")
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """The verb ("" for training) and the arguments of each command on a page that has no placeholder."""
+    text = re.sub(r"\s*\\\n#?\s*", " ", page.read_text())
+    if page.suffix == ".md":
+        blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.S | re.M)).replace("\\\n", " ")
+        prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.S | re.M)
+        lines = blocks.splitlines() + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    else:
+        lines = [line.lstrip("# ") for line in text.splitlines() if line.startswith(("#", "        python"))]
+    result = []
+    for line in lines:
+        match = re.match(r"\s*(?:\S*/)?python -m trainer(?:\.(\w+))?(?=\s|$)(.*)", line)
+        if match and not _PLACEHOLDER.search(line) and "gs://b" not in line and "python -m trainer" in line:
+            words = shlex.split(re.split(r"\s{4,}|\s#|\s[|&>]", match[2])[0])
+            result.append((match[1] or "", words))
+    return result
+
+
+COMMANDS = [(f"{page.relative_to(ROOT)}: {verb} {' '.join(words)}", verb, words)
+            for page in PAGES for verb, words in commands(page)]  # fmt: skip
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(COMMANDS) > 60
+    assert {verb for _, verb, _ in COMMANDS} >= {
+        "",
+        "prepare",
+        "plan",
+        "evaluate",
+        "export",
+        "compare",
+        "serve",
+        "drift",
+    }
+
+
+@pytest.mark.parametrize(("verb", "words"), [c[1:] for c in COMMANDS], ids=[c[0] for c in COMMANDS])
+def test_a_command_of_the_pages_is_accepted(
+    verb: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the point where a run would open its data, or a verb the run that it is given."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "new_photos", "flower_photos"):
+        (tmp_path / name / "daisy").mkdir(parents=True)
+    if verb not in ("", "plan", "prepare"):
+        module = import_module(f"trainer.{verb}")
+        code = exit_code_of(module.main, *(words or ["--help"]))  # a verb alone is its name in a sentence
+        error = capsys.readouterr().err
+        assert code in (0, 2)
+        assert not re.search("no such argument|key=value|is required|cannot be read|Traceback", error), error
+        return
+    arguments = [word for word in words if not word.startswith(("output=", "--plot=", "--summary"))]
+    if {"--help", "--cfg"} & set(arguments):
+        assert exit_code_of(main.main, *arguments) == 0
+    elif is_sweep(arguments):
+        arguments = typed_overrides(arguments, sweep=True)
+        assert not _search_space_is_empty(arguments)
+        arguments, _ = _use_sweep_folder(arguments)
+        jobs: list[list[str]] = []
+        if "-m" in arguments:  # a search needs the score of each job
+            compose(arguments, run_job=lambda _tree, task, _settings: jobs.append(task))
+            assert len(jobs) > 1
+    else:
+        arguments, _ = choose_source(arguments)
+        composed = compose(arguments)
+        assert composed is not None
+        load_given(composed, arguments)
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_photos_run(tmp_path: Path) -> None:
+    """With settings appended that make them small."""
+    draw = np.random.default_rng(0)
+    for name in ("daisy", "rose"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = draw.integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
+    small = ["model.weights=none", "model.alpha=0.35", "model.image_size=32", "debug=fast", "export.formats=[]"]
+    small += ["training.batch_size=4"]
+    wanted = [
+        (page, verb, words)
+        for page, verb, words in COMMANDS
+        if any(word in ("data.root=photos", "run=outputs/flowers") for word in words)
+        and page.startswith(("README.md", "docs/report.md", "docs/exports.md"))
+        and not {"data.root=new_photos", "data.root=/moved/photos", "output=/data/photos"} & set(words)
+    ]
+    assert len(wanted) >= 4
+    for page, verb, words in wanted:
+        more = small if not verb else ["formats=[keras]"] if verb == "export" else []
+        words = [word for word in words if not (verb == "export" and word.startswith("formats="))]
+        command = [sys.executable, "-m", "trainer" + f".{verb}" * bool(verb), *words, *more]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, (page, result.stderr)

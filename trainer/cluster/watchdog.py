@@ -1,0 +1,132 @@
+"""Watchdog of a training process: a process of its own, because every other guard is a thread and needs Python's GIL.
+
+TensorFlow holds the GIL in some calls, above all while its servers connect, which has no limit if a peer has failed. No
+signal handler, timer, control channel or HTTP thread of the process runs then. So `start` creates the process of
+`watchdog_process`, which receives the state of this one every second and at each change.
+
+A process that is blocked in C can end itself with a chosen exit code only in C: `_arm_exit` has the C library wait for
+a byte of the watchdog and then call `_exit`. If that fails, the watchdog sends SIGKILL.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.watchdog_process import INTERVAL_SECONDS, STACK_SIGNAL
+from trainer.config.schema import Runtime
+from trainer.errors import INTERRUPTED
+from trainer.monitoring.health import health
+from trainer.monitoring.log import log
+
+
+class _SignalEvent(ctypes.Structure):
+    """`struct sigevent` of glibc."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p), ("number", ctypes.c_int), ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("reserved", ctypes.c_byte * 32),
+    )  # fmt: skip
+
+
+class _ReadRequest(ctypes.Structure):
+    """`struct aiocb` of glibc on 64-bit machines."""
+
+    _fields_ = (
+        ("descriptor", ctypes.c_int), ("opcode", ctypes.c_int), ("priority", ctypes.c_int),
+        ("buffer", ctypes.c_void_p), ("count", ctypes.c_size_t), ("event", _SignalEvent),
+        ("internal", ctypes.c_byte * 96),
+    )  # fmt: skip
+
+
+_SIGEV_THREAD = 2
+_keep: list[Any] = []  # what the C library and the watchdog use until the end of the process
+
+
+def start(
+    runtime: Runtime, control: ControlChannel, signals: socket.socket, listener: socket.socket | None, **labels: str
+) -> int | None:
+    """Start the watchdog of this process, before TensorFlow is imported; return its process ID, None if it cannot run.
+
+    Args:
+        signals: the descriptor of `StopFlag` that has the numbers of signals that no thread has read.
+        listener: the socket of `/healthz`, on which the watchdog responds while this process cannot; None without.
+        labels: of the log, as in `monitoring.log.configure`.
+    """
+    exit_reader, exit_writer = os.pipe()
+    stack_reader, stack_writer = os.pipe()
+    state_reader, state_writer = os.pipe()
+    os.set_blocking(state_writer, False)
+    faulthandler.register(STACK_SIGNAL, file=stack_writer, all_threads=True)
+    with contextlib.suppress(OSError, AttributeError):  # another C library: the watchdog sends SIGKILL
+        _arm_exit(exit_reader)
+    peers = {
+        peer: (connection.socket.fileno(), control.cluster.addresses[peer])
+        for peer, connection in control.connections.items()
+    }
+    settings = {
+        "process": os.getpid(), "state": state_reader, "exit": exit_writer, "stack": stack_reader,
+        "signals": signals.fileno(), "listener": listener.fileno() if listener else None, "peers": peers,
+        "termination_log": runtime.termination_log, "json_lines": runtime.log_format == "json", "labels": labels,
+    }  # fmt: skip
+    if listener:
+        listener.setblocking(False)  # both processes accept: the connection may be gone
+    passed = [state_reader, exit_writer, stack_reader, signals.fileno(), *(number for number, _ in peers.values())]
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "trainer.cluster.watchdog_process", json.dumps(settings)],
+            pass_fds=[*passed, *([listener.fileno()] if listener else [])], env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL, process_group=0,
+        )  # fmt: skip
+    except OSError as error:
+        log.warning(f"watchdog: cannot be started ({error.strerror or error})")
+        return None
+    # The writing end of `exit` remains open here, so that the end of the watchdog does not end this process.
+    _keep.extend([child, exit_writer])
+    os.close(state_reader)
+    os.close(stack_reader)
+
+    def send_state() -> None:
+        # A full pipe means that the watchdog is stopped, a closed one that it was killed: training continues.
+        with contextlib.suppress(OSError):
+            os.write(state_writer, _encode_state(control))
+
+    def send_states() -> None:
+        while child.poll() is None:
+            send_state()
+            time.sleep(INTERVAL_SECONDS)
+
+    health.on_change = send_state
+    send_state()
+    threading.Thread(target=send_states, name="watchdog", daemon=True).start()
+    return child.pid
+
+
+def _encode_state(control: ControlChannel) -> bytes:
+    """Encode what the watchdog needs to know of this process, in one line that a pipe writes at once."""
+    state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
+             "limit": health.unresponsive_limit, "watched": control.watched_peers()}  # fmt: skip
+    return json.dumps(state).encode() + b"\n"
+
+
+def _arm_exit(descriptor: int) -> None:
+    """Have the C library end this process with exit code 75 as soon as a byte can be read from a descriptor."""
+    library = ctypes.CDLL(None, use_errno=True)
+    function = ctypes.cast(library._exit, ctypes.c_void_p).value
+    buffer = ctypes.create_string_buffer(1)
+    event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, function)
+    request = _ReadRequest(descriptor, 0, 0, ctypes.addressof(buffer), 1, event)
+    _keep.extend([buffer, request])
+    if library.aio_read(ctypes.byref(request)):
+        raise OSError(ctypes.get_errno(), "aio_read")
