@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT_KINDS = ("content", "sample", "ends")  # what a hash covers of each file, the most thorough one first
 LogMessage = Callable[[str], None]  # logs a line
+Purpose = Literal["train", "prepare", "evaluate"]  # what data is opened for
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ CLASSES = ("cat", "dog", "owl")
 
 def opened(cache: Path, notes: list[str] | None = None, **options: Any) -> Dataset:
     """`open_dataset` with these options of it and of `data`."""
-    names = ("seed", "max_examples", "streamed", "to_prepare")
+    names = ("seed", "max_examples", "streamed", "purpose")
     chosen = {"seed": 1, "max_examples": None} | {name: options.pop(name) for name in names if name in options}
     log_message = (notes if notes is not None else []).append
     return open_dataset(Data(**options), cache_dir=cache, log_message=log_message, **chosen)

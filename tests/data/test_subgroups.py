@@ -115,9 +115,9 @@ def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic:
     data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
     runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
     prepare(load({**REST, "data": data, "runtime": runtime}), str(tmp_path / "out"))
-    before = opened(tmp_path, **data, to_prepare=True)
+    before = opened(tmp_path, **data, purpose="prepare")
     again = {**data, "root": str(tmp_path / "out")}
-    after = opened(tmp_path, **again, to_prepare=True)
+    after = opened(tmp_path, **again, purpose="prepare")
     assert set(after.splits) == {"train", "validation", "test"}
     for name, split in after.splits.items():
         assert split.groups is not None

@@ -73,6 +73,12 @@ def test_other_data_with_the_same_classes(trained: Path, tmp_path: Path) -> None
     assert "\naccuracy " in done.stdout
     assert report["duplicates"]["compared"] == {"train": 30}
 
+    one = fill_folder(tmp_path / "one", {names[3]: 4})
+    done = program("evaluate", f"run={trained}", "data=image_folder", f"data.root={one}")
+    report = report_of(trained / "evaluations" / "best-one-train")
+    assert (report["test"]["n"], len(report["data"]["class_names"])) == (4, len(names))
+    assert "their rows in the report are empty" in done.stdout
+
     fill_folder(photos, {"zebra": 1}, 30)
     assert re.search("run=.*zebra", error_of(f"run={trained}", *arguments))
 

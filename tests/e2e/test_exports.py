@@ -14,13 +14,13 @@ from sklearn.datasets import load_sample_images
 from tests.e2e.running import SMALL, kill_at, program, train, without_timing
 from tests.e2e.workers import start_workers
 from tests.storage.emulator import running
-from trainer.arrays import pack
 from trainer.config.schema import ExportFormat
 from trainer.data.decoding import decode_image
 from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain
 from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
+from trainer.storage.arrays import pack
 from trainer.storage.path import storage_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

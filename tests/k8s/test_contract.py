@@ -27,6 +27,7 @@ SET_ELSEWHERE = {
     "KUBETUNE_CACHE": "the image",
     "GOOGLE_CLOUD_PROJECT": "the user, for requester-pays buckets",
     "KUBETUNE_REVISION": "the image",
+    "PYTHONPATH": "the user, where the package is not installed",
     "KUBETUNE_SWEEP": "the trainer itself, as HYDRA_FULL_ERROR and TF_CPP_MIN_LOG_LEVEL",
     "HYDRA_FULL_ERROR": "",
     "TF_CPP_MIN_LOG_LEVEL": "",
@@ -34,7 +35,6 @@ SET_ELSEWHERE = {
     "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
     "GOOGLE_APPLICATION_CREDENTIALS": "users outside of Google Cloud",
-    "GOOGLE_CLOUD_PROJECT": "users of requester-pays buckets",
 }
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
-from trainer.arrays import pack, unpack
 from trainer.errors import DataError
+from trainer.storage.arrays import pack, unpack
 from trainer.storage.base import is_unfinished
 from trainer.storage.local import delete_unfinished, temporary_file, temporary_folder, write_whole
 from trainer.storage.path import storage_path

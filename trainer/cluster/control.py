@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.arrays import pack, unpack
 from trainer.cluster.discovery import Cluster
 from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log_unbuffered
+from trainer.storage.arrays import pack, unpack
 
 MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker
 RECV_BYTES = 1 << 20  # per call of recv

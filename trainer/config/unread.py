@@ -17,7 +17,6 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "pattern": ("tfrecords",),
     "image_field": ("tfds", "tfrecords"),
     "label_field": ("tfds", "tfrecords"),
-    "class_names": ("tfds", "tfrecords"),
     "train_split": ("tfds",),
     "validation_split": ("tfds",),
     "test_split": ("tfds",),

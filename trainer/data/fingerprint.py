@@ -19,9 +19,9 @@ from typing import Literal
 import google_crc32c
 import numpy as np
 
-from trainer.arrays import pack, unpack
 from trainer.data.splits import RawData, fingerprint
 from trainer.monitoring.health import health
+from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_whole
 from trainer.types import LogMessage
 

@@ -18,7 +18,7 @@ from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.names import class_name, printable
-from trainer.types import Split
+from trainer.types import Purpose, Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
 PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
@@ -46,22 +46,22 @@ class _Image:
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
 
-def open_image_folder(data: Data, to_prepare: bool = False) -> RawData:
+def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
     Images are sorted by a hash of data.split_seed and the path below the root, which mixes the classes. Splits without
     a folder get a fraction of each class: the first images become the validation split, the next the test split, all
-    others stay in train. So a new image moves hardly any other image to another split. With `to_prepare`, files of
-    formats that only Pillow decodes are images too.
+    others stay in train. So a new image moves hardly any other image to another split. To prepare, files of formats
+    that only Pillow decodes are images too.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
-            two classes; the splits have different classes or are the same folder; with on_error="fail", a file cannot
-            be read or is not an image.
+            two classes, unless to evaluate; the splits have different classes or are the same folder; with
+            on_error="fail", a file cannot be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
     try:
-        class_names, images, notes, ignored = _scan(root, EXTENSIONS + PILLOW_EXTENSIONS * to_prepare)
+        class_names, images, notes, ignored = _scan(root, purpose)
     except OSError as error:
         problem = f"{error.strerror}: {printable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
@@ -89,10 +89,9 @@ def open_image_folder(data: Data, to_prepare: bool = False) -> RawData:
     return RawData(name, class_names, splits, identities, skipped, notes, ignored)
 
 
-def _scan(
-    root: str, extensions: tuple[str, ...]
-) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
+def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
     """Return the class names, the images of each split that has a folder, notes, and the ignored files by class."""
+    extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
     folders = _split_folders(root)
     classes = {split: _class_folders(root, folder) for split, folder in folders.items()}
     images: dict[str, list[_Image]] = {}
@@ -124,7 +123,7 @@ def _scan(
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
-    if len(class_names) == 1:
+    if len(class_names) == 1 and purpose != "evaluate":
         only_class = os.path.join(root, classes["train"][class_names[0]])
         nested = folders["train"] == root and len(_subfolders(only_class)) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"

@@ -52,7 +52,7 @@ _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED = 20  # skipped images that are logged by name
 _CRC_BYTES = 8 << 20  # read at once to verify the cache on disk
 _BATCH = 64  # images per batch of those that are decoded outside of training and evaluation
-_FORMAT_VERSION = 3  # of the cache on disk; increment it when decoding changes
+_FORMAT_VERSION = 4  # of the cache on disk; increment it when decoding changes
 
 
 class BatchSource(Protocol):

@@ -21,7 +21,7 @@ from trainer.errors import DataError
 from trainer.names import class_name, printable
 from trainer.storage.disk import refused_write
 from trainer.storage.shard_cache import ShardCache
-from trainer.types import Dataset, LogMessage, scored_split
+from trainer.types import Dataset, LogMessage, Purpose, scored_split
 
 SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
 MAX_CLASS_RATIO = 3  # largest / smallest number of training examples of a class without a note on imbalance
@@ -38,20 +38,32 @@ class OpenedData:
 
 
 def open_run_data(
-    config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = True
+    config: RequestedConfig,
+    log_message: LogMessage,
+    check: Callable[[str], None],
+    stream: bool = True,
+    purpose: Purpose = "train",
 ) -> OpenedData:
     """Copy data and weights in buckets to the local disk (`local_copies`), then open the data (`open_dataset`)."""
     local, addresses, shards = local_copies(config, log_message, check, stream)
     with named_by_address(addresses):
-        dataset = open_run_dataset(config, local.data, log_message, streamed=shards is not None)
+        dataset = open_run_dataset(config, local.data, log_message, shards is not None, purpose)
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
-def open_run_dataset(config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False) -> Dataset:
+def open_run_dataset(
+    config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False, purpose: Purpose = "train"
+) -> Dataset:
     """Open `data` (`config.data`, but with local paths); with debug.overfit, one batch is both train and validation."""
     cache, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
-        data, seed=config.seed, cache_dir=cache, max_examples=limit, log_message=log_message, streamed=streamed
+        data,
+        seed=config.seed,
+        cache_dir=cache,
+        max_examples=limit,
+        log_message=log_message,
+        streamed=streamed,
+        purpose=purpose,
     )
     if config.debug.overfit:
         batch = dataset.splits["train"]
@@ -79,7 +91,7 @@ def open_dataset(
     max_examples: int | None,
     log_message: LogMessage,
     streamed: bool = False,
-    to_prepare: bool = False,
+    purpose: Purpose = "train",
 ) -> Dataset:
     """Open the source that `data.source` names.
 
@@ -89,17 +101,18 @@ def open_dataset(
         max_examples: limit per split, which takes equally many examples of each class where it can.
         log_message: logs one line before slow work, and each of `Dataset.notes`.
         streamed: data.root has only manifest and labels; its shards are fetched while they are used.
-        to_prepare: for `trainer.prepare`: read data.group_field of every split, not only of the one of the final
-            scores, and list image files that only Pillow decodes.
+        purpose: "prepare" reads data.group_field of every split, not only of the one of the final scores, and lists
+            image files that only Pillow decodes; "evaluate" accepts data of one class, or without training examples of
+            some.
 
     Raises:
         DataError: the data is missing, damaged, or contradicts the configuration.
     """
     cache_dir = Path(cache_dir).expanduser()
-    raw = _open_source(data, cache_dir, log_message, streamed, to_prepare)
+    raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
     raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
-    _check_classes(raw)
+    _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
@@ -111,7 +124,7 @@ def open_dataset(
     if max_examples:
         raw.splits = {name: select_at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
-        for name in raw.splits if to_prepare else {scored_split(raw.splits)} & raw.splits.keys():
+        for name in raw.splits if purpose == "prepare" else {scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
     raw.notes += _quality_notes(raw, limited=max_examples is not None) + _copy_notes(raw)
@@ -123,9 +136,9 @@ def open_dataset(
     return Dataset(raw.name, raw.class_names, raw.splits, [*hashes.values()][-1], skipped, notes, hashes)
 
 
-def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, to_prepare: bool) -> RawData:
+def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, purpose: Purpose) -> RawData:
     if data.source == "image_folder":
-        return open_image_folder(data, to_prepare)
+        return open_image_folder(data, purpose)
     if data.source == "tfrecords":
         return open_tfrecords(data, cache_dir, log_message)
     if data.source == "digits":
@@ -163,16 +176,16 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
     return join_first([raw.class_names[i] for i in classes])
 
 
-def _check_classes(raw: RawData) -> None:
+def _check_classes(raw: RawData, purpose: Purpose) -> None:
     count = len(raw.class_names)
-    if count < 2:
+    if count < 2 and purpose != "evaluate":
         classes = "".join(raw.class_names) or "no classes"
         raise DataError(f"{raw.name} has only {classes}", fix="use data of at least two classes")
     if len(set(raw.class_names)) < count:
         repeated = join_first([name for name, times in Counter(raw.class_names).items() if times > 1])
         raise DataError(f"{raw.name} has duplicate class names: {repeated}", fix="use each class name once")
     absent = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=count) == 0)
-    if absent.size:
+    if absent.size and purpose != "evaluate":
         skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
         skipped += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"

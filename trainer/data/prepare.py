@@ -41,7 +41,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     data = local.data
     with named_by_address(addresses):
         dataset = open_dataset(
-            data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, to_prepare=True
+            data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, purpose="prepare"
         )
     splits: dict[str, list[tuple[ImageSource, int]]] = {}
     texts: dict[str, dict[str, list[str]]] = {}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.arrays import pack, unpack
 from trainer.config.schema import Data
 from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable
 from trainer.data.sharding import shard_sizes
@@ -19,6 +18,7 @@ from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.names import printable, to_bytes
+from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_whole
 from trainer.storage.staging import has_wildcard
 from trainer.types import LogMessage, Shard, Split

@@ -12,9 +12,9 @@ from typing import Any, Self
 import google_crc32c
 import numpy as np
 
-from trainer.arrays import unpack
 from trainer.errors import DataError
 from trainer.names import printable
+from trainer.storage.arrays import unpack
 from trainer.storage.base import StoragePath, is_unfinished
 from trainer.storage.disk import refused_write
 from trainer.storage.local import delete_unfinished

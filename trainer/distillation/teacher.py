@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.arrays import pack, unpack
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Model
 from trainer.data.decoding import without_autograph
@@ -23,6 +22,7 @@ from trainer.evaluation.scoring import Scorer
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import rebuild_classifier
+from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_whole
 from trainer.storage.small_files import WRONG_CONTENT
 from trainer.training.losses import log_probs

@@ -58,7 +58,9 @@ def evaluate(
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
         unloaded = config.model_copy(update={"model": without_weights(config.model)})  # loads no pretrained weights
-        return open_run_data(unloaded, log_message, lambda address: stop.check(f"while {address} was fetched"))
+        return open_run_data(
+            unloaded, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
+        )
 
     data = open_data(config, log.info)
     if moved and list(data.dataset.splits) == ["train"]:

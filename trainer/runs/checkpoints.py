@@ -17,8 +17,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from trainer.arrays import pack, unpack
 from trainer.errors import DataError
+from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import sync, temporary_folder, write_whole
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import WRONG_CONTENT, json_object, parse_json

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from trainer.arrays import pack, unpack
+from trainer.storage.arrays import pack, unpack
 
 
 def test_arrays_survive_and_any_damage_is_a_value_error() -> None:
