@@ -123,7 +123,7 @@ def _encode_state(control: ControlChannel) -> bytes:
 def _arm_exit(descriptor: int) -> None:
     """Have the C library end this process with exit code 75 as soon as a byte can be read from a descriptor."""
     library = ctypes.CDLL(None, use_errno=True)
-    function = ctypes.cast(library._exit, ctypes.c_void_p).value
+    function = ctypes.cast(library["_exit"], ctypes.c_void_p).value
     buffer = ctypes.create_string_buffer(1)
     event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, function)
     request = _ReadRequest(descriptor, 0, 0, ctypes.addressof(buffer), 1, event)
