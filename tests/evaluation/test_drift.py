@@ -9,12 +9,12 @@ import scipy.stats
 
 from trainer.evaluation.drift import (
     Window,
-    distance_limit,
+    embedding_distance_quantile,
     embedding_distance,
     measure_drift,
     merge_bins,
-    population_stability,
-    stability_limit,
+    population_stability_index,
+    psi_quantile,
     verdict,
 )
 
@@ -24,18 +24,18 @@ WIDTH = 6
 def test_population_stability_is_the_documented_sum() -> None:
     a, b = np.array([500_000, 300_000, 200_000]), np.array([200_000, 300_000, 500_000])
     expected = 2 * 0.3 * np.log(0.5 / 0.2)
-    assert population_stability(a, b) == pytest.approx(expected, rel=1e-4)
-    assert population_stability(b, a) == pytest.approx(population_stability(a, b))
-    assert population_stability(a, 3 * a) == pytest.approx(0, abs=1e-9)
-    assert np.isfinite(population_stability([10, 0], [0, 10]))
+    assert population_stability_index(a, b) == pytest.approx(expected, rel=1e-4)
+    assert population_stability_index(b, a) == pytest.approx(population_stability_index(a, b))
+    assert population_stability_index(a, 3 * a) == pytest.approx(0, abs=1e-9)
+    assert np.isfinite(population_stability_index([10, 0], [0, 10]))
 
 
 def test_the_limit_of_the_index_is_its_quantile_without_drift() -> None:
     draw, p = np.random.default_rng(3), np.array([0.4, 0.2, 0.15, 0.15, 0.1])
-    indices = [population_stability(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
-    assert np.mean(np.array(indices) < stability_limit(400, 150, 5)) == pytest.approx(0.99, abs=0.006)
+    indices = [population_stability_index(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
+    assert np.mean(np.array(indices) < psi_quantile(400, 150, 5)) == pytest.approx(0.99, abs=0.006)
     exact = scipy.stats.chi2.ppf(0.99, 19) * (1 / 100 + 1 / 50)
-    assert stability_limit(100, 50, 20) == pytest.approx(exact, rel=1e-9)
+    assert psi_quantile(100, 50, 20) == pytest.approx(exact, rel=1e-9)
 
 
 def test_bins_are_merged_until_each_has_5_percent_of_the_reference() -> None:
@@ -109,9 +109,9 @@ def test_other_classes_shift_only_the_classes() -> None:
 
 def test_the_limit_of_few_embeddings_is_larger_and_reproducible() -> None:
     own = reference()["embedding"]
-    few, many = distance_limit(own, 600, 10), distance_limit(own, 600, 1000)
+    few, many = embedding_distance_quantile(own, 600, 10), embedding_distance_quantile(own, 600, 1000)
     assert few > 4 * many > 0
-    assert distance_limit(own, 600, 10) == few
+    assert embedding_distance_quantile(own, 600, 10) == few
 
 
 @pytest.mark.parametrize("count", [WIDTH, WIDTH + 4, 100])
@@ -121,7 +121,7 @@ def test_the_limit_of_the_distance_is_its_quantile_without_drift(count: int) -> 
         first, second = (draw.multivariate_normal(mean, covariance, size) for size in (300, count))
         moments = {"mean": first.mean(0), "covariance": np.cov(first, rowvar=False)}
         distances.append(embedding_distance(moments, second.mean(0), np.cov(second, rowvar=False)))
-    limit = distance_limit({"mean": mean, "covariance": covariance}, 300, count)
+    limit = embedding_distance_quantile({"mean": mean, "covariance": covariance}, 300, count)
     assert np.mean(np.array(distances) < limit) == pytest.approx(0.985, abs=0.0151)
 
 

@@ -23,9 +23,9 @@ from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import (
     compare_runs,
-    configuration_differences,
+    compare_configurations,
     read_scored_run,
-    short_names,
+    shorten_addresses,
     verdict,
     write_comparison,
 )
@@ -125,7 +125,7 @@ def test_only_different_settings_are_listed(tmp_path: Path) -> None:
     training = {"batch_size": 64, "ema": True}
     other = make_run(tmp_path / "b", 0.7, training=training, export={"formats": ["keras"]}, extra=1)
     runs = [read_scored_run(str(folder), folder.name) for folder in (one, other)]
-    assert configuration_differences(runs) == [
+    assert compare_configurations(runs) == [
         ("export.formats", ["[keras,onnx]", "[keras]"]),
         ("extra", ["–", "1"]),
         ("training.batch_size", ["32", "64"]),
@@ -140,7 +140,7 @@ def test_a_phase_that_only_one_run_has_is_one_row(tmp_path: Path) -> None:
         make_run(tmp_path / "b", 0.7, phases={"head": head | {"epochs": 5}, "tuned": tuned}),
     )
     runs = [read_scored_run(str(folder), folder.name) for folder in folders]
-    assert configuration_differences(runs) == [
+    assert compare_configurations(runs) == [
         ("phases", ["[head]", "[head,tuned]"]),
         ("phases.head.epochs", ["2", "5"]),
     ]
@@ -190,9 +190,9 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
 
 
 def test_names_are_the_shortest_distinct_ends() -> None:
-    assert short_names(["outputs/a", "outputs/b/"]) == ["a", "b"]
-    assert short_names(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
-    assert short_names(["r", "r/evaluations/last"]) == ["r", "last"]
+    assert shorten_addresses(["outputs/a", "outputs/b/"]) == ["a", "b"]
+    assert shorten_addresses(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
+    assert shorten_addresses(["r", "r/evaluations/last"]) == ["r", "last"]
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -135,10 +135,10 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
 
 
 def test_names_become_plain_short_text() -> None:
-    assert figures.figure_label("$x$") == r"\$x\$"
-    assert figures.figure_label("a\nb") == r"a\nb"
-    assert figures.figure_label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
-    assert figures.figure_label("bad \udcff") == r"bad \xff"
+    assert figures.format_label("$x$") == r"\$x\$"
+    assert figures.format_label("a\nb") == r"a\nb"
+    assert figures.format_label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
+    assert figures.format_label("bad \udcff") == r"bad \xff"
 
 
 def test_drawing_imports_neither_pyplot_nor_tensorflow() -> None:

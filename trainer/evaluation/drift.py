@@ -95,7 +95,7 @@ class Window:
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
 
-def population_stability(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
+def population_stability_index(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
     """Return PSI = sum of (q - p) ln(q / p) over the frequencies p and q of two histograms [bins].
 
     It is 0 for equal frequencies. Half a count is added to every bin, so that an empty bin does not make it infinite.
@@ -105,7 +105,7 @@ def population_stability(reference_counts: Sequence[float] | np.ndarray, counts:
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def stability_limit(reference_n: int, n: int, bins: int) -> float:
+def psi_quantile(reference_n: int, n: int, bins: int) -> float:
     """Return the 0.99 quantile of the PSI of two samples, of sizes `reference_n` and `n`, from one distribution.
 
     The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
@@ -149,7 +149,7 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def distance_limit(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
+def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
     """Return the 0.99 quantile of the embedding distance of `n` embeddings without drift.
 
     Parametric bootstrap (Efron and Tibshirani 1993, chapter 6): mean and covariance of pairs of samples, of sizes
@@ -182,11 +182,11 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
     confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
     measured = []
     for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
-        limit, value = stability_limit(reference_n, window.n, len(counts)), population_stability(expected, counts)
+        limit, value = psi_quantile(reference_n, window.n, len(counts)), population_stability_index(expected, counts)
         measured.append(Measure(name, value, max(PSI_MODERATE, limit), max(PSI_SHIFTED, limit), window.n))
     if "embedding" in reference and window.embedding_count > 1:
         moments = reference["embedding"]
-        limit = distance_limit(moments, int(moments.get("n", reference_n)), window.embedding_count)
+        limit = embedding_distance_quantile(moments, int(moments.get("n", reference_n)), window.embedding_count)
         moderate, shifted = max(EMBEDDING_MODERATE, limit), max(EMBEDDING_SHIFTED, limit)
         value = embedding_distance(moments, *window.gaussian())
         measured.append(Measure("embedding", value, moderate, shifted, window.embedding_count))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson
+from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson_interval
 from trainer.types import EvaluationResult
 
 TOP_K = 5  # k of top-k accuracy, which is computed only with more classes than that
@@ -59,7 +59,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, lis
 
 def _accuracy(correct: np.ndarray) -> dict[str, Any]:
     n, hits = len(correct), int(correct.sum())
-    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
+    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson_interval(hits, n))}
 
 
 def _per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     scores: dict[str, Any] = _accuracy(correct)
     if classes > TOP_K:
         hits = count_top_k(probabilities, labels)
-        scores |= {"top_5": hits / n, "top_5_interval": list(wilson(hits, n))}
+        scores |= {"top_5": hits / n, "top_5_interval": list(wilson_interval(hits, n))}
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))
     error, bins = calibration(confidence, correct)

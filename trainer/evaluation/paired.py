@@ -33,7 +33,7 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     return PairedComparison(lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def adjust_p_values(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for the number of comparisons by the step-down method of Holm 1979; keep their order."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):

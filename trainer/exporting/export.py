@@ -11,12 +11,12 @@ from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
-from trainer.exporting.model_card import label_lines, write_model_card
-from trainer.exporting.reference import reference_distribution, write_reference
+from trainer.exporting.model_card import format_labels, write_model_card
+from trainer.exporting.reference import compute_reference, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, with_run_classes, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, map_to_run_classes, without_weights
 from trainer.storage.local import write_json, write_whole
 from trainer.storage.small_files import intact, json_object
 from trainer.types import Scored, scored_split
@@ -51,7 +51,7 @@ def export_classifier(
     examples = images.rows(scored.split, scored.indices[sampled])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     calibration = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
-    reference = reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize)
+    reference = compute_reference(scored.split, names, scored.probabilities, embeddings, size, resize)
     reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
         model=classifier.keras_model(),
@@ -63,7 +63,7 @@ def export_classifier(
         calibration_images=lambda: images.rows("train", calibration),
         orientation=config.data.orientation,
     )
-    write_whole(folder / "labels.txt", label_lines(names))
+    write_whole(folder / "labels.txt", format_labels(names))
     write_reference(folder / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
@@ -78,7 +78,7 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, log.info, lambda _: None, stream=False)
-    data = replace(data, dataset=with_run_classes(run, data.dataset))
+    data = replace(data, dataset=map_to_run_classes(run, data.dataset))
     return ImageStore(data, config, size, lambda _: None)
 
 

@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import ExportBundle, ParityExamples, plain_float32
-from trainer.exporting.model_card import label_lines
+from trainer.exporting.model_card import format_labels
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.exporting.verify import accuracy_drop_too_large, load_export, score
+from trainer.exporting.verify import is_accuracy_drop_too_large, load_export, score
 from trainer.monitoring.health import health
 from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_whole
 
@@ -49,7 +49,7 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     with plain_float32(model):
         predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
         converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
-    onnx.helper.set_model_props(converted, {"labels": label_lines(bundle.class_names)})
+    onnx.helper.set_model_props(converted, {"labels": format_labels(bundle.class_names)})
     write_whole(path, converted.SerializeToString())
 
 
@@ -118,7 +118,7 @@ def export_formats(
         write(bundle, path)
         scores = score(load_export(path), held_out, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
-        if refused := accuracy_drop_too_large(scores, max_accuracy_drop):
+        if refused := is_accuracy_drop_too_large(scores, max_accuracy_drop):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/

@@ -15,7 +15,7 @@ MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs
 PROJECTION_SEED = 8
 
 
-def reference_distribution(
+def compute_reference(
     split: str,
     class_names: tuple[str, ...],
     probabilities: np.ndarray,

@@ -16,7 +16,7 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
 from trainer.exporting.bundle import ExportBundle, plain_float32
-from trainer.exporting.model_card import label_lines
+from trainer.exporting.model_card import format_labels
 from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_whole
 
@@ -33,7 +33,7 @@ LABELS = "labels.txt"
 _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
 
 
-def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
+def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     """Return the model with a description of its input and output, and with its class names."""
     tree = schema.ModelT.InitFromPackedBuf(model, 0)
     tree.metadata = [entry for entry in tree.metadata or [] if entry.name != METADATA_NAME]
@@ -46,7 +46,7 @@ def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
     file = io.BytesIO(bytes(builder.Output()))
     with zipfile.ZipFile(file, "a") as archive:  # with a fixed date, so that equal models are equal files
-        archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), label_lines(class_names))
+        archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), format_labels(class_names))
     return file.getvalue()
 
 
@@ -120,7 +120,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         with quiet():
             content = converter.convert()
-    write_whole(path, with_metadata(content, bundle.class_names))
+    write_whole(path, add_metadata(content, bundle.class_names))
 
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:

@@ -110,7 +110,7 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     }
 
 
-def accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
+def is_accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
     """Return True if an export loses more than the fraction `max_drop` of the examples, and significantly many.
 
     Rounding changes some predictions by chance, for better or worse, so that the net loss has a standard deviation of

@@ -18,9 +18,9 @@ from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, variable_bytes
 from trainer.names import class_name
-from trainer.planning.estimates import activation_bytes, parameter_count
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_pointer
-from trainer.runs.restore import local_checkpoints, match_warm_start, read_warm_start, shapes_of
+from trainer.planning.estimates import estimate_activation_bytes, count_model_parameters
+from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights, read_pointer
+from trainer.runs.restore import open_local_checkpoints, match_warm_start, read_warm_start, collect_shapes
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import free_bytes, refused_write
 from trainer.storage.local import inside, temporary_file
@@ -32,7 +32,7 @@ from trainer.types import Dataset, Split
 
 
 @contextmanager
-def fetched_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
+def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
     """Download these files of a bucket to a temporary folder with the same name, and yield its path."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
@@ -52,7 +52,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
 
     data = config.data
     files = [e for e in storage_path(root).list(recursive=False) if str(e.path).endswith((".json", ".txt"))]
-    with fetched_metadata(root, files) as folder:
+    with fetch_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
             own_names = tuple(map(class_name, info.features[data.label_field].names))
@@ -87,7 +87,7 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
     return None, line, entries
 
 
-def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
+def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
     """Read the state of the newest checkpoint in output_dir that is readable; None if there is none."""
     folder = storage_path(config.output_dir or "")
     if folder.is_local:
@@ -131,7 +131,7 @@ def describe_warm_start(run: str) -> str:
         if not (storage_path(run) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
         return f"{run}: has a committed checkpoint"
-    steps = local_checkpoints(run, Path(run).expanduser()).steps()
+    steps = open_local_checkpoints(run, Path(run).expanduser()).steps()
     return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
@@ -140,8 +140,8 @@ def warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
     source = config.warm_start
     if not source or is_remote(source):
         return ""
-    values = inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
-    return match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)[1]
+    values = select_inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
+    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), source)[1]
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
@@ -167,7 +167,7 @@ def plan_teacher(
     """
     address = distillation.teacher
     files = check_teacher(address, dataset.class_names)
-    state = newest_state(config) if config.output_dir else None
+    state = read_newest_state(config) if config.output_dir else None
     source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
@@ -182,7 +182,7 @@ def plan_teacher(
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
-    text = f"{model.backbone} at {classifier.image_size} px, {parameter_count(classifier):,} parameters; {use}"
+    text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
     weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
-    activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
+    activations = estimate_activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
     return text, [weights, ("its activations", activations * replicas), *logits]

@@ -17,9 +17,9 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import format_bytes
-from trainer.planning.sections import WIDTH, Plan, Rows, first_names
-from trainer.planning.timing import estimate_time, on_gpus
-from trainer.planning.warnings import data_warnings, settings_warnings
+from trainer.planning.sections import WIDTH, Plan, Rows, format_names
+from trainer.planning.timing import estimate_time, has_gpus
+from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
 from trainer.storage.staging import is_remote
@@ -32,7 +32,7 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
     _show_data_and_network(plan, plot, summary)
-    plan.warnings += settings_warnings(plan.config)
+    plan.warnings += find_settings_warnings(plan.config)
 
 
 def _show_cluster(plan: Plan) -> None:
@@ -45,7 +45,7 @@ def _show_cluster(plan: Plan) -> None:
     source = f"detected from {cluster.source}; this is number {cluster.index}" if cluster.size > 1 else cluster.source
     rows: Rows = [("workers", f"{cluster.size}, {source}")]
     if cluster.addresses:
-        rows.append(("addresses", first_names(cluster.addresses)))
+        rows.append(("addresses", format_names(cluster.addresses)))
     accumulate = config.training.accumulate
     micro_batches = f", in {accumulate} micro-batches per replica" if accumulate > 1 else ""
     rows += [("devices", text.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
@@ -61,7 +61,7 @@ def _open_data(plan: Plan) -> Rows:
     if streamed_folder and (prepared := prepared_at(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
-        with checks.fetched_metadata(streamed_folder, prepared.metadata.values()) as folder:
+        with checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder:
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
     unstaged, local_paths = None, {"root": data.root, "pattern": data.pattern}
@@ -138,7 +138,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     plan.config = config
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     pixels = config.model.image_size or backbone.default_size
-    memory_before = estimates.resident_bytes()
+    memory_before = estimates.measure_resident_bytes()
     remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if remote else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
@@ -153,7 +153,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     per_device = max(batch_size // replicas, 1)
     per_replica = max(per_device // config.training.accumulate, 1)
     phases = estimates.plan_phases(config, classifier, epoch, per_replica)
-    sections.show_phases(plan, config, phases, estimates.parameter_count(classifier), epoch, sharding.by)
+    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch, sharding.by)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -161,7 +161,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         text = f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}"
         rows.append(("decoded" if name == "train" else "", text))
     plan.section("caches", rows)
-    memory = estimates.memory_rows(
+    memory = estimates.estimate_memory(
         classifier, phases, caches, rows=per_device, replicas=plan.replicas, before=memory_before
     )
     model_rows = _model_rows(config, classifier, classes)
@@ -179,14 +179,14 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
     with plan.collect_errors():
-        plan.warnings += estimates.memory_warnings(config, memory, replicas)
-    plan.warnings += data_warnings(config, dataset, epoch, plan.labels_known)
+        plan.warnings += estimates.check_worker_memory(config, memory, replicas)
+    plan.warnings += find_dataset_warnings(config, dataset, epoch, plan.labels_known)
     if not plan.faults and not any(value for _, value in config.debug):  # the time of a trial run is of no interest
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         seconds = estimate_time(config, classifier, dataset, inputs, epoch)
-        sections.show_time(plan, seconds, workers * (plan.replicas if on_gpus() else 1))
+        sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
-    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameter_count(classifier))
+    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
 
 
 def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
@@ -194,7 +194,7 @@ def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows
     backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
-    body = f"{estimates.parameter_count(classifier) - head:,} parameters in {len(backbone.layers)} layers"
+    body = f"{estimates.count_model_parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
     return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
             ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters")]  # fmt: skip

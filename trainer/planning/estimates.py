@@ -29,7 +29,7 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def bytes_of_split(split: Split) -> int:
+def estimate_split_bytes(split: Split) -> int:
     """Estimate the bytes of a split by its files, or by its fraction of each shard; 0 if one of them is not local."""
     try:
         if split.files:
@@ -79,26 +79,26 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int
             name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
             trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
             trains=frozenset(i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights),
-            optimizer=optimizer_slots(phase.optimizer) * sizes,
+            optimizer=count_optimizer_slots(phase.optimizer) * sizes,
             activations=max(
-                activation_bytes(classifier, thaw.first_thawed, rows, thaw.batch_norm_training),
-                activation_bytes(classifier, None, rows * config.training.accumulate),  # scoring has no micro-batches
+                estimate_activation_bytes(classifier, thaw.first_thawed, rows, thaw.batch_norm_training),
+                estimate_activation_bytes(classifier, None, rows * config.training.accumulate),  # scoring has no micro-batches
             ),
         ))  # fmt: skip
     return plans
 
 
-def parameter_count(classifier: Classifier) -> int:
+def count_model_parameters(classifier: Classifier) -> int:
     """Count the parameters of backbone and head, including the moving statistics of BatchNormalization."""
     return count_parameters(classifier.variables.values())
 
 
-def optimizer_slots(optimizer: Optimizer) -> int:
+def count_optimizer_slots(optimizer: Optimizer) -> int:
     """Return the number of values per trained parameter that an optimizer of Keras stores."""
     return {"sgd": 0, "rmsprop": 1}.get(optimizer.name, 2) + bool(optimizer.momentum)
 
 
-def activation_bytes(
+def estimate_activation_bytes(
     classifier: Classifier, first_thawed: int | None, rows: int, batch_norm_training: bool = False
 ) -> int:
     """Estimate the bytes of the activations of `rows` examples.
@@ -121,7 +121,7 @@ def activation_bytes(
     return sum(sizes[cut:]) + sum(sorted(sizes[:cut])[-2:])
 
 
-def resident_bytes() -> int:
+def measure_resident_bytes() -> int:
     """Return the memory of this process now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -136,7 +136,7 @@ BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ah
 ESTIMATE_ERROR = 1.25
 
 
-def memory_rows(
+def estimate_memory(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, rows: int, replicas: int,
     before: int,
 ) -> Uses:  # fmt: skip
@@ -158,12 +158,12 @@ def memory_rows(
     ]
 
 
-def on_gpu(uses: Uses) -> Uses:
+def select_gpu_uses(uses: Uses) -> Uses:
     """Select the uses of memory that are on the GPUs, if there are any."""
     return [use for use in uses if use[0] == "variables" or use[0] == ACTIVATIONS or use[0].startswith(("grad", "opt"))]
 
 
-def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
+def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
     """Return a warning if the estimated uses exceed the `limit` of the device in bytes, "" if they do not.
 
     Raises ConfigError, with the largest batch that fits, if they exceed it by more than the error of the estimate.
@@ -184,12 +184,12 @@ def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, devic
     return str(error)
 
 
-def memory_warnings(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
-    """Check the uses of memory on this worker against its limit and that of its GPUs, as `check_memory` does."""
+def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
+    """Check the uses of memory on this worker against its limit and that of its GPUs, as `check_device_memory` does."""
     gpus = gpu_memory()
-    device = on_gpu(uses) if gpus else []
+    device = select_gpu_uses(uses) if gpus else []
     checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
     if gpus:
         checks.append((device, gpus, "the memory of its GPUs"))
-    warnings = (check_memory(config, part, limit, replicas, name) for part, limit, name in checks)
+    warnings = (check_device_memory(config, part, limit, replicas, name) for part, limit, name in checks)
     return [warning for warning in warnings if warning]

@@ -10,13 +10,13 @@ from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.batch_norm import NORM
 from trainer.models.classifier import Classifier, count_parameters
-from trainer.planning.estimates import PhasePlan, parameter_count
-from trainer.report.figures import GRID_LINE, INK, MUTED, canvas, figure_label, save
+from trainer.planning.estimates import PhasePlan, count_model_parameters
+from trainer.report.figures import GRID_LINE, INK, MUTED, canvas, format_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
 MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
 # Positions of the columns; a row is 1 high.
-CENTRE_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
+CENTER_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     axes.set_xlim(-0.2, width)
     axes.set_ylim(len(rows) + 0.9, -2.15)
     axes.axis("off")
-    title = f"{classifier.spec.name}, {parameter_count(classifier):,} parameters"
+    title = f"{classifier.spec.name}, {count_model_parameters(classifier):,} parameters"
     axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
     axes.plot([0, width - 0.1], [-1.15, -1.15], color=GRID_LINE, linewidth=0.8)
     columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
     columns += [
-        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), figure_label(p.name, 12), "center") for n, p in enumerate(phases)
+        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), format_label(p.name, 12), "center") for n, p in enumerate(phases)
     ]
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
@@ -92,7 +92,7 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
         _draw_row(axes, y, row, [_colour(classifier, phase, row[-1]) for phase in phases], size)
         if y + 1 < len(rows):
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
-            axes.annotate("", (CENTRE_X, y + 0.7), (CENTRE_X, y + 0.3), arrowprops=arrow)
+            axes.annotate("", (CENTER_X, y + 0.7), (CENTER_X, y + 0.3), arrowprops=arrow)
     legend = ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
     for number, (colour, name) in enumerate(legend):
         x = 0.2 + 2.4 * number
@@ -106,8 +106,8 @@ def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int
     # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
     width_of_box, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
-    _box(axes, CENTRE_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
-    axes.text(CENTRE_X, y, figure_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    _box(axes, CENTER_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
+    axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
     for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
         axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)

@@ -20,9 +20,9 @@ from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, Uses, bytes_of_split, format_bytes
+from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes, format_bytes
 from trainer.planning.timing import format_time
-from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
+from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
@@ -96,7 +96,7 @@ class Plan:
         return line
 
 
-def first_names(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Format the first `MAX_NAMES` names, and the number of the others."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
@@ -119,10 +119,10 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 state = "finished already (it holds DONE): the run would end at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
-                saved = checks.newest_state(config) or {"step": 0, "phase": 0}
+                saved = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
                 state = f"holds this run: it would resume at step {saved['step']:,}, phase {phase}"
-            if (by := holder_of_folder(config)) and not state.startswith("finished"):
+            if (by := find_folder_holder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would fail: {plan.faults[-1]}"
@@ -136,11 +136,11 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
     """Print the names, counts, bytes and class balance of the data."""
     names = dataset.class_names
-    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {first_names(names)}")]
+    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = f", {format_bytes(count)}" if (count := bytes_of_split(split)) else ""
+        on_disk = f", {format_bytes(count)}" if (count := estimate_split_bytes(split)) else ""
         shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
@@ -227,7 +227,7 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
-    read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
+    read = sum(estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
     staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
     formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"

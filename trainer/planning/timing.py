@@ -31,7 +31,7 @@ def format_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def on_gpus() -> bool:
+def has_gpus() -> bool:
     """Return whether replicas compute in parallel, each on a GPU; those on CPUs have the same cores."""
     return bool(tf.config.list_physical_devices("GPU"))
 

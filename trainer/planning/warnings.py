@@ -6,13 +6,13 @@ from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.images import plan_image_caches
 from trainer.data.sharding import steps_per_epoch
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import memory_rows, memory_warnings, plan_phases
+from trainer.planning.estimates import estimate_memory, check_worker_memory, plan_phases
 from trainer.types import Dataset
 
 DOMINANT_FRACTION = 0.6  # fraction of the training examples above which one class is worth a warning
 
 
-def run_warnings(
+def find_run_warnings(
     config: RunConfig, classifier: Classifier, dataset: Dataset, *, workers: int, replicas: int, before: int
 ) -> list[str]:
     """Return the warnings of a run, as its plan has them; raise ConfigError if it does not fit into the memory.
@@ -23,12 +23,12 @@ def run_warnings(
     epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=False)
     phases = plan_phases(config, classifier, epoch, max(rows // config.training.accumulate, 1))
-    uses = memory_rows(classifier, phases, caches, rows=rows, replicas=replicas, before=before)
-    memory = memory_warnings(config, uses, workers * replicas)
-    return [*memory, *data_warnings(config, dataset, epoch), *settings_warnings(config)]
+    uses = estimate_memory(classifier, phases, caches, rows=rows, replicas=replicas, before=before)
+    memory = check_worker_memory(config, uses, workers * replicas)
+    return [*memory, *find_dataset_warnings(config, dataset, epoch), *find_settings_warnings(config)]
 
 
-def settings_warnings(config: RequestedConfig) -> list[str]:
+def find_settings_warnings(config: RequestedConfig) -> list[str]:
     """Return the warnings that follow from the configuration alone."""
     warnings = []
     settings = config.phases if isinstance(config, RunConfig) else {}
@@ -43,7 +43,7 @@ def settings_warnings(config: RequestedConfig) -> list[str]:
     return warnings
 
 
-def data_warnings(config: RunConfig, dataset: Dataset, epoch: int, labels_known: bool = True) -> list[str]:
+def find_dataset_warnings(config: RunConfig, dataset: Dataset, epoch: int, labels_known: bool = True) -> list[str]:
     """Return the warnings about the data with these settings; `epoch` is the length of an epoch in steps."""
     warnings, train = [], dataset.splits["train"]
     counts = np.bincount(train.labels, minlength=len(dataset.class_names))

@@ -65,12 +65,12 @@ def build_report(
     def fetch(rows: Sequence[int]) -> np.ndarray:
         return images.rows(split, indices[list(rows)])
 
-    samples = training_samples(images) if "train" in splits else None
+    samples = select_training_samples(images) if "train" in splits else None
     report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
     return write_report(folder, result, run, report_images)
 
 
-def training_samples(images: ImageStore) -> Samples:
+def select_training_samples(images: ImageStore) -> Samples:
     """Select random training images, and compute augmented views of the first."""
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
@@ -98,7 +98,7 @@ def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, i
     return np.asarray(views[::per_view])
 
 
-def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
+def allocate_comparisons(counts: Mapping[str, int]) -> dict[str, int]:
     """Divide `MAX_COMPARED` images among the splits equally, except that no split gets more images than it has."""
     compared: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
@@ -129,7 +129,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
     """Find duplicates among the images of splits; of more than `MAX_COMPARED` images only a sample is compared."""
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
-    counts = compared_counts({name: dataset.splits[name].count for name in splits})
+    counts = allocate_comparisons({name: dataset.splits[name].count for name in splits})
     for name in splits:
         indices, split = np.arange(counts[name], dtype=np.int64), dataset.splits[name]
         if len(indices) < split.count and not split.shards:  # files are ordered by class, the records of shards are not

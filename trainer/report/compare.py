@@ -22,9 +22,9 @@ from rich.table import Table
 from trainer.config.diff import flat
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.errors import DataError, TrainerError
-from trainer.evaluation.intervals import wilson
-from trainer.evaluation.paired import PairedComparison, compare_paired, holm
-from trainer.evaluation.predictions import from_cell
+from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.paired import PairedComparison, compare_paired, adjust_p_values
+from trainer.evaluation.predictions import decode_cell
 from trainer.report.figures import SERIES, Line, line_chart, svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, number, percent, render, thumbnail
 from trainer.storage.local import write_whole
@@ -76,7 +76,7 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
     try:
         report = json.loads(report_json[0])
         lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
-        cells = ([from_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
+        cells = ([decode_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
         predictions = {file: (truth, prediction) for file, truth, prediction in cells}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
@@ -99,7 +99,7 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
     return {}
 
 
-def short_names(addresses: Sequence[str]) -> list[str]:
+def shorten_addresses(addresses: Sequence[str]) -> list[str]:
     """Return the last folders of each address, as few as make the names distinct."""
     folders = [address.rstrip("/").split("/") for address in addresses]
     for count in range(1, max(map(len, folders)) + 1):
@@ -159,7 +159,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
                 )
     correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in rows], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
-    return Comparison(runs, common, names, correct, pairs, holm([pair.p for pair in pairs]))
+    return Comparison(runs, common, names, correct, pairs, adjust_p_values([pair.p for pair in pairs]))
 
 
 def verdict(pair: PairedComparison, p: float) -> str:
@@ -167,7 +167,7 @@ def verdict(pair: PairedComparison, p: float) -> str:
     return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
 
-def configuration_differences(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (key, its value in each run) for each configuration key whose values differ."""
     trees = [flat(dict(run.config)) for run in runs]
     phases = [list(run.config.get("phases", {})) for run in runs]
@@ -192,7 +192,7 @@ def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         hits = int(correct.sum())
         row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
-        row |= {"accuracy": hits / n, "interval": wilson(hits, n)}
+        row |= {"accuracy": hits / n, "interval": wilson_interval(hits, n)}
         if i > 0:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
             row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
@@ -286,7 +286,7 @@ def print_comparison(comparison: Comparison) -> None:
             cells += [f"{row['p']:.3g}", row["verdict"]]
         table.add_row(*cells)
     console.print(table)
-    for key, values in configuration_differences(comparison.runs):
+    for key, values in compare_configurations(comparison.runs):
         console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
 
 
@@ -304,8 +304,8 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         scores=_reported_scores(runs),
         charts=_curves(runs),
         classes=[(name, [each[name] for each in f1]) for name in names],
-        differences=configuration_differences(runs),
+        differences=compare_configurations(runs),
         significance_level=SIGNIFICANCE_LEVEL,
-        colour_count=len(SERIES),
+        color_count=len(SERIES),
     )
     write_whole(path, page)

@@ -8,10 +8,10 @@ import numpy as np
 
 from trainer.evaluation.drift import CONFIDENCE_BINS, Measure, Window
 from trainer.report import figures
-from trainer.report.figures import ACCENT, INK, PALE, canvas, figure_label, set_heading, tidy
+from trainer.report.figures import ACCENT, INK, PALE, canvas, format_label, set_heading, tidy
 
 MAX_CLASSES = 15  # in the figure: those whose fraction of the predictions changed most
-LEVEL_COLOURS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
+LEVEL_COLORS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
 
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Sequence[Measure]) -> None:
@@ -25,7 +25,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     rows = np.arange(len(shown))
     axes.barh(rows - 0.2, expected[shown], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
     axes.barh(rows + 0.2, observed[shown], 0.38, color=ACCENT, label=f"log ({window.n:,})")
-    axes.set_yticks(rows, [figure_label(reference["classes"][i]) for i in shown])
+    axes.set_yticks(rows, [format_label(reference["classes"][i]) for i in shown])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     set_heading(
@@ -41,7 +41,7 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measured: Seq
     set_heading(left, "Largest probability")
     tidy(left, "y")
     ratios, rows = [min(measure.value / measure.shifted, 3.0) for measure in measured], np.arange(len(measured))
-    right.barh(rows, ratios, 0.5, color=[LEVEL_COLOURS[measure.level] for measure in measured])
+    right.barh(rows, ratios, 0.5, color=[LEVEL_COLORS[measure.level] for measure in measured])
     right.axvline(1, color=INK, linewidth=1)
     right.set_yticks(rows, [measure.name for measure in measured])
     right.invert_yaxis()

@@ -26,7 +26,7 @@ from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.names import file_stem
 from trainer.report.build import build_report
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, rebuild_classifier, with_run_classes, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, rebuild_classifier, map_to_run_classes, without_weights
 from trainer.storage.path import storage_path
 from trainer.types import LogMessage, has_fingerprints
 
@@ -67,7 +67,7 @@ def evaluate(
         with suppress(DataError):  # other data may be too small to be divided
             divided = open_data(moved, lambda _: None)
             data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data
-    dataset = with_run_classes(run, data.dataset)
+    dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
     largest, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
     config, _ = limit_batch_size(config, largest, replicas)  # as in the run

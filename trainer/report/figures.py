@@ -59,7 +59,7 @@ def shortened(name: str, max_length: int) -> str:
     return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
 
 
-def figure_label(name: str, max_length: int = 24) -> str:
+def format_label(name: str, max_length: int = 24) -> str:
     """Shorten a class or file name for a figure, and escape $, which would begin a formula in matplotlib."""
     return shortened(name, max_length).replace("$", r"\$")
 
@@ -222,12 +222,12 @@ def line_chart(
     for name, epoch in phase_starts.items():
         axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
         rotation: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
-        axes.annotate(figure_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
+        axes.annotate(format_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
     tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
     for number, (line, points) in enumerate(drawn):
         marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
-        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=figure_label(line.name),
+        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=format_label(line.name),
                   gid=str(number), **marker)  # fmt: skip
         if marker:
             shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
@@ -268,14 +268,14 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
     return [chart for chart in charts if chart]
 
 
-def wrong_counts(confusion: np.ndarray) -> np.ndarray:
+def zero_diagonal(confusion: np.ndarray) -> np.ndarray:
     """Return the confusion matrix, int [c, c], with zeros on the diagonal."""
     return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
 
 
-def top_confusions(confusion: np.ndarray, limit: int = 15) -> list[tuple[int, int, int]]:
+def find_top_confusions(confusion: np.ndarray, limit: int = 15) -> list[tuple[int, int, int]]:
     """Return (truth, prediction, count) of the most frequent mistakes of a confusion matrix; ties in order of truth."""
-    wrong = wrong_counts(confusion)
+    wrong = zero_diagonal(confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[: min(limit, np.count_nonzero(wrong))]
     truth, prediction = np.unravel_index(order, wrong.shape)
     return list(zip(truth.tolist(), prediction.tolist(), wrong[truth, prediction].tolist(), strict=True))
@@ -312,7 +312,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         figure, axes = _plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
-    names, support = [figure_label(name) for name in class_names], table.sum(axis=1)
+    names, support = [format_label(name) for name in class_names], table.sum(axis=1)
     rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * classes)  # points, of the matrix without the names around it
     # 6.6 and, slanted, 5: points per character
@@ -334,7 +334,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
 
 
 def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
-    pairs, title = top_confusions(table), "Most frequent confusions"
+    pairs, title = find_top_confusions(table), "Most frequent confusions"
     figure, axes = _plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
     if not pairs:
         axes.set_axis_off()
@@ -344,7 +344,7 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
     for y, (truth, _, count) in enumerate(pairs):
         axes.text(count, y, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
-    texts = [f"{figure_label(class_names[t], 22)} predicted as {figure_label(class_names[p], 22)}" for t, p, _ in pairs]
+    texts = [f"{format_label(class_names[t], 22)} predicted as {format_label(class_names[p], 22)}" for t, p, _ in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=9)
     axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -359,7 +359,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MAX_BARS]
-    texts = [f"{figure_label(row['name'], 20)} ({row['support']:,})" for row in shown]
+    texts = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in shown]
     columns = math.ceil(len(shown) / 40)
     length = math.ceil(len(shown) / columns)
     left = 12 + 6.6 * max(map(len, texts))  # points, as the other sizes
@@ -473,9 +473,9 @@ def draw_examples(
     for index in indices:
         k = int(result.probabilities[index].argmax())
         correct = k == result.labels[index]
-        truth, prediction = (figure_label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
+        truth, prediction = (format_label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
         percent = f"{100 * result.probabilities[index, k]:.1f} %"
-        file = figure_label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
+        file = format_label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
         captions.append(f"{file}truth: {truth}\n{'✓' if correct else '✗'} {prediction}, {percent}")
         colours.append(RIGHT if correct else WRONG)
     return draw_images(title, fetch(indices), captions, columns, colours)

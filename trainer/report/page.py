@@ -157,7 +157,7 @@ class ReportImages:
 MAX_PER_TAB = 24  # images in a tab of the gallery
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
 # Name and custom property of the colour (report.css) of each category of the time breakdown.
-CATEGORY_COLOURS = {
+CATEGORY_COLORS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
     "start": ("starting", "--faint"), "checkpoint": ("checkpoints", "--s5"),
@@ -198,7 +198,7 @@ def write_page(
     `charts` are "curves", which may be empty, "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.wrong_counts(confusion)
+    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
     confused_with = wrong.argmax(axis=1)  # the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
@@ -221,7 +221,7 @@ def write_page(
         config=config,
         charts={key: [svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
         many_classes=many_classes,
-        confusions=figures.top_confusions(confusion, 15 if many_classes else 8),
+        confusions=figures.find_top_confusions(confusion, 15 if many_classes else 8),
         per_class=[
             (per_class[i], per_class[confused_with[i]]["name"], int(wrong[i, confused_with[i]])) for i in weakest_first
         ],
@@ -237,7 +237,7 @@ def write_page(
             for name, text in _FIGURES.items()
             if name in report["figures"]
         ],
-        time_breakdown=[(*CATEGORY_COLOURS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
+        time_breakdown=[(*CATEGORY_COLORS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
     write_whole(path, page)

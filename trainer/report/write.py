@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.evaluation.intervals import wilson
+from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report import figures
@@ -64,7 +64,7 @@ def _summarise_phases(
         phase = {"epochs": len(rows), "seconds": sum(float(row.get("seconds") or 0) for row in rows), **values}
         phase.setdefault("val_accuracy", None)
         if phase.get("val_n") and phase["val_accuracy"] is not None:
-            phase["val_interval"] = wilson(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
+            phase["val_interval"] = wilson_interval(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
         summary[name] = phase
     return summary
 
@@ -92,7 +92,7 @@ def _draw_all(
         **{name: [chart.figure for chart in of_name] for name, of_name in charts.items() if name != "curves"},
     }
     if samples := images.samples:
-        captions = [figures.figure_label(name, 20) for name in samples.class_names]
+        captions = [figures.format_label(name, 20) for name in samples.class_names]
         title = "Training examples, as the input of the model"
         drawn["samples"] = figures.draw_images(title, samples.images, captions)
         if samples.augmented is not None:

@@ -41,12 +41,12 @@ def is_checkpoint(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
-def step_of(name: str) -> int:
+def parse_step(name: str) -> int:
     """Parse the step from the name of a checkpoint, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
-def holds_checkpoints(names: Iterable[str]) -> bool:
+def has_checkpoints(names: Iterable[str]) -> bool:
     """Return whether these names of a folder `checkpoints` include a checkpoint, which may be damaged or a copy."""
     return any(name.startswith((PREFIX, _REPLACED, f"{_DAMAGED}{PREFIX}")) for name in names)
 
@@ -95,7 +95,7 @@ def _state(value: Any) -> dict[str, Any]:
     return value
 
 
-def inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def select_inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Select the model's variables of a checkpoint by name, with the averages (EMA) where its run computed them."""
     values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
     return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
@@ -118,7 +118,7 @@ class CheckpointFolder:
         """List the steps of the committed checkpoints in ascending order."""
         folders = [p for prefix in (PREFIX, _REPLACED) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
         names = {p.name.removeprefix(_REPLACED) for p in folders}
-        return sorted(step_of(name) for name in names if is_checkpoint(name))
+        return sorted(parse_step(name) for name in names if is_checkpoint(name))
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.

@@ -22,11 +22,11 @@ CATEGORIES = (
     "lost",  # training steps after the last checkpoint of a process, which the next one repeated
     "down",  # no process of the run existed
 )
-LEDGER = "ledger.json"  # in the folder of a run
+BREAKDOWN_FILE = "ledger.json"  # in the folder of a run
 WRITE_SECONDS = 5.0  # minimal interval between two writes of the file
 
 
-def breakdown_of(value: Any) -> dict[str, float]:
+def parse_breakdown(value: Any) -> dict[str, float]:
     """Return the seconds by category and `as_of` of a ledger.json; raise one of `WRONG_CONTENT` if it is damaged."""
     fields = json_object(value)
     seconds = {name: finite(spent) for name, spent in json_object(fields["seconds"]).items() if name in CATEGORIES}
@@ -47,7 +47,7 @@ class Clock:
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        saved: dict[str, float] = intact(file, breakdown_of, {}) if file else {}
+        saved: dict[str, float] = intact(file, parse_breakdown, {}) if file else {}
         if saved:
             as_of = saved.pop("as_of")
             self.seconds |= saved

@@ -25,10 +25,10 @@ from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, rea
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.names import file_stem, printable
-from trainer.runs.checkpoints import holds_checkpoints
-from trainer.runs.clock import LEDGER, breakdown_of
+from trainer.runs.checkpoints import has_checkpoints
+from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS, entries_of
+from trainer.runs.restarts import ATTEMPTS, parse_entries
 from trainer.storage.base import is_unfinished
 from trainer.storage.disk import refused_write
 from trainer.storage.lease import holder_of
@@ -92,7 +92,7 @@ class RunFolder:
             (self.path / DONE).unlink(missing_ok=True)  # after the write that fails if the disk is full
             os.replace(temporary, self.path / "config.yaml")
         sync(self.path)
-        for name, shape in {RUN_JSON: run_json_of, ATTEMPTS: entries_of, LEDGER: breakdown_of}.items():
+        for name, shape in {RUN_JSON: parse_run_json, ATTEMPTS: parse_entries, BREAKDOWN_FILE: parse_breakdown}.items():
             try:
                 read_json(self.path / name, shape, "")
             except DataError as error:
@@ -136,11 +136,11 @@ class RunFolder:
 _LOSSES = {
     RUN_JSON: "; the data cannot be compared with that of earlier starts",
     ATTEMPTS: "; earlier restarts are not counted",
-    LEDGER: "; the time breakdown lacks earlier starts",
+    BREAKDOWN_FILE: "; the time breakdown lacks earlier starts",
 }
 
 
-def run_json_of(value: Any) -> dict[str, Any]:
+def parse_run_json(value: Any) -> dict[str, Any]:
     """Check the content of run.json; raise one of `WRONG_CONTENT` if it is something else."""
     fields = json_object(value)
     json_object(fields.get("features", {}))
@@ -152,10 +152,10 @@ def run_json_of(value: Any) -> dict[str, Any]:
 
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read run.json in the folder of a run; empty if it does not exist or is damaged."""
-    return intact(folder / RUN_JSON, run_json_of, {})
+    return intact(folder / RUN_JSON, parse_run_json, {})
 
 
-def last_command(folder: Path) -> str:
+def read_last_command(folder: Path) -> str:
     """Return the shell command of the last start of a run."""
     return shlex.join(read_run_json(folder)["attempts"][-1]["command"])
 
@@ -179,7 +179,7 @@ def versions() -> dict[str, str]:
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
-def source_digest() -> str:
+def hash_source() -> str:
     """Hash the package's Python files to 16 hex digits; they can differ between container images of one version."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
@@ -238,7 +238,7 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
     return lock
 
 
-def holder_of_folder(config: RequestedConfig) -> str | None:
+def find_folder_holder(config: RequestedConfig) -> str | None:
     """Describe the process that has locked output_dir or holds its lease; None if there is none. Write nothing."""
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
@@ -297,7 +297,7 @@ def _contents(folder: StoragePath) -> FolderContents:
     """Read what `check_folder` needs; of a bucket only what a run downloads from there."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
     checkpoints = folder / "checkpoints"
-    begun = holds_checkpoints(child.name for child in checkpoints.folders())
+    begun = has_checkpoints(child.name for child in checkpoints.folders())
     if not folder.is_local:
         names = {n for n in names if not n.startswith(".") and n not in (DONE, "report", "export")}
         begun = (folder / LATEST).exists()
@@ -328,7 +328,7 @@ def check_folder(
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
     try:
-        before = stored_config(contents.config, address)
+        before = parse_stored_config(contents.config, address)
     except ConfigError:
         if contents.has_checkpoint:
             raise
@@ -336,7 +336,7 @@ def check_folder(
     return before, check_same_run(config, before, address) if contents.has_checkpoint else None
 
 
-def stored_config(content: bytes, address: str) -> RunConfig:
+def parse_stored_config(content: bytes, address: str) -> RunConfig:
     """Read the config.yaml of the run in output_dir `address`; raise a ConfigError if it is damaged or not valid."""
     try:
         return load_resolved(read_config(content))
@@ -354,7 +354,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
     folder = storage_path(config.output_dir or "")
     _, resumed = check_folder(config, str(config.output_dir), _contents(folder))
     with suppress(DataError):
-        return resumed, read_json(folder / RUN_JSON, run_json_of, "") or {} if resumed else {}
+        return resumed, read_json(folder / RUN_JSON, parse_run_json, "") or {} if resumed else {}
     return resumed, {}
 
 
@@ -393,7 +393,7 @@ def is_finished(config: RequestedConfig) -> bool:
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = stored_config((folder / "config.yaml").read(), config.output_dir)
+    before = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
     config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
     return same_length and not _changes(before, config)

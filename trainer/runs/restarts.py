@@ -18,7 +18,7 @@ MAX_ENTRIES = 100  # in the file
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"  # stop request; exit code 1 or 75; another exit code
 
 
-def entries_of(value: Any) -> list[dict[str, Any]]:
+def parse_entries(value: Any) -> list[dict[str, Any]]:
     """Check the content of attempts.json; raise one of `WRONG_CONTENT` if it is something else."""
     return [
         {"step": int(entry["step"]), "started": str(entry["started"]), **{k: entry[k] for k in ("kind", "reason")}}
@@ -36,7 +36,7 @@ class RestartHistory:
     def __init__(self, file: Path | None, is_new: bool = False) -> None:
         """`file`: None on workers other than the chief. It is not read if the run `is_new`, or if it is damaged."""
         self.file, self._begun = file, False  # _begun: the last entry is this process
-        self.entries: list[dict[str, Any]] = intact(file, entries_of, []) if file and not is_new else []
+        self.entries: list[dict[str, Any]] = intact(file, parse_entries, []) if file and not is_new else []
 
     def require_progress(self, step: int, max_failures: int) -> None:
         """Raise GaveUp if `max_failures` restarts failed or were killed since `step` was first resumed from.

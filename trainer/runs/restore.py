@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_checkpoint, read_pointer
+from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights, read_checkpoint, read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
@@ -45,8 +45,8 @@ def load_warm_start(
     """
     path, values = read_warm_start(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
-    values = inference_weights(control.broadcast_arrays("weights", values))
-    names, warning = match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)
+    values = select_inference_weights(control.broadcast_arrays("weights", values))
+    names, warning = match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), source)
     if warning:
         log.warning(warning)
     assign_values(classifier, {name: classifier.variables[name] for name in names}, values, source)
@@ -56,7 +56,7 @@ def load_warm_start(
 Shapes = dict[str, tuple[int, ...]]  # shape of each variable by its name
 
 
-def shapes_of(values: Mapping[str, Any]) -> Shapes:
+def collect_shapes(values: Mapping[str, Any]) -> Shapes:
     """Return the shapes of variables or arrays."""
     return {name: tuple(value.shape) for name, value in values.items()}
 
@@ -91,14 +91,14 @@ def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.
     if is_remote(source):
         folder = cache_folder / "warm_start"
         fetch_run(storage_path(source), folder)
-    checkpoints = local_checkpoints(source, folder)
+    checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent == folder:
         best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.steps()
         folder = checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
     return str(folder), read_checkpoint(storage_path(folder))[1]
 
 
-def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
+def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
     """Return the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
 
     Raises DataError if the folder does not exist or the run has no checkpoint; `source` is the value of `warm_start`.

@@ -8,7 +8,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.typed import argument
 from trainer.errors import DataError
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights
+from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import ATTEMPTS, RestartHistory
 from trainer.training import variables
@@ -61,12 +61,12 @@ class Saver:
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
             try:
-                weights = inference_weights(self.checkpoints.read(step)[1])
+                weights = select_inference_weights(self.checkpoints.read(step)[1])
             except DataError as error:
                 if step == last_step:
                     raise
                 log.info(f"{error.problem}; using the last checkpoint instead")
-                step, weights = last_step, inference_weights(self.checkpoints.read(last_step)[1])
+                step, weights = last_step, select_inference_weights(self.checkpoints.read(last_step)[1])
             weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)
         return step, self.control.broadcast_arrays("weights", weights)

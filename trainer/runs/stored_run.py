@@ -12,7 +12,7 @@ from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
 from trainer.names import class_name
-from trainer.runs.checkpoints import inference_weights, is_checkpoint, read_checkpoint, read_pointer, step_of
+from trainer.runs.checkpoints import select_inference_weights, is_checkpoint, read_checkpoint, read_pointer, parse_step
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import json_object, read_json
 from trainer.types import Dataset
@@ -99,14 +99,14 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     if which in ("best", "last"):
         names = latest[:1] if which == "last" else read_pointer(folder / "BEST")
     elif which.isdecimal():
-        names = [name for name in available if step_of(name) == int(which)]
+        names = [name for name in available if parse_step(name) == int(which)]
     else:
         raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix="give best, last or a step")
     if names and names[0] in available:
         return available[names[0]]
     if not available:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
-    steps = ", ".join(map(str, sorted(map(step_of, available))))
+    steps = ", ".join(map(str, sorted(map(parse_step, available))))
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
@@ -140,7 +140,7 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
         phases = state.get("finished", {})  # the report is of another checkpoint
     name = which if which in ("best", "last") else f"step-{state['step']}"
-    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, inference_weights(values))
+    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, select_inference_weights(values))
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
@@ -154,7 +154,7 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
 
 
-def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
+def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     """Return the dataset with the classes of the run, in their order; labels are mapped by the names of the classes.
 
     The data may have only some of the classes; a note, which is logged too, names the others. Raises a DataError if it

@@ -30,8 +30,8 @@ from trainer.serving.requests import (
     MemoryBudget,
     PredictRequest,
     read_body,
-    read_instances,
-    read_predict,
+    parse_instances,
+    parse_predict,
     unavailable,
 )
 from trainer.serving.settings import Settings
@@ -158,7 +158,7 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
         content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._predict_images(request, read_predict, content_type, query, self.settings)
+        parsed, predictions = await self._predict_images(request, parse_predict, content_type, query, self.settings)
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             p = prediction.probabilities
@@ -179,7 +179,7 @@ class Service:
         """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._predict_images(request, read_instances, self.settings, explain)
+        parsed, predictions = await self._predict_images(request, parse_instances, self.settings, explain)
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 import trainer
 from trainer.errors import ConfigError
-from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability
+from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability_index
 from trainer.monitoring.log import log, timestamp
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.settings import Settings, batch_sizes
@@ -107,9 +107,9 @@ class ServingMetrics(Collector):
         text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
         stability = GaugeMetricFamily("kubetune_serving_population_stability_index", text, labels=["of"])
         frequencies = np.asarray(reference["class_frequencies"]) * reference["n"]
-        stability.add_metric(["classes"], population_stability(frequencies, classes))
+        stability.add_metric(["classes"], population_stability_index(frequencies, classes))
         expected = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
-        stability.add_metric(["confidence"], population_stability(*merge_bins(expected, confidences)))
+        stability.add_metric(["confidence"], population_stability_index(*merge_bins(expected, confidences)))
         yield stability
         if gaussian is not None and self._embedding_width:
             text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"

@@ -25,7 +25,7 @@ MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding a baseline 
 # Time to decode, relative to the pixels of a PNG (7,000 x 7,000 on one core: PNG, WebP, GIF and BMP 2.1 to 2.6 s, JPEG
 # of 10 scans 1.1 s, baseline JPEG, which is decoded at a fraction of its size, 0.1 s).
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
-BODY_SECONDS = 30.0  # time limit of a body, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
+BODY_TIMEOUT = 30.0  # time limit of a body, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
 MIN_BYTES_PER_SECOND = 100_000
 CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
 CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, in images of `max_pixels`
@@ -155,7 +155,7 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
         raise too_long  # before the client sends the body
     body = bytearray()
     discarded = 0
-    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+    deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT
     try:
         async with asyncio.timeout_at(deadline) as limit:
             async for chunk in request.stream():
@@ -177,10 +177,10 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
     return bytes(body)
 
 
-def read_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
+def parse_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
     """Parse the body of `POST /predict`: a form, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
-    Raises HTTPException 400, 413 or 415, as `read_instances` does.
+    Raises HTTPException 400, 413 or 415, as `parse_instances` does.
     """
     media_type, options = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
@@ -199,7 +199,7 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
     return PredictRequest(images, top_k, explain)
 
 
-def read_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:
+def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:
     """Parse the body of `POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}` or `{"inputs": [...]}`.
 
     Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or

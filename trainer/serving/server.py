@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     LoadModel = Callable[[Export], ServedModel]
 
-HEAD_SECONDS = 10.0  # time limit for the head of a request, from the connection or the first byte of the request on
-IDLE_SECONDS = 75.0  # time limit of an idle connection; longer than the usual 60 s of load balancers
-FIRST_REQUEST_SECONDS = 1.0  # wait during the shutdown for the first request of a connection
+HEAD_TIMEOUT = 10.0  # time limit for the head of a request, from the connection or the first byte of the request on
+IDLE_TIMEOUT = 75.0  # time limit of an idle connection; longer than the usual 60 s of load balancers
+FIRST_REQUEST_TIMEOUT = 1.0  # wait during the shutdown for the first request of a connection
 MAX_BACKLOG = 1024  # connections that the kernel queues
 MAX_HEAD_BYTES = 32 * 1024
 
@@ -40,13 +40,13 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._set_head_timeout(HEAD_SECONDS)
+        self._set_head_timeout(HEAD_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._head_timeout is None:
-                self._set_head_timeout(HEAD_SECONDS)
+                self._set_head_timeout(HEAD_TIMEOUT)
         else:
             self._set_head_timeout(None)
 
@@ -64,7 +64,7 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         """Close the connection; first wait if a request may have arrived that has not been read yet."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
-            self._set_head_timeout(FIRST_REQUEST_SECONDS)
+            self._set_head_timeout(FIRST_REQUEST_TIMEOUT)
         else:
             super().shutdown()
 
@@ -136,7 +136,7 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
         access_log=False,
         server_header=False,
         backlog=MAX_BACKLOG,
-        timeout_keep_alive=round(IDLE_SECONDS),
+        timeout_keep_alive=round(IDLE_TIMEOUT),
         timeout_graceful_shutdown=math.ceil(settings.drain),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )

@@ -58,7 +58,7 @@ def batch_sizes(max_batch: int) -> list[int]:
     return [2**power for power in range((max_batch - 1).bit_length() + 1)]
 
 
-def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
+def parse_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
     """Validate the arguments; `cache_dir` replaces the default of that setting. Raises ConfigError, with all faults."""
     tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
