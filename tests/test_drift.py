@@ -157,7 +157,7 @@ def test_a_damaged_reference_exits_with_2(text: str, tmp_path: Path, command: Ca
     (tmp_path / "reference.json").write_text(text)
     code, _, err = command(f"reference={tmp_path}", "log=x.jsonl")
     assert code == 2
-    assert f"error: reference={tmp_path}: its reference.json is damaged" in err
+    assert f"error: reference={tmp_path}: its reference.json is corrupt" in err
 
 
 def test_tensorflow_is_not_imported(run: Path, tmp_path: Path) -> None:

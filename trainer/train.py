@@ -123,7 +123,9 @@ def set_up(
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    warnings = find_run_warnings(config, classifier, dataset, workers=control.size, replicas=replicas, before=memory_before)
+    warnings = find_run_warnings(
+        config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
+    )
     for warning in filter(None, [limited, *warnings] if control.is_chief else []):
         log.warning(f"warning: {warning}")
     chief_folder = folder.path if control.is_chief else None
@@ -151,7 +153,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
-    state, restored = run.saver.newest(folder.resuming)
+    state, restored = run.saver.broadcast_newest(folder.resuming)
     if state:
         run.state = RunState.from_json(state)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
@@ -193,7 +195,7 @@ def begin(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: lis
         kinds: dict[str, str] = dict(features.input_kinds)
         folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, limit)
-        run.saver.checkpoints.tidy(step)
+        run.saver.checkpoints.set_aside_after(step)
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
         truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
@@ -354,7 +356,7 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     best = early_stopping.best_step(state, run.config.phases[name].early_stopping)
     assert best is not None, "a phase ends after a validation"
     selected = best if training.keep == "best" else state.step
-    step, weights = run.saver.read_weights(selected, state.step, list(run.classifier.variables))
+    step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
     summary, entry = early_stopping.summarise_phase(state, name, step)
     state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}

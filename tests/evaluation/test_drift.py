@@ -9,13 +9,13 @@ import scipy.stats
 
 from trainer.evaluation.drift import (
     Window,
-    embedding_distance_quantile,
     embedding_distance,
+    embedding_distance_quantile,
     measure_drift,
     merge_bins,
+    most_severe_level,
     population_stability_index,
     psi_quantile,
-    verdict,
 )
 
 WIDTH = 6
@@ -80,7 +80,7 @@ def window_of(*values: np.ndarray, size: int | None = None) -> Window:
 
 def reference() -> dict[str, Any]:
     window = window_of(*sample(1, 600))
-    mean, covariance = window.gaussian()
+    mean, covariance = window.fit_gaussian()
     return {
         "n": window.n,
         "class_frequencies": (window.classes / window.n).tolist(),
@@ -91,11 +91,11 @@ def reference() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [20, 100, 1000])
 def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> None:
-    same = [verdict(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)]
+    same = [most_severe_level(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)]
     assert same.count("shifted") <= 1  # 30 measures, each wrong in 1 of 100 cases
     measured = measure_drift(reference(), window_of(*sample(3, count, shift=1.0)))
     levels = {m.name: m.level for m in measured}
-    assert levels["confidence"] == levels["embedding"] == verdict(measured) == "shifted"
+    assert levels["confidence"] == levels["embedding"] == most_severe_level(measured) == "shifted"
     assert levels["classes"] != "shifted"
 
 
@@ -132,8 +132,8 @@ def test_a_window_has_the_last_predictions_only() -> None:
     assert window.n == window.embedding_count == 60
     np.testing.assert_array_equal(window.classes, expected.classes)
     np.testing.assert_array_equal(window.confidences, expected.confidences)
-    np.testing.assert_allclose(window.gaussian()[0], last[2].mean(0), atol=1e-9)
-    np.testing.assert_allclose(window.gaussian()[1], np.cov(last[2], rowvar=False), atol=1e-9)
+    np.testing.assert_allclose(window.fit_gaussian()[0], last[2].mean(0), atol=1e-9)
+    np.testing.assert_allclose(window.fit_gaussian()[1], np.cov(last[2], rowvar=False), atol=1e-9)
 
 
 @pytest.mark.parametrize(("confidence", "index"), [(0.0, 0), (0.049, 0), (0.05, 1), (0.999, 19), (1.0, 19), (1.01, 19)])

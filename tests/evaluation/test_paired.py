@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from trainer.evaluation.intervals import macro_f1_interval, mean_interval
-from trainer.evaluation.paired import compare_paired, adjust_p_values
+from trainer.evaluation.paired import adjust_p_values, compare_paired
 
 
 def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

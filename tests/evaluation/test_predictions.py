@@ -8,7 +8,7 @@ import pytest
 
 from tests.nasty import file_names
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import encode_cell, decode_cell, write_predictions
+from trainer.evaluation.predictions import decode_cell, encode_cell, write_predictions
 from trainer.names import printable
 
 

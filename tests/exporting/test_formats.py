@@ -33,7 +33,7 @@ from trainer.config.schema import ExportFormat
 from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
-from trainer.exporting.tflite import export_tflite, quiet
+from trainer.exporting.tflite import export_tflite, suppress_litert_output
 from trainer.exporting.verify import is_accuracy_drop_too_large, load_export
 from trainer.models.batch_norm import PaddingAwareBatchNormalization
 
@@ -154,7 +154,7 @@ def test_the_precision_is_restored_after_an_error() -> None:
 
 
 def test_only_routine_lines_are_suppressed(capfd: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(ValueError), quiet():
+    with contextlib.suppress(ValueError), suppress_litert_output():
         os.write(2, b"fully_quantize: 0, inference_type: 6\nERROR: the model is empty\n")
         os.write(2, b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n")
         raise ValueError

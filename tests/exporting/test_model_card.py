@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from tests.nasty import file_names
 from trainer.config import schema as config
-from trainer.exporting.model_card import format_code_span, escape_markdown, write_model_card
+from trainer.exporting.model_card import escape_markdown, format_code_span, write_model_card
 from trainer.names import class_name, printable
 
 SCORED: dict[str, Any] = {

@@ -118,7 +118,7 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
         starts = {"<head>": 0.5, "rest": 1.5}
         chart = figures.line_chart("A & <i>", lines, fractions=True, phase_starts=starts, legend=True)
         assert chart
-        return figures.svg(name, chart)
+        return figures.to_svg(name, chart)
 
     first = drawn("a")
     assert first == drawn("a")

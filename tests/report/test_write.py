@@ -15,7 +15,7 @@ import pytest
 
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson_interval
-from trainer.report.figures import INK, Line, line_chart, svg
+from trainer.report.figures import INK, Line, line_chart, to_svg
 from trainer.report.page import CATEGORY_COLORS, ReportImages, Samples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock
@@ -237,7 +237,7 @@ def test_every_category_of_time_has_its_own_colour() -> None:
 def test_ticks_of_a_learning_rate_are_its_values() -> None:
     chart = line_chart("Learning rate", [Line("learning rate", INK, [1, 2], [1e-3, 1e-5])])
     assert chart
-    drawn = svg("rate", chart)
+    drawn = to_svg("rate", chart)
     assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in drawn] == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.exporting.reference import draw_projection, compute_reference
+from trainer.exporting.reference import compute_reference, draw_projection
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics
 from trainer.serving.settings import parse_settings

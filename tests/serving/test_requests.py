@@ -23,9 +23,9 @@ from trainer.serving.requests import (
     MemoryBudget,
     PredictRequest,
     check_image,
-    read_body,
     parse_instances,
     parse_predict,
+    read_body,
 )
 from trainer.serving.settings import parse_settings
 

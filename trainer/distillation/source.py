@@ -11,7 +11,7 @@ import numpy as np
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.names import class_name
-from trainer.runs.checkpoints import crc32c_hex, select_inference_weights, read_checkpoint, read_pointer
+from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.local import inside
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import WRONG_CONTENT

@@ -1,4 +1,4 @@
-"""Export formats: write each file, load it with its own library, score it, and delete it if it is too inaccurate."""
+"""Write each export format, load it with its own library, score it, and delete it if it is too inaccurate."""
 
 import contextlib
 import importlib.util
@@ -53,7 +53,7 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     write_whole(path, converted.SerializeToString())
 
 
-# Name -> (path below the export folder, function that writes it)
+# Format -> (path below the export folder, function that writes it)
 FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "saved_model": ("saved_model/1", export_saved_model),
     "keras": ("model.keras", export_keras),
@@ -70,8 +70,8 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
     """Check, before training, that the formats can be written.
 
     Raises:
-        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (1.17 has no
-            Erfc, which the GELU of ConvNeXt uses).
+        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (tf2onnx
+            1.17 has no Erfc, which the GELU of ConvNeXt uses).
     """
     if "onnx" not in formats:
         return
@@ -102,17 +102,20 @@ def export_formats(
     """Write each format below `folder` and score it; delete it if it lost too much accuracy.
 
     A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant. `check`
-    is called before each format and each batch; it may raise to stop the export. The result has for each format the
-    scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`, True if it was deleted.
+    is called before each format and each batch; it can raise an exception to stop the export.
+
+    Returns:
+        For each format its scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`,
+        True if it was deleted.
 
     Raises:
         ModelError: a written file cannot be loaded.
     """
     exports: dict[str, dict[str, Any]] = {}
     delete_unfinished(folder)
-    for number, name in enumerate(names := list(formats)):
+    for i, name in enumerate(names := list(formats)):
         check()
-        health.progress(number, len(names))
+        health.progress(i, len(names))
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)
@@ -129,7 +132,7 @@ def export_formats(
 def raise_if_refused(
     exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float, section: str = "export."
 ) -> None:
-    """Raise a ModelError that names the deleted formats, if there are any, and the keys with the prefix `section`."""
+    """Raise a ModelError if a format was deleted; `section` is the prefix of the configuration keys in its message."""
     refused = [
         f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"
         for name, scores in exports.items()

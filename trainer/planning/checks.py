@@ -18,9 +18,9 @@ from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, variable_bytes
 from trainer.names import class_name
-from trainer.planning.estimates import estimate_activation_bytes, count_model_parameters
-from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights, read_pointer
-from trainer.runs.restore import open_local_checkpoints, match_warm_start, read_warm_start, collect_shapes
+from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
+from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
+from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import free_bytes, refused_write
 from trainer.storage.local import inside, temporary_file
@@ -92,7 +92,7 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
     folder = storage_path(config.output_dir or "")
     if folder.is_local:
         checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", 1, lambda _: None)
-        for step in reversed(checkpoints.steps()):
+        for step in reversed(checkpoints.list_steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
@@ -131,7 +131,7 @@ def describe_warm_start(run: str) -> str:
         if not (storage_path(run) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
         return f"{run}: has a committed checkpoint"
-    steps = open_local_checkpoints(run, Path(run).expanduser()).steps()
+    steps = open_local_checkpoints(run, Path(run).expanduser()).list_steps()
     return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 

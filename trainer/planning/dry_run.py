@@ -49,7 +49,7 @@ def _show_cluster(plan: Plan) -> None:
     accumulate = config.training.accumulate
     micro_batches = f", in {accumulate} micro-batches per replica" if accumulate > 1 else ""
     rows += [("devices", text.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
-    plan.section("cluster", rows)
+    plan.print_section("cluster", rows)
 
 
 def _open_data(plan: Plan) -> Rows:
@@ -116,7 +116,7 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
             require_validation(plan.dataset, plan.config.data.validation_fraction)
         sections.show_data(plan, plan.dataset, rows)
     elif rows:
-        plan.section("data", rows)
+        plan.print_section("data", rows)
     sections.show_storage(plan, problem)
     with plan.collect_errors():
         if plan.dataset:
@@ -130,7 +130,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     classes = len(dataset.class_names)
     config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes)
     if reasons := reasons or plan.reasons:
-        plan.section("advice", [("auto", reason) for reason in reasons])
+        plan.print_section("advice", [("auto", reason) for reason in reasons])
     replicas = plan.replicas * plan.cluster.size
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
     plan.warnings += [limited] * bool(limited)
@@ -160,7 +160,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         reason = "; read once, for features" if read_once and name == "train" else ""
         text = f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}"
         rows.append(("decoded" if name == "train" else "", text))
-    plan.section("caches", rows)
+    plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
         classifier, phases, caches, rows=per_device, replicas=plan.replicas, before=memory_before
     )
@@ -174,7 +174,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             memory += uses
     if plot:
         model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
-    plan.section("model", model_rows)
+    plan.print_section("model", model_rows)
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)

@@ -105,7 +105,7 @@ def estimate_activation_bytes(
 
     The outputs of the first thawed layer and all layers above it are stored for the gradient; below it only two at a
     time are in memory, and the largest two are counted. BatchNormalization that is folded has no output of its own; one
-    that trains stores its output, the centred and the scaled input (measured: 0.75 to 1.1 of the estimate).
+    that trains stores its output, the centered and the scaled input (measured: 0.75 to 1.1 of the estimate).
     """
     folded = {norm.name for _, norm in foldable_pairs(classifier.backbone)}
 

@@ -51,7 +51,7 @@ class Plan:
         """Bytes that a run would first fetch from a bucket."""
         return sum(entry.size for entry in self.to_stage)
 
-    def section(self, title: str, rows: Rows, width: int = 14) -> None:
+    def print_section(self, title: str, rows: Rows, width: int = 14) -> None:
         """Print a heading, and below it a table of labels and values."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
@@ -79,7 +79,7 @@ class Plan:
     def show_warnings_and_raise(self) -> None:
         """Print the warnings, and raise the collected errors."""
         if self.warnings:
-            self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
+            self.print_section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
@@ -130,7 +130,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
     state += "; a run with several workers would fail" * (len(plan.faults) > before)
-    plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
+    plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
@@ -147,7 +147,7 @@ def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
         largest, smallest = int(counts.argmax()), int(counts.argmin())
         shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
                                  f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
-    plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
+    plan.print_section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
@@ -175,7 +175,7 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("weights", plan.check(lambda: f"{weights}: {format_bytes(storage_path(weights).size())}")))
     elif weights == "imagenet":
         rows.append(("weights", "imagenet: Keras downloads them at the start, unless ~/.keras/models has them"))
-    plan.section("storage", rows)
+    plan.print_section("storage", rows)
 
 
 def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
@@ -197,7 +197,7 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
-        counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
+        counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable_parameters:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
         row = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in row))
@@ -210,7 +210,7 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
 def show_memory(plan: Plan, uses: Uses) -> None:
     """Print the estimated uses of memory and the limit of this machine."""
     shown = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
-    plan.section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
+    plan.print_section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
 
 
 def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
@@ -219,7 +219,7 @@ def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
         rows = [(name, f"about {format_time(part / devices)}") for name, part in seconds.items()]
         total = format_time(sum(seconds.values()) / devices)
         rows.append(("in total", f"about {total}, and the time to start, read the images, export and report"))
-        plan.section("time, from a few steps measured here", rows)
+        plan.print_section("time, from a few steps measured here", rows)
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
@@ -227,11 +227,13 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
-    read = sum(estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
+    read = sum(
+        estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
+    )
     staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
     formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"
-    plan.section("bytes", [
+    plan.print_section("bytes", [
         ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),
         ("checkpoints", f"up to {saves:,} of {format_bytes(checkpoint)}; {at_once}"),
         ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),

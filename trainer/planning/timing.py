@@ -89,7 +89,7 @@ def scoring_seconds(classifier: Classifier, seed: int) -> float:
     side = classifier.image_size
     predictor = Predictor(tf.distribute.get_strategy(), classifier)
     batch = next(_batches((side, side, 3), "uint8", Augmentation(), seed))
-    return seconds_per_call(lambda: predictor.probabilities([batch], 1)) / ROWS
+    return seconds_per_call(lambda: predictor.predict([batch], 1)) / ROWS
 
 
 def estimate_time(

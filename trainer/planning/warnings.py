@@ -6,7 +6,7 @@ from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.images import plan_image_caches
 from trainer.data.sharding import steps_per_epoch
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import estimate_memory, check_worker_memory, plan_phases
+from trainer.planning.estimates import check_worker_memory, estimate_memory, plan_phases
 from trainer.types import Dataset
 
 DOMINANT_FRACTION = 0.6  # fraction of the training examples above which one class is worth a warning

@@ -18,7 +18,7 @@ from PIL import Image
 from trainer.config.diff import flat
 from trainer.names import printable
 from trainer.report import figures
-from trainer.report.figures import Chart, FetchImages, svg
+from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
@@ -32,7 +32,7 @@ MISSING = "\u2013"  # en dash, shown instead of a missing value
 def short(name: object, max_length: int = 28) -> str:
     """Format a name; if it is too long, its middle is omitted, and a tooltip shows all of it."""
     full_name = printable(str(name))
-    shortened = figures.shortened(full_name, max_length)
+    shortened = figures.shorten_name(full_name, max_length)
     return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
 
 
@@ -156,7 +156,7 @@ class ReportImages:
 
 MAX_PER_TAB = 24  # images in a tab of the gallery
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
-# Name and custom property of the colour (report.css) of each category of the time breakdown.
+# Name and custom property of the color (report.css) of each category of the time breakdown.
 CATEGORY_COLORS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
@@ -219,7 +219,7 @@ def write_page(
         "report.html.j2",
         report=report,
         config=config,
-        charts={key: [svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
+        charts={key: [to_svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
         many_classes=many_classes,
         confusions=figures.find_top_confusions(confusion, 15 if many_classes else 8),
         per_class=[

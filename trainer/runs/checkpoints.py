@@ -78,7 +78,7 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
         actual = {name: {"bytes": len(content), "crc32c": crc32c_hex(content)} for name, content in contents.items()}
         damaged = [name for name in contents if actual[name] != manifest[name]]
         if not damaged:
-            state = parse_json(contents["state.json"], _state, folder / "state.json", fix)
+            state = parse_json(contents["state.json"], _parse_state, folder / "state.json", fix)
             return state, unpack(contents["variables.npz"])
     except (DataError, *WRONG_CONTENT) as error:
         reason = error.problem if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
@@ -86,7 +86,7 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
     raise DataError(f"{folder / damaged[0]} does not match its size or checksum", fix=fix)
 
 
-def _state(value: Any) -> dict[str, Any]:
+def _parse_state(value: Any) -> dict[str, Any]:
     """Return the state of a checkpoint; raise an error of `WRONG_CONTENT` if it is none."""
     step_is_valid = int(json_object(value)["step"]) >= 0
     best_is_valid = value.get("best") is None or "step" in value["best"]
@@ -114,7 +114,7 @@ class CheckpointFolder:
         replaced = self.folder / f"{_REPLACED}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """List the steps of the committed checkpoints in ascending order."""
         folders = [p for prefix in (PREFIX, _REPLACED) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
         names = {p.name.removeprefix(_REPLACED) for p in folders}
@@ -126,7 +126,7 @@ class CheckpointFolder:
         `best_step` is the step of the best checkpoint so far, None if there is none yet. Raises OSError if the disk is
         full or fails; earlier checkpoints are intact.
         """
-        self._settle_replaced()
+        self._complete_replacement()
         final = self.path(state["step"])
         with temporary_folder(final) as temporary:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
@@ -137,14 +137,14 @@ class CheckpointFolder:
                 final.rename(self.folder / f"{_REPLACED}{final.name}")
             temporary.rename(final)
         sync(self.folder)
-        self._settle_replaced()
+        self._complete_replacement()
         write_whole(self.folder / "LATEST", final.name + "\n")
         if best_step is not None:
             write_whole(self.folder / "BEST", self.path(best_step).name + "\n")
         self._prune()
         return final
 
-    def _settle_replaced(self) -> None:
+    def _complete_replacement(self) -> None:
         """Delete a replaced checkpoint; rename it back if its replacement was not committed."""
         for replaced in list(self.folder.glob(f"{_REPLACED}*")):
             final = self.folder / replaced.name.removeprefix(_REPLACED)
@@ -152,7 +152,7 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         """Delete all checkpoints except the newest `keep` and those that the state of one of them refers to."""
-        steps = self.steps()
+        steps = self.list_steps()
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
@@ -167,21 +167,21 @@ class CheckpointFolder:
         """Read state and variables of the checkpoint of a step. Raises DataError if it is missing or damaged."""
         return read_checkpoint(storage_path(self.path(step)))
 
-    def newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    def read_newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """Read the newest intact checkpoint, None if there is none; log a message for each damaged one."""
-        for step in reversed(self.steps()):
+        for step in reversed(self.list_steps()):
             try:
                 return self.read(step)
             except DataError as error:
                 self.log_message(f"{error.problem}; using the previous one")
         return None
 
-    def tidy(self, step: int) -> None:
+    def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints after `step`, the newest intact one (0: none), as damaged; complete renames."""
         if not self.folder.is_dir():
             return
-        self._settle_replaced()
-        for later in [number for number in self.steps() if number > step]:
+        self._complete_replacement()
+        for later in [number for number in self.list_steps() if number > step]:
             damaged = self.folder / f"{_DAMAGED}{self.path(later).name}"
             shutil.rmtree(damaged, ignore_errors=True)
             self.path(later).rename(damaged)

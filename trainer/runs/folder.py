@@ -56,7 +56,7 @@ class RunFolder:
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
     config: RequestedConfig  # when resuming, with the values that the run chose for `auto`
-    before: RunConfig | None = None  # the configuration of the last start; None: there is none, or it is damaged
+    previous: RunConfig | None = None  # the configuration of the last start; None: there is none, or it is damaged
     created: bool = False  # this process has created the folder
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or damaged
@@ -64,7 +64,7 @@ class RunFolder:
     @property
     def is_new(self) -> bool:
         """Whether the run begins: no start has saved a checkpoint, and the last one had other settings, or none."""
-        return not self.resuming and (self.before is None or bool(_changes(self.before, self.config)))
+        return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise a DataError if the run has a checkpoint and began with data of another fingerprint."""
@@ -84,7 +84,7 @@ class RunFolder:
         """
         self.begun = True
         delete_unfinished(self.path)
-        for line in moved(self.before, config) if self.before and self.resuming else ():
+        for line in moved(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
         with temporary_file(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -106,7 +106,7 @@ class RunFolder:
             "host": platform.node(),
             "command": ["python", "-m", "trainer", *sys.argv[1:]],
             "python": platform.python_version(),
-            "versions": versions(),
+            "versions": collect_versions(),
             "git": _git_commit(),
         }
         of_run = {key: fields[key] for key in ("classes", "advice") if key in fields}
@@ -168,13 +168,15 @@ def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
 def describe_versions(run_json: dict[str, Any]) -> str | None:
     """Describe the packages whose version has changed since the last start of a run; None if there are none."""
     before = (run_json.get("attempts") or [{}])[-1].get("versions", {})
-    changed = [f"{name} {before[name]} -> {now}" for name, now in versions().items() if before.get(name, now) != now]
+    changed = [
+        f"{name} {before[name]} -> {now}" for name, now in collect_versions().items() if before.get(name, now) != now
+    ]
     if not changed:
         return None
     return f"resuming with other versions than the last start: {', '.join(changed)}; the results can differ in bits"
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Return the versions of the packages that determine the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
@@ -200,7 +202,7 @@ def _git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def _fresh_folder(name: str | None) -> Path:
+def _create_output_folder(name: str | None) -> Path:
     """Create a new folder under outputs/, named after the time and the experiment."""
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{file_stem(name)}" if name else "")
     for number in range(1, 1000):
@@ -264,7 +266,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
         Interrupted: with several workers, another process has locked the local folder, perhaps an earlier pod of this
             Job; or the bucket does not respond.
     """
-    address = config.output_dir or str(_fresh_folder(config.experiment_name))
+    address = config.output_dir or str(_create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
     created = not config.output_dir or not path.exists()
     lock, lease = _lock_folder(path, workers), None
@@ -275,7 +277,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
         publisher.fetch()
-        folder.before, resumed = check_folder(config, address, _contents(storage_path(path)))
+        folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(path)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
@@ -293,7 +295,7 @@ class FolderContents:
     has_checkpoint: bool
 
 
-def _contents(folder: StoragePath) -> FolderContents:
+def _read_contents(folder: StoragePath) -> FolderContents:
     """Read what `check_folder` needs; of a bucket only what a run downloads from there."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
     checkpoints = folder / "checkpoints"
@@ -352,7 +354,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
     Raises the error of `check_folder`.
     """
     folder = storage_path(config.output_dir or "")
-    _, resumed = check_folder(config, str(config.output_dir), _contents(folder))
+    _, resumed = check_folder(config, str(config.output_dir), _read_contents(folder))
     with suppress(DataError):
         return resumed, read_json(folder / RUN_JSON, parse_run_json, "") or {} if resumed else {}
     return resumed, {}
@@ -380,7 +382,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
     return config
 
 
-def _changes(before: RunConfig, config: RequestedConfig) -> list[str]:
+def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
     """List all differences that a resumed run must not have or, of an address, must not have without a comparison."""
     config, _ = resolve_auto(config, begun=before)
     return [*differences(before, config), *moved(before, config)]
@@ -396,7 +398,7 @@ def is_finished(config: RequestedConfig) -> bool:
     before = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
     config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    return same_length and not _changes(before, config)
+    return same_length and not _list_changes(before, config)
 
 
 class Finished(Exception):

@@ -28,7 +28,7 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
     """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, from which the run resumes."""
     if metrics.exists():
         content = metrics.read_bytes()
-        steps = [_step_of(line) for line in content.splitlines()]
+        steps = [_parse_step(line) for line in content.splitlines()]
         # Only the last line can be truncated by a kill.
         if damaged := sum(number is None for number in steps[: len(steps) - (not content.endswith(b"\n"))]):
             shutil.copyfile(metrics, copy := metrics.with_name(f"{metrics.name}.damaged"))
@@ -46,7 +46,7 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
             shortened.replace(file)
 
 
-def _step_of(line: bytes) -> float | None:
+def _parse_step(line: bytes) -> float | None:
     """Return the step of a line of metrics.jsonl; None if the line is damaged."""
     try:
         return finite(json.loads(line)["step"])
@@ -107,7 +107,7 @@ class MetricsWriter:
         health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
         scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
-        self._scalars(phase, step, scalars)
+        self._write_scalars(phase, step, scalars)
         loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
         ends = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
         if self.display:
@@ -122,7 +122,7 @@ class MetricsWriter:
         """Write and log an epoch: training means and validation scores; `best`: it is the best one so far."""
         self._write({"kind": "epoch", **entry, "timing": timing})
         scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
-        self._scalars(entry["phase"], entry["step"], scores)
+        self._write_scalars(entry["phase"], entry["step"], scores)
         self.flush()
         top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
         text = (
@@ -138,7 +138,7 @@ class MetricsWriter:
             with naming(path), open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+    def _write_scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
         if self.folder is None:
             return
         if phase not in self._writers:

@@ -47,14 +47,14 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             _, checkpoint, *rest = name.split("/")
             if checkpoint not in committed or len(rest) != 1:
                 continue
-            local_name = f"checkpoints/{_local_name(checkpoint)}/{rest[0]}"
+            local_name = f"checkpoints/{_strip_token(checkpoint)}/{rest[0]}"
         downloads.append((info.path, inside(local, local_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
         if names:
-            (local / pointer).write_text(_local_name(names[0]) + "\n")
-    return {_local_name(name): name for name in committed}
+            (local / pointer).write_text(_strip_token(names[0]) + "\n")
+    return {_strip_token(name): name for name in committed}
 
 
 class Publisher:
@@ -190,6 +190,6 @@ class Publisher:
                 self._published[name] = current
 
 
-def _local_name(name: str) -> str:
+def _strip_token(name: str) -> str:
     """Return the local name of a checkpoint in the bucket: "step-00000420" for "step-00000420-1a2b3c4d"."""
     return "-".join(name.split("-")[:2])

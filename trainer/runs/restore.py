@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights, read_checkpoint, read_pointer
+from trainer.runs.checkpoints import CheckpointFolder, read_checkpoint, read_pointer, select_inference_weights
 from trainer.runs.publisher import fetch_run
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
@@ -93,7 +93,7 @@ def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.
         fetch_run(storage_path(source), folder)
     checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent == folder:
-        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.steps()
+        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
         folder = checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
     return str(folder), read_checkpoint(storage_path(folder))[1]
 
@@ -105,6 +105,6 @@ def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
     """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
-    if not folder.is_dir() or not checkpoints.steps():
+    if not folder.is_dir() or not checkpoints.list_steps():
         raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
     return checkpoints

@@ -33,7 +33,7 @@ class Saver:
 
         Without `resuming` (a new run) nothing is read.
         """
-        newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
+        newest = self.checkpoints.read_newest() if resuming and self.control.is_chief else None
         state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
             return None, {}

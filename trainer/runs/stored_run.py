@@ -12,7 +12,7 @@ from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
 from trainer.names import class_name
-from trainer.runs.checkpoints import select_inference_weights, is_checkpoint, read_checkpoint, read_pointer, parse_step
+from trainer.runs.checkpoints import is_checkpoint, parse_step, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import json_object, read_json
 from trainer.types import Dataset
@@ -47,7 +47,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
     try:
-        run_json = read_json(home / "run.json", _run_json, "")
+        run_json = read_json(home / "run.json", _parse_run_json, "")
     except DataError:
         run_json = None
     if run_json is None:
@@ -55,7 +55,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     return home, tree, run_json
 
 
-def _run_json(value: Any) -> dict[str, Any]:
+def _parse_run_json(value: Any) -> dict[str, Any]:
     """Return the content of run.json; raise an error of `WRONG_CONTENT` if it lacks what a stored run needs."""
     names, fingerprint = value["classes"], value["data_fingerprint"]
     hashes = list(fingerprint.values()) if isinstance(fingerprint, dict) else [fingerprint]
@@ -110,7 +110,7 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
-def _phases_of_report(report: Any) -> dict[str, Any]:
+def _parse_phases(report: Any) -> dict[str, Any]:
     return {name: json_object(phase) for name, phase in json_object(report["phases"]).items()}
 
 
@@ -134,7 +134,7 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
     state, values = read_checkpoint(find_checkpoint(run, which))
     phases: dict[str, Any] = {}
     try:
-        phases = read_json(run.home / "report" / "report.json", _phases_of_report, "") or {}
+        phases = read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:

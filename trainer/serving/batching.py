@@ -35,14 +35,14 @@ class Batcher:
     def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
         self._run_model, self._pool = run_model, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
-        self._pending: deque[_Pending] = deque()
+        self._small: deque[_Pending] = deque()
         self._large: deque[_Pending] = deque()
         self._small_until = 0.0  # time of the event loop up to which other images are preferred to large ones
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         """Return the number of images in the queue."""
-        return len(self._pending) + len(self._large)
+        return len(self._small) + len(self._large)
 
     async def predict(self, images: Sequence[EncodedImage]) -> list[Any]:
         """Queue images, and return one prediction per image; `asyncio.QueueFull` if there is not space for all."""
@@ -51,7 +51,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         added = [_Pending(image, loop.create_future(), loop.time()) for image in images]
         for pending in added:
-            (self._large if pending.image.cost > LARGE_PIXELS else self._pending).append(pending)
+            (self._large if pending.image.cost > LARGE_PIXELS else self._small).append(pending)
         self._arrived.set()
         return list(await asyncio.gather(*(pending.prediction for pending in added)))
 
@@ -79,14 +79,14 @@ class Batcher:
         while not len(self):
             self._arrived.clear()
             await self._arrived.wait()
-        oldest = min(pending[0].arrived_at for pending in (self._pending, self._large) if pending)
+        oldest = min(pending[0].arrived_at for pending in (self._small, self._large) if pending)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(oldest + self.window):
                 while len(self) < self.size:
                     self._arrived.clear()
                     await self._arrived.wait()
-        large_next = self._large and (not self._pending or asyncio.get_running_loop().time() >= self._small_until)
-        queue = self._large if large_next else self._pending
+        large_next = self._large and (not self._small or asyncio.get_running_loop().time() >= self._small_until)
+        queue = self._large if large_next else self._small
         batch = [queue.popleft()]
         pixels_left = self.pixels - batch[0].image.pixels
         while queue and len(batch) < self.size and queue[0].image.pixels <= pixels_left:

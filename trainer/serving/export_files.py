@@ -46,7 +46,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
         DataError: there is no SavedModel, or its labels or reference are missing, damaged or of another model.
         Interrupted: the bucket does not respond.
     """
-    source = _newest_version(address, storage_path(address))
+    source = _find_newest_version(address, storage_path(address))
     folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
     labels, content = (_read_asset(folder / name, address) for name in (LABELS, REFERENCE))
     if labels is None:
@@ -74,7 +74,7 @@ def _read_asset(file: Path, address: str) -> bytes | None:
         raise DataError(problem, key="model", value=address, fix=fix) from None
 
 
-def _newest_version(address: str, root: StoragePath) -> StoragePath:
+def _find_newest_version(address: str, root: StoragePath) -> StoragePath:
     if (root / GRAPH).exists():
         return root
     for base in (root, root / "saved_model", root / "export" / "saved_model"):

@@ -72,7 +72,7 @@ class ServingMetrics(Collector):
             self._recorded += 1
             fraction = self._settings.log_sample  # the logged predictions are evenly spaced, not random
             if self._log is not None and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
-                lines += self._log_line(time, prediction.probabilities, embedding)
+                lines += self._format_log_line(time, prediction.probabilities, embedding)
         if lines and self._log is not None:
             try:
                 os.write(self._log, lines.encode())
@@ -86,7 +86,7 @@ class ServingMetrics(Collector):
             return None
         return embedding @ self._projection if self._projection is not None else embedding
 
-    def _log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
+    def _format_log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
         top = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
         line = {"time": time, "class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
         line |= {"probabilities": {self._class_names[i]: round(float(probabilities[i]), 6) for i in top}}
@@ -99,7 +99,7 @@ class ServingMetrics(Collector):
         yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", labels)
         with self._lock:
             n, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
-            gaussian = self._window.gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
+            gaussian = self._window.fit_gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
         yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", n)
         reference = self.export.reference
         if reference is None or n < MIN_PREDICTIONS:

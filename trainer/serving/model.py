@@ -43,7 +43,7 @@ class ServedModel:
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
         self.explains = self._explain is not None  # the export has the signature `explain`
-        self._classify = _without_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
+        self._classify = _drop_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
         reference = (export.reference or {}).get("embedding")
         if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
@@ -64,7 +64,7 @@ class ServedModel:
             return self._call(signature, images)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.OutOfRangeError) as error:
             if len(images) == 1:
-                return [_decoding_problem(error)]
+                return [_describe_decoding_error(error)]
         half = len(images) // 2
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
@@ -83,7 +83,7 @@ class ServedModel:
         return [Prediction(**{n: outputs[n][i] for n in OUTPUTS if n in outputs}) for i in range(len(images))]
 
 
-def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
+def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
     """Return the signature `explain` without its heatmap, which TensorFlow then does not compute."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
@@ -114,7 +114,7 @@ def _check_operations(export: Export) -> None:
 _GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
-def _decoding_problem(error: tf.errors.OpError) -> str:
+def _describe_decoding_error(error: tf.errors.OpError) -> str:
     """Return the first line of the message that is about the image, without names of the graph."""
     lines = (line.strip() for line in (error.message or "").splitlines())
     text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")

@@ -98,7 +98,7 @@ class MemoryBudget:
         def reserve(count: int) -> None:
             nonlocal size
             if self.reserved + count > CONCURRENT_BODIES * self.max_bytes:
-                raise unavailable("too many large requests at the same time")
+                raise make_unavailable_error("too many large requests at the same time")
             self.reserved += count
             size += count
 
@@ -137,7 +137,7 @@ class ClientBudget:
                 del self.reserved[client]
 
 
-def unavailable(reason: str) -> HTTPException:
+def make_unavailable_error(reason: str) -> HTTPException:
     """Return an HTTP error 503 with `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
@@ -184,10 +184,10 @@ def parse_predict(body: bytes, content_type: str, query: dict[str, str], setting
     """
     media_type, options = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
-        parameters, files = _read_form(body, options.get(b"boundary", b""), settings.max_images)
+        parameters, files = _parse_form(body, options.get(b"boundary", b""), settings.max_images)
     elif media_type == b"application/json":
-        parameters = _read_object(body)
-        files = _read_list(parameters.pop("images", None), "images", settings.max_images)
+        parameters = _parse_object(body)
+        files = _parse_images(parameters.pop("images", None), "images", settings.max_images)
     else:
         form, example = "multipart/form-data (curl -F file=@photo.jpg)", '{"images": ["..."]}'
         raise HTTPException(415, f"send images as {form}, or in base64 as application/json: {example}")
@@ -195,7 +195,7 @@ def parse_predict(body: bytes, content_type: str, query: dict[str, str], setting
     if unknown := sorted(parameters.keys() - {"top_k", "explain"}):
         raise HTTPException(400, f"unknown parameter {unknown[0]!a}; known: images, top_k, explain")
     images = _check_images(files, settings)
-    top_k, explain = _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
+    top_k, explain = _parse_top_k(parameters.get("top_k", 5)), _parse_explain(parameters.get("explain", False))
     return PredictRequest(images, top_k, explain)
 
 
@@ -206,7 +206,7 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
     without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
     Serving, it ignores the content type. `explain`, for paths that end in `:explain`, is as the signature of that name.
     """
-    tree = _read_object(body)
+    tree = _parse_object(body)
     if ("instances" in tree) == ("inputs" in tree):
         raise HTTPException(400, 'the request needs either "instances": [{"b64": "..."}] or "inputs"')
     signature = tree.get("signature_name", "serving_default")
@@ -218,7 +218,7 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
         images = images["image_bytes"]
     if isinstance(images, list):
         images = [image.get("image_bytes", image) if isinstance(image, dict) else image for image in images]
-    images = _check_images(_read_list(images, key, settings.max_images), settings)
+    images = _check_images(_parse_images(images, key, settings.max_images), settings)
     return PredictRequest(images, explain=explain or signature == "explain", columnar=key == "inputs")
 
 
@@ -228,7 +228,7 @@ def _check_images(files: list[tuple[str, bytes]], settings: Settings) -> list[En
     return [check_image(data, name, settings.max_pixels) for name, data in files]
 
 
-def _read_object(body: bytes) -> dict[str, Any]:
+def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -238,11 +238,11 @@ def _read_object(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def _read_list(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
+def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
     if len(images) > max_images:
-        raise _too_many_images(max_images)
+        raise _make_too_many_images_error(max_images)
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
@@ -265,7 +265,7 @@ def _decode_base64(value: Any, name: str) -> bytes:
         raise HTTPException(400, f"{name} is not valid base64; {_BASE64_FORMS}") from None
 
 
-def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
     ended = threading.Event()
@@ -277,7 +277,7 @@ def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str,
 
     def on_file(file: File) -> None:
         if len(files) == max_images:
-            raise _too_many_images(max_images)
+            raise _make_too_many_images_error(max_images)
         file.file_object.seek(0)
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
@@ -292,11 +292,11 @@ def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str,
     raise HTTPException(400, "the form is damaged: multipart/form-data needs a boundary and complete parts")
 
 
-def _too_many_images(max_images: int) -> HTTPException:
+def _make_too_many_images_error(max_images: int) -> HTTPException:
     return HTTPException(413, f"a request may have at most {max_images} images; split it")
 
 
-def _read_top_k(value: Any) -> int:
+def _parse_top_k(value: Any) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -304,7 +304,7 @@ def _read_top_k(value: Any) -> int:
     return value
 
 
-def _read_explain(value: Any) -> bool:
+def _parse_explain(value: Any) -> bool:
     flags = {"true": True, "1": True, "false": False, "0": False}
     flag = flags.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):
