@@ -93,8 +93,8 @@ def test_json_has_base64() -> None:
         (*as_json({"images": [B64], "top_k": True}), 400, "top_k must be a positive integer"),
         (*as_json({"images": [B64], "explain": "perhaps"}), 400, "explain must be true or false"),
         (*as_json({"images": [B64], "topk": 1}), 400, "unknown parameter 'topk'"),
-        (b"--x--\r\n", "multipart/form-data", 400, "the form is damaged"),
-        (b"no form", "multipart/form-data; boundary=x", 400, "the form is damaged"),
+        (b"--x--\r\n", "multipart/form-data", 400, "the form is malformed"),
+        (b"no form", "multipart/form-data; boundary=x", 400, "the form is malformed"),
         (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "there is no image"),
         (*form(*[("file", ("a.jpg", photo()))] * 4), 413, "a request may have at most 3 images"),
         (*form(("file", ("a.jpg", photo(width=200)))), 413, "a.jpg has 200 x 60 pixels"),
@@ -215,7 +215,7 @@ def test_the_cost_in_progress_is_limited_per_client() -> None:
 
 def test_half_a_form_is_damaged() -> None:
     body, kind = form(("file", ("a.jpg", photo())), ("file", ("b.jpg", photo())))
-    assert result(predict, body[: len(body) - 200], kind)[1].startswith("the form is damaged")
+    assert result(predict, body[: len(body) - 200], kind)[1].startswith("the form is malformed")
 
 
 @pytest.mark.parametrize("value", [{"b64": B64}, {"image_bytes": {"b64": B64}}])

@@ -80,7 +80,7 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the rows of duplicate pairs, int64 [2, k]; only the first image of a hash is compared with other hashes."""
+    """Return the rows of duplicate pairs, int64 [2, k]; of each hash, only the first image is compared with others."""
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
     hashes, first, inverse = np.unique(hash_thumbnails(thumbnails), return_index=True, return_inverse=True)

@@ -75,13 +75,11 @@ def select_training_samples(images: ImageStore) -> Samples:
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
     rows = images.rows("train", chosen)
-    augmented = (
-        augment_in_epochs(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
-    )
+    augmented = augment_views(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
     return Samples(rows, [images.dataset.class_names[i] for i in split.labels[chosen]], augmented)
 
 
-def augment_in_epochs(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Augment the first of `images`, uint8 [k, S, S, 3], as in `VIEW_COUNT` epochs; return uint8 [v, S, S, 3].
 
     Mixup and CutMix mix it with another of the images in each epoch. The random parameters depend on `indices`, int64

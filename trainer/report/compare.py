@@ -26,7 +26,7 @@ from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
 from trainer.evaluation.predictions import decode_cell
 from trainer.report.figures import SERIES, Line, line_chart, to_svg
-from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, format_number, format_percent, render, thumbnail
+from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
 from trainer.storage.local import write_whole
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import WRONG_CONTENT
@@ -164,7 +164,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
 
 
 def describe_outcome(pair: PairedComparison, p: float) -> str:
-    """Return whether the second run of a pair is "better", "worse" or has "no significant difference"; `p` is adjusted."""
+    """Return "better", "worse" or "no significant difference" for the second run of a pair; `p` is adjusted."""
     return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
 
@@ -238,7 +238,7 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image.convert("RGB"))
-        return thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+        return embed_thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
     except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
         return None
 

@@ -9,7 +9,7 @@ from trainer.monitoring.log import log
 
 
 def log_summary(report: Mapping[str, Any], address: str) -> None:
-    """Log the outcome of a run from its report.json, and set scores and path of the page as the termination message.
+    """Log the results in report.json, and set the scores and the path of the page as the termination message.
 
     `address` is the output_dir, as the user gave it.
     """

@@ -1,4 +1,4 @@
-"""ASGI application of the server: HTTP routes, their responses, and the requests in progress."""
+"""ASGI application of the server: routes, responses, and the requests in progress."""
 
 import asyncio
 import base64
@@ -29,10 +29,10 @@ from trainer.serving.requests import (
     ClientBudget,
     MemoryBudget,
     PredictRequest,
-    make_unavailable_error,
     parse_instances,
     parse_predict,
     read_body,
+    unavailable_error,
 )
 from trainer.serving.settings import Settings
 
@@ -52,10 +52,12 @@ class Service:
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
-        self.model: ServedModel | None = None  # until it is loaded and warmed up
-        self.stopping = False  # a signal was received: the service is not ready, and responses close their connections
+        self.model: ServedModel | None = None  # None until it is loaded and warmed up
+        self.stopping = (
+            False  # a signal was received, so the service is not ready and responses close their connections
+        )
         self.active = 0  # requests in progress, to any route
-        self.cancelled = 0  # requests that did not finish within `drain` seconds of the shutdown
+        self.cancelled = 0  # requests that were still in progress `drain` seconds after the shutdown began
         self.metrics = ServingMetrics(settings, export)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
         self.metrics.active.set_function(lambda: self.active)
@@ -137,7 +139,7 @@ class Service:
     ) -> tuple[PredictRequest, list[Prediction]]:
         """Read a request, parse it with `parse(body, *arguments)`, and predict its images."""
         if self.model is None:
-            raise make_unavailable_error("the model is being loaded")
+            raise unavailable_error("the model is being loaded")
         with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body, *arguments)
@@ -149,9 +151,7 @@ class Service:
                 with self._clients.reservation(client, parsed.images):
                     predictions = await self._batchers[parsed.explain].predict(parsed.images)
             except asyncio.QueueFull:
-                raise make_unavailable_error(
-                    f"the queue of {self.settings.queue} images has no room for yours"
-                ) from None
+                raise unavailable_error(f"the queue of {self.settings.queue} images has no room for yours") from None
         for image, prediction in zip(parsed.images, predictions, strict=True):
             if isinstance(prediction, str):
                 raise HTTPException(400, f"{image.name} cannot be decoded ({prediction})")
@@ -169,7 +169,7 @@ class Service:
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
                 reference = self.export.reference or {}
-                geometry = {  # crop: covers the central square only; ignore: of the image as it is stored
+                geometry = {  # crop: the central square only; ignore: the image as it is stored
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
@@ -230,7 +230,7 @@ class Service:
 
 
 def _route_label(path: str) -> str:
-    """Return the metrics label of a path; the set of labels is fixed, so that clients cannot add time series."""
+    """Return the metrics label of a path. The set of labels is fixed, so that clients cannot add time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"

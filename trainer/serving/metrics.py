@@ -27,7 +27,7 @@ disable_created_metrics()  # no series kubetune_serving_..._created
 
 
 class ServingMetrics(Collector):
-    """Metrics, drift (computed at each scrape) and prediction log of a server.
+    """The metrics of a server, its drift (computed at each scrape) and its prediction log.
 
     Raises ConfigError if the prediction log cannot be written.
     """
@@ -70,7 +70,7 @@ class ServingMetrics(Collector):
             with self._lock:
                 self._window.add(predicted, confidence, embedding)
             self._recorded += 1
-            fraction = self._settings.log_sample  # the logged predictions are evenly spaced, not random
+            fraction = self._settings.log_sample  # logged predictions are evenly spaced, not random
             if self._log is not None and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
                 lines += self._format_log_line(time, prediction.probabilities, embedding)
         if lines and self._log is not None:
@@ -81,7 +81,7 @@ class ServingMetrics(Collector):
                 self._log = None
 
     def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
-        """Project an embedding [C] like those of the reference; return None if there is nothing to compare it with."""
+        """Project an embedding [C] as in the reference; return None if the reference has no embeddings."""
         if embedding is None or not self._embedding_width:
             return None
         return embedding @ self._projection if self._projection is not None else embedding
