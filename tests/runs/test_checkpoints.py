@@ -173,7 +173,7 @@ def test_a_state_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, state:
 @pytest.mark.parametrize("content", [b"", b"\xff", b"step-1", b"../../x", b"step-00000001-ab\nstep-copy\n", b"{}"])
 def test_a_damaged_pointer_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "LATEST").write_bytes(content)
-    with raises(DataError, problem=f"{tmp_path}/LATEST is damaged", fix="names of its checkpoints"):
+    with raises(DataError, problem=f"{tmp_path}/LATEST is corrupt", fix="names of its checkpoints"):
         read_pointer(storage_path(tmp_path / "LATEST"))
     assert read_pointer(storage_path(tmp_path / "BEST")) == []
 
@@ -233,7 +233,7 @@ for step in range(1, 10_000):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         lines: list[str] = []
-        newest = CheckpointFolder(tmp_path, 2, lines.append).newest()
+        newest = CheckpointFolder(tmp_path, 2, lines.append).read_newest()
         assert lines == []
         assert newest or not any(tmp_path.glob("LATEST"))
         if newest:

@@ -37,7 +37,7 @@ def load_export(path: Path) -> Classify:
 
 
 def _load_saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # keeps the model alive, without which the signature fails
+    loaded = tf.saved_model.load(str(folder))  # the signature fails without a reference to it
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 

@@ -1,4 +1,4 @@
-"""Dry run: open the data, build the network and plan phases, memory and bytes without training."""
+"""Dry run: open the dataset, build the network, and plan phases, memory and bytes without training."""
 
 from pathlib import Path
 
@@ -36,13 +36,13 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 
 
 def _show_cluster(plan: Plan) -> None:
-    """Print the workers, the devices, and how a batch is divided over them."""
+    """Print the workers, the devices, and the division of a batch."""
     config, cluster = plan.config, plan.cluster
     kind, plan.replicas = choose_devices(config.runtime, cluster.size)
     text = describe_devices(kind, plan.replicas, cluster, config) if isinstance(config, RunConfig) else f": {kind}"
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
-    source = f"detected from {cluster.source}; this is number {cluster.index}" if cluster.size > 1 else cluster.source
+    source = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
     rows: Rows = [("workers", f"{cluster.size}, {source}")]
     if cluster.addresses:
         rows.append(("addresses", format_names(cluster.addresses)))
@@ -53,7 +53,7 @@ def _show_cluster(plan: Plan) -> None:
 
 
 def _open_data(plan: Plan) -> Rows:
-    """Open the data if this needs no download, else list the files that a run would stage; return rows for the plan."""
+    """Open the dataset, or list the files that a run would stage first; return rows for the plan."""
     config = plan.config
     data, streamed_folder = resolve_addresses(config.data)
     cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
@@ -82,7 +82,7 @@ def _open_data(plan: Plan) -> Rows:
 
 
 def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
-    """Open data on this machine, as a run would; return False if the run would download it first."""
+    """Open a dataset on this machine as a run does; return False if the run would download it first."""
     config = plan.config
 
     def log_message(text: str) -> None:
@@ -105,7 +105,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
 
 
 def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
-    """Print the sections that need the data."""
+    """Print the sections that require the dataset."""
     rows: Rows = []
     before = len(plan.faults)
     with plan.collect_errors():
@@ -126,7 +126,7 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 
 
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
-    """Resolve `auto` as the run would, build the network and print the sections that follow from it."""
+    """Resolve `auto` as a run does, build the network, and print the sections about it."""
     classes = len(dataset.class_names)
     config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes)
     if reasons := reasons or plan.reasons:
@@ -149,11 +149,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {})
-    epoch = sharding.steps_per_epoch
+    epoch_steps = sharding.steps_per_epoch
     per_device = max(batch_size // replicas, 1)
     per_replica = max(per_device // config.training.accumulate, 1)
-    phases = estimates.plan_phases(config, classifier, epoch, per_replica)
-    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch, sharding.by)
+    phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
+    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -162,11 +162,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, rows=per_device, replicas=plan.replicas, before=memory_before
+        classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=memory_before
     )
-    model_rows = _model_rows(config, classifier, classes)
+    model_rows = _describe_model(config, classifier, classes)
     with plan.collect_errors():
-        plan.warnings += filter(None, [checks.warm_start_warning(config, classifier)])
+        plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
             text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
@@ -180,17 +180,17 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     sections.show_memory(plan, memory)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
-    plan.warnings += find_dataset_warnings(config, dataset, epoch, plan.labels_known)
-    if not plan.faults and not any(value for _, value in config.debug):  # the time of a trial run is of no interest
+    plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
+    if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, epoch)
+        seconds = estimate_time(config, classifier, dataset, inputs, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
 
 
-def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
-    """List the backbone, the image size and the head."""
+def _describe_model(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
+    """Return rows about the backbone, the image size and the head."""
     backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)

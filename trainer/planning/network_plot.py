@@ -1,4 +1,4 @@
-"""Draw the network: its stages, and which of them each phase trains."""
+"""Draw the network: its stages (consecutive layers), and which of them each phase trains."""
 
 import math
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from trainer.planning.estimates import PhasePlan, count_model_parameters
 from trainer.report.figures import GRID_LINE, INK, MUTED, create_figure, format_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colors of a stage
-MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
-# Positions of the columns; a row is 1 high.
+MAX_STAGES = 36  # in a network with more, the blocks of one resolution are merged
+# x coordinates of the columns, and the width of one per phase; a row is 1 high.
 CENTER_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers of the backbone that are drawn as one."""
+    """Consecutive layers of the backbone that are drawn as one box."""
 
     name: str
     layers: range  # indices in backbone.layers
@@ -62,8 +62,8 @@ def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
     """Draw the network from images to probabilities as a PNG, and return its path.
 
-    Each row is a stage. Its width shows the side of its feature maps, its color whether it trains in the last phase,
-    and one column per phase whether it trains in that phase.
+    Each row is a stage. Its width shows the side of its feature maps, its color whether it trains in the last phase. A
+    column per phase shows whether it trains in that phase.
     """
     size, drawn = classifier.image_size, divide_into_stages(classifier)
     head = count_parameters(classifier.head_variables.values())
@@ -94,8 +94,8 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
             axes.annotate("", (CENTER_X, y + 0.7), (CENTER_X, y + 0.3), arrowprops=arrow)
     legend = ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
-    for number, (color, name) in enumerate(legend):
-        x = 0.2 + 2.4 * number
+    for i, (color, name) in enumerate(legend):
+        x = 0.2 + 2.4 * i
         _draw_box(axes, x, len(rows) + 0.35, 0.36, 0.36, color)
         axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
     return save(figure, path)
@@ -109,8 +109,8 @@ def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int)
     _draw_box(axes, CENTER_X - width_of_box / 2, y, width_of_box, 0.6, colors[-1])
     axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
-    for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
-        axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
+    for x, count in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
+        axes.text(x, y, f"{count:,}" if count else "", fontsize=9, va="center", ha="right", color=INK)
     for column, color in enumerate(colors):
         if color:
             _draw_box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, color)
@@ -124,12 +124,12 @@ def _draw_box(axes: Axes, left: float, middle: float, width: float, height: floa
 
 
 def _choose_color(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """Choose the color of a stage by how many of its layers with weights train in a phase."""
+    """Choose the color of a stage: all, some or none of its layers with weights train in a phase."""
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     layers = classifier.backbone.layers
     # Without BatchNormalization, so that frozen layers do not make a stage appear partly trained.
-    able = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
-    if able and able <= phase.trained_layers:
+    with_weights = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
+    if with_weights and with_weights <= phase.trained_layers:
         return TRAINS
     return FROZEN if phase.trained_layers.isdisjoint(stage.layers) else TRAINS_PARTLY

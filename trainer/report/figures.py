@@ -194,7 +194,7 @@ def line_chart(
 
     Args:
         fractions: the values are fractions, so the axis is in percent and ends at 100; otherwise it begins at 0.
-        phase_starts: x coordinate (epoch) of the start of each phase, shown as a vertical line with the name of the phase.
+        phase_starts: x coordinate of the start of each phase, shown as a vertical line with its name.
         best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
     """
     drawn = [(line, line.points) for line in lines if line.points]

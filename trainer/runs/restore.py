@@ -1,4 +1,4 @@
-"""Assign the values of a checkpoint to a classifier: of the run itself, or of another run (warm start)."""
+"""Assign checkpoint values to a classifier, also from another run (warm start)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +20,9 @@ from trainer.training import variables
 
 
 def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign trained values, by name, to `targets`, all or some of the classifier's variables.
+    """Assign trained values, by name, to `targets`, which are all or some of the classifier's variables.
 
-    Raises DataError if a value is missing or has another shape: nothing was assigned. `source` names the values.
+    Raises DataError if a value is missing or has another shape; then nothing was assigned. `source` names the values.
     """
     variables.write(targets, values, source)
     refresh_normalization(classifier.backbone)
@@ -31,10 +31,11 @@ def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[
 def load_warm_start(
     control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path
 ) -> tuple[str, int]:
-    """Assign the variables of another run's checkpoint that this model has too, with averages (EMA) if any.
+    """Assign the variables that this model and another run's checkpoint have in common, with averages (EMA) if any.
 
-    All workers call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of values.
-    A head of other classes keeps its initial values; variables of the backbone that the checkpoint lacks are warned of.
+    All workers must call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of
+    assigned values. A head with other classes keeps its initial values. Backbone variables that the checkpoint lacks
+    cause a warning.
 
     Args:
         source: output_dir of the other run, local or gs://, to read its best or else its newest checkpoint; or the
@@ -57,17 +58,17 @@ Shapes = dict[str, tuple[int, ...]]  # shape of each variable by its name
 
 
 def collect_shapes(values: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of variables or arrays."""
+    """Return the shapes of variables or arrays by name."""
     return {name: tuple(value.shape) for name, value in values.items()}
 
 
 def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[list[str], str]:
     """Return the names of the variables that a warm start assigns, and a warning, "" if the backbone is complete.
 
-    The head may have other classes or layers. Variables of the backbone may be missing in the checkpoint, which is
-    worth a warning, but those of one name must have one shape: another one is that of another backbone or width.
+    The head can have other classes or layers. Backbone variables that the checkpoint lacks cause a warning. Backbone
+    variables of the same name must have the same shape, since another shape means another backbone or width.
 
-    Raises DataError if a variable of the backbone has another shape, or the checkpoint has none of them.
+    Raises DataError if a backbone variable has another shape, or the checkpoint has no backbone variable.
     """
     matching = [name for name, shape in model.items() if checkpoint.get(name) == shape]
     backbone = [name for name in model if name.startswith("backbone/")]
@@ -86,7 +87,7 @@ def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[li
 
 
 def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Read the variables of the checkpoint that a warm start begins with, and return them with its local path."""
+    """Read the checkpoint of a warm start; return its local path and its variables."""
     folder = Path(source).expanduser()
     if is_remote(source):
         folder = cache_folder / "warm_start"
@@ -99,9 +100,9 @@ def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.
 
 
 def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """Return the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
+    """Open the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
 
-    Raises DataError if the folder does not exist or the run has no checkpoint; `source` is the value of `warm_start`.
+    Raises DataError, which names the `warm_start` value `source`, if the folder or its checkpoints do not exist.
     """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)

@@ -53,9 +53,7 @@ class Service:
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
         self.model: ServedModel | None = None  # None until it is loaded and warmed up
-        self.stopping = (
-            False  # a signal was received, so the service is not ready and responses close their connections
-        )
+        self.stopping = False  # after a signal: the service is not ready, and responses close their connections
         self.active = 0  # requests in progress, to any route
         self.cancelled = 0  # requests that were still in progress `drain` seconds after the shutdown began
         self.metrics = ServingMetrics(settings, export)

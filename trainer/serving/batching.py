@@ -25,8 +25,8 @@ class Batcher:
     """A queue of images, from which `run` forms batches for the model.
 
     A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. An idle model
-    gets the next batch as soon as the queue has `size` images or the oldest one has waited for `window` seconds. At most
-    `queue` images wait. `run_model` is called in `pool`.
+    gets the next batch as soon as the queue has `size` images or the oldest one has waited for `window` seconds. At
+    most `queue` images wait. `run_model` is called in `pool`.
 
     Large images (`LARGE_PIXELS`) have their own batches, and at most half of the model's time while small images wait:
     after a batch of large images that took t seconds, small ones are preferred for t seconds.

@@ -34,9 +34,7 @@ class Prediction:
 
     probabilities: np.ndarray  # float32 [classes]
     embedding: np.ndarray | None = None  # float32 [C], the pooled features; None without the signature `explain`
-    heatmap: np.ndarray | None = (
-        None  # float32 [h, w] in 0..1, Grad-CAM heatmap of the predicted class; None if not requested
-    )
+    heatmap: np.ndarray | None = None  # float32 [h, w] in 0..1, Grad-CAM of the predicted class; None if not requested
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:

@@ -27,9 +27,7 @@ class ServedModel:
         address = export.address
         _check_operations(export)
         try:
-            self._loaded = tf.saved_model.load(
-                str(export.folder)
-            )  # keeps the model alive, without which signatures fail
+            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail without a reference to it
         except Exception as error:  # a corrupt file raises errors of many classes
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
