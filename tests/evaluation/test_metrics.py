@@ -11,7 +11,7 @@ from tests.errors import raises
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson_interval
-from trainer.evaluation.metrics import calibration, evaluate_arrays, score
+from trainer.evaluation.metrics import evaluate_arrays, measure_calibration, score
 
 NAMES = ("a", "b", "c")
 # Predictions a, b, b, a for truths a, a, b, b: two of four are right; c never occurs and is never predicted.
@@ -92,7 +92,7 @@ def test_wilson_stays_within_0_and_1() -> None:
 
 def test_calibration_by_hand() -> None:
     # Bins of 1/15. Two predictions at 0.95 (one right), in the last bin; one at 0.5 (right) in (7/15, 8/15].
-    error, bins = calibration(np.array([0.95, 0.95, 0.5]), np.array([True, False, True]))
+    error, bins = measure_calibration(np.array([0.95, 0.95, 0.5]), np.array([True, False, True]))
     assert error == pytest.approx(2 / 3 * abs(0.5 - 0.95) + 1 / 3 * abs(1.0 - 0.5))
     assert len(bins) == 15
     assert [b["count"] for b in bins] == [0] * 7 + [1] + [0] * 6 + [2]
@@ -101,12 +101,12 @@ def test_calibration_by_hand() -> None:
 
 
 def test_calibration_bins_are_closed_above() -> None:
-    _, bins = calibration(np.array([1 / 15, 1.0]), np.array([True, True]))
+    _, bins = measure_calibration(np.array([1 / 15, 1.0]), np.array([True, True]))
     assert (bins[0]["count"], bins[14]["count"]) == (1, 1)
 
 
 def test_perfect_calibration_has_no_error() -> None:
-    error, _ = calibration(np.full(4, 0.75), np.array([True, True, True, False]))
+    error, _ = measure_calibration(np.full(4, 0.75), np.array([True, True, True, False]))
     assert error == pytest.approx(0.0)
 
 
