@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
-from trainer.report.figures import ACCENT, GRID_LINE, INK, MUTED, canvas, save, tidy
+from trainer.report.figures import ACCENT, GRID_LINE, INK, MUTED, create_figure, save, style_axes
 
 PAGE, CHART = Path("docs", "performance.md"), Path("docs", "images", "performance.png")
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name
@@ -56,10 +56,10 @@ def page(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], file: Path) -> None:
     """Draw one bar per ratio, on a logarithmic axis from 1, with its range."""
     bars = [(f"{c.what}, against {c.against}", c.ratios, c.ratio) for r in results for c in r.comparisons]
-    figure = canvas(1.0 + 0.24 * (len(bars) + 1.6 * len(results)), width=11.0)
+    figure = create_figure(1.0 + 0.24 * (len(bars) + 1.6 * len(results)), width=11.0)
     axes = figure.subplots()
     axes.set_xscale("log")
-    tidy(axes, grid="x")
+    style_axes(axes, grid="x")
     at, names, positions = 0.0, [], []
     for result in results:
         axes.text(0, at, result.title, transform=axes.get_yaxis_transform(), fontsize=9, fontweight="bold",

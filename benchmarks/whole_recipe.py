@@ -20,7 +20,7 @@ from benchmarks.arguments import argument_parser, command_of, describe_data, des
 from benchmarks.photos import count_of, link_fold
 from benchmarks.processes import Completed, in_turns, run, train
 from benchmarks.results import Comparison, Result, Table, save, spread
-from trainer.evaluation.intervals import wilson
+from trainer.evaluation.intervals import wilson_interval
 
 PLAIN = "plain Keras"
 LIVE = ["phases.head.features=live", "phases.fine_tune.features=live"]
@@ -148,7 +148,7 @@ def accuracies(runs_of: dict[tuple[str, str], list[Outcome]], examples: Sequence
             each = [outcome.accuracy[phase] for outcome in outcomes]
             n = sum(examples)
             right = round(sum(accuracy * count for accuracy, count in zip(each, examples, strict=True)))
-            low, high = wilson(right, n)
+            low, high = wilson_interval(right, n)
             seeds = ", ".join(f"{value:.3f}" for value in each)
             rows.append([label, side, name, f"{right / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
     header = ["augmentation", "side", "after", "accuracy", "95 % interval", "n", "each seed"]

@@ -14,7 +14,7 @@ from tests.cli.verbs import exit_code_of
 from tests.processes import run_python
 from trainer import drift
 from trainer.evaluation.drift import Measure, Window
-from trainer.exporting.reference import reference_distribution
+from trainer.exporting.reference import compute_reference
 from trainer.report import figures as drawing
 from trainer.report.drift import draw
 
@@ -49,7 +49,7 @@ def log_lines(probabilities: np.ndarray, embeddings: np.ndarray | None, hours_ag
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    reference = reference_distribution("test", NAMES, *predictions(400, 1), 96, "stretch")
+    reference = compute_reference("test", NAMES, *predictions(400, 1), 96, "stretch")
     (folder / "export").mkdir()
     (folder / "export" / "reference.json").write_text(json.dumps(reference))
     return folder
@@ -157,7 +157,7 @@ def test_a_damaged_reference_exits_with_2(text: str, tmp_path: Path, command: Ca
     (tmp_path / "reference.json").write_text(text)
     code, _, err = command(f"reference={tmp_path}", "log=x.jsonl")
     assert code == 2
-    assert f"error: reference={tmp_path}: its reference.json is damaged" in err
+    assert f"error: reference={tmp_path}: its reference.json is corrupt" in err
 
 
 def test_tensorflow_is_not_imported(run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trainer.errors import DataError
 from trainer.evaluate import apply_changes
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.stored_run import StoredRun, with_run_classes
+from trainer.runs.stored_run import StoredRun, map_to_run_classes
 from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
@@ -54,7 +54,7 @@ def data_of(classes: tuple[str, ...]) -> Dataset:
 )
 def test_data_of_unknown_classes_is_refused_by_name(classes: tuple[str, ...], names: str, tmp_path: Path) -> None:
     with raises(DataError, key="run", value="runs/1", problem=names, fix="'daisy', 'rose', 'tulip'"):
-        with_run_classes(stored_run(tmp_path), data_of(classes))
+        map_to_run_classes(stored_run(tmp_path), data_of(classes))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_data_of_unknown_classes_is_refused_by_name(classes: tuple[str, ...], na
 def test_labels_are_mapped_by_name_and_absent_classes_are_named(
     classes: tuple[str, ...], labels: list[int], absent: str, tmp_path: Path
 ) -> None:
-    data = with_run_classes(stored_run(tmp_path), data_of(classes))
+    data = map_to_run_classes(stored_run(tmp_path), data_of(classes))
     assert data.class_names == ("daisy", "rose", "tulip")
     assert data.splits["train"].labels.tolist() == labels
     assert [absent in note for note in data.notes] == [True] * bool(absent)

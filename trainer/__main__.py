@@ -33,12 +33,12 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.folder import (
     Finished,
+    collect_versions,
     follow_run_folder,
+    hash_source,
     open_run_folder,
     require_output_dir,
     require_unfinished,
-    source_digest,
-    versions,
 )
 from trainer.storage.disk import disk_errors
 
@@ -84,7 +84,7 @@ def main() -> None:
         stop.check("before training began")
         with control.propagate_failures(), disk_errors():
             control.require_equal("configuration", common_settings(config))
-            control.require_equal("code", versions() | {"source": source_digest()})
+            control.require_equal("code", collect_versions() | {"source": hash_source()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
             watchdog.start(config.runtime, control, stop.unread, listener, **log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")

@@ -30,7 +30,7 @@ def main() -> None:
             raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
         from trainer.report import compare  # imports matplotlib, after the arguments are checked
 
-        names = compare.short_names(addresses)
+        names = compare.shorten_addresses(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
         compare.print_comparison(comparison)
         compare.write_comparison(output, comparison)

@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer.cli.arguments import read_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
-from trainer.evaluation.drift import format_measures, measure_drift, read_log, read_reference, verdict
+from trainer.evaluation.drift import format_measures, measure_drift, most_severe_level, read_log, read_reference
 from trainer.monitoring.log import log
 from trainer.storage.path import storage_path
 
@@ -52,7 +52,7 @@ def main() -> None:
             figure = Path(folder) / "drift.png"
             draw(figure, reference, window, measured)
             storage_path(output).write(figure.read_bytes())
-        level = verdict(measured)
+        level = most_severe_level(measured)
         log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
         if level == "shifted":
             shifted = ", ".join(measure.name for measure in measured if measure.level == "shifted")

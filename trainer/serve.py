@@ -24,7 +24,7 @@ from trainer.cli.process import exit_with_code, quiet_start
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.serving.export_files import Export, find_export
-from trainer.serving.settings import Settings, read_settings
+from trainer.serving.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
@@ -45,9 +45,9 @@ def main() -> None:
         shown = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
         rows = [f"    {f'{key}={shown[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
-        # All keys are accepted here: `read_settings` reports unknown ones together with all other faults.
+        # All keys are accepted here: `parse_settings` reports unknown ones together with all other faults.
         arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
-        settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
+        settings = parse_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve
         except ModuleNotFoundError as error:

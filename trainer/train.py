@@ -36,10 +36,10 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
-from trainer.planning.estimates import resident_bytes
-from trainer.planning.warnings import run_warnings
-from trainer.runs.clock import LEDGER, Clock
-from trainer.runs.folder import RunFolder, last_command, resolve_auto_once, update_run_json
+from trainer.planning.estimates import measure_resident_bytes
+from trainer.planning.warnings import find_run_warnings
+from trainer.runs.clock import BREAKDOWN_FILE, Clock
+from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once, update_run_json
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
@@ -117,13 +117,15 @@ def set_up(
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
-    memory_before = resident_bytes()
+    memory_before = measure_resident_bytes()
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    warnings = run_warnings(config, classifier, dataset, workers=control.size, replicas=replicas, before=memory_before)
+    warnings = find_run_warnings(
+        config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
+    )
     for warning in filter(None, [limited, *warnings] if control.is_chief else []):
         log.warning(f"warning: {warning}")
     chief_folder = folder.path if control.is_chief else None
@@ -134,7 +136,7 @@ def set_up(
         classifier=classifier,
         state=RunState(),
         saver=Saver(folder, control, config.runtime.keep_checkpoints),
-        clock=Clock(chief_folder and chief_folder / LEDGER, process_started),
+        clock=Clock(chief_folder and chief_folder / BREAKDOWN_FILE, process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
     return run, divisions, reasons
@@ -151,7 +153,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
         the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
-    state, restored = run.saver.newest(folder.resuming)
+    state, restored = run.saver.broadcast_newest(folder.resuming)
     if state:
         run.state = RunState.from_json(state)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
@@ -193,7 +195,7 @@ def begin(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: lis
         kinds: dict[str, str] = dict(features.input_kinds)
         folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, limit)
-        run.saver.checkpoints.tidy(step)
+        run.saver.checkpoints.set_aside_after(step)
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
         truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
@@ -354,7 +356,7 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     best = early_stopping.best_step(state, run.config.phases[name].early_stopping)
     assert best is not None, "a phase ends after a validation"
     selected = best if training.keep == "best" else state.step
-    step, weights = run.saver.read_weights(selected, state.step, list(run.classifier.variables))
+    step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
     variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
     summary, entry = early_stopping.summarise_phase(state, name, step)
     state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
@@ -526,7 +528,7 @@ def finish(run: RunContext) -> None:
     from trainer.exporting.model_card import write_model_card
     from trainer.models.grad_cam import make_explainer
     from trainer.report.build import build_report, show_in_tensorboard
-    from trainer.report.summary import summarise
+    from trainer.report.summary import log_summary
 
     images, config, clock, saver = run.images, run.config, run.clock, run.saver
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
@@ -564,7 +566,7 @@ def finish(run: RunContext) -> None:
             "export": exports,
             "trained_on": config.debug.overfit,
             "timing": clock.report(run.state.images)
-            | {"starts": run.state.starts, "workers": run.worker.size, "command": last_command(saver.path)},
+            | {"starts": run.state.starts, "workers": run.worker.size, "command": read_last_command(saver.path)},
         }
         report = build_report(
             saver.path / "report", scored, images, explain, run_results, splits=list(dataset.splits), check=check
@@ -578,9 +580,9 @@ def finish(run: RunContext) -> None:
     if any(facts["refused"] for facts in exports.values()):
         saver.publisher.publish_results()
         run.metrics.stop_display()
-        summarise(report, saver.address)
+        log_summary(report, saver.address)
         raise_if_refused(exports, config.export.max_accuracy_drop)
     saver.publisher.finish(json.dumps({"test_accuracy": report["test"]["accuracy"], "step": run.state.step}) + "\n")
     control.broadcast_bytes("done")
     run.metrics.stop_display()
-    summarise(report, saver.address)
+    log_summary(report, saver.address)

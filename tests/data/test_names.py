@@ -21,8 +21,8 @@ from trainer.data.splits import matching_files
 from trainer.data.tfds_writer import LabelledImages, write_dataset
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import from_cell, write_predictions
-from trainer.exporting.model_card import label_lines
+from trainer.evaluation.predictions import decode_cell, write_predictions
+from trainer.exporting.model_card import format_labels
 from trainer.names import class_name, printable
 from trainer.types import Dataset
 
@@ -61,7 +61,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     dataset = opened(tmp_path)
     assert dataset.class_names == tuple(sorted(folders))
     assert sum(split.count for split in dataset.splits.values()) == 10 * len(folders)
-    assert label_lines(dataset.class_names).splitlines() == list(dataset.class_names)
+    assert format_labels(dataset.class_names).splitlines() == list(dataset.class_names)
     train = dataset.splits["train"]
     for file, label in zip(train.files, train.labels, strict=True):
         assert class_name(Path(file).parent.name) == dataset.class_names[label]
@@ -89,8 +89,8 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
         tmp_path / "p.csv", evaluate_arrays("train", dataset.class_names, train.labels, probabilities, names)
     )
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text("utf-8").splitlines()))
-    assert [from_cell(row["file"]) for row in rows] == names == [printable(file) for file in train.files]
-    assert [from_cell(row["truth"]) for row in rows] == [dataset.class_names[label] for label in train.labels]
+    assert [decode_cell(row["file"]) for row in rows] == names == [printable(file) for file in train.files]
+    assert [decode_cell(row["truth"]) for row in rows] == [dataset.class_names[label] for label in train.labels]
     for row in rows:
         assert not any(cell.lstrip().startswith(("=", "+", "-", "@")) for cell in (row["file"], row["truth"]))
 

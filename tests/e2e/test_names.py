@@ -10,7 +10,7 @@ import pytest
 from tests.data.test_names import fill, image_names
 from tests.e2e.running import ROOT, program, train
 from tests.nasty import file_names
-from trainer.evaluation.predictions import from_cell
+from trainer.evaluation.predictions import decode_cell
 from trainer.names import class_name
 from trainer.serving.export_files import find_export
 
@@ -41,7 +41,7 @@ def test_a_whole_run_with_nasty_names(tmp_path: Path) -> None:
     assert find_export(str(run), tmp_path, pytest.fail).classes == tuple(names)
     assert json.loads((run / "report" / "report.json").read_text("utf-8"))["data"]["class_names"] == names
     rows = list(csv.DictReader((run / "report" / "predictions.csv").read_text("utf-8").splitlines()))
-    assert {from_cell(row["truth"]) for row in rows} <= set(names)
+    assert {decode_cell(row["truth"]) for row in rows} <= set(names)
     for file in ("report/index.html", "report/predictions.csv", "export/model_card.md", "config.yaml", "run.json"):
         (run / file).read_bytes().decode()
 

@@ -9,13 +9,13 @@ import scipy.stats
 
 from trainer.evaluation.drift import (
     Window,
-    distance_limit,
     embedding_distance,
+    embedding_distance_quantile,
     measure_drift,
     merge_bins,
-    population_stability,
-    stability_limit,
-    verdict,
+    most_severe_level,
+    population_stability_index,
+    psi_quantile,
 )
 
 WIDTH = 6
@@ -24,18 +24,18 @@ WIDTH = 6
 def test_population_stability_is_the_documented_sum() -> None:
     a, b = np.array([500_000, 300_000, 200_000]), np.array([200_000, 300_000, 500_000])
     expected = 2 * 0.3 * np.log(0.5 / 0.2)
-    assert population_stability(a, b) == pytest.approx(expected, rel=1e-4)
-    assert population_stability(b, a) == pytest.approx(population_stability(a, b))
-    assert population_stability(a, 3 * a) == pytest.approx(0, abs=1e-9)
-    assert np.isfinite(population_stability([10, 0], [0, 10]))
+    assert population_stability_index(a, b) == pytest.approx(expected, rel=1e-4)
+    assert population_stability_index(b, a) == pytest.approx(population_stability_index(a, b))
+    assert population_stability_index(a, 3 * a) == pytest.approx(0, abs=1e-9)
+    assert np.isfinite(population_stability_index([10, 0], [0, 10]))
 
 
 def test_the_limit_of_the_index_is_its_quantile_without_drift() -> None:
     draw, p = np.random.default_rng(3), np.array([0.4, 0.2, 0.15, 0.15, 0.1])
-    indices = [population_stability(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
-    assert np.mean(np.array(indices) < stability_limit(400, 150, 5)) == pytest.approx(0.99, abs=0.006)
+    indices = [population_stability_index(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
+    assert np.mean(np.array(indices) < psi_quantile(400, 150, 5)) == pytest.approx(0.99, abs=0.006)
     exact = scipy.stats.chi2.ppf(0.99, 19) * (1 / 100 + 1 / 50)
-    assert stability_limit(100, 50, 20) == pytest.approx(exact, rel=1e-9)
+    assert psi_quantile(100, 50, 20) == pytest.approx(exact, rel=1e-9)
 
 
 def test_bins_are_merged_until_each_has_5_percent_of_the_reference() -> None:
@@ -80,7 +80,7 @@ def window_of(*values: np.ndarray, size: int | None = None) -> Window:
 
 def reference() -> dict[str, Any]:
     window = window_of(*sample(1, 600))
-    mean, covariance = window.gaussian()
+    mean, covariance = window.fit_gaussian()
     return {
         "n": window.n,
         "class_frequencies": (window.classes / window.n).tolist(),
@@ -91,11 +91,11 @@ def reference() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [20, 100, 1000])
 def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> None:
-    same = [verdict(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)]
+    same = [most_severe_level(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)]
     assert same.count("shifted") <= 1  # 30 measures, each wrong in 1 of 100 cases
     measured = measure_drift(reference(), window_of(*sample(3, count, shift=1.0)))
     levels = {m.name: m.level for m in measured}
-    assert levels["confidence"] == levels["embedding"] == verdict(measured) == "shifted"
+    assert levels["confidence"] == levels["embedding"] == most_severe_level(measured) == "shifted"
     assert levels["classes"] != "shifted"
 
 
@@ -109,9 +109,9 @@ def test_other_classes_shift_only_the_classes() -> None:
 
 def test_the_limit_of_few_embeddings_is_larger_and_reproducible() -> None:
     own = reference()["embedding"]
-    few, many = distance_limit(own, 600, 10), distance_limit(own, 600, 1000)
+    few, many = embedding_distance_quantile(own, 600, 10), embedding_distance_quantile(own, 600, 1000)
     assert few > 4 * many > 0
-    assert distance_limit(own, 600, 10) == few
+    assert embedding_distance_quantile(own, 600, 10) == few
 
 
 @pytest.mark.parametrize("count", [WIDTH, WIDTH + 4, 100])
@@ -121,7 +121,7 @@ def test_the_limit_of_the_distance_is_its_quantile_without_drift(count: int) -> 
         first, second = (draw.multivariate_normal(mean, covariance, size) for size in (300, count))
         moments = {"mean": first.mean(0), "covariance": np.cov(first, rowvar=False)}
         distances.append(embedding_distance(moments, second.mean(0), np.cov(second, rowvar=False)))
-    limit = distance_limit({"mean": mean, "covariance": covariance}, 300, count)
+    limit = embedding_distance_quantile({"mean": mean, "covariance": covariance}, 300, count)
     assert np.mean(np.array(distances) < limit) == pytest.approx(0.985, abs=0.0151)
 
 
@@ -132,8 +132,8 @@ def test_a_window_has_the_last_predictions_only() -> None:
     assert window.n == window.embedding_count == 60
     np.testing.assert_array_equal(window.classes, expected.classes)
     np.testing.assert_array_equal(window.confidences, expected.confidences)
-    np.testing.assert_allclose(window.gaussian()[0], last[2].mean(0), atol=1e-9)
-    np.testing.assert_allclose(window.gaussian()[1], np.cov(last[2], rowvar=False), atol=1e-9)
+    np.testing.assert_allclose(window.fit_gaussian()[0], last[2].mean(0), atol=1e-9)
+    np.testing.assert_allclose(window.fit_gaussian()[1], np.cov(last[2], rowvar=False), atol=1e-9)
 
 
 @pytest.mark.parametrize(("confidence", "index"), [(0.0, 0), (0.049, 0), (0.05, 1), (0.999, 19), (1.0, 19), (1.01, 19)])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from trainer.evaluation import duplicates
-from trainer.evaluation.duplicates import find_duplicates, make_thumbnails, perceptual_hashes
+from trainer.evaluation.duplicates import find_duplicates, hash_thumbnails, make_thumbnails
 
 SIDE = 96
 
@@ -119,7 +119,7 @@ def test_a_thumbnail_is_the_mean_over_areas() -> None:
 def test_hashes_are_robust_to_noise() -> None:
     small = make_thumbnails(np.stack([decoded(photo(k)) for k in range(20)]))
     noise = np.random.default_rng(0).integers(-2, 3, small.shape)
-    hashes, other = perceptual_hashes(small), perceptual_hashes(np.clip(small + noise, 0, 255).astype(np.uint8))
+    hashes, other = hash_thumbnails(small), hash_thumbnails(np.clip(small + noise, 0, 255).astype(np.uint8))
     assert np.bitwise_count(hashes ^ other).max() <= duplicates.MAX_HASH_DISTANCE
     assert np.bitwise_count(hashes[:-1] ^ hashes[1:]).min() > duplicates.MAX_HASH_DISTANCE
 

@@ -10,8 +10,8 @@ from sklearn.metrics import classification_report, log_loss
 from tests.errors import raises
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
-from trainer.evaluation.intervals import wilson
-from trainer.evaluation.metrics import calibration, evaluate_arrays, score
+from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.metrics import evaluate_arrays, measure_calibration, score
 
 NAMES = ("a", "b", "c")
 # Predictions a, b, b, a for truths a, a, b, b: two of four are right; c never occurs and is never predicted.
@@ -56,7 +56,7 @@ def test_scores_agree_with_scikit_learn() -> None:
 def test_top_5_counts_ties_in_the_order_of_the_classes() -> None:
     scores = score(np.arange(6), np.full((6, 6), 1 / 6, np.float32), [str(k) for k in range(6)])
     assert (scores["top_5"], scores["accuracy"]) == pytest.approx((5 / 6, 1 / 6))
-    assert scores["top_5_interval"] == list(wilson(5, 6))
+    assert scores["top_5_interval"] == list(wilson_interval(5, 6))
 
 
 def test_everything_is_ready_for_json() -> None:
@@ -81,18 +81,18 @@ def test_a_certain_and_right_model_has_a_loss_of_zero_and_a_certain_and_wrong_on
     ],
 )
 def test_wilson_matches_the_published_values(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_stays_within_0_and_1() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
     for n in (1, 7, 1000):
-        assert (wilson(0, n)[0], wilson(n, n)[1]) == (0.0, 1.0)
+        assert (wilson_interval(0, n)[0], wilson_interval(n, n)[1]) == (0.0, 1.0)
 
 
 def test_calibration_by_hand() -> None:
     # Bins of 1/15. Two predictions at 0.95 (one right), in the last bin; one at 0.5 (right) in (7/15, 8/15].
-    error, bins = calibration(np.array([0.95, 0.95, 0.5]), np.array([True, False, True]))
+    error, bins = measure_calibration(np.array([0.95, 0.95, 0.5]), np.array([True, False, True]))
     assert error == pytest.approx(2 / 3 * abs(0.5 - 0.95) + 1 / 3 * abs(1.0 - 0.5))
     assert len(bins) == 15
     assert [b["count"] for b in bins] == [0] * 7 + [1] + [0] * 6 + [2]
@@ -101,12 +101,12 @@ def test_calibration_by_hand() -> None:
 
 
 def test_calibration_bins_are_closed_above() -> None:
-    _, bins = calibration(np.array([1 / 15, 1.0]), np.array([True, True]))
+    _, bins = measure_calibration(np.array([1 / 15, 1.0]), np.array([True, True]))
     assert (bins[0]["count"], bins[14]["count"]) == (1, 1)
 
 
 def test_perfect_calibration_has_no_error() -> None:
-    error, _ = calibration(np.full(4, 0.75), np.array([True, True, True, False]))
+    error, _ = measure_calibration(np.full(4, 0.75), np.array([True, True, True, False]))
     assert error == pytest.approx(0.0)
 
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from trainer.evaluation.intervals import macro_f1_interval, mean_interval
-from trainer.evaluation.paired import compare_paired, holm
+from trainer.evaluation.paired import adjust_p_values, compare_paired
 
 
 def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,9 +52,9 @@ def test_equally_good_classifiers_differ_significantly_in_less_than_5_percent_of
 
 
 def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([0.2]) == [0.2]
+    assert adjust_p_values([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust_p_values([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert adjust_p_values([0.2]) == [0.2]
 
 
 def test_the_interval_of_macro_f1_is_that_of_resampled_examples() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.nasty import file_names
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import as_cell, from_cell, write_predictions
+from trainer.evaluation.predictions import decode_cell, encode_cell, write_predictions
 from trainer.names import printable
 
 
@@ -57,7 +57,7 @@ def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) ->
         rows = list(csv.DictReader(file))
     for row, name in zip(rows, names, strict=True):
         for key in ("file", "truth", "prediction"):
-            assert from_cell(row[key]) == printable(name)
+            assert decode_cell(row[key]) == printable(name)
             assert row[key].lstrip("\ufeff \u00a0")[:1] not in ("=", "+", "-", "@", "\t", "\r", "\uff1d"), ascii(
                 row[key]
             )
@@ -65,4 +65,4 @@ def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["cat", "a=b", "a-b", "1-2", "it's", ""])
 def test_other_names_are_unchanged(name: str) -> None:
-    assert as_cell(name) == name == from_cell(name)
+    assert encode_cell(name) == name == decode_cell(name)

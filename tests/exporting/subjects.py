@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.exporting.bundle import ExportBundle, ParityExamples
-from trainer.exporting.reference import reference_distribution
+from trainer.exporting.reference import compute_reference
 from trainer.exporting.verify import load_export, score
 
 NAMES = ("daisy", "löwenzahn", "rose\nred")
@@ -43,7 +43,7 @@ def bundle_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
         }
 
     images = some_images(40)
-    reference = reference_distribution("test", NAMES, predictions_of(model, images), images.mean((1, 2)), SIZE, resize)
+    reference = compute_reference("test", NAMES, predictions_of(model, images), images.mean((1, 2)), SIZE, resize)
     return ExportBundle(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
 
 

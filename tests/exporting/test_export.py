@@ -12,7 +12,7 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
-from trainer.exporting.export import MAX_PARITY_EXAMPLES, READ_BATCH, export_classifier, score_all
+from trainer.exporting.export import BATCH_SIZE, MAX_PARITY_EXAMPLES, export_classifier, score_all
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.types import Dataset, Scored, Split
@@ -61,15 +61,15 @@ def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
 
 def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classifier = build_classifier(make_config().model, 3, 1)
-    images = image_store(tmp_path, READ_BATCH + 4, make_config("skip"))
+    images = image_store(tmp_path, BATCH_SIZE + 4, make_config("skip"))
     split = images.dataset.splits["test"]
     Path(split.files[7]).write_bytes(b"no image")
     scored = score_all(make_explainer(classifier), images, "test")
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
     assert capsys.readouterr().out.count("skipped ") == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))
-    some = images.rows("test", [6, READ_BATCH + 2])
-    np.testing.assert_allclose(scored.probabilities[[6, READ_BATCH + 1]], classifier.probabilities(some), atol=1e-6)
+    some = images.rows("test", [6, BATCH_SIZE + 2])
+    np.testing.assert_allclose(scored.probabilities[[6, BATCH_SIZE + 1]], classifier.probabilities(some), atol=1e-6)
     failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), make_config(), 32, lambda _: None)
     with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
         score_all(make_explainer(classifier), failing, "test")

@@ -33,8 +33,8 @@ from trainer.config.schema import ExportFormat
 from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
-from trainer.exporting.tflite import export_tflite, quiet
-from trainer.exporting.verify import accuracy_drop_too_large, load_export
+from trainer.exporting.tflite import export_tflite, suppress_litert_output
+from trainer.exporting.verify import is_accuracy_drop_too_large, load_export
 from trainer.models.batch_norm import PaddingAwareBatchNormalization
 
 # Largest difference of a probability by the precision of the format; 1e-4 for others.
@@ -154,7 +154,7 @@ def test_the_precision_is_restored_after_an_error() -> None:
 
 
 def test_only_routine_lines_are_suppressed(capfd: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(ValueError), quiet():
+    with contextlib.suppress(ValueError), suppress_litert_output():
         os.write(2, b"fully_quantize: 0, inference_type: 6\nERROR: the model is empty\n")
         os.write(2, b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n")
         raise ValueError
@@ -183,11 +183,11 @@ def a_score(lost: int, gained: int, examples: int, difference: float = 0.1) -> d
     ],
 )
 def test_a_drop_exceeds_the_limit_and_chance(lost: int, gained: int, examples: int, too_far: bool) -> None:
-    assert accuracy_drop_too_large(a_score(lost, gained, examples), 0.01) is too_far
+    assert is_accuracy_drop_too_large(a_score(lost, gained, examples), 0.01) is too_far
 
 
 def test_probabilities_that_are_not_finite_are_a_drop() -> None:
-    assert accuracy_drop_too_large(a_score(0, 0, 10, float("inf")), 1.0)
+    assert is_accuracy_drop_too_large(a_score(0, 0, 10, float("inf")), 1.0)
 
 
 def far_from_zero() -> keras.Model:

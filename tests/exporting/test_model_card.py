@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from tests.nasty import file_names
 from trainer.config import schema as config
-from trainer.exporting.model_card import as_code, as_text, write_model_card
+from trainer.exporting.model_card import escape_markdown, format_code_span, write_model_card
 from trainer.names import class_name, printable
 
 SCORED: dict[str, Any] = {
@@ -146,9 +146,9 @@ def test_names_cannot_leave_their_position(tmp_path: Path, seed: int) -> None:
 )
 def test_a_name_is_rendered_as_it_is(name: str) -> None:
     renderer, shown = MarkdownIt().enable("table"), printable(name)
-    (code,) = renderer.parseInline(as_code(shown))[0].children or ()
+    (code,) = renderer.parseInline(format_code_span(shown))[0].children or ()
     assert (code.type, code.content) == ("code_inline", shown)
-    tokens = renderer.parse(as_text(shown.strip() or "x"))
+    tokens = renderer.parse(escape_markdown(shown.strip() or "x"))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     texts = tokens[1].children or ()
     assert {token.type for token in texts} <= {"text", "text_special"}

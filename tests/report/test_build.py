@@ -28,7 +28,7 @@ def test_only_the_first_image_is_augmented_as_in_eight_epochs(monkeypatch: pytes
         return augment(images, *rest)
 
     monkeypatch.setattr(reporting, "augment", counted)
-    views = reporting.augmented_views(CHANGED, 7, SHOWN, CHOSEN)
+    views = reporting.augment_views(CHANGED, 7, SHOWN, CHOSEN)
     assert counts == [8]
     for epoch in range(8):
         alone = augment(SHOWN[:1], CHANGED, 7, np.array([epoch]), CHOSEN[:1])[0]
@@ -37,7 +37,7 @@ def test_only_the_first_image_is_augmented_as_in_eight_epochs(monkeypatch: pytes
 
 def test_mixup_mixes_the_other_images_in_turn() -> None:
     augmentation = Augmentation(mixup=0.4)
-    views = reporting.augmented_views(augmentation, 7, SHOWN, CHOSEN)
+    views = reporting.augment_views(augmentation, 7, SHOWN, CHOSEN)
     for epoch, other in enumerate([1, 2, 3, 4, 0, 1, 2, 3]):
         pair, epochs = [0, other], np.array([epoch, epoch])
         batch = {"image": SHOWN[pair].astype(np.float32), "label": np.zeros(2, np.int32),

@@ -22,11 +22,11 @@ from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import (
+    compare_configurations,
     compare_runs,
-    configuration_differences,
+    describe_outcome,
     read_scored_run,
-    short_names,
-    verdict,
+    shorten_addresses,
     write_comparison,
 )
 
@@ -75,11 +75,11 @@ def test_a_better_run_is_called_better_and_an_equal_one_is_not(tmp_path: Path) -
     pairs = [(x["correct"], y["correct"]) for x, y in zip(*rows, strict=True)]
     lost, won = (pairs.count(pair) for pair in (("true", "false"), ("false", "true")))
     assert (comparison.pairs[0].lost, comparison.pairs[0].won) == (lost, won)
-    verdicts = [verdict(pair, p) for pair, p in zip(comparison.pairs, comparison.p, strict=True)]
+    verdicts = [describe_outcome(pair, p) for pair, p in zip(comparison.pairs, comparison.p, strict=True)]
     assert verdicts == ["better", "no significant difference"]
     assert comparison.p[0] >= comparison.pairs[0].p
     swapped = compared(runs[1], runs[0])
-    assert verdict(swapped.pairs[0], swapped.p[0]) == "worse"
+    assert describe_outcome(swapped.pairs[0], swapped.p[0]) == "worse"
 
 
 def test_only_common_examples_count(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_only_common_examples_count(tmp_path: Path) -> None:
 def test_the_same_data_below_another_root_is_recognised(tmp_path: Path) -> None:
     runs = make_run(tmp_path / "a", 0.7, root="/mnt/x/photos"), make_run(tmp_path / "b", 0.9, root="other")
     comparison = compared(*runs)
-    assert (len(comparison.files), verdict(comparison.pairs[0], comparison.p[0])) == (300, "better")
+    assert (len(comparison.files), describe_outcome(comparison.pairs[0], comparison.p[0])) == (300, "better")
 
 
 def test_runs_of_other_classes_examples_or_truths_are_refused(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_runs_of_other_classes_examples_or_truths_are_refused(tmp_path: Path) ->
     configuration = other / "config.yaml"
     for damaged, valid in ((report, content), (configuration, configuration.read_text())):
         damaged.write_text("{")
-        with raises(DataError, problem="is damaged", fix="evaluate the run again"):
+        with raises(DataError, problem="is corrupt", fix="evaluate the run again"):
             read_scored_run(str(other), "b")
         damaged.write_text(valid)
 
@@ -125,7 +125,7 @@ def test_only_different_settings_are_listed(tmp_path: Path) -> None:
     training = {"batch_size": 64, "ema": True}
     other = make_run(tmp_path / "b", 0.7, training=training, export={"formats": ["keras"]}, extra=1)
     runs = [read_scored_run(str(folder), folder.name) for folder in (one, other)]
-    assert configuration_differences(runs) == [
+    assert compare_configurations(runs) == [
         ("export.formats", ["[keras,onnx]", "[keras]"]),
         ("extra", ["–", "1"]),
         ("training.batch_size", ["32", "64"]),
@@ -140,7 +140,7 @@ def test_a_phase_that_only_one_run_has_is_one_row(tmp_path: Path) -> None:
         make_run(tmp_path / "b", 0.7, phases={"head": head | {"epochs": 5}, "tuned": tuned}),
     )
     runs = [read_scored_run(str(folder), folder.name) for folder in folders]
-    assert configuration_differences(runs) == [
+    assert compare_configurations(runs) == [
         ("phases", ["[head]", "[head,tuned]"]),
         ("phases.head.epochs", ["2", "5"]),
     ]
@@ -190,9 +190,9 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
 
 
 def test_names_are_the_shortest_distinct_ends() -> None:
-    assert short_names(["outputs/a", "outputs/b/"]) == ["a", "b"]
-    assert short_names(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
-    assert short_names(["r", "r/evaluations/last"]) == ["r", "last"]
+    assert shorten_addresses(["outputs/a", "outputs/b/"]) == ["a", "b"]
+    assert shorten_addresses(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
+    assert shorten_addresses(["r", "r/evaluations/last"]) == ["r", "last"]
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -118,7 +118,7 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
         starts = {"<head>": 0.5, "rest": 1.5}
         chart = figures.line_chart("A & <i>", lines, fractions=True, phase_starts=starts, legend=True)
         assert chart
-        return figures.svg(name, chart)
+        return figures.to_svg(name, chart)
 
     first = drawn("a")
     assert first == drawn("a")
@@ -135,10 +135,10 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
 
 
 def test_names_become_plain_short_text() -> None:
-    assert figures.figure_label("$x$") == r"\$x\$"
-    assert figures.figure_label("a\nb") == r"a\nb"
-    assert figures.figure_label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
-    assert figures.figure_label("bad \udcff") == r"bad \xff"
+    assert figures.format_label("$x$") == r"\$x\$"
+    assert figures.format_label("a\nb") == r"a\nb"
+    assert figures.format_label("x" * 20 + "y" * 20, 11) == "x" * 5 + "…" + "y" * 5
+    assert figures.format_label("bad \udcff") == r"bad \xff"
 
 
 def test_drawing_imports_neither_pyplot_nor_tensorflow() -> None:

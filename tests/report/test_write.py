@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
-from trainer.evaluation.intervals import wilson
-from trainer.report.figures import INK, Line, line_chart, svg
-from trainer.report.page import CATEGORY_COLOURS, ReportImages, Samples
+from trainer.evaluation.intervals import wilson_interval
+from trainer.report.figures import INK, Line, line_chart, to_svg
+from trainer.report.page import CATEGORY_COLORS, ReportImages, Samples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock
 from trainer.types import Dataset, EvaluationResult, Split
@@ -94,7 +94,7 @@ def test_report_json(tmp_path: Path) -> None:
     test = report["test"]
     right = int((result.probabilities.argmax(axis=1) == result.labels).sum())
     assert (test["split"], test["n"], test["accuracy"]) == ("test", 60, right / 60)
-    assert test["interval"] == list(wilson(right, 60))
+    assert test["interval"] == list(wilson_interval(right, 60))
     assert "note" not in test
     assert list(report["phases"]) == ["phase_0", "phase_1"]
     last = report["phases"]["phase_1"]
@@ -193,7 +193,7 @@ def test_the_headline_has_the_scores_after_each_phase(tmp_path: Path) -> None:
     head = {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4}
     phases = {"head": head, "rest": {"val_accuracy": 0.9, "val_n": 100}}
     report = write(tmp_path, make_result(3, 10), phases=phases)
-    assert report["phases"]["rest"]["val_interval"] == list(wilson(90, 100))
+    assert report["phases"]["rest"]["val_interval"] == list(wilson_interval(90, 100))
     text = text_of(tmp_path)
     assert "validation after head: 50.00\u202f% (40.4–59.6\u202f%); rest: 90.00\u202f% (82.6–94.5\u202f%)" in text
     assert "validation after head: 0.400" in text
@@ -230,14 +230,14 @@ def test_each_export_is_a_row(tmp_path: Path, changes: dict[str, Any], row: str)
 
 
 def test_every_category_of_time_has_its_own_colour() -> None:
-    assert set(clock.CATEGORIES) <= set(CATEGORY_COLOURS)
-    assert len({colour for _, colour in CATEGORY_COLOURS.values()}) == len(CATEGORY_COLOURS)
+    assert set(clock.CATEGORIES) <= set(CATEGORY_COLORS)
+    assert len({colour for _, colour in CATEGORY_COLORS.values()}) == len(CATEGORY_COLORS)
 
 
 def test_ticks_of_a_learning_rate_are_its_values() -> None:
     chart = line_chart("Learning rate", [Line("learning rate", INK, [1, 2], [1e-3, 1e-5])])
     assert chart
-    drawn = svg("rate", chart)
+    drawn = to_svg("rate", chart)
     assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in drawn] == []
 
 

@@ -39,7 +39,7 @@ def test_a_checkpoint_is_read_exactly(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path)
     state = RunState(phase=1, step=7, sums=[0.1 + 0.2, 1 / 3, 7.0], history=[{"loss": 1e-17}])
     folder.save(state.to_json(), variables(7), None)
-    newest = folder.newest()
+    newest = folder.read_newest()
     assert newest is not None
     assert RunState.from_json(newest[0]) == state
     for name, value in variables(7).items():
@@ -54,12 +54,12 @@ def test_the_newest_and_the_best_ones_that_they_refer_to_are_retained(tmp_path: 
     folder, _ = folder_with(tmp_path, 1, 2, best=1)
     for step in (3, 4, 5):
         folder.save(RunState(step=step, best={"step": 2}).to_json(), variables(step), 2)
-    assert folder.steps() == [2, 4, 5]
+    assert folder.list_steps() == [2, 4, 5]
     assert (tmp_path / "BEST").read_text() == "step-00000002\n"
     folder.save(RunState(step=6, best={"step": 6}).to_json(), variables(6), 6)
-    assert folder.steps() == [2, 5, 6]  # if 6 is damaged, 5 still has its best one
+    assert folder.list_steps() == [2, 5, 6]  # if 6 is damaged, 5 still has its best one
     folder.save(RunState(step=7, best={"step": 6}).to_json(), variables(7), 6)
-    assert folder.steps() == [6, 7]
+    assert folder.list_steps() == [6, 7]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "size"])
@@ -78,29 +78,29 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
         file.write_bytes(bytes(content))
     else:
         file.write_bytes(file.read_bytes()[:20])
-    newest = folder.newest()
+    newest = folder.read_newest()
     assert newest is not None
     assert newest[0]["step"] == 1
     (line,) = lines
     assert (tmp_path / "step-00000002").is_dir()  # until the run begins
-    folder.tidy(1)
+    folder.set_aside_after(1)
     assert "renamed to damaged-step-00000002" in lines.pop()
     assert ("does not match its size or checksum" in line) == (damage in ("flip", "truncate", "size"))
     assert (tmp_path / "damaged-step-00000002").is_dir()
-    assert folder.steps() == [1]
+    assert folder.list_steps() == [1]
 
 
 def test_a_checkpoint_is_saved_next_to_a_damaged_one(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1, 2)
     (folder.path(2) / "state.json").write_text("{")
     folder.save(RunState(step=3).to_json(), variables(3), None)
-    assert folder.steps() == [2, 3]
+    assert folder.list_steps() == [2, 3]
 
 
 def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     folder, lines = folder_with(tmp_path, 1)
     (tmp_path / ".step-00000002.17-4711").mkdir()
-    assert folder.newest() is not None
+    assert folder.read_newest() is not None
     delete_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
     assert lines == []
@@ -109,7 +109,7 @@ def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path)
 def test_without_a_readable_checkpoint_there_is_none(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, 1)
     (folder.path(1) / "state.json").unlink()
-    assert folder.newest() is None
+    assert folder.read_newest() is None
     with raises(DataError, problem="cannot be read", fix="give another one"):
         folder.read(1)
 
@@ -130,19 +130,19 @@ except OSError as error:
 """
     assert run_python(program).stdout.startswith("refused")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
-    assert folder.newest() is not None
+    assert folder.read_newest() is not None
 
 
 @pytest.mark.parametrize("name", ["step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣"])
 def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name: str) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)
     shutil.copytree(folder.path(2), tmp_path / name)
-    assert folder.steps() == [1, 2]
+    assert folder.list_steps() == [1, 2]
     for step in (3, 4):
         folder.save(RunState(step=step).to_json(), variables(step), None)
-    folder.tidy(4)
+    folder.set_aside_after(4)
     assert (tmp_path / name / "variables.npz").exists()
-    assert folder.newest()[0]["step"] == 4  # type: ignore[index]
+    assert folder.read_newest()[0]["step"] == 4  # type: ignore[index]
     assert lines == []
 
 
@@ -152,7 +152,7 @@ def test_a_manifest_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, con
     (folder.path(2) / "manifest.json").write_bytes(content)
     with raises(DataError, problem="step-00000002", fix="give another one"):
         folder.read(2)
-    newest = folder.newest()
+    newest = folder.read_newest()
     assert newest is not None
     assert newest[0]["step"] == 1
     assert len(lines) == 1
@@ -173,7 +173,7 @@ def test_a_state_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, state:
 @pytest.mark.parametrize("content", [b"", b"\xff", b"step-1", b"../../x", b"step-00000001-ab\nstep-copy\n", b"{}"])
 def test_a_damaged_pointer_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "LATEST").write_bytes(content)
-    with raises(DataError, problem=f"{tmp_path}/LATEST is damaged", fix="names of its checkpoints"):
+    with raises(DataError, problem=f"{tmp_path}/LATEST is corrupt", fix="names of its checkpoints"):
         read_pointer(storage_path(tmp_path / "LATEST"))
     assert read_pointer(storage_path(tmp_path / "BEST")) == []
 
@@ -205,11 +205,11 @@ def test_a_checkpoint_is_replaced_without_a_moment_in_which_there_is_none(
         monkeypatch.undo()
         expected = 2.0 if kill_at == 2 else 1.0
         for _ in range(2):
-            assert folder.steps() == [7]
-            newest = CheckpointFolder(folder.folder, 1, pytest.fail).newest()
+            assert folder.list_steps() == [7]
+            newest = CheckpointFolder(folder.folder, 1, pytest.fail).read_newest()
             assert newest is not None
             assert newest[1]["a/kernel"][0, 0] == expected
-            folder.tidy(7)
+            folder.set_aside_after(7)
         assert sorted(p.name for p in folder.folder.iterdir() if p.is_dir()) == ["step-00000007"]
 
 
@@ -233,7 +233,7 @@ for step in range(1, 10_000):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         lines: list[str] = []
-        newest = CheckpointFolder(tmp_path, 2, lines.append).newest()
+        newest = CheckpointFolder(tmp_path, 2, lines.append).read_newest()
         assert lines == []
         assert newest or not any(tmp_path.glob("LATEST"))
         if newest:

@@ -64,7 +64,7 @@ def test_a_reference_of_another_model_is_an_error(tmp_path: Path) -> None:
     assert find(folder, tmp_path).reference == valid
     for content in ({}, [], valid | {"class_frequencies": [1]}, valid | {"n": 0}, valid | {"confidence_histogram": 1}):
         file.write_text(json.dumps(content))
-        with raises(DataError, key="model", value=str(folder), problem="reference.json is damaged or of another model"):
+        with raises(DataError, key="model", value=str(folder), problem="reference.json is corrupt or of another model"):
             find(folder, tmp_path)
 
 
@@ -78,8 +78,8 @@ def test_a_reference_of_another_model_is_an_error(tmp_path: Path) -> None:
             "labels.txt is not UTF-8 text \\(invalid start byte at byte 0\\)",
         ),
         ("labels.txt", None, "labels.txt cannot be read \\(Is a directory\\)"),
-        ("reference.json", b"\xff", "reference.json is damaged or of another model"),
-        ("reference.json", b"[" * 100_000, "reference.json is damaged or of another model"),
+        ("reference.json", b"\xff", "reference.json is corrupt or of another model"),
+        ("reference.json", b"[" * 100_000, "reference.json is corrupt or of another model"),
         ("reference.json", None, "reference.json cannot be read"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_reference_whose_embedding_is_damaged_is_an_error(tmp_path: Path, embe
     folder = saved_model(tmp_path / "1")
     valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 20}}
     (folder / "assets" / "reference.json").write_text(json.dumps(valid | {"embedding": embedding}))
-    with raises(DataError, key="model", value=str(folder), problem="reference.json is damaged or of another model"):
+    with raises(DataError, key="model", value=str(folder), problem="reference.json is corrupt or of another model"):
         find(folder, tmp_path)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.exporting.reference import draw_projection, reference_distribution
+from trainer.exporting.reference import compute_reference, draw_projection
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics
-from trainer.serving.settings import read_settings
+from trainer.serving.settings import parse_settings
 
 CLASSES = ("a", "b", "c")
 WIDTH = 20  # of an embedding; it is projected to 16
@@ -28,11 +28,11 @@ def predictions(count: int, seed: int, shift: float = 0.0, favourite: float = 0.
 def reference() -> dict[str, Any]:
     rows = predictions(2000, 1)
     probabilities, embeddings = (np.array([getattr(row, x) for row in rows]) for x in ("probabilities", "embedding"))
-    return reference_distribution("test", CLASSES, probabilities, embeddings, 96, "stretch")
+    return compute_reference("test", CLASSES, probabilities, embeddings, 96, "stretch")
 
 
 def make_metrics(*arguments: str, of: dict[str, Any] | None = None) -> ServingMetrics:
-    settings = read_settings({"model": "any"} | dict(a.split("=") for a in arguments))
+    settings = parse_settings({"model": "any"} | dict(a.split("=") for a in arguments))
     return ServingMetrics(settings, Export("any", Path("any"), "1", CLASSES, of))
 
 

@@ -23,13 +23,13 @@ from trainer.serving.requests import (
     MemoryBudget,
     PredictRequest,
     check_image,
+    parse_instances,
+    parse_predict,
     read_body,
-    read_instances,
-    read_predict,
 )
-from trainer.serving.settings import read_settings
+from trainer.serving.settings import parse_settings
 
-SETTINGS = read_settings({"model": "any", "max_images": "3", "max_pixels": "5000"})
+SETTINGS = parse_settings({"model": "any", "max_images": "3", "max_pixels": "5000"})
 B64 = base64.b64encode(photo()).decode()
 
 
@@ -41,7 +41,7 @@ def form(*files: tuple[str, tuple[str, bytes]], **fields: str) -> tuple[bytes, s
 
 
 def predict(body: bytes, kind: str, query: dict[str, str] | None = None) -> PredictRequest:
-    return read_predict(body, kind, query or {}, SETTINGS)
+    return parse_predict(body, kind, query or {}, SETTINGS)
 
 
 def as_json(tree: Any) -> tuple[bytes, str]:
@@ -93,8 +93,8 @@ def test_json_has_base64() -> None:
         (*as_json({"images": [B64], "top_k": True}), 400, "top_k must be a positive integer"),
         (*as_json({"images": [B64], "explain": "perhaps"}), 400, "explain must be true or false"),
         (*as_json({"images": [B64], "topk": 1}), 400, "unknown parameter 'topk'"),
-        (b"--x--\r\n", "multipart/form-data", 400, "the form is damaged"),
-        (b"no form", "multipart/form-data; boundary=x", 400, "the form is damaged"),
+        (b"--x--\r\n", "multipart/form-data", 400, "the form is malformed"),
+        (b"no form", "multipart/form-data; boundary=x", 400, "the form is malformed"),
         (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "there is no image"),
         (*form(*[("file", ("a.jpg", photo()))] * 4), 413, "a request may have at most 3 images"),
         (*form(("file", ("a.jpg", photo(width=200)))), 413, "a.jpg has 200 x 60 pixels"),
@@ -124,7 +124,7 @@ def test_every_form_of_base64_is_read(form: str, wrap: Any) -> None:
     assert len(photo()) % 3  # it needs padding
     parsed = predict(*as_json({"images": [wrap(FORMS[form])]}))
     assert [image.data for image in parsed.images] == [photo()]
-    parsed = read_instances(json.dumps({"instances": [wrap(FORMS[form])]}).encode(), SETTINGS)
+    parsed = parse_instances(json.dumps({"instances": [wrap(FORMS[form])]}).encode(), SETTINGS)
     assert [image.data for image in parsed.images] == [photo()]
 
 
@@ -165,14 +165,14 @@ def read(chunks: list[tuple[float, bytes]], headers: dict[str, str] | None = Non
 def test_a_body_without_progress_ends_after_the_grace_period(
     headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
     status, text, seconds = read([(0.0, b"x")] * 3 + [(0.02, b"x")] * 1000, headers)
     assert (status, text) == (408, "the request was sent too slowly")
     assert seconds < 5  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
 
 
 def test_a_body_that_comes_at_the_lowest_rate_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
     chunk = b"x" * (requests.MIN_BYTES_PER_SECOND // 5)
     status, _, seconds = read([(0.1, chunk)] * 8)
     assert (status, seconds > 0.6) == (200, True)
@@ -215,18 +215,18 @@ def test_the_cost_in_progress_is_limited_per_client() -> None:
 
 def test_half_a_form_is_damaged() -> None:
     body, kind = form(("file", ("a.jpg", photo())), ("file", ("b.jpg", photo())))
-    assert result(predict, body[: len(body) - 200], kind)[1].startswith("the form is damaged")
+    assert result(predict, body[: len(body) - 200], kind)[1].startswith("the form is malformed")
 
 
 @pytest.mark.parametrize("value", [{"b64": B64}, {"image_bytes": {"b64": B64}}])
 def test_the_protocol_of_tensorflow_serving(value: Any) -> None:
-    parsed = read_instances(json.dumps({"instances": [value, value]}).encode(), SETTINGS)
+    parsed = parse_instances(json.dumps({"instances": [value, value]}).encode(), SETTINGS)
     assert ([image.data for image in parsed.images], parsed.columnar, parsed.explain) == ([photo()] * 2, False, False)
 
 
 @pytest.mark.parametrize("inputs", [[{"b64": B64}], {"image_bytes": [{"b64": B64}]}])
 def test_the_columnar_format(inputs: Any) -> None:
-    parsed = read_instances(json.dumps({"signature_name": "explain", "inputs": inputs}).encode(), SETTINGS)
+    parsed = parse_instances(json.dumps({"signature_name": "explain", "inputs": inputs}).encode(), SETTINGS)
     assert ([image.data for image in parsed.images], parsed.columnar, parsed.explain) == ([photo()], True, True)
 
 
@@ -244,7 +244,7 @@ def test_the_columnar_format(inputs: Any) -> None:
     ],
 )
 def test_invalid_instances_are_an_error(tree: Any, text: str) -> None:
-    response = result(read_instances, json.dumps(tree).encode(), SETTINGS)
+    response = result(parse_instances, json.dumps(tree).encode(), SETTINGS)
     assert (response[0], text in response[1]) == (400, True), response
 
 
@@ -256,7 +256,7 @@ def test_a_mutated_body_raises_nothing_else() -> None:
             functools.partial(predict, mutated(body, number), kind),
             functools.partial(predict, body, mutated(kind.encode(), number).decode("latin-1")),
             functools.partial(predict, mutated(tree, number), json_kind),
-            functools.partial(read_instances, mutated(tree.replace(b"images", b"instances"), number), SETTINGS),
+            functools.partial(parse_instances, mutated(tree.replace(b"images", b"instances"), number), SETTINGS),
         ]
     statuses = Counter(result(call)[0] for call in calls)
     assert statuses.keys() <= {200, 400, 413, 415}

@@ -25,7 +25,7 @@ from tests.serving.running import Exported, Served
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
 from trainer.serving.requests import FORMATS
-from trainer.serving.settings import read_settings
+from trainer.serving.settings import parse_settings
 
 PREDICT, INSTANCES = "/predict", "/v1/models/kubetune:predict"
 
@@ -171,7 +171,7 @@ def test_an_invalid_request_is_an_error_and_the_next_one_is_answered(served: Ser
 
 def test_a_bug_is_500_and_its_traceback_is_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     async def post() -> httpx.Response:
-        service = Service(read_settings({"model": "any"}), Export("any", Path("any"), "1", ("cat",), None))
+        service = Service(parse_settings({"model": "any"}), Export("any", Path("any"), "1", ("cat",), None))
         service.model = SimpleNamespace(explains=False)  # type: ignore[assignment]
         tasks = service.start_batching()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://any") as client:

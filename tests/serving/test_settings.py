@@ -3,12 +3,12 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.serving.settings import read_settings
+from trainer.serving.settings import parse_settings
 
 
 def test_values_get_the_type_of_their_setting() -> None:
     values = {"model": "outputs/a", "port": "8080", "window_ms": "0.5", "log_sample": "0.01", "name": "1"}
-    settings = read_settings(values, "/c")
+    settings = parse_settings(values, "/c")
     assert (settings.model, settings.port, settings.window_ms, settings.log_sample) == ("outputs/a", 8080, 0.5, 0.01)
     assert (settings.name, settings.cache_dir) == ("1", "/c")
     assert settings.host == "127.0.0.1"  # by default not reachable from other machines
@@ -29,4 +29,4 @@ def test_values_get_the_type_of_their_setting() -> None:
 )
 def test_every_fault_is_reported(arguments: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        read_settings(dict(argument.split("=") for argument in ["model=a", *arguments]))
+        parse_settings(dict(argument.split("=") for argument in ["model=a", *arguments]))

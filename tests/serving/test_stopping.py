@@ -142,7 +142,7 @@ def test_a_port_that_is_in_use_and_a_log_that_cannot_be_written(exported: Export
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("saved_model.pb", "damaged"), ("variables/variables.data-00000-of-00001", "cannot be loaded")],
+    [("saved_model.pb", "corrupt"), ("variables/variables.data-00000-of-00001", "cannot be loaded")],
 )
 def test_a_damaged_export_ends_with_2(exported: Exported, tmp_path: Path, name: str, problem: str) -> None:
     subprocess.run(["cp", "-r", f"{exported.folder}/export/saved_model/1/.", str(tmp_path)], check=True)

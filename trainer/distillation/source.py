@@ -11,7 +11,7 @@ import numpy as np
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.names import class_name
-from trainer.runs.checkpoints import crc32c_hex, inference_weights, read_checkpoint, read_pointer
+from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.local import inside
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import WRONG_CONTENT
@@ -143,7 +143,7 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     if teacher.model is None:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
     try:
-        return inference_weights(read_checkpoint(teacher.home)[1])
+        return select_inference_weights(read_checkpoint(teacher.home)[1])
     except DataError as error:
         fix = error.fix or "restore the files, or give another teacher"
         raise DataError(error.problem, key=KEY, value=teacher.address, fix=fix) from None

@@ -1,7 +1,7 @@
 """Drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
 
 The reference, `export/reference.json`, describes the predictions for the test split, or for the validation split if
-there is no test split. There are three measures; without drift, each exceeds its limits in at most about 1 of 100
+there is no test split. There are three measures. Without drift, each exceeds its thresholds in at most about 1 of 100
 windows:
 
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
@@ -23,9 +23,9 @@ from trainer.errors import DataError
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import WRONG_CONTENT
 
-PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual limits (Siddiqi 2006)
+PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
-QUANTILE = 0.99  # no limit is below this quantile of its measure without drift
+QUANTILE = 0.99  # no threshold is below this quantile of its measure without drift
 BOOTSTRAP_SAMPLES = 200
 CONFIDENCE_BINS = 20  # equal bins of the largest probability, over 0..1
 MIN_BIN_FRACTION = 0.05  # of the reference; smaller bins are merged
@@ -41,7 +41,7 @@ Level = Literal["stable", "moderate", "shifted"]
 
 @dataclass(frozen=True)
 class Measure:
-    """The value of a measure over `n` predictions, and the limits from which its level is moderate or shifted."""
+    """A measure of drift over `n` predictions; `moderate` and `shifted` are the thresholds of these levels."""
 
     name: str  # classes | confidence | embedding
     value: float
@@ -55,7 +55,7 @@ class Measure:
 
 
 class Window:
-    """Counts and moments of the last `size` predictions, or of all if `size` is None. Not thread-safe."""
+    """Counts and moments of the last `size` predictions, or of all predictions if `size` is None. Not thread-safe."""
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
         self.size = size
@@ -72,30 +72,32 @@ class Window:
         return int(self.classes.sum())
 
     def add(self, predicted: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
-        """Add a prediction: index of the predicted class, its probability, and the projected embedding [C'] or None."""
+        """Add a prediction: class index, its probability, and the projected embedding [C'], None if there is none."""
         vector = None if embedding is None else np.asarray(embedding, np.float64)
-        index = min(max(int(confidence * CONFIDENCE_BINS), 0), CONFIDENCE_BINS - 1)
-        self._update(predicted, index, vector, 1)
+        bin_index = min(max(int(confidence * CONFIDENCE_BINS), 0), CONFIDENCE_BINS - 1)
+        self._update(predicted, bin_index, vector, 1)
         if self.size is not None:
-            self._recent.append((predicted, index, vector))
+            self._recent.append((predicted, bin_index, vector))
             if len(self._recent) > self.size:
                 self._update(*self._recent.popleft(), -1)
 
-    def _update(self, predicted: int, index: int, vector: np.ndarray | None, sign: int) -> None:
+    def _update(self, predicted: int, bin_index: int, vector: np.ndarray | None, sign: int) -> None:
         self.classes[predicted] += sign
-        self.confidences[index] += sign
+        self.confidences[bin_index] += sign
         if vector is not None:
             self.embedding_count += sign
             self._sum = self._sum + sign * vector
             self._outer = self._outer + sign * np.outer(vector, vector)
 
-    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean [C'] and covariance [C', C'] of the embeddings, of which at least two are required."""
+    def fit_gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean [C'] and covariance [C', C'] of the embeddings. At least two are required."""
         mean = self._sum / self.embedding_count
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
 
-def population_stability(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
+def population_stability_index(
+    reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray
+) -> float:
     """Return PSI = sum of (q - p) ln(q / p) over the frequencies p and q of two histograms [bins].
 
     It is 0 for equal frequencies. Half a count is added to every bin, so that an empty bin does not make it infinite.
@@ -105,19 +107,19 @@ def population_stability(reference_counts: Sequence[float] | np.ndarray, counts:
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def stability_limit(reference_n: int, n: int, bins: int) -> float:
+def psi_quantile(reference_n: int, n: int, bins: int) -> float:
     """Return the 0.99 quantile of the PSI of two samples, of sizes `reference_n` and `n`, from one distribution.
 
     The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
     freedom (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index").
     """
-    from scipy.special import chdtri  # imported here: the server imports this module, but does not need the limits
+    from scipy.special import chdtri  # imported here: the server imports this module, but does not need the quantiles
 
     return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * chdtri(max(bins - 1, 1), 1 - QUANTILE))
 
 
 def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge neighbouring bins of two histograms until each bin has at least 5 % of the reference's counts."""
+    """Merge neighboring bins of two histograms until each bin has at least 5 % of the reference's counts."""
     minimum, edges = MIN_BIN_FRACTION * reference.sum(), [0]
     for edge in range(1, len(reference) + 1):
         if min(reference[edges[-1] : edge].sum(), reference[edge:].sum()) >= minimum:
@@ -149,8 +151,8 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def distance_limit(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """Return the 0.99 quantile of the embedding distance of `n` embeddings without drift.
+def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
+    """Return the 0.99 quantile of the distance between `n` embeddings and the reference without drift.
 
     Parametric bootstrap (Efron and Tibshirani 1993, chapter 6): mean and covariance of pairs of samples, of sizes
     `reference_n` and `n`, are drawn from the Gaussian of the reference.
@@ -180,26 +182,26 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
     reference_n = int(reference["n"])
     classes = np.asarray(reference["class_frequencies"], np.float64) * reference_n, window.classes
     confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
-    measured = []
+    measures = []
     for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
-        limit, value = stability_limit(reference_n, window.n, len(counts)), population_stability(expected, counts)
-        measured.append(Measure(name, value, max(PSI_MODERATE, limit), max(PSI_SHIFTED, limit), window.n))
+        floor, value = psi_quantile(reference_n, window.n, len(counts)), population_stability_index(expected, counts)
+        measures.append(Measure(name, value, max(PSI_MODERATE, floor), max(PSI_SHIFTED, floor), window.n))
     if "embedding" in reference and window.embedding_count > 1:
         moments = reference["embedding"]
-        limit = distance_limit(moments, int(moments.get("n", reference_n)), window.embedding_count)
-        moderate, shifted = max(EMBEDDING_MODERATE, limit), max(EMBEDDING_SHIFTED, limit)
-        value = embedding_distance(moments, *window.gaussian())
-        measured.append(Measure("embedding", value, moderate, shifted, window.embedding_count))
-    return measured
+        floor = embedding_distance_quantile(moments, int(moments.get("n", reference_n)), window.embedding_count)
+        moderate, shifted = max(EMBEDDING_MODERATE, floor), max(EMBEDDING_SHIFTED, floor)
+        value = embedding_distance(moments, *window.fit_gaussian())
+        measures.append(Measure("embedding", value, moderate, shifted, window.embedding_count))
+    return measures
 
 
-def verdict(measured: Sequence[Measure]) -> Level:
+def most_severe_level(measures: Sequence[Measure]) -> Level:
     """Return the most severe level of the measures."""
-    return max((measure.level for measure in measured), key=("stable", "moderate", "shifted").index)
+    return max((measure.level for measure in measures), key=("stable", "moderate", "shifted").index)
 
 
 def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Parse reference.json; return None if it is damaged, or if its number of classes is not that of `classes`."""
+    """Parse reference.json; return None if it is corrupt or has another number of classes than `classes`."""
     try:
         reference: dict[str, Any] = json.loads(content)
         sizes = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
@@ -214,7 +216,7 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
 
 
 def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
-    """Return whether it has a mean [C'], a covariance [C', C'] and perhaps a projection [C, C'], all of them finite."""
+    """Return whether there are a finite mean [C'], covariance [C', C'] and, if any, projection [C, C']."""
     mean, covariance = np.asarray(embedding["mean"], np.float64), np.asarray(embedding["covariance"], np.float64)
     projection = np.asarray(embedding.get("projection") or [mean], np.float64)
     shaped = mean.ndim == 1 and covariance.shape == 2 * mean.shape and projection.shape[1:] == mean.shape
@@ -225,7 +227,7 @@ def read_reference(address: str) -> dict[str, Any]:
     """Read reference.json from the address of the file itself, or of a run, its export or a SavedModel.
 
     Raises:
-        DataError: the file does not exist or is damaged.
+        DataError: the file does not exist or is corrupt.
     """
     root = storage_path(address)
     names = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
@@ -236,12 +238,15 @@ def read_reference(address: str) -> dict[str, Any]:
             "has no reference.json", key="reference", value=address, fix="give a run with an export, or the file itself"
         )
     if (reference := parse_reference(fetched[0])) is None:
-        raise DataError("its reference.json is damaged", key="reference", value=address, fix="export the run again")
+        raise DataError("its reference.json is corrupt", key="reference", value=address, fix="export the run again")
     return reference
 
 
 def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
-    """Read the predictions of the last `hours` (None: all) of a log, or of all logs in a folder, into a window.
+    """Read the predictions of a log, or of all logs in a folder, into a window.
+
+    Args:
+        hours: only predictions of the last `hours` are read; None reads all of them.
 
     Returns:
         The window, and the number of skipped invalid lines; the server may still be writing the last line.
@@ -257,9 +262,9 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
         )
     lines = (line for file in sorted(files, key=str) for line in file.read().decode("utf-8", "replace").splitlines())
     since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
-    positions = {name: i for i, name in enumerate(reference["classes"])}
+    class_indices = {name: i for i, name in enumerate(reference["classes"])}
     width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
-    window, invalid = Window(len(positions)), 0
+    window, invalid = Window(len(class_indices)), 0
     for line in lines:
         try:
             row = json.loads(line)
@@ -272,26 +277,26 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
         except (ValueError, KeyError, TypeError):
             invalid += 1
             continue
-        if name not in positions or (vector is not None and len(vector) != width):
-            mismatch = f"the class {name}" if name not in positions else f"embeddings of {len(vector)} numbers"
+        if name not in class_indices or (vector is not None and len(vector) != width):
+            mismatch = f"the class {name}" if name not in class_indices else f"embeddings of {len(vector)} numbers"
             raise DataError(
                 f"has {mismatch}, unlike the reference", key="log", value=address, fix="give its model's reference"
             )
-        window.add(positions[name], confidence, vector)
+        window.add(class_indices[name], confidence, vector)
     if not window.n:
         period = f" since {since:%Y-%m-%d %H:%M} UTC" if since else ""
         raise DataError(f"has no predictions{period}", key="log", value=address, fix="give another log, or more hours")
     return window, invalid
 
 
-def format_measures(measured: Sequence[Measure], invalid: int) -> list[str]:
+def format_measures(measures: Sequence[Measure], invalid: int) -> list[str]:
     """Format one line per measure, and one that counts `invalid` log lines if there are any."""
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {DESCRIPTIONS[m.name]}"
-        for m in measured
+        for m in measures
     ]
-    if "embedding" not in {m.name for m in measured}:
+    if "embedding" not in {m.name for m in measures}:
         lines.append("  embedding  not measured: the log has no embeddings")
     if invalid:
         lines.append(f"  {invalid:,} invalid lines of the log were skipped")

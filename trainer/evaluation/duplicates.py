@@ -1,7 +1,7 @@
 """Detect duplicate images: in two splits they inflate the scores, and with different labels they reveal label errors.
 
 Each image is reduced to a 16 x 16 thumbnail and a perceptual hash of its low frequencies (Zauner 2010, "Implementation
-and benchmarking of perceptual image hash functions"). Two images whose hashes differ in few bits are candidates; they
+and benchmarking of perceptual image hash functions"). Two images whose hashes differ in few bits are candidates. They
 are duplicates if their thumbnails are highly correlated. This detects copies that were rescaled, recompressed or
 slightly brightened, but not crops or mirror images.
 """
@@ -22,13 +22,13 @@ _MIN_STD = 3.0  # standard deviation of the values of a thumbnail, 0 to 255, bel
 _IMAGES_PER_BATCH = 8  # fits the processor's cache, 9 times as fast as 256
 _HASH_PAIRS_PER_BATCH = 2_000_000  # their differing bits take 16 MB
 _THUMBNAIL_PAIRS_PER_BATCH = 50_000
-MAX_DUPLICATE_PAIRS = 2_000_000  # the search ends here, with groups incomplete; video frames can have far more pairs
+MAX_DUPLICATE_PAIRS = 2_000_000  # the search stops here and groups are incomplete; video frames can have far more pairs
 MAX_LISTED_GROUPS = 100  # in report.json
 MAX_LISTED_MEMBERS = 20  # of a group in report.json
 
 
 def make_thumbnails(images: np.ndarray) -> np.ndarray:
-    """Resize uint8 [b, S, S, 3] to uint8 [b, 16, 16, 3]; each pixel is the mean of the area that it covers."""
+    """Resize images, uint8 [b, S, S, 3], to uint8 [b, 16, 16, 3]. Each pixel is the mean of the area that it covers."""
     side = images.shape[1]
     edges = np.linspace(0, side, THUMBNAIL_SIDE + 1)
     left, right = edges[:-1, None], edges[1:, None]
@@ -44,21 +44,21 @@ def make_thumbnails(images: np.ndarray) -> np.ndarray:
     return thumbnails
 
 
-def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
+def hash_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
     """Hash thumbnails, uint8 [n, 16, 16, 3], to uint64 [n].
 
-    A bit is set if one of the 8 x 8 lowest DCT coefficients exceeds their median. The mean, which changes with the
-    brightness, is not part of the median, and its bit is always set.
+    A bit is set if one of the 8 x 8 lowest DCT coefficients exceeds their median. The median excludes the mean, which
+    changes with the brightness; the bit of the mean is always set.
     """
-    grey = thumbnails.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    low = dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grey), 64)
+    gray = thumbnails.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    low = dctn(gray, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(gray), 64)
     low[:, 0] = np.inf
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
 def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield, in batches, the positions of all pairs of distinct hashes that differ in at most `MAX_HASH_DISTANCE` bits.
+    """Yield, in batches, the indices of all pairs of distinct hashes that differ in at most `MAX_HASH_DISTANCE` bits.
 
     A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes have at least one of them in common
     (pigeonhole principle), so only hashes with an equal segment are compared. A pair with several equal segments is
@@ -80,14 +80,14 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return pairs of positions of duplicates, int64 [2, k]; only the first image of a hash is compared with others."""
+    """Return the rows of duplicate pairs, int64 [2, k]; of each hash, only the first image is compared with others."""
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
-    hashes, first, inverse = np.unique(perceptual_hashes(thumbnails), return_index=True, return_inverse=True)
+    hashes, first, inverse = np.unique(hash_thumbnails(thumbnails), return_index=True, return_inverse=True)
     vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    representative = first[inverse]  # position of the first image with the same hash
+    representative = first[inverse]  # row of the first image with the same hash
     repeated = np.flatnonzero(representative != np.arange(len(inverse)))
     close = (first[np.stack(pair)] for pair in _close_pairs(hashes))
     accepted, count = [np.zeros((2, 0), np.int64)], 0
@@ -107,10 +107,10 @@ def find_duplicates(
     labels: Mapping[str, np.ndarray],
     describe: Callable[[str, int], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Group the images that occur more than once, as `duplicates` of report.json; leave out images of one grey level.
+    """Return `duplicates` of report.json: the groups of images that occur more than once.
 
-    Groups with several labels come first, those that are also in several splits before the others; groups within one
-    split and class are only counted.
+    Groups with several labels come first, those that are also in several splits before the others. Groups within one
+    split and class are only counted. Blank images are left out.
 
     Args:
         thumbnails: indices int64 [n] and their thumbnails uint8 [n, 16, 16, 3], by split.
@@ -118,11 +118,11 @@ def find_duplicates(
         describe: returns split, index, file and label (the class name) of an example from its split and index.
     """
     splits = list(thumbnails)
-    rows = [
-        (np.full(len(indices), number), indices, labels[name][indices], images)
-        for number, (name, (indices, images)) in enumerate(thumbnails.items())
+    per_split = [
+        (np.full(len(indices), split_index), indices, labels[name][indices], images)
+        for split_index, (name, (indices, images)) in enumerate(thumbnails.items())
     ]
-    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    columns = [np.concatenate(column) for column in zip(*per_split, strict=True)]
     not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
     split_of, index_of, label_of, images = (column[not_blank] for column in columns)
     one, other = _duplicate_pairs(images)
@@ -135,8 +135,8 @@ def find_duplicates(
     rank = [2 * several + spans for several, spans in zip(has_several_labels, spans_splits, strict=True)]
     listed_first = sorted((k for k in range(len(groups)) if rank[k]), key=lambda k: (-rank[k], groups[k][0]))
 
-    def describe_all(positions: np.ndarray) -> list[dict[str, Any]]:
-        return [describe(splits[split_of[i]], int(index_of[i])) for i in positions]
+    def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
+        return [describe(splits[split_of[i]], int(index_of[i])) for i in rows]
 
     listed = []
     for k in listed_first[:MAX_LISTED_GROUPS]:

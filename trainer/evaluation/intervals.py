@@ -6,11 +6,11 @@ BOOTSTRAP_SAMPLES = 400
 _COUNTS_PER_BATCH = 2_000_000  # bounds the memory for bootstrap samples
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return the Wilson score interval of the proportion `successes / n`, and (0, 1) if n is 0.
 
     Reference: Wilson 1927, "Probable inference, the law of succession". Two proportions whose intervals do not overlap
-    differ significantly; two with overlapping intervals may do so as well.
+    differ significantly; two with overlapping intervals can also differ significantly.
     """
     if n == 0:
         return 0.0, 1.0

@@ -12,13 +12,18 @@ MAX_LISTED = 100  # examples in report.json
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the examples that the model confidently assigns to a class other than their label.
 
-    The threshold of a class is the mean probability of the class over the examples labelled with it. The suggestion for
-    an example is the most probable of the classes whose threshold its probability reaches; an example whose suggestion
+    The threshold of a class is the mean probability of the class over the examples labeled with it. The suggestion for
+    an example is the most probable of the classes whose threshold its probability reaches. An example whose suggestion
     differs from its label is a possible error (in the paper: off the diagonal of the confident joint). Use it only with
     a model that was not trained on the examples.
 
-    From labels int [n] and probabilities float [n, c] it returns indices int64 [m] and suggested classes int64 [m], in
-    ascending order of the margin: the probability of the label minus that of the suggestion.
+    Args:
+        labels: int [n].
+        probabilities: float [n, c].
+
+    Returns:
+        Indices int64 [m] and suggested classes int64 [m], in ascending order of the margin: the probability of the
+        label minus that of the suggestion.
     """
     n, classes = probabilities.shape
     counts = np.bincount(labels, minlength=classes)
@@ -34,7 +39,7 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
-    """Return `label_errors` of report.json: their number, and the `MAX_LISTED` with the smallest margins as rows."""
+    """Return `label_errors` of report.json: the count, and as rows the `MAX_LISTED` ones with the smallest margins."""
     indices, suggestions = find_label_errors(result.labels, result.probabilities)
     rows = [
         {

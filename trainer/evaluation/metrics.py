@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson
+from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson_interval
 from trainer.types import EvaluationResult
 
 TOP_K = 5  # k of top-k accuracy, which is computed only with more classes than that
@@ -27,7 +27,7 @@ def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean F1 of the classes that are the label or prediction of an example, as scikit-learn does.
+    """Return the mean F1 of the classes that occur as label or prediction, as scikit-learn does.
 
     Predictions and labels are int [n], n >= 1.
     """
@@ -37,7 +37,7 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float((2.0 * hits[denominators > 0] / denominators[denominators > 0]).mean())
 
 
-def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
+def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
     """Return the expected calibration error and its bins (Guo et al. 2017, "On calibration of modern neural networks").
 
     `confidence`, float [n], is the probability of the predicted class, and `correct` is bool [n]. Each bin (low, high]
@@ -57,12 +57,12 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, lis
     return error, bins
 
 
-def _accuracy(correct: np.ndarray) -> dict[str, Any]:
+def _score_accuracy(correct: np.ndarray) -> dict[str, Any]:
     n, hits = len(correct), int(correct.sum())
-    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson(hits, n))}
+    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson_interval(hits, n))}
 
 
-def _per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
     hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     ratios = {"precision": (hits, predicted), "recall": (hits, support), "f1": (2 * hits, predicted + support)}
     return [
@@ -89,13 +89,13 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
-    scores: dict[str, Any] = _accuracy(correct)
+    scores: dict[str, Any] = _score_accuracy(correct)
     if classes > TOP_K:
         hits = count_top_k(probabilities, labels)
-        scores |= {"top_5": hits / n, "top_5_interval": list(wilson(hits, n))}
+        scores |= {"top_5": hits / n, "top_5_interval": list(wilson_interval(hits, n))}
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))
-    error, bins = calibration(confidence, correct)
+    error, bins = measure_calibration(confidence, correct)
     counts = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
     confusion = counts.reshape(classes, classes)
     return scores | {
@@ -104,7 +104,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         "loss_interval": [max(bound, 0.0) for bound in mean_interval(losses)],
         "macro_f1": macro_f1(predictions, labels),
         "macro_f1_interval": list(macro_f1_interval(confusion)),
-        "per_class": _per_class(confusion, class_names),
+        "per_class": _score_classes(confusion, class_names),
         "confusion": confusion.tolist(),
         "mean_confidence": float(confidence.mean()),
         "calibration_error": error,
@@ -138,11 +138,11 @@ def _validate(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> No
 
 
 def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[str], field: str) -> dict[str, Any]:
-    """Return `test.groups` of report.json (`trainer.report.schema.Groups`), rows in alphabetical order of the groups.
+    """Return `test.groups` of report.json (`trainer.report.schema.Groups`), with the groups in alphabetical order.
 
     Two groups differ significantly if their intervals do not overlap.
 
-    Labels and predictions are int [n], `groups` the values of the field `field` (configuration key data.group_field).
+    Labels and predictions are int [n]; `groups` has the value of `field` (configuration key data.group_field) for each.
 
     Raises:
         DataError: the numbers of groups and examples differ.
@@ -156,9 +156,9 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
         )
     names, group_of = np.unique(np.asarray(groups), return_inverse=True)
     rows: list[dict[str, Any]] = []
-    for number, name in enumerate(names.tolist()):
-        truth, predicted = labels[group_of == number], predictions[group_of == number]
-        rows.append({"name": name, **_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
+    for k, name in enumerate(names.tolist()):
+        truth, predicted = labels[group_of == k], predictions[group_of == k]
+        rows.append({"name": name, **_score_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
     scores: dict[str, Any] = {"field": field, "rows": rows}
     if len(rows) > 1:
         high, low = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
@@ -180,7 +180,7 @@ def evaluate_arrays(
     groups: Sequence[str] | None = None,
     group_field: str = "",
 ) -> EvaluationResult:
-    """Score the predictions for the split `split`; the result holds them and their scores.
+    """Score the predictions for a split, and return them with their scores.
 
     Args:
         labels: int32 [n], ordered by example index.

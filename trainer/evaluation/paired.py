@@ -1,4 +1,4 @@
-"""Compare two classifiers on the same examples: difference of their accuracies, its interval and significance."""
+"""Compare two classifiers on the same examples: the difference in accuracy, its interval and its significance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Comparison of a second classifier with a first one, the reference."""
+    """Comparison of a second classifier with the first one, which is the reference."""
 
     lost: int  # examples that only the first classifies correctly
     won: int  # examples that only the second classifies correctly
@@ -33,8 +33,8 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     return PairedComparison(lost, won, (won - lost) / n, (max(middle - half, -1.0), min(middle + half, 1.0)), p)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for the number of comparisons by the step-down method of Holm 1979; keep their order."""
+def adjust_p_values(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for the number of comparisons by the step-down method of Holm 1979; keep the order."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -1,4 +1,4 @@
-"""Write predictions.csv, the prediction for every example, and read the names in its cells."""
+"""Write predictions.csv, the prediction for every example, and decode the names in its cells."""
 
 import csv
 import io
@@ -10,18 +10,18 @@ from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
-# What begins a formula in a spreadsheet, in full width too, and the mark that prevents it.
+# A cell that begins like a formula of a spreadsheet, in full width too, or with the mark that `encode_cell` adds.
 _FORMULA = re.compile(r"[\s\ufeff]*['=+@\-\uff1d\uff0b\uff20\uff0d]")
 
 
-def as_cell(name: str) -> str:
-    """Return a name as a cell: printable, with a leading ' if a spreadsheet would compute it as a formula."""
+def encode_cell(name: str) -> str:
+    """Make a name printable, and prefix it with ' if a spreadsheet would evaluate it as a formula."""
     text = printable(name)
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def from_cell(cell: str) -> str:
-    """Return the printable name that `as_cell` wrote."""
+def decode_cell(cell: str) -> str:
+    """Return the printable name that `encode_cell` wrote."""
     return cell.removeprefix("'")
 
 
@@ -29,7 +29,7 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
     """Write a CSV file with one line per example, ordered by index.
 
     Truth and prediction are class names, probability is that of the prediction with six decimals, correct is true or
-    false. Names are written by `as_cell`. The file is in UTF-8 with "\\n" line ends; equal results give equal bytes.
+    false. Names are encoded by `encode_cell`, text as UTF-8, line ends as "\\n". Equal results give equal bytes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -38,5 +38,5 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
     for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
         names = (result.names[index], result.class_names[truth], result.class_names[prediction])
         probability = f"{result.probabilities[index, prediction]:.6f}"
-        writer.writerow((index, *map(as_cell, names), probability, "true" if truth == prediction else "false"))
+        writer.writerow((index, *map(encode_cell, names), probability, "true" if truth == prediction else "false"))
     write_whole(path, text.getvalue())

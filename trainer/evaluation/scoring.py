@@ -25,7 +25,7 @@ class Network(Protocol):
 
 
 class Predictor:
-    """Predictions of a network for distributed batches, compiled for the replicas of a strategy."""
+    """Predicts distributed batches with a network, compiled for the replicas of a strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
@@ -36,34 +36,34 @@ class Predictor:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
         return tf.nn.softmax(logits), losses, batch
 
-    def probabilities(
-        self, batches: Any, count: int, ready: Callable[[], bool] = lambda: True
+    def predict(
+        self, batches: Any, count: int, is_ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Predict the first `count` batches of a distributed dataset, or those before `ready` returns False.
+        """Predict `count` batches of a distributed dataset, or fewer if `is_ready` returns False before one of them.
 
         Returns:
             Probabilities float32 [n, classes], labels int32 [n], indices int64 [n] and losses (cross-entropy of the
             logits) float32 [n] of the examples, without padding, ordered by index.
         """
-        parts: list[tuple[np.ndarray, ...]] = []
+        per_replica: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
-        for number in range(count):
-            health.progress(number, count)
-            if not ready():
+        for i in range(count):
+            health.progress(i, count)
+            if not is_ready():
                 break
             outputs, losses, batch = self._predict(next(stream))
             columns = [local(batch[k]) for k in ("label", "index", "weight")]
             for tensors in zip(local(outputs), local(losses), *columns, strict=True):
                 p, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
                 real = weight > 0  # padding has weight 0
-                parts.append((p[real], label[real], index[real], loss[real]))
-        return _join_by_index(parts)
+                per_replica.append((p[real], label[real], index[real], loss[real]))
+        return _join_by_index(per_replica)
 
 
 class Scorer:
-    """Predictions of a network for whole splits: each example is scored by exactly one worker.
+    """Scores whole splits with a network; exactly one worker scores each example.
 
-    The workers do not wait for each other between batches; at the end the chief gathers the predictions of the others.
+    The workers do not wait for each other between batches. At the end the chief gathers the predictions of the others.
     """
 
     def __init__(
@@ -78,32 +78,31 @@ class Scorer:
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
-    def score(self, source: BatchSource, batch_size: int, topic: str, part: float = 1.0) -> Scored:
-        """Predict the examples of `source`, each worker those of its shard; all workers must call this.
+    def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> Scored:
+        """Predict the examples of `source`, each worker those of its shard. All workers must call this.
 
-        The result has the predictions for all examples on the chief, for those of its shard on another worker. A stop
-        request ends it early with incomplete predictions and without an exception, so call `Worker.should_stop` before
-        you use the result.
+        On the chief the result has the predictions for all examples, on another worker for those of its shard. A stop
+        request ends the call early with incomplete predictions and without an exception, so call `Worker.should_stop`
+        before you use the result.
 
         Args:
             batch_size: the global batch size.
             topic: name of the gather of the predictions on the control channel.
-            part: the fraction of the batches to predict; they have the same examples at every call.
+            fraction: the fraction of the batches to predict; they have the same examples at every call.
 
         Raises:
             DataError: an example cannot be read (data.on_error=fail), or none can.
         """
-        batches, stream = self._open(source, batch_size, part)
-        gate, rows = batches.gate(), batch_size // self.sharding.workers
+        batches, stream = self._open(source, batch_size, fraction)
+        gate, examples = batches.gate(), batch_size // self.sharding.workers
         with data_errors(source):
-            arrays = self.predictor.probabilities(stream, batches.count or 0, lambda: self._ready(gate, rows))
+            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, examples))
         gate.close()
         if self.worker.size > 1:
             names = ("probabilities", "labels", "indices", "losses")
             shards = self.worker.control.gather_arrays(topic, dict(zip(names, arrays, strict=True)))
             if shards:
-                parts = [tuple(shard[name] for name in names) for shard in shards if len(shard["labels"])]
-                arrays = _join_by_index(parts)
+                arrays = _join_by_index([tuple(shard[n] for n in names) for shard in shards if len(shard["labels"])])
         probabilities, labels, indices, losses = arrays
         if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
             reasons = [f"{source.split.name_of(index)}: {why}" for index, why in sorted(source.bad.items())]
@@ -112,22 +111,22 @@ class Scorer:
             raise DataError(problem, fix="repair the images, or use another split")
         return Scored(source.split.name, indices, labels, probabilities, losses)
 
-    def _open(self, source: BatchSource, batch_size: int, part: float) -> tuple[Batches, Any]:
+    def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
         """Return the batches of a source and their distributed dataset, which is built once for all epochs."""
         for opened, settings, batches, stream in self._opened:
-            if opened is source and settings == (batch_size, part):
+            if opened is source and settings == (batch_size, fraction):
                 return batches, stream
         batches = evaluation_batches(
-            source, batch_size=batch_size, replicas=self.worker.replicas, part=part, sharding=self.sharding
+            source, batch_size=batch_size, replicas=self.worker.replicas, part=fraction, sharding=self.sharding
         )
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
-        self._opened.append((source, (batch_size, part), batches, stream))
+        self._opened.append((source, (batch_size, fraction), batches, stream))
         return batches, stream
 
-    def _ready(self, gate: ShardGate, rows: int) -> bool:
-        """Wait for the shards of the next `rows` examples; return False after a stop request."""
+    def _wait_for_shards(self, gate: ShardGate, examples: int) -> bool:
+        """Wait for the shards of the next `examples` examples; return False after a stop request."""
         try:
-            seconds = gate.wait_for(rows)
+            seconds = gate.wait_for(examples)
         except StopRequested:
             return False
         if seconds > 0:
@@ -137,12 +136,12 @@ class Scorer:
 
 
 def _join_by_index(
-    parts: Sequence[tuple[np.ndarray, ...]],
+    chunks: Sequence[tuple[np.ndarray, ...]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Concatenate tuples of (probabilities, labels, indices, losses), and order their rows by index."""
-    if not parts:
+    if not chunks:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    probabilities, labels, indices, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
+    probabilities, labels, indices, losses = (np.concatenate(column) for column in zip(*chunks, strict=True))
     order = np.argsort(indices, kind="stable")
     return probabilities[order], labels[order], indices[order], losses[order]
 
@@ -152,8 +151,8 @@ def validation_scores(
 ) -> dict[str, float]:
     """Return the scores of the validation split after an epoch, computed in float64.
 
-    val_loss is the mean cross-entropy, val_n the number of examples; val_top_5 requires more than five classes. For a
-    probability under `MIN_PROBABILITY`, which may have underflowed, the loss is that of the logits, in `losses`.
+    val_loss is the mean cross-entropy, and val_n the number of examples. val_top_5 requires more than five classes. A
+    probability below `MIN_PROBABILITY` may have underflowed, so its loss is that of the logits, in `losses`.
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model and the metadata of its files; S is `image_size`, the side of its square input in pixels."""
+    """A trained model with the metadata of its exports; S is `image_size`, the side of its square input in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
     explain: Callable[[Any], dict[str, Any]]  # the same images -> probabilities, embedding and heatmap
@@ -28,7 +28,7 @@ class ExportBundle:
     resize: Resize
     reference: Mapping[str, Any]  # content of reference.json, for the drift check
     calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
-    orientation: Orientation = "exif"  # whether the model turns encoded images upright
+    orientation: Orientation = "exif"  # whether encoded images are turned upright
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class ParityExamples:
 
 @contextmanager
 def plain_float32(model: keras.Model) -> Iterator[None]:
-    """Within the context, let `model` compute in float32 and consist of layers of Keras only.
+    """Within the context, let `model` compute in float32 and contain only layers of Keras.
 
     LiteRT and ONNX have few kernels for half precision, and custom layers could be loaded only with this package. The
-    statistics of Normalization layers become arrays, because tf2onnx would turn tensors into inputs of the model.
+    statistics of Normalization layers become arrays, because tf2onnx would turn tensors into model inputs.
     """
 
-    def layers_below(root: Any) -> list[Any]:
-        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in layers_below(layer))]
+    def collect_layers(root: Any) -> list[Any]:
+        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in collect_layers(layer))]
 
-    originals = [(layer, layer.dtype_policy, type(layer)) for layer in layers_below(model)]
+    originals = [(layer, layer.dtype_policy, type(layer)) for layer in collect_layers(model)]
     norms = [(layer, layer.mean, layer.variance) for layer, _, kind in originals if kind.__name__ == "Normalization"]
     try:
         for layer, mean, variance in norms:

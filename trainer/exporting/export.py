@@ -11,24 +11,24 @@ from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
-from trainer.exporting.model_card import label_lines, write_model_card
-from trainer.exporting.reference import reference_distribution, write_reference
+from trainer.exporting.model_card import format_labels, write_model_card
+from trainer.exporting.reference import compute_reference, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, with_run_classes, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, open_classifier, without_weights
 from trainer.storage.local import write_json, write_whole
 from trainer.storage.small_files import intact, json_object
 from trainer.types import Scored, scored_split
 
-READ_BATCH = 256  # images
+BATCH_SIZE = 256  # images that are read and scored at a time
 MAX_PARITY_EXAMPLES = 1000  # of the scored split
 MAX_CALIBRATION_IMAGES = 200  # of the training split, for an int8 file
 
 
-def _sample_indices(count: int, limit: int) -> np.ndarray:
-    """Draw at most `limit` of the indices below `count`, int64, ascending; the draw depends on `count` only."""
-    return np.sort(np.random.default_rng(count).permutation(count)[:limit]).astype(np.int64)
+def _sample_indices(count: int, max_samples: int) -> np.ndarray:
+    """Draw at most `max_samples` indices below `count`, int64, ascending; the seed is `count`."""
+    return np.sort(np.random.default_rng(count).permutation(count)[:max_samples]).astype(np.int64)
 
 
 def export_classifier(
@@ -42,16 +42,17 @@ def export_classifier(
     """Write labels.txt, reference.json and the configured formats to `folder`; return the scores by format.
 
     Args:
-        images: opened data of the run, for the parity check and the calibration of int8.
+        images: the run's dataset, for the parity check and the calibration of int8.
         scored: predictions for all examples of the test split, or of the validation split if there is no test split.
-        check: called before each format and each batch of the parity check; may raise to stop the export.
+        check: called before each format and each batch of the parity check; it can raise an exception to stop the
+            export.
     """
     config, dataset, size = images.config, images.dataset, classifier.image_size
     sampled = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
     examples = images.rows(scored.split, scored.indices[sampled])
     names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
     calibration = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
-    reference = reference_distribution(scored.split, names, scored.probabilities, embeddings, size, resize)
+    reference = compute_reference(scored.split, names, scored.probabilities, embeddings, size, resize)
     reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
         model=classifier.keras_model(),
@@ -63,31 +64,31 @@ def export_classifier(
         calibration_images=lambda: images.rows("train", calibration),
         orientation=config.data.orientation,
     )
-    write_whole(folder / "labels.txt", label_lines(names))
+    write_whole(folder / "labels.txt", format_labels(names))
     write_reference(folder / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 
 def open_images(run: StoredRun, size: int) -> ImageStore:
-    """Open the data of a finished run, uncached, with images of `size` x `size` pixels.
+    """Open the dataset of a finished run, uncached, with images of `size` x `size` pixels.
 
     Raises:
-        DataError: the data has a class that the run does not know.
+        DataError: the dataset has a class that the run does not know.
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
     data = open_run_data(config, log.info, lambda _: None, stream=False)
-    data = replace(data, dataset=with_run_classes(run, data.dataset))
+    data = replace(data, dataset=map_to_run_classes(run, data.dataset))
     return ImageStore(data, config, size, lambda _: None)
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Predict all examples of a split; the result has those whose image can be decoded."""
+    """Predict the examples of a split; leave out those whose image cannot be decoded."""
     labels = images.dataset.splits[split].labels
     batches = [
-        explainer(images.rows(split, np.arange(start, min(start + READ_BATCH, len(labels)))))["probabilities"]
-        for start in range(0, len(labels), READ_BATCH)
+        explainer(images.rows(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
+        for start in range(0, len(labels), BATCH_SIZE)
     ]
     images.require_readable()
     decodable = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
@@ -95,7 +96,7 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
 
 
 def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Export a checkpoint of a finished run to `folder`; return the scores of each format by its name."""
+    """Export a checkpoint of a finished run to `folder`; return the scores by format."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = scored_split(images.dataset.splits)
@@ -104,21 +105,21 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
-def _exported(report: Any) -> dict[str, Any]:
-    """Return a report with the section `export`; raise an error of `WRONG_CONTENT` if it is not a report."""
+def _parse_report(report: Any) -> dict[str, Any]:
+    """Return a report, with the section `export` if it has none; raise one of `WRONG_CONTENT` for anything else."""
     return {**json_object(report), "export": json_object(report.get("export", {})), "test": json_object(report["test"])}
 
 
 def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
-    """Write the scores by format to report and model card if `folder` is the run's own `export` and it has a report.
+    """Write the scores by format to the report and model card of the run, or to export.json in `folder`.
 
-    Otherwise they are written to export.json next to the files.
+    The report is updated only if it exists and the export is `in_run`: `folder` is the run's own `export`.
     """
     path = folder.parent / "report" / "report.json"
-    report = intact(path, _exported, {}) if in_run else {}
+    report = intact(path, _parse_report, {}) if in_run else {}
     if not report:
         if in_run and path.exists():
-            log.info(f"{path} is damaged: it is not updated; the scores are in {folder}/export.json")
+            log.info(f"{path} is corrupt: it is not updated; the scores are in {folder}/export.json")
         write_json(folder / "export.json", exports)
         return
     report["export"] |= {k: v | {"path": f"export/{v['path']}"} for k, v in exports.items()}

@@ -1,4 +1,4 @@
-"""Export formats: write each file, load it with its own library, score it, and delete it if it is too inaccurate."""
+"""Write each export format, load it with its own library, score it, and delete it if it is too inaccurate."""
 
 import contextlib
 import importlib.util
@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from trainer.errors import ConfigError, ModelError
 from trainer.exporting.bundle import ExportBundle, ParityExamples, plain_float32
-from trainer.exporting.model_card import label_lines
+from trainer.exporting.model_card import format_labels
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.exporting.verify import accuracy_drop_too_large, load_export, score
+from trainer.exporting.verify import is_accuracy_drop_too_large, load_export, score
 from trainer.monitoring.health import health
 from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_whole
 
@@ -49,11 +49,11 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     with plain_float32(model):
         predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
         converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
-    onnx.helper.set_model_props(converted, {"labels": label_lines(bundle.class_names)})
+    onnx.helper.set_model_props(converted, {"labels": format_labels(bundle.class_names)})
     write_whole(path, converted.SerializeToString())
 
 
-# Name -> (path below the export folder, function that writes it)
+# Format -> (path below the export folder, function that writes it)
 FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "saved_model": ("saved_model/1", export_saved_model),
     "keras": ("model.keras", export_keras),
@@ -70,8 +70,8 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
     """Check, before training, that the formats can be written.
 
     Raises:
-        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (1.17 has no
-            Erfc, which the GELU of ConvNeXt uses).
+        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (tf2onnx
+            1.17 has no Erfc, which the GELU of ConvNeXt uses).
     """
     if "onnx" not in formats:
         return
@@ -102,23 +102,26 @@ def export_formats(
     """Write each format below `folder` and score it; delete it if it lost too much accuracy.
 
     A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant. `check`
-    is called before each format and each batch; it may raise to stop the export. The result has for each format the
-    scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`, True if it was deleted.
+    is called before each format and each batch; it can raise an exception to stop the export.
+
+    Returns:
+        For each format its scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`,
+        True if it was deleted.
 
     Raises:
         ModelError: a written file cannot be loaded.
     """
     exports: dict[str, dict[str, Any]] = {}
     delete_unfinished(folder)
-    for number, name in enumerate(names := list(formats)):
+    for i, name in enumerate(names := list(formats)):
         check()
-        health.progress(number, len(names))
+        health.progress(i, len(names))
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)
         scores = score(load_export(path), held_out, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
-        if refused := accuracy_drop_too_large(scores, max_accuracy_drop):
+        if refused := is_accuracy_drop_too_large(scores, max_accuracy_drop):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/
@@ -129,7 +132,7 @@ def export_formats(
 def raise_if_refused(
     exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float, section: str = "export."
 ) -> None:
-    """Raise a ModelError that names the deleted formats, if there are any, and the keys with the prefix `section`."""
+    """Raise a ModelError if a format was deleted; `section` is the prefix of the configuration keys in its message."""
     refused = [
         f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"
         for name, scores in exports.items()

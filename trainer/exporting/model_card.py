@@ -13,19 +13,19 @@ from trainer.storage.local import write_whole
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 
 
-def label_lines(class_names: Sequence[str]) -> str:
-    """Return labels.txt: a class name per line, in the order of the probabilities, as `class_name` has it."""
+def format_labels(class_names: Sequence[str]) -> str:
+    """Format labels.txt: one class name per line, in the order of the probabilities."""
     return "".join(class_name(name) + "\n" for name in class_names)
 
 
-def as_text(name: object) -> str:
-    """Escape a name for a line or a table cell of Markdown, in which none of its characters is markup."""
+def escape_markdown(name: object) -> str:
+    """Escape a name for a line or table cell of Markdown, so that none of its characters is markup."""
     text = re.sub(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(str(name)))
-    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # of a list or a heading, if it begins a line
+    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # would begin a list or heading
 
 
-def as_code(name: object) -> str:
-    """Return a name as a code span of Markdown; in a table, its vertical bars need a backslash as well."""
+def format_code_span(name: object) -> str:
+    """Format a name as a Markdown code span. In a table, the caller must escape its vertical bars."""
     text = printable(str(name))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if fence != "`" or text.startswith(" ") or text.endswith(" ") else ""
@@ -35,6 +35,6 @@ def as_code(name: object) -> str:
 def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Write the model card in Markdown from the content of report.json and the resolved configuration."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": as_text, "code": as_code}
+    environment.filters |= {"text": escape_markdown, "code": format_code_span}
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report, config=config)
     write_whole(path, re.sub(r"\n{3,}", "\n\n", card).strip() + "\n")

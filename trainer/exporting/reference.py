@@ -1,4 +1,4 @@
-"""reference.json: the distribution of the predictions for held-out examples, with which the drift check compares."""
+"""Compute and write reference.json, the distribution of predictions from which drift is measured."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs
 PROJECTION_SEED = 8
 
 
-def reference_distribution(
+def compute_reference(
     split: str,
     class_names: tuple[str, ...],
     probabilities: np.ndarray,
@@ -23,17 +23,17 @@ def reference_distribution(
     image_size: int,
     resize: str,
 ) -> dict[str, Any]:
-    """Return the content of reference.json for the examples of `split`, test or validation.
+    """Compute the content of reference.json from the examples of `split`, test or validation.
 
     Args:
         probabilities: float32 [n, classes].
-        embeddings: float32 [m, C], of these examples or some of them.
+        embeddings: float32 [m, C], of all or some of these examples.
 
     Returns:
-        `classes`, `n`, `split`, `image_size`, `resize`; `class_frequencies` [classes], the fraction of predictions per
-        class; `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability; `embedding`: `n`,
-        `mean` [C'], `covariance` [C', C'] and, if C > 16, `projection` [C, C'] with C' = 16, by which an embedding is
-        multiplied before it is compared.
+        `classes`, `n`, `split`, `image_size` and `resize`; `class_frequencies` [classes], the fraction of predictions
+        per class; `confidence_histogram`, with `edges` [21] and `counts` [20] of the largest probability; `embedding`,
+        with `n`, `mean` [C'], `covariance` [C', C'] and, if C > 16, the `projection` [C, C'] with C' = 16 by which an
+        embedding is multiplied before the comparison.
     """
     window = Window(len(class_names))
     for row in probabilities:
@@ -43,7 +43,7 @@ def reference_distribution(
     if projection is not None:
         vectors, projected = vectors @ projection, {"projection": projection.tolist()}
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
-    embedding = {"n": len(vectors), "mean": _rounded(vectors.mean(0)), "covariance": _rounded(covariance)}
+    embedding = {"n": len(vectors), "mean": _round(vectors.mean(0)), "covariance": _round(covariance)}
     edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
     return {
         "classes": [class_name(name) for name in class_names],
@@ -58,17 +58,17 @@ def reference_distribution(
 
 
 def draw_projection(width: int) -> np.ndarray | None:
-    """Draw a projection, float64 [width, 16], with orthonormal columns; None if this width needs no projection.
+    """Draw a projection with orthonormal columns, float64 [width, 16]; return None if the width is at most 16.
 
-    The seed is fixed, so that all models with embeddings of one width have the same projection.
+    The seed is fixed, so all models with the same embedding width have the same projection.
     """
     if width <= MAX_EMBEDDING_WIDTH:
         return None
     gaussian = np.random.default_rng([PROJECTION_SEED, width]).standard_normal((width, MAX_EMBEDDING_WIDTH))
-    return np.array(_rounded(np.linalg.qr(gaussian)[0]))
+    return np.array(_round(np.linalg.qr(gaussian)[0]))
 
 
-def _rounded(values: np.ndarray) -> Any:
+def _round(values: np.ndarray) -> Any:
     """Round to six significant digits, which halves the size of the file."""
     return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
 

@@ -1,4 +1,4 @@
-"""SavedModel export for TensorFlow Serving and `trainer.serve`; its graph decodes encoded images."""
+"""Export a SavedModel, whose graph decodes images, for TensorFlow Serving and `trainer.serve`."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from trainer.data.decoding import decode_image
 from trainer.exporting.bundle import ExportBundle
-from trainer.exporting.model_card import label_lines
+from trainer.exporting.model_card import format_labels
 from trainer.exporting.reference import write_reference
 from trainer.storage.local import temporary_folder, write_whole
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
-WARMUP_BATCH = 4  # images of a second request: a graph that is warm for one image may not be warm for several
+WARMUP_BATCH = 4  # images of the second request, as a graph that is warm for one image can be cold for several
 MAX_PARALLEL_DECODING = 32  # images of one request
 
 
@@ -28,11 +28,11 @@ def write_warmup(saved_model: Path, image_size: int) -> None:
     with tf.io.TFRecordWriter(str(saved_model / WARMUP_FILE)) as records:
         for count in (1, WARMUP_BATCH):
             for signature in ("serving_default", "image_bytes", "explain"):
-                records.write(_request(signature, "image_bytes", np.array([encoded] * count, object)))
-        records.write(_request("images", "images", image[None]))
+                records.write(_encode_request(signature, "image_bytes", np.array([encoded] * count, object)))
+        records.write(_encode_request("images", "images", image[None]))
 
 
-def _request(signature: str, name: str, value: np.ndarray) -> bytes:
+def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
     log = prediction_log_pb2.PredictionLog()
     request = log.predict_log.request
     request.model_spec.name = "kubetune"
@@ -75,22 +75,22 @@ class _ServedModule(tf.Module):
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
-    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename; an older one there is deleted.
+    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename, after an older one is deleted.
 
     Signatures:
-    - `image_bytes`, also as `serving_default`: string [n], encoded images, which are decoded and resized as in the
-      evaluation -> `probabilities` float32 [n, classes];
+    - `image_bytes`, also as `serving_default`: string [n], encoded images -> `probabilities` float32 [n, classes];
+      images are decoded and resized as in the evaluation;
     - `images`: float32 [n, S, S, 3], RGB in 0..255 -> `probabilities`;
     - `explain`: string [n], encoded images -> `probabilities`, `embedding` float32 [n, C], and `heatmap` float32
       [n, h, w] in 0..1, the Grad-CAM of the predicted class.
 
-    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has requests with which TensorFlow
-    Serving warms up the model before it is available.
+    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has the requests with which
+    TensorFlow Serving warms up the model before it is available.
     """
-    # A model server does not take a name with a dot for a version, if it lists the folder before the rename.
+    # The temporary name has a dot, so a model server that lists the folder before the rename ignores it.
     with temporary_folder(folder) as temporary:
         labels, reference, saved = (temporary / name for name in ("labels.txt", "reference.json", "model"))
-        write_whole(labels, label_lines(bundle.class_names))
+        write_whole(labels, format_labels(bundle.class_names))
         write_reference(reference, bundle.reference)
         module = _ServedModule(bundle, labels, reference)
         signatures = {name: getattr(module, name) for name in ("image_bytes", "images", "explain")}

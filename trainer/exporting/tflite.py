@@ -1,4 +1,4 @@
-"""LiteRT (TFLite) export in four precisions, for phones and embedded devices; the input is pixels."""
+"""Export LiteRT (TFLite) models in four precisions, for phones and embedded devices; the input is pixels."""
 
 import contextlib
 import io
@@ -16,16 +16,16 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
 from trainer.exporting.bundle import ExportBundle, plain_float32
-from trainer.exporting.model_card import label_lines
+from trainer.exporting.model_card import format_labels
 from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_whole
 
-_NOISE = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
-# Returns a context without the lines on stderr that every conversion and every new interpreter prints.
-quiet = partial(drop_stderr_lines, _NOISE)
+_LOG_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
+# Context manager without the stderr lines that every conversion and every new interpreter prints.
+suppress_litert_output = partial(drop_stderr_lines, _LOG_LINES)
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metadata: a description of input and output, and the class names in a zip archive at the end of the file
+# Metadata: input and output descriptions, and the class names in a zip archive at the end of the file
 
 METADATA_NAME, METADATA_IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
 LABELS = "labels.txt"
@@ -33,8 +33,8 @@ LABELS = "labels.txt"
 _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
 
 
-def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """Return the model with a description of its input and output, and with its class names."""
+def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
+    """Return the model with input and output descriptions, and with the class names."""
     tree = schema.ModelT.InitFromPackedBuf(model, 0)
     tree.metadata = [entry for entry in tree.metadata or [] if entry.name != METADATA_NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
@@ -45,8 +45,8 @@ def with_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     builder = flatbuffers.Builder(len(model) + 4096)
     builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
     file = io.BytesIO(bytes(builder.Output()))
-    with zipfile.ZipFile(file, "a") as archive:  # with a fixed date, so that equal models are equal files
-        archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), label_lines(class_names))
+    with zipfile.ZipFile(file, "a") as archive:  # the date is fixed, so that equal models are equal files
+        archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), format_labels(class_names))
     return file.getvalue()
 
 
@@ -69,11 +69,11 @@ def _model_metadata() -> bytes:
     def text(slot: int, value: str) -> tuple[str, int, int]:
         return "offset", slot, builder.CreateString(value)
 
-    mean, deviation = (vector(value, builder.PrependFloat32) for value in (0.0, 1.0))  # the model itself normalizes
+    mean, deviation = (vector(value, builder.PrependFloat32) for value in (0.0, 1.0))  # the model normalizes
     normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
     unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
-    colours = table(("byte", 0, _RGB), slots=2)
-    content = table(("byte", 0, _IMAGE), ("offset", 1, colours), slots=3)
+    colors = table(("byte", 0, _RGB), slots=2)
+    content = table(("byte", 0, _IMAGE), ("offset", 1, colors), slots=3)
     units = vector(unit)
     named = [text(0, "image"), text(1, "RGB in 0..255, resized as in training; the model normalises it itself")]
     image = table(*named, ("offset", 3, content), ("offset", 4, units), slots=7)
@@ -99,9 +99,9 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     """Write a LiteRT model atomically: images [n, S, S, 3] RGB in 0..255 -> probabilities [n, classes].
 
     Args:
-        precision: `float32`; `float16`, which halves the size of the weights; `dynamic`, weights in 8 bits and
-            computation in float32 unless there is an 8-bit kernel; or `int8`, weights and computation in 8 bits with
-            ranges calibrated on training images, uint8 pixels as input, and probabilities in steps of 1/256 as output.
+        precision: `float32`; `float16`, which halves the size of the weights; `dynamic`, 8-bit weights with float32
+            computation unless there is an 8-bit kernel; or `int8`, 8-bit weights and computation with ranges calibrated
+            on training images, uint8 pixels as input, and probabilities in steps of 1/256 as output.
     """
     size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
@@ -118,13 +118,13 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
             converter.representative_dataset = partial(_calibration_inputs, bundle.calibration_images())
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = converter.inference_output_type = tf.uint8
-        with quiet():
+        with suppress_litert_output():
             content = converter.convert()
-    write_whole(path, with_metadata(content, bundle.class_names))
+    write_whole(path, add_metadata(content, bundle.class_names))
 
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Yield the images one by one as inputs of the model."""
+    """Yield model inputs of one image each."""
     images = images.astype(np.float32)
-    images[0, 0, :2] = [[0], [255]]  # the range of the input is then 0..255, and its scale exactly 1
+    images[0, 0, :2] = [[0], [255]]  # makes the input range 0..255 and the input scale exactly 1
     yield from ([image[None]] for image in images)

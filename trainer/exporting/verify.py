@@ -1,4 +1,4 @@
-"""Parity check of an exported file: compare its predictions in its own library with the trainer's, and time it."""
+"""Check the parity of an exported file: compare its predictions with those of the trainer, and time it."""
 
 import time
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import tensorflow as tf
 
 from trainer.errors import ModelError
 from trainer.exporting.bundle import ParityExamples
-from trainer.exporting.tflite import quiet
+from trainer.exporting.tflite import suppress_litert_output
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
 
-BATCH = 32  # images
+BATCH_SIZE = 32  # images
 TIMED_CALLS = 20  # with one image each
-WARMUP_CALLS = 3  # before them, not timed: they allocate memory
+WARMUP_CALLS = 3  # before the timed ones, as the first calls allocate memory
 Z_ONE_SIDED = 1.645  # standard deviations, for a one-sided test at 5 %
 
 
@@ -24,9 +24,9 @@ def load_export(path: Path) -> Classify:
     """Load a .keras, .tflite or .onnx file, or the folder of a SavedModel, with its own library.
 
     Raises:
-        ModelError: the file is missing or damaged, or onnxruntime is not installed.
+        ModelError: the file is missing or corrupt, or onnxruntime is not installed.
     """
-    load = {".keras": _keras, ".tflite": _tflite, ".onnx": _onnx}.get(path.suffix, _saved_model)
+    load = {".keras": _load_keras, ".tflite": _load_tflite, ".onnx": _load_onnx}.get(path.suffix, _load_saved_model)
     try:
         return load(path)
     except ModuleNotFoundError as error:
@@ -36,12 +36,12 @@ def load_export(path: Path) -> Classify:
         raise ModelError(f"{path} cannot be loaded: {reason}", fix="export it again") from error
 
 
-def _saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # the signature fails after its model is collected
+def _load_saved_model(folder: Path) -> Classify:
+    loaded = tf.saved_model.load(str(folder))  # the signature fails without a reference to it
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 
-def _keras(path: Path) -> Classify:
+def _load_keras(path: Path) -> Classify:
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -49,10 +49,10 @@ def _keras(path: Path) -> Classify:
     return lambda images: predict(tf.constant(images)).numpy()
 
 
-def _tflite(path: Path) -> Classify:
+def _load_tflite(path: Path) -> Classify:
     from ai_edge_litert.interpreter import Interpreter
 
-    with quiet():
+    with suppress_litert_output():
         interpreter = Interpreter(model_content=path.read_bytes())
         source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
         interpreter.allocate_tensors()
@@ -72,7 +72,7 @@ def _tflite(path: Path) -> Classify:
     return classify
 
 
-def _onnx(path: Path) -> Classify:
+def _load_onnx(path: Path) -> Classify:
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -83,14 +83,14 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     """Score an export on held-out examples, and time it on this machine; `check` is called before each batch.
 
     Returns:
-        `examples`, their number; `accuracy` of the export and `trainer_accuracy` on them; `lost` and `gained`, the
-        numbers of examples that only the trainer and only the export predicts correctly; `largest_difference` of any
-        probability, infinite if one is not finite; `timing`: `milliseconds_per_image`, the median of single images.
+        `examples`: count; `accuracy` and `trainer_accuracy` on them; `lost`: count that only the trainer predicts
+        correctly; `gained`: count that only the export predicts correctly; `largest_difference` of a probability,
+        infinite if one is not finite; `timing`: `milliseconds_per_image`, the median over calls with one image.
     """
     images, batches = held_out.images, []
-    for start in range(0, len(images), BATCH):
+    for start in range(0, len(images), BATCH_SIZE):
         check()
-        batches.append(classify(images[start : start + BATCH]))
+        batches.append(classify(images[start : start + BATCH_SIZE]))
     probabilities, seconds = np.concatenate(batches), []
     for i in range(WARMUP_CALLS + TIMED_CALLS):
         image = images[i % len(images)][None]
@@ -110,12 +110,12 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     }
 
 
-def accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
-    """Return True if an export loses more than the fraction `max_drop` of the examples, and significantly many.
+def is_accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
+    """Return whether the net loss exceeds the fraction `max_drop` of the examples and is significant.
 
-    Rounding changes some predictions by chance, for better or worse, so that the net loss has a standard deviation of
-    sqrt(lost + gained) (McNemar 1947): 2 lost of 60 are not significant, 6 are. Probabilities that are not finite are
-    always too large a drop.
+    Rounding changes some predictions by chance, for better or worse, so the net loss has a standard deviation of
+    sqrt(lost + gained) (McNemar 1947): 2 lost of 60 are not significant, 6 are. If a probability is not finite, the
+    drop is always too large.
     """
     net_loss, changed = scores["lost"] - scores["gained"], scores["lost"] + scores["gained"]
     too_large = net_loss > max_drop * scores["examples"] and net_loss > Z_ONE_SIDED * changed**0.5

@@ -1,1 +1,1 @@
-"""The dry run: the plan of a run, its sections and its checks."""
+"""The dry run, which prints the plan of a run: its sections, estimates and checks."""

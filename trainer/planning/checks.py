@@ -1,4 +1,4 @@
-"""Checks of bucket data, output folder, warm start and teacher for a plan; they raise the same errors as a run."""
+"""Check the remote dataset, output folder, warm start and teacher of a plan, with the same errors as a run."""
 
 import tempfile
 import uuid
@@ -18,9 +18,9 @@ from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, variable_bytes
 from trainer.names import class_name
-from trainer.planning.estimates import activation_bytes, parameter_count
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_pointer
-from trainer.runs.restore import local_checkpoints, match_warm_start, read_warm_start, shapes_of
+from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
+from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
+from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import free_bytes, refused_write
 from trainer.storage.local import inside, temporary_file
@@ -32,8 +32,8 @@ from trainer.types import Dataset, Split
 
 
 @contextmanager
-def fetched_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
-    """Download these files of a bucket to a temporary folder with the same name, and yield its path."""
+def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
+    """Download files of a bucket to a temporary folder of the same name, and yield its path."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
@@ -43,7 +43,7 @@ def fetched_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]
 
 
 def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
-    """Build the dataset of a TFDS folder in a bucket from its metadata: with correct counts, but all labels 0.
+    """Build the dataset of a TFDS folder in a bucket from its metadata. Counts are correct, but all labels are 0.
 
     Raises:
         DataError: it is not a TFDS folder, or lacks a configured split.
@@ -51,8 +51,8 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     import tensorflow_datasets as tfds
 
     data = config.data
-    files = [e for e in storage_path(root).list(recursive=False) if str(e.path).endswith((".json", ".txt"))]
-    with fetched_metadata(root, files) as folder:
+    files = [f for f in storage_path(root).list(recursive=False) if str(f.path).endswith((".json", ".txt"))]
+    with fetch_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
             own_names = tuple(map(class_name, info.features[data.label_field].names))
@@ -72,10 +72,10 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
 
 
 def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """Return the local path of an address (None if a run would fetch files), a line for the plan, and all its files.
+    """Return the local path of an address (None if a run would fetch files), a line for the plan, and its files.
 
     Raises:
-        DataError: it does not exist, cannot be read, or exceeds the budget.
+        DataError: the address does not exist, cannot be read, or exceeds the budget.
     """
     copy = plan_copy(address, cache, budget)
     missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
@@ -87,12 +87,12 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
     return None, line, entries
 
 
-def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
-    """Read the state of the newest checkpoint in output_dir that is readable; None if there is none."""
+def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
+    """Read the state of the newest readable checkpoint in output_dir; return None if there is none."""
     folder = storage_path(config.output_dir or "")
     if folder.is_local:
         checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", 1, lambda _: None)
-        for step in reversed(checkpoints.steps()):
+        for step in reversed(checkpoints.list_steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
@@ -101,7 +101,7 @@ def newest_state(config: RequestedConfig) -> dict[str, Any] | None:
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in the run's folder; return a line for the plan, or raise the error of a run."""
+    """Write and delete a small file in output_dir; return a line for the plan, or raise the error of a run."""
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
     if is_remote(address):
@@ -126,28 +126,28 @@ def probe_output(config: RequestedConfig) -> str:
 
 
 def describe_warm_start(run: str) -> str:
-    """Describe the checkpoints of a warm start; raise a DataError if there are none."""
+    """Describe the checkpoints for a warm start; raise a DataError if there are none."""
     if is_remote(run):
         if not (storage_path(run) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
         return f"{run}: has a committed checkpoint"
-    steps = local_checkpoints(run, Path(run).expanduser()).steps()
+    steps = open_local_checkpoints(run, Path(run).expanduser()).list_steps()
     return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
-def warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
-    """Compare a local warm start with the model as a run would; return its warning, and raise its error."""
+def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
+    """Match a local warm start with the model as a run does; return the run's warning, or raise its error."""
     source = config.warm_start
     if not source or is_remote(source):
         return ""
-    values = inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
-    return match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)[1]
+    values = select_inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
+    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), source)[1]
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
-    """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes are not these.
+    """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes differ.
 
-    `classes` are those of the data, None if they are not known.
+    `classes` are the class names of the dataset, None if they are unknown.
     """
     files = source.find_teacher(address)
     if classes is not None:
@@ -156,18 +156,18 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
 
 
 def plan_teacher(
-    config: RunConfig, distillation: Distillation, dataset: Dataset, rows: int, replicas: int
+    config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int
 ) -> tuple[str, list[tuple[str, int]]]:
-    """Open the teacher as a run would, but fetch no weights; return a text, and its uses of memory here in bytes.
+    """Open the teacher as a run does, without downloading weights; return a description and its memory on this worker.
 
-    `rows` is the number of examples that each of the `replicas` on this worker computes at once.
+    `examples` is the number of examples that each of the `replicas` on this worker computes at once.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.
     """
     address = distillation.teacher
     files = check_teacher(address, dataset.class_names)
-    state = newest_state(config) if config.output_dir else None
+    state = read_newest_state(config) if config.output_dir else None
     source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
@@ -182,7 +182,7 @@ def plan_teacher(
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
-    text = f"{model.backbone} at {classifier.image_size} px, {parameter_count(classifier):,} parameters; {use}"
+    text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
     weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
-    activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)
+    activations = estimate_activation_bytes(classifier, None, examples if every_step else source.ROWS_PER_CALL)
     return text, [weights, ("its activations", activations * replicas), *logits]

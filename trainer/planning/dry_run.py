@@ -1,4 +1,4 @@
-"""Dry run: open the data, build the network and plan phases, memory and bytes without training."""
+"""Dry run: open the dataset, build the network, and plan phases, memory and bytes without training."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import format_bytes
-from trainer.planning.sections import WIDTH, Plan, Rows, first_names
-from trainer.planning.timing import estimate_time, on_gpus
-from trainer.planning.warnings import data_warnings, settings_warnings
+from trainer.planning.sections import WIDTH, Plan, Rows, format_names
+from trainer.planning.timing import estimate_time, has_gpus
+from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
 from trainer.storage.staging import is_remote
@@ -32,28 +32,28 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
     _show_data_and_network(plan, plot, summary)
-    plan.warnings += settings_warnings(plan.config)
+    plan.warnings += find_settings_warnings(plan.config)
 
 
 def _show_cluster(plan: Plan) -> None:
-    """Print the workers, the devices, and how a batch is divided over them."""
+    """Print the workers, the devices, and the division of a batch."""
     config, cluster = plan.config, plan.cluster
     kind, plan.replicas = choose_devices(config.runtime, cluster.size)
     text = describe_devices(kind, plan.replicas, cluster, config) if isinstance(config, RunConfig) else f": {kind}"
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
-    source = f"detected from {cluster.source}; this is number {cluster.index}" if cluster.size > 1 else cluster.source
+    source = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
     rows: Rows = [("workers", f"{cluster.size}, {source}")]
     if cluster.addresses:
-        rows.append(("addresses", first_names(cluster.addresses)))
+        rows.append(("addresses", format_names(cluster.addresses)))
     accumulate = config.training.accumulate
     micro_batches = f", in {accumulate} micro-batches per replica" if accumulate > 1 else ""
     rows += [("devices", text.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
-    plan.section("cluster", rows)
+    plan.print_section("cluster", rows)
 
 
 def _open_data(plan: Plan) -> Rows:
-    """Open the data if this needs no download, else list the files that a run would stage; return rows for the plan."""
+    """Open the dataset, or list the files that a run would stage first; return rows for the plan."""
     config = plan.config
     data, streamed_folder = resolve_addresses(config.data)
     cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
@@ -61,7 +61,7 @@ def _open_data(plan: Plan) -> Rows:
     if streamed_folder and (prepared := prepared_at(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
-        with checks.fetched_metadata(streamed_folder, prepared.metadata.values()) as folder:
+        with checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder:
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
     unstaged, local_paths = None, {"root": data.root, "pattern": data.pattern}
@@ -82,7 +82,7 @@ def _open_data(plan: Plan) -> Rows:
 
 
 def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
-    """Open data on this machine, as a run would; return False if the run would download it first."""
+    """Open a dataset on this machine as a run does; return False if the run would download it first."""
     config = plan.config
 
     def log_message(text: str) -> None:
@@ -105,7 +105,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
 
 
 def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
-    """Print the sections that need the data."""
+    """Print the sections that require the dataset."""
     rows: Rows = []
     before = len(plan.faults)
     with plan.collect_errors():
@@ -116,7 +116,7 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
             require_validation(plan.dataset, plan.config.data.validation_fraction)
         sections.show_data(plan, plan.dataset, rows)
     elif rows:
-        plan.section("data", rows)
+        plan.print_section("data", rows)
     sections.show_storage(plan, problem)
     with plan.collect_errors():
         if plan.dataset:
@@ -126,11 +126,11 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 
 
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
-    """Resolve `auto` as the run would, build the network and print the sections that follow from it."""
+    """Resolve `auto` as a run does, build the network, and print the sections about it."""
     classes = len(dataset.class_names)
     config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes)
     if reasons := reasons or plan.reasons:
-        plan.section("advice", [("auto", reason) for reason in reasons])
+        plan.print_section("advice", [("auto", reason) for reason in reasons])
     replicas = plan.replicas * plan.cluster.size
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
     plan.warnings += [limited] * bool(limited)
@@ -138,7 +138,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     plan.config = config
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     pixels = config.model.image_size or backbone.default_size
-    memory_before = estimates.resident_bytes()
+    memory_before = estimates.measure_resident_bytes()
     remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if remote else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
@@ -149,24 +149,24 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {})
-    epoch = sharding.steps_per_epoch
+    epoch_steps = sharding.steps_per_epoch
     per_device = max(batch_size // replicas, 1)
     per_replica = max(per_device // config.training.accumulate, 1)
-    phases = estimates.plan_phases(config, classifier, epoch, per_replica)
-    sections.show_phases(plan, config, phases, estimates.parameter_count(classifier), epoch, sharding.by)
+    phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
+    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
         reason = "; read once, for features" if read_once and name == "train" else ""
         text = f"{name}: {format_bytes(cache.bytes)}, {cache_texts[cache.where]}{reason}"
         rows.append(("decoded" if name == "train" else "", text))
-    plan.section("caches", rows)
-    memory = estimates.memory_rows(
-        classifier, phases, caches, rows=per_device, replicas=plan.replicas, before=memory_before
+    plan.print_section("caches", rows)
+    memory = estimates.estimate_memory(
+        classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=memory_before
     )
-    model_rows = _model_rows(config, classifier, classes)
+    model_rows = _describe_model(config, classifier, classes)
     with plan.collect_errors():
-        plan.warnings += filter(None, [checks.warm_start_warning(config, classifier)])
+        plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
             text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
@@ -174,27 +174,27 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             memory += uses
     if plot:
         model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
-    plan.section("model", model_rows)
+    plan.print_section("model", model_rows)
     if summary:
         classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
     with plan.collect_errors():
-        plan.warnings += estimates.memory_warnings(config, memory, replicas)
-    plan.warnings += data_warnings(config, dataset, epoch, plan.labels_known)
-    if not plan.faults and not any(value for _, value in config.debug):  # the time of a trial run is of no interest
+        plan.warnings += estimates.check_worker_memory(config, memory, replicas)
+    plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
+    if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, epoch)
-        sections.show_time(plan, seconds, workers * (plan.replicas if on_gpus() else 1))
+        seconds = estimate_time(config, classifier, dataset, inputs, epoch_steps)
+        sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
-    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.parameter_count(classifier))
+    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
 
 
-def _model_rows(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
-    """List the backbone, the image size and the head."""
+def _describe_model(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
+    """Return rows about the backbone, the image size and the head."""
     backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
     units = [backbone.output_shape[-1], config.model.hidden, classes]
     widths = " -> ".join(f"{n:,}" for n in units if n)
-    body = f"{estimates.parameter_count(classifier) - head:,} parameters in {len(backbone.layers)} layers"
+    body = f"{estimates.count_model_parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
     return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
             ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters")]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Estimates of the steps, parameters and memory of a run before it begins."""
+"""Estimate the steps, parameters and memory of a run before it begins."""
 
 import math
 import os
@@ -29,8 +29,8 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def bytes_of_split(split: Split) -> int:
-    """Estimate the bytes of a split by its files, or by its fraction of each shard; 0 if one of them is not local."""
+def estimate_split_bytes(split: Split) -> int:
+    """Estimate the bytes of a split from its files or its fraction of each shard; 0 if one of them is not local."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -39,20 +39,20 @@ def bytes_of_split(split: Split) -> int:
         return 0
 
 
-# Measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, less all other uses, 806 MB.
+# Measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, minus all other uses, 806 MB.
 COMPILED_BYTES = 180_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """The plan of one phase; gradients, optimizer, averages and activations are bytes per replica."""
+    """The plan of one phase. Gradients, optimizer, averages and activations are in bytes per replica."""
 
     name: str
     steps: int
     epochs: float
     thaw: ThawPlan
-    trainable: int  # number of trainable parameters
-    trains: frozenset[int]  # indices of the backbone's layers with trainable variables
+    trainable_parameters: int
+    trained_layers: frozenset[int]  # indices of the backbone's layers with trainable variables
     gradients: int
     optimizer: int
     averages: int
@@ -60,52 +60,54 @@ class PhasePlan:
     saves: int  # maximum number of checkpoints
 
 
-def plan_phases(config: RunConfig, classifier: Classifier, epoch: int, rows: int) -> list[PhasePlan]:
-    """Plan every phase, by applying its thaw rule; the classifier remains in the state of the last phase.
+def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, examples: int) -> list[PhasePlan]:
+    """Plan every phase by applying its thaw rule. The classifier remains in the state of the last phase.
 
-    `epoch` is the length of an epoch in steps, `rows` the number of examples that a replica computes at once.
+    `epoch_steps` is the number of steps per epoch, `examples` the number of examples that a replica computes at once.
 
     Raises:
         ModelError: a thaw rule matches no layer.
     """
     plans = []
-    every = max(config.runtime.checkpoint_every.steps(epoch, config.training.batch_size), 1)
+    every = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-        steps = config.phase_steps(phase, epoch)
+        steps = config.phase_steps(phase, epoch_steps)
         sizes = variable_bytes(thaw.trainable.values())
-        saves = math.ceil(steps / epoch) * max(math.ceil(min(epoch, steps) / every), 1)
+        saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / every), 1)
         plans.append(PhasePlan(
-            name=name, steps=steps, epochs=steps / epoch, thaw=thaw, saves=saves, gradients=sizes,
-            trainable=count_parameters(thaw.trainable.values()), averages=sizes if config.training.ema else 0,
-            trains=frozenset(i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights),
-            optimizer=optimizer_slots(phase.optimizer) * sizes,
+            name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=sizes,
+            averages=sizes if config.training.ema else 0,
+            trainable_parameters=count_parameters(thaw.trainable.values()),
+            trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
+            optimizer=count_optimizer_slots(phase.optimizer) * sizes,
             activations=max(
-                activation_bytes(classifier, thaw.first_thawed, rows, thaw.batch_norm_training),
-                activation_bytes(classifier, None, rows * config.training.accumulate),  # scoring has no micro-batches
+                estimate_activation_bytes(classifier, thaw.first_thawed, examples, thaw.batch_norm_training),
+                # Scoring has no micro-batches.
+                estimate_activation_bytes(classifier, None, examples * config.training.accumulate),
             ),
         ))  # fmt: skip
     return plans
 
 
-def parameter_count(classifier: Classifier) -> int:
+def count_model_parameters(classifier: Classifier) -> int:
     """Count the parameters of backbone and head, including the moving statistics of BatchNormalization."""
     return count_parameters(classifier.variables.values())
 
 
-def optimizer_slots(optimizer: Optimizer) -> int:
-    """Return the number of values per trained parameter that an optimizer of Keras stores."""
+def count_optimizer_slots(optimizer: Optimizer) -> int:
+    """Count the values per trainable parameter that a Keras optimizer stores."""
     return {"sgd": 0, "rmsprop": 1}.get(optimizer.name, 2) + bool(optimizer.momentum)
 
 
-def activation_bytes(
-    classifier: Classifier, first_thawed: int | None, rows: int, batch_norm_training: bool = False
+def estimate_activation_bytes(
+    classifier: Classifier, first_thawed: int | None, examples: int, batch_norm_training: bool = False
 ) -> int:
-    """Estimate the bytes of the activations of `rows` examples.
+    """Estimate the bytes of the activations of `examples` examples.
 
-    The outputs of the first thawed layer and all layers above it are stored for the gradient; below it only two at a
-    time are in memory, and the largest two are counted. BatchNormalization that is folded has no output of its own; one
-    that trains stores its output, the centred and the scaled input (measured: 0.75 to 1.1 of the estimate).
+    The outputs of the first thawed layer and all layers above it are stored for the gradient. Below it only two at a
+    time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one that
+    trains stores its output, the centered and the scaled input (measured: 0.75 to 1.1 of the estimate).
     """
     folded = {norm.name for _, norm in foldable_pairs(classifier.backbone)}
 
@@ -116,80 +118,80 @@ def activation_bytes(
             copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
         return copies * sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
 
-    sizes = [rows * output_bytes(layer) for layer in classifier.backbone.layers]
+    sizes = [examples * output_bytes(layer) for layer in classifier.backbone.layers]
     cut = len(sizes) if first_thawed is None else first_thawed
     return sum(sizes[cut:]) + sum(sorted(sizes[:cut])[-2:])
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process now."""
+def measure_resident_bytes() -> int:
+    """Measure the memory of this process in bytes."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux: the peak so far
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-Uses = list[tuple[str, int]]  # labels and bytes
+Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # the uses that grow with the batch
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
 # Where an estimate exceeds the limit by more than its own error, the run cannot fit.
 ESTIMATE_ERROR = 1.25
 
 
-def memory_rows(
-    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, rows: int, replicas: int,
-    before: int,
+def estimate_memory(
+    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, examples: int,
+    replicas: int, baseline: int,
 ) -> Uses:  # fmt: skip
-    """List the uses of memory on this worker in bytes, in the phase that needs most.
+    """Estimate the uses of memory on this worker, in the phase that requires most.
 
-    Each of the `replicas` on this worker has `rows` examples of a batch. `before` is the memory of the process with its
-    libraries, before the network is built.
+    Each of the `replicas` on this worker has `examples` examples of a batch. `baseline` is the memory of the process
+    with its libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
-        ("TensorFlow and libraries, measured here", before),
+        ("TensorFlow and libraries, measured here", baseline),
         ("variables", variable_bytes(classifier.variables.values()) * replicas),
         (f"gradients (phase {largest.name})", largest.gradients * replicas),
         ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
         (ACTIVATIONS, largest.activations * replicas),
-        (BATCHES, rows * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
+        (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         ("decoded images in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 
-def on_gpu(uses: Uses) -> Uses:
-    """Select the uses of memory that are on the GPUs, if there are any."""
+def select_gpu_uses(uses: Uses) -> Uses:
+    """Select the uses of memory that are on the GPUs if there are any."""
     return [use for use in uses if use[0] == "variables" or use[0] == ACTIVATIONS or use[0].startswith(("grad", "opt"))]
 
 
-def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
-    """Return a warning if the estimated uses exceed the `limit` of the device in bytes, "" if they do not.
+def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
+    """Return a warning if the estimated uses exceed the memory `limit` of the device in bytes, else "".
 
     Raises ConfigError, with the largest batch that fits, if they exceed it by more than the error of the estimate.
-    `replicas` are those of all workers.
+    `replicas` is the number on all workers.
     """
     total, batch = sum(count for _, count in uses), config.training.batch_size
     if total <= limit:
         return ""
     growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
-    parts = batch_parts(config, replicas)
-    largest = int(batch * (limit - total + growing) / max(growing, 1)) // parts * parts
+    divisor = batch_parts(config, replicas)
+    largest = int(batch * (limit - total + growing) / max(growing, 1)) // divisor * divisor
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
-    fix = f"use {largest} or less" if largest >= parts else "use a smaller model.image_size or another model.backbone"
-    fix += ", or raise training.accumulate" * (largest < parts or config.training.accumulate > 1)
+    fix = f"use {largest} or less" if largest >= divisor else "use a smaller model.image_size or another model.backbone"
+    fix += ", or raise training.accumulate" * (largest < divisor or config.training.accumulate > 1)
     error = ConfigError(problem, key="training.batch_size", value=batch, fix=fix)
     if total > ESTIMATE_ERROR * limit:
         raise error
     return str(error)
 
 
-def memory_warnings(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
-    """Check the uses of memory on this worker against its limit and that of its GPUs, as `check_memory` does."""
+def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
+    """Apply `check_device_memory` to this worker and to its GPUs; return the warnings."""
     gpus = gpu_memory()
-    device = on_gpu(uses) if gpus else []
+    device = select_gpu_uses(uses) if gpus else []
     checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
     if gpus:
         checks.append((device, gpus, "the memory of its GPUs"))
-    warnings = (check_memory(config, part, limit, replicas, name) for part, limit, name in checks)
+    warnings = (check_device_memory(config, subset, limit, replicas, name) for subset, limit, name in checks)
     return [warning for warning in warnings if warning]

@@ -1,4 +1,4 @@
-"""Draw the network: its stages, and which of them each phase trains."""
+"""Draw the network: its stages (consecutive layers), and which of them each phase trains."""
 
 import math
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from matplotlib.patches import FancyBboxPatch
 
 from trainer.models.batch_norm import NORM
 from trainer.models.classifier import Classifier, count_parameters
-from trainer.planning.estimates import PhasePlan, parameter_count
-from trainer.report.figures import GRID_LINE, INK, MUTED, canvas, figure_label, save
+from trainer.planning.estimates import PhasePlan, count_model_parameters
+from trainer.report.figures import GRID_LINE, INK, MUTED, create_figure, format_label, save
 
-FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colours of a stage
-MAX_STAGES = 36  # above this number, the blocks of one resolution are drawn as one
-# Positions of the columns; a row is 1 high.
-CENTRE_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
+FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colors of a stage
+MAX_STAGES = 36  # in a network with more, the blocks of one resolution are merged
+# x coordinates of the columns, and the width of one per phase; a row is 1 high.
+CENTER_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers of the backbone that are drawn as one."""
+    """Consecutive layers of the backbone that are drawn as one box."""
 
     name: str
     layers: range  # indices in backbone.layers
@@ -32,7 +32,7 @@ class Stage:
 Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output, layers, parameters, stage or "head"
 
 
-def stages(classifier: Classifier) -> list[Stage]:
+def divide_into_stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
     spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
     edges = list(spec.block_starts(names).items())
@@ -42,18 +42,18 @@ def stages(classifier: Classifier) -> list[Stage]:
     if top < len(names):
         edges.append(("top", top))
     borders = pairwise([*edges, ("end", len(names))])
-    single = [_stage(classifier, name, range(first, after)) for (name, first), (_, after) in borders]
+    single = [_make_stage(classifier, name, range(first, after)) for (name, first), (_, after) in borders]
     if len(single) <= MAX_STAGES:
         return single
     merged: list[Stage] = []
     for _, group in groupby(single, key=lambda stage: stage.shape[:2]):
         alike = list(group)
         name = alike[0].name if len(alike) == 1 else f"{alike[0].name} to {alike[-1].name}"
-        merged.append(_stage(classifier, name, range(alike[0].layers.start, alike[-1].layers.stop)))
+        merged.append(_make_stage(classifier, name, range(alike[0].layers.start, alike[-1].layers.stop)))
     return merged
 
 
-def _stage(classifier: Classifier, name: str, indices: range) -> Stage:
+def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
     layers = classifier.backbone.layers[indices.start : indices.stop]
     weights = [variable for layer in layers for variable in layer.weights]
     return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count_parameters(weights))
@@ -62,10 +62,10 @@ def _stage(classifier: Classifier, name: str, indices: range) -> Stage:
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
     """Draw the network from images to probabilities as a PNG, and return its path.
 
-    Each row is a stage. Its width shows the side of its feature maps, its colour whether it trains in the last phase,
-    and one column per phase whether it trains in that phase.
+    Each row is a stage. Its width shows the side of its feature maps, its color whether it trains in the last phase. A
+    column per phase shows whether it trains in that phase.
     """
-    size, drawn = classifier.image_size, stages(classifier)
+    size, drawn = classifier.image_size, divide_into_stages(classifier)
     head = count_parameters(classifier.head_variables.values())
     hidden = f"hidden {classifier.hidden.units}, " if classifier.hidden is not None else ""
     rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
@@ -74,62 +74,62 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + bool(hidden), head, "head"))
 
     width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
-    figure = canvas(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))
+    figure = create_figure(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))
     axes = figure.subplots()
     axes.set_xlim(-0.2, width)
     axes.set_ylim(len(rows) + 0.9, -2.15)
     axes.axis("off")
-    title = f"{classifier.spec.name}, {parameter_count(classifier):,} parameters"
+    title = f"{classifier.spec.name}, {count_model_parameters(classifier):,} parameters"
     axes.text(0, -1.65, title, fontsize=12, weight="bold", color=INK)
     axes.plot([0, width - 0.1], [-1.15, -1.15], color=GRID_LINE, linewidth=0.8)
     columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
     columns += [
-        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), figure_label(p.name, 12), "center") for n, p in enumerate(phases)
+        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), format_label(p.name, 12), "center") for n, p in enumerate(phases)
     ]
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
     for y, row in enumerate(rows):
-        _draw_row(axes, y, row, [_colour(classifier, phase, row[-1]) for phase in phases], size)
+        _draw_row(axes, y, row, [_choose_color(classifier, phase, row[-1]) for phase in phases], size)
         if y + 1 < len(rows):
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
-            axes.annotate("", (CENTRE_X, y + 0.7), (CENTRE_X, y + 0.3), arrowprops=arrow)
+            axes.annotate("", (CENTER_X, y + 0.7), (CENTER_X, y + 0.3), arrowprops=arrow)
     legend = ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
-    for number, (colour, name) in enumerate(legend):
-        x = 0.2 + 2.4 * number
-        _box(axes, x, len(rows) + 0.35, 0.36, 0.36, colour)
+    for i, (color, name) in enumerate(legend):
+        x = 0.2 + 2.4 * i
+        _draw_box(axes, x, len(rows) + 0.35, 0.36, 0.36, color)
         axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
     return save(figure, path)
 
 
-def _draw_row(axes: Axes, y: int, row: Row, colours: list[str | None], size: int) -> None:
+def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int) -> None:
     name, shape, layers, parameters, _ = row
     # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
-    width_of_box, ink = 3.4 + 2.4 * side, "white" if colours[-1] == TRAINS else INK
-    _box(axes, CENTRE_X - width_of_box / 2, y, width_of_box, 0.6, colours[-1])
-    axes.text(CENTRE_X, y, figure_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    width_of_box, ink = 3.4 + 2.4 * side, "white" if colors[-1] == TRAINS else INK
+    _draw_box(axes, CENTER_X - width_of_box / 2, y, width_of_box, 0.6, colors[-1])
+    axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
-    for x, number in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
-        axes.text(x, y, f"{number:,}" if number else "", fontsize=9, va="center", ha="right", color=INK)
-    for column, colour in enumerate(colours):
-        if colour:
-            _box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, colour)
+    for x, count in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
+        axes.text(x, y, f"{count:,}" if count else "", fontsize=9, va="center", ha="right", color=INK)
+    for column, color in enumerate(colors):
+        if color:
+            _draw_box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, color)
 
 
-def _box(axes: Axes, left: float, middle: float, width: float, height: float, colour: str | None) -> None:
-    """Draw a filled box, or only its edge if `colour` is None."""
-    face, edge, style = colour or "white", "none" if colour else MUTED, "round,pad=0,rounding_size=0.11"
+def _draw_box(axes: Axes, left: float, middle: float, width: float, height: float, color: str | None) -> None:
+    """Draw a filled box, or only its edge if `color` is None."""
+    face, edge, style = color or "white", "none" if color else MUTED, "round,pad=0,rounding_size=0.11"
     corner = (left, middle - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge, linewidth=0.8))
 
 
-def _colour(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """Choose the colour of a stage by how many of its layers with weights train in a phase."""
+def _choose_color(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
+    """Choose the color of a stage: all, some or none of its layers with weights train in a phase."""
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     layers = classifier.backbone.layers
     # Without BatchNormalization, so that frozen layers do not make a stage appear partly trained.
-    able = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
-    if able and able <= phase.trains:
+    with_weights = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
+    if with_weights and with_weights <= phase.trained_layers:
         return TRAINS
-    return FROZEN if phase.trains.isdisjoint(stage.layers) else TRAINS_PARTLY
+    return FROZEN if phase.trained_layers.isdisjoint(stage.layers) else TRAINS_PARTLY

@@ -1,4 +1,4 @@
-"""The sections of a plan: each prints a heading with a table, and adds its warnings and errors to the `Plan`."""
+"""Print the sections of a plan, each a heading with a table, and collect warnings and errors in the `Plan`."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +20,21 @@ from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, Uses, bytes_of_split, format_bytes
+from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes, format_bytes
 from trainer.planning.timing import format_time
-from trainer.runs.folder import holder_of_folder, inspect_folder, is_finished, require_output_dir
+from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
 WIDTH = 100  # characters per line if the output is not a terminal
-MAX_NAMES = 5  # class names or addresses that are printed
+MAX_NAMES = 5  # printed class names or addresses
 Rows = list[tuple[str, str]]
 
 
 @dataclass
 class Plan:
-    """What a dry run has determined so far, with the warnings and errors to print at its end."""
+    """The results of a dry run so far, with the warnings and errors to print at its end."""
 
     config: RequestedConfig
     cluster: Cluster
@@ -42,16 +42,16 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None
-    labels_known: bool = True  # False if only the metadata of the dataset is read
-    reasons: list[str] = field(default_factory=list)  # of each choice for `auto` in a run that is resumed
+    labels_known: bool = True  # False if only the metadata of the dataset was read
+    reasons: list[str] = field(default_factory=list)  # for each value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
 
     @property
     def bytes_to_stage(self) -> int:
-        """Bytes that a run would first fetch from a bucket."""
-        return sum(entry.size for entry in self.to_stage)
+        """Bytes of the files to stage."""
+        return sum(file.size for file in self.to_stage)
 
-    def section(self, title: str, rows: Rows, width: int = 14) -> None:
+    def print_section(self, title: str, rows: Rows, width: int = 14) -> None:
         """Print a heading, and below it a table of labels and values."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
@@ -60,16 +60,16 @@ class Plan:
             table.add_row(Text(f"  {name}", style="dim"), Text(value))
         self.print(Text(f"\n{title}", style="bold"), table)
 
-    def print(self, *parts: RenderableType) -> None:
-        """Print tables and texts without trailing blanks."""
+    def print(self, *renderables: RenderableType) -> None:
+        """Print tables and texts without trailing spaces."""
         console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         with console.capture() as captured:
-            console.print(*parts, sep="\n")
+            console.print(*renderables, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
-        """Collect an error of this block, with which a run would end, for `show_warnings_and_raise`."""
+        """Collect a TrainerError of the block for `show_warnings_and_raise`."""
         try:
             yield
         except TrainerError as error:
@@ -79,14 +79,14 @@ class Plan:
     def show_warnings_and_raise(self) -> None:
         """Print the warnings, and raise the collected errors."""
         if self.warnings:
-            self.section("warnings", [("!", warning) for warning in self.warnings], width=1)
+            self.print_section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
             raise ConfigError.of_faults(self.faults, "the run")
 
     def check(self, action: Callable[[], str]) -> str:
-        """Return a tick and the result of `action`, or a cross and its error, which is collected."""
+        """Run `action`; return a tick and its result, or collect its error and return a cross and the error."""
         with self.collect_errors():
             try:
                 return f"✓ {action()}"
@@ -96,8 +96,8 @@ class Plan:
         return line
 
 
-def first_names(names: Sequence[str]) -> str:
-    """Format the first `MAX_NAMES` names, and the number of the others."""
+def format_names(names: Sequence[str]) -> str:
+    """Format up to `MAX_NAMES` names, and the count of the others."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
@@ -110,7 +110,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     with suppress(ConfigError):  # the groups alone may lack required keys
         base, now = flat(load(compose(choices) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
-        rows += [("" if number else "changed", line) for number, line in enumerate(changed)]
+        rows += [("" if i else "changed", line) for i, line in enumerate(changed)]
     state = "a new run in a new folder below outputs/"
     if output:
         state = "new"
@@ -119,46 +119,46 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 state = "finished already (it holds DONE): the run would end at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
-                saved = checks.newest_state(config) or {"step": 0, "phase": 0}
+                saved = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
                 state = f"holds this run: it would resume at step {saved['step']:,}, phase {phase}"
-            if (by := holder_of_folder(config)) and not state.startswith("finished"):
-                plan.warnings.append(f"output_dir={output} is in use by {by}: a run would wait for it or end")
+            if (holder := find_folder_holder(config)) and not state.startswith("finished"):
+                plan.warnings.append(f"output_dir={output} is in use by {holder}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would fail: {plan.faults[-1]}"
     before = len(plan.faults)
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
     state += "; a run with several workers would fail" * (len(plan.faults) > before)
-    plan.section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
+    plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
-    """Print the names, counts, bytes and class balance of the data."""
+    """Print the names, counts, bytes and class balance of the dataset."""
     names = dataset.class_names
-    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {first_names(names)}")]
+    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = f", {format_bytes(count)}" if (count := bytes_of_split(split)) else ""
+        on_disk = f", {format_bytes(count)}" if (count := estimate_split_bytes(split)) else ""
         shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
         largest, smallest = int(counts.argmax()), int(counts.argmin())
         shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
                                  f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
-    plan.section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
+    plan.print_section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
 
 
 def show_storage(plan: Plan, problem: str) -> None:
-    """Try to read the data and write to the output folder, check warm start, teacher and weights; print the results.
+    """Read from the dataset, write to output_dir, check warm start, teacher and weights, and print the results.
 
-    `problem` is why the data could not be opened; "" if it could be, or is not staged yet.
+    `problem` is why the dataset could not be opened; "" if it was opened or is not staged yet.
     """
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
-            path = min((entry for entry in plan.to_stage if entry.size), key=lambda entry: entry.size).path
+            path = min((file for file in plan.to_stage if file.size), key=lambda file: file.size).path
         else:
             assert dataset
             split = dataset.splits["train"]
@@ -175,14 +175,14 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("weights", plan.check(lambda: f"{weights}: {format_bytes(storage_path(weights).size())}")))
     elif weights == "imagenet":
         rows.append(("weights", "imagenet: Keras downloads them at the start, unless ~/.keras/models has them"))
-    plan.section("storage", rows)
+    plan.print_section("storage", rows)
 
 
-def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch: int, by: str) -> None:
-    """Print a table with one line per phase.
+def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch_steps: int, by: str) -> None:
+    """Print a table of the phases.
 
-    `total` is the number of parameters of the model, `epoch` the length of an epoch in steps, and `by` how several
-    workers shard the data, "record" or "file".
+    `total` is the number of parameters of the model, `epoch_steps` the number of steps per epoch, and `by` the unit by
+    which several workers shard the dataset, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -193,45 +193,47 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
     for phase in phases:
         settings = config.phases[phase.name]
         optimizer, schedule = settings.optimizer, settings.schedule
-        warmup = schedule.warmup.steps(epoch, config.training.batch_size)
+        warmup = schedule.warmup.steps(epoch_steps, config.training.batch_size)
         rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
-        counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable:,}")
+        counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable_parameters:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
         row = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in row))
     sharded = f"; sharded by {by}" if plan.cluster.size > 1 else ""
     steps = sum(phase.steps for phase in phases)
-    summary = f"  {steps:,} steps at most, {epoch:,} per epoch{sharded}; {total:,} parameters, the head included"
+    summary = f"  {steps:,} steps at most, {epoch_steps:,} per epoch{sharded}; {total:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
 def show_memory(plan: Plan, uses: Uses) -> None:
     """Print the estimated uses of memory and the limit of this machine."""
     shown = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
-    plan.section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
+    plan.print_section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
 
 
 def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
-    """Print the estimated `seconds` of each part of a run on one device, divided by the number of `devices`."""
+    """Print the estimated `seconds` of each phase and of scoring on one device, divided by the number of `devices`."""
     if seconds:
-        rows = [(name, f"about {format_time(part / devices)}") for name, part in seconds.items()]
+        rows = [(name, f"about {format_time(spent / devices)}") for name, spent in seconds.items()]
         total = format_time(sum(seconds.values()) / devices)
         rows.append(("in total", f"about {total}, and the time to start, read the images, export and report"))
-        plan.section("time, from a few steps measured here", rows)
+        plan.print_section("time, from a few steps measured here", rows)
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Print the bytes that a run reads and writes; `checkpoint` and `model` are the bytes of one of its files each."""
+    """Print the bytes that a run reads and writes; `checkpoint` and `model` are the bytes of one of each."""
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
-    read = sum(bytes_of_split(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes)
+    read = sum(
+        estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
+    )
     staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
     formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"
-    plan.section("bytes", [
+    plan.print_section("bytes", [
         ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),
         ("checkpoints", f"up to {saves:,} of {format_bytes(checkpoint)}; {at_once}"),
         ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),

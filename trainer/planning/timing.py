@@ -1,4 +1,4 @@
-"""Measure a few steps of a run on this machine, and estimate its time from them."""
+"""Estimate the time of a run from a few steps measured on this machine."""
 
 import dataclasses
 import time
@@ -19,9 +19,9 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 from trainer.types import Dataset, scored_split
 
-BUDGET_SECONDS = 60.0  # for all measurements; none begins later
-ROWS = 8  # images per measured step
-CALLS, CALL_SECONDS = 3, 5.0  # measured calls after the one that compiles; none begins later
+BUDGET_SECONDS = 60.0  # for all measurements; later ones are not started
+BATCH_SIZE = 8  # images per measured step
+CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of measured calls, after the one that compiles
 
 
 def format_time(seconds: float) -> str:
@@ -31,13 +31,13 @@ def format_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def on_gpus() -> bool:
-    """Return whether replicas compute in parallel, each on a GPU; those on CPUs have the same cores."""
+def has_gpus() -> bool:
+    """Return whether replicas compute in parallel, each on a GPU. On CPUs they use the same cores."""
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def seconds_per_call(call: Callable[[], object]) -> float:
-    """Return the median seconds of a few calls after the first."""
+def measure_call(call: Callable[[], object]) -> float:
+    """Return the median seconds of a few calls, without the first one."""
     call()
     seconds: list[float] = []
     while len(seconds) < CALLS and sum(seconds) < CALL_SECONDS:
@@ -47,30 +47,31 @@ def seconds_per_call(call: Callable[[], object]) -> float:
     return float(np.median(seconds))
 
 
-def _batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation, seed: int) -> Any:
-    """Return an iterator over a batch of random values, augmented anew in each step as images are in training."""
-    index = np.arange(ROWS, dtype=np.int64)
-    values = tf.cast(np.random.default_rng(seed).integers(0, 256, (ROWS, *shape)), dtype)
-    columns = {"label": np.zeros(ROWS, np.int32), "weight": np.ones(ROWS, np.float32), "index": index}
+def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation, seed: int) -> Any:
+    """Return an iterator that repeats a batch of random values, augmented anew in each step as in training."""
+    index = np.arange(BATCH_SIZE, dtype=np.int64)
+    values = tf.cast(np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, *shape)), dtype)
+    columns = {"label": np.zeros(BATCH_SIZE, np.int32), "weight": np.ones(BATCH_SIZE, np.float32), "index": index}
     batch = {"image": values, "position": index, **columns}
 
-    def change(batch: dict[str, Any], step: Any) -> dict[str, Any]:
-        return batch | {"image": augment(batch["image"], augmentation, seed, tf.fill([ROWS], step), batch["index"])}
+    def augment_batch(batch: dict[str, Any], step: Any) -> dict[str, Any]:
+        epochs = tf.fill([BATCH_SIZE], step)
+        return batch | {"image": augment(batch["image"], augmentation, seed, epochs, batch["index"])}
 
     steps = tf.data.Dataset.range(1 << 40)
-    return iter(tf.data.Dataset.zip(tf.data.Dataset.from_tensors(batch).repeat(), steps).map(change).prefetch(1))
+    return iter(tf.data.Dataset.zip(tf.data.Dataset.from_tensors(batch).repeat(), steps).map(augment_batch).prefetch(1))
 
 
-def training_seconds(
+def measure_training(
     config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None
 ) -> float:
-    """Measure the seconds per image of training in a phase: on features at `cut`, or on images if that is None.
+    """Measure the seconds per image of training in a phase, on features at `cut` or, if that is None, on images.
 
-    The weights of the classifier change.
+    It changes the weights of the classifier.
     """
     thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     lr = phase.optimizer.learning_rate
-    schedule = build_schedule(phase.schedule, lr, total_steps=100, steps_per_epoch=10, batch_size=ROWS)
+    schedule = build_schedule(phase.schedule, lr, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
     optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training)
     network = Tail(classifier, cut) if cut else classifier
@@ -78,18 +79,18 @@ def training_seconds(
                         dataclasses.replace(settings, accumulate=1))  # fmt: skip
     side = classifier.image_size
     if cut:
-        batches = _batches(cut.shape, stored_dtype(phase, cut), Augmentation(), config.seed)
+        batches = _make_batches(cut.shape, stored_dtype(phase, cut), Augmentation(), config.seed)
     else:
-        batches = _batches((side, side, 3), "uint8", config.augmentation, config.seed)
-    return seconds_per_call(lambda: step.run(batches, 1, 0, 0)) / ROWS
+        batches = _make_batches((side, side, 3), "uint8", config.augmentation, config.seed)
+    return measure_call(lambda: step.run(batches, 1, 0, 0)) / BATCH_SIZE
 
 
-def scoring_seconds(classifier: Classifier, seed: int) -> float:
-    """Measure the seconds per image of scoring, which are also those of computing features."""
+def measure_scoring(classifier: Classifier, seed: int) -> float:
+    """Measure the seconds per image of scoring; computing features takes as long."""
     side = classifier.image_size
     predictor = Predictor(tf.distribute.get_strategy(), classifier)
-    batch = next(_batches((side, side, 3), "uint8", Augmentation(), seed))
-    return seconds_per_call(lambda: predictor.probabilities([batch], 1)) / ROWS
+    batch = next(_make_batches((side, side, 3), "uint8", Augmentation(), seed))
+    return measure_call(lambda: predictor.predict([batch], 1)) / BATCH_SIZE
 
 
 def estimate_time(
@@ -98,25 +99,25 @@ def estimate_time(
 ) -> dict[str, float]:  # fmt: skip
     """Estimate the seconds of each phase with its validation, and of scoring at the end, for one device.
 
-    `inputs` has the planned input and the division of each phase. Returns {} if the time for measurements was not
-    enough. Reading and decoding images, the teacher, compiling, export and report are not included.
+    `inputs` has the planned input and the division of the network by phase. The result is {} if the measurements exceed
+    `BUDGET_SECONDS`. Reading and decoding images, the teacher, compiling, export and report are not included.
     """
-    end, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
-    if time.monotonic() >= end:
+    deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
+    if time.monotonic() >= deadline:
         return {}
-    scoring, parts = scoring_seconds(classifier, config.seed), dict[str, float]()
+    scoring, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
     for name, phase in config.phases.items():
-        if time.monotonic() >= end:
+        if time.monotonic() >= deadline:
             return {}
         choice, division = inputs[name]
         cached = choice.input_kind == "cached"
         steps = config.phase_steps(phase, steps_per_epoch)
         images = steps / steps_per_epoch * counts["train"]
-        seconds = images * training_seconds(config, classifier, dataset, phase, division.cut if cached else None)
+        seconds = images * measure_training(config, classifier, dataset, phase, division.cut if cached else None)
         if cached:  # computed once, for training and validation
             seconds += scoring * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
         else:
             passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring * counts["validation"] * passes * config.training.validation_share
-        parts[name] = seconds
-    return parts | {"scoring": scoring * counts[scored_split(dataset.splits)]}
+        estimates[name] = seconds
+    return estimates | {"scoring": scoring * counts[scored_split(dataset.splits)]}

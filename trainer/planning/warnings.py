@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid but probably not intended: printed by a plan, and logged by a run."""
+"""Find settings that are valid but probably not intended. A plan prints these warnings, and a run logs them."""
 
 import numpy as np
 
@@ -6,29 +6,29 @@ from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.images import plan_image_caches
 from trainer.data.sharding import steps_per_epoch
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import memory_rows, memory_warnings, plan_phases
+from trainer.planning.estimates import check_worker_memory, estimate_memory, plan_phases
 from trainer.types import Dataset
 
-DOMINANT_FRACTION = 0.6  # fraction of the training examples above which one class is worth a warning
+DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
 
 
-def run_warnings(
-    config: RunConfig, classifier: Classifier, dataset: Dataset, *, workers: int, replicas: int, before: int
+def find_run_warnings(
+    config: RunConfig, classifier: Classifier, dataset: Dataset, *, workers: int, replicas: int, baseline: int
 ) -> list[str]:
-    """Return the warnings of a run, as its plan has them; raise ConfigError if it does not fit into the memory.
+    """Return the warnings of a run, as its plan prints them; raise ConfigError if it does not fit into the memory.
 
-    There are `replicas` on each of the `workers`; `before` is the memory of the process before the network was built.
+    `replicas` is the number on each worker, `baseline` the memory of the process before the network was built.
     """
-    rows = max(config.training.batch_size // (workers * replicas), 1)
-    epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    examples = max(config.training.batch_size // (workers * replicas), 1)
+    epoch_steps = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=False)
-    phases = plan_phases(config, classifier, epoch, max(rows // config.training.accumulate, 1))
-    uses = memory_rows(classifier, phases, caches, rows=rows, replicas=replicas, before=before)
-    memory = memory_warnings(config, uses, workers * replicas)
-    return [*memory, *data_warnings(config, dataset, epoch), *settings_warnings(config)]
+    phases = plan_phases(config, classifier, epoch_steps, max(examples // config.training.accumulate, 1))
+    uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
+    memory = check_worker_memory(config, uses, workers * replicas)
+    return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
 
 
-def settings_warnings(config: RequestedConfig) -> list[str]:
+def find_settings_warnings(config: RequestedConfig) -> list[str]:
     """Return the warnings that follow from the configuration alone."""
     warnings = []
     settings = config.phases if isinstance(config, RunConfig) else {}
@@ -43,8 +43,10 @@ def settings_warnings(config: RequestedConfig) -> list[str]:
     return warnings
 
 
-def data_warnings(config: RunConfig, dataset: Dataset, epoch: int, labels_known: bool = True) -> list[str]:
-    """Return the warnings about the data with these settings; `epoch` is the length of an epoch in steps."""
+def find_dataset_warnings(
+    config: RunConfig, dataset: Dataset, epoch_steps: int, labels_known: bool = True
+) -> list[str]:
+    """Return the warnings about the dataset with these settings."""
     warnings, train = [], dataset.splits["train"]
     counts = np.bincount(train.labels, minlength=len(dataset.class_names))
     largest = int(counts.argmax())
@@ -52,8 +54,9 @@ def data_warnings(config: RunConfig, dataset: Dataset, epoch: int, labels_known:
         fraction, name = f"{counts[largest] / counts.sum():.0%}", dataset.class_names[largest]
         warnings.append(f"{fraction} of the training examples are {name}: a constant prediction is right {fraction} of "
                         "the time; try training.class_weights=balanced")  # fmt: skip
-    every = config.runtime.checkpoint_every.steps(epoch, config.training.batch_size)
-    if short := ", ".join(name for name, phase in config.phases.items() if every > config.phase_steps(phase, epoch)):
+    every = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)
+    steps = {name: config.phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
+    if short := ", ".join(name for name, count in steps.items() if every > count):
         warnings.append(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of "
                         "it")  # fmt: skip
     if "test" not in dataset.splits and not config.debug.overfit:

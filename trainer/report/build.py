@@ -1,4 +1,4 @@
-"""Assemble the report of a scored split from its predictions and images, and show its figures in TensorBoard."""
+"""Build the report of a scored split from its predictions and images, and show its figures in TensorBoard."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ from trainer.monitoring.log import log
 from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, DuplicateImages, ReportImages, Samples
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
-from trainer.runs.folder import versions
+from trainer.runs.folder import collect_versions
 from trainer.types import Scored
 
 MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
-READ_BATCH = 64  # images
-SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first of them
-FETCH_BATCH = 512  # images in remote shards that are read at a time, as their shards have to be on the local disk
+READ_BATCH = 64  # images per batch in the search for duplicates
+SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first one
+FETCH_BATCH = 512  # images in remote shards that are read at a time, as their shards must be on the local disk
 
 
 def build_report(
@@ -42,13 +42,13 @@ def build_report(
     """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        report_fields: title, history, phases, export and timing of report.json, `note`, which explains how to read the
-            scores, and `trained_on`, whether the model was trained on the split; all are optional.
+        report_fields: optional `title`, `history`, `phases`, `export` and `timing` of report.json, `note` on how to
+            read the scores, and `trained_on`, whether the model was trained on the split.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
-        check: called after each batch of the search for duplicates; it may raise to abort the report.
+        check: called after each batch of the search for duplicates; it can raise an exception to abort the report.
     """
     split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
-    duplicates = find_duplicate_images(images, splits, check)  # first, as it adds damaged images to `undecodable`
+    duplicates = find_duplicate_images(images, splits, check)  # first, as it adds corrupt images to `undecodable`
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
     group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
@@ -58,34 +58,34 @@ def build_report(
         "seed": config.seed,
         "data": data | {"undecodable": images.undecodable(), "notes": data["notes"] + images.left_after_skipping()},
         "config": config.model_dump(mode="json"),
-        "versions": versions(),
+        "versions": collect_versions(),
         **report_fields,
     }
 
     def fetch(rows: Sequence[int]) -> np.ndarray:
         return images.rows(split, indices[list(rows)])
 
-    samples = training_samples(images) if "train" in splits else None
+    samples = select_training_samples(images) if "train" in splits else None
     report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
     return write_report(folder, result, run, report_images)
 
 
-def training_samples(images: ImageStore) -> Samples:
-    """Select random training images, and compute augmented views of the first."""
+def select_training_samples(images: ImageStore) -> Samples:
+    """Select random training images, and augment the first one."""
     split, config = images.dataset.splits["train"], images.config
     chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
     rows = images.rows("train", chosen)
-    augmented = augmented_views(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
+    augmented = augment_views(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
     return Samples(rows, [images.dataset.class_names[i] for i in split.labels[chosen]], augmented)
 
 
-def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the first of `images`, uint8 [k, S, S, 3], as augmented in `VIEW_COUNT` epochs, uint8 [v, S, S, 3].
+def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Augment the first of `images`, uint8 [k, S, S, 3], as in `VIEW_COUNT` epochs; return uint8 [v, S, S, 3].
 
     Mixup and CutMix mix it with another of the images in each epoch. The random parameters depend on `indices`, int64
-    [k], those of the images in the training split.
+    [k], the indices of the images in the training split.
     """
-    per_view = 2 if augmentation.mixes else 1  # a pair is mixed, and its first image is shown
+    per_view = 2 if augmentation.mixes else 1  # pairs are mixed, and the first image of each is shown
     epochs, rows = np.repeat(np.arange(VIEW_COUNT), per_view), np.zeros(VIEW_COUNT * per_view, np.int64)
     if augmentation.mixes:
         rows[1::2] = (np.arange(VIEW_COUNT) + 1) % len(indices)
@@ -98,8 +98,8 @@ def augmented_views(augmentation: Augmentation, seed: int, images: np.ndarray, i
     return np.asarray(views[::per_view])
 
 
-def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Divide `MAX_COMPARED` images among the splits equally, except that no split gets more images than it has."""
+def allocate_comparisons(counts: Mapping[str, int]) -> dict[str, int]:
+    """Divide `MAX_COMPARED` images equally among the splits, where no split gets more images than it has."""
     compared: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
         compared[name] = min(counts[name], (MAX_COMPARED - sum(compared.values())) // (len(counts) - rank))
@@ -107,7 +107,7 @@ def compared_counts(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """Return thumbnails, uint8 [k, 16, 16, 3], of the examples at `indices`, which are in increasing order."""
+    """Read the examples at `indices`, in ascending order, and return thumbnails, uint8 [k, 16, 16, 3]."""
     if pixels.shards and len(indices) > FETCH_BATCH:
         batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch, check) for batch in batches])
@@ -127,9 +127,9 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
 
 
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
-    """Find duplicates among the images of splits; of more than `MAX_COMPARED` images only a sample is compared."""
+    """Find duplicates among the images of splits, or among a sample if there are more than `MAX_COMPARED`."""
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
-    counts = compared_counts({name: dataset.splits[name].count for name in splits})
+    counts = allocate_comparisons({name: dataset.splits[name].count for name in splits})
     for name in splits:
         indices, split = np.arange(counts[name], dtype=np.int64), dataset.splits[name]
         if len(indices) < split.count and not split.shards:  # files are ordered by class, the records of shards are not
@@ -150,7 +150,7 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
 
 
 def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
-    """Write the figures of the report in `folder` as TensorBoard images to the folder `logs`, which is replaced."""
+    """Write the figures of the report in `folder` as TensorBoard images; replace the folder `logs`."""
     shutil.rmtree(logs, ignore_errors=True)
     writer = tf.summary.create_file_writer(str(logs))
     with writer.as_default(step=step), tf.device("CPU"):

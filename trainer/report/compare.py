@@ -22,16 +22,16 @@ from rich.table import Table
 from trainer.config.diff import flat
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.errors import DataError, TrainerError
-from trainer.evaluation.intervals import wilson
-from trainer.evaluation.paired import PairedComparison, compare_paired, holm
-from trainer.evaluation.predictions import from_cell
-from trainer.report.figures import SERIES, Line, line_chart, svg
-from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, number, percent, render, thumbnail
+from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
+from trainer.evaluation.predictions import decode_cell
+from trainer.report.figures import SERIES, Line, line_chart, to_svg
+from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
 from trainer.storage.local import write_whole
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import WRONG_CONTENT
 
-SIGNIFICANCE_LEVEL = 0.05  # a run is called better or worse if p is below it
+SIGNIFICANCE_LEVEL = 0.05  # a run is better or worse than the first one if p is below this level
 _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
 
 
@@ -39,8 +39,8 @@ _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configur
 class ScoredRun:
     """A run, or an evaluation of a run."""
 
-    name: str  # the shortest one that differs from those of the other runs
-    address: str  # the output_dir or folder of the evaluation, as the user gave it
+    name: str  # the shortest ending of the address that is unique among the runs
+    address: str  # output_dir, or the folder of the evaluation, as the user gave it
     report: Mapping[str, Any]  # the content of report.json
     predictions: Mapping[str, tuple[str, str]]  # class names (truth, prediction) by file
     config: Mapping[str, Any]  # empty if it is not available
@@ -49,21 +49,21 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of runs with the first one, the reference, on the examples that all runs were scored on."""
+    """Comparison of runs with the first one, the reference, on the examples that they have in common."""
 
     runs: Sequence[ScoredRun]
     files: Sequence[str]  # names of the common examples
-    names: Sequence[Sequence[str]]  # for each run, the files of these examples as the run names them
+    names: Sequence[Sequence[str]]  # for each run, its own names of these examples
     correct: np.ndarray  # bool [runs, files]
     pairs: Sequence[PairedComparison]  # each later run with the first one
-    p: Sequence[float]  # of the pairs, adjusted for their number (Holm 1979)
+    p: Sequence[float]  # of each pair, adjusted for the number of pairs (Holm 1979)
 
 
 def read_scored_run(address: str, name: str) -> ScoredRun:
     """Read a run or an evaluation from its folder, local or in a bucket.
 
     Raises:
-        DataError: report.json or predictions.csv is missing, or a file is damaged.
+        DataError: report.json or predictions.csv is missing, or a file is corrupt.
     """
     root = storage_path(address)
     folder = root if (root / "report.json").exists() else root / "report"
@@ -76,16 +76,16 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
     try:
         report = json.loads(report_json[0])
         lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
-        cells = ([from_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
+        cells = ([decode_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
         predictions = {file: (truth, prediction) for file, truth, prediction in cells}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
     except (*WRONG_CONTENT, yaml.YAMLError, csv.Error) as error:
-        raise DataError(f"{address} is damaged: {error}", fix="evaluate the run again") from None
+        raise DataError(f"{address} is corrupt: {error}", fix="evaluate the run again") from None
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
-    """Read the epochs from metrics.jsonl, for a report without them."""
+    """Read the epochs from metrics.jsonl."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
@@ -99,8 +99,8 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
     return {}
 
 
-def short_names(addresses: Sequence[str]) -> list[str]:
-    """Return the last folders of each address, as few as make the names distinct."""
+def shorten_addresses(addresses: Sequence[str]) -> list[str]:
+    """Shorten addresses to as few of their last folders as make the names distinct."""
     folders = [address.rstrip("/").split("/") for address in addresses]
     for count in range(1, max(map(len, folders)) + 1):
         names = ["/".join(each[-count:]) for each in folders]
@@ -110,9 +110,10 @@ def short_names(addresses: Sequence[str]) -> list[str]:
 
 
 def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return for each run its files by name. The names are the files themselves if at least one file is in all runs.
+    """Return the files of each run by a name that all runs have in common.
 
-    Otherwise a name is relative to the common folder of the files, as the same data may have been at different paths.
+    The names are the files themselves if at least one file is in all runs. Otherwise they are relative to the common
+    folder of a run's files, as the runs may have read the same dataset from different paths.
     """
     unchanged = [{file: file for file in run.predictions} for run in runs]
     if set.intersection(*map(set, unchanged)):
@@ -126,10 +127,10 @@ def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
-    """Compare runs on the examples that all of them were scored on.
+    """Compare runs on the examples that they have in common.
 
     Raises:
-        DataError: the runs differ in their classes or in the label of an example, or have no example in common.
+        DataError: the runs have other classes or another label of an example, or no example in common.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -159,43 +160,43 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
                 )
     correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in rows], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
-    return Comparison(runs, common, names, correct, pairs, holm([pair.p for pair in pairs]))
+    return Comparison(runs, common, names, correct, pairs, adjust_p_values([pair.p for pair in pairs]))
 
 
-def verdict(pair: PairedComparison, p: float) -> str:
-    """Return "better", "worse" or "no significant difference" for the second run of a pair with adjusted p-value p."""
+def describe_outcome(pair: PairedComparison, p: float) -> str:
+    """Return "better", "worse" or "no significant difference" for the second run of a pair; `p` is adjusted."""
     return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
 
-def configuration_differences(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (key, its value in each run) for each configuration key whose values differ."""
+def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+    """Return (key, value in each run) for each configuration key whose values differ."""
     trees = [flat(dict(run.config)) for run in runs]
     phases = [list(run.config.get("phases", {})) for run in runs]
     only_some = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
     keys = [key for key in sorted(set().union(*trees) - _IGNORED_KEYS) if not key.startswith(only_some)]
     if only_some:  # one row instead of all keys of these phases
         trees, keys = [tree | {"phases": p} for tree, p in zip(trees, phases, strict=True)], ["phases", *keys]
-    rows = [(key, [_as_argument(tree[key]) if key in tree else MISSING for tree in trees]) for key in keys]
+    rows = [(key, [_format_argument(tree[key]) if key in tree else MISSING for tree in trees]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _as_argument(value: Any) -> str:
+def _format_argument(value: Any) -> str:
     """Format a configuration value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(map(_as_argument, value))}]" if isinstance(value, list) else str(value)
+    return f"[{','.join(map(_format_argument, value))}]" if isinstance(value, list) else str(value)
 
 
 def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return what the table and the page show of each run on the common examples; `pair` is None for the first."""
+    """Return a row of the table and page per run, about the common examples; `pair` is None for the first run."""
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         hits = int(correct.sum())
         row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
-        row |= {"accuracy": hits / n, "interval": wilson(hits, n)}
+        row |= {"accuracy": hits / n, "interval": wilson_interval(hits, n)}
         if i > 0:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
-            row |= {"pair": pair, "p": p, "verdict": verdict(pair, p)}
+            row |= {"pair": pair, "p": p, "verdict": describe_outcome(pair, p)}
         masks = (correct & ~first, first & ~correct)
         titles = ("correct here, wrong in the first", "wrong here, correct in the first")
         row["changed"] = [(title, np.flatnonzero(mask).tolist()) for title, mask in zip(titles, masks, strict=True)]
@@ -203,18 +204,19 @@ def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-# (section of report.json, key in it, name in the page, function that formats the value)
+# (section of report.json, key in it, label, function that formats the value)
 _REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
-    ("test", "n", "examples", number), ("test", "accuracy", "accuracy", partial(percent, digits=2)),
-    ("test", "top_5", "top-5 accuracy", partial(percent, digits=2)), ("test", "macro_f1", "macro F1", number),
-    ("test", "loss", "loss", number), ("test", "calibration_error", "calibration error", number),
-    ("test", "split", "split", str), ("timing", "images_per_second", "images per second", partial(number, digits=0)),
-    ("timing", "goodput", "goodput", percent),
+    ("test", "n", "examples", format_number), ("test", "accuracy", "accuracy", partial(format_percent, digits=2)),
+    ("test", "top_5", "top-5 accuracy", partial(format_percent, digits=2)),
+    ("test", "macro_f1", "macro F1", format_number), ("test", "loss", "loss", format_number),
+    ("test", "calibration_error", "calibration error", format_number), ("test", "split", "split", str),
+    ("timing", "images_per_second", "images per second", partial(format_number, digits=0)),
+    ("timing", "goodput", "goodput", format_percent),
 ]  # fmt: skip
 
 
 def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (name, its value in each run) of the scores in the reports, which may be of different examples."""
+    """Return (label, value in each run) of the scores in the reports, each on the examples of its own run."""
     rows = [
         (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
     ]
@@ -225,24 +227,24 @@ _index_once = lru_cache(maxsize=8)(index_shard)  # indexing reads all headers of
 
 
 def _read_image(run: ScoredRun, file: str) -> Markup | None:
-    """Return an <img> element of an image file or record, as the run names it; None if it cannot be read here."""
+    """Return an <img> element of an image file or record; None if it cannot be read on this machine."""
     path, _, record = file.rpartition("#")
     try:
         if record.isdigit() and path:
-            index, number = _index_once(path), int(record)
+            index, k = _index_once(path), int(record)
             field = run.config.get("data", {}).get("image_field", "image")
-            content = read_image(RecordAt(path, number, int(index.offsets[number]), int(index.lengths[number]), field))
+            content = read_image(RecordAt(path, k, int(index.offsets[k]), int(index.lengths[k]), field))
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image.convert("RGB"))
-        return thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+        return embed_thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
     except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
         return None
 
 
-def _changed_examples(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each later run and direction of change the examples, the first of them with their images."""
+def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the changed examples of each later run and direction of change, `MAX_PER_TAB` of them with images."""
     first, sections = comparison.runs[0], []
     for row, run, files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:
@@ -258,7 +260,7 @@ def _changed_examples(comparison: Comparison, rows: Sequence[Mapping[str, Any]])
     return sections
 
 
-def _curves(runs: Sequence[ScoredRun]) -> list[Markup]:
+def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
     charts = []
     for key, title in (("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss")):
         lines = []
@@ -266,12 +268,12 @@ def _curves(runs: Sequence[ScoredRun]) -> list[Markup]:
             epochs, values = [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
             lines.append(Line(run.name, SERIES[i % len(SERIES)], epochs, values))
         if chart := line_chart(title, lines, fractions=key == "val_accuracy"):
-            charts.append(svg(key, chart))
+            charts.append(to_svg(key, chart))
     return charts
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print a table with a row per run, and the configuration keys that differ."""
+    """Print a table of the runs, and the configuration keys whose values differ."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
     table.add_column("run")
@@ -286,12 +288,12 @@ def print_comparison(comparison: Comparison) -> None:
             cells += [f"{row['p']:.3g}", row["verdict"]]
         table.add_row(*cells)
     console.print(table)
-    for key, values in configuration_differences(comparison.runs):
+    for key, values in compare_configurations(comparison.runs):
         console.print(f"  {key}: {' | '.join(values)}", markup=False, soft_wrap=True)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write a self-contained HTML page; the classes whose F1 decreases most from the first run come first."""
+    """Write a self-contained HTML page. Classes are in ascending order of the change of F1 from the first run."""
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
     names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
@@ -299,13 +301,13 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     page = render(
         "compare.html.j2",
         runs=rows,
-        changed=_changed_examples(comparison, rows),
+        changed=_collect_changes(comparison, rows),
         n=len(comparison.files),
         scores=_reported_scores(runs),
-        charts=_curves(runs),
+        charts=_draw_curves(runs),
         classes=[(name, [each[name] for each in f1]) for name in names],
-        differences=configuration_differences(runs),
+        differences=compare_configurations(runs),
         significance_level=SIGNIFICANCE_LEVEL,
-        colour_count=len(SERIES),
+        color_count=len(SERIES),
     )
     write_whole(path, page)

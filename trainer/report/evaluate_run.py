@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a finished run on a split of its own or of other data."""
+"""Evaluate a checkpoint of a finished run on a split of its own dataset or of another one."""
 
 import shlex
 import sys
@@ -26,7 +26,7 @@ from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.names import file_stem
 from trainer.report.build import build_report
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, rebuild_classifier, with_run_classes, without_weights
+from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, rebuild_classifier, without_weights
 from trainer.storage.path import storage_path
 from trainer.types import LogMessage, has_fingerprints
 
@@ -44,10 +44,10 @@ def evaluate(
     """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:
-        options: `split` (default: the first of test, validation and train that the data has) and `output`, the folder
-            of the report (default: a folder below `evaluations` of the run).
-        moved: the configuration if the data of `run.config`, which is not divided by fractions, is a moved copy of the
-            data of the run: it is then divided as in the run, so that the examples of its test split are scored.
+        options: `split` (default: the first of test, validation and train that the dataset has) and `output`, the
+            folder of the report (default: a folder below `evaluations` of the run).
+        moved: another configuration of the same dataset, which divides it as the run did. It is used if the dataset of
+            `run.config`, which does not divide by fractions, turns out to be a moved copy of the run's dataset.
 
     Raises:
         ConfigError: the data has no such split.
@@ -67,7 +67,7 @@ def evaluate(
         with suppress(DataError):  # other data may be too small to be divided
             divided = open_data(moved, lambda _: None)
             data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data
-    dataset = with_run_classes(run, data.dataset)
+    dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
     largest, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
     config, _ = limit_batch_size(config, largest, replicas)  # as in the run

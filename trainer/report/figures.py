@@ -1,4 +1,4 @@
-"""Draw the figures of a report with matplotlib: as SVG in the page, as PNG in its folder and in TensorBoard.
+"""Draw the figures of a report with matplotlib: SVG for the page, PNG for the folder and TensorBoard.
 
 Figures are created without pyplot, which would register them globally and select a display.
 """
@@ -30,58 +30,58 @@ from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
 
 DPI = 110
-PNG_COMPRESSION = 2  # of 9: for photos half the time of the default 6, and a tenth more bytes
+PNG_COMPRESSION = 2  # of 9; for photos it takes half the time of the default 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
-MAX_NUMBERED_CLASSES = 20  # in a confusion matrix with counts and class names
+MAX_NUMBERED_CLASSES = 20  # a confusion matrix of more classes has no counts and class names
 MAX_BARS = 120  # classes in the F1 figure
 MAX_EXAMPLES = 12  # in a figure of examples
-MAX_MARKERS = 60  # epochs of a line with a marker and a tooltip for each
+MAX_MARKERS = 60  # a line with more epochs has no markers and tooltips
 INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"
 PALE, ACCENT = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
-# The custom properties of report.css that replace colours in the page, so that charts follow its light or dark theme.
+# Custom properties of report.css that replace colors in the page, so that charts follow its light or dark theme.
 CSS_PROPERTIES = {
     INK: "--ink", MUTED: "--soft", GRID_LINE: "--rule", PALE: "--faint", ACCENT: "--lead", WRONG: "--wrong",
-    **{colour: f"--s{i}" for i, colour in enumerate(SERIES)},
+    **{color: f"--s{i}" for i, color in enumerate(SERIES)},
 }  # fmt: skip
 
 
-def canvas(height: float, width: float = WIDTH, fit_labels: bool = True) -> Figure:
-    """Create an empty white figure, sizes in inches; `fit_labels` makes room for axis labels by drawing it twice."""
+def create_figure(height: float, width: float = WIDTH, fit_labels: bool = True) -> Figure:
+    """Create an empty white figure, with sizes in inches. `fit_labels` fits axis labels by drawing it twice."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if fit_labels else None, facecolor="white")
 
 
-def shortened(name: str, max_length: int) -> str:
-    """Return a printable name; if it is too long, an ellipsis replaces its middle."""
+def shorten_name(name: str, max_length: int) -> str:
+    """Make a name printable, and replace its middle by an ellipsis if it is too long."""
     name, tail = printable(name), max_length // 2
     return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
 
 
-def figure_label(name: str, max_length: int = 24) -> str:
+def format_label(name: str, max_length: int = 24) -> str:
     """Shorten a class or file name for a figure, and escape $, which would begin a formula in matplotlib."""
-    return shortened(name, max_length).replace("$", r"\$")
+    return shorten_name(name, max_length).replace("$", r"\$")
 
 
-def tidy(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, colour: str = INK) -> None:
-    """Style axes: a frame at the left and bottom, tick labels of a size and colour, grid lines behind the data."""
+def style_axes(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, color: str = INK) -> None:
+    """Style axes: frame lines at the left and bottom only, tick labels, and grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID_LINE)
-    axes.tick_params(colors=colour, length=0, labelsize=size)
+    axes.tick_params(colors=color, length=0, labelsize=size)
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color=GRID_LINE, linewidth=0.6)
 
 
 def set_heading(axes: Axes, title: str) -> None:
-    """Set a left-aligned title of axes."""
+    """Set a left-aligned title."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
 
 @contextmanager
 def _ignore_missing_glyphs() -> Iterator[None]:
-    """Ignore warnings about glyphs that matplotlib's font lacks: boxes in a PNG, but correct in the page."""
+    """Ignore warnings about glyphs that matplotlib's font lacks. They are boxes in a PNG, but correct in the page."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -105,7 +105,7 @@ def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure that the page shows as SVG; a point of matplotlib (1/72 inch) is a unit of the SVG."""
+    """A figure that the page shows as SVG. A point of matplotlib (1/72 inch) is a unit of the SVG."""
 
     figure: Figure
     alt_text: str
@@ -113,11 +113,11 @@ class Chart:
 
     def __post_init__(self) -> None:
         for artist in self.figure.findobj():
-            artist.set_clip_on(False)  # or the edge of the axes would cut markers
+            artist.set_clip_on(False)  # so that the edge of the axes does not cut markers
 
 
-def svg(name: str, chart: Chart) -> Markup:
-    """Convert a chart to an <svg> element with real text, the colours of the page, and ids derived from `name`."""
+def to_svg(name: str, chart: Chart) -> Markup:
+    """Convert a chart to an <svg> element with text, the colors of the page, and ids derived from `name`."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _ignore_missing_glyphs():
         chart.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -132,8 +132,8 @@ def svg(name: str, chart: Chart) -> Markup:
             element.set("href", href)
         if style := element.get("style"):
             style = re.sub(r"font-family: [^;]*;? ?", "", style)
-            for colour, css_property in CSS_PROPERTIES.items():
-                style = style.replace(colour, f"var({css_property})")
+            for color, css_property in CSS_PROPERTIES.items():
+                style = style.replace(color, f"var({css_property})")
             element.set("style", style)
         element.text, element.tail = (element.text or "").strip() or None, None
     view_box = root.attrib["viewBox"]
@@ -144,14 +144,14 @@ def svg(name: str, chart: Chart) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _plot(
+def _create_plot(
     title: str, width: float, height: float, *, left: float, top: float, right: float = 10, bottom: float = 36
 ) -> tuple[Figure, Axes]:
-    """Create a figure with a title and one Axes; its size and margins are in points (units of the SVG)."""
-    figure = canvas(height / 72, width / 72, fit_labels=False)
+    """Create a figure with a title and one Axes; sizes and margins are in points (units of the SVG)."""
+    figure = create_figure(height / 72, width / 72, fit_labels=False)
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(box)
-    tidy(axes, size=11, colour=MUTED)
+    style_axes(axes, size=11, color=MUTED)
     _draw_title(figure, title)
     return figure, axes
 
@@ -163,10 +163,10 @@ def _draw_title(figure: Figure, title: str, size: float = 13) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A series of values over epochs; missing values are NaN or None, and `points` are the others."""
+    """A series of values over epochs. Missing values are NaN or None; `points` are the others."""
 
     name: str
-    colour: str
+    color: str
     epochs: Sequence[float]
     values: Sequence[float | None]
 
@@ -176,8 +176,8 @@ class Line:
         return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
 
-def _scientific(value: float) -> str:
-    """Format a number below 1 like 7.5e-4."""
+def _format_scientific(value: float) -> str:
+    """Format a number in 0..1 like 7.5e-4."""
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"
 
 
@@ -193,8 +193,8 @@ def line_chart(
     """Draw lines over the epochs; return None if all values are missing.
 
     Args:
-        fractions: whether the values are fractions: the axis is in percent and ends at 100. Otherwise it begins at 0.
-        phase_starts: epoch at which each phase starts, shown as a vertical line with the name of the phase.
+        fractions: the values are fractions, so the axis is in percent and ends at 100; otherwise it begins at 0.
+        phase_starts: x coordinate of the start of each phase, shown as a vertical line with its name.
         best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
     """
     drawn = [(line, line.points) for line in lines if line.points]
@@ -210,28 +210,32 @@ def line_chart(
     # 6.5: points per character
     crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
     top = 78 if crowded else 44
-    figure, axes = _plot(title, width, 204 + top, left=left, top=top, right=right)
+    figure, axes = _create_plot(title, width, 204 + top, left=left, top=top, right=right)
     axes.grid(axis="y", color=GRID_LINE, linewidth=1)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(first, last), ylim=(max(0.0, low - padding), high if fractions else high + padding))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    show = (lambda v: f"{100 * v:.4g}%") if fractions else (_scientific if 0 < high < 0.01 else lambda v: f"{v:.3g}")
+    show = (
+        (lambda v: f"{100 * v:.4g}%")
+        if fractions
+        else (_format_scientific if 0 < high < 0.01 else lambda v: f"{v:.3g}")
+    )
     axes.yaxis.set_major_formatter(lambda value, _: show(value))
     axes.set_xlabel("epoch", loc="right", fontsize=11, color=MUTED, labelpad=1)
     for name, epoch in phase_starts.items():
         axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
         rotation: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
-        axes.annotate(figure_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
+        axes.annotate(format_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
     tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
-    for number, (line, points) in enumerate(drawn):
+    for i, (line, points) in enumerate(drawn):
         marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
-        axes.plot(*zip(*points, strict=True), color=line.colour, linewidth=2, label=figure_label(line.name),
-                  gid=str(number), **marker)  # fmt: skip
+        axes.plot(*zip(*points, strict=True), color=line.color, linewidth=2, label=format_label(line.name),
+                  gid=str(i), **marker)  # fmt: skip
         if marker:
             shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
-            tips[str(number)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
+            tips[str(i)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
     if best_points:
         axes.plot(*zip(*best_points, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
                   markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
@@ -242,10 +246,10 @@ def line_chart(
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Draw loss, accuracy and learning rate over the epochs of all phases, with a ring at the best epoch of each phase.
+    """Draw loss, accuracy and learning rate over the epochs of all phases, and mark the best epoch of each phase.
 
     Args:
-        history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores may be missing, None or NaN.
+        history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores can be missing, None or NaN.
         phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
     """
     epochs = [float(row["epoch"]) for row in history]
@@ -255,8 +259,8 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
         starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
     shared: dict[str, Any] = {"phase_starts": starts if len(starts) > 1 else None}
 
-    def line(name: str, colour: str, key: str) -> Line:
-        return Line(name, colour, epochs, [row.get(key) for row in history])
+    def line(name: str, color: str, key: str) -> Line:
+        return Line(name, color, epochs, [row.get(key) for row in history])
 
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
@@ -268,29 +272,29 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
     return [chart for chart in charts if chart]
 
 
-def wrong_counts(confusion: np.ndarray) -> np.ndarray:
+def zero_diagonal(confusion: np.ndarray) -> np.ndarray:
     """Return the confusion matrix, int [c, c], with zeros on the diagonal."""
     return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
 
 
-def top_confusions(confusion: np.ndarray, limit: int = 15) -> list[tuple[int, int, int]]:
-    """Return (truth, prediction, count) of the most frequent mistakes of a confusion matrix; ties in order of truth."""
-    wrong = wrong_counts(confusion)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: min(limit, np.count_nonzero(wrong))]
+def find_top_confusions(confusion: np.ndarray, max_count: int = 15) -> list[tuple[int, int, int]]:
+    """Return (truth, prediction, count) of the most frequent confusions; ties are in the order of truth."""
+    wrong = zero_diagonal(confusion)
+    order = np.argsort(-wrong, axis=None, kind="stable")[: min(max_count, np.count_nonzero(wrong))]
     truth, prediction = np.unravel_index(order, wrong.shape)
     return list(zip(truth.tolist(), prediction.tolist(), wrong[truth, prediction].tolist(), strict=True))
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
-    """Draw a blue (correct) or red (wrong) pixel per cell, and grey rows for classes without examples.
+    """Draw a blue (correct) or red (wrong) pixel per cell, and gray rows for classes without examples.
 
-    Returns the opacity, float [c, c] in 0..1, which grows with the fraction of the examples of the true class.
+    Return the opacity of the cells, float [c, c] in 0..1, which grows with their fraction of the true class.
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
-    right, wrong = (matplotlib.colors.to_rgb(colour) for colour in (ACCENT, WRONG))
-    colours = np.where(np.eye(len(confusion), dtype=bool)[..., None], right, wrong)
-    pixels = np.dstack([colours, opacity])
+    right, wrong = (matplotlib.colors.to_rgb(color) for color in (ACCENT, WRONG))
+    colors = np.where(np.eye(len(confusion), dtype=bool)[..., None], right, wrong)
+    pixels = np.dstack([colors, opacity])
     pixels[support[:, 0] == 0] = (0.5, 0.5, 0.5, 0.15)
     axes.imshow(np.rint(255 * pixels).astype(np.uint8), interpolation="none")
     axes.set_xlabel("prediction", color=MUTED, fontsize=11)
@@ -301,7 +305,7 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
-    """Draw the confusion matrix, int [c, c] (rows: truth), each cell by its fraction of the examples of the true class.
+    """Draw the confusion matrix, int [c, c] (rows: truth); opacity grows with the fraction of the true class.
 
     Up to `MAX_NUMBERED_CLASSES` classes it has class names and counts. With more classes it has neither, and a second
     chart shows the most frequent confusions.
@@ -309,16 +313,16 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     table, classes = np.asarray(confusion), len(class_names)
     if classes > MAX_NUMBERED_CLASSES:
         title = f"Confusion matrix of {classes} classes, in their order"
-        figure, axes = _plot(title, 560, 580, left=56, top=30)
+        figure, axes = _create_plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
-    names, support = [figure_label(name) for name in class_names], table.sum(axis=1)
+    names, support = [format_label(name) for name in class_names], table.sum(axis=1)
     rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
-    side = max(190, 32 * classes)  # points, of the matrix without the names around it
+    side = max(190, 32 * classes)  # of the matrix without the names around it, in points
     # 6.6 and, slanted, 5: points per character
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
-    figure, axes = _plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
+    figure, axes = _create_plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
     opacity = _draw_matrix(axes, table)
     has_long_name = max(map(len, names)) > 3
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
@@ -327,15 +331,15 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     tips = {}
     for row, column in np.argwhere(table):
         count, gid = table[row, column], f"cell {row} {column}"
-        colour = "white" if opacity[row, column] > 0.7 else INK
-        axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=11, color=colour, gid=gid)
+        color = "white" if opacity[row, column] > 0.7 else INK
+        axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=11, color=color, gid=gid)
         tips[gid] = [f"{100 * count / support[row]:.1f} % of {printable(class_names[row])}"]
     return [Chart(figure, "Confusion matrix", tips)]
 
 
 def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
-    pairs, title = top_confusions(table), "Most frequent confusions"
-    figure, axes = _plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
+    pairs, title = find_top_confusions(table), "Most frequent confusions"
+    figure, axes = _create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
     if not pairs:
         axes.set_axis_off()
         figure.text(0.5, 0.5, "no class is confused with another", ha="center", va="center", color=MUTED)
@@ -344,7 +348,7 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
     for y, (truth, _, count) in enumerate(pairs):
         axes.text(count, y, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
-    texts = [f"{figure_label(class_names[t], 22)} predicted as {figure_label(class_names[p], 22)}" for t, p, _ in pairs]
+    texts = [f"{format_label(class_names[t], 22)} predicted as {format_label(class_names[p], 22)}" for t, p, _ in pairs]
     axes.set_yticks(range(len(pairs)), texts, fontsize=9)
     axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -353,30 +357,30 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
 
 
 def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
-    """Draw F1 per class as bars, weakest first, in columns of up to 40; of more than `MAX_BARS` classes the weakest.
+    """Draw F1 per class as bars, weakest first, in columns of up to 40; only the `MAX_BARS` weakest are drawn.
 
-    Classes without examples come last, without a score; macro F1 is a dashed line.
+    Classes without examples come last and have no score. Macro F1 is a dashed line.
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     shown = ranked[:MAX_BARS]
-    texts = [f"{figure_label(row['name'], 20)} ({row['support']:,})" for row in shown]
+    texts = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in shown]
     columns = math.ceil(len(shown) / 40)
     length = math.ceil(len(shown) / columns)
-    left = 12 + 6.6 * max(map(len, texts))  # points, as the other sizes
+    left = 12 + 6.6 * max(map(len, texts))  # points, as all sizes here
     width, height = 570 if columns == 1 else left + 145, 72 + (22 if length <= 15 else 17) * length
     total = columns * width
-    figure = canvas(height / 72, total / 72, fit_labels=False)
+    figure = create_figure(height / 72, total / 72, fit_labels=False)
     for column in range(columns):
         in_column = slice(column * length, (column + 1) * length)
         rows = shown[in_column]
         ys = range(len(rows))
         box = ((column * width + left) / total, 36 / height, (width - left - 8) / total, 1 - 66 / height)
         axes = figure.add_axes(box)
-        tidy(axes, "x", size=11)
+        style_axes(axes, "x", size=11)
         axes.barh(ys, [row["f1"] for row in rows], color=ACCENT, height=0.68)
         for y, row in zip(ys, rows, strict=True):
-            x, text, colour = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
-            axes.text(x, y, text, va="center", fontsize=11, color=colour)
+            x, text, color = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
+            axes.text(x, y, text, va="center", fontsize=11, color=color)
         axes.set_yticks(ys, texts[in_column])
         axes.set(xlim=(0, 1.35 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
@@ -389,15 +393,15 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """Draw a reliability diagram, accuracy over confidence, above a histogram of the confidence, without empty bins.
+    """Draw a reliability diagram (accuracy over confidence) above a histogram of the confidence; omit empty bins.
 
-    `bins` and `error` are the results of `trainer.evaluation.metrics.calibration`.
+    `bins` and `error` are the results of `trainer.evaluation.metrics.measure_calibration`.
     """
     nonempty = [b for b in bins if b["count"]]
     title = f"Accuracy (expected calibration error {error:.3f})"
-    figure, upper = _plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
+    figure, upper = _create_plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
     lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
-    tidy(lower, size=11, colour=MUTED)
+    style_axes(lower, size=11, color=MUTED)
     lower.tick_params(pad=5)
     for axes in (upper, lower):
         axes.grid(axis="y", color=GRID_LINE, linewidth=1)
@@ -411,7 +415,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     upper.legend(frameon=False, fontsize=11, loc="best", labelcolor=MUTED)
     lows, widths = [b["low"] for b in nonempty], [0.94 * (b["high"] - b["low"]) for b in nonempty]
     bars = lower.bar(lows, [b["count"] for b in nonempty], widths, align="edge", color=PALE)
-    tips = {f"bar {number}": [f"{b['count']:,} examples"] for number, b in enumerate(nonempty)}
+    tips = {f"bar {i}": [f"{b['count']:,} examples"] for i, b in enumerate(nonempty)}
     for bar, gid in zip(bars, tips, strict=True):
         bar.set_gid(gid)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -423,19 +427,19 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     return Chart(figure, "Calibration: accuracy over confidence", tips)
 
 
-# Returns the images of k examples of the scored split, uint8 [k, S, S, 3], by their rows in the result.
+# Reads the images at k rows of the result, uint8 [k, S, S, 3].
 FetchImages = Callable[[Sequence[int]], np.ndarray]
 
 _TITLE_HEIGHT = 0.36  # inches
 
 
 def draw_images(
-    title: str, images: np.ndarray, captions: Sequence[str], columns: int = 6, colours: Sequence[str] | None = None
+    title: str, images: np.ndarray, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None
 ) -> Figure:
-    """Draw images, uint8 [k, S, S, 3] with k >= 1, in rows, each with a caption above it and a coloured frame.
+    """Draw a grid of images, uint8 [k, S, S, 3] with k >= 1, each with a caption above it and a colored frame.
 
-    All are drawn on one Axes, whose unit is an inch from the upper left corner; one Axes per image would take three
-    times as long.
+    All are drawn on one Axes, whose origin is the upper left corner and whose unit is an inch. One Axes per image would
+    take three times as long.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -443,18 +447,18 @@ def draw_images(
     caption_height = 0.06 + 0.16 * max(caption.count("\n") + 1 for caption in captions)
     side, width = cell - 0.14, max(cell * columns, 5.0)
     height = _TITLE_HEIGHT + rows * (side + caption_height + 0.1)
-    figure = canvas(height, width, fit_labels=False)
+    figure = create_figure(height, width, fit_labels=False)
     axes = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left = (number % columns) * cell + (width - columns * cell + 0.14) / 2
-        top = _TITLE_HEIGHT + (number // columns) * (side + caption_height + 0.1) + caption_height
-        colour = colours[number] if colours else GRID_LINE
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left = (i % columns) * cell + (width - columns * cell + 0.14) / 2
+        top = _TITLE_HEIGHT + (i // columns) * (side + caption_height + 0.1) + caption_height
+        color = colors[i] if colors else GRID_LINE
         interpolation = "nearest" if len(image) <= 64 else "antialiased"  # the pixels of a tiny image remain sharp
         axes.imshow(image, interpolation=interpolation, extent=(left, left + side, top + side, top), aspect="auto")
-        line_width = 2.5 if colours else 0.8
-        axes.add_patch(Rectangle((left, top), side, side, fill=False, color=colour, linewidth=line_width))
+        line_width = 2.5 if colors else 0.8
+        axes.add_patch(Rectangle((left, top), side, side, fill=False, color=color, linewidth=line_width))
         axes.text(left + side / 2, top - 0.06, caption, fontsize=9 if columns <= 4 else 8, linespacing=1.2,
-                  color=colour if colours else INK, ha="center", va="bottom")  # fmt: skip
+                  color=color if colors else INK, ha="center", va="bottom")  # fmt: skip
     axes.text(0.08, 0.08, title, fontsize=11, fontweight="bold", color=INK, va="top")
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
@@ -463,38 +467,38 @@ def draw_images(
 def draw_examples(
     title: str, result: EvaluationResult, fetch: FetchImages, indices: Sequence[int], show_files: bool = True
 ) -> Figure:
-    """Draw examples of a result with truth, prediction and probability; correct ones are green, wrong ones red."""
+    """Draw examples with truth, prediction and probability; correct ones are green, wrong ones red."""
     if not indices:
-        figure = canvas(height=1.0)
+        figure = create_figure(height=1.0)
         figure.text(0.5, 0.5, f"{title}: none", ha="center", va="center", color=MUTED)
         return figure
     max_length, columns = (16, 4) if show_files else (28, 3)
-    captions, colours = [], []
+    captions, colors = [], []
     for index in indices:
         k = int(result.probabilities[index].argmax())
         correct = k == result.labels[index]
-        truth, prediction = (figure_label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
+        truth, prediction = (format_label(result.class_names[i], max_length) for i in (int(result.labels[index]), k))
         percent = f"{100 * result.probabilities[index, k]:.1f} %"
-        file = figure_label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
+        file = format_label(PurePosixPath(result.names[index]).name, 22) + "\n" if show_files else ""
         captions.append(f"{file}truth: {truth}\n{'✓' if correct else '✗'} {prediction}, {percent}")
-        colours.append(RIGHT if correct else WRONG)
-    return draw_images(title, fetch(indices), captions, columns, colours)
+        colors.append(RIGHT if correct else WRONG)
+    return draw_images(title, fetch(indices), captions, columns, colors)
 
 
-def select_most_wrong(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
-    """Return the rows of the wrong predictions with the highest probabilities, in descending order; ties by row."""
+def select_most_wrong(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
+    """Return the rows of the wrong predictions with the highest probabilities, in descending order."""
     predictions = result.probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predictions != result.labels)
     order = np.argsort(-result.probabilities[wrong, predictions[wrong]], kind="stable")
-    return wrong[order][:limit].tolist()
+    return wrong[order][:max_count].tolist()
 
 
-def select_least_sure(result: EvaluationResult, limit: int = MAX_EXAMPLES) -> list[int]:
+def select_least_sure(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
     """Return the rows with the smallest margins between the two highest probabilities, in ascending order."""
     if result.probabilities.shape[1] < 2:
         return []  # no margin is defined
     highest = -np.partition(-result.probabilities, 1, axis=1)[:, :2]
-    return np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:limit].tolist()
+    return np.argsort(highest[:, 0] - highest[:, 1], kind="stable")[:max_count].tolist()
 
 
 def select_random(result: EvaluationResult, seed: int) -> list[int]:

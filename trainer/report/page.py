@@ -18,7 +18,7 @@ from PIL import Image
 from trainer.config.diff import flat
 from trainer.names import printable
 from trainer.report import figures
-from trainer.report.figures import Chart, FetchImages, svg
+from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
 from trainer.storage.local import write_whole
 from trainer.types import EvaluationResult
@@ -26,30 +26,30 @@ from trainer.types import EvaluationResult
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "\u2013"  # en dash, shown instead of a missing value
 
-# The functions up to `plural` are filters of the templates. A template outputs Markup unchanged and escapes all else.
+# The functions up to `format_count` are filters of the templates, which output Markup unchanged and escape all else.
 
 
-def short(name: object, max_length: int = 28) -> str:
-    """Format a name; if it is too long, its middle is omitted, and a tooltip shows all of it."""
+def shorten(name: object, max_length: int = 28) -> str:
+    """Replace the middle of a name by an ellipsis if it is too long, and show the whole name in a tooltip."""
     full_name = printable(str(name))
-    shortened = figures.shortened(full_name, max_length)
+    shortened = figures.shorten_name(full_name, max_length)
     return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
 
 
-def percent(fraction: float | None, digits: int = 1) -> Markup:
+def format_percent(fraction: float | None, digits: int = 1) -> Markup:
     return Markup(MISSING if fraction is None else f"{100 * fraction:.{digits}f}\u202f%")
 
 
-def interval(bounds: Sequence[float]) -> Markup:
+def format_interval(bounds: Sequence[float]) -> Markup:
     """Format an interval of fractions in percent, with an en dash between its bounds."""
-    return Markup("{:.1f}\u2013{}").format(100 * bounds[0], percent(bounds[1]))
+    return Markup("{:.1f}\u2013{}").format(100 * bounds[0], format_percent(bounds[1]))
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     if seconds < 100:
@@ -58,9 +58,9 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
-def plural(count: int, singular: str, plural_noun: str | None = None) -> str:
+def format_count(count: int, singular: str, plural: str | None = None) -> str:
     """Format a count with its noun, like "1 image" or "2,000 images"."""
-    return f"{count:,} {singular if count == 1 else plural_noun or singular + 's'}"
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 @cache
@@ -68,7 +68,8 @@ def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True,
                               finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))  # fmt: skip
-    environment.filters |= {f.__name__: f for f in (short, percent, interval, number, duration, plural, flat)}
+    environment.filters |= {"short": shorten, "percent": format_percent, "interval": format_interval, "flat": flat}
+    environment.filters |= {"number": format_number, "duration": format_duration, "plural": format_count}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # With this Content-Security-Policy the page sends no request and runs only report.js, even if escaping failed for a
@@ -83,16 +84,16 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
 
-GALLERY_SIDE, LIST_SIDE = 224, 112  # pixels, longest sides of the images of the gallery and of the other sections
+GALLERY_SIDE, LIST_SIDE = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
 MAX_WITH_IMAGES = 12  # label errors, and groups of duplicates, that are shown with images
 MAX_IMAGES_PER_GROUP = 4
-_MAX_PIXELATED_SIDE = 64  # pixels; an image of at most this side is enlarged without interpolation
-_HEATMAP_SIDE = 28  # pixels, of an overlay, which the browser enlarges with interpolation
+_MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
+_HEATMAP_SIDE = 28  # pixels of an overlay, which the browser enlarges with interpolation
 _MAX_PNG_BYTES = 100_000  # a larger figure is embedded as JPEG, which takes a fifth of the size for photos
 
 
-def _embed(image: Image.Image, image_format: str, alt: str = "", css_class: str = "", **options: Any) -> Markup:
-    """Return an <img> element with the encoded image; `options` are those of the encoder."""
+def _embed_image(image: Image.Image, image_format: str, alt: str = "", css_class: str = "", **options: Any) -> Markup:
+    """Return an <img> element with an encoded image; `options` are passed to the encoder."""
     out = io.BytesIO()
     image.save(out, image_format, **options)
     data = base64.b64encode(out.getvalue()).decode("ascii")
@@ -100,35 +101,35 @@ def _embed(image: Image.Image, image_format: str, alt: str = "", css_class: str 
     return tag.format(css_class, printable(alt), image_format.lower(), data)
 
 
-def thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
+def embed_thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
     """Return an <img> element for uint8 [S, S, 3], reduced to at most `max_side` pixels per side unless it is tiny."""
     image = Image.fromarray(pixels)
     if max(image.size) <= _MAX_PIXELATED_SIDE:
-        return _embed(image, "PNG", alt, "sharp", optimize=True)
+        return _embed_image(image, "PNG", alt, "sharp", optimize=True)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return _embed(image, "JPEG", alt, quality=82)
+    return _embed_image(image, "JPEG", alt, quality=82)
 
 
-def _overlay(heatmap: np.ndarray) -> Markup:
+def _embed_heatmap(heatmap: np.ndarray) -> Markup:
     """Return an <img> element for a heatmap, float [h, w] in 0..1, whose opacity grows with its values."""
     size = (_HEATMAP_SIDE, _HEATMAP_SIDE)
     smooth = Image.fromarray(np.asarray(heatmap, np.float32)).resize(size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
     pixels = colormaps["inferno"](0.25 + 0.75 * level, bytes=True)
     pixels[..., 3] = np.rint(255 * (0.25 + 0.5 * level))
-    return _embed(Image.fromarray(pixels), "PNG", css_class="heat", optimize=True)
+    return _embed_image(Image.fromarray(pixels), "PNG", css_class="heat", optimize=True)
 
 
-def _figure(file: Path, alt: str) -> Markup:
-    """Return an <img> element for a PNG file, which is converted to JPEG if it is large."""
+def _embed_figure(file: Path, alt: str) -> Markup:
+    """Return an <img> element for a PNG file; a large one is converted to JPEG."""
     image = Image.open(file)
     is_small = file.stat().st_size <= _MAX_PNG_BYTES
-    return _embed(image, "PNG", alt) if is_small else _embed(image.convert("RGB"), "JPEG", alt, quality=85)
+    return _embed_image(image, "PNG", alt) if is_small else _embed_image(image.convert("RGB"), "JPEG", alt, quality=85)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Training images of the report."""
+    """Training images that the report shows."""
 
     images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
     class_names: Sequence[str]  # of each image
@@ -140,24 +141,24 @@ class DuplicateImages:
     """Images that occur more than once."""
 
     summary: dict[str, Any]  # `duplicates` of report.json
-    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3] of the first members of the first groups in `summary`
+    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], of the first members of the first groups of `summary`
 
 
 @dataclass(frozen=True)
 class ReportImages:
-    """A function that reads images of the scored split, and the images of optional sections of the report."""
+    """Access to the images of the scored split, and the images of optional sections of the report."""
 
     fetch: FetchImages
     samples: Samples | None = None
-    # Returns Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k rows of the scored split.
+    # Computes Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k rows of the scored split.
     explain: Callable[[Sequence[int]], np.ndarray] | None = None
     duplicates: DuplicateImages | None = None
 
 
 MAX_PER_TAB = 24  # images in a tab of the gallery
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
-# Name and custom property of the colour (report.css) of each category of the time breakdown.
-CATEGORY_COLOURS = {
+# Label and CSS custom property (report.css) of each category of the time breakdown.
+CATEGORY_COLORS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
     "start": ("starting", "--faint"), "checkpoint": ("checkpoints", "--s5"),
@@ -169,12 +170,12 @@ CATEGORY_COLOURS = {
 def _gallery_entry(
     result: EvaluationResult, index: int, pixels: np.ndarray, heatmap: np.ndarray | None
 ) -> dict[str, Any]:
-    """Return what the template shows of an example in the gallery."""
+    """Return the context of an example in the gallery template."""
     label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
     prediction = int(probabilities.argmax())
     return {
-        "image": thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
-        "heat": "" if heatmap is None else _overlay(heatmap),
+        "image": embed_thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
+        "heat": "" if heatmap is None else _embed_heatmap(heatmap),
         "right": label == prediction,
         "prediction": names[prediction],
         "probability": float(probabilities[prediction]),
@@ -192,13 +193,13 @@ def write_page(
     images: ReportImages,
     charts: Mapping[str, Sequence[Chart]],
 ) -> None:
-    """Write the page to `path`; its folder has the figures that the page embeds.
+    """Write the page to `path`, with the figures in the same folder embedded.
 
-    The size of the page does not grow with the number of examples, as only a limited number of images is read.
-    `charts` are "curves", which may be empty, "confusion", "f1" and "calibration".
+    Only a limited number of images is read, so the page does not grow with the number of examples. The keys of `charts`
+    are "curves", which can be empty, "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.wrong_counts(confusion)
+    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
     confused_with = wrong.argmax(axis=1)  # the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
@@ -219,25 +220,25 @@ def write_page(
         "report.html.j2",
         report=report,
         config=config,
-        charts={key: [svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
+        charts={key: [to_svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
         many_classes=many_classes,
-        confusions=figures.top_confusions(confusion, 15 if many_classes else 8),
+        confusions=figures.find_top_confusions(confusion, 15 if many_classes else 8),
         per_class=[
             (per_class[i], per_class[confused_with[i]]["name"], int(wrong[i, confused_with[i]])) for i in weakest_first
         ],
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
-        suspects={row["index"]: thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
+        suspects={row["index"]: embed_thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
         group_images=[
-            [thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
+            [embed_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
             for members, group in zip(group_images, groups, strict=False)
         ],
         figures=[
-            (_figure(path.parent / report["figures"][name], text), text)
+            (_embed_figure(path.parent / report["figures"][name], text), text)
             for name, text in _FIGURES.items()
             if name in report["figures"]
         ],
-        time_breakdown=[(*CATEGORY_COLOURS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
+        time_breakdown=[(*CATEGORY_COLORS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
     write_whole(path, page)

@@ -123,7 +123,7 @@ class Epoch(TypedDict):
 
 
 class Data(TypedDict, total=False):
-    """Data that was scored, and its splits."""
+    """Dataset that was scored, and its splits."""
 
     name: str
     fingerprint: str
@@ -169,14 +169,14 @@ class LabelError(TypedDict):
 
 
 class LabelErrors(TypedDict, total=False):
-    """Number of possible label errors, and the most likely ones; empty if the model was trained on the examples."""
+    """Count of possible label errors, and the most likely ones; empty if the model was trained on the examples."""
 
     count: int
     rows: list[LabelError]
 
 
 class Copy(TypedDict):
-    """One of several equal images."""
+    """One of several duplicate images."""
 
     split: str
     index: int
@@ -185,7 +185,7 @@ class Copy(TypedDict):
 
 
 class CopyGroup(TypedDict):
-    """Equal images."""
+    """A group of duplicate images."""
 
     count: int
     across_splits: bool

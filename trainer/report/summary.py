@@ -8,8 +8,8 @@ from trainer.monitoring.display import format_duration
 from trainer.monitoring.log import log
 
 
-def summarise(report: Mapping[str, Any], address: str) -> None:
-    """Log the outcome of a run from its report.json, and set scores and path of the page as the termination message.
+def log_summary(report: Mapping[str, Any], address: str) -> None:
+    """Log the results in report.json, and set the scores and the path of the page as the termination message.
 
     `address` is the output_dir, as the user gave it.
     """

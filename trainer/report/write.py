@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.evaluation.intervals import wilson
+from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions
 from trainer.report import figures
@@ -29,7 +29,7 @@ VALIDATION_NOTE = (
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Return `data` of report.json."""
+    """Describe a dataset, as `data` of report.json."""
     splits, classes = dataset.splits.values(), len(dataset.class_names)
     return {
         "name": dataset.name,
@@ -54,17 +54,17 @@ def _to_json_types(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _summarise_phases(
+def _summarize_phases(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return `phases` of report.json: the given values, completed from the history and with a Wilson interval."""
+    """Return `phases` of report.json: the given values, with missing ones computed from the history."""
     summary = {}
     for name, values in phases.items():
         rows = [row for row in history if row["phase"] == name]
         phase = {"epochs": len(rows), "seconds": sum(float(row.get("seconds") or 0) for row in rows), **values}
         phase.setdefault("val_accuracy", None)
         if phase.get("val_n") and phase["val_accuracy"] is not None:
-            phase["val_interval"] = wilson(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
+            phase["val_interval"] = wilson_interval(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
         summary[name] = phase
     return summary
 
@@ -72,7 +72,7 @@ def _summarise_phases(
 def _draw_all(
     folder: Path, result: EvaluationResult, report: Report, images: ReportImages
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
-    """Draw and save all figures; return the file of each by name, and the charts that the page shows as SVG."""
+    """Draw and save all figures; return the file names by figure, and the charts that the page shows as SVG."""
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
         "curves": figures.draw_curves(report["history"], report["phases"]),
@@ -89,10 +89,10 @@ def _draw_all(
         "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
         "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
         "least_sure": examples("Least confident", figures.select_least_sure(result)),
-        **{name: [chart.figure for chart in of_name] for name, of_name in charts.items() if name != "curves"},
+        **{name: [chart.figure for chart in group] for name, group in charts.items() if name != "curves"},
     }
     if samples := images.samples:
-        captions = [figures.figure_label(name, 20) for name in samples.class_names]
+        captions = [figures.format_label(name, 20) for name in samples.class_names]
         title = "Training examples, as the input of the model"
         drawn["samples"] = figures.draw_images(title, samples.images, captions)
         if samples.augmented is not None:
@@ -105,13 +105,14 @@ def _draw_all(
 def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any], images: ReportImages) -> Report:
     """Write figures, predictions.csv, report.json and index.html to `folder`, each file atomically.
 
-    It returns the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
+    Return the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
-    `run` has title, seed, phases, history, data, export, versions and timing of report.json (`trainer.report.schema`),
-    `config` (the resolved configuration), `note` (how to read the scores; the default warns that validation scores
-    are biased), and `trained_on` (whether the model was trained on these examples: then label errors are left out,
-    as their detection requires held-out data). All are optional. Of a phase, `epochs` and `seconds` are computed from
-    the history if they are missing, and `val_interval` from `val_accuracy` and `val_n`.
+    Args:
+        run: all keys are optional: title, seed, phases, history, data, export, versions and timing of report.json
+            (`trainer.report.schema`); `config`, the resolved configuration; `note` on how to read the scores, which by
+            default warns that validation scores are biased; and `trained_on`, whether the model was trained on these
+            examples, so that label errors, whose detection requires held-out data, are left out. Missing `epochs` and
+            `seconds` of a phase are computed from the history, `val_interval` from `val_accuracy` and `val_n`.
     """
     began = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
@@ -121,7 +122,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
             "title": run.get("title", "run"),
             "seed": run.get("seed", 0),
             "test": test | result.metrics,
-            "phases": _summarise_phases(run.get("history", []), run.get("phases", {})),
+            "phases": _summarize_phases(run.get("history", []), run.get("phases", {})),
             "history": run.get("history", []),
             "data": run.get("data", {}),
             "export": run.get("export", {}),
@@ -138,7 +139,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     }
     write_page(folder / "index.html", report, _to_json_types(run.get("config", {})), result, images, charts)
     text = json.dumps(report, indent=2, allow_nan=False)
-    # Write a list of numbers, as a row of the confusion matrix, on one line.
+    # Write each list of numbers, such as a row of the confusion matrix, on one line.
     text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
     write_whole(folder / "report.json", text + "\n")
     return report

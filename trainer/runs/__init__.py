@@ -1,1 +1,1 @@
-"""The contents of a run's output_dir, except report and export: how they are written, published and read."""
+"""Write, publish and read the files in a run's output_dir, except report and export."""

@@ -1,4 +1,4 @@
-"""Time breakdown of a run since its first start, by category."""
+"""Measure the time breakdown of a run: seconds by category since its first start."""
 
 import time
 from collections.abc import Iterator
@@ -20,34 +20,34 @@ CATEGORIES = (
     "evaluation",  # of the validation split, and of the test split at the end
     "finish",  # report and export
     "lost",  # training steps after the last checkpoint of a process, which the next one repeated
-    "down",  # no process of the run existed
+    "down",  # no process of the run was active
 )
-LEDGER = "ledger.json"  # in the folder of a run
-WRITE_SECONDS = 5.0  # minimal interval between two writes of the file
+BREAKDOWN_FILE = "ledger.json"  # in the folder of a run
+WRITE_SECONDS = 5.0  # minimum interval between two writes of the file
 
 
-def breakdown_of(value: Any) -> dict[str, float]:
-    """Return the seconds by category and `as_of` of a ledger.json; raise one of `WRONG_CONTENT` if it is damaged."""
+def parse_breakdown(value: Any) -> dict[str, float]:
+    """Parse ledger.json: seconds by category, and `as_of`. Raises one of `WRONG_CONTENT` for anything else."""
     fields = json_object(value)
     seconds = {name: finite(spent) for name, spent in json_object(fields["seconds"]).items() if name in CATEGORIES}
     return seconds | {"as_of": finite(fields["as_of"])}
 
 
 class Clock:
-    """Seconds by category; each second since the first start of the run counts in exactly one.
+    """Counts each second since the first start of the run in exactly one category.
 
-    Time counts in the category of the innermost open span, and outside of all spans in `start`.
+    Within spans, that is the category of the innermost open span; outside of all spans, `start`.
     """
 
     def __init__(self, file: Path | None, process_started: float) -> None:
-        """Continue the breakdown in `file` if it exists and is intact; None: write none.
+        """Continue the breakdown in `file` if it exists and is intact; if `file` is None, write nothing.
 
-        `process_started` is time.time() when the process started.
+        `process_started` is the start of the process, as time.time().
         """
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        saved: dict[str, float] = intact(file, breakdown_of, {}) if file else {}
+        saved: dict[str, float] = intact(file, parse_breakdown, {}) if file else {}
         if saved:
             as_of = saved.pop("as_of")
             self.seconds |= saved
@@ -55,7 +55,7 @@ class Clock:
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time of the block in `category`, and report `activity`, a few words, at `/healthz` meanwhile."""
+        """Count the time of the context in `category`, and show `activity`, a few words, at `/healthz` meanwhile."""
         outer, outer_activity = self._category, health.activity
         self._attribute(category)
         if activity:
@@ -68,15 +68,15 @@ class Clock:
                 health.set_activity(outer_activity)
 
     def add_wait(self, seconds: float) -> None:
-        """Count this many seconds of the open span in `wait` instead."""
+        """Count `seconds` of the open span in `wait` instead of its category."""
         self._waited += seconds
 
     def lap(self) -> None:
-        """Count the time until now in the open category."""
+        """Count the time until now in the category of the open span."""
         self._attribute(self._category)
 
     def _attribute(self, next_category: str) -> None:
-        """Count the time since the last call in the open category, and open another one."""
+        """Count the time since the last call in the current category, and change to `next_category`."""
         now = time.time()
         spent = max(now - self._last, 0.0)
         waited = min(self._waited, spent)
@@ -87,22 +87,22 @@ class Clock:
             self.write()
 
     def move_lost_time(self, train_seconds: float) -> None:
-        """Move to `lost` the training time beyond `train_seconds`, the time at the restored checkpoint."""
+        """Move the training time after the restored checkpoint, which has `train_seconds`, to `lost`."""
         lost = max(self.seconds["train"] - train_seconds, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost
 
     @property
     def goodput(self) -> float:
-        """Fraction of the time since the first start that is in `train` and `features`."""
+        """Fraction of the time since the first start that counts in `train` or `features`."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def images_per_second(self, images: float) -> float:
-        """Return the throughput of training, given the images that were trained in all."""
+        """Return the training throughput; `images` is the number of trained images so far."""
         return images / max(self.seconds["train"], 1e-9)
 
     def report(self, images: float) -> dict[str, Any]:
-        """Return the breakdown for the report, with the throughput of `images` trained in all."""
+        """Return the breakdown for the report; `images` is the number of trained images."""
         self.lap()
         return {
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
@@ -112,7 +112,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Write the breakdown until the last attribution; thread-safe."""
+        """Write the breakdown, as of the last change of category or `lap`."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

@@ -25,10 +25,10 @@ from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, rea
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.names import file_stem, printable
-from trainer.runs.checkpoints import holds_checkpoints
-from trainer.runs.clock import LEDGER, breakdown_of
+from trainer.runs.checkpoints import has_checkpoints
+from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS, entries_of
+from trainer.runs.restarts import ATTEMPTS, parse_entries
 from trainer.storage.base import is_unfinished
 from trainer.storage.disk import refused_write
 from trainer.storage.lease import holder_of
@@ -39,15 +39,15 @@ from trainer.storage.small_files import intact, json_object, json_objects, read_
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset, has_fingerprints
 
-LOCK = ".lock"  # file in a local folder, on which the process that trains into it holds a flock
+LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
 RUN_JSON = "run.json"
 
 
 @dataclass
 class RunFolder:
-    """The output_dir of this run, which the chief has locked; other workers do not access it.
+    """The output_dir of this run, which the chief has locked. Other workers do not access it.
 
-    Until `begin`, a start changes nothing in it except the lock.
+    Until `begin`, a start changes only the lock in it.
     """
 
     path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
@@ -56,35 +56,35 @@ class RunFolder:
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
     config: RequestedConfig  # when resuming, with the values that the run chose for `auto`
-    before: RunConfig | None = None  # the configuration of the last start; None: there is none, or it is damaged
-    created: bool = False  # this process has created the folder
+    previous: RunConfig | None = None  # the configuration of the last start; None if there is none or it is corrupt
+    created: bool = False  # this process created the folder
     begun: bool = False  # on the chief, from `begin` on
-    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or damaged
+    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
 
     @property
     def is_new(self) -> bool:
-        """Whether the run begins: no start has saved a checkpoint, and the last one had other settings, or none."""
-        return not self.resuming and (self.before is None or bool(_changes(self.before, self.config)))
+        """Whether the run begins: there is no checkpoint, and no earlier start, or the last one had other settings."""
+        return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise a DataError if the run has a checkpoint and began with data of another fingerprint."""
+        """Raise a DataError if the run has a checkpoint and began with a dataset of another fingerprint."""
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
 
     def begin(self, config: RunConfig, dataset: Dataset, features: dict[str, str], fields: dict[str, Any]) -> None:
-        """Change the folder for the first time in this start: write config.yaml, which marks it as that of this run.
+        """Write config.yaml, which marks the folder as that of this run, and run.json.
 
-        A finished run is extended, so DONE is deleted. Files that are damaged are renamed, and temporary files that
-        killed processes left are deleted.
+        A finished run is extended, so DONE is deleted. Corrupt files are renamed, and temporary files that killed
+        processes left are deleted.
 
         Args:
             config: written to config.yaml.
-            features: for run.json, the input of each phase.
-            fields: for run.json, about this start; `classes` and `advice` are those of the run.
+            features: the input of each phase, for run.json.
+            fields: entries of this start for run.json; `classes` and `advice` are entries of the whole run.
         """
         self.begun = True
         delete_unfinished(self.path)
-        for line in moved(self.before, config) if self.before and self.resuming else ():
+        for line in moved(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
         with temporary_file(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -92,9 +92,9 @@ class RunFolder:
             (self.path / DONE).unlink(missing_ok=True)  # after the write that fails if the disk is full
             os.replace(temporary, self.path / "config.yaml")
         sync(self.path)
-        for name, shape in {RUN_JSON: run_json_of, ATTEMPTS: entries_of, LEDGER: breakdown_of}.items():
+        for name, parse in {RUN_JSON: parse_run_json, ATTEMPTS: parse_entries, BREAKDOWN_FILE: parse_breakdown}.items():
             try:
-                read_json(self.path / name, shape, "")
+                read_json(self.path / name, parse, "")
             except DataError as error:
                 renamed = set_aside(self.path / name).name
                 log.info(f"{error.problem}: renamed to {renamed}, and begun anew{_LOSSES[name]}")
@@ -106,7 +106,7 @@ class RunFolder:
             "host": platform.node(),
             "command": ["python", "-m", "trainer", *sys.argv[1:]],
             "python": platform.python_version(),
-            "versions": versions(),
+            "versions": collect_versions(),
             "git": _git_commit(),
         }
         of_run = {key: fields[key] for key in ("classes", "advice") if key in fields}
@@ -122,7 +122,7 @@ class RunFolder:
         self.publisher.begin()
 
     def abandon(self) -> None:
-        """Release the folder of a start that was refused before `begin`; delete it if this process created it."""
+        """Release the folder after a start that was refused before `begin`; delete it if this process created it."""
         self.publisher.close(publish=False)
         if not self.lock:
             return
@@ -136,12 +136,12 @@ class RunFolder:
 _LOSSES = {
     RUN_JSON: "; the data cannot be compared with that of earlier starts",
     ATTEMPTS: "; earlier restarts are not counted",
-    LEDGER: "; the time breakdown lacks earlier starts",
+    BREAKDOWN_FILE: "; the time breakdown lacks earlier starts",
 }
 
 
-def run_json_of(value: Any) -> dict[str, Any]:
-    """Check the content of run.json; raise one of `WRONG_CONTENT` if it is something else."""
+def parse_run_json(value: Any) -> dict[str, Any]:
+    """Validate the content of run.json; raise one of `WRONG_CONTENT` for anything else."""
     fields = json_object(value)
     json_object(fields.get("features", {}))
     for start in json_objects(fields.get("attempts", [])):
@@ -151,11 +151,11 @@ def run_json_of(value: Any) -> dict[str, Any]:
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """Read run.json in the folder of a run; empty if it does not exist or is damaged."""
-    return intact(folder / RUN_JSON, run_json_of, {})
+    """Read run.json in the folder of a run; return {} if it does not exist or is corrupt."""
+    return intact(folder / RUN_JSON, parse_run_json, {})
 
 
-def last_command(folder: Path) -> str:
+def read_last_command(folder: Path) -> str:
     """Return the shell command of the last start of a run."""
     return shlex.join(read_run_json(folder)["attempts"][-1]["command"])
 
@@ -166,21 +166,21 @@ def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
-    """Describe the packages whose version has changed since the last start of a run; None if there are none."""
-    before = (run_json.get("attempts") or [{}])[-1].get("versions", {})
-    changed = [f"{name} {before[name]} -> {now}" for name, now in versions().items() if before.get(name, now) != now]
+    """Describe the package versions that changed since the last start of a run; return None if none did."""
+    last, now = (run_json.get("attempts") or [{}])[-1].get("versions", {}), collect_versions()
+    changed = [f"{name} {last[name]} -> {now[name]}" for name in now if last.get(name, now[name]) != now[name]]
     if not changed:
         return None
     return f"resuming with other versions than the last start: {', '.join(changed)}; the results can differ in bits"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that determine the bits of a run."""
+def collect_versions() -> dict[str, str]:
+    """Collect the versions of the packages that determine the bits of a run."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
-def source_digest() -> str:
-    """Hash the package's Python files to 16 hex digits; they can differ between container images of one version."""
+def hash_source() -> str:
+    """Hash the package's Python files, which can differ between container images of one version, to 16 hex digits."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -188,7 +188,7 @@ def source_digest() -> str:
 
 
 def _git_commit() -> str | None:
-    """Return KUBETUNE_REVISION or the git commit of the package; None if neither is available."""
+    """Return $KUBETUNE_REVISION or the git commit of the package; None if neither is available."""
     if revision := os.environ.get("KUBETUNE_REVISION"):  # a container image has no .git
         return revision
     package = Path(trainer.__file__).parent
@@ -200,11 +200,11 @@ def _git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def _fresh_folder(name: str | None) -> Path:
+def _create_output_folder(name: str | None) -> Path:
     """Create a new folder under outputs/, named after the time and the experiment."""
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{file_stem(name)}" if name else "")
-    for number in range(1, 1000):
-        folder = Path("outputs") / (stem if number == 1 else f"{stem}-{number}")
+    for i in range(1, 1000):
+        folder = Path("outputs") / (stem if i == 1 else f"{stem}-{i}")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -216,7 +216,7 @@ def _fresh_folder(name: str | None) -> Path:
 
 
 def _lock_folder(folder: Path, workers: int) -> TextIO:
-    """Create a local folder, and lock it until the process ends or the returned file is closed."""
+    """Create a local folder, and lock it until the returned file is closed or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
@@ -227,7 +227,7 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
     except OSError:
         lock.seek(0)
         problem = f"is in use by another run ({lock.read().strip() or 'unknown process'})"
-        kind = Interrupted if workers > 1 else ConfigError  # an earlier pod of the Job may be about to end
+        kind = Interrupted if workers > 1 else ConfigError  # perhaps an earlier pod of the Job, which is about to end
         raise kind(problem, key="output_dir", value=folder, fix="give another folder or wait until it ends") from None
     try:
         lock.truncate(0)
@@ -238,8 +238,8 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
     return lock
 
 
-def holder_of_folder(config: RequestedConfig) -> str | None:
-    """Describe the process that has locked output_dir or holds its lease; None if there is none. Write nothing."""
+def find_folder_holder(config: RequestedConfig) -> str | None:
+    """Describe the process that holds the lock or lease of output_dir; return None if there is none. Write nothing."""
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
         return holder_of(folder, os.environ.get("JOB_UID") or None)
@@ -255,7 +255,7 @@ def holder_of_folder(config: RequestedConfig) -> str | None:
 
 
 def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
-    """Lock `config.output_dir` or a new folder under outputs/, and determine whether this run resumes in it.
+    """Lock `config.output_dir` or a new folder under outputs/, and determine whether the run resumes.
 
     If output_dir is in a bucket, take its lease and download the run. Only the chief calls this.
 
@@ -264,7 +264,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
         Interrupted: with several workers, another process has locked the local folder, perhaps an earlier pod of this
             Job; or the bucket does not respond.
     """
-    address = config.output_dir or str(_fresh_folder(config.experiment_name))
+    address = config.output_dir or str(_create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
     created = not config.output_dir or not path.exists()
     lock, lease = _lock_folder(path, workers), None
@@ -275,7 +275,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
         publisher.fetch()
-        folder.before, resumed = check_folder(config, address, _contents(storage_path(path)))
+        folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(path)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
@@ -286,33 +286,33 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What determines whether a run can use a folder."""
+    """The contents of a folder that determine whether a run can use it."""
 
     names: Set[str]  # of its files and folders, without temporary files
     config: bytes | None  # the content of config.yaml, None if there is none
     has_checkpoint: bool
 
 
-def _contents(folder: StoragePath) -> FolderContents:
-    """Read what `check_folder` needs; of a bucket only what a run downloads from there."""
+def _read_contents(folder: StoragePath) -> FolderContents:
+    """Read the contents of a folder; of a bucket, only what a run downloads."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
     checkpoints = folder / "checkpoints"
-    begun = holds_checkpoints(child.name for child in checkpoints.folders())
+    has_checkpoint = has_checkpoints(child.name for child in checkpoints.folders())
     if not folder.is_local:
         names = {n for n in names if not n.startswith(".") and n not in (DONE, "report", "export")}
-        begun = (folder / LATEST).exists()
+        has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
     names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
-    return FolderContents(names, config[0] if config else None, begun)
+    return FolderContents(names, config[0] if config else None, has_checkpoint)
 
 
 def check_folder(
     config: RequestedConfig, address: str, contents: FolderContents
 ) -> tuple[RunConfig | None, RunConfig | None]:
-    """Decide whether a run may use its output_dir: return the configuration of the last start there, and of this one.
+    """Check that a run can use its output_dir; return the configurations of the last start there and of this start.
 
-    The first is None if there was none, or if its config.yaml is damaged and it has saved no checkpoint. The second is
-    None if the run begins: no start has saved a checkpoint, so that nothing is lost if its settings are others.
+    The former is None if there was no start, or if its config.yaml is corrupt and it saved no checkpoint. The latter is
+    None if the run begins: no start has saved a checkpoint, so nothing is lost if its settings differ.
 
     Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
     """
@@ -328,7 +328,7 @@ def check_folder(
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
     try:
-        before = stored_config(contents.config, address)
+        before = parse_stored_config(contents.config, address)
     except ConfigError:
         if contents.has_checkpoint:
             raise
@@ -336,8 +336,8 @@ def check_folder(
     return before, check_same_run(config, before, address) if contents.has_checkpoint else None
 
 
-def stored_config(content: bytes, address: str) -> RunConfig:
-    """Read the config.yaml of the run in output_dir `address`; raise a ConfigError if it is damaged or not valid."""
+def parse_stored_config(content: bytes, address: str) -> RunConfig:
+    """Parse the config.yaml of the run in output_dir `address`; raise a ConfigError if it is corrupt or invalid."""
     try:
         return load_resolved(read_config(content))
     except ConfigError as error:
@@ -347,19 +347,19 @@ def stored_config(content: bytes, address: str) -> RunConfig:
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Read the configuration with which a run would resume (None: it begins) and, if so, run.json; write nothing.
+    """Read the configuration with which a run would resume and its run.json; None and {} if it would begin.
 
-    Raises the error of `check_folder`.
+    Writes nothing. Raises the error of `check_folder`.
     """
     folder = storage_path(config.output_dir or "")
-    _, resumed = check_folder(config, str(config.output_dir), _contents(folder))
+    _, resumed = check_folder(config, str(config.output_dir), _read_contents(folder))
     with suppress(DataError):
-        return resumed, read_json(folder / RUN_JSON, run_json_of, "") or {} if resumed else {}
+        return resumed, read_json(folder / RUN_JSON, parse_run_json, "") or {} if resumed else {}
     return resumed, {}
 
 
 def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) -> None:
-    """Raise a DataError if the run with this run.json began with data of another fingerprint."""
+    """Raise a DataError if the run with this run.json began with a dataset of another fingerprint."""
     first = run_json.get("data_fingerprint")
     if first is not None and not has_fingerprints(dataset, first):
         first, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (first, dataset.fingerprints))
@@ -371,7 +371,7 @@ def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) ->
 def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
     """Return `config` with the values that the run in the folder chose for `auto`.
 
-    Raises ConfigError if its configuration `before` differs in a value that a resumed run cannot change.
+    Raises ConfigError if `before`, the configuration of that run, differs in a value that a resumed run cannot change.
     """
     config, _ = resolve_auto(config, begun=before)
     if changed := differences(before, config):
@@ -380,23 +380,23 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
     return config
 
 
-def _changes(before: RunConfig, config: RequestedConfig) -> list[str]:
-    """List all differences that a resumed run must not have or, of an address, must not have without a comparison."""
+def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
+    """List the differences that a resumed run must not have, and addresses that moved."""
     config, _ = resolve_auto(config, begun=before)
     return [*differences(before, config), *moved(before, config)]
 
 
 def is_finished(config: RequestedConfig) -> bool:
-    """Return whether `config.output_dir` contains this run, finished and with the same length. Write nothing."""
+    """Return whether `config.output_dir` contains this run, finished with the same number of steps. Write nothing."""
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = stored_config((folder / "config.yaml").read(), config.output_dir)
+    before = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
     config, _ = resolve_auto(config, begun=before)
     same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    return same_length and not _changes(before, config)
+    return same_length and not _list_changes(before, config)
 
 
 class Finished(Exception):
@@ -417,14 +417,14 @@ def require_output_dir(config: RequestedConfig, workers: int) -> None:
 
 
 def follow_run_folder(config: RequestedConfig) -> RunFolder:
-    """Describe the folder on a worker other than the chief, without accessing it."""
+    """Create the RunFolder of a worker other than the chief, without access to the disk or bucket."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, resuming=False, lock=None, publisher=Publisher(path, None), config=config)
 
 
 def _local_folder(config: RequestedConfig, address: str) -> Path:
-    """Return the local folder of a run: output_dir, or a cache folder if that is in a bucket."""
+    """Return the local folder of a run: output_dir, or a cache folder if output_dir is in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
@@ -433,9 +433,9 @@ def _local_folder(config: RequestedConfig, address: str) -> Path:
 def resolve_auto_once(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values on the chief as an earlier start of this run did, or else for the dataset.
+    """Resolve `auto` values on the chief: as an earlier start of this run did, or else for the dataset.
 
-    All workers call this and get the same configuration, with a reason for each value that was chosen.
+    All workers must call this. They get the same configuration, and a reason for each chosen value.
     """
 
     def choose() -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""Training metrics of a run: log lines or a progress display, metrics.jsonl, TensorBoard."""
+"""Write the training metrics of a run to the log or a progress display, metrics.jsonl and TensorBoard."""
 
 import json
 import shutil
@@ -25,15 +25,15 @@ TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  
 
 
 def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
-    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, from which the run resumes."""
+    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes."""
     if metrics.exists():
         content = metrics.read_bytes()
-        steps = [_step_of(line) for line in content.splitlines()]
+        steps = [_parse_step(line) for line in content.splitlines()]
         # Only the last line can be truncated by a kill.
-        if damaged := sum(number is None for number in steps[: len(steps) - (not content.endswith(b"\n"))]):
+        if corrupt := sum(of_line is None for of_line in steps[: len(steps) - (not content.endswith(b"\n"))]):
             shutil.copyfile(metrics, copy := metrics.with_name(f"{metrics.name}.damaged"))
-            lines_are = "1 line is" if damaged == 1 else f"{damaged} lines are"
-            log.info(f"{metrics}: {lines_are} damaged and deleted; {copy.name} is a copy of the file")
+            lines_are = "1 line is" if corrupt == 1 else f"{corrupt} lines are"
+            log.info(f"{metrics}: {lines_are} corrupt and deleted; {copy.name} is a copy of the file")
         lines = zip(content.splitlines(keepends=True), steps, strict=True)
         write_whole(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
     for file in list(logs.glob("*/events.out.tfevents.*")):
@@ -46,8 +46,8 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
             shortened.replace(file)
 
 
-def _step_of(line: bytes) -> float | None:
-    """Return the step of a line of metrics.jsonl; None if the line is damaged."""
+def _parse_step(line: bytes) -> float | None:
+    """Parse the step of a line of metrics.jsonl; return None if the line is corrupt."""
     try:
         return finite(json.loads(line)["step"])
     except WRONG_CONTENT:
@@ -69,15 +69,15 @@ class MetricsWriter:
         self._profiling = False
 
     def start(self, total_steps: int) -> None:
-        """Set the number of steps of all phases, and start the progress display if there is one."""
+        """Set the total number of steps of all phases, and start the progress display if it is enabled."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
             self.display = Display(Console(highlight=False))
 
     def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
-        """Show a phase of `steps` in the display, of which `phase_step` are done at this `step` of the run.
+        """Show a phase of `steps` steps in the display; at `step` of the run, `phase_step` of them are done.
 
-        Call it again after the first device call, which compiles: the time left is estimated from then on.
+        Call it again after the first device call, which compiles, since the remaining time is estimated from then on.
         """
         if self.display:
             self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)
@@ -95,8 +95,8 @@ class MetricsWriter:
     ) -> None:  # fmt: skip
         """Write and log a logging interval of training.
 
-        `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` are the seconds without data for the
-        device; `goodput`, in 0..1, and `mean_rate`, in images per second, those of the run so far, as in its report.
+        `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` is the number of seconds in which the
+        device had no data. `goodput`, in 0..1, and `mean_rate`, in images per second, are those of the run so far.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
@@ -107,7 +107,7 @@ class MetricsWriter:
         health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
         scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
-        self._scalars(phase, step, scalars)
+        self._write_scalars(phase, step, scalars)
         loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
         ends = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
         if self.display:
@@ -119,10 +119,10 @@ class MetricsWriter:
         self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {left}", **entry, **timing)
 
     def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
-        """Write and log an epoch: training means and validation scores; `best`: it is the best one so far."""
+        """Write and log an epoch: training means and validation scores; `best` marks the best epoch so far."""
         self._write({"kind": "epoch", **entry, "timing": timing})
         scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
-        self._scalars(entry["phase"], entry["step"], scores)
+        self._write_scalars(entry["phase"], entry["step"], scores)
         self.flush()
         top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
         text = (
@@ -138,7 +138,7 @@ class MetricsWriter:
             with naming(path), open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+    def _write_scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
         if self.folder is None:
             return
         if phase not in self._writers:
@@ -153,7 +153,7 @@ class MetricsWriter:
             writer.flush()
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
-        """Start or stop TensorBoard's profiler before `step`: it records the steps [first, last) of `window`."""
+        """Start or stop TensorBoard's profiler before `step`, so that it records the steps [first, end) in `window`."""
         if self.folder is None:
             return
         if window and not self._profiling and window[0] <= step < window[1]:
@@ -164,13 +164,13 @@ class MetricsWriter:
             self._profiling = False
 
     def stop_display(self) -> None:
-        """Erase the progress display, if there is one; later lines are written as they are."""
+        """Erase the progress display, if there is one; later lines go to the log."""
         if self.display:
             self.display.stop()
             self.display = None
 
     def close(self) -> None:
-        """Erase the display, stop the profiler and close the TensorBoard files; only log errors of the disk."""
+        """Erase the display, stop the profiler and close the TensorBoard files. Disk errors are only logged."""
         self.stop_display()
         for close in (partial(self.profile, 0, None), *(writer.close for writer in self._writers.values())):
             try:

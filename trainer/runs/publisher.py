@@ -1,7 +1,8 @@
 """Publish the local folder of a run to its folder in a bucket, in the background of training.
 
-Both folders have the same layout, except for checkpoints (see `trainer.runs.checkpoints`): each process has a new token
-for their names in the bucket. Writing LATEST through the lease commits a checkpoint; `DONE` is written last, likewise.
+Both folders have the same layout, except that checkpoint names in the bucket have a token of the process that published
+them (see `trainer.runs.checkpoints`). Writing LATEST through the lease commits a checkpoint. `DONE` is written last,
+also through the lease.
 """
 
 import shutil
@@ -28,9 +29,9 @@ FINAL_RESULTS = ("report/", "export/")  # published only at the end
 
 
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
-    """Replace a local folder by the files of a run in a bucket: of checkpoints only the committed ones, no results.
+    """Replace a local folder by the files of a run in a bucket, without uncommitted checkpoints, report and export.
 
-    Return the name of each committed checkpoint in the bucket, by its local name.
+    Return the names of the committed checkpoints in the bucket, by local name.
     """
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
@@ -47,25 +48,25 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             _, checkpoint, *rest = name.split("/")
             if checkpoint not in committed or len(rest) != 1:
                 continue
-            local_name = f"checkpoints/{_local_name(checkpoint)}/{rest[0]}"
+            local_name = f"checkpoints/{_strip_token(checkpoint)}/{rest[0]}"
         downloads.append((info.path, inside(local, local_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
         if names:
-            (local / pointer).write_text(_local_name(names[0]) + "\n")
-    return {_local_name(name): name for name in committed}
+            (local / pointer).write_text(_strip_token(names[0]) + "\n")
+    return {_strip_token(name): name for name in committed}
 
 
 class Publisher:
-    """Copies the folder `local` to the folder of the lease; no other process can commit to that folder meanwhile.
+    """Copies the folder `local` to the folder of the lease, to which no other process can commit meanwhile.
 
-    `lease` is None for a run with a local output_dir and on workers other than the chief: then nothing is copied, and
+    `lease` is None for a run with a local output_dir and on workers other than the chief. Then nothing is copied, and
     only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
     """
 
     def __init__(self, local: Path, lease: Lease | None) -> None:
-        """Publish nothing before `begin`."""
+        """Create a publisher, which publishes nothing before `begin`."""
         self.local, self.lease = local, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
@@ -82,7 +83,7 @@ class Publisher:
             self._names = fetch_run(self.lease.folder, self.local)
 
     def begin(self) -> None:
-        """Delete DONE in the bucket, and begin to publish changed files, now and every `PUBLISH_SECONDS`."""
+        """Delete DONE in the bucket, and start to publish changed files, now and every `PUBLISH_SECONDS`."""
         self._begun = True
         if self.lease:
             self.lease.delete(DONE)  # first: with the new config.yaml it would mark an extended run as finished
@@ -90,7 +91,7 @@ class Publisher:
             threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def publish_checkpoints(self) -> None:
-        """Begin to publish the local checkpoints; call `wait` before the next one is written."""
+        """Start to publish the local checkpoints. Call `wait` before the next one is written."""
         if not self.lease:
             health.record_checkpoint()
         self._submit(partial(self._upload_and_commit, time.monotonic()))
@@ -122,7 +123,7 @@ class Publisher:
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
-        """Publish changed files after `begin` unless `publish` is False or publishing failed; release the lease."""
+        """Publish changed files after `begin`, unless `publish` is False or publishing failed; release the lease."""
         if not self.lease or self._closed.is_set():
             return
         self._closed.set()
@@ -173,12 +174,12 @@ class Publisher:
                 old.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:
-        """Copy changed files except checkpoints; each is read only once, since it may grow meanwhile."""
+        """Copy changed files except checkpoints. Each is read only once, since it can grow meanwhile."""
         assert self.lease
         self.lease.check()
         for file in sorted(self.local.rglob("*")):
             name = file.relative_to(self.local).as_posix()
-            hidden = any(part.startswith(".") for part in Path(name).parts)
+            hidden = any(component.startswith(".") for component in Path(name).parts)
             excluded = (f"checkpoints/{PREFIX}", *(() if results else FINAL_RESULTS))
             if hidden or name in (DONE, LATEST, BEST) or name.startswith(excluded) or not file.is_file():
                 continue
@@ -190,6 +191,6 @@ class Publisher:
                 self._published[name] = current
 
 
-def _local_name(name: str) -> str:
+def _strip_token(name: str) -> str:
     """Return the local name of a checkpoint in the bucket: "step-00000420" for "step-00000420-1a2b3c4d"."""
     return "-".join(name.split("-")[:2])

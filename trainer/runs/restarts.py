@@ -1,7 +1,7 @@
-"""Restart history of a run, which limits restarts without progress.
+"""Record the restarts of a run, and limit those without progress.
 
 The `podFailurePolicy` of our Kubernetes Jobs does not count pods that end with exit code 75, so a run that makes no
-progress would be restarted forever. Such restarts are counted here; at the limit the run ends with exit code 3.
+progress would be restarted forever. Such restarts are counted here. At the limit the run ends with exit code 3.
 """
 
 import datetime
@@ -18,8 +18,8 @@ MAX_ENTRIES = 100  # in the file
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"  # stop request; exit code 1 or 75; another exit code
 
 
-def entries_of(value: Any) -> list[dict[str, Any]]:
-    """Check the content of attempts.json; raise one of `WRONG_CONTENT` if it is something else."""
+def parse_entries(value: Any) -> list[dict[str, Any]]:
+    """Validate the content of attempts.json; raise one of `WRONG_CONTENT` for anything else."""
     return [
         {"step": int(entry["step"]), "started": str(entry["started"]), **{k: entry[k] for k in ("kind", "reason")}}
         for entry in json_objects(value)
@@ -27,21 +27,21 @@ def entries_of(value: Any) -> list[dict[str, Any]]:
 
 
 class RestartHistory:
-    """The starts of one run, oldest first; after `begin`, the last one is this process.
+    """The starts of one run, oldest first. After `begin`, the last entry is this process.
 
-    An entry is {"step", "started", "kind", "reason"}: the step that the process resumed from, its time, and how it
-    ended. Kind and reason are None while it runs, and remain None if it is killed.
+    An entry is {"step", "started", "kind", "reason"}: the step from which the process resumed, the time of its start,
+    and how it ended. Kind and reason are None while it runs, and remain None if it is killed.
     """
 
     def __init__(self, file: Path | None, is_new: bool = False) -> None:
-        """`file`: None on workers other than the chief. It is not read if the run `is_new`, or if it is damaged."""
+        """Read `file` (None on workers other than the chief) unless the run `is_new`; corrupt counts as empty."""
         self.file, self._begun = file, False  # _begun: the last entry is this process
-        self.entries: list[dict[str, Any]] = intact(file, entries_of, []) if file and not is_new else []
+        self.entries: list[dict[str, Any]] = intact(file, parse_entries, []) if file and not is_new else []
 
     def require_progress(self, step: int, max_failures: int) -> None:
-        """Raise GaveUp if `max_failures` restarts failed or were killed since `step` was first resumed from.
+        """Raise GaveUp if `max_failures` restarts failed or were killed without progress beyond `step`.
 
-        Restarts that a stop request or an error of the user ended are not counted.
+        Restarts that ended with a stop request or an error of the user are not counted.
         """
         restarts = self.entries[1:]  # the first entry is not a restart
         progressed = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)
@@ -62,7 +62,7 @@ class RestartHistory:
         self._write()
 
     def end(self, kind: str, reason: str) -> None:
-        """Record how this process ended; later calls change nothing. Only log a disk that cannot be written."""
+        """Record how this process ended; later calls change nothing. A disk error is only logged."""
         if self._begun and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             try:
@@ -75,7 +75,7 @@ class RestartHistory:
         self.end(FAILED if code in (INTERRUPTED, BUG) else REFUSED, reason)
 
     def _write(self) -> None:
-        # The first entry is retained, since `begin` does not count it as a restart.
+        # Retain the first entry, since `require_progress` does not count it as a restart.
         entries = [*self.entries[:1], *self.entries[1:][-MAX_ENTRIES + 1 :]]
         if self.file:
             write_json(self.file, entries)

@@ -1,4 +1,4 @@
-"""Assign the values of a checkpoint to a classifier: of the run itself, or of another run (warm start)."""
+"""Assign checkpoint values to a classifier, also from another run (warm start)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights, read_checkpoint, read_pointer
+from trainer.runs.checkpoints import CheckpointFolder, read_checkpoint, read_pointer, select_inference_weights
 from trainer.runs.publisher import fetch_run
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
@@ -20,9 +20,9 @@ from trainer.training import variables
 
 
 def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign trained values, by name, to `targets`, all or some of the classifier's variables.
+    """Assign trained values, by name, to `targets`, which are all or some of the classifier's variables.
 
-    Raises DataError if a value is missing or has another shape: nothing was assigned. `source` names the values.
+    Raises DataError if a value is missing or has another shape; then nothing was assigned. `source` names the values.
     """
     variables.write(targets, values, source)
     refresh_normalization(classifier.backbone)
@@ -31,10 +31,11 @@ def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[
 def load_warm_start(
     control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path
 ) -> tuple[str, int]:
-    """Assign the variables of another run's checkpoint that this model has too, with averages (EMA) if any.
+    """Assign the variables that this model and another run's checkpoint have in common, with averages (EMA) if any.
 
-    All workers call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of values.
-    A head of other classes keeps its initial values; variables of the backbone that the checkpoint lacks are warned of.
+    All workers must call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of
+    assigned values. A head with other classes keeps its initial values. Backbone variables that the checkpoint lacks
+    cause a warning.
 
     Args:
         source: output_dir of the other run, local or gs://, to read its best or else its newest checkpoint; or the
@@ -45,8 +46,8 @@ def load_warm_start(
     """
     path, values = read_warm_start(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
-    values = inference_weights(control.broadcast_arrays("weights", values))
-    names, warning = match_warm_start(shapes_of(classifier.variables), shapes_of(values), source)
+    values = select_inference_weights(control.broadcast_arrays("weights", values))
+    names, warning = match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), source)
     if warning:
         log.warning(warning)
     assign_values(classifier, {name: classifier.variables[name] for name in names}, values, source)
@@ -56,18 +57,18 @@ def load_warm_start(
 Shapes = dict[str, tuple[int, ...]]  # shape of each variable by its name
 
 
-def shapes_of(values: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of variables or arrays."""
+def collect_shapes(values: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of variables or arrays by name."""
     return {name: tuple(value.shape) for name, value in values.items()}
 
 
 def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[list[str], str]:
     """Return the names of the variables that a warm start assigns, and a warning, "" if the backbone is complete.
 
-    The head may have other classes or layers. Variables of the backbone may be missing in the checkpoint, which is
-    worth a warning, but those of one name must have one shape: another one is that of another backbone or width.
+    The head can have other classes or layers. Backbone variables that the checkpoint lacks cause a warning. Backbone
+    variables of the same name must have the same shape, since another shape means another backbone or width.
 
-    Raises DataError if a variable of the backbone has another shape, or the checkpoint has none of them.
+    Raises DataError if a backbone variable has another shape, or the checkpoint has no backbone variable.
     """
     matching = [name for name, shape in model.items() if checkpoint.get(name) == shape]
     backbone = [name for name in model if name.startswith("backbone/")]
@@ -86,25 +87,25 @@ def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[li
 
 
 def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Read the variables of the checkpoint that a warm start begins with, and return them with its local path."""
+    """Read the checkpoint of a warm start; return its local path and its variables."""
     folder = Path(source).expanduser()
     if is_remote(source):
         folder = cache_folder / "warm_start"
         fetch_run(storage_path(source), folder)
-    checkpoints = local_checkpoints(source, folder)
+    checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent == folder:
-        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.steps()
+        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
         folder = checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
     return str(folder), read_checkpoint(storage_path(folder))[1]
 
 
-def local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """Return the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
+def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
+    """Open the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
 
-    Raises DataError if the folder does not exist or the run has no checkpoint; `source` is the value of `warm_start`.
+    Raises DataError, which names the `warm_start` value `source`, if the folder or its checkpoints do not exist.
     """
     home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
-    if not folder.is_dir() or not checkpoints.steps():
+    if not folder.is_dir() or not checkpoints.list_steps():
         raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
     return checkpoints

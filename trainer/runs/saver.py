@@ -1,4 +1,4 @@
-"""Save the checkpoints of a run, and read them for all workers."""
+"""Save the checkpoints of a run, and broadcast them to all workers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.typed import argument
 from trainer.errors import DataError
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, inference_weights
+from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights
 from trainer.runs.folder import RunFolder
 from trainer.runs.restarts import ATTEMPTS, RestartHistory
 from trainer.training import variables
@@ -17,8 +17,8 @@ from trainer.training import variables
 class Saver:
     """Saves and reads the checkpoints of one run, and holds its restart history.
 
-    Only the chief accesses the disk. `newest` and `read_weights` broadcast what it reads, so all workers call them;
-    `save` only records the step on other workers. `saved_step` is that of the newest checkpoint, 0 if there is none.
+    Only the chief accesses the disk. All workers must call `broadcast_newest` and `broadcast_weights`. On workers other
+    than the chief, `save` only records the step. `saved_step` is the step of the newest checkpoint, 0 if there is none.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
@@ -28,12 +28,12 @@ class Saver:
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
         self.restarts = RestartHistory(folder.path / ATTEMPTS if control.is_chief else None, folder.is_new)
 
-    def newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """Broadcast state and variables of the newest intact checkpoint; None and {} if there is none.
+    def broadcast_newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+        """Broadcast the state and variables of the newest intact checkpoint; None and {} if there is none.
 
-        Without `resuming` (a new run) nothing is read.
+        If the run is new, `resuming` is False and nothing is read.
         """
-        newest = self.checkpoints.newest() if resuming and self.control.is_chief else None
+        newest = self.checkpoints.read_newest() if resuming and self.control.is_chief else None
         state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
             return None, {}
@@ -41,10 +41,10 @@ class Saver:
         return state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
 
     def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
-        """Commit a checkpoint of the current variables (by name) on the local disk; publish it in the background.
+        """Commit a checkpoint of the variables `current` to the local disk, and publish it in the background.
 
-        First wait until the previous checkpoint is published. `best_step` is the step of the best checkpoint so far.
-        Raises the errors of `Publisher.wait` and `CheckpointFolder.save`.
+        The call waits until the previous checkpoint is published. `best_step` is the step of the best checkpoint so
+        far. Raises the errors of `Publisher.wait` and `CheckpointFolder.save`.
         """
         self.saved_step = state["step"]
         if self.control.is_chief:
@@ -53,25 +53,25 @@ class Saver:
                 self.checkpoints.save(state, variables.read(current), best_step)
             self.publisher.publish_checkpoints()
 
-    def read_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
-        """Broadcast the model's variables `names` of a checkpoint, with averages (EMA) if any, and its step.
+    def broadcast_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
+        """Broadcast the model variables `names` of a checkpoint, with averages (EMA) if any; return its step and them.
 
-        If the checkpoint of `step` is damaged, that of `last_step` is read instead.
+        If the checkpoint of `step` is corrupt, the one of `last_step` is read instead.
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
             try:
-                weights = inference_weights(self.checkpoints.read(step)[1])
+                weights = select_inference_weights(self.checkpoints.read(step)[1])
             except DataError as error:
                 if step == last_step:
                     raise
                 log.info(f"{error.problem}; using the last checkpoint instead")
-                step, weights = last_step, inference_weights(self.checkpoints.read(last_step)[1])
+                step, weights = last_step, select_inference_weights(self.checkpoints.read(last_step)[1])
             weights = {name: weights[name] for name in names}
         step = self.control.broadcast("chosen", lambda: step)
         return step, self.control.broadcast_arrays("weights", weights)
 
     @property
     def resume_hint(self) -> str:
-        """What the user can do after an interruption, for the `fix` of an error."""
+        """The `fix` of an error after an interruption."""
         return f"Start the same command again with {argument('output_dir', self.address)} to resume"

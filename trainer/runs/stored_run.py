@@ -12,7 +12,7 @@ from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
 from trainer.names import class_name
-from trainer.runs.checkpoints import inference_weights, is_checkpoint, read_checkpoint, read_pointer, step_of
+from trainer.runs.checkpoints import is_checkpoint, parse_step, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import json_object, read_json
 from trainer.types import Dataset
@@ -29,13 +29,13 @@ class StoredRun:
     home: StoragePath  # output_dir
     config: RunConfig
     class_names: tuple[str, ...]
-    fingerprint: str | dict[str, str]  # of the data that it was trained on, for `has_fingerprints`
+    fingerprint: str | dict[str, str]  # of the training dataset, for `has_fingerprints`
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
-    """Return output_dir, config.yaml (not validated) and run.json, which has `classes` and `data_fingerprint`.
+    """Read a run: return output_dir, config.yaml (not validated) and run.json (`classes` and `data_fingerprint`).
 
-    Raises DataError if there is no run or run.json is damaged, and ConfigError if config.yaml is damaged.
+    Raises DataError if there is no run or run.json is corrupt, and ConfigError if config.yaml is corrupt.
     """
     home = storage_path(address)
     config = (home / "config.yaml").fetch()
@@ -47,16 +47,16 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
     try:
-        run_json = read_json(home / "run.json", _run_json, "")
+        run_json = read_json(home / "run.json", _parse_run_json, "")
     except DataError:
         run_json = None
     if run_json is None:
-        raise DataError("has a damaged run.json, or none", key="run", value=address, fix="give another run")
+        raise DataError("has no run.json, or a corrupt one", key="run", value=address, fix="give another run")
     return home, tree, run_json
 
 
-def _run_json(value: Any) -> dict[str, Any]:
-    """Return the content of run.json; raise an error of `WRONG_CONTENT` if it lacks what a stored run needs."""
+def _parse_run_json(value: Any) -> dict[str, Any]:
+    """Validate run.json and normalize its class names; raise one of `WRONG_CONTENT` for anything else."""
     names, fingerprint = value["classes"], value["data_fingerprint"]
     hashes = list(fingerprint.values()) if isinstance(fingerprint, dict) else [fingerprint]
     if not (isinstance(names, list) and all(isinstance(text, str) for text in [*names, *hashes])):
@@ -67,16 +67,16 @@ def _run_json(value: Any) -> dict[str, Any]:
 def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
     """Read a run and validate its configuration, with `changes` such as {"data.root": "/elsewhere"}.
 
-    Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or the changes are invalid.
+    Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or `changes` are invalid.
     """
     home, tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         section = tree
-        for part in path:
-            if not isinstance(section.setdefault(part, {}), dict):
-                section[part] = {}
-            section = section[part]
+        for name in path:
+            if not isinstance(section.setdefault(name, {}), dict):
+                section[name] = {}
+            section = section[name]
         section[last] = value
     try:
         config = load_resolved(tree)
@@ -99,48 +99,48 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     if which in ("best", "last"):
         names = latest[:1] if which == "last" else read_pointer(folder / "BEST")
     elif which.isdecimal():
-        names = [name for name in available if step_of(name) == int(which)]
+        names = [name for name in available if parse_step(name) == int(which)]
     else:
         raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix="give best, last or a step")
     if names and names[0] in available:
         return available[names[0]]
     if not available:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
-    steps = ", ".join(map(str, sorted(map(step_of, available))))
+    steps = ", ".join(map(str, sorted(map(parse_step, available))))
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
-def _phases_of_report(report: Any) -> dict[str, Any]:
+def _parse_phases(report: Any) -> dict[str, Any]:
     return {name: json_object(phase) for name, phase in json_object(report["phases"]).items()}
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """The contents of a checkpoint that an evaluation or export needs."""
+    """The contents of a checkpoint that an evaluation or export uses."""
 
     name: str  # best, last or step-420
     step: int
     history: list[dict[str, Any]]  # one entry per epoch
-    phases: dict[str, Any]  # summary by phase, as in report.json
+    phases: dict[str, Any]  # summaries by phase, as in report.json
     values: dict[str, np.ndarray]  # the model's variables by name, with averages (EMA) if the run computed them
 
 
 def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
     """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
 
-    Raises the errors of `find_checkpoint`, and DataError if the checkpoint is damaged.
+    Raises the errors of `find_checkpoint`, and DataError if the checkpoint is corrupt.
     """
     which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
     phases: dict[str, Any] = {}
     try:
-        phases = read_json(run.home / "report" / "report.json", _phases_of_report, "") or {}
+        phases = read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
-        phases = state.get("finished", {})  # the report is of another checkpoint
+        phases = state.get("finished", {})  # the report, if any, is of another checkpoint
     name = which if which in ("best", "last") else f"step-{state['step']}"
-    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, inference_weights(values))
+    return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, select_inference_weights(values))
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
@@ -154,11 +154,11 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
 
 
-def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
-    """Return the dataset with the classes of the run, in their order; labels are mapped by the names of the classes.
+def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
+    """Return the dataset with the classes of the run, in their order. Labels are mapped by class name.
 
-    The data may have only some of the classes; a note, which is logged too, names the others. Raises a DataError if it
-    has a class that the run does not know.
+    The dataset can lack some of the classes; then a note, which is also logged, names them. Raises DataError if the
+    dataset has a class that the run does not know.
     """
     names = run.class_names
     if dataset.class_names == names:
@@ -167,8 +167,8 @@ def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
         has = f"has classes that the run does not know: {join_first(unknown)}"
         fix = f"give data of the classes {join_first([repr(name) for name in names])}"
         raise DataError(has, key="run", value=run.address, fix=fix)
-    number = np.array([names.index(name) for name in dataset.class_names], np.int32)
-    splits = {name: replace(split, labels=number[split.labels]) for name, split in dataset.splits.items()}
+    run_label = np.array([names.index(name) for name in dataset.class_names], np.int32)
+    splits = {name: replace(split, labels=run_label[split.labels]) for name, split in dataset.splits.items()}
     notes = dataset.notes
     if absent := [name for name in names if name not in dataset.class_names]:
         note = f"the data has no example of {join_first(absent)}: their rows in the report are empty"
@@ -178,17 +178,17 @@ def with_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
 
 
 def without_weights(model: Model) -> Model:
-    """Copy the settings of a model with `weights=none`, since its values come from a checkpoint."""
+    """Return a copy of the settings with `weights=none`, for a model whose values come from a checkpoint."""
     return model.model_copy(update={"weights": "none"})
 
 
 def rebuild_classifier(
     model: Model, class_count: int, seed: int, values: dict[str, np.ndarray], source: str
 ) -> Classifier:
-    """Build a classifier and assign trained values, by name, to all its variables; other values are ignored.
+    """Build a classifier, and assign trained values by name to all its variables; other values are ignored.
 
-    Call it in the strategy's scope and after the global Keras dtype policy is set. Raises ModelError if the backbone
-    cannot be loaded, and DataError, which names `source`, if a value is missing or has another shape.
+    Must be called in the scope of the strategy, after the global Keras dtype policy is set. Raises ModelError if the
+    backbone cannot be loaded, and DataError, which names `source`, if a value is missing or has another shape.
     """
     from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values

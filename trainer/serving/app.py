@@ -1,4 +1,4 @@
-"""ASGI application of the server: HTTP routes, their responses, and the requests in progress."""
+"""ASGI application of the server: routes, responses, and the requests in progress."""
 
 import asyncio
 import base64
@@ -29,10 +29,10 @@ from trainer.serving.requests import (
     ClientBudget,
     MemoryBudget,
     PredictRequest,
+    parse_instances,
+    parse_predict,
     read_body,
-    read_instances,
-    read_predict,
-    unavailable,
+    unavailable_error,
 )
 from trainer.serving.settings import Settings
 
@@ -52,10 +52,10 @@ class Service:
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings, self.export = settings, export
-        self.model: ServedModel | None = None  # until it is loaded and warmed up
-        self.stopping = False  # a signal was received: the service is not ready, and responses close their connections
+        self.model: ServedModel | None = None  # None until it is loaded and warmed up
+        self.stopping = False  # after a signal: the service is not ready, and responses close their connections
         self.active = 0  # requests in progress, to any route
-        self.cancelled = 0  # requests that did not finish within `drain` seconds of the shutdown
+        self.cancelled = 0  # requests that were still in progress `drain` seconds after the shutdown began
         self.metrics = ServingMetrics(settings, export)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
         self.metrics.active.set_function(lambda: self.active)
@@ -64,7 +64,7 @@ class Service:
         self._clients = ClientBudget(settings.max_pixels)
         self._parser = ThreadPoolExecutor(1, "parsing")  # one request at a time: parsed JSON is many times its size
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._batchers = {explain: self._new_batcher(explain) for explain in (False, True)}
+        self._batchers = {explain: self._create_batcher(explain) for explain in (False, True)}
         self._page = resources.files("trainer.serving").joinpath("page.html").read_bytes()
         model_paths = [f"/v1/models/{{name}}{version}" for version in ("", "/versions/{version}")]
         verb_paths = [f"{path}:{verb}" for path in model_paths for verb in ("predict", "explain")]
@@ -74,14 +74,14 @@ class Service:
             Route("/readyz", self.get_readiness),
             Route("/metrics", self.get_metrics),
             Route("/predict", self.predict, methods=["POST"]),
-            Route("/v1/models", _json({"models": [settings.name]}), methods=["GET"]),
+            Route("/v1/models", _json_response({"models": [settings.name]}), methods=["GET"]),
             *(Route(path, self.predict_instances, methods=["POST"]) for path in verb_paths),
             *(Route(path, self.get_status) for path in model_paths),
         ]
         handlers: Any = {HTTPException: _respond_to_http_error, Exception: _respond_to_bug}
         self._routes: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
 
-    def _new_batcher(self, explain: bool) -> Batcher:
+    def _create_batcher(self, explain: bool) -> Batcher:
         def run_model(images: list[bytes]) -> list[Prediction | str]:
             assert self.model is not None
             began = time.monotonic()
@@ -124,7 +124,7 @@ class Service:
         except asyncio.CancelledError:  # `drain` seconds after the shutdown began
             self.cancelled += 1
             if code == "none":
-                response = _json({"error": "the server has stopped; send the request to another one"}, 503)
+                response = _json_response({"error": "the server has stopped; send the request to another one"}, 503)
                 await response(scope, receive, count_and_send)
         finally:
             self.active -= 1
@@ -137,7 +137,7 @@ class Service:
     ) -> tuple[PredictRequest, list[Prediction]]:
         """Read a request, parse it with `parse(body, *arguments)`, and predict its images."""
         if self.model is None:
-            raise unavailable("the model is being loaded")
+            raise unavailable_error("the model is being loaded")
         with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body, *arguments)
@@ -149,7 +149,7 @@ class Service:
                 with self._clients.reservation(client, parsed.images):
                     predictions = await self._batchers[parsed.explain].predict(parsed.images)
             except asyncio.QueueFull:
-                raise unavailable(f"the queue of {self.settings.queue} images has no room for yours") from None
+                raise unavailable_error(f"the queue of {self.settings.queue} images has no room for yours") from None
         for image, prediction in zip(parsed.images, predictions, strict=True):
             if isinstance(prediction, str):
                 raise HTTPException(400, f"{image.name} cannot be decoded ({prediction})")
@@ -158,7 +158,7 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
         content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._predict_images(request, read_predict, content_type, query, self.settings)
+        parsed, predictions = await self._predict_images(request, parse_predict, content_type, query, self.settings)
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             p = prediction.probabilities
@@ -167,25 +167,25 @@ class Service:
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
                 reference = self.export.reference or {}
-                geometry = {  # crop: covers the central square only; ignore: of the image as it is stored
+                geometry = {  # crop: the central square only; ignore: the image as it is stored
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
-                entry["heatmap"] = {"png": _as_png(prediction.heatmap), **geometry}
+                entry["heatmap"] = {"png": _encode_png(prediction.heatmap), **geometry}
             entries.append(entry)
-        return _json({"model": self.settings.name, "version": self.export.version, "predictions": entries})
+        return _json_response({"model": self.settings.name, "version": self.export.version, "predictions": entries})
 
     async def predict_instances(self, request: Request) -> Response:
         """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._predict_images(request, read_instances, self.settings, explain)
+        parsed, predictions = await self._predict_images(request, parse_instances, self.settings, explain)
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:
-            return _json({"outputs" if parsed.columnar else "predictions": columns["probabilities"]})
+            return _json_response({"outputs" if parsed.columnar else "predictions": columns["probabilities"]})
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return _json({"outputs": columns} if parsed.columnar else {"predictions": rows})
+        return _json_response({"outputs": columns} if parsed.columnar else {"predictions": rows})
 
     def _check_model(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version", self.export.version)
@@ -201,7 +201,7 @@ class Service:
         status = {"error_code": "OK", "error_message": ""}
         versions = [{"version": self.export.version, "state": state, "status": status}]
         body = {"name": self.settings.name, "ready": not self.not_ready_reason(), "model_version_status": versions}
-        return _json(body, 503 if self.not_ready_reason() else 200)
+        return _json_response(body, 503 if self.not_ready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
         """Respond to a readiness probe; 503 while the model is loaded and while the server stops."""
@@ -217,7 +217,7 @@ class Service:
     async def get_page(self, request: Request) -> Response:
         """Respond with the page to browsers, and with KServe's liveness status to other clients."""
         if "text/html" not in request.headers.get("accept", ""):
-            return _json({"status": "alive"})
+            return _json_response({"status": "alive"})
         if self.model is None:
             return Response(LOADING_PAGE, 503, media_type="text/html", headers={"Retry-After": "2"})
         server = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
@@ -228,21 +228,21 @@ class Service:
 
 
 def _route_label(path: str) -> str:
-    """Return the metrics label of a path; the set of labels is fixed, so that clients cannot add time series."""
+    """Return the metrics label of a path. The set of labels is fixed, so that clients cannot add time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
     return path if path in FIXED_ROUTES else "other"
 
 
-def _as_png(heatmap: np.ndarray) -> str:
-    """Encode a heatmap, float32 [h, w] in 0..1, as a greyscale PNG in base64."""
+def _encode_png(heatmap: np.ndarray) -> str:
+    """Encode a heatmap, float32 [h, w] in 0..1, as a grayscale PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def _json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: encoding cannot fail
 
 
@@ -250,9 +250,9 @@ async def _respond_to_http_error(_request: Request, error: HTTPException) -> Res
     text = error.detail
     if text == "Not Found":  # raised by the router
         text = f"there is no such route; available: {' '.join(FIXED_ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
-    return _json({"error": text}, error.status_code, error.headers)
+    return _json_response({"error": text}, error.status_code, error.headers)
 
 
 async def _respond_to_bug(_request: Request, error: Exception) -> Response:
     log_traceback(error)
-    return _json({"error": "internal error; the log of the server has the traceback"}, 500)
+    return _json_response({"error": "internal error; the log of the server has the traceback"}, 500)

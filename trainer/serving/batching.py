@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.serving.requests import EncodedImage
 
-LARGE_PIXELS = 2_000_000  # a larger decoding cost of an image makes it a large one
+LARGE_PIXELS = 2_000_000  # an image with a higher decoding cost is a large one
 Model = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one prediction per image
 
 
@@ -22,41 +22,41 @@ class _Pending:
 
 
 class Batcher:
-    """Queue of images, from which `run` forms batches for the model.
+    """A queue of images, from which `run` forms batches for the model.
 
-    A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. When the
-    model is idle, it gets the next batch as soon as the queue has `size` images or the oldest one has waited for
-    `window` seconds. At most `queue` images wait. `run_model` is called in `pool`.
+    A batch has at most `size` images and `pixels` pixels; an image with more pixels is a batch by itself. An idle model
+    gets the next batch as soon as the queue has `size` images or the oldest one has waited for `window` seconds. At
+    most `queue` images wait. `run_model` is called in `pool`.
 
-    Large images, by `LARGE_PIXELS`, have batches of their own, and at most half of the time of the model while other
-    images wait: after a batch of them that took t seconds, others are preferred for t seconds.
+    Large images (`LARGE_PIXELS`) have their own batches, and at most half of the model's time while small images wait:
+    after a batch of large images that took t seconds, small ones are preferred for t seconds.
     """
 
     def __init__(self, run_model: Model, pool: Executor, *, size: int, window: float, queue: int, pixels: int) -> None:
         self._run_model, self._pool = run_model, pool
         self.size, self.window, self.queue, self.pixels = size, window, queue, pixels
-        self._pending: deque[_Pending] = deque()
+        self._small: deque[_Pending] = deque()
         self._large: deque[_Pending] = deque()
-        self._small_until = 0.0  # time of the event loop up to which other images are preferred to large ones
+        self._small_until = 0.0  # time of the event loop until which small images are preferred
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         """Return the number of images in the queue."""
-        return len(self._pending) + len(self._large)
+        return len(self._small) + len(self._large)
 
     async def predict(self, images: Sequence[EncodedImage]) -> list[Any]:
-        """Queue images, and return one prediction per image; `asyncio.QueueFull` if there is not space for all."""
+        """Queue images, and return one prediction per image. Raises asyncio.QueueFull if not all of them fit."""
         if len(self) + len(images) > self.queue:
             raise asyncio.QueueFull
         loop = asyncio.get_running_loop()
         added = [_Pending(image, loop.create_future(), loop.time()) for image in images]
         for pending in added:
-            (self._large if pending.image.cost > LARGE_PIXELS else self._pending).append(pending)
+            (self._large if pending.image.cost > LARGE_PIXELS else self._small).append(pending)
         self._arrived.set()
         return list(await asyncio.gather(*(pending.prediction for pending in added)))
 
     async def run(self) -> None:
-        """Form batches and run the model on them until cancelled; an error of the model is raised in `predict`."""
+        """Form batches and run the model on them until cancelled. An error of the model is raised in `predict`."""
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
@@ -75,21 +75,21 @@ class Batcher:
                 self._small_until = 2 * loop.time() - began
 
     async def _next_batch(self) -> list[_Pending]:
-        """Wait for a full batch or until the window of the oldest image ends, and take the batch from the queue."""
+        """Wait for a full batch or the end of the oldest image's window, and take the batch from the queue."""
         while not len(self):
             self._arrived.clear()
             await self._arrived.wait()
-        oldest = min(pending[0].arrived_at for pending in (self._pending, self._large) if pending)
+        oldest = min(pending[0].arrived_at for pending in (self._small, self._large) if pending)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(oldest + self.window):
                 while len(self) < self.size:
                     self._arrived.clear()
                     await self._arrived.wait()
-        large_next = self._large and (not self._pending or asyncio.get_running_loop().time() >= self._small_until)
-        queue = self._large if large_next else self._pending
-        batch = [queue.popleft()]
+        large_next = self._large and (not self._small or asyncio.get_running_loop().time() >= self._small_until)
+        waiting = self._large if large_next else self._small
+        batch = [waiting.popleft()]
         pixels_left = self.pixels - batch[0].image.pixels
-        while queue and len(batch) < self.size and queue[0].image.pixels <= pixels_left:
-            batch.append(queue.popleft())
+        while waiting and len(batch) < self.size and waiting[0].image.pixels <= pixels_left:
+            batch.append(waiting.popleft())
             pixels_left -= batch[-1].image.pixels
         return batch

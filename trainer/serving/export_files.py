@@ -1,4 +1,4 @@
-"""Locate an export and read its labels and reference, without TensorFlow; the type of a prediction."""
+"""Locate an export and read its labels and reference. This module does not import TensorFlow."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.staging import is_remote, stage
 
 GRAPH, LABELS, REFERENCE = "saved_model.pb", "assets/labels.txt", "assets/reference.json"
-MAX_EXPORT_BYTES = 20 * 1024**3  # limit for an export in a bucket, which is copied to the local disk
+MAX_EXPORT_BYTES = 20 * 1024**3  # of an export in a bucket, which is copied to the local disk
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Export:
 
     address: str  # the setting `model`, for messages
     folder: Path
-    version: str  # number of its folder, "1" if the folder is not a number
+    version: str  # the name of its folder if that is a number, else "1"
     classes: tuple[str, ...]  # labels.txt, in the order of the probabilities
     reference: dict[str, Any] | None  # parsed reference.json; None if the export has none
 
@@ -38,15 +38,16 @@ class Prediction:
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
-    """Read the newest version of an export, which is copied to `cache_dir` if it is in a bucket.
+    """Find the newest version of an export, and read its labels and reference.
 
-    Its address is the output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel.
+    The address is the output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel. An export
+    in a bucket is copied to `cache_dir`.
 
     Raises:
-        DataError: there is no SavedModel, or its labels or reference are missing, damaged or of another model.
+        DataError: there is no SavedModel, it has no labels, or labels or reference are corrupt or of another model.
         Interrupted: the bucket does not respond.
     """
-    source = _newest_version(address, storage_path(address))
+    source = _find_newest_version(address, storage_path(address))
     folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
     labels, content = (_read_asset(folder / name, address) for name in (LABELS, REFERENCE))
     if labels is None:
@@ -58,13 +59,13 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
         raise DataError(problem, key="model", value=address, fix="export it again") from None
     reference = None if content is None else parse_reference(content, classes)
     if content is not None and reference is None:
-        problem = f"{folder / REFERENCE} is damaged or of another model"
+        problem = f"{folder / REFERENCE} is corrupt or of another model"
         raise DataError(problem, key="model", value=address, fix="export it again")
     return Export(address, folder, source.name if source.name.isdecimal() else "1", classes, reference)
 
 
 def _read_asset(file: Path, address: str) -> bytes | None:
-    """Read a file of an export; None if there is none."""
+    """Read a file of an export; return None if it does not exist."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -74,7 +75,7 @@ def _read_asset(file: Path, address: str) -> bytes | None:
         raise DataError(problem, key="model", value=address, fix=fix) from None
 
 
-def _newest_version(address: str, root: StoragePath) -> StoragePath:
+def _find_newest_version(address: str, root: StoragePath) -> StoragePath:
     if (root / GRAPH).exists():
         return root
     for base in (root, root / "saved_model", root / "export" / "saved_model"):

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 import trainer
 from trainer.errors import ConfigError
-from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability
+from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability_index
 from trainer.monitoring.log import log, timestamp
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.settings import Settings, batch_sizes
@@ -27,7 +27,7 @@ disable_created_metrics()  # no series kubetune_serving_..._created
 
 
 class ServingMetrics(Collector):
-    """Metrics, drift (computed at each scrape) and prediction log of a server.
+    """The metrics of a server, its drift (computed at each scrape) and its prediction log.
 
     Raises ConfigError if the prediction log cannot be written.
     """
@@ -70,9 +70,9 @@ class ServingMetrics(Collector):
             with self._lock:
                 self._window.add(predicted, confidence, embedding)
             self._recorded += 1
-            fraction = self._settings.log_sample  # the logged predictions are evenly spaced, not random
+            fraction = self._settings.log_sample  # logged predictions are evenly spaced, not random
             if self._log is not None and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
-                lines += self._log_line(time, prediction.probabilities, embedding)
+                lines += self._format_log_line(time, prediction.probabilities, embedding)
         if lines and self._log is not None:
             try:
                 os.write(self._log, lines.encode())
@@ -81,12 +81,12 @@ class ServingMetrics(Collector):
                 self._log = None
 
     def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
-        """Project an embedding [C] like those of the reference; return None if there is nothing to compare it with."""
+        """Project an embedding [C] as in the reference; return None if the reference has no embeddings."""
         if embedding is None or not self._embedding_width:
             return None
         return embedding @ self._projection if self._projection is not None else embedding
 
-    def _log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
+    def _format_log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
         top = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
         line = {"time": time, "class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
         line |= {"probabilities": {self._class_names[i]: round(float(probabilities[i]), 6) for i in top}}
@@ -99,7 +99,7 @@ class ServingMetrics(Collector):
         yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", labels)
         with self._lock:
             n, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
-            gaussian = self._window.gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
+            gaussian = self._window.fit_gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
         yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", n)
         reference = self.export.reference
         if reference is None or n < MIN_PREDICTIONS:
@@ -107,9 +107,9 @@ class ServingMetrics(Collector):
         text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
         stability = GaugeMetricFamily("kubetune_serving_population_stability_index", text, labels=["of"])
         frequencies = np.asarray(reference["class_frequencies"]) * reference["n"]
-        stability.add_metric(["classes"], population_stability(frequencies, classes))
+        stability.add_metric(["classes"], population_stability_index(frequencies, classes))
         expected = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
-        stability.add_metric(["confidence"], population_stability(*merge_bins(expected, confidences)))
+        stability.add_metric(["confidence"], population_stability_index(*merge_bins(expected, confidences)))
         yield stability
         if gaussian is not None and self._embedding_width:
             text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"

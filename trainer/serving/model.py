@@ -27,8 +27,8 @@ class ServedModel:
         address = export.address
         _check_operations(export)
         try:
-            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail after their model is collected
-        except Exception as error:  # a damaged file raises errors of many classes
+            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail without a reference to it
+        except Exception as error:  # a corrupt file raises errors of many classes
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
@@ -43,7 +43,7 @@ class ServedModel:
         self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
         self._explain = signatures.get(EXPLAIN)
         self.explains = self._explain is not None  # the export has the signature `explain`
-        self._classify = _without_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
+        self._classify = _drop_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
         reference = (export.reference or {}).get("embedding")
         if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
@@ -55,7 +55,7 @@ class ServedModel:
     def predict(self, images: Sequence[bytes], explain: bool = False) -> list[Prediction | str]:
         """Return for each encoded image its prediction, or the reason why it cannot be decoded.
 
-        If the batch fails, predict each half of it, down to single images: one damaged image does not affect others.
+        A batch that fails is halved, down to single images, so that a corrupt image does not affect the others.
         `explain` requires `explains` and adds heatmaps.
         """
         signature = self._explain if explain else self._classify
@@ -64,12 +64,12 @@ class ServedModel:
             return self._call(signature, images)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.OutOfRangeError) as error:
             if len(images) == 1:
-                return [_decoding_problem(error)]
+                return [_describe_decoding_error(error)]
         half = len(images) // 2
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
     def warm_up(self, max_batch: int) -> list[int]:
-        """Call the signatures once with each size that batches are padded to on a GPU, and return the sizes."""
+        """Call each signature with every batch size of `batch_sizes`, and return the sizes."""
         for size in (sizes := batch_sizes(max_batch)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
@@ -83,8 +83,8 @@ class ServedModel:
         return [Prediction(**{n: outputs[n][i] for n in OUTPUTS if n in outputs}) for i in range(len(images))]
 
 
-def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the signature `explain` without its heatmap, which TensorFlow then does not compute."""
+def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls the signature `explain` without computing its heatmap."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -95,12 +95,12 @@ def _without_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_operations(export: Export) -> None:
-    """Refuse a graph that could read or write files, print or call Python; no export of kubetune does."""
+    """Raise a DataError if the graph can read or write files, print or call Python, as no export of kubetune does."""
     model = new_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public
-        raise DataError(f"its {GRAPH} is damaged", key="model", value=export.address, fix="export it again") from None
+        raise DataError(f"its {GRAPH} is corrupt", key="model", value=export.address, fix="export it again") from None
     forbidden = set()
     for graph in model.meta_graphs:
         nodes = [*graph.graph_def.node, *(n for f in graph.graph_def.library.function for n in f.node_def)]
@@ -110,12 +110,12 @@ def _check_operations(export: Export) -> None:
         raise DataError(problem, key="model", value=export.address, fix="serve an export of kubetune")
 
 
-# How the lines begin that TensorFlow adds to the message of an operation that fails inside a function.
+# Prefixes of the lines that TensorFlow adds to the message of an operation that fails inside a function.
 _GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
-def _decoding_problem(error: tf.errors.OpError) -> str:
-    """Return the first line of the message that is about the image, without names of the graph."""
+def _describe_decoding_error(error: tf.errors.OpError) -> str:
+    """Return the first line of the message that is about the image, without node names."""
     lines = (line.strip() for line in (error.message or "").splitlines())
     text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
     return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"

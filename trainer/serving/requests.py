@@ -20,17 +20,17 @@ from starlette.requests import ClientDisconnect, Request
 
 from trainer.serving.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # those that exports decode
-MAX_SCANS = 100  # of a progressive JPEG, each as costly as decoding a baseline JPEG; usual files have about ten
-# Time to decode, relative to the pixels of a PNG (7,000 x 7,000 on one core: PNG, WebP, GIF and BMP 2.1 to 2.6 s, JPEG
-# of 10 scans 1.1 s, baseline JPEG, which is decoded at a fraction of its size, 0.1 s).
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # that exports decode
+MAX_SCANS = 100  # of a progressive JPEG; each costs as much as a baseline JPEG, and usual files have about ten
+# Decoding time per pixel, relative to a PNG (7,000 x 7,000 on one core: PNG, WebP, GIF and BMP 2.1 to 2.6 s, JPEG of
+# 10 scans 1.1 s; a baseline JPEG is decoded at a fraction of its size, 0.1 s).
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
-BODY_SECONDS = 30.0  # time limit of a body, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
+BODY_TIMEOUT = 30.0  # seconds, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
 MIN_BYTES_PER_SECOND = 100_000
 CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
 CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, in images of `max_pixels`
-DISCARDED_BODIES = 4  # how much of a too long body is read and discarded, so that the client gets the response
-MAX_FIELDS = 16  # of a form, not counting files
+DISCARDED_BODIES = 4  # a too long body is read and discarded up to this limit, so that the client gets the response
+MAX_FIELDS = 16  # of a form, in addition to its files
 CLOSE = {"Connection": "close"}
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns or raises; `max_pixels` replaces it
@@ -43,7 +43,7 @@ class EncodedImage:
     data: bytes
     name: str
     pixels: int
-    cost: int = 0  # of decoding it, as the number of pixels of a PNG that takes as long
+    cost: int = 0  # of decoding it, in pixels of a PNG that takes as long
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PredictRequest:
     images: list[EncodedImage]
     top_k: int = 5  # number of classes per image in a response of /predict
     explain: bool = False  # the response has heatmaps and, except for /predict, embeddings
-    columnar: bool = False  # `inputs` instead of `instances`; the response has `outputs`, one list per output
+    columnar: bool = False  # has `inputs` instead of `instances`, and the response `outputs`, one list per output
 
 
 def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
@@ -85,20 +85,20 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
 
 @dataclass
 class MemoryBudget:
-    """Memory for request bodies, `CONCURRENT_BODIES` times `max_bytes`; a request that would exceed it gets 503."""
+    """Memory for request bodies, `CONCURRENT_BODIES` times `max_bytes`. A request that would exceed it gets 503."""
 
     max_bytes: int
     reserved: int = 0
 
     @contextlib.contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves a number of bytes; all are released at the end of the context."""
+        """Yield a function that reserves bytes until the end of the context."""
         size = 0
 
         def reserve(count: int) -> None:
             nonlocal size
             if self.reserved + count > CONCURRENT_BODIES * self.max_bytes:
-                raise unavailable("too many large requests at the same time")
+                raise unavailable_error("too many large requests at the same time")
             self.reserved += count
             size += count
 
@@ -110,9 +110,9 @@ class MemoryBudget:
 
 @dataclass
 class ClientBudget:
-    """Decoding cost of the images in progress of each client, `CONCURRENT_PIXELS` times `max_pixels` at most.
+    """Decoding cost of each client's images in progress, at most `CONCURRENT_PIXELS` times `max_pixels`.
 
-    So the images of one client keep the model busy for a limited time, however many requests they are in.
+    It limits the time for which one client keeps the model busy, over all its requests.
     """
 
     max_pixels: int
@@ -137,13 +137,13 @@ class ClientBudget:
                 del self.reserved[client]
 
 
-def unavailable(reason: str) -> HTTPException:
-    """Return an HTTP error 503 with `Retry-After`."""
+def unavailable_error(reason: str) -> HTTPException:
+    """Create an HTTP error 503 with `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
 
 async def read_body(request: Request, reserve: Callable[[int], None], max_bytes: int) -> bytes:
-    """Read the whole body of a request; `reserve` is called with the size of each chunk before it is stored.
+    """Read the body of a request; call `reserve` with the size of each chunk before it is stored.
 
     Raises:
         HTTPException: 400 the client disconnected; 408 too slow; 413 longer than `max_bytes`; 503 raised by `reserve`.
@@ -155,12 +155,12 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
         raise too_long  # before the client sends the body
     body = bytearray()
     discarded = 0
-    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+    deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT
     try:
-        async with asyncio.timeout_at(deadline) as limit:
+        async with asyncio.timeout_at(deadline) as timeout:
             async for chunk in request.stream():
                 deadline += len(chunk) / MIN_BYTES_PER_SECOND
-                limit.reschedule(deadline)
+                timeout.reschedule(deadline)
                 if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
                     discarded += len(chunk)
                     if discarded > DISCARDED_BODIES * max_bytes:
@@ -177,17 +177,17 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
     return bytes(body)
 
 
-def read_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
+def parse_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
     """Parse the body of `POST /predict`: a form, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
-    Raises HTTPException 400, 413 or 415, as `read_instances` does.
+    Raises HTTPException 400, 413 or 415, as `parse_instances` does.
     """
     media_type, options = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
-        parameters, files = _read_form(body, options.get(b"boundary", b""), settings.max_images)
+        parameters, files = _parse_form(body, options.get(b"boundary", b""), settings.max_images)
     elif media_type == b"application/json":
-        parameters = _read_object(body)
-        files = _read_list(parameters.pop("images", None), "images", settings.max_images)
+        parameters = _parse_object(body)
+        files = _parse_images(parameters.pop("images", None), "images", settings.max_images)
     else:
         form, example = "multipart/form-data (curl -F file=@photo.jpg)", '{"images": ["..."]}'
         raise HTTPException(415, f"send images as {form}, or in base64 as application/json: {example}")
@@ -195,18 +195,18 @@ def read_predict(body: bytes, content_type: str, query: dict[str, str], settings
     if unknown := sorted(parameters.keys() - {"top_k", "explain"}):
         raise HTTPException(400, f"unknown parameter {unknown[0]!a}; known: images, top_k, explain")
     images = _check_images(files, settings)
-    top_k, explain = _read_top_k(parameters.get("top_k", 5)), _read_explain(parameters.get("explain", False))
+    top_k, explain = _parse_top_k(parameters.get("top_k", 5)), _parse_explain(parameters.get("explain", False))
     return PredictRequest(images, top_k, explain)
 
 
-def read_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:
+def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> PredictRequest:
     """Parse the body of `POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}` or `{"inputs": [...]}`.
 
     Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or
     without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
-    Serving, it ignores the content type. `explain`, for paths that end in `:explain`, is as the signature of that name.
+    Serving, it ignores the content type. `explain`, for paths that end in `:explain`, requests that signature.
     """
-    tree = _read_object(body)
+    tree = _parse_object(body)
     if ("instances" in tree) == ("inputs" in tree):
         raise HTTPException(400, 'the request needs either "instances": [{"b64": "..."}] or "inputs"')
     signature = tree.get("signature_name", "serving_default")
@@ -218,7 +218,7 @@ def read_instances(body: bytes, settings: Settings, explain: bool = False) -> Pr
         images = images["image_bytes"]
     if isinstance(images, list):
         images = [image.get("image_bytes", image) if isinstance(image, dict) else image for image in images]
-    images = _check_images(_read_list(images, key, settings.max_images), settings)
+    images = _check_images(_parse_images(images, key, settings.max_images), settings)
     return PredictRequest(images, explain=explain or signature == "explain", columnar=key == "inputs")
 
 
@@ -228,7 +228,7 @@ def _check_images(files: list[tuple[str, bytes]], settings: Settings) -> list[En
     return [check_image(data, name, settings.max_pixels) for name, data in files]
 
 
-def _read_object(body: bytes) -> dict[str, Any]:
+def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -238,11 +238,11 @@ def _read_object(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def _read_list(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
+def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
     if len(images) > max_images:
-        raise _too_many_images(max_images)
+        raise _too_many_images_error(max_images)
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
@@ -265,7 +265,7 @@ def _decode_base64(value: Any, name: str) -> bytes:
         raise HTTPException(400, f"{name} is not valid base64; {_BASE64_FORMS}") from None
 
 
-def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
     ended = threading.Event()
@@ -277,7 +277,7 @@ def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str,
 
     def on_file(file: File) -> None:
         if len(files) == max_images:
-            raise _too_many_images(max_images)
+            raise _too_many_images_error(max_images)
         file.file_object.seek(0)
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
@@ -289,14 +289,14 @@ def _read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str,
         parser.finalize()
         if ended.is_set():
             return fields, files
-    raise HTTPException(400, "the form is damaged: multipart/form-data needs a boundary and complete parts")
+    raise HTTPException(400, "the form is malformed: multipart/form-data needs a boundary and complete parts")
 
 
-def _too_many_images(max_images: int) -> HTTPException:
+def _too_many_images_error(max_images: int) -> HTTPException:
     return HTTPException(413, f"a request may have at most {max_images} images; split it")
 
 
-def _read_top_k(value: Any) -> int:
+def _parse_top_k(value: Any) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -304,7 +304,7 @@ def _read_top_k(value: Any) -> int:
     return value
 
 
-def _read_explain(value: Any) -> bool:
+def _parse_explain(value: Any) -> bool:
     flags = {"true": True, "1": True, "false": False, "0": False}
     flag = flags.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):

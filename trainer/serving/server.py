@@ -1,4 +1,4 @@
-"""The server process: listen while the model is loaded, and finish accepted requests before the exit."""
+"""The server process. It listens while the model is loaded, and finishes accepted requests before it exits."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
     LoadModel = Callable[[Export], ServedModel]
 
-HEAD_SECONDS = 10.0  # time limit for the head of a request, from the connection or the first byte of the request on
-IDLE_SECONDS = 75.0  # time limit of an idle connection; longer than the usual 60 s of load balancers
-FIRST_REQUEST_SECONDS = 1.0  # wait during the shutdown for the first request of a connection
+HEAD_TIMEOUT = 10.0  # seconds for the head of a request, from the connection or the first byte of the request on
+IDLE_TIMEOUT = 75.0  # seconds until an idle connection is closed; more than the usual 60 s of load balancers
+FIRST_REQUEST_TIMEOUT = 1.0  # seconds to wait for the first request of a connection during the shutdown
 MAX_BACKLOG = 1024  # connections that the kernel queues
 MAX_HEAD_BYTES = 32 * 1024
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP connection with a time limit for the head of a request and a shutdown that loses no request."""
+    """uvicorn's HTTP connection with a timeout for the head of a request and a shutdown that loses no request."""
 
     _head_timeout: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._set_head_timeout(HEAD_SECONDS)
+        self._set_head_timeout(HEAD_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._head_timeout is None:
-                self._set_head_timeout(HEAD_SECONDS)
+                self._set_head_timeout(HEAD_TIMEOUT)
         else:
             self._set_head_timeout(None)
 
@@ -62,9 +62,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close the connection; first wait if a request may have arrived that has not been read yet."""
+        """Close the connection, after a wait if a request can have arrived that has not been read yet."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
-            self._set_head_timeout(FIRST_REQUEST_SECONDS)
+            self._set_head_timeout(FIRST_REQUEST_TIMEOUT)
         else:
             super().shutdown()
 
@@ -136,7 +136,7 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
         access_log=False,
         server_header=False,
         backlog=MAX_BACKLOG,
-        timeout_keep_alive=round(IDLE_SECONDS),
+        timeout_keep_alive=round(IDLE_TIMEOUT),
         timeout_graceful_shutdown=math.ceil(settings.drain),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
@@ -144,20 +144,20 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
     loop = asyncio.get_running_loop()
     signals: list[str] = []
 
-    def stop(number: signal.Signals) -> None:
-        signals.append(number.name)
+    def stop(received: signal.Signals) -> None:
+        signals.append(received.name)
         if len(signals) > 1:
-            log_unbuffered(f"\n{number.name}: exiting now with {service.active} requests in progress")
+            log_unbuffered(f"\n{received.name}: exiting now with {service.active} requests in progress")
             os._exit(INTERRUPTED)
         service.stopping = True
         if service.model is None:
-            log_unbuffered(f"interrupted: {number.name} before the model was loaded; no request was lost")
+            log_unbuffered(f"interrupted: {received.name} before the model was loaded; no request was lost")
             os._exit(INTERRUPTED)  # the thread that loads the model cannot be stopped
-        log.info(f"{number.name}: accepting requests for another {settings.linger:g} s, then finishing them")
+        log.info(f"{received.name}: accepting requests for another {settings.linger:g} s, then finishing them")
         loop.call_later(settings.linger, setattr, server, "should_exit", True)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+    for handled in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(handled, stop, handled)
     batching = service.start_batching()
     loading = asyncio.create_task(_load(service, server, load_model))
     port = listener.getsockname()[1]
@@ -175,7 +175,7 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
 
 
 async def _load(service: Service, server: Server, load_model: LoadModel) -> None:
-    """Load and warm up the model in a thread, so that the server can respond to probes; an error stops the server."""
+    """Load and warm up the model in a thread, so that the server responds to probes. An error stops the server."""
     try:
         model = await asyncio.to_thread(load_model, service.export)
         sizes = await asyncio.to_thread(model.warm_up, service.settings.batch)

@@ -22,17 +22,17 @@ class Settings(Section):
     name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")
     """In /v1/models/NAME:predict."""
     batch: int = Field(32, ge=1, le=1024)
-    """Largest number of images per call of the model."""
+    """Maximum number of images per call of the model."""
     window_ms: float = Field(2.0, ge=0, le=1000)
     """How long an image waits for others while the model is idle."""
     queue: int = Field(256, ge=1, le=10**6)
-    """Largest number of waiting images; requests that exceed it get 503."""
+    """Maximum number of waiting images; requests that exceed it get 503."""
     max_bytes: int = Field(16 * 1024**2, ge=1024, le=2**40)
-    """Bytes per request; all requests in progress have 8 times as many."""
+    """Maximum bytes per request; all requests in progress together have 8 times as many."""
     max_pixels: int = Field(50_000_000, ge=1, le=10**10)
-    """Pixels per image, and per call of the model."""
+    """Maximum pixels per image, and per call of the model."""
     max_images: int = Field(64, ge=1, le=10**6)
-    """Images per request."""
+    """Maximum images per request."""
     log: str | None = None
     """File to which one JSON line per prediction is appended."""
     log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -40,9 +40,9 @@ class Settings(Section):
     linger: float = Field(2.0, ge=0, le=600)
     """Seconds after SIGTERM in which new requests are accepted."""
     drain: float = Field(30.0, gt=0, le=3600)
-    """Seconds after that in which accepted requests are answered."""
+    """Seconds after that in which accepted requests are completed."""
     cache_dir: Annotated[str, BeforeValidator(lambda value: value or None)] = "~/.cache/kubetune"
-    """Exports in a bucket are copied to it; $KUBETUNE_CACHE replaces the default."""
+    """Folder to which exports in a bucket are copied; $KUBETUNE_CACHE replaces the default."""
 
     @model_validator(mode="after")
     def _check_that_a_request_fits_the_queue(self) -> Settings:
@@ -54,12 +54,12 @@ class Settings(Section):
 
 
 def batch_sizes(max_batch: int) -> list[int]:
-    """Return the sizes that batches are padded to: 1, 2, 4, ... up to the first that is at least `max_batch`."""
+    """Return the sizes that batches are padded to: powers of two up to the first that is at least `max_batch`."""
     return [2**power for power in range((max_batch - 1).bit_length() + 1)]
 
 
-def read_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """Validate the arguments; `cache_dir` replaces the default of that setting. Raises ConfigError, with all faults."""
+def parse_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
+    """Validate the arguments; `cache_dir` replaces the default of that setting. Raises ConfigError with all faults."""
     tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
         return Settings.model_validate(tree)
