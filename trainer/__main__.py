@@ -17,15 +17,15 @@ from trainer.cli.process import (
     choose_and_log_source,
     configure_log,
     exit_with_code,
-    log_labels,
-    quiet_start,
+    make_log_labels,
     start_monitoring,
+    suppress_import_noise,
 )
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster import watchdog
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
-from trainer.config.diff import common_settings
+from trainer.config.diff import select_common_settings
 from trainer.config.schema import apply_overfit
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
@@ -40,7 +40,7 @@ from trainer.runs.folder import (
     source_digest,
     versions,
 )
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 
 DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while waiting for the other workers
 
@@ -82,13 +82,13 @@ def main() -> None:
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
-        with control.propagate_failures(), disk_errors():
-            control.require_equal("configuration", common_settings(config))
+        with control.propagate_failures(), translate_disk_errors():
+            control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", versions() | {"source": source_digest()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
-            watchdog.start(config.runtime, control, stop.unread, listener, **log_labels(config, cluster.index))
+            watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
-            with quiet_start():
+            with suppress_import_noise():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 
             train_run(config, folder, control, stop, process_started)

@@ -24,7 +24,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.metrics import MetricsWriter
 from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 from trainer.training.state import RunState
 
 
@@ -81,7 +81,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     control.on_end, stop.on_request = record, on_request
     disks, resumes = (saver.path, run.config.runtime.cache_folder), saver.resume_hint
     try:
-        with disk_errors(disks, "checkpoints are intact", f"make space there. {resumes}"):
+        with translate_disk_errors(disks, "checkpoints are intact", f"make space there. {resumes}"):
             yield
     except OSError as error:
         problem = f"{saver.address}: {error.strerror or error}; checkpoints are intact"

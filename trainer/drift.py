@@ -18,7 +18,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import format_measures, measure_drift, read_log, read_reference, verdict
@@ -38,7 +38,7 @@ def _parse_hours(text: str) -> float:
 def main() -> None:
     """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
     with exit_with_code():
-        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
+        arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
         hours = _parse_hours(arguments["hours"]) if "hours" in arguments else None
         output = arguments.get("output", "drift.png")
         if not output.endswith(".png"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trainer.names import printable
+from trainer.names import escape_unprintable
 
 DONE = 0
 BUG = 1
@@ -29,7 +29,7 @@ class TrainerError(Exception):
         self.problem, self.key, self.value, self.fix = problem, key, value, fix
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f"={printable(str(self.value))}"
+        value = "" if self.value is None else f"={escape_unprintable(str(self.value))}"
         subject = "" if self.key is None else f"{self.key}{value}: "
         return subject + self.problem + (f"; {self.fix}" if self.fix else "")
 

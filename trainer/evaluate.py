@@ -21,9 +21,9 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
-from trainer.cli.process import configure_log, exit_with_code, quiet_start
+from trainer.cli.process import configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
@@ -73,14 +73,14 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
 def main() -> None:
     """Run the command `python -m trainer.evaluate`; exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, changes = read_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
+        options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         home, run_config, run_json = read_run(options["run"])
         config, moved = apply_changes(run_config, changes)
         configure_log(config.runtime)
         run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
-        with quiet_start():
+        with suppress_import_noise():
             from trainer.report.evaluate_run import evaluate  # imports TensorFlow, after the arguments are checked
         evaluate(run, checkpoint, options, moved)
 

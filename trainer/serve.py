@@ -19,8 +19,8 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.arguments import ALL, read_arguments
-from trainer.cli.process import exit_with_code, quiet_start
+from trainer.cli.arguments import ALL, parse_arguments
+from trainer.cli.process import exit_with_code, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.serving.export_files import Export, find_export
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def _load_model(export: Export) -> ServedModel:
     """Import TensorFlow and load the export; called in a thread while the server already listens."""
-    with quiet_start():
+    with suppress_import_noise():
         from trainer.serving.model import ServedModel
     return ServedModel(export)
 
@@ -46,7 +46,7 @@ def main() -> None:
         rows = [f"    {f'{key}={shown[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
         # All keys are accepted here: `read_settings` reports unknown ones together with all other faults.
-        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
+        arguments, _ = parse_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
         settings = read_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve

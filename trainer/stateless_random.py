@@ -26,7 +26,7 @@ def _mix(x: tf.Tensor) -> tf.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
+def random_bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
     """Return 64 random bits, int64, per element of the int64 coordinates after broadcasting.
 
     The mixing is a bijection: coordinates that differ only in the last one always have different bits.
@@ -37,6 +37,6 @@ def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
     return state
 
 
-def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
+def random_uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
     """Return uniform float32 in [0, 1), per element of the int64 coordinates after broadcasting."""
-    return tf.cast(_shift_right(bits(*coordinates), 40), tf.float32) * 2.0**-24
+    return tf.cast(_shift_right(random_bits(*coordinates), 40), tf.float32) * 2.0**-24

@@ -48,7 +48,7 @@ from trainer.training.losses import class_weights
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite, require_plausible
-from trainer.types import scored_split
+from trainer.types import choose_scored_split
 
 AFTER_TRAINING = "after the end of training"
 
@@ -534,7 +534,7 @@ def finish(run: RunContext) -> None:
     health.enter_phase(FINISH)
     images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"):
-        split = scored_split(dataset.splits)
+        split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
-from trainer.names import printable
+from trainer.names import escape_unprintable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ class Split:
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
     orientation: Literal["exif", "ignore"] = "exif"  # whether images are turned upright by their EXIF orientation
-    groups: tuple[str, ...] | None = None  # value of data.group_field per example; set for `scored_split` only
+    groups: tuple[str, ...] | None = None  # value of data.group_field per example; set for `choose_scored_split` only
 
     @property
     def count(self) -> int:
@@ -49,9 +49,9 @@ class Split:
     def name_of(self, index: int) -> str:
         """Return the image file of an example, or its shard and record as `PATH#RECORD`; printable."""
         if self.files:
-            return printable(self.files[index])
+            return escape_unprintable(self.files[index])
         path, record = self.record_of(index)
-        return f"{printable(path)}#{record}"
+        return f"{escape_unprintable(path)}#{record}"
 
     def record_of(self, index: int) -> tuple[str, int]:
         """Return the shard of an example, and the number of its record in the shard."""
@@ -121,6 +121,6 @@ class EvaluationResult:
     metrics: dict[str, object]  # by name: accuracy, loss, per-class scores, ...
 
 
-def scored_split(splits: Container[str]) -> str:
+def choose_scored_split(splits: Container[str]) -> str:
     """Return the split of the final scores: test, or validation if the data has no test split."""
     return "test" if "test" in splits else "validation"

@@ -24,8 +24,8 @@ from trainer.cluster.watchdog_process import (
     UNRESPONSIVE_SECONDS,
     Observation,
     Peer,
-    reason_to_end,
-    unread_messages,
+    decide_end_reason,
+    parse_unread_messages,
 )
 from trainer.errors import INTERRUPTED
 
@@ -211,7 +211,7 @@ def test_a_peer_that_leaves_as_planned_ends_nothing(tmp_path: Path) -> None:
 
 def test_the_decision() -> None:
     def decide(seconds: float, *peers: Peer, name: str | None = None) -> str | None:
-        return reason_to_end(Observation(seconds, 900.0, "compiling", name, list(peers)))
+        return decide_end_reason(Observation(seconds, 900.0, "compiling", name, list(peers)))
 
     lost, silent = Peer(1, "b:1", closed=True), Peer(2, "c:1", silent_seconds=SILENCE_SECONDS + 1)
     assert decide(UNRESPONSIVE_SECONDS - 1, lost, silent, name="SIGTERM") is None
@@ -231,10 +231,10 @@ def test_unread_messages_may_begin_within_one() -> None:
         return HEADER.pack(MAGIC, len(text), len(payload)) + text + payload
 
     data = message(b"\0" * 100, kind="value", topic="a") + message(kind="heartbeat") + message(kind="failed", code=2)
-    kinds = [header["kind"] for header in unread_messages(data)]
+    kinds = [header["kind"] for header in parse_unread_messages(data)]
     assert kinds == ["value", "heartbeat", "failed"]
-    assert [header["kind"] for header in unread_messages(data[5:])] == ["heartbeat", "failed"]
+    assert [header["kind"] for header in parse_unread_messages(data[5:])] == ["heartbeat", "failed"]
     # The process has read the lengths of the first message, and waits for the GIL.
-    assert [header["kind"] for header in unread_messages(data[HEADER.size :])] == kinds
-    assert [header["kind"] for header in unread_messages(data[:-3])] == ["value", "heartbeat"]
-    assert unread_messages(b"") == unread_messages(b"kubetune") == []
+    assert [header["kind"] for header in parse_unread_messages(data[HEADER.size :])] == kinds
+    assert [header["kind"] for header in parse_unread_messages(data[:-3])] == ["value", "heartbeat"]
+    assert parse_unread_messages(b"") == parse_unread_messages(b"kubetune") == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminal import on_terminal, screen
-from trainer.monitoring.display import PhaseProgress, format_duration, progress_line
+from trainer.monitoring.display import PhaseProgress, format_duration, format_progress_line
 from trainer.monitoring.health import FINISH, Health
 
 ROOT = Path(__file__).parents[2]
@@ -59,18 +59,18 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     phase = PhaseProgress("head", 0, 100, 5, began_step=20, began=1000.0)
     current.enter_phase("head")
     current.record_steps(20, 2)
-    assert progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
+    assert format_progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
     current.record_steps(60, 3)  # 40 steps in 20 s, 40 left
-    assert progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
+    assert format_progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
     current.set_activity("saving a checkpoint")
     current.activity_began = 1000.0
-    assert progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
+    assert format_progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
     current.progress(3, 4)
-    assert progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
-    assert len(progress_line(30, phase, FIGURES, now=1009.0)) < 30
+    assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
+    assert len(format_progress_line(30, phase, FIGURES, now=1009.0)) < 30
 
 
 def test_format_duration() -> None:

@@ -15,7 +15,7 @@ from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from trainer.errors import Interrupted
 from trainer.storage import gcs_client
-from trainer.storage.base import within
+from trainer.storage.base import request_deadline
 from trainer.storage.path import Conflict, StoragePath, storage_path
 
 
@@ -188,7 +188,7 @@ def test_a_busy_server_is_named_by_its_code(
 
 def test_another_deadline_in_a_block(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {"unavailable": 1.0}
-    with within(0.2), raises(Interrupted, problem=r"did not respond for 0\.2 s"):
+    with request_deadline(0.2), raises(Interrupted, problem=r"did not respond for 0\.2 s"):
         in_bucket.delete()
     proxy.odds = dict(EVENLY)
     in_bucket.delete()

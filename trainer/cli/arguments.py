@@ -12,12 +12,12 @@ NOTHING = "(?!)"  # a regular expression that matches no text
 ALL = "(?s:.*)"  # one that matches every text
 
 
-def usage(doc: str | None) -> str:
+def format_usage(doc: str | None) -> str:
     """Return the usage line of a command: its module docstring up to the first colon."""
     return " ".join(re.split(r":\s", doc or "")[0].replace("`", "").split())
 
 
-def read_arguments(
+def parse_arguments(
     arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
 ) -> tuple[dict[str, str], list[str]]:
     """Return the values by key, and the arguments that match `rest`; `--help` prints `doc`,
@@ -41,7 +41,7 @@ def read_arguments(
         raise SystemExit
     values: dict[str, str] = {}
     unchanged: list[str] = []
-    fix = f"write {usage(doc)}"
+    fix = f"write {format_usage(doc)}"
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not is_utf8(argument):

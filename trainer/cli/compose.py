@@ -19,29 +19,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import trainer
-from trainer.cli.overrides import GROUPS, given_keys, read_weights, typed_overrides
-from trainer.config.keys import keys_of, suggest_key, suggest_name, with_defaults
+from trainer.cli.overrides import GROUPS, list_given_keys, parse_weights, translate_overrides
+from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
 from trainer.config.schema import RequestedConfig, load
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 
 
-def conf_folder() -> Path:
+def find_conf_folder() -> Path:
     """Return `conf/`, which is inside an installed package, but next to the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def choices(group: str) -> list[str]:
+def list_choices(group: str) -> list[str]:
     """List the files that can be chosen in a group; those in its subfolders are parts of one experiment each."""
-    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (find_conf_folder() / group).glob("*.yaml"))
 
 
-def help_text() -> str:
+def format_help() -> str:
     """Return the text of `--help`, with the meaning and the choices of every group."""
-    template = yaml.safe_load((conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
-    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(choices(group)), 106), '    ')}"
+    template = yaml.safe_load((find_conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
+    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(list_choices(group)), 106), '    ')}"
               for group, meaning in GROUPS.items()]  # fmt: skip
     return Template(template).substitute(APP_CONFIG_GROUPS="\n".join(groups) + "\n")
 
@@ -71,12 +71,12 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         ConfigError: a group or file is unknown, a value cannot be parsed, or a required one (`???`) is missing.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        print(format_help())
         return None
     if "--version" in arguments:
         print(f"kubetune {trainer.__version__}")
         return None
-    arguments, show = _without_cfg_job(typed_overrides(arguments, sweep=is_sweep(arguments)))
+    arguments, show = _remove_cfg_job(translate_overrides(arguments, sweep=is_sweep(arguments)))
     composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
@@ -98,19 +98,19 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
     original, sys.argv = sys.argv, ["python -m trainer", *arguments]
     try:
-        hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
+        hydra.main(config_path=str(find_conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _config_error(error) from None
     finally:
         sys.argv = original
     if composed and show:
         tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
-        print(yaml.safe_dump(with_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(add_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
         return None
     return resolve(composed[0]) if composed else None
 
 
-def _without_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
+def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
     """Return the arguments without `--cfg job`, and whether it was there; with other options it is left to Hydra."""
     rest, show = [], False
     for previous, text in zip(["", *arguments], arguments, strict=False):
@@ -124,7 +124,7 @@ def _without_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
 def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
     """Validate a composed configuration; a ConfigError lists its faults, or the keys in `arguments` that it ignores."""
     config = load(composed)
-    require_read(config, given_keys(arguments))
+    require_read(config, list_given_keys(arguments))
     return config
 
 
@@ -141,7 +141,7 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise _config_error(error) from None
     if isinstance(training := values.get("training"), dict) and "class_weights" in training:
-        training["class_weights"] = read_weights(training["class_weights"])
+        training["class_weights"] = parse_weights(training["class_weights"])
     return values
 
 
@@ -155,10 +155,12 @@ def _config_error(error: Exception) -> ConfigError:
         group, name = choice.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
-        return ConfigError(f"there is no such {group}", key=group, value=name, fix=suggest_name(name, choices(group)))
+        return ConfigError(
+            f"there is no such {group}", key=group, value=name, fix=suggest_name(name, list_choices(group))
+        )
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(
-            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *keys_of(RequestedConfig)])
+            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *list_keys(RequestedConfig)])
         )
     lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     if key := re.search(r"full_key: (\S+)", text):

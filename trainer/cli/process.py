@@ -18,7 +18,7 @@ from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, Trainer
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, discard_if_closed, drop_stderr_lines, log, log_traceback
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 
 # Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
@@ -29,7 +29,7 @@ _log_is_configured = False
 
 
 @contextmanager
-def _hidden(names: Iterable[str]) -> Iterator[None]:
+def _hide_packages(names: Iterable[str]) -> Iterator[None]:
     """Make packages that are not imported yet appear not to be installed within this block."""
     absent = [name for name in names if name not in sys.modules]
     for name in absent:
@@ -42,7 +42,7 @@ def _hidden(names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_start() -> Iterator[None]:
+def suppress_import_noise() -> Iterator[None]:
     """Suppress what TensorFlow prints on every start when it is imported in this block; other lines reach stderr.
 
     Keras is imported first, while scikit-learn and matplotlib are hidden, so that it does not import them.
@@ -50,7 +50,7 @@ def quiet_start() -> Iterator[None]:
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, errors of CUDA are expected
     with drop_stderr_lines(_TENSORFLOW_NOISE):
-        with _hidden(_UNUSED_BY_KERAS):
+        with _hide_packages(_UNUSED_BY_KERAS):
             importlib.import_module("keras")
         yield
 
@@ -60,7 +60,7 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
 
     Raises ConfigError if the process cannot listen on `runtime.http_port`.
     """
-    configure_log(config.runtime, **log_labels(config, worker))
+    configure_log(config.runtime, **make_log_labels(config, worker))
     health.set_gauges(workers=workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
@@ -69,7 +69,7 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
     return None
 
 
-def log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
+def make_log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
     """Return the labels of the log lines of a worker."""
     return {"worker": str(worker)} | ({"run": config.output_dir} if config.output_dir else {})
 
@@ -110,7 +110,7 @@ def exit_with_code() -> Iterator[None]:
     code, reason = DONE, ""
     configure()
     try:
-        with disk_errors():
+        with translate_disk_errors():
             yield
     except TrainerError as error:
         if not _log_is_configured:

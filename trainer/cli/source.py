@@ -4,9 +4,9 @@ import glob
 import re
 from collections.abc import Sequence
 
-from trainer.cli.overrides import given_values, typed_value
+from trainer.cli.overrides import map_given_values, parse_value
 from trainer.config.base import InvalidValue, check_address
-from trainer.config.typed import typed
+from trainer.config.typed import quote_if_needed
 from trainer.errors import ConfigError, DataError
 from trainer.storage.path import storage_path
 
@@ -23,7 +23,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
         ConfigError: data.root has another scheme than gs://.
         DataError: there is nothing at data.root that is one of the sources.
     """
-    given = given_values(arguments)
+    given = map_given_values(arguments)
     unchanged = {"data", "experiment", "data.source"} & given.keys() or {"-h", "--help", "--version"} & set(arguments)
     key = next((k for k in ("data.root", "data.name", "data.pattern") if given.get(k)), None)
     if unchanged or key is None:
@@ -31,7 +31,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     if key != "data.root":
         group, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
         return [f"data={group}", *arguments], f"{key}={given[key]}: {reason}, so data={group}"
-    root = typed_value(f"data.root={given['data.root']}")
+    root = parse_value(f"data.root={given['data.root']}")
     if root is None:
         return list(arguments), ""
     try:
@@ -60,11 +60,15 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
     if _INFO in names:
         return "tfds", f"{_INFO}, a prepared dataset", []
     if len(nested) == 1:
-        return "tfds", f"{_INFO} in {nested[0].name}, a prepared dataset", [f"data.root={typed(str(nested[0]))}"]
+        return (
+            "tfds",
+            f"{_INFO} in {nested[0].name}, a prepared dataset",
+            [f"data.root={quote_if_needed(str(nested[0]))}"],
+        )
     if records := sorted(name for name in names if _RECORDS.search(name)):
         ending = _RECORDS.search(records[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"
-        return "tfrecords", f"{len(records)} record files", [f"data.pattern={typed(pattern)}"]
+        return "tfrecords", f"{len(records)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
     problem = f"has {len(names)} files and no folders" if names else "does not exist, or is empty"

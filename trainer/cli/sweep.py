@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from trainer.cli.compose import compose, is_sweep, load_given, resolve
-from trainer.cli.overrides import parse, shown, typed_overrides, value_of
+from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
-from trainer.config.diff import flat, may_change_on_resume
+from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
-from trainer.config.typed import INTERPOLATION, argument, quote, typed
+from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
-from trainer.private_api import is_grid, session_end_summary
+from trainer.private_api import is_grid, make_session_end_summary
 from trainer.runs.folder import inspect_folder, is_finished
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import read_json
@@ -45,27 +45,27 @@ EVENTS_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevent
 Value = bool | int | float | str
 
 
-def columns_event_file(names: list[str]) -> bytes:
+def serialize_columns(names: list[str]) -> bytes:
     """Serialize the event file of the sweep: TensorBoard shows these hyperparameters and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
     metrics = [summary_v2.Metric(tag, display_name=name) for tag, name in METRICS.items()]
-    return _events([summary_v2.hparams_config_pb(hparams, metrics)])
+    return _serialize_events([summary_v2.hparams_config_pb(hparams, metrics)])
 
 
-def job_event_file(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
+def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
     """Serialize the event file of one job, a row in TensorBoard; `scores` by `METRICS`, empty for a failed job."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
     status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
-    end = session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
+    end = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
     start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
-    return _events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
+    return _serialize_events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
 
 
-def _events(summaries: list[Summary]) -> bytes:
+def _serialize_events(summaries: list[Summary]) -> bytes:
     """Serialize an event file without TensorFlow, whose import takes seconds."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -78,7 +78,7 @@ def _events(summaries: list[Summary]) -> bytes:
     return file.getvalue()
 
 
-def scores_of(report: Any) -> dict[str, float]:
+def extract_scores(report: Any) -> dict[str, float]:
     """Return the scores of a job, by the keys of `METRICS`, from its report.json."""
     scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
     if report["test"]["split"] == "test":
@@ -138,7 +138,7 @@ class Sweep:
     def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
         """Train or resume a job unless it is finished, read its scores and write its event files."""
         self._raise_if_stopped()
-        arguments = [shown(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+        arguments = [format_override(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         if ".." in name.split("/") or name.startswith("/"):
             problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
             raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
@@ -151,7 +151,7 @@ class Sweep:
         job = Job(name, output_dir, arguments, dict(a.split("=", 1) for a in arguments if "=" in a))
         outcome = " is finished already" if finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{outcome}")
-        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={typed(output_dir)}"])
+        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={quote_if_needed(output_dir)}"])
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
             cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
@@ -159,7 +159,7 @@ class Sweep:
         self.jobs.append(job)
         if job.code == DONE:
             fix = f"delete {output_dir}/DONE, and start the same command again to write the report again"
-            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", scores_of, fix) or {}
+            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", extract_scores, fix) or {}
         self._write_events(job, tree)
         return job
 
@@ -182,19 +182,19 @@ class Sweep:
             raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume_hint())
 
     def _resume_hint(self) -> str:
-        return f"start the same command again with {argument('output_dir', self.folder)} to resume"
+        return f"start the same command again with {format_argument('output_dir', self.folder)} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
         swept = {key: text for key, text in job.overrides.items() if key in self.swept}
         overrides = {key: text for key, text in swept.items() if not may_change_on_resume(key)}
-        values = {key: _hyperparameter(tree, key, text) for key, text in overrides.items()}
+        values = {key: _get_hyperparameter(tree, key, text) for key, text in overrides.items()}
         previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
         if not (folder / "config.yaml").exists():  # it failed early; in an empty folder the run can begin later
             return
-        (folder / EVENTS_FILE).write(job_event_file(job.name, values, job.scores, job.code == DONE))
+        (folder / EVENTS_FILE).write(serialize_job(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
-            (storage_path(self.folder or "") / EVENTS_FILE).write(columns_event_file(list(self.columns)))
+            (storage_path(self.folder or "") / EVENTS_FILE).write(serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
         """Describe the overrides of a job that differ from another job so far; all of them for the first job."""
@@ -234,7 +234,7 @@ class Sweep:
         text += self._describe_seeds()
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            arguments = [*best.arguments, f"output_dir={typed(best.folder)}"]
+            arguments = [*best.arguments, f"output_dir={quote_if_needed(best.folder)}"]
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
                 f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
@@ -256,7 +256,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """
     if not is_sweep(arguments):
         return compose(arguments)
-    arguments = typed_overrides(arguments, sweep=True)
+    arguments = translate_overrides(arguments, sweep=True)
     if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
@@ -290,16 +290,16 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 def _swept_keys(arguments: list[str]) -> set[str]:
     """Return the keys and groups for which the arguments give several values."""
-    overrides = [parse(a) for a in arguments if "=" in a and not a.startswith("-")]
+    overrides = [parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
     return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     """Make an `output_dir` that is equal for all jobs the folder of the sweep; return the new arguments and folder."""
     outputs = [a for a in arguments if re.match(r"\+*output_dir=", a)]
-    if not outputs or parse(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
+    if not outputs or parse_override(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
         return arguments, None
-    rest, folder = [a for a in arguments if a not in outputs], value_of(outputs[-1])
+    rest, folder = [a for a in arguments if a not in outputs], evaluate_override(outputs[-1])
     if not folder:
         return rest, None
     if is_remote(folder):
@@ -308,7 +308,7 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
 
 
-def _hyperparameter(tree: Any, key: str, text: str) -> Value:
+def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
     """Return the value of a key in the configuration; for a group, the choice `text`."""
-    value = flat(tree).get(key)
+    value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

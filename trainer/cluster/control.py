@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from trainer.cluster.discovery import Cluster
-from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
+from trainer.cluster.protocol import HEADER, MAGIC, describe_peer_failure
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -148,7 +148,7 @@ class ControlChannel:
 
     def require_equal(self, topic: str, values: dict[str, Any]) -> None:
         """Raise a ConfigError with the differences unless all workers have the same JSON values, by name."""
-        if lines := self.reduce(topic, values, differences):
+        if lines := self.reduce(topic, values, list_differences):
             problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
             raise ConfigError(problem, fix="start all of them with the same image and arguments")
 
@@ -235,7 +235,9 @@ class ControlChannel:
                 self._departed_peers.add(peer)
                 health.on_change()
                 if header["kind"] == "failed" and not self._ignore_peers:
-                    code, message = failure_of_peer(header["code"], header["message"], header["worker"], sender=peer)
+                    code, message = describe_peer_failure(
+                        header["code"], header["message"], header["worker"], sender=peer
+                    )
                     self.end(code, message, header["worker"])
 
     def _send_heartbeats(self) -> None:
@@ -269,7 +271,7 @@ class ControlChannel:
                 os._exit(code)
 
 
-def differences(by_worker: list[dict[str, Any]]) -> list[str]:
+def list_differences(by_worker: list[dict[str, Any]]) -> list[str]:
     """List the values that differ as "name: V on worker 0, W on worker N"; N is the first worker that differs."""
     lines = []
     for name in sorted({name for worker in by_worker for name in worker}):

@@ -62,7 +62,7 @@ def set_thread_pools(count: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
-def gpu_memory() -> int | None:
+def query_gpu_memory() -> int | None:
     """Return the bytes of memory of all GPUs together, by nvidia-smi; None without GPUs or if it is not known."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:

@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, Interrupted
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
 OWN_TIMEOUT_SECONDS = 1.0  # to connect to the address of this worker itself, and for the response
-MAX_REACH_SECONDS = 30.0  # to reach the port of each other worker
+REACH_TIMEOUT_SECONDS = 30.0  # to reach the port of each other worker
 
 RETRY = "start all workers again"
 
@@ -261,15 +261,15 @@ def _connect(address: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connect
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
     """Connect to every other worker's port; raise `Interrupted` on all workers if one of them cannot."""
     others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
-    faults = [fault for i, address in others for fault in _reach_faults(cluster, i, address)]
+    faults = [fault for i, address in others for fault in _check_reachable(cluster, i, address)]
     if faults := control.reduce("reach", faults, lambda gathered: list(itertools.chain(*gathered))):
         problem = "not all workers can reach each other: " + ", ".join(faults[:5])
         raise Interrupted(problem, fix="check network policies, then start all workers again")
 
 
-def _reach_faults(cluster: Cluster, index: int, address: str) -> list[str]:
+def _check_reachable(cluster: Cluster, index: int, address: str) -> list[str]:
     """Connect to one worker, with retries; return the reason if this fails or another process responds, else []."""
-    deadline = time.monotonic() + MAX_REACH_SECONDS
+    deadline = time.monotonic() + REACH_TIMEOUT_SECONDS
     while True:
         try:
             with contextlib.closing(_connect(address)) as peer:

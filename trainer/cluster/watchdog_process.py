@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
+from trainer.cluster.protocol import HEADER, MAGIC, describe_peer_failure
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -60,7 +60,7 @@ class Observation:
     peers: list[Peer]  # those whose end would end this process
 
 
-def reason_to_end(seen: Observation) -> str | None:
+def decide_end_reason(seen: Observation) -> str | None:
     """Decide whether an unresponsive process ends, and for which reason."""
     if seen.seconds < UNRESPONSIVE_SECONDS:
         return None
@@ -68,7 +68,7 @@ def reason_to_end(seen: Observation) -> str | None:
     for peer in seen.peers:
         failed = next((m for m in peer.messages if m.get("kind") == "failed"), None)
         if failed:
-            _, message = failure_of_peer(failed["code"], failed["message"], failed["worker"], sender=peer.index)
+            _, message = describe_peer_failure(failed["code"], failed["message"], failed["worker"], sender=peer.index)
             return f"{message}; {blocked}"
         cause = "connection closed without notice" if peer.closed else f"no heartbeat for {peer.silent_seconds:.0f} s"
         left = any(m.get("kind") == "left" for m in peer.messages)
@@ -79,7 +79,7 @@ def reason_to_end(seen: Observation) -> str | None:
     return f"{blocked}, longer than its limit of {seen.limit:g} s; {RETRY}" if seen.seconds > seen.limit else None
 
 
-def unread_messages(data: bytes) -> list[dict[str, Any]]:
+def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
     """Parse the headers of messages of the control channel, in bytes that may begin within a message."""
     headers, start = [], data.find(MAGIC)
     with contextlib.suppress(ValueError):  # the process has read the lengths of this message
@@ -138,7 +138,7 @@ class _Watchdog:
         if select.select([self.signals], [], [], 0)[0]:
             name = signal.Signals(self.signals.recv(1, socket.MSG_PEEK)[0]).name
         seen = Observation(self.seconds, self.state["limit"], self.state["activity"], name, peers)
-        if reason := reason_to_end(seen):
+        if reason := decide_end_reason(seen):
             self.end(reason)
 
     def observe(self, index: int) -> Peer:
@@ -151,7 +151,7 @@ class _Watchdog:
         since = since if number == unread else self.seconds
         self._unread_bytes[index] = (unread, since)
         data = connection.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
-        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, unread_messages(data))
+        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, parse_unread_messages(data))
 
     def respond(self) -> None:
         """Respond to waiting requests on the port of `/healthz`: 503 after the limit, 200 before."""

@@ -27,10 +27,10 @@ def resolve_auto(
         texts = {key: f"{value}, as this run began" for key, value in texts.items()}
     else:
         counted = f"for {images:,} training images of {classes} classes"
-        backbone, size = _backbone(images, classes)
+        backbone, size = _choose_backbone(images, classes)
         batch_size = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
         rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
-        phases, row, hint = _phases(config, images, classes)
+        phases, row, hint = _choose_phases(config, images, classes)
         texts = {
             "model.backbone": f"{backbone}, {counted} ({size})",
             "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
@@ -40,7 +40,7 @@ def resolve_auto(
     return with_choices(config, backbone, batch_size, phases), reasons
 
 
-def batch_parts(config: RunConfig, replicas: int) -> int:
+def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
     """Return the number that divides a valid batch: replicas, times micro-batches or pairs of mixed examples."""
     return math.lcm(replicas * config.training.accumulate, replicas * (2 if config.augmentation.mixes else 1))
 
@@ -48,10 +48,10 @@ def batch_parts(config: RunConfig, replicas: int) -> int:
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
     """Limit the batch to an epoch of `images` examples; return the configuration, and the reason if it changed.
 
-    The limit is rounded up to a batch that can be divided over replicas, micro-batches and pairs (`batch_parts`). The
+    The limit is rounded up to a batch that can be divided over replicas, micro-batches and pairs (`compute_batch_divisor`). The
     gradients are those of the larger batch, the rest of which would be padding.
     """
-    training, parts = config.training, batch_parts(config, replicas)
+    training, parts = config.training, compute_batch_divisor(config, replicas)
     limit = -(-images // parts) * parts
     if training.batch_size <= limit:
         return config, ""
@@ -59,7 +59,7 @@ def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[Run
     return config.model_copy(update={"training": training.model_copy(update={"batch_size": limit})}), reason
 
 
-def _backbone(images: int, classes: int) -> tuple[str, str]:
+def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
     """Choose the backbone: larger networks transfer better (Kornblith et al. 2019), but need more images and time."""
     if images < FEW_IMAGES and classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
@@ -68,7 +68,7 @@ def _backbone(images: int, classes: int) -> tuple[str, str]:
     return "EfficientNetB3", f"large: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
-def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
+def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
     """Choose the phases; return them, a text with their row of the table, and a hint if `domain` is not set."""
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from trainer.config.keys import is_section, keys_of, suggest_key, suggest_name, union_members
+from trainer.config.keys import is_section, list_keys, list_union_members, suggest_key, suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
@@ -25,7 +25,7 @@ class Section(BaseModel):
     @classmethod
     def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false as numbers, which pydantic reads as 1 and 0."""
-        kinds = union_members(cls.model_fields[str(info.field_name)].annotation)
+        kinds = list_union_members(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
             raise InvalidValue("is not a number", value=str(value).lower(), fix="use a number")
         return value
@@ -60,7 +60,7 @@ MAX_COUNT = 2**31 - 1  # the largest of most integers: TensorFlow counts many st
 _DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(epoch|step|example)s?\s*")
 
 
-def _read_duration(value: Any) -> Any:
+def _parse_duration(value: Any) -> Any:
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
         if not match:
@@ -72,7 +72,7 @@ def _read_duration(value: Any) -> Any:
 
 
 _DurationInput = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")] | float | Duration  # for the JSON schema
-DurationSetting = Annotated[Duration, BeforeValidator(_read_duration, json_schema_input_type=_DurationInput)]
+DurationSetting = Annotated[Duration, BeforeValidator(_parse_duration, json_schema_input_type=_DurationInput)]
 
 
 def _require_some(duration: Duration) -> Duration:
@@ -103,15 +103,15 @@ Address = Annotated[str, AfterValidator(check_address)]
 
 def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
     """Return the key at pydantic's `path`, without its names of union members, and the section that holds the key."""
-    parts, section, kinds = [], root, union_members(root)
+    parts, section, kinds = [], root, list_union_members(root)
     for part in path:
         kind = next((k for k in kinds if is_section(k) and part in k.model_fields), kinds[0])
         if is_section(kind):
             section = kind
             field = kind.model_fields.get(str(part))
-            kinds = union_members(field.annotation) if field else [None]
+            kinds = list_union_members(field.annotation) if field else [None]
         elif get_origin(kind) in (dict, tuple):
-            kinds = union_members(get_args(kind)[get_origin(kind) is dict])
+            kinds = list_union_members(get_args(kind)[get_origin(kind) is dict])
         elif str(part).startswith("dict["):  # pydantic's name of the member of a union
             kinds = [next(k for k in kinds if get_origin(k) is dict)]
             continue
@@ -148,10 +148,12 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     if kind == "extra_forbidden":
         if key in RENAMED:
             return ConfigError("has been renamed", key=key, fix=f"use {RENAMED[key]}")
-        return ConfigError("there is no such key", key=key, fix=suggest_key(key, keys_of(root, tree), details["input"]))
+        return ConfigError(
+            "there is no such key", key=key, fix=suggest_key(key, list_keys(root, tree), details["input"])
+        )
     if kind.startswith("model_") and not isinstance(details["input"], dict):
         rest = {n: v for n, v in tree.get("phases", {}).items() if isinstance(v, dict)} if path[0] == "phases" else {}
-        fix = suggest_key(key, keys_of(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
+        fix = suggest_key(key, list_keys(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
         inside = f"set a key in it, such as {key}.{next(iter(_locate(root, (*path, ''))[1].model_fields))}"
         return ConfigError(
             "has keys, not a value", key=key, value=value, fix=inside if fix.startswith("known") else fix
@@ -170,19 +172,19 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     return ConfigError("is not valid", key=key, value=value, fix=f"use {allowed}")
 
 
-def _has_longer(path: tuple[Any, ...], error: ValidationError) -> bool:
+def _has_nested_error(path: tuple[Any, ...], error: ValidationError) -> bool:
     """Return whether there is also an error below another member of the union at `path`."""
     return any(d["loc"][: len(path) - 1] == path[:-1] and len(d["loc"]) > len(path) for d in error.errors())
 
 
-def config_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
+def translate_validation_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
     """Translate the errors that pydantic lists for `tree` into one error, whose `faults` are one per key."""
     faults: dict[str | None, ConfigError] = {}
     for details in error.errors():
         if (
             details["type"] == "literal_error"
             and isinstance(details["input"], dict)
-            and _has_longer(details["loc"], error)
+            and _has_nested_error(details["loc"], error)
         ):
             continue  # the value is one of another member of the union, which has the fault
         fault = _translate(details, root, tree)

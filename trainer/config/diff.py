@@ -27,25 +27,25 @@ def may_change_on_resume(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{name}." for name in CHANGEABLE_ON_RESUME))
 
 
-def common_settings(config: RequestedConfig) -> dict[str, Any]:
+def select_common_settings(config: RequestedConfig) -> dict[str, Any]:
     """Return the values that must be equal on all workers of a run: {"training.batch_size": 32, ...}."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in PER_WORKER}
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_WORKER}
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}; an empty dict is a value."""
     if isinstance(tree, dict) and tree:
-        return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}{name}.").items()}
+        return {k: v for name, branch in tree.items() for k, v in flatten(branch, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): tree}
 
 
-def differences(before: RunConfig, now: RunConfig) -> list[str]:
+def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
     """List the changes that a resumed run must not have, each as "key: before -> now".
 
     The last phase may become longer (so that a finished run can be extended), and `CHANGEABLE_ON_RESUME` and
     `ADDRESSES` may change; fingerprints are compared instead of the latter.
     """
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
     changed = []
     for key in sorted(old.keys() | new.keys()):
@@ -57,7 +57,7 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     return changed
 
 
-def moved(before: RunConfig, now: RunConfig) -> list[str]:
+def list_moved_addresses(before: RunConfig, now: RunConfig) -> list[str]:
     """List the `ADDRESSES` that have changed, each as "key: before -> now"."""
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return [f"{key}: {old[key]} -> {new[key]}" for key in ADDRESSES if key in old and old[key] != new.get(key)]

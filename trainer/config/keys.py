@@ -16,7 +16,7 @@ _MAX_SUGGESTED = 3
 Kind = Literal["text", "texts", "weights", "other"]
 
 
-def union_members(annotation: Any) -> list[Any]:
+def list_union_members(annotation: Any) -> list[Any]:
     """List the types of a union except None, without their constraints; any other type is returned as the only one."""
     union = get_origin(annotation) in (Union, UnionType)
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if union else [annotation]
@@ -34,20 +34,20 @@ def suggest_name(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def keys_of(root: type[BaseModel], tree: Any = None) -> list[str]:
+def list_keys(root: type[BaseModel], tree: Any = None) -> list[str]:
     """List the keys below a section, depth first; those of named phases for the names in `tree`."""
     keys = []
     for name, field in root.model_fields.items():
         branch = (tree.get(name) if isinstance(tree, dict) else None) or {}
         section, named = _sections(field.annotation, branch)
         if named:
-            keys += [f"{name}.{phase}.{key}" for phase in branch for key in keys_of(named, branch[phase])]
+            keys += [f"{name}.{phase}.{key}" for phase in branch for key in list_keys(named, branch[phase])]
         else:
-            keys += [f"{name}.{key}" for key in keys_of(section, branch)] if section else [name]
+            keys += [f"{name}.{key}" for key in list_keys(section, branch)] if section else [name]
     return keys
 
 
-def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     """Return a composed tree with the default of each key that it lacks, in the order of the schema."""
     values: dict[str, Any] = {}
     for name, field in root.model_fields.items():
@@ -57,9 +57,9 @@ def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
             dumped = value.model_dump(mode="json")
             value = f"{dumped['count']:g} {dumped['unit']}" if "unit" in dumped else dumped  # a Duration
         elif named and isinstance(value, dict):
-            value = {n: with_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
+            value = {n: add_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
         elif section and isinstance(value, dict):
-            value = with_defaults(section, value)
+            value = add_defaults(section, value)
         if name in tree or not field.is_required():
             values[name] = list(value) if isinstance(value, tuple) else value
     return values | {name: value for name, value in tree.items() if name not in values}
@@ -67,7 +67,7 @@ def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
 
 def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
     """Return the section of a key's type, and the section of each name if it is a dict of them, as `tree` chooses."""
-    members = union_members(annotation)
+    members = list_union_members(annotation)
     section = next((kind for kind in members if is_section(kind) and "unit" not in kind.model_fields), None)
     named = next((get_args(k)[1] for k in members if get_origin(k) is dict and is_section(get_args(k)[1])), None)
     if named and section and isinstance(tree, dict) and section.model_fields.keys() & tree.keys():
@@ -75,14 +75,14 @@ def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[
     return section, named
 
 
-def kind_of(root: type[BaseModel], key: str) -> Kind:
+def classify_key(root: type[BaseModel], key: str) -> Kind:
     """Return the kind of value of a key: text, a list of texts, weights by class name, or other."""
     kinds: list[Any] = [root]
     for part in key.split("."):
         section = next((k for k in kinds if is_section(k) and part in k.model_fields), None)
         named = next((k for k in kinds if get_origin(k) is dict and is_section(get_args(k)[1])), None)
         if section:
-            kinds = union_members(section.model_fields[part].annotation)
+            kinds = list_union_members(section.model_fields[part].annotation)
         elif named:
             kinds = [get_args(named)[1]]
         else:
@@ -114,13 +114,13 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
     wanted = _ALIASES.get(name, name)
     near = (
-        _close(key, siblings, prefix, 0.75)
+        _match_similar(key, siblings, prefix, 0.75)
         or [k for k in known if f".{k}".endswith(f".{key}")]
-        or _named(wanted, [k for k in known if k.startswith(prefix)])
-        or _named(wanted, known)
-        or _close(key, siblings, prefix, 0.5)
+        or _match_names(wanted, [k for k in known if k.startswith(prefix)])
+        or _match_names(wanted, known)
+        or _match_similar(key, siblings, prefix, 0.5)
         or [k for last in difflib.get_close_matches(wanted, {k.rpartition(".")[2] for k in known}, 1, 0.7)
-            for k in _named(last, known)]
+            for k in _match_names(last, known)]
     )  # fmt: skip
     if not near:
         names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known))
@@ -129,13 +129,13 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
 
 
-def _named(name: str, keys: list[str]) -> list[str]:
+def _match_names(name: str, keys: list[str]) -> list[str]:
     """Return the keys with this last part, or else the first one in each section of this name."""
     same = [key for key in keys if key.rpartition(".")[2] == name]
     inside = {f"{key}.".partition(f"{name}.")[0]: key for key in reversed(keys) if f".{name}." in f".{key}"}
     return same or list(reversed(inside.values()))
 
 
-def _close(key: str, siblings: list[str], prefix: str, cutoff: float) -> list[str]:
+def _match_similar(key: str, siblings: list[str], prefix: str, cutoff: float) -> list[str]:
     names = [sibling.removeprefix(prefix) for sibling in siblings]
     return [prefix + name for name in difflib.get_close_matches(key.removeprefix(prefix), names, 1, cutoff)]

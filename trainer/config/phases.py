@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
 
 from trainer.config.base import MAX_COUNT, Duration, DurationSetting, InvalidValue, PositiveDuration, Section
-from trainer.names import path_fault
+from trainer.names import find_path_fault
 
 
 class Optimizer(Section):
@@ -143,7 +143,7 @@ class Phase(Section):
 
 def _check_name(name: str) -> str:
     """Refuse the name of a phase that could not be that of its folder below logs/."""
-    if "/" in name or path_fault(name):
+    if "/" in name or find_path_fault(name):
         raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
     return name
 
@@ -183,12 +183,12 @@ class AutoPhases(Section):
 _NAMED = TypeAdapter(NamedPhases)
 
 
-def _read_phases(phases: Any, _union: Any) -> Any:
+def _validate_phases(phases: Any, _union: Any) -> Any:
     """Validate the member of the union that the keys choose, so that errors are of this member only."""
     is_auto = isinstance(phases, AutoPhases) or (isinstance(phases, dict) and "auto" in phases)
     return AutoPhases.model_validate(phases) if is_auto else _NAMED.validate_python(phases)
 
 
 Phases = Annotated[
-    dict[str, Phase] | AutoPhases, WrapValidator(_read_phases, json_schema_input_type=NamedPhases | AutoPhases)
+    dict[str, Phase] | AutoPhases, WrapValidator(_validate_phases, json_schema_input_type=NamedPhases | AutoPhases)
 ]

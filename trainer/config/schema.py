@@ -21,7 +21,7 @@ from trainer.config.base import (
     InvalidValue,
     PositiveDuration,
     Section,
-    config_error,
+    translate_validation_error,
 )
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
@@ -136,7 +136,7 @@ class Model(Section):
         return self
 
 
-def _read_rotation(value: Any) -> Any:
+def _check_rotation(value: Any) -> Any:
     ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
         fix = "use degrees from 0 to 180, or [40, 108] to add a draw from each range"
@@ -144,7 +144,7 @@ def _read_rotation(value: Any) -> Any:
     return value
 
 
-Rotation = Annotated[float | tuple[float, float], BeforeValidator(_read_rotation)]
+Rotation = Annotated[float | tuple[float, float], BeforeValidator(_check_rotation)]
 
 
 class Augmentation(Section):
@@ -446,7 +446,7 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, RequestedConfig, tree) from None
+        raise translate_validation_error(error, RequestedConfig, tree) from None
     if config.autos:
         return config
     resolved = with_choices(config)
@@ -463,7 +463,7 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
-def read_config(text: str | bytes) -> dict[str, Any]:
+def parse_config(text: str | bytes) -> dict[str, Any]:
     """Parse a config.yaml; keys that have been renamed since it was written get their current names.
 
     A run that was written without data.orientation was trained on images as they are stored. Raises ConfigError if the

@@ -22,11 +22,11 @@ def is_taken_as_typed(text: str) -> bool:
     return not (_SPECIAL.fullmatch(text) or INTERPOLATION.search(text) or FUNCTION.fullmatch(text))
 
 
-def typed(text: object) -> str:
+def quote_if_needed(text: object) -> str:
     """Return a text as it is to be typed after `KEY=`: unchanged, or quoted for Hydra where it needs that."""
     return str(text) if is_taken_as_typed(str(text)) else quote(str(text))
 
 
-def argument(key: str, value: object) -> str:
+def format_argument(key: str, value: object) -> str:
     """Return `KEY=VALUE` quoted for the shell, so that it can be pasted into a command."""
-    return shlex.quote(f"{key}={typed(value)}")
+    return shlex.quote(f"{key}={quote_if_needed(value)}")

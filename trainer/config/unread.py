@@ -29,7 +29,7 @@ _GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # 
 Reasons = Iterator[tuple[str, str]]
 
 
-def unread_keys(config: RequestedConfig) -> dict[str, str]:
+def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     """Return the keys that differ from their default but are not read, each with the reason."""
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _of_data(config.data)),
@@ -88,7 +88,7 @@ def _of_schedule(phase: Phase) -> Reasons:
 
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
     """Raise a ConfigError if one of these keys, those of a command line, has a value that is not read."""
-    unread = unread_keys(config)
+    unread = find_unread_keys(config)
     if faults := [ConfigError(unread[key], key=key, value=_value(config, key), fix="remove it")
                   for key in sorted(set(keys) & unread.keys())]:  # fmt: skip
         raise ConfigError.of_faults(faults)

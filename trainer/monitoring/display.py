@@ -39,7 +39,7 @@ class PhaseProgress:
         return (now - self.began) / done * left if done > 0 else None
 
 
-def progress_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
+def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
     """Return the line for a terminal of `width` columns, from `health` and the `figures` of the last log interval.
 
     While the phase trains the bar is that of the phase, otherwise that of the current activity. The first parts are
@@ -69,7 +69,7 @@ def progress_line(width: int, phase: PhaseProgress | None, figures: list[str], n
 
 
 class Display:
-    """Draws `progress_line` at the bottom of a terminal, below the lines of the log; `stop` erases it."""
+    """Draws `format_progress_line` at the bottom of a terminal, below the lines of the log; `stop` erases it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -81,7 +81,7 @@ class Display:
         self._live.start()
 
     def _render(self) -> Text:
-        line = progress_line(self.console.width, self.phase, self.figures, time.monotonic())
+        line = format_progress_line(self.console.width, self.phase, self.figures, time.monotonic())
         if not self.console.encoding.startswith("utf"):
             line = line.replace(FULL, "#").replace(EMPTY, "-")
         return Text(line, no_wrap=True, overflow="crop")

@@ -41,7 +41,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         severity = record.levelname if record.levelname in SEVERITIES else "INFO"
-        entry = {"severity": severity, "time": timestamp(), "message": super().format(record).strip("\n")}
+        entry = {"severity": severity, "time": format_utc_now(), "message": super().format(record).strip("\n")}
         entry |= {} if record.name == log.name else {"logger": record.name}
         step = {"step": int(health.values["step"])} if "step" in health.values else {}
         entry |= {"phase": health.phase} | step | getattr(record, "fields", {}) | self._labels
@@ -133,7 +133,7 @@ def log_unbuffered(text: str) -> None:
             lock.release()
 
 
-def timestamp() -> str:
+def format_utc_now() -> str:
     """The current time as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 

@@ -12,7 +12,7 @@ ShowProgress = Callable[[int, int], None]  # arguments: images written so far, a
 
 
 @contextmanager
-def written_images(kind: str) -> Iterator[ShowProgress]:
+def show_image_progress(kind: str) -> Iterator[ShowProgress]:
     """Yield a function that shows how many images are written: in a bar, or in a log line every ten seconds.
 
     It is a bar if `kind` (`runtime.progress`) is "bar", or "auto" and stdout is a terminal. A call with a new number of

@@ -41,12 +41,12 @@ def write(code: int, reason: str = "") -> None:
     text = reason or (_success_message if code == DONE else "")
     message = f"exit code {code} ({MEANINGS.get(code, 'unexpected')})" + (f": {text}" if text else "")
     try:
-        Path(_path).write_bytes(shortened(message))
+        Path(_path).write_bytes(truncate_message(message))
     except OSError as error:
         log_unbuffered(f"runtime.termination_log={_path}: cannot be written ({error.strerror or error})")
 
 
-def shortened(text: str) -> bytes:
+def truncate_message(text: str) -> bytes:
     """Encode as UTF-8, cut between characters to at most `MAX_BYTES`."""
     data = text.strip().encode(errors="backslashreplace")
     return data if len(data) <= MAX_BYTES else (data[: MAX_BYTES - 3].decode(errors="ignore") + "…").encode()

@@ -9,8 +9,8 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from trainer.cluster.devices import gpu_memory
-from trainer.config.auto import batch_parts
+from trainer.cluster.devices import query_gpu_memory
+from trainer.config.auto import compute_batch_divisor
 from trainer.config.phases import Optimizer
 from trainer.config.schema import RunConfig
 from trainer.data.host import memory_limit
@@ -173,7 +173,7 @@ def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, devic
     if total <= limit:
         return ""
     growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
-    parts = batch_parts(config, replicas)
+    parts = compute_batch_divisor(config, replicas)
     largest = int(batch * (limit - total + growing) / max(growing, 1)) // parts * parts
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {largest} or less" if largest >= parts else "use a smaller model.image_size or another model.backbone"
@@ -186,7 +186,7 @@ def check_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, devic
 
 def memory_warnings(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
     """Check the uses of memory on this worker against its limit and that of its GPUs, as `check_memory` does."""
-    gpus = gpu_memory()
+    gpus = query_gpu_memory()
     device = on_gpu(uses) if gpus else []
     checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
     if gpus:

@@ -17,7 +17,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
-from trainer.types import Dataset, scored_split
+from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # for all measurements; none begins later
 ROWS = 8  # images per measured step
@@ -119,4 +119,4 @@ def estimate_time(
             passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring * counts["validation"] * passes * config.training.validation_share
         parts[name] = seconds
-    return parts | {"scoring": scoring * counts[scored_split(dataset.splits)]}
+    return parts | {"scoring": scoring * counts[choose_scored_split(dataset.splits)]}

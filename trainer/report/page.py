@@ -15,12 +15,12 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
-from trainer.config.diff import flat
-from trainer.names import printable
+from trainer.config.diff import flatten
+from trainer.names import escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, svg
 from trainer.report.schema import Report
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,7 +31,7 @@ MISSING = "\u2013"  # en dash, shown instead of a missing value
 
 def short(name: object, max_length: int = 28) -> str:
     """Format a name; if it is too long, its middle is omitted, and a tooltip shows all of it."""
-    full_name = printable(str(name))
+    full_name = escape_unprintable(str(name))
     shortened = figures.shortened(full_name, max_length)
     return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
 
@@ -67,8 +67,8 @@ def plural(count: int, singular: str, plural_noun: str | None = None) -> str:
 def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True,
-                              finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))  # fmt: skip
-    environment.filters |= {f.__name__: f for f in (short, percent, interval, number, duration, plural, flat)}
+                              finalize=lambda v: v if isinstance(v, Markup) else escape_unprintable(str(v)))  # fmt: skip
+    environment.filters |= {f.__name__: f for f in (short, percent, interval, number, duration, plural, flatten)}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # With this Content-Security-Policy the page sends no request and runs only report.js, even if escaping failed for a
@@ -97,7 +97,7 @@ def _embed(image: Image.Image, image_format: str, alt: str = "", css_class: str 
     image.save(out, image_format, **options)
     data = base64.b64encode(out.getvalue()).decode("ascii")
     tag = Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">')
-    return tag.format(css_class, printable(alt), image_format.lower(), data)
+    return tag.format(css_class, escape_unprintable(alt), image_format.lower(), data)
 
 
 def thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
@@ -240,4 +240,4 @@ def write_page(
         time_breakdown=[(*CATEGORY_COLOURS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
-    write_whole(path, page)
+    write_atomically(path, page)

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.monitoring.health import health
 from trainer.storage.local import write_json
-from trainer.storage.small_files import finite, intact, json_object
+from trainer.storage.small_files import read_json_or_default, require_json_object, require_nonnegative
 
 CATEGORIES = (
     "train",  # training steps that were not lost
@@ -27,10 +27,14 @@ WRITE_SECONDS = 5.0  # minimal interval between two writes of the file
 
 
 def breakdown_of(value: Any) -> dict[str, float]:
-    """Return the seconds by category and `as_of` of a ledger.json; raise one of `WRONG_CONTENT` if it is damaged."""
-    fields = json_object(value)
-    seconds = {name: finite(spent) for name, spent in json_object(fields["seconds"]).items() if name in CATEGORIES}
-    return seconds | {"as_of": finite(fields["as_of"])}
+    """Return the seconds by category and `as_of` of a ledger.json; raise one of `CONTENT_ERRORS` if it is damaged."""
+    fields = require_json_object(value)
+    seconds = {
+        name: require_nonnegative(spent)
+        for name, spent in require_json_object(fields["seconds"]).items()
+        if name in CATEGORIES
+    }
+    return seconds | {"as_of": require_nonnegative(fields["as_of"])}
 
 
 class Clock:
@@ -47,7 +51,7 @@ class Clock:
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        saved: dict[str, float] = intact(file, breakdown_of, {}) if file else {}
+        saved: dict[str, float] = read_json_or_default(file, breakdown_of, {}) if file else {}
         if saved:
             as_of = saved.pop("as_of")
             self.seconds |= saved

@@ -18,8 +18,8 @@ from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, is_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
-from trainer.storage.local import inside
-from trainer.storage.staging import describe_left_out, files_below
+from trainer.storage.local import join_inside
+from trainer.storage.staging import describe_left_out, divide_listing
 
 PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
@@ -36,7 +36,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     local.mkdir(parents=True)
     committed = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
-    entries, left_out = files_below(remote, remote.list())
+    entries, left_out = divide_listing(remote, remote.list())
     if left_out:
         log.warning(f"{remote}: {describe_left_out(left_out)}")
     for name, info in entries.items():
@@ -48,7 +48,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             if checkpoint not in committed or len(rest) != 1:
                 continue
             local_name = f"checkpoints/{_local_name(checkpoint)}/{rest[0]}"
-        downloads.append((info.path, inside(local, local_name)))
+        downloads.append((info.path, join_inside(local, local_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):

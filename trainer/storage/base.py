@@ -156,11 +156,11 @@ class StoragePath(ABC):
         """Return the error for a path without a file."""
 
 
-deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # set by `within`
+deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # set by `request_deadline`
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def request_deadline(seconds: float) -> Iterator[None]:
     """Limit each request to a bucket in the block to `seconds`, its retries included, instead of the default."""
     token = deadline_seconds.set(seconds)
     try:

@@ -16,7 +16,7 @@ MAKE_SPACE = "make space there, then start the same command again"
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"  # `tempfile`, if no disk has space
 
 
-def free_bytes(path: str | Path) -> int:
+def get_free_bytes(path: str | Path) -> int:
     """Return the free space of the file system that has `path`, or would have it if it does not exist yet."""
     path = Path(path).expanduser().absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
@@ -32,7 +32,7 @@ def describe_failure(error: BaseException) -> str | None:
     return next((os.strerror(number) for number in FULL if os.strerror(number) in text), None)
 
 
-def disk_error(
+def translate_disk_error(
     error: BaseException, folders: Iterable[str | Path] = (), outcome: str = "", fix: str = MAKE_SPACE
 ) -> Interrupted | None:
     """Translate the error of a full or failing disk; None for any other error.
@@ -46,29 +46,31 @@ def disk_error(
     paths = [os.fsdecode(error.filename)] if isinstance(error, OSError) and error.filename else []
     paths = paths or re.findall(r"(?<![\w.])/[^\s:;,'\"]+", str(error))
     candidates = [Path(path) for path in paths] or [Path(folder) for folder in folders] or [Path()]
-    path = min(candidates, key=free_bytes)
+    path = min(candidates, key=get_free_bytes)
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
-    problem = f"{folder}: cannot be written to ({reason}, {free_bytes(folder) / 1e6:,.1f} MB free)"
+    problem = f"{folder}: cannot be written to ({reason}, {get_free_bytes(folder) / 1e6:,.1f} MB free)"
     return Interrupted(problem + (f"; {outcome}" if outcome else ""), fix=fix)
 
 
 @contextlib.contextmanager
-def disk_errors(folders: Iterable[str | Path] = (), outcome: str = "", fix: str = MAKE_SPACE) -> Iterator[None]:
-    """Raise the errors of a full or failing disk in this block as `Interrupted`; for the arguments see `disk_error`."""
+def translate_disk_errors(
+    folders: Iterable[str | Path] = (), outcome: str = "", fix: str = MAKE_SPACE
+) -> Iterator[None]:
+    """Raise the errors of a full or failing disk in this block as `Interrupted`; for the arguments see `translate_disk_error`."""
     try:
         yield
     except TrainerError:
         raise
     except Exception as error:
-        if translated := disk_error(error, folders, outcome, fix):
+        if translated := translate_disk_error(error, folders, outcome, fix):
             raise translated from error
         raise
 
 
-def refused_write(
+def make_write_error(
     error: OSError, folder: str | Path, key: str, fix: str, kind: type[TrainerError] = ConfigError
 ) -> TrainerError:
     """Return the error for a folder, the value of `key`, that cannot be written: `Interrupted` if its disk is full."""
-    if full := disk_error(error, [folder]):
+    if full := translate_disk_error(error, [folder]):
         return full
     return kind(f"cannot be written to ({error.strerror or error})", key=key, value=folder, fix=fix)

@@ -23,9 +23,17 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
-from trainer.names import encoded
-from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished, within
-from trainer.storage.gcs_client import CHECK_BUCKET, NO_BUCKET, Damaged, Limits, bucket, client, persist
+from trainer.names import encode_utf8
+from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished, request_deadline
+from trainer.storage.gcs_client import (
+    CHECK_BUCKET,
+    NO_BUCKET,
+    CorruptTransfer,
+    Timeouts,
+    call_with_retries,
+    get_bucket,
+    get_client,
+)
 from trainer.storage.local import LocalPath, temporary_file
 
 MAX_CONCURRENT_REQUESTS = 8  # of one transfer
@@ -90,27 +98,27 @@ class GcsPath(StoragePath):
         return replace(self, key=self.key.rpartition("/")[0])
 
     def stat(self) -> ObjectInfo | None:
-        def get(limits: Limits) -> ObjectInfo | None:
+        def get(limits: Timeouts) -> ObjectInfo | None:
             blob = self._current_blob(limits)
             return None if blob is None else self._info(blob)
 
-        return persist(str(self), "storage.objects.get", get) if self.key else None
+        return call_with_retries(str(self), "storage.objects.get", get) if self.key else None
 
     def is_folder(self) -> bool:
         return bool(self._page(None, "", 2)[0])
 
     def fetch(self, generation: int | None = None) -> tuple[bytes, int] | None:
-        def get(limits: Limits) -> tuple[bytes, int] | None:
+        def get(limits: Timeouts) -> tuple[bytes, int] | None:
             blob = self._blob(generation)
             try:
                 data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=limits, retry=None)
             except NotFound:
                 return None
             if google_crc32c.value(data) != _decode_crc32c(blob.crc32c):
-                raise Damaged("CRC32C differs")
+                raise CorruptTransfer("CRC32C differs")
             return data, int(blob.generation)
 
-        return persist(str(self), "storage.objects.get", get)
+        return call_with_retries(str(self), "storage.objects.get", get)
 
     def read_range(self, start: int, length: int) -> bytes:
         """Read a range, of which the storage has no checksum.
@@ -124,16 +132,16 @@ class GcsPath(StoragePath):
         if info.size <= PART_BYTES:
             return self.read()[start : start + length]
 
-        def read_twice(limits: Limits) -> bytes:
+        def read_twice(limits: Timeouts) -> bytes:
             first = self._request_range(info, start, length, limits)
             if first != self._request_range(info, start, length, limits):
-                raise Damaged("two reads of one range differ")
+                raise CorruptTransfer("two reads of one range differ")
             return first
 
-        return persist(str(self), "storage.objects.get", read_twice)
+        return call_with_retries(str(self), "storage.objects.get", read_twice)
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
-        data = encoded(content)
+        data = encode_utf8(content)
         return self._upload(len(data), lambda start, length: data[start : start + length], only_if)
 
     def upload(self, source: Path) -> int:
@@ -164,21 +172,21 @@ class GcsPath(StoragePath):
         return [replace(self, key=name.rstrip("/")) for name in sorted(names)]
 
     def delete(self) -> None:
-        def remove(limits: Limits) -> None:
+        def remove(limits: Timeouts) -> None:
             with contextlib.suppress(NotFound):
                 self._blob().delete(timeout=limits, retry=None)
 
-        persist(str(self), "storage.objects.delete", remove)
+        call_with_retries(str(self), "storage.objects.delete", remove)
 
     def delete_tree(self) -> None:
         _in_parallel(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
 
     def _blob(self, generation: int | None = None) -> Any:
-        return bucket(self.bucket).blob(self.key, generation=generation)
+        return get_bucket(self.bucket).blob(self.key, generation=generation)
 
-    def _current_blob(self, limits: Limits) -> Any:
+    def _current_blob(self, limits: Timeouts) -> Any:
         """Request the metadata of the object, without retries; None if there is no such object."""
-        return bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None)
+        return get_bucket(self.bucket).get_blob(self.key, timeout=limits, retry=None)
 
     def _absent(self) -> DataError:
         try:
@@ -204,9 +212,9 @@ class GcsPath(StoragePath):
         """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
         prefix = f"{self.key}/" if self.key else ""
 
-        def get(limits: Limits) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-            listing = client().list_blobs(
-                bucket(self.bucket), prefix=prefix, delimiter=delimiter or None, page_token=token or None,
+        def get(limits: Timeouts) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
+            listing = get_client().list_blobs(
+                get_bucket(self.bucket), prefix=prefix, delimiter=delimiter or None, page_token=token or None,
                 max_results=max_objects, fields=_FIELDS, timeout=limits, retry=None,
             )  # fmt: skip
             blobs = list(next(listing.pages, ()))
@@ -214,9 +222,9 @@ class GcsPath(StoragePath):
             page = [replace(self, key=blob.name)._info(blob) for blob in blobs if not blob.name.endswith("/")]
             return page, set(listing.prefixes), listing.next_page_token or None
 
-        return persist(str(self), "storage.objects.list", get)
+        return call_with_retries(str(self), "storage.objects.list", get)
 
-    def _request_range(self, info: ObjectInfo, start: int, length: int, limits: Limits) -> bytes:
+    def _request_range(self, info: ObjectInfo, start: int, length: int, limits: Timeouts) -> bytes:
         """Request `length` bytes of one generation from offset `start`, without retries."""
         try:
             data = self._blob(info.version).download_as_bytes(
@@ -225,7 +233,7 @@ class GcsPath(StoragePath):
         except NotFound as error:
             raise _Replaced(self) from error
         if len(data) != length:
-            raise Damaged(f"{len(data)} bytes of {length}")
+            raise CorruptTransfer(f"{len(data)} bytes of {length}")
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
@@ -234,7 +242,7 @@ class GcsPath(StoragePath):
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)
             request = partial(self._request_range, info, start, length)
-            data = persist(str(self), "storage.objects.get", request)
+            data = call_with_retries(str(self), "storage.objects.get", request)
             with open(to, "r+b") as target:
                 target.seek(start)
                 target.write(data)
@@ -260,7 +268,7 @@ class GcsPath(StoragePath):
         condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
         tries = 0
 
-        def put(limits: Limits) -> int:
+        def put(limits: Timeouts) -> int:
             nonlocal tries, condition
             tries += 1
             blob = self._blob()
@@ -277,10 +285,10 @@ class GcsPath(StoragePath):
                     raise Conflict(f"{self}: changed since it was read") from error
             if _decode_crc32c(blob.crc32c) != crc:  # only an emulator stores damaged data
                 condition = None if condition is None else int(blob.generation)
-                raise Damaged("CRC32C of the stored object differs")
+                raise CorruptTransfer("CRC32C of the stored object differs")
             return int(blob.generation)
 
-        return persist(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
+        return call_with_retries(str(self), "storage.objects.create (storage.objects.delete as well, to replace)", put)
 
     def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: int | None) -> int:
         """Upload a small object in one request; else parts in parallel, each verified, composed in one atomic request.
@@ -305,7 +313,7 @@ class GcsPath(StoragePath):
             health.progress()
             return generation
 
-        def compose(limits: Limits) -> ObjectInfo:
+        def compose(limits: Timeouts) -> ObjectInfo:
             blob = self._blob()
             blob.content_type = "application/octet-stream"
             uploaded = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]
@@ -315,9 +323,9 @@ class GcsPath(StoragePath):
         try:
             threads = min(MAX_CONCURRENT_REQUESTS, max(1, MAX_MEMORY_BYTES // part_bytes))
             generations = _in_parallel(upload_part, range(len(starts)), threads)
-            composed = persist(str(self), "storage.objects.create and storage.objects.get", compose)
+            composed = call_with_retries(str(self), "storage.objects.create and storage.objects.get", compose)
         finally:
-            with contextlib.suppress(DataError, Interrupted), within(CLEANUP_SECONDS):
+            with contextlib.suppress(DataError, Interrupted), request_deadline(CLEANUP_SECONDS):
                 _in_parallel(lambda part: part.delete(), parts)
         crc = google_crc32c.value(b"")
         for start in starts:

@@ -23,7 +23,7 @@ from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError, Interrupted
 from trainer.monitoring.log import log
-from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
+from trainer.private_api import disable_bucket_metadata, get_credentials, mount_transport
 from trainer.storage import base
 
 DEADLINE_SECONDS = 120.0  # of one request, its retries included
@@ -50,15 +50,15 @@ _jitter = random.SystemRandom()
 _lock = threading.Lock()
 _requester_pays: set[str] = set()  # names of buckets that have refused a request without a payer
 
-Limits = tuple[float, float]  # connect and read timeout in seconds
+Timeouts = tuple[float, float]  # connect and read timeout in seconds
 Result = TypeVar("Result")
 
 
-class Damaged(Exception):
+class CorruptTransfer(Exception):
     """Transferred data has a wrong checksum or length."""
 
 
-def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
+def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
     """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
 
     `request` is called with the timeouts of each try. Raises Interrupted after the deadline, and DataError if Google's
@@ -95,7 +95,7 @@ def persist(address: str, permission: str, request: Callable[[Limits], Result]) 
 
 def _transient_reason(error: Exception) -> str | None:
     """Describe an error after which a retry may succeed; None for a permanent one."""
-    if isinstance(error, Damaged | DataCorruption):
+    if isinstance(error, CorruptTransfer | DataCorruption):
         return f"damaged response: {error}"
     if isinstance(error, GoogleAPICallError):
         rate_limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
@@ -117,17 +117,17 @@ def _transient_reason(error: Exception) -> str | None:
     return type(error).__name__ if isinstance(error, _TRANSIENT) else None
 
 
-def bucket(name: str) -> Any:
+def get_bucket(name: str) -> Any:
     """Return the `storage.Bucket`, whose requests GOOGLE_CLOUD_PROJECT pays for if it is known as requester-pays."""
-    return client().bucket(name, user_project=_payer() if name in _requester_pays else None)
+    return get_client().bucket(name, user_project=_get_payer() if name in _requester_pays else None)
 
 
 def _add_payer(address: str) -> bool:
-    """Let `bucket` add a payer to requests to the bucket of an address, which requires one; False if there is none.
+    """Let `get_bucket` add a payer to requests to the bucket of an address, which requires one; False if there is none.
 
     A project is sent only to buckets that require it, since it is charged.
     """
-    name, project = address.removeprefix("gs://").partition("/")[0], _payer()
+    name, project = address.removeprefix("gs://").partition("/")[0], _get_payer()
     with _lock:
         is_new = name not in _requester_pays
         _requester_pays.add(name)
@@ -136,7 +136,7 @@ def _add_payer(address: str) -> bool:
     return bool(project)
 
 
-def _payer() -> str | None:
+def _get_payer() -> str | None:
     return os.environ.get("GOOGLE_CLOUD_PROJECT") or None
 
 
@@ -144,7 +144,7 @@ def _lacks_payer(error: Exception) -> bool:
     return isinstance(error, ClientError) and error.code == 400 and "requester pays" in str(error.message).lower()
 
 
-def client() -> Any:
+def get_client() -> Any:
     """Return the `storage.Client` of this process, created at the first call; anonymous if there are no credentials.
 
     A client cannot be used after a fork, nor for another STORAGE_EMULATOR_HOST, so each pair has one.
@@ -185,9 +185,9 @@ def _find_credentials() -> tuple[Credentials, str | None]:
             time.sleep(1.0)
 
 
-def identity() -> str:
+def describe_identity() -> str:
     """Describe the account that requests are made with."""
-    credentials = credentials_of(client())
+    credentials = get_credentials(get_client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
         return "nobody (anonymous)"
@@ -208,7 +208,7 @@ def _explain(error: Exception, address: str, permission: str) -> DataError | Non
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
     if denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
-        anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
+        anonymous = isinstance(get_credentials(get_client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and there are no credentials", fix=_CREDENTIALS_FIX)
     if _lacks_payer(error):
@@ -219,8 +219,8 @@ def _explain(error: Exception, address: str, permission: str) -> DataError | Non
         if not denied:
             return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
         missing = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
-        problem = f"{address}: {identity()} lacks the permission {missing} {response}"
+        problem = f"{address}: {describe_identity()} lacks the permission {missing} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):
-        return DataError(f"{address}: {identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)
+        return DataError(f"{address}: {describe_identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)
     return None

@@ -3,13 +3,13 @@
 `.lease` in the folder names the holder. Every write to it is conditional on the version that was read (`only_if`), so
 exactly one of several concurrent writers succeeds. Guarantees, none of which compares the clocks of two machines:
 
-- **One holder.** `take` succeeds for one of several processes. A lease that was not released passes to another process
+- **One holder.** `acquire_lease` succeeds for one of several processes. A lease that was not released passes to another process
   only after that process has seen no write to `.lease` for `LEASE_SECONDS` by its own clock. A process with the same
   uid (that of the Kubernetes Job) takes over without waiting.
 - **A process that lost the lease commits nothing.** `commit` first writes its intent (name, content, replaced version)
   into `.lease`, conditional on holding the lease, and then the marker, conditional on the replaced version. The first
   write is the commit. It fails if the lease was lost, however long the process was frozen between `check` and the
-  write. Before `take` returns, the next holder completes a commit whose second write is missing, so that the delayed
+  write. Before `acquire_lease` returns, the next holder completes a commit whose second write is missing, so that the delayed
   second write of a frozen holder fails too: the marker has another version by then.
 - **Other files are not protected** (the files of a checkpoint, logs): a frozen process that continues can write them
   until it calls `check`. Their names must be used only once (`checkpoints/step-00000420-<token>/...`), and they count
@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.storage.base import Conflict, StoragePath, within
-from trainer.storage.small_files import WRONG_CONTENT, finite
+from trainer.storage.base import Conflict, StoragePath, request_deadline
+from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"
@@ -48,14 +48,14 @@ class _State:
     holder: str | None  # describes the process for messages; None if the lease was released
     uid: str | None  # processes with the same uid take over from each other without waiting
     note: str  # further text about the holder for messages
-    token: str  # identifies the call of `take` that wrote this
+    token: str  # identifies the call of `acquire_lease` that wrote this
     seconds: float  # `LEASE_SECONDS` of the holder
     renewed: str  # time of the last renewal, for messages only
     commit: _Commit | None  # the last commit if its marker may not be written yet
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """A lease that this process holds, made by `take`. Thread-safe; a background thread renews it until `release`."""
+    """A lease that this process holds, made by `acquire_lease`. Thread-safe; a background thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -115,7 +115,10 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
                 # After an error the next run waits until the lease expires.
-                with contextlib.suppress(Conflict, Interrupted, DataError, OSError), within(self._state.seconds / 3):
+                with (
+                    contextlib.suppress(Conflict, Interrupted, DataError, OSError),
+                    request_deadline(self._state.seconds / 3),
+                ):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was released"
 
@@ -147,7 +150,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         while not self._released.wait(pause) and self._lost is None:
             pause = interval
             try:
-                with within(interval):
+                with request_deadline(interval):
                     self._write(None)
             except Interrupted:  # lost, which `_write` records; or no response: `check` fails after `LEASE_SECONDS`
                 pause = interval / 10
@@ -155,7 +158,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 self._lost = f"the lease cannot be renewed ({error})"
 
 
-def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
+def acquire_lease(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
     """Take the lease on a folder, and complete a commit that the last holder began.
 
     Args:
@@ -193,7 +196,7 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
         return lease
 
 
-def holder_of(folder: StoragePath, uid: str | None) -> str | None:
+def describe_holder(folder: StoragePath, uid: str | None) -> str | None:
     """Describe the holder of a folder's lease; None if a process with this `uid` can take it without waiting."""
     other = _other_holder(_read(folder / NAME)[0], uid)
     return f"{other.holder}, last renewed at {other.renewed}" if other else None
@@ -230,6 +233,6 @@ def _read(file: StoragePath) -> tuple[_State | None, int | None]:
         texts = (state.holder or "", state.uid or "", state.note, state.token, state.renewed)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a field is not a text")
-        return replace(state, seconds=finite(state.seconds)), content[1]
-    except WRONG_CONTENT as error:
+        return replace(state, seconds=require_nonnegative(state.seconds)), content[1]
+    except CONTENT_ERRORS as error:
         raise DataError(f"{file}: is not a lease ({error})", fix="delete it if no run uses this folder") from error

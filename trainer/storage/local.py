@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.errors import DataError
-from trainer.names import MAX_PART_BYTES, encoded, path_fault, printable, to_bytes
+from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
 from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished
 
 _COPY_BYTES = 1 << 22  # copied at a time
@@ -31,29 +31,31 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file atomically and flush it to disk; create its folder if needed."""
     with temporary_file(path) as temporary:
-        temporary.write_bytes(encoded(content))
+        temporary.write_bytes(encode_utf8(content))
         sync(temporary)
         os.replace(temporary, path)
     sync(path.parent)
 
 
-def inside(folder: Path, name: str) -> Path:
+def join_inside(folder: Path, name: str) -> Path:
     """Return the path of a file below a folder; `name`, which may come from outside, has "/" between its parts.
 
     Raises DataError if the name leads out of the folder, or no file can have it.
     """
-    if fault := path_fault(name):
-        problem = f"{printable(name)}: cannot be the name of a file in {printable(str(folder))} ({fault})"
+    if fault := find_path_fault(name):
+        problem = (
+            f"{escape_unprintable(name)}: cannot be the name of a file in {escape_unprintable(str(folder))} ({fault})"
+        )
         raise DataError(problem, fix="rename or remove it where it comes from")
     return folder / name
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically and flush it to disk."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -62,7 +64,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             yield temporary
     finally:
         with contextlib.suppress(OSError):  # must not hide the error of the block
@@ -76,7 +78,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary_name(path)
     temporary.mkdir()
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,11 +88,11 @@ def _temporary_name(path: Path) -> Path:
     """Return a path next to `path` for which `is_unfinished` is true."""
     # Random, since process ids are not unique on a disk that several pods use.
     suffix = f".{os.getpid()}-{secrets.randbelow(10**15)}"
-    return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_PART_BYTES - 1 - len(suffix)]) + suffix)
+    return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """Add `path` to an OSError of this block that names no file, as those of writing to an open file."""
     try:
         yield
@@ -121,7 +123,7 @@ class LocalPath(StoragePath):
         return str(self.path)
 
     def __truediv__(self, name: str) -> LocalPath:
-        return LocalPath(inside(self.path, name))
+        return LocalPath(join_inside(self.path, name))
 
     @property
     def name(self) -> str:
@@ -153,7 +155,7 @@ class LocalPath(StoragePath):
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         with temporary_file(self.path) as temporary:
-            temporary.write_bytes(encoded(content))
+            temporary.write_bytes(encode_utf8(content))
             return self._commit(temporary, only_if)
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
@@ -166,7 +168,7 @@ class LocalPath(StoragePath):
                         with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                             infos.append(LocalPath(path)._info(path.stat()))
                 folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
-        return sorted(infos, key=lambda info: to_bytes(str(info.path)))
+        return sorted(infos, key=lambda info: encode_file_name(str(info.path)))
 
     def folders(self) -> Sequence[StoragePath]:
         with self._reading():

@@ -38,6 +38,6 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)
 
 
-def same_folder_key(address: str) -> str:
+def canonicalize_address(address: str) -> str:
     """Return one spelling of all addresses of a folder: absolute, without `~`, `.`, `..`, links and a last slash."""
     return str(storage_path(address.rstrip("/"))) if "://" in address else os.path.realpath(os.path.expanduser(address))

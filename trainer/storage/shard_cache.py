@@ -18,7 +18,7 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
-from trainer.storage.local import inside
+from trainer.storage.local import join_inside
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
@@ -74,7 +74,7 @@ class ShardCache:
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
         for name in entries:
-            inside(self.folder, name)
+            join_inside(self.folder, name)
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard

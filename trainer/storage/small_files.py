@@ -12,24 +12,24 @@ from trainer.storage.path import StoragePath, storage_path
 T = TypeVar("T")
 D = TypeVar("D")
 # What parsing damaged content, or content of another shape, raises.
-WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+CONTENT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
-def json_object(value: Any) -> dict[str, Any]:
+def require_json_object(value: Any) -> dict[str, Any]:
     """Return a JSON value that is an object; raise a ValueError for any other."""
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object, but {type(value).__name__}")
     return value
 
 
-def json_objects(value: Any) -> list[dict[str, Any]]:
+def require_json_objects(value: Any) -> list[dict[str, Any]]:
     """Return a JSON value that is a list of objects; raise a ValueError for any other."""
     if not isinstance(value, list):
         raise ValueError(f"not a JSON list, but {type(value).__name__}")
-    return [json_object(item) for item in value]
+    return [require_json_object(item) for item in value]
 
 
-def finite(value: Any) -> float:
+def require_nonnegative(value: Any) -> float:
     """Return a number that is finite and not negative; raise a ValueError for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{value!r} is not a finite number of at least 0")
@@ -37,13 +37,13 @@ def finite(value: Any) -> float:
 
 
 def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fix: str) -> T:
-    """Parse JSON; `shape` checks the value and returns what a caller needs, and raises one of `WRONG_CONTENT` if wrong.
+    """Parse JSON; `shape` checks the value and returns what a caller needs, and raises one of `CONTENT_ERRORS` if wrong.
 
     Raises DataError, which names the file, if the content is damaged or has another shape.
     """
     try:
         return shape(json.loads(content))
-    except WRONG_CONTENT as error:
+    except CONTENT_ERRORS as error:
         reason = (str(error).splitlines() or [""])[0] if isinstance(error, ValueError) else repr(error)
         raise DataError(f"{name} is damaged ({reason or repr(error)})", fix=fix) from None
 
@@ -54,7 +54,7 @@ def read_json(path: StoragePath | Path, shape: Callable[[Any], T], fix: str) -> 
     return None if content is None else parse_json(content[0], shape, path, fix)
 
 
-def intact(path: Path, shape: Callable[[Any], T], default: D) -> T | D:
+def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T | D:
     """Read a file that a run can do without: `default` if it is missing, damaged, or cannot be read."""
     try:
         value = read_json(path, shape, "")

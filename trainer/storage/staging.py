@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.names import path_fault, printable
+from trainer.names import escape_unprintable, find_path_fault
 from trainer.storage.base import ObjectInfo, is_unfinished
-from trainer.storage.local import inside, write_json
+from trainer.storage.local import join_inside, write_json
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import intact, json_object
+from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
@@ -35,7 +35,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
     A local address is returned unchanged. An address that exists as it is written is no pattern, whatever characters it
-    has. Objects that cannot be local files (`files_below`) are left out and logged. Files cached in the same version
+    has. Objects that cannot be local files (`divide_listing`) are left out and logged. Files cached in the same version
     are not downloaded again; local files that the bucket no longer has are deleted. Raises DataError if nothing matches
     the address or it exceeds the budget.
 
@@ -74,22 +74,22 @@ class Copy:
         return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
 
 
-def files_below(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
+def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
     """Return the listed files of a folder by relative name, and those that cannot be local files, with the reason.
 
     An empty object next to a folder of the same name, which some tools write to mark the folder, is in neither.
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
-    faults = {name: fault for name in entries if (fault := path_fault(name))}
+    faults = {name: fault for name in entries if (fault := find_path_fault(name))}
     folders = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
     same = folders & entries.keys()
     faults |= {name: "there is a folder of the same name" for name in same if entries[name].size}
-    left_out = [f"{printable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
+    left_out = [f"{escape_unprintable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
     return {name: info for name, info in entries.items() if name not in faults and name not in same}, left_out
 
 
 def describe_left_out(left_out: Iterable[str]) -> str:
-    """Describe the objects that `files_below` left out, the first three by name."""
+    """Describe the objects that `divide_listing` left out, the first three by name."""
     names = tuple(left_out)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
     objects = "1 object cannot be a file and is" if len(names) == 1 else f"{len(names)} objects cannot be files and are"
@@ -98,9 +98,9 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     """List the files that `stage` would download, and determine their folder. Raises the errors of `stage`."""
-    root, end, is_pattern = _divide_address(address)
+    root, end, is_pattern = _split_address(address)
     folder = cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
-    entries, left_out = files_below(root, [(root / end).require_info()] if end and not is_pattern else root.list())
+    entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
     copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
     copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
     if not copy.entries:
@@ -115,7 +115,7 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     return copy
 
 
-def prepared_folder(data_dir: str, name: str) -> str:
+def find_prepared_folder(data_dir: str, name: str) -> str:
     """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
     `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
@@ -131,7 +131,7 @@ def prepared_folder(data_dir: str, name: str) -> str:
     return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
 
 
-def _divide_address(address: str) -> tuple[StoragePath, str, bool]:
+def _split_address(address: str) -> tuple[StoragePath, str, bool]:
     """Divide an address into a folder, the pattern or file name below it, and whether it is a pattern.
 
     The second part is "" for a folder. What exists is no pattern, as `photos [2024]`. If an object and a folder have
@@ -157,7 +157,7 @@ def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
     """Download the entries (by relative name) that the local folder does not have in the same version."""
-    versions, missing = _versions(folder) or {}, missing_from(folder, entries)
+    versions, missing = _read_versions(folder) or {}, select_missing(folder, entries)
     if not missing:
         note(f"{address}: all files are already in {folder}")
         return
@@ -167,7 +167,7 @@ def fetch_missing(
     began = reported = time.monotonic()
 
     def download(name: str) -> str:
-        missing[name].path.download(inside(folder, name), expected=missing[name])
+        missing[name].path.download(join_inside(folder, name), expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
@@ -187,9 +187,9 @@ def fetch_missing(
             write_json(folder / VERSIONS, versions)
 
 
-def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
+def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
     """Return the entries that a local folder does not have in the same version and size."""
-    versions = _versions(folder) or {}
+    versions = _read_versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
         try:
@@ -200,22 +200,22 @@ def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Obje
     return {name: info for name, info in entries.items() if not is_cached(name, info)}
 
 
-def origin(path: str | Path) -> str | None:
+def identify_staged_file(path: str | Path) -> str | None:
     """Identify a staged file by its name and version in the bucket, equal on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
-        if (versions := _cached_versions(folder)) is not None:
+        if (versions := _read_versions_cached(folder)) is not None:
             name = path.relative_to(folder).as_posix()
             return f"{name} {versions[name]}" if name in versions else None
     return None
 
 
-def _versions(folder: Path) -> dict[str, int] | None:
+def _read_versions(folder: Path) -> dict[str, int] | None:
     """Read the versions of the files staged in a folder, by name; None if it is not a folder of staged files."""
-    return intact(folder / VERSIONS, json_object, None)
+    return read_json_or_default(folder / VERSIONS, require_json_object, None)
 
 
-_cached_versions = cache(_versions)
+_read_versions_cached = cache(_read_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
