@@ -28,13 +28,13 @@ for step in range(200, 601, 100):
     health.record_steps(step, 7)
     time.sleep(0.3)
     health.set_activity("validation")
-    health.progress(3, 4)
+    health.record_progress(3, 4)
     time.sleep(0.3)
 log.info("fine_tune  epoch 7 done")
 health.enter_phase(FINISH)
 for stage in ("evaluation", "export", "report"):
     health.set_activity(stage)
-    health.progress(1, 2)
+    health.record_progress(1, 2)
     time.sleep(0.4)
 display.stop()
 print("the end")
@@ -68,7 +68,7 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
-    current.progress(3, 4)
+    current.record_progress(3, 4)
     assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
     assert len(format_progress_line(30, phase, FIGURES, now=1009.0)) < 30
 
@@ -80,8 +80,8 @@ def test_format_duration() -> None:
 def test_an_activity_has_its_own_progress() -> None:
     own = Health()
     own.set_activity("export")
-    own.progress(1, 3)
-    own.progress()
+    own.record_progress(1, 3)
+    own.record_progress()
     assert own.work == (1, 3)
     own.set_activity("export")
     assert own.work == (1, 3)

@@ -63,7 +63,7 @@ def test_objects_with_empty_parts_are_left_out_and_named(in_bucket: StoragePath,
     assert not escaped.exists()
     left_out = (
         f"2 objects cannot be files and are left out: {in_bucket}/{escaped}/x.jpg (it begins with a slash), "
-        f"{in_bucket}/dog//2.jpg (a part of it is empty)"
+        f"{in_bucket}/dog//2.jpg (a component of it is empty)"
     )
     assert notes[0] == f"{in_bucket}: {left_out}"
     assert plan_staging(str(in_bucket), tmp_path / "other", 10**9)[1].endswith(f"; {left_out}")

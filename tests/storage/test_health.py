@@ -56,7 +56,7 @@ def test_parts_of_a_large_file_are_progress(in_bucket: StoragePath, tmp_path: Pa
     whole = tmp_path / "large"
     whole.write_bytes(bytes(40 << 20))
     moments: list[float] = []
-    health.progress = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
+    health.record_progress = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
     (in_bucket / "large").upload(whole)
     sent = len(moments)
     (in_bucket / "large").download(tmp_path / "again")

@@ -78,7 +78,7 @@ class StopFlag:
 
     def check(self, when: str) -> None:
         """Record progress, and raise StopRequested if the flag is set; for loops that have nothing to save."""
-        health.progress()
+        health.record_progress()
         if self.reason:
             raise StopRequested(f"{self.reason} {when}", fix=RETRY)
 

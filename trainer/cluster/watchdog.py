@@ -116,7 +116,7 @@ def start(
 def _encode_state(control: ControlChannel) -> bytes:
     """Encode what the watchdog needs to know of this process, in one line that a pipe writes at once."""
     state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
-             "limit": health.unresponsive_limit, "watched": control.watched_peers()}  # fmt: skip
+             "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
     return json.dumps(state).encode() + b"\n"
 
 

@@ -38,7 +38,7 @@ class Worker:
 
     def stop_requested(self) -> bool:
         """Record progress, and return whether this worker has a stop request; the compiled step calls this."""
-        health.progress()
+        health.record_progress()
         return self.stop.reason is not None
 
     def should_stop(self, when: str) -> bool:

@@ -48,8 +48,8 @@ def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
     """Limit the batch to an epoch of `images` examples; return the configuration, and the reason if it changed.
 
-    The limit is rounded up to a batch that can be divided over replicas, micro-batches and pairs (`compute_batch_divisor`). The
-    gradients are those of the larger batch, the rest of which would be padding.
+    The limit is rounded up to a multiple of `compute_batch_divisor`. The gradients are those of the larger batch, the
+    rest of which would be padding.
     """
     training, parts = config.training, compute_batch_divisor(config, replicas)
     limit = -(-images // parts) * parts

@@ -84,7 +84,7 @@ def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path)
     checksum = partial(_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
-        health.progress()
+        health.record_progress()
         return [checksum(path) for path in new[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each read costs a round trip
@@ -114,7 +114,7 @@ def _checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | N
 
 def _read_whole(handle: int, _size: int) -> Iterable[bytes]:
     while block := os.read(handle, _READ_BYTES):
-        health.progress()
+        health.record_progress()
         yield block
 
 

@@ -177,7 +177,8 @@ def _class_folders(root: str, folder: str) -> dict[str, str]:
     classes = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
         if (other := classes[normalize_class_name(name)]) != name:
-            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} are both the class {normalize_class_name(name)}"
+            both = f"are both the class {normalize_class_name(name)}"
+            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} {both}"
             fix = "rename one, or move its images to the other (class names are in NFC, without spaces at their ends)"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return dict(sorted(classes.items()))
@@ -206,7 +207,8 @@ def _split_folders(root: str) -> dict[str, str]:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
         if not _subfolders(train):  # "train" is a class
             return {"train": root}
-        problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(map(escape_unprintable, others[:5]))})"
+        named = ", ".join(map(escape_unprintable, others[:5]))
+        problem = f"has both split folders ({', '.join(splits)}) and others ({named})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
     for name, split in splits.items():
@@ -264,7 +266,7 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
         return f"{image.name} {size} {digest}", fault if size else "is empty"
 
     def inspect_batch(first: int) -> list[tuple[str, str]]:
-        health.progress()
+        health.record_progress()
         return [inspect(image) for image in images[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip

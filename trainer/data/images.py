@@ -263,7 +263,7 @@ def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
     with open(file, "rb") as content:
         while block := content.read(_CRC_BYTES):
             crc = google_crc32c.extend(crc, block)
-            health.progress()
+            health.record_progress()
             check()
     return crc
 

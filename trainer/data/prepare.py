@@ -37,7 +37,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    local, addresses, _ = local_copies(config, log.info, lambda _address: health.progress())
+    local, addresses, _ = local_copies(config, log.info, lambda _address: health.record_progress())
     data = local.data
     with named_by_address(addresses):
         dataset = open_dataset(

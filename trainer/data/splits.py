@@ -159,7 +159,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     skipped: list[str] = []
     stored = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
     for number, path in enumerate(paths):
-        health.progress()
+        health.record_progress()
         name, (entries, stored_labels) = os.path.basename(path), stored[os.path.dirname(path)]
         if source.streamed:
             if name not in entries:
@@ -214,7 +214,8 @@ def split_of(
     for shard in ranges:
         count = len(labels[shard.path])
         if count != shard.count and source.data.on_error == "fail":
-            problem = f"shard {escape_unprintable(shard.path)} holds {count} records, but dataset_info.json lists {shard.count}"
+            name = escape_unprintable(shard.path)
+            problem = f"shard {name} holds {count} records, but dataset_info.json lists {shard.count}"
             raise DataError(problem, fix="prepare the dataset again, or set data.on_error=skip to use it nevertheless")
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])

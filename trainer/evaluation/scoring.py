@@ -48,7 +48,7 @@ class Predictor:
         parts: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
         for number in range(count):
-            health.progress(number, count)
+            health.record_progress(number, count)
             if not ready():
                 break
             outputs, losses, batch = self._predict(next(stream))
@@ -132,7 +132,7 @@ class Scorer:
             return False
         if seconds > 0:
             self.on_wait(seconds)
-        health.progress()
+        health.record_progress()
         return self.worker.stop.reason is None
 
 

@@ -112,7 +112,7 @@ def export_formats(
     delete_unfinished(folder)
     for number, name in enumerate(names := list(formats)):
         check()
-        health.progress(number, len(names))
+        health.record_progress(number, len(names))
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)

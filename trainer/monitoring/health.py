@@ -24,7 +24,7 @@ class Health:
         self._last_step: float | None = None
         self._saved: float | None = None
         self._waiting_for: str | None = None
-        self._blocked_limit: float | None = None
+        self._blocked_timeout: float | None = None
 
     def enter_phase(self, phase: str) -> None:
         """Set the phase of the run, and set the activity to the name of the phase."""
@@ -35,10 +35,10 @@ class Health:
         """Set the activity of the main thread, which counts as progress."""
         if activity != self.activity:
             self.activity, self.work, self.activity_began = activity, (0, 0), time.monotonic()
-        self.progress()
+        self.record_progress()
         self.on_change()
 
-    def progress(self, done: int = 0, total: int = 0) -> None:
+    def record_progress(self, done: int = 0, total: int = 0) -> None:
         """Record progress: a step, a batch, a part of a file, or an iteration of a loop with a time limit.
 
         `done` of the `total` parts of the activity are done, if their number is known.
@@ -49,7 +49,7 @@ class Health:
 
     def record_steps(self, step: int, epoch: int) -> None:
         """Record that optimizer steps were taken: up to `step` of the run, in `epoch`, counted from 1."""
-        self.progress()
+        self.record_progress()
         self._last_step = self._last_progress
         self.set_gauges(step=step, epoch=epoch)
 
@@ -69,23 +69,23 @@ class Health:
             yield
         finally:
             self._waiting_for = None
-            self.progress()
+            self.record_progress()
 
     @contextmanager
     def blocked_in(self, activity: str, limit: float) -> Iterator[None]:
         """Set the activity, a call in which Python may not run for `limit` seconds, as the call holds the GIL."""
-        outer, self._blocked_limit = self.activity, limit
+        outer, self._blocked_timeout = self.activity, limit
         self.set_activity(activity)
         try:
             yield
         finally:
-            self._blocked_limit = None
+            self._blocked_timeout = None
             self.set_activity(outer)
 
     @property
-    def unresponsive_limit(self) -> float:
+    def unresponsive_timeout(self) -> float:
         """Seconds for which Python may not run at all in this process."""
-        return self.stuck_after if self._blocked_limit is None else self._blocked_limit
+        return self.stuck_after if self._blocked_timeout is None else self._blocked_timeout
 
     @property
     def seconds_since_progress(self) -> float:

@@ -25,7 +25,7 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
         nonlocal previous, last_logged, logged
         if done != previous:
             previous = done
-            health.progress()
+            health.record_progress()
         now = time.monotonic()
         if done != logged and (done == total or now - last_logged >= 10):
             last_logged, logged = now, done
@@ -43,7 +43,7 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
 
         def show_bar(done: int, total: int) -> None:
             if done != bar.tasks[0].completed:
-                health.progress()
+                health.record_progress()
             bar.update(task, completed=done, total=total)
 
         yield show_bar

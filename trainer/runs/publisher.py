@@ -159,7 +159,7 @@ class Publisher:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
                     (remote / f"checkpoints/{published}/{file.name}").upload(file)
-                    health.progress()
+                    health.record_progress()
                 self._names[name] = published
         self._names = {name: published for name, published in self._names.items() if name in names}
         self._publish_files()  # before the commit: a resumed run can delete later metrics, but not add missing ones
@@ -186,7 +186,7 @@ class Publisher:
             current = (status.st_size, status.st_mtime_ns)
             if self._published.get(name) != current:
                 (self.lease.folder / name).write(file.read_bytes())
-                health.progress()
+                health.record_progress()
                 self._published[name] = current
 
 

@@ -1,4 +1,4 @@
-"""Staging: download files from a bucket in parallel, and cache them for the next start on this machine."""
+"""Staging: download files from a bucket in parallel, and cache them for later starts on this machine."""
 
 import fnmatch
 import hashlib
@@ -21,9 +21,9 @@ from trainer.storage.small_files import read_json_or_default, require_json_objec
 from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
-REPORT_SECONDS = 5.0  # between two log lines with the progress
-ABANDONED_SECONDS = 3600.0  # an older temporary file is deleted
-VERSIONS = ".versions.json"  # in the local folder: version in the bucket of each downloaded file
+REPORT_SECONDS = 5.0  # between log lines about the progress
+ABANDONED_SECONDS = 3600.0  # age from which a temporary file is deleted
+VERSIONS = ".versions.json"  # in the local folder: name -> object version of each downloaded file
 
 
 def is_remote(address: str | None) -> bool:
@@ -34,15 +34,17 @@ def is_remote(address: str | None) -> bool:
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
-    A local address is returned unchanged. An address that exists as it is written is no pattern, whatever characters it
-    has. Objects that cannot be local files (`divide_listing`) are left out and logged. Files cached in the same version
-    are not downloaded again; local files that the bucket no longer has are deleted. Raises DataError if nothing matches
-    the address or it exceeds the budget.
+    A local address is returned unchanged. An address that exists literally is not a pattern. Objects that cannot be
+    local files (`divide_listing`) are logged and skipped. Files cached in the same version are not downloaded again.
+    Local files that the bucket no longer has are deleted.
 
     Args:
-        budget: limit of the bytes on disk for this address.
+        budget: maximum bytes on disk for this address.
         note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; raises to cancel.
+        check: is called after each file, and raises to cancel.
+
+    Raises:
+        DataError: nothing matches the address, or its files exceed the budget.
     """
     if not is_remote(address):
         return address
@@ -56,17 +58,17 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
 
 @dataclass(frozen=True)
 class Copy:
-    """The files that an address in a bucket matches, and the local folder of their copies."""
+    """The files in a bucket that match an address, and the local folder for their copies."""
 
     folder: Path
-    end: str  # the part of the address below the folder: a pattern, or the name of a single file; "" for a folder
+    end: str  # the address below the folder: a pattern or a file name, "" for the folder itself
     is_pattern: bool
     entries: dict[str, ObjectInfo]  # files in the bucket, by name relative to the folder
     left_out: tuple[str, ...] = ()  # objects that cannot be local files, each with the reason
 
     @property
     def path(self) -> str:
-        """The local path that replaces the address, a pattern included."""
+        """The local path or pattern that replaces the address."""
         return str(self.folder / self.end)
 
     def matches(self, name: str) -> bool:
@@ -75,9 +77,10 @@ class Copy:
 
 
 def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
-    """Return the listed files of a folder by relative name, and those that cannot be local files, with the reason.
+    """Divide a listing into files by name relative to the folder, and objects that cannot be local files.
 
-    An empty object next to a folder of the same name, which some tools write to mark the folder, is in neither.
+    The latter are described with the reason. Empty objects with the name of a folder are in neither: some tools write
+    them to mark the folder.
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
     faults = {name: fault for name in entries if (fault := find_path_fault(name))}
@@ -97,7 +100,7 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """List the files that `stage` would download, and determine their folder. Raises the errors of `stage`."""
+    """List the files that `stage` would download, and choose their local folder. Raises the errors of `stage`."""
     root, end, is_pattern = _split_address(address)
     folder = cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
     entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
@@ -118,7 +121,7 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 def find_prepared_folder(data_dir: str, name: str) -> str:
     """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
-    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
+    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The default version is the newest one.
     Raises DataError if the dataset or version does not exist.
     """
     builder, _, version = name.partition(":")
@@ -128,28 +131,28 @@ def find_prepared_folder(data_dir: str, name: str) -> str:
         problem = f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}"
         fix = "prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones"
         raise DataError(problem, key="data.name", value=name, fix=fix)
-    return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
+    return str(folder / (version or max(versions, key=lambda v: [int(number) for number in v.split(".")])))
 
 
 def _split_address(address: str) -> tuple[StoragePath, str, bool]:
-    """Divide an address into a folder, the pattern or file name below it, and whether it is a pattern.
+    """Split an address into a folder and the rest below it, and return also whether the rest is a pattern.
 
-    The second part is "" for a folder. What exists is no pattern, as `photos [2024]`. If an object and a folder have
-    this name, it is the folder.
+    The rest is a pattern, a file name, or "" for the folder itself. A name that exists literally, such as
+    `photos [2024]`, is not a pattern. If an object and a folder have the same name, the folder is used.
     """
     whole = storage_path(address)
-    parts = str(whole).split("/")
-    for i in [i for i, part in enumerate(parts) if has_wildcard(part)]:
-        literal = storage_path("/".join(parts[: i + 1]))
-        if not literal.is_folder() and not (i + 1 == len(parts) and literal.exists()):
-            return storage_path("/".join(parts[:i])), "/".join(parts[i:]), True
+    components = str(whole).split("/")
+    for i in [i for i, component in enumerate(components) if has_wildcard(component)]:
+        literal = storage_path("/".join(components[: i + 1]))
+        if not literal.is_folder() and not (i + 1 == len(components) and literal.exists()):
+            return storage_path("/".join(components[:i])), "/".join(components[i:]), True
     if whole.exists() and not whole.is_folder():
         return whole.parent, whole.name, False
     return whole, "", False
 
 
 def has_wildcard(text: str) -> bool:
-    """Return whether a part of a path would be a pattern if no file or folder has this name."""
+    """Return whether a path component is a pattern, unless a file or folder has this name."""
     return any(character in text for character in "*?[")
 
 
@@ -201,7 +204,7 @@ def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Ob
 
 
 def identify_staged_file(path: str | Path) -> str | None:
-    """Identify a staged file by its name and version in the bucket, equal on every machine; None for other files."""
+    """Return the name and version of a staged file in the bucket, equal on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
         if (versions := _read_versions_cached(folder)) is not None:
@@ -211,7 +214,7 @@ def identify_staged_file(path: str | Path) -> str | None:
 
 
 def _read_versions(folder: Path) -> dict[str, int] | None:
-    """Read the versions of the files staged in a folder, by name; None if it is not a folder of staged files."""
+    """Read the versions of the staged files in a folder, by name; None if nothing was staged there."""
     return read_json_or_default(folder / VERSIONS, require_json_object, None)
 
 
@@ -219,7 +222,7 @@ _read_versions_cached = cache(_read_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete what the bucket no longer has, and temporary files too old to be of a running download."""
+    """Delete files that the bucket no longer has, and temporary files that are too old for a running download."""
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
