@@ -1,7 +1,7 @@
-"""Translate arguments as they are typed into overrides in Hydra's grammar, and back.
+"""Translate command-line arguments into overrides in Hydra's grammar, and back.
 
-The value of a text key is taken as it is typed: `data.root=~/photos (1)` needs no quotes but the shell's. Exceptions:
-null, a value in quotes, `${...}`, and in a sweep a list of values or a function such as choice(a, b).
+The value of a text key is literal: `data.root=~/photos (1)` needs no quotes but the shell's. Exceptions are null, a
+value in quotes, `${...}`, and in a sweep a list of values or a function such as choice(a, b).
 """
 
 import re
@@ -31,37 +31,37 @@ GROUPS = {  # folder of conf/ -> its meaning in --help
     "experiment": "a whole recipe: data, model, augmentation and phases",
     "sweep": "a search over many runs",
 }
-_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # the usual ones, for suggestions
+_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # the common phases, for suggestions
 _PATH_KEYS = {"data": "data=image_folder ", "model": ""}  # group -> what precedes the key that takes a path
 _KEY_VALUE = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.S)
-# One of several values: quoted (in weights followed by a number), or text up to the next comma outside of brackets.
+# An element of a list: quoted (in weights followed by a number), or text up to the next comma outside brackets.
 _ELEMENT = re.compile(rf"\s*(?:{QUOTED})\s*(?::[^,]*)?(?=,|\Z)|(?:\([^()]*\)|\[[^\[\]]*\]|\{{[^{{}}]*\}}|[^,])*", re.S)
-# Options of Hydra, and the number of values that follow each.
+# Option of Hydra -> number of values that follow it.
 _OPTIONS = {"--multirun": 0, "-m": 0, "--run": 0, "-r": 0, "--resolve": 0, "--hydra-help": 0, "--cfg": 1, "-c": 1,
             "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--info": 0, "-i": 0, "--help": 0, "-h": 0,
             "--version": 0}  # fmt: skip
 
 
 def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
-    """Translate arguments into overrides that Hydra parses; those that are overrides already are unchanged.
+    """Translate arguments into overrides that Hydra parses. The function is idempotent.
 
     Args:
-        sweep: whether a value may be a list of values, one for each run.
+        sweep: whether a value can be a list of values, one for each run.
 
     Raises:
         ConfigError: an argument is neither an option nor KEY=VALUE, or its value cannot be parsed.
     """
-    overrides, values = [], 0
-    for position, text in enumerate(arguments):
-        if values:
-            values -= 1
+    overrides, values_left = [], 0  # number of further arguments that are values of the last option
+    for index, text in enumerate(arguments):
+        if values_left:
+            values_left -= 1
         elif text.startswith("-"):
             option, equals, _ = text.partition("=")
             if option not in _OPTIONS:
                 raise _no_such_option_error(text)
-            values = 0 if equals else _OPTIONS[option]
-            values_shown = text.partition("=")[2:] if equals else tuple(arguments)[position + 1 : position + 2]
-            if option in ("--cfg", "-c") and not {*values_shown} & {"job", "hydra", "all"}:
+            values_left = 0 if equals else _OPTIONS[option]
+            values = text.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
+            if option in ("--cfg", "-c") and not {*values} & {"job", "hydra", "all"}:
                 raise ConfigError("needs job, hydra or all", key=option, fix="write --cfg job")
         else:
             text = _translate_override(text, sweep)
@@ -70,7 +70,7 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
 
 
 def parse_override(override: str) -> Override:
-    """Parse one override; raises ConfigError if it is not in Hydra's grammar."""
+    """Parse an override; raise a ConfigError if it is not in Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -80,13 +80,13 @@ def parse_override(override: str) -> Override:
 
 
 def parse_value(override: str) -> Any:
-    """Return the value of one argument as Python: text, number, bool, list, dict or None."""
+    """Parse the value of an argument to a string, number, bool, list, dict or None."""
     (translated,) = translate_overrides([override])
     return evaluate_override(translated)
 
 
 def evaluate_override(override: str) -> Any:
-    """Return the value of an override in Hydra's grammar as Python; raises ConfigError if it refers to another key."""
+    """Parse the value of an override in Hydra's grammar; raise a ConfigError if it refers to another key."""
     parsed = parse_override(override)
     try:
         value = OmegaConf.to_container(OmegaConf.create([parsed.value()]), resolve=True)[0]  # type: ignore[index]
@@ -97,7 +97,7 @@ def evaluate_override(override: str) -> Any:
 
 
 def format_override(override: str) -> str:
-    """Return an override as a user would type it, without the quotes that `translate_overrides` adds."""
+    """Format an override as a user would type it, without the quotes that `translate_overrides` adds."""
     match = _KEY_VALUE.fullmatch(override)
     if not match:
         return override
@@ -117,33 +117,33 @@ def _format_text(key: str, value: str) -> str:
 
 
 def list_given_keys(arguments: Sequence[str]) -> set[str]:
-    """Return the keys that arguments set: {"seed", "data.root"}; groups and Hydra's keys are left out."""
+    """List the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys."""
     keys = {match[2] for text in arguments if (match := _KEY_VALUE.fullmatch(text))}
     return {key for key in keys - GROUPS.keys() if not key.startswith("hydra")}
 
 
 def map_given_values(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the raw values of arguments by key, the last of each: {"data.root": "photos"}."""
+    """Return the last raw value of each key, such as {"data.root": "photos"}."""
     return {match[2]: match[3] for text in arguments if (match := _KEY_VALUE.fullmatch(text))}
 
 
 def split_elements(text: str) -> list[str]:
-    """Split a list of values at its commas, except in quotes and brackets."""
-    parts, start = [], 0
+    """Split a list at its commas, except in quotes and brackets."""
+    elements, start = [], 0
     while True:
         match = _ELEMENT.match(text, start)
         assert match, "the pattern matches nothing as well"
-        parts.append(match[0])
+        elements.append(match[0])
         if match.end() == len(text):
-            return parts
+            return elements
         start = match.end() + 1
 
 
 def parse_weights(value: Any) -> Any:
-    """Parse "{a b: 1, c: 2}", whose names are as they are typed; any other value is returned unchanged."""
+    """Parse "{a b: 1, c: 2}", in which names need no quotes. Any other value is returned unchanged."""
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
-    pairs = [part.rpartition(":") for part in split_elements(value[1:-1])]
+    pairs = [element.rpartition(":") for element in split_elements(value[1:-1])]
     return {_unquote(name.strip()): number.strip() for name, _, number in pairs if name or number.strip()}
 
 
@@ -183,31 +183,31 @@ def _translate_override(text: str, sweep: bool) -> str:
 
 
 def _quote_text(text: str) -> str:
-    """Quote a text for Hydra, unless it is null, empty, or quoted already."""
+    """Quote a text for Hydra, unless it is null, empty or already quoted."""
     if not text or re.fullmatch(rf"(?i:null)|{QUOTED}", text, re.S):
         return text
     return quote(text, interpolate=bool(INTERPOLATION.search(text)))
 
 
 def _quote_sweep_values(value: str) -> str:
-    """Quote each of the values of a sweep: `a (1),b` or choice(a, b)."""
+    """Quote each value of a sweep: `a (1),b` or choice(a, b)."""
     function = FUNCTION.fullmatch(value)
     if function and function[1] != "choice":
         return value
     # As a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
-    return ",".join(_quote_text(part.strip()) for part in split_elements(function[2] if function else value))
+    return ",".join(_quote_text(element.strip()) for element in split_elements(function[2] if function else value))
 
 
 def _quote_list(text: str) -> str:
     """Quote the elements of `[a b, c]`."""
     if not re.fullmatch(r"\[.*\]", text, re.S) or not text[1:-1].strip():
         return text
-    parts = [part.strip() for part in split_elements(text[1:-1])]
-    return "[" + ",".join(quote(part) if part.lower() == "null" else _quote_text(part) for part in parts) + "]"
+    elements = [element.strip() for element in split_elements(text[1:-1])]
+    return "[" + ",".join(quote(e) if e.lower() == "null" else _quote_text(e) for e in elements) + "]"
 
 
 def _check_group(group: str, value: str, sweep: bool) -> None:
-    """Raise a ConfigError if the value cannot be the name of a file of a group, such as a path."""
+    """Raise a ConfigError if the value cannot be a choice of the group, as a path cannot."""
     if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (sweep and value):
         return
     if "," in value and not sweep and value[:1] not in "[{(":

@@ -1,9 +1,9 @@
-"""Discover the index and addresses of the workers from the environment, from the first of these sources that is set:
+"""Discover the index and addresses of the workers from the first of these sources that the environment has:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
-   The chief (old name: master) is worker 0, the workers follow. Evaluators in the cluster are ignored, because the run
-   itself evaluates. If it is empty, `{}` or has no cluster, it counts as not set.
+   The chief (old name: master) is worker 0, and the workers follow. Evaluators in the cluster are ignored, because the
+   run itself evaluates. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
 2. A JobSet with all workers in one replicatedJob: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0) and
    REPLICATED_JOB_REPLICAS (default 1), set by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
    `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`; WORKER_COUNT counts the pods of all child Jobs.
@@ -41,10 +41,10 @@ _MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error
 class Cluster:
     """One worker's view of a run."""
 
-    index: int  # number of this worker, 0 <= index < size; 0 is the chief
-    addresses: tuple[str, ...]  # "host:port" of every worker, in the order of their indices; empty for a single worker
-    source: str  # of the index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
-    job: str  # equal on the workers of a job, different from other jobs; "" for a single worker without a name
+    index: int  # of this worker, 0 <= index < size; 0 is the chief
+    addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
+    source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
+    job: str  # unique per Job or JobSet, and equal on all of its workers; "" for a single worker without a name
 
     @property
     def size(self) -> int:
@@ -53,7 +53,7 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """True for worker 0, the only one that writes to the folder of the run."""
+        """Whether this is worker 0, the only one that writes to the folder of the run."""
         return self.index == 0
 
     def tf_config(self) -> str:
@@ -65,9 +65,9 @@ class Cluster:
 
 
 def discover(environment: Mapping[str, str]) -> Cluster:
-    """Discover the cluster from the sources that the module docstring lists, in their order.
+    """Discover the cluster from the first available source, in the order of the module docstring.
 
-    Raises ConfigError if a variable is missing or wrong, or two of them contradict each other.
+    Raises ConfigError if a variable is missing or invalid, or two variables contradict each other.
     """
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
     if not _in_jobset(env):  # without a JobSet these two have no meaning
@@ -79,7 +79,7 @@ def discover(environment: Mapping[str, str]) -> Cluster:
 
 
 def _from_tf_config(text: str) -> Cluster | None:
-    """Parse the cluster in TF_CONFIG; None if it has none."""
+    """Parse TF_CONFIG; None if it has no cluster."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -100,14 +100,14 @@ def _from_tf_config(text: str) -> Cluster | None:
     if not isinstance(task, dict) or not {"type", "index"} <= task.keys():
         problem, fix = f"the task is {_abbreviate(task)}", 'give type and index, as in {"type": "worker", "index": 0}'
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
-    role, number = task["type"], task["index"]
+    role, task_index = task["type"], task["index"]
     roles = _parse_roles(cluster, role)
     if not isinstance(role, str) or role not in roles:
         available = ", ".join(roles) or "no workers"
         problem = f"the task type {_abbreviate(role)} is not in the cluster, which has {available}"
         raise ConfigError(problem, key="TF_CONFIG", fix="make the two agree")
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(roles[role]):
-        problem = f"the task index {_abbreviate(number)} is not one of the {len(roles[role])} in {role}"
+    if not isinstance(task_index, int) or isinstance(task_index, bool) or not 0 <= task_index < len(roles[role]):
+        problem = f"the task index {_abbreviate(task_index)} is not one of the {len(roles[role])} in {role}"
         raise ConfigError(problem, key="TF_CONFIG", fix=f"give 0 to {len(roles[role]) - 1}")
     workers = roles.pop("worker", [])
     chiefs = [address for addresses in roles.values() for address in addresses]
@@ -118,12 +118,12 @@ def _from_tf_config(text: str) -> Cluster | None:
     if duplicate := next((address for i, address in enumerate(addresses) if address in addresses[:i]), None):
         problem, fix = f"the address {duplicate} occurs twice", "give every worker (and the chief) a different address"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
-    index = number + (len(chiefs) if role == "worker" else 0)
+    index = task_index + (len(chiefs) if role == "worker" else 0)
     return Cluster(index, addresses if len(addresses) > 1 else (), "TF_CONFIG", ",".join(addresses))
 
 
 def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
-    """Return the addresses of each role (chief, master, worker) that has any."""
+    """Parse the addresses of each role (chief, master, worker); a role without addresses is omitted."""
     if "ps" in (*(role for role in cluster if cluster[role]), task_type):
         raise ConfigError("parameter servers (ps) are not supported", key="TF_CONFIG", fix="run workers only")
     if task_type == "evaluator":
@@ -150,7 +150,7 @@ def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]
 
 
 def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -> None:
-    """Check that TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the index of the pod."""
+    """Raise a ConfigError unless TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the pod index."""
     count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         return
@@ -165,7 +165,7 @@ def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -
 
 
 def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
-    """Return the cluster of a pod of a JobSet or Indexed Job, or of a single worker."""
+    """Discover the cluster of a JobSet or Indexed Job, or of a single worker."""
     count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         _check_alone(env)
@@ -227,14 +227,14 @@ def _compute_index(env: Mapping[str, str], count: int) -> int | None:
     if pod is None:
         return None
     if pod >= pods:
-        limit = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
-        problem, fix = f"is not below {limit}", "set WORKER_COUNT to the number of all pods"
+        bound = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
+        problem, fix = f"is not below {bound}", "set WORKER_COUNT to the number of all pods"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=pod, fix=fix)
     return job * pods + pod
 
 
 def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
-    """Parse a variable as a whole number; None if it is not set."""
+    """Parse an integer variable; None if it is not set."""
     text = env.get(name)
     if text is None:
         return None
@@ -247,17 +247,17 @@ def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int
 
 
 def _require_name(env: Mapping[str, str], name: str, count: int) -> str:
-    """Return a required variable that is part of host names."""
+    """Return a required variable that becomes part of host names; raise a ConfigError if it is missing or invalid."""
     fix = f"set it in the manifest to {_MANIFEST_SOURCES[name]}"
     if name not in env:
         raise ConfigError(f"is not set, but WORKER_COUNT={count}", key=name, fix=fix)
-    parts = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
-    if not all(re.fullmatch(_DNS_LABEL, part) for part in parts):
+    dns_labels = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
+    if not all(re.fullmatch(_DNS_LABEL, label) for label in dns_labels):
         raise ConfigError("cannot be part of a host name", key=name, value=_abbreviate(env[name]), fix=fix)
     return env[name]
 
 
 def _abbreviate(value: Any) -> str:
-    """Format a value for a message, in at most 80 characters."""
+    """Return the repr of a value for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -214,8 +214,8 @@ def split_of(
     for shard in ranges:
         count = len(labels[shard.path])
         if count != shard.count and source.data.on_error == "fail":
-            name = escape_unprintable(shard.path)
-            problem = f"shard {name} holds {count} records, but dataset_info.json lists {shard.count}"
+            path = escape_unprintable(shard.path)
+            problem = f"shard {path} holds {count} records, but dataset_info.json lists {shard.count}"
             raise DataError(problem, fix="prepare the dataset again, or set data.on_error=skip to use it nevertheless")
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])

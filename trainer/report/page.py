@@ -67,7 +67,8 @@ def plural(count: int, singular: str, plural_noun: str | None = None) -> str:
 def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True,
-                              finalize=lambda v: v if isinstance(v, Markup) else escape_unprintable(f"{v}"))  # fmt: skip
+                              finalize=lambda v: v if isinstance(v, Markup) else escape_unprintable(str(v)),
+    )  # fmt: skip
     environment.filters |= {f.__name__: f for f in (short, percent, interval, number, duration, plural, flatten)}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
