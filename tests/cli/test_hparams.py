@@ -13,7 +13,7 @@ from trainer.cli import sweep as hparams
 def sweep(tmp_path: Path) -> Path:
     """Two jobs with two hyperparameters; the second one failed."""
     names = ["phases.head.optimizer.learning_rate", "augmentation"]
-    (tmp_path / hparams.EVENTS_FILE).write_bytes(hparams.serialize_columns(names))
+    (tmp_path / hparams.EVENT_FILE).write_bytes(hparams.serialize_columns(names))
     jobs: list[tuple[list[Any], dict[str, float]]] = [
         ([0.01, "light"], {"val_accuracy": 0.75, "test_accuracy": 0.5}),
         ([1e38, "none"], {}),
@@ -22,7 +22,7 @@ def sweep(tmp_path: Path) -> Path:
         folder = tmp_path / str(number)
         folder.mkdir()
         row = hparams.serialize_job(str(number), dict(zip(names, values, strict=True)), scores, bool(scores))
-        (folder / hparams.EVENTS_FILE).write_bytes(row)
+        (folder / hparams.EVENT_FILE).write_bytes(row)
     return tmp_path
 
 

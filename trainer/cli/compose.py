@@ -47,7 +47,7 @@ def format_help() -> str:
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1` into `++a.b=1`, so that the validator handles unknown keys. Groups and Hydra's keys are unchanged."""
+    """Turn `a.b=1` into `++a.b=1`, so that the validator gets unknown keys; keep groups and Hydra's keys unchanged."""
     match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
     unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
     return argument if unchanged else "++" + argument.lstrip("+")
@@ -123,7 +123,7 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
-    """Validate a composed configuration. A ConfigError lists its faults, or the keys in `arguments` that are not read."""
+    """Validate a composed configuration. A ConfigError lists its faults, or keys in `arguments` that are not read."""
     config = load(composed)
     require_read(config, list_given_keys(arguments))
     return config

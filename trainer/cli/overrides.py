@@ -168,11 +168,9 @@ def _translate_override(text: str, sweep: bool) -> str:
             raise _several_values_error(text)
         value = _quote_sweep_values(value) if sweep else _quote_text(value)
     elif kind == "texts":
-        plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
-        parts = (
-            [f"[{value}]"] if plain else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
-        )
-        value = ",".join(_quote_list(part.strip()) for part in parts)
+        is_plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
+        values = split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
+        value = ",".join(_quote_list(v.strip()) for v in ([f"[{value}]"] if is_plain else values))
     elif kind == "weights" and re.fullmatch(r"\s*\{.*\}\s*", value, re.S):
         value = quote(value.strip())
     if not sweep and parse_override(f"{plus}{key}={value}").is_sweep_override():

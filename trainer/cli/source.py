@@ -1,4 +1,4 @@
-"""Choose the source of the data where the arguments give an address but no `data=`."""
+"""Choose the data source if the arguments give an address but no `data=`."""
 
 import glob
 import re
@@ -11,17 +11,18 @@ from trainer.errors import ConfigError, DataError
 from trainer.storage.path import storage_path
 
 _RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
-_INFO = "dataset_info.json"  # the file that marks a folder prepared by TensorFlow Datasets
+_INFO = "dataset_info.json"  # marks a folder that TensorFlow Datasets prepared
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Add `data=...` if the arguments give data.root, data.name or data.pattern, but no source and no experiment.
 
-    Returns the arguments, and a line that states what was chosen and why; "" if nothing was.
+    Returns:
+        The arguments, and a log line about the choice and its reason, "" if nothing was chosen.
 
     Raises:
-        ConfigError: data.root has another scheme than gs://.
-        DataError: there is nothing at data.root that is one of the sources.
+        ConfigError: the scheme of data.root is not supported.
+        DataError: data.root is none of the supported sources.
     """
     given = map_given_values(arguments)
     unchanged = {"data", "experiment", "data.source"} & given.keys() or {"-h", "--help", "--version"} & set(arguments)
@@ -47,9 +48,10 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def find_source(root: str) -> tuple[str, str, list[str]]:
-    """Return the group of `data=` for what is at an address, the reason, and arguments that replace data.root.
+    """Detect the kind of data source at an address.
 
-    Raises DataError if it is a single file or has neither folders nor records.
+    Returns its choice for `data=`, the reason, and arguments that replace data.root. Raises DataError if the address is
+    a single file, or has neither folders nor record files.
     """
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
@@ -66,8 +68,8 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
             [f"data.root={quote_if_needed(str(nested[0]))}"],
         )
     if records := sorted(name for name in names if _RECORDS.search(name)):
-        ending = _RECORDS.search(records[0])
-        pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"
+        suffix = _RECORDS.search(records[0])
+        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix[0] if suffix else ''}*"
         return "tfrecords", f"{len(records)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []

@@ -1,6 +1,6 @@
-"""A sweep: several runs of one command line, each in a separate process, and their scores.
+"""A sweep: several runs from one command line, each in a separate process, and their scores.
 
-Hydra chooses the values (every combination, or a search by Optuna) and calls `Sweep.run` for each job.
+Hydra chooses the values (every combination, or an Optuna search) and calls `Sweep.run` for each job.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
 OBJECTIVE = "val_accuracy"
 SEEDS = ("seed", "data.split_seed")
-EVENTS_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
+EVENT_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
 Value = bool | int | float | str
 
 
 def serialize_columns(names: list[str]) -> bytes:
-    """Serialize the event file of the sweep: TensorBoard shows these hyperparameters and `METRICS` as columns."""
+    """Serialize the sweep's event file, from which TensorBoard shows hyperparameters and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -55,7 +55,7 @@ def serialize_columns(names: list[str]) -> bytes:
 
 
 def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """Serialize the event file of one job, a row in TensorBoard; `scores` by `METRICS`, empty for a failed job."""
+    """Serialize a job's event file, a row in TensorBoard. `scores` has keys of `METRICS`, or none for a failed job."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
@@ -79,7 +79,7 @@ def _serialize_events(summaries: list[Summary]) -> bytes:
 
 
 def extract_scores(report: Any) -> dict[str, float]:
-    """Return the scores of a job, by the keys of `METRICS`, from its report.json."""
+    """Extract the scores of a job, by the keys of `METRICS`, from its report.json."""
     scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
     if report["test"]["split"] == "test":
         scores["test_accuracy"] = float(report["test"]["accuracy"])
@@ -87,7 +87,7 @@ def extract_scores(report: Any) -> dict[str, float]:
 
 
 class SweepEnded(BaseException):
-    """The end of the whole sweep. It is not an `Exception`, which Hydra would treat as the failure of one job."""
+    """Ends the whole sweep. Not an `Exception`, which Hydra would treat as the failure of one job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -99,35 +99,35 @@ class Job:
 
     name: str
     folder: str
-    arguments: list[str]  # of the command line, without those that choose the sweep and output_dir
-    overrides: dict[str, str]  # the values in `arguments` by key: {"seed": "1", ...}
+    arguments: list[str]  # of the command line, without the sweep and output_dir
+    overrides: dict[str, str]  # key -> value in `arguments`: {"seed": "1", ...}
     code: int = DONE  # exit code of the process
-    scores: dict[str, float] = field(default_factory=dict)  # by the keys of METRICS
+    scores: dict[str, float] = field(default_factory=dict)  # key of METRICS -> score
 
 
 @dataclass
 class Sweep:
-    """A sweep and its jobs so far; `folder` holds one folder per job and defaults to the one that Hydra names."""
+    """A sweep and its jobs so far."""
 
-    folder: str | None
+    folder: str | None  # parent of the job folders; None: the one that Hydra names
     jobs: list[Job] = field(default_factory=list)
-    columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs so far, as an ordered set
-    stop_signal: str | None = None  # the signal that requested the stop
-    search: bool = False  # by Optuna, instead of a grid of all combinations
-    swept: set[str] = field(default_factory=set)  # the keys whose values differ between jobs
-    child: subprocess.Popen[bytes] | None = None  # the process of the current job
+    columns: dict[str, None] = field(default_factory=dict)  # hyperparameters of all jobs so far, as an ordered set
+    stop_signal: str | None = None  # name of the signal that requested the stop
+    is_search: bool = False  # a search by Optuna instead of a grid of all combinations
+    swept: set[str] = field(default_factory=set)  # keys whose values differ between jobs
+    child: subprocess.Popen[bytes] | None = None  # process of the current job
 
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
-        """Run one job unless it is finished already, in a separate process: TensorFlow cannot be set up twice in one.
+        """Run one job, unless it is finished, in a separate process, since TensorFlow cannot be set up twice in one.
 
-        Returns its score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
+        Returns the score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
         SweepEnded on a stop request, after an interrupted job, or if an exception occurred in this process.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, self._forward_stop)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(signum, self._forward_stop)
         self.folder = self.folder or str(settings.sweep.dir)
-        self.search = not is_grid(settings)
+        self.is_search = not is_grid(settings)
         self.swept |= {str(key).lstrip("+") for key in settings.sweeper.get("params") or ()}
         try:
             job = self._run_job(resolve(tree), overrides, str(settings.sweep.subdir))
@@ -136,7 +136,7 @@ class Sweep:
         return job.scores.get(OBJECTIVE)
 
     def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
-        """Train or resume a job unless it is finished, read its scores and write its event files."""
+        """Train or resume a job unless it is finished, read its scores, and write its event files."""
         self._raise_if_stopped()
         arguments = [format_override(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         if ".." in name.split("/") or name.startswith("/"):
@@ -172,8 +172,8 @@ class Sweep:
         self.child = None
         return code
 
-    def _forward_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = signal.Signals(number).name
+    def _forward_stop(self, signum: int, _frame: object) -> None:
+        self.stop_signal = signal.Signals(signum).name
         if self.child:
             self.child.send_signal(signal.SIGTERM)
 
@@ -190,20 +190,20 @@ class Sweep:
         values = {key: _get_hyperparameter(tree, key, text) for key, text in overrides.items()}
         previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
-        if not (folder / "config.yaml").exists():  # it failed early; in an empty folder the run can begin later
+        if not (folder / "config.yaml").exists():  # it failed early; a later start requires an empty folder
             return
-        (folder / EVENTS_FILE).write(serialize_job(job.name, values, job.scores, job.code == DONE))
+        (folder / EVENT_FILE).write(serialize_job(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
-            (storage_path(self.folder or "") / EVENTS_FILE).write(serialize_columns(list(self.columns)))
+            (storage_path(self.folder or "") / EVENT_FILE).write(serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
-        """Describe the overrides of a job that differ from another job so far; all of them for the first job."""
+        """Describe the overrides of a job that differ from those of any other job so far; all for the first job."""
         others = [other.overrides for other in self.jobs if other is not job]
         differing = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
         return " ".join(differing) or ("as the others" if others else "no overrides")
 
     def _describe_seeds(self) -> list[str]:
-        """Return a line of mean and standard deviation for each setting that was run with several seeds."""
+        """Describe the mean and standard deviation of each setting with several seeds, in one line per setting."""
         settings: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs if self.swept.intersection(SEEDS) else ():
             others = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
@@ -222,9 +222,10 @@ class Sweep:
         return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
 
     def close(self) -> None:
-        """Log every job with its score, mean and standard deviation over seeds, and the best job.
+        """Log the score of each job, mean and standard deviation over seeds, and the best job.
 
-        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all of a search failed.
+        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all jobs of a search
+        failed.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         text = [""]
@@ -242,7 +243,7 @@ class Sweep:
             ]
             termination.set_success_message(text[-3])  # the best job
         log.info("\n".join(text))
-        if failed and (not self.search or not scored):
+        if failed and (not self.is_search or not scored):
             problem = f"{len(failed)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed)})"
             error = TrainerError(problem, fix="read their errors above")
             error.exit_code = failed[0].code
@@ -250,9 +251,10 @@ class Sweep:
 
 
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
-    """Compose the configuration of these arguments, or run their sweep; None after `--help`, `--cfg` or a sweep.
+    """Compose the configuration, or run the sweep that the arguments request.
 
-    Raises TrainerError if the arguments cannot be composed, or the sweep was stopped or failed.
+    Returns None after `--help`, `--version`, `--cfg` or a sweep. Raises TrainerError if the configuration cannot be
+    composed, or the sweep was stopped or failed.
     """
     if not is_sweep(arguments):
         return compose(arguments)
@@ -279,7 +281,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _search_space_is_empty(arguments: list[str]) -> bool:
-    """Return whether Optuna has no value to search, so that it would run the same job again and again."""
+    """Return whether Optuna has no values to search, so that it would repeat the same job."""
     sweepers = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
     if not sweepers or {"--cfg", "-c", "--help"} & set(arguments):
         return False
@@ -289,13 +291,13 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
-    """Return the keys and groups for which the arguments give several values."""
+    """List the keys and groups with several values."""
     overrides = [parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
     return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Make an `output_dir` that is equal for all jobs the folder of the sweep; return the new arguments and folder."""
+    """Use an `output_dir` that is equal for all jobs as the sweep folder; return the new arguments and folder."""
     outputs = [a for a in arguments if re.match(r"\+*output_dir=", a)]
     if not outputs or parse_override(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
         return arguments, None
@@ -309,6 +311,6 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
-    """Return the value of a key in the configuration; for a group, the choice `text`."""
+    """Return the configured value of a key; for a group, its choice `text`."""
     value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

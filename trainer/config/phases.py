@@ -1,4 +1,4 @@
-"""The configuration of the phases: trainable layers, length, optimizer and schedule, explained in docs/phases.md."""
+"""The configuration of phases: trainable layers, length, optimizer and schedule (docs/phases.md)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Optimizer(Section):
     """All but sgd: constant added to the denominator."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Optimizer:
+    def _check_options(self) -> Optimizer:
         adam = {"beta_1", "beta_2", "epsilon"}
         others = {"adamw": adam | {"weight_decay"}, "sgd": {"momentum", "nesterov"},
                   "rmsprop": {"momentum", "rho", "epsilon"}}  # fmt: skip
@@ -68,7 +68,7 @@ class Schedule(Section):
     """step: positions, from the start of the schedule, at which the learning rate is multiplied by `decay`."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Schedule:
+    def _check_complete(self) -> Schedule:
         needed = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(self.name, ())
         if missing := [key for key in needed if not getattr(self, key)]:
             raise InvalidValue("is incomplete", key="name", value=self.name, fix=f"set {' and '.join(missing)}")
@@ -125,7 +125,7 @@ class Phase(Section):
     """Number of fixed augmented versions per image, which can be cached; null: a new augmentation in each epoch."""
 
     @model_validator(mode="after")
-    def _valid(self) -> Phase:
+    def _check_length_and_thaw(self) -> Phase:
         lengths = [key for key in UNITS if getattr(self, key) is not None]
         if len(lengths) != 1:
             problem = f"has several lengths: {', '.join(lengths)}" if lengths else "has no length"
@@ -142,7 +142,7 @@ class Phase(Section):
 
 
 def _check_name(name: str) -> str:
-    """Refuse the name of a phase that could not be that of its folder below logs/."""
+    """Reject a phase name that cannot be the name of its folder below logs/."""
     if "/" in name or find_path_fault(name):
         raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
     return name
@@ -173,7 +173,7 @@ class AutoPhases(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _alone(cls, phases: Any) -> Any:
+    def _require_alone(cls, phases: Any) -> Any:
         if others := ", ".join(name for name in phases if name != "auto"):
             fix = f"unset {others}, or choose a group such as phases=two_phase"
             raise InvalidValue(f"chooses all phases, but {others} is set as well", key="auto", fix=fix)
@@ -184,7 +184,7 @@ _NAMED = TypeAdapter(NamedPhases)
 
 
 def _validate_phases(phases: Any, _union: Any) -> Any:
-    """Validate the member of the union that the keys choose, so that errors are of this member only."""
+    """Validate only the union member that the keys choose, so that all errors belong to this member."""
     is_auto = isinstance(phases, AutoPhases) or (isinstance(phases, dict) and "auto" in phases)
     return AutoPhases.model_validate(phases) if is_auto else _NAMED.validate_python(phases)
 

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen, validated tree.
 
-Hydra composes a plain tree from the YAML in `conf/`. `load` validates it: the result is a `RunConfig` if nothing is
-`auto`, else a `RequestedConfig`; one `ConfigError` lists all faults. Nothing here imports TensorFlow.
+Hydra composes a plain tree from the YAML in `conf/`. `load` validates it and returns a `RunConfig` if nothing is
+`auto`, else a `RequestedConfig`. One `ConfigError` lists all faults. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -409,12 +409,12 @@ class RunConfig(RequestedConfig):
     training: ResolvedTraining = ResolvedTraining()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
-        """Compute the maximum number of optimizer steps of a phase; early stopping may end it before."""
+        """Compute the maximum number of optimizer steps of a phase. Early stopping can end it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
     def why_not_cacheable(self, phase: Phase) -> str | None:
-        """Return the reason why the features of the phase's frozen layers cannot be cached; None if they can."""
+        """Return why the features of a phase cannot be cached; None if they can."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
@@ -424,7 +424,7 @@ class RunConfig(RequestedConfig):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def feature_fault(self, name: str) -> ConfigError | None:
-        """Check the settings of a phase for cached features; return the error, or None if they are consistent."""
+        """Return the error in a phase's settings for cached features; None if there is none."""
         phase, active = self.phases[name], self.augmentation.active
         if phase.augmented_views and phase.augmented_views > 1 and not active:
             return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
@@ -439,9 +439,9 @@ class RunConfig(RequestedConfig):
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
-    """Validate a composed tree; the result is a `RunConfig` if nothing in it is `auto`.
+    """Validate a composed tree, and return a `RunConfig` if nothing in it is `auto`.
 
-    A ConfigError lists all faults of the tree in its `faults`.
+    Raises a ConfigError whose `faults` lists all faults.
     """
     try:
         config = RequestedConfig.model_validate(tree)
@@ -456,7 +456,7 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree such as the config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
+    """Validate a tree such as config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
     config = load(tree)
     if not isinstance(config, RunConfig):
         raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")
@@ -464,10 +464,10 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
 
 
 def parse_config(text: str | bytes) -> dict[str, Any]:
-    """Parse a config.yaml; keys that have been renamed since it was written get their current names.
+    """Parse a config.yaml, and translate old keys to their current names.
 
-    A run that was written without data.orientation was trained on images as they are stored. Raises ConfigError if the
-    text is not YAML, or not a mapping.
+    Older versions had no data.orientation and trained on images as stored, so it defaults to "ignore". Raises
+    ConfigError if the text is not YAML, or not a mapping.
     """
     try:
         tree = yaml.safe_load(text)
@@ -488,7 +488,7 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
 def with_choices(
     config: RequestedConfig, backbone: str = "", batch_size: int = 0, phases: dict[str, Phase] | None = None
 ) -> RunConfig:
-    """Resolve the configuration, with these values for the keys that are `auto`."""
+    """Resolve a configuration: use these values for the keys that are `auto`."""
     size = config.training.batch_size
     training = dict(config.training) | {"batch_size": batch_size if size == "auto" else size}
     values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}
