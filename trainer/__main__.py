@@ -1,4 +1,4 @@
-"""`python -m trainer`: train the run of this command line, or resume it.
+"""`python -m trainer`: train or resume the run that the arguments configure.
 
 Hydra composes the configuration, `config.schema.load` validates it, and `train.train_run` trains.
 """
@@ -42,7 +42,7 @@ from trainer.runs.folder import (
 )
 from trainer.storage.disk import translate_disk_errors
 
-DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while waiting for the other workers
+DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished, while waiting for other workers
 
 
 def main() -> None:
@@ -60,10 +60,10 @@ def main() -> None:
         stop, last_check = StopFlag(), time.monotonic()
 
         def check_cancelled() -> None:
-            """Raise `StopRequested` on a stop request, or `Finished` if the run is finished."""
+            """Raise StopRequested after a stop request, or Finished if the run is finished."""
             nonlocal last_check
             stop.check("while waiting for the other workers")
-            if time.monotonic() - last_check > DONE_CHECK_SECONDS:
+            if time.monotonic() - last_check > DONE_CHECK_INTERVAL_SECONDS:
                 last_check = time.monotonic()
                 require_unfinished(config)
 
@@ -77,7 +77,7 @@ def main() -> None:
             return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
-        # End at once: there is nothing to save yet, and importing TensorFlow takes longer than some grace periods.
+        # Nothing needs saving yet, and importing TensorFlow takes longer than some grace periods, so end at once.
         stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )

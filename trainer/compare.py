@@ -20,7 +20,7 @@ from trainer.storage.path import canonicalize_address
 
 
 def main() -> None:
-    """Run the command `python -m trainer.compare`; exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.compare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         options, addresses = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
         if len(addresses) < 2 or len(set(map(canonicalize_address, addresses))) != len(addresses):
@@ -28,7 +28,7 @@ def main() -> None:
         output = Path(options.get("output", "compare.html")).expanduser()
         if output.suffix != ".html":
             raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
-        from trainer.report import compare  # imports matplotlib, after the arguments are checked
+        from trainer.report import compare  # here, because it imports matplotlib
 
         names = compare.short_names(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))

@@ -25,7 +25,8 @@ from trainer.evaluation.drift import format_measures, measure_drift, read_log, r
 from trainer.monitoring.log import log
 from trainer.storage.path import storage_path
 
-ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}  # problem if one is missing
+# Key -> problem if it is missing, "" if it is optional.
+ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}
 
 
 def _parse_hours(text: str) -> float:
@@ -36,7 +37,7 @@ def _parse_hours(text: str) -> float:
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
+    """Run `python -m trainer.drift`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
         hours = _parse_hours(arguments["hours"]) if "hours" in arguments else None

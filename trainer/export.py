@@ -32,17 +32,17 @@ from trainer.monitoring.log import log
 from trainer.runs.stored_run import StoredRun, find_run, load_checkpoint
 
 EXPORT_KEYS = ("formats", "max_accuracy_drop")  # of the section `export` of the run's configuration
-# Key -> the problem if it is missing, "" if it is optional.
+# Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "output": "", **dict.fromkeys(EXPORT_KEYS, "")}
 
 
-def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values that replace those of the run's configuration, such as {"export.formats": ["keras"]}."""
+def _parse_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Parse the changes of the run's configuration, such as {"export.formats": ["keras"]}."""
     keys = {f"export.{key}" if key in EXPORT_KEYS else key: text for key, text in arguments.items()}
     return {key: parse_value(f"{key}={text}") for key, text in keys.items() if "." in key}
 
 
-def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
+def _choose_output(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
     """Return the folder to write to, and whether it is the `export` folder of the run."""
     if output := arguments.get("output"):
         return Path(output).expanduser(), False
@@ -60,12 +60,12 @@ def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, 
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
+    """Run `python -m trainer.export`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+")
-        run = find_run(arguments["run"], _config_changes(arguments))
-        folder, in_run = _output_folder(run, arguments)
-        # Before the import of TensorFlow, so that a wrong checkpoint is reported immediately.
+        run = find_run(arguments["run"], _parse_changes(arguments))
+        folder, in_run = _choose_output(run, arguments)
+        # Before the import of TensorFlow, so that an invalid checkpoint is reported immediately.
         checkpoint = load_checkpoint(run, arguments.get("checkpoint"))
         with suppress_import_noise():
             from trainer.exporting.export import export_run, record_exports

@@ -28,11 +28,11 @@ from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.storage.base import request_deadline
 
-BUCKET_TIMEOUT_SECONDS = 30.0  # per request, retries included; a run waits longer
+BUCKET_DEADLINE_SECONDS = 30.0  # per request, retries included; a run waits longer
 
 
 def main() -> None:
-    """Run the command, and exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.plan`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         summary = "--summary" in sys.argv[1:]
         arguments = [a for a in sys.argv[1:] if a != "--summary"]
@@ -50,7 +50,7 @@ def main() -> None:
         with suppress_import_noise():
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))
-        with request_deadline(BUCKET_TIMEOUT_SECONDS):
+        with request_deadline(BUCKET_DEADLINE_SECONDS):
             show_run(plan, run_arguments, plot, summary)
         plan.show_warnings_and_raise()
 

@@ -38,16 +38,16 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log_unbuffered
 
 
-def _exit_on_signal(number: int, _frame: object) -> None:
-    """Exit at once; finished shards stay."""
-    reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
+def _exit_on_signal(signum: int, _frame: object) -> None:
+    """Exit at once; finished shards remain."""
+    reason = f"{signal.Signals(signum).name}; start the same command again to write the missing shards"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 
 
 def main() -> None:
-    """Write the records that the command line describes; exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.prepare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, overrides = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
         overrides = choose_and_log_source(overrides)

@@ -1,10 +1,10 @@
-"""Every use of the private API of other libraries.
+"""All uses of private APIs of other libraries.
 
-A library may rename or remove a private name in any release without notice. Therefore each use is a function in this
-module, no other module uses such a name, and `tests/test_private_api.py` tests every row of these tables on the
-installed versions: after an incompatible upgrade it fails and prints the library, its version and the name.
+A library can rename or remove a private name in any release without notice. Therefore each use is a function in this
+module, and no other module uses a private name. `tests/test_private_api.py` tests every row of these tables on the
+installed versions. After an incompatible upgrade it fails and prints the library, its version and the name.
 
-Names that are private, each with the function that wraps it:
+Private names, with the function that wraps each:
 
 | library | name | function | public API that would replace it |
 | --- | --- | --- | --- |
@@ -19,7 +19,7 @@ Names that are private, each with the function that wraps it:
 | google-cloud-storage | `Client._credentials` | `get_credentials` | a property of `Client`; there is none |
 | hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a sweeper kind in `HydraConf`; there is none |
 
-Names without an underscore that are undocumented, with the modules that use them:
+Undocumented names without an underscore, with the modules that use them:
 
 | library | name | used in |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ Names without an underscore that are undocumented, with the modules that use the
 | uvicorn | `Server`: `servers`, `server_state`, `lifespan`, `capture_signals`, `shutdown` | serving/server.py |
 | ai-edge-litert | `schema_py_generated` | exporting/tflite.py |
 
-The functions import the libraries themselves, because modules that run without TensorFlow import this module.
+Each function imports its library, because modules that run without TensorFlow import this module.
 """
 
 from collections.abc import Callable
@@ -52,12 +52,12 @@ def get_producer(tensor: Any) -> Any:
 
 
 def get_variable_index(optimizer: Any, variable: Any) -> int:
-    """Return the index of a variable in the list for which the optimizer was built."""
+    """Return the index of a variable in the list with which the optimizer was built."""
     return optimizer._get_variable_index(variable)
 
 
 def swap_class(layer: Any, cls: type) -> None:
-    """Change the class of a layer to a base class or subclass that adds no state; its variables do not change."""
+    """Change the class of a layer to a base class or subclass without more state. Its variables do not change."""
     layer.__class__ = cls
 
 
@@ -78,7 +78,7 @@ def make_saved_model_proto() -> Any:
 
 
 def make_session_end_summary(session_end_info: Any) -> Any:
-    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row in TensorBoard's HParams page."""
+    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row on TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 
     data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)

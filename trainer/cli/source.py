@@ -36,7 +36,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     if root is None:
         return list(arguments), ""
     try:
-        group, reason, changes = find_source(check_address(root))
+        group, reason, changes = detect_source(check_address(root))
     except InvalidValue as error:
         raise ConfigError(error.problem, key="data.root", value=root, fix=error.fix) from None
     replaced = [a for a in arguments if not (changes and re.match(r"\+*data\.root=", a))]
@@ -47,7 +47,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     ], f"data.root={root}: {reason}, so {' '.join([f'data={group}', *changes])}"
 
 
-def find_source(root: str) -> tuple[str, str, list[str]]:
+def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
     Returns its choice for `data=`, the reason, and arguments that replace data.root. Raises DataError if the address is

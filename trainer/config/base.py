@@ -14,7 +14,7 @@ RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progr
 
 
 class Section(BaseModel):
-    """A frozen section of the configuration, without unknown keys; docs/configuration.md prints its docstrings."""
+    """A frozen section of the configuration, without unknown keys. docs/configuration.md prints the docstrings."""
 
     # Numbers are coerced to text, because a class or run can be named 2024.
     model_config = ConfigDict(

@@ -13,7 +13,7 @@ from trainer.names import find_path_fault
 
 
 class Optimizer(Section):
-    """A Keras optimizer. Set only options that it has; null is the default of Keras."""
+    """A Keras optimizer. Set only options that it has; null is the Keras default."""
 
     name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
     """Class in `keras.optimizers`."""
@@ -59,13 +59,13 @@ class Schedule(Section):
     warmup: DurationSetting = Duration(count=0, unit="steps")
     """Length of the linear warm-up, before the schedule."""
     final: float = Field(0.0, ge=0, le=1)
-    """cosine: last learning rate, as a fraction of the first."""
+    """cosine: final learning rate, as a fraction of the initial one."""
     decay: float | None = Field(None, gt=0, le=1e3)
     """exponential, step: factor by which the learning rate is multiplied; time: d in rate / (1 + d x step)."""
     every: PositiveDuration | None = None
     """exponential: length over which the learning rate is multiplied by `decay` once."""
     at: tuple[DurationSetting, ...] = ()
-    """step: positions, from the start of the schedule, at which the learning rate is multiplied by `decay`."""
+    """step: times since the start of the schedule at which the learning rate is multiplied by `decay`."""
 
     @model_validator(mode="after")
     def _check_complete(self) -> Schedule:
@@ -86,7 +86,7 @@ class EarlyStopping(Section):
     metric: Literal["accuracy", "loss"] = "accuracy"
     """Validation metric that is monitored; it also determines the best epoch."""
     min_delta: float = Field(0.0, ge=0, le=1e3)
-    """Smallest change of the metric that counts as an improvement; accuracy is a fraction."""
+    """Minimum change of the metric that counts as an improvement; accuracy is a fraction."""
 
 
 UNITS: tuple[str, ...] = ("epochs", "steps", "examples")
@@ -136,7 +136,7 @@ class Phase(Section):
 
     @property
     def duration(self) -> Duration:
-        """The length of the phase; early stopping and debug.max_steps may shorten it."""
+        """The length of the phase, which early stopping and debug.max_steps can shorten."""
         unit = next(key for key in UNITS if getattr(self, key) is not None)
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
@@ -152,7 +152,7 @@ NamedPhases = Annotated[dict[Annotated[str, AfterValidator(_check_name)], Phase]
 
 
 class PhaseTable(Section):
-    """The phases to choose from, by the number of training images and their similarity to those of the backbone."""
+    """The phases to choose from, by the number of training images and their similarity to the pretraining images."""
 
     domain: Literal["similar", "different"] | None = None
     """Whether the images are similar to those that the backbone was trained on; null: similar."""
