@@ -8,7 +8,7 @@ score a checkpoint of a run on a split, and write a report.
 Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
 
 The data is that of the run unless `data=...` or `data.KEY=...` changes it. Other data that has no splits is scored as a
-whole unless `data.validation_fraction` or `data.test_fraction` is given, and may have only some of the classes.
+whole unless `data.validation_fraction` or `data.test_fraction` is given, and can have only some of the classes.
 `runtime...`, `training.batch_size` and `debug.max_examples` can be changed as well. Exit codes are those of a run.
 """
 

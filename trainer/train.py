@@ -76,7 +76,7 @@ def train_run(
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
-                if run.worker.should_stop("before a phase"):  # compiling may take longer than the grace period
+                if run.worker.should_stop("before a phase"):  # compiling can take longer than the grace period
                     raise_stopped(run, "between phases")
                 train_phase(run, names[run.state.phase], restored)
                 restored = {}

@@ -209,7 +209,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                     peer.close()
                     raise
             except ProtocolError:
-                reason = "another server uses its port; it may be training already, without this worker"
+                reason = "another server uses its port; it might be training already, without this worker"
             except socket.gaierror:
                 reason = "the name does not resolve yet"
             except OSError as error:

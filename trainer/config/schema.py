@@ -128,10 +128,10 @@ class Model(Section):
     @model_validator(mode="after")
     def _check_auto_backbone(self) -> Model:
         if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
-            problem = f"may choose any network, but weights={self.weights} are of a single one"
+            problem = f"can choose any network, but weights={self.weights} are of a single one"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
         if self.backbone == "auto" and self.alpha is not None:
-            problem = f"may choose a network without alpha, but alpha={self.alpha:g}"
+            problem = f"can choose a network without alpha, but alpha={self.alpha:g}"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.alpha=null")
         return self
 

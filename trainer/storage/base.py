@@ -110,7 +110,7 @@ class StoragePath(ABC):
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file atomically and return the size and version that were copied.
 
-        The CRC32C of an object is verified. The copy is not flushed to disk, so a power failure may lose it. With
+        The CRC32C of an object is verified. The copy is not flushed to disk, so a power failure can lose it. With
         `expected`, an item of `list`, only this version is copied, without another metadata request.
         """
 

@@ -34,7 +34,7 @@ MAX_BACKOFF_SECONDS = 16.0
 MAX_BAD_REQUESTS = 5  # retries after a response 400, since a request can be corrupted in transit
 POD_CREDENTIALS_SECONDS = 20.0  # timeout for the credentials of a new pod
 CONNECTION_POOL_SIZE = 16
-NO_BUCKET = "there is no such bucket, or this account may not see it"
+NO_BUCKET = "there is no such bucket, or this account has no access to it"
 CHECK_BUCKET = "check the address"
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -59,18 +59,14 @@ class CorruptTransfer(Exception):
 
 
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
-    """Call `request`, and retry after transient errors until the deadline.
+    """Call `request`, and retry after transient errors until the deadline. Its other errors are re-raised.
 
-    Args:
-        address: `gs://` address for error messages and the payer.
-        permission: the permission that the request needs, for the message if the response does not name one.
-        request: is called with the timeouts of each attempt. It must get its bucket from `get_bucket` each time,
-            because a retry may add a payer.
+    `request` gets the timeouts of each attempt. It must get its bucket from `get_bucket` in each call, because a retry
+    can add a payer. `permission` is the one that it needs, for error messages if the response does not name one.
 
     Raises:
         Interrupted: no attempt succeeded before the deadline.
         DataError: Google's client reports a permanent error.
-        Exception: any other error of `request`.
     """
     deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()
@@ -102,7 +98,7 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
 
 
 def _transient_reason(error: Exception) -> str | None:
-    """Describe an error after which a retry may succeed; None for a permanent one."""
+    """Describe an error after which a retry can succeed; None for a permanent one."""
     if isinstance(error, CorruptTransfer | DataCorruption):
         return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
@@ -180,7 +176,7 @@ def _create_client(_process: int, emulator: str | None) -> Any:
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Return credentials and project. Retries in a new pod, where GKE's metadata server may not be ready yet."""
+    """Return credentials and project. Retries in a new pod, where GKE's metadata server might not be ready yet."""
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     deadline = time.monotonic() + (POD_CREDENTIALS_SECONDS if in_pod else 0.0)
     while True:

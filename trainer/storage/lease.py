@@ -55,10 +55,7 @@ class _State:
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """A lease that this process holds, made by `acquire_lease`.
-
-    The class is thread-safe. A background thread renews the lease until `release`.
-    """
+    """A lease that this process holds, made by `acquire_lease`. Thread-safe. A thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -170,8 +167,7 @@ def acquire_lease(folder: StoragePath, holder: str, uid: str | None = None, note
         note: more about this process, for messages of others.
         wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
 
-    Raises:
-        ConfigError: another process holds the lease, and either renews it or `wait` is False.
+    Raises ConfigError if another process holds the lease, and either renews it or `wait` is False.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
     first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it

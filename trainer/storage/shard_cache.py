@@ -1,6 +1,6 @@
 """Disk cache for the shards of a dataset in a bucket, with a byte budget and prefetching.
 
-A reader is one input pipeline. It requires the shards that it may open next, waits for them, and lists the shards that
+A reader is one input pipeline. It requires the shards that it can open next, waits for them, and lists the shards that
 it needs later. Required shards stay on disk until the reader requires others. Later ones are prefetched in the
 background within the budget. Shards that no reader needs are evicted first, then those that are needed last.
 """
