@@ -25,7 +25,7 @@ from trainer.storage.small_files import (
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
-    with raises(DataError, fix="restore it", problem=f"^{file} is damaged"):
+    with raises(DataError, fix="restore it", problem=f"^{file} is corrupt"):
         read_json(file, require_json_object, "restore it")
     assert read_json_or_default(file, require_json_object, None) is None
     assert set_aside(file).read_bytes() == content
